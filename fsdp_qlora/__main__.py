@@ -1,0 +1,63 @@
+"""`fsdp-qlora VERB [overrides]` and `torchrun -m fsdp_qlora VERB [overrides]`: compose, check, then import the verb."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import import_module
+
+from fsdp_qlora.config.convert import from_dict, nearest
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, guarded
+
+VERBS = {
+    "train": "fine-tune a model and write its adapter",
+    "prepare": "fetch the embedded model and data (experiment=quickstart), tokenize the data",
+    "plan": "show what a run would do and hold, without weights",
+    "evaluate": "loss and perplexity of a base or an adapter on data.eval",
+    "generate": "answer a prompt, with or without an adapter",
+    "export": "write the adapter of a run's checkpoint",
+    "doctor": "show devices, versions and what is wrong here",
+}
+
+
+def usage() -> str:
+    """Return the list of verbs."""
+    lines = "\n".join(f"  {name:10}{text}" for name, text in VERBS.items())
+    return (
+        f"usage: fsdp-qlora VERB [key=value ...]\n\n{lines}\n\n"
+        "fsdp-qlora VERB --help shows the verb's settings; --cfg job prints the composed ones."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the process's exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    verb, rest = words[0], words[1:]
+    return guarded(lambda: _run(verb, rest))
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    if verb not in VERBS:
+        raise ConfigError(f"{verb}: there is no such verb.{nearest(verb, VERBS)}\n{usage()}")
+    if CONFIG_VARIABLE in os.environ:  # started by our launcher: it has composed for all ranks
+        return _verb(verb, from_dict(json.loads(os.environ[CONFIG_VARIABLE])))
+    from fsdp_qlora.cli import compose
+
+    line = compose.split(arguments)
+    if line.flags:
+        return compose.hydra_main(verb, line, lambda config: _verb(verb, config))
+    return _verb(verb, compose.compose_config(verb, arguments))
+
+
+def _verb(verb: str, config: RunConfig) -> int:
+    return import_module(f"fsdp_qlora.cli.{verb}").run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

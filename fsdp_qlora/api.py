@@ -1,0 +1,171 @@
+"""The story of a run in two calls: `prepare` makes the sharded model real, `fit` trains it and gives the adapter away."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fsdp_qlora.config.rules import check
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.data.prepare import PreparedData, prepare_data, request_of
+from fsdp_qlora.dist.mesh import Ranks, build_ranks
+from fsdp_qlora.dist.process import Placement, choose_device, process_group, set_threads, use_device
+from fsdp_qlora.model.activations import checkpoint_activations, compile_layers
+from fsdp_qlora.model.causal import CausalModel, install_loss_head
+from fsdp_qlora.model.lora import attach_lora, initialize_adapters
+from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, shard_model
+from fsdp_qlora.model.skeleton import attention_for, build_skeleton, build_tokenizer, read_shapes, resolve_folder
+from fsdp_qlora.model.stream import LoadReport, Progress, stream_weights, verify_gather
+from fsdp_qlora.model.weights import SafetensorsFolder
+from fsdp_qlora.plan.layout import ModelShapes
+from fsdp_qlora.plan.plan import TrainPlan, make_plan
+from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.quant.swap import swap_linears
+
+
+def cache_folder() -> Path:
+    """Return where prepared data and the embedded model are kept: $FSDP_QLORA_CACHE or ~/.cache/fsdp_qlora."""
+    return Path(os.environ.get("FSDP_QLORA_CACHE", "~/.cache/fsdp_qlora")).expanduser()
+
+
+@dataclass
+class Prepared:
+    """A sharded model with its weights loaded, and what belongs to it."""
+
+    config: RunConfig
+    plan: TrainPlan
+    model: CausalModel
+    tokenizer: PreTrainedTokenizerBase
+    ranks: Ranks
+    folder: Path
+    """Folder of the base model."""
+    shapes: ModelShapes
+    load: LoadReport
+    data: PreparedData | None
+    threads: int
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The device mesh the model is sharded over."""
+        return self.ranks.mesh
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The transformers model with its adapters."""
+        assert isinstance(self.model.model, PeftModel)
+        return self.model.model
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self._stack.close()
+
+
+@dataclass(frozen=True)
+class World:
+    """The open process group and this process's place in it."""
+
+    ranks: Ranks
+    placement: Placement
+    threads: int
+    stack: ExitStack
+
+
+def open_world(config: RunConfig) -> World:
+    """Choose the device, open the process group and build the mesh (torchrun's environment, or one process)."""
+    placement = Placement.from_env()
+    device = choose_device(config.launcher.device, placement)
+    use_device(device)
+    threads = set_threads(config.launcher.threads_per_rank, placement.local_world_size)
+    stack = ExitStack()
+    group = stack.enter_context(process_group(device, placement, config.launcher.timeout_seconds))
+    ranks = build_ranks(group, device, config.fsdp.shard_degree, config.fsdp.replicate_degree)
+    atexit.register(stack.close)
+    return World(ranks, placement, threads, stack)
+
+
+def prepare(config: RunConfig, world: World | None = None, progress: Progress | None = None) -> Prepared:
+    """Build, quantize, adapt, shard and fill the model; tokenize the data if any are named.
+
+    Call it under torchrun on every rank, or on one process. Close the result when done with it.
+    """
+    check(config)
+    world = world or open_world(config)
+    folder = resolve_folder(config.model.name, config.model.revision)
+    tokenizer = build_tokenizer(folder, config.model.trust_remote_code)
+    data = None
+    if config.data.train is not None:
+        data = _prepare_data(config, tokenizer, world.placement.local_rank == 0)
+    base = _skeleton(config, folder, world.ranks.device)
+    shapes = read_shapes(base)
+    plan = make_plan(config, shapes, world.ranks.size)
+    model = build_sharded(config, base, plan, world.ranks)
+    source = SafetensorsFolder(folder)
+    report = stream_weights(model, model.base, source, world.ranks, progress)
+    initialize_adapters(model, config.run.seed, world.ranks.shard_rank, world.ranks.shard_size)
+    verify_gather(model, world.ranks)
+    return Prepared(
+        config, plan, model, tokenizer, world.ranks, folder, shapes, report, data, world.threads, world.stack
+    )  # fmt: skip
+
+
+def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
+    """Plan a run from the model's config alone: no weights, no process group."""
+    check(config)
+    folder = resolve_folder(config.model.name, config.model.revision)
+    return make_plan(config, read_shapes(_skeleton(config, folder, torch.device("cpu"))), world_size)
+
+
+def _skeleton(config: RunConfig, folder: Path, device: torch.device) -> PreTrainedModel:
+    attention = attention_for(device, config.model.attn_implementation)
+    return build_skeleton(folder, model_dtype(config.precision.name), attention, config.model.trust_remote_code)
+
+
+def build_sharded(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, ranks: Ranks) -> CausalModel:
+    """Swap, adapt and shard a meta model as planned; the order is the point (see docs/architecture.md)."""
+    if plan.quantized and config.quant.name != "none":
+        quant_format = QuantFormat(config.quant.name, config.quant.double_quant)
+        swap_linears(base, (x.name for x in plan.quantized), quant_format)
+    install_loss_head(base, config.train.logits_chunk)
+    lora = config.lora
+    model = CausalModel(attach_lora(base, plan.targets, lora.r, lora.alpha, lora.dropout, lora.variant))
+    units = [[base.get_submodule(name) for name in unit] for unit in plan.units]
+    if config.train.activation_checkpointing == "full":
+        checkpoint_activations(base)
+    if config.train.compile == "true":
+        compile_layers(base.get_submodule(unit[0]) for unit in plan.units if len(unit) == 1)
+    shard_model(model, units, ranks, mixed_precision(config.precision.name), config.fsdp.reshard_after_forward)
+    register_fsdp_forward_method(model, "generate")
+    register_fsdp_forward_method(model, "logits")
+    require_sharded(model, ranks)
+    return model
+
+
+def _prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prepares: bool) -> PreparedData:
+    request = request_of(
+        config.data.train,
+        config.data.eval,
+        eval_fraction=config.data.eval_fraction,
+        row_format=config.data.format,
+        max_length=config.data.max_length,
+        truncation=config.data.truncation,
+        max_rows=config.data.max_rows,
+        seed=config.run.seed,
+    )
+    return prepare_data(request, tokenizer, cache_folder(), prepares)
+
+
+def debug_context(config: RunConfig) -> Callable[[], Any]:
+    """Return the context that forward and backward run in."""
+    return torch.autograd.detect_anomaly if config.debug.name == "anomaly" else nullcontext

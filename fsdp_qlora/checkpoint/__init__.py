@@ -1,0 +1,1 @@
+"""What is kept: sharded safetensors and a JSON manifest, no pickle anywhere."""

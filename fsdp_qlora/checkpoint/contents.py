@@ -1,0 +1,60 @@
+"""What goes into a checkpoint, and what must be the same for a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+NEVER_BLOCKS = frozenset(
+    {
+        "train.max_steps",
+        "train.log_every",
+        "train.eval_every",
+        "train.eval_batch_size",
+        "train.early_stopping_patience",
+        "train.sample_prompts",
+        "train.sample_tokens",
+        "train.activation_checkpointing",
+        "train.logits_chunk",
+        "model.name",
+        "model.revision",
+        "model.trust_remote_code",
+    }
+)
+"""Settings of the blocking groups that may differ on a resume (the base model itself goes by its files)."""
+BLOCKING_GROUPS = ("model", "quant", "lora", "precision", "train", "optim", "schedule", "objective")
+
+
+class StatefulOptimizer(Protocol):
+    """An optimizer whose state is tensors shaped as the parameters."""
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Return ``<parameter>.<state>`` -> tensor."""
+        ...
+
+
+def checkpoint_tensors(
+    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: StatefulOptimizer
+) -> dict[str, torch.Tensor]:
+    """Return ``model.<name>`` and ``optim.<name>.<state>`` of what is trained; the frozen base is never written."""
+    tensors: dict[str, torch.Tensor] = {f"model.{name}": p.detach() for name, p in parameters}
+    return tensors | {f"optim.{name}": t for name, t in optimizer.state_tensors().items()}
+
+
+def identity_of(config: dict[str, Any], base: dict[str, Any], data_key: str) -> dict[str, Any]:
+    """Return what must be equal between a run and the checkpoint it goes on from.
+
+    Args:
+        config: the settings as nested dictionaries.
+        base: files of the base model -> sizes and digests of their headers.
+        data_key: key of the prepared data (sources, tokenizer, template, settings).
+    """
+    found: dict[str, Any] = {"run.seed": config["run"]["seed"], "data (sources, tokenizer, settings)": data_key}
+    for group in BLOCKING_GROUPS:
+        for key, value in config[group].items():
+            if f"{group}.{key}" not in NEVER_BLOCKS:
+                found[f"{group}.{key}"] = value
+    return found | {f"base model file {name}": value for name, value in base.items()}

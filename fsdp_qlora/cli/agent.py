@@ -1,0 +1,51 @@
+"""torch's elastic agent as a process of its own: ``python -m fsdp_qlora.cli.agent RANKS SHUTDOWN_SECONDS VERB``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from fsdp_qlora.dist.process import die_with_parent
+from fsdp_qlora.track.process_exit import EXIT_VARIABLE
+
+
+def main() -> int:
+    """Start the ranks and wait for them; return 0 if all ended well."""
+    num_ranks, shutdown_seconds, verb = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    die_with_parent()
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the parent says it in one line
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"fsdp_qlora-{os.getpid()}",
+        max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        shutdown_timeout=shutdown_seconds,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "fsdp_qlora", verb)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        _tell(rank, failure.exitcode)
+        return 1
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    return 0
+
+
+def _tell(rank: int, code: int) -> None:
+    Path(os.environ[EXIT_VARIABLE]).with_name("agent.json").write_text(json.dumps({"rank": rank, "code": code}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

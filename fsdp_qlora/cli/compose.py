@@ -1,0 +1,303 @@
+"""``conf/`` and the command line -> one checked `RunConfig`, before torch is imported.
+
+Overrides are looked at one by one first, so that every misspelt key and wrong type is reported at once and with the
+nearest valid one; then Hydra composes. Values of free-text and path keys never pass through Hydra's grammar.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fsdp_qlora.config.convert import convert, field_types, from_dict, known_keys, nearest
+from fsdp_qlora.config.rules import check
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.track.run_folder import read_config
+
+VERBATIM = frozenset(
+    "prompt prompt_file adapter run_from model.name data.train data.eval run.name run.output_root checkpoint.resume "
+    "export.to export.checkpoint evaluate.json track.wandb_project track.wandb_entity".split()
+)
+"""Keys whose values are taken as typed: no quoting, no Hydra grammar (a list may still be written ``[a,b]``)."""
+
+GROUPS = [name for name, kind in field_types(RunConfig).items() if dataclasses.is_dataclass(kind)]
+EXPERIMENT = "experiment"
+
+
+def conf_dir() -> Path:
+    """Return the folder of the YAML files: the packaged copy if there is one, else the checkout's."""
+    package = Path(__file__).resolve().parent.parent
+    packaged = package / "conf"
+    return packaged if packaged.is_dir() else package.parent / "conf"
+
+
+def register() -> None:
+    """Put the schema into Hydra's ConfigStore: a group's as ``<group>/schema``, the root's as ``run_config``.
+
+    Frozen dataclasses would make every override fail, so Hydra gets unfrozen twins.
+    """
+    store = ConfigStore.instance()
+    twins: dict[str, type] = {}
+    for name, kind in field_types(RunConfig).items():
+        if dataclasses.is_dataclass(kind):
+            twins[name] = _twin(typing.cast(type, kind))
+            store.store(group=name, name="schema", node=twins[name])
+    store.store(name="run_config", node=_twin(RunConfig, twins))
+    OmegaConf.register_new_resolver("embedded", embedded_path, replace=True)
+
+
+def _twin(schema: type, groups: dict[str, type] | None = None) -> type:
+    fields: list[Any] = []
+    for item in dataclasses.fields(schema):
+        kind = field_types(schema)[item.name]
+        if groups and item.name in groups:
+            kind = groups[item.name]
+            fields.append((item.name, kind, field(default_factory=kind)))
+            continue
+        if typing.get_origin(kind) is typing.Literal:
+            kind = str
+        default = item.default_factory if item.default is dataclasses.MISSING else item.default
+        is_factory = item.default is dataclasses.MISSING
+        fields.append((item.name, kind, field(default_factory=default) if is_factory else field(default=default)))  # type: ignore[arg-type]
+    return dataclasses.make_dataclass(schema.__name__, fields)
+
+
+def embedded_path(name: str) -> str:
+    """Return where an embedded model or data file lies once `prepare` has fetched it."""
+    root = Path(os.environ.get("FSDP_QLORA_CACHE", "~/.cache/fsdp_qlora")).expanduser()
+    return str(root / "embedded" / name)
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What was typed after the verb."""
+
+    overrides: list[str]
+    """``key=value`` in Hydra's grammar."""
+    verbatim: dict[str, Any]
+    """Free-text and path keys with their values as typed."""
+    flags: list[str]
+    """Hydra's own flags, ``--config-dir`` not among them."""
+    config_dir: str | None
+
+
+def split(arguments: Sequence[str]) -> CommandLine:
+    """Sort the arguments into overrides, verbatim values and flags.
+
+    Raises:
+        ConfigError: if an argument is none of these.
+    """
+    overrides: list[str] = []
+    verbatim: dict[str, Any] = {}
+    flags: list[str] = []
+    config_dir = None
+    rest = iter(arguments)
+    for argument in rest:
+        key, equals, value = argument.partition("=")
+        if key in ("--config-dir", "-cd"):
+            config_dir = value if equals else next(rest, None)
+        elif argument.startswith("-"):
+            flags.append(argument)
+            if argument in ("--cfg", "-c", "--package", "-p", "--info", "-i"):
+                flags.extend(typing.cast(list[str], [v]) if (v := next(rest, None)) else [])
+        elif equals and key.lstrip("+") in VERBATIM:
+            verbatim[key.lstrip("+")] = _verbatim(key.lstrip("+"), value)
+        elif equals or argument.startswith("~"):
+            overrides.append(argument)
+        else:
+            raise ConfigError(f"{argument}: expected key=value (or a flag; see --help).")
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir: there is no folder {config_dir}.")
+    return CommandLine(overrides, verbatim, flags, config_dir)
+
+
+def _verbatim(key: str, value: str) -> Any:
+    if key in ("data.train", "data.eval") and value.startswith("[") and value.endswith("]"):
+        return [item.strip().strip("'\"") for item in value[1:-1].split(",") if item.strip()]
+    if value == "null" and key != "prompt":
+        return None
+    return value
+
+
+def compose_config(verb: str, arguments: Sequence[str]) -> RunConfig:
+    """Return the checked settings of ``verb`` with the given arguments.
+
+    Raises:
+        ConfigError: naming every wrong key, value and pair at once.
+    """
+    line = split(arguments)
+    problems = list(_problems(line))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    register()
+    saved, line = _start_from(line)
+    search = [f"hydra.searchpath=[file://{Path(line.config_dir).absolute()}]"] if line.config_dir else []
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            composed = compose(verb, [*search, *line.overrides])
+        values = to_values(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+    for key, value in {**saved, **_typed_overrides(line, saved), **line.verbatim}.items():
+        _set(values, key, value)
+    return check(from_dict(values))
+
+
+def to_values(composed: DictConfig) -> dict[str, Any]:
+    """Return a composed config as plain dictionaries, interpolations resolved."""
+    values = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(values, dict)
+    return typing.cast(dict[str, Any], values)
+
+
+def explain(error: Exception) -> str:
+    """Return the part of a Hydra or OmegaConf error that a person can use."""
+    text = str(error).strip()
+    cause = error.__cause__
+    if cause is not None and str(cause).strip() not in text:
+        text = f"{text} ({str(cause).strip().splitlines()[0]})"
+    lines = [part for part in text.splitlines() if "full_key:" in part or "object_type" not in part]
+    return " ".join(part.strip() for part in lines if part.strip())
+
+
+def _start_from(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
+    """Take the settings of ``run_from`` as the starting point, but for groups chosen anew on the command line."""
+    file = line.verbatim.get("run_from")
+    if file is None:
+        return {}, line
+    chosen = {o.partition("=")[0] for o in line.overrides}
+    if EXPERIMENT in chosen:
+        raise ConfigError("run_from: cannot be joined with experiment=; the earlier run's settings are the experiment.")
+    saved = flatten(read_config(file))
+    if unknown := sorted(saved.keys() - set(known_keys())):
+        raise ConfigError("\n".join(f"{file}: {k}: there is no such key.{nearest(k, known_keys())}" for k in unknown))
+    return {k: v for k, v in saved.items() if k.partition(".")[0] not in chosen}, line
+
+
+def _typed_overrides(line: CommandLine, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the command line's own values: they win over those of ``run_from``."""
+    if not saved:
+        return {}
+    parsed = [p for p in OverridesParser.create().parse_overrides(line.overrides) if p.key_or_group not in GROUPS]
+    return {p.key_or_group: p.value() for p in parsed}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flatten(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+    values[last] = value
+
+
+def _problems(line: CommandLine) -> typing.Iterator[str]:
+    """Yield what is wrong with the overrides, each looked at by itself."""
+    parser = OverridesParser.create()
+    for text in line.overrides:
+        try:
+            parsed = parser.parse_override(text)
+        except HydraException:
+            yield f"{text}: cannot be read. Quote the value for Hydra: {text.partition('=')[0]}=\"'...'\"."
+            continue
+        yield from _override_problems(parsed, line.config_dir)
+    for key in line.verbatim:
+        if key in line.overrides:
+            yield f"{key}: given twice."
+
+
+def _override_problems(parsed: Override, config_dir: str | None) -> typing.Iterator[str]:
+    key = parsed.key_or_group
+    if key.startswith("hydra"):
+        return
+    if key in GROUPS or key == EXPERIMENT:
+        options = group_options(key, config_dir)
+        choices = [parsed.value()] if not parsed.is_sweep_override() else []
+        for choice in choices:
+            if choice is not None and choice not in options:
+                word = str(choice)
+                yield f"{key}: {word!r} is not one of {', '.join(options)}.{nearest(word, options)}"
+        return
+    if key not in known_keys():
+        yield f"{key}: there is no such key.{nearest(key, [*known_keys(), EXPERIMENT])}"
+        return
+    if parsed.is_delete():
+        yield f"{key}: a key cannot be deleted; set it to null or to its default."
+    elif not parsed.is_sweep_override():
+        try:
+            convert(parsed.value(), _kind_of(key))
+        except ValueError as error:
+            yield f"{key}: {error}"
+
+
+def _kind_of(key: str) -> Any:
+    kind: Any = RunConfig
+    for part in key.split("."):
+        kind = field_types(kind)[part]
+    return kind
+
+
+def group_options(group: str, config_dir: str | None = None) -> list[str]:
+    """Return the names of a group's YAML files."""
+    folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
+    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+
+
+def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) -> int:
+    """Let Hydra itself handle its flags: --help, --cfg job, --info, --multirun."""
+    import sys
+
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    register()
+    codes: list[int] = []
+
+    def job(composed: DictConfig) -> None:
+        values = to_values(composed)
+        for key, value in line.verbatim.items():
+            _set(values, key, value)
+        if HydraConfig.get().mode is not None and "--multirun" in sys.argv:
+            values["run"]["name"] += "/" + HydraConfig.get().job.override_dirname.replace("/", "_").replace(" ", "")
+        codes.append(run(check(from_dict(values))))
+
+    shown = [f"{key}={_quoted(value)}" for key, value in line.verbatim.items()]
+    extra = ["--config-dir", line.config_dir] if line.config_dir else []
+    multirun = [f if f != "-m" else "--multirun" for f in line.flags]
+    keep_tree_clean = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    if "--multirun" in multirun:
+        keep_tree_clean += ["hydra.sweep.dir=.", "hydra.sweep.subdir=."]
+    sys.argv = [f"fsdp-qlora {verb}", *multirun, *extra, *line.overrides, *shown, *keep_tree_clean]
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(job)()
+    return max(codes, default=0)
+
+
+def _quoted(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return "[" + ",".join(_quoted(v) for v in value) + "]"
+    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"

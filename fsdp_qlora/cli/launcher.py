@@ -1,0 +1,88 @@
+"""Start the ranks on this machine: a parent that counts signals, and torch's elastic agent in a session of its own.
+
+The parent imports no torch. It hands the composed settings to the ranks, passes a first signal on, ends all at a second,
+and at the end prints the first failure's message last and exits with the true code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fsdp_qlora.config.convert import to_dict
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.errors import STOPPED_EXIT_CODE
+from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE
+from fsdp_qlora.track.run_folder import RunFolder
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def launch(verb: str, config: RunConfig, num_ranks: int) -> int:
+    """Run ``verb`` on ``num_ranks`` ranks of this machine; return the exit code."""
+    with tempfile.TemporaryDirectory(prefix="fsdp_qlora-") as scratch:
+        exit_file = Path(scratch) / "exit.json"
+        environment = {
+            **os.environ,
+            CONFIG_VARIABLE: json.dumps(to_dict(config)),
+            EXIT_VARIABLE: str(exit_file),
+        }
+        command = [
+            sys.executable, "-m", "fsdp_qlora.cli.agent", str(num_ranks), str(config.launcher.shutdown_seconds), verb,
+        ]  # fmt: skip
+        agent = subprocess.Popen(command, env=environment, start_new_session=True)
+        _wait(agent)
+        return _verdict(exit_file, agent.returncode, config)
+
+
+def _wait(agent: subprocess.Popen[bytes]) -> None:
+    """Wait for the agent; pass the first signal on, kill everything at the second."""
+    received: list[int] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 1:
+            print(f"\n{signal.Signals(number).name}: saving, then leaving; once more to leave at once.", file=sys.stderr)
+            agent.send_signal(number)
+        else:
+            agent.kill()  # its ranks die with it
+
+    before = {number: signal.signal(number, forward) for number in _SIGNALS}
+    try:
+        while agent.poll() is None:
+            time.sleep(0.05)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _verdict(exit_file: Path, agent_code: int, config: RunConfig) -> int:
+    told = _read(exit_file)
+    agent = _read(exit_file.with_name("agent.json"))
+    killed = agent and agent["code"] < 0 and not (told and told["code"] == STOPPED_EXIT_CODE)
+    if agent and killed:
+        name = signal.Signals(-agent["code"]).name
+        why = " Out of memory? See the kernel's log (dmesg)." if name == "SIGKILL" else ""
+        told = {"code": 1, "rank": agent["rank"], "message": f"rank {agent['rank']} was ended by {name}.{why}"}
+        RunFolder(config.run.output_root, config.run.name).write_exit(1, agent["rank"], told["message"])
+    if told is None:
+        print(f"fsdp-qlora: the ranks ended without a word (launcher code {agent_code}).", file=sys.stderr)
+        return agent_code if agent_code > 0 else 1
+    if told["message"]:
+        print(f"fsdp-qlora, rank {told['rank']}: {told['message']}", file=sys.stderr, flush=True)
+    return told["code"]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None

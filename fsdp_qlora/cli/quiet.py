@@ -1,0 +1,17 @@
+"""Keep upstream's notes about paths we do not take off the screen; warnings that concern a person stay."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quieten() -> None:
+    """Set upstream's loggers; call before importing them."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "failed to load CPU gemm_4bit": we dequantize instead
+    warnings.filterwarnings("ignore", message="Unsupported layer type .*QuantLinear")  # PEFT meets our 4-bit layer
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")  # PEFT asks transformers
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -1,0 +1,98 @@
+"""What `train` shows a person: how it starts, what came of it, what to do next."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from math import exp
+from typing import Any
+
+from fsdp_qlora.api import Prepared
+from fsdp_qlora.track.console import megabytes, print_table
+from fsdp_qlora.track.run_folder import RunFolder
+
+
+def loading() -> Callable[[int, int], None]:
+    """Return a progress callback for loading: a line that grows on a terminal, nothing elsewhere."""
+
+    def show(done: int, total: int) -> None:
+        if sys.stdout.isatty():
+            end = "\n" if done == total else "\r"
+            print(f"loading and quantizing {done}/{total}", end=end, flush=True)
+
+    return show
+
+
+def print_start(prepared: Prepared, note: str) -> None:
+    """Print what is about to run."""
+    plan, config, data = prepared.plan, prepared.config, prepared.data
+    if note:
+        print(note)
+    quant = config.quant.name + ("+double quantization" if config.quant.double_quant and plan.quantized else "")
+    print(
+        f"{prepared.ranks.size} rank(s) on {prepared.ranks.device.type} ({prepared.threads} thread(s) each), "
+        f"shard {plan.shard_size} x replicate {prepared.ranks.num_replicas}; {config.model.name}: "
+        f"{plan.base_parameters / 1e6:.1f} M parameters, {len(plan.quantized)} linears in {quant}, "
+        f"{plan.trainable_parameters / 1e6:.2f} M trainable; loaded in {prepared.load.seconds:.1f} s"
+    )
+    print(
+        f"global batch {plan.batch.global_batch_size} rows = micro-batches of {plan.batch.micro_batch_size} x "
+        f"{plan.batch.accumulation_steps} per rank; planned peak {megabytes(plan.bytes.total)} of tensors per rank"
+    )
+    if data is not None:
+        counts, held = data.train_counts, data.eval_counts
+        print(
+            f"data: {counts.kept} training sequences, {counts.tokens} tokens, {counts.target_tokens} supervised; "
+            f"{held.kept} held out; truncated {counts.truncated + held.truncated}, dropped "
+            f"{counts.dropped_long + held.dropped_long} too long and "
+            f"{counts.dropped_unsupervised + held.dropped_unsupervised} without supervised tokens",
+            flush=True,
+        )
+
+
+def print_stopped(folder: RunFolder) -> None:
+    """Print how to go on after a signal."""
+    saved = sorted(f.name for f in folder.checkpoints.glob("step_*")) if folder.checkpoints.is_dir() else []
+    state = f"saved {folder.checkpoints / saved[-1]}; " if saved else "nothing was trained yet; "
+    print(f"stopped by a signal: {state}the same command with checkpoint.resume=auto goes on.", flush=True)
+
+
+def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
+    """Print the table at the end of a run."""
+    rows: list[tuple[str, str]] = []
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    if before is not None and after is not None:
+        rows.append(("held-out loss", f"{before:.4f} -> {after:.4f}"))
+        rows.append(("held-out perplexity", f"{exp(min(before, 700)):.2f} -> {exp(min(after, 700)):.2f}"))
+    for sample in summary["samples"]:
+        rows.append((f"{sample['prompt']} (before)", sample["before"]))
+        rows.append((f"{sample['prompt']} (after)", sample["after"]))
+    trainable, base = summary["trainable_parameters"], summary["base_parameters"]
+    rows.append(("trainable parameters", f"{trainable:,} ({100 * trainable / base:.2f} % of the base)"))
+    rows.append(("adapter size", f"{summary['adapter_bytes'] / 1e6:.1f} MB"))
+    rows.append(("speed", f"{summary['tokens_per_second']:.0f} tokens/s over {summary['steps']} steps"))
+    rows += _rank_rows(summary)
+    rows.append(("run folder", str(folder.path)))
+    rows.append(("adapter", str(folder.adapter)))
+    rows.append(("try next", f'fsdp-qlora generate run_from={folder.config_file} adapter={folder.adapter} prompt="Who are you?"'))
+    print_table(f"{folder.path.name}: done", rows)
+
+
+def _rank_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    ranks, whole = summary["ranks"], summary["model_file_bytes"]
+    packed = sum(r["quantized_bytes"] for r in ranks) or 1
+    each = [
+        ("peak memory", "peak_memory_bytes", lambda r: megabytes(r["peak_memory_bytes"])),
+        ("bytes read", "bytes_read", lambda r: f"{megabytes(r['bytes_read'])} ({100 * r['bytes_read'] / whole:.1f} %)"),
+        (
+            "quantized bytes",
+            "quantized_bytes",
+            lambda r: f"{megabytes(r['quantized_bytes'])} ({100 * r['quantized_bytes'] / packed:.1f} %)",
+        ),
+    ]
+    rows = [(f"{name} per rank", ", ".join(show(r) for r in ranks)) for name, _, show in each]
+    rows[0] = (rows[0][0], f"{rows[0][1]} ({summary['memory_kind']}; planned {megabytes(summary['planned_bytes_per_rank'])} of tensors)")
+    return rows
+
+
+__all__ = ["loading", "print_start", "print_stopped", "print_summary"]

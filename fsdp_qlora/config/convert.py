@@ -1,0 +1,125 @@
+"""Plain dictionaries <-> `RunConfig`, with every type checked and all failures reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.errors import ConfigError
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the settings as nested plain dictionaries (JSON and YAML can hold them)."""
+    return dataclasses.asdict(config)
+
+
+def field_types(schema: type) -> dict[str, Any]:
+    """Return name -> type for a group's fields, in their order."""
+    hints = typing.get_type_hints(schema)
+    return {f.name: hints[f.name] for f in dataclasses.fields(schema)}
+
+
+def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
+    """List every dotted key of the schema, groups included."""
+    keys: list[str] = []
+    for name, kind in field_types(schema).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            keys += known_keys(typing.cast(type, kind), f"{prefix}{name}.")
+    return keys
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Build a `RunConfig` from nested dictionaries; missing keys take their defaults.
+
+    Raises:
+        ConfigError: naming every unknown key and every value of the wrong type.
+    """
+    problems: list[str] = []
+    config = _build(RunConfig, values, "", problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _build(schema: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    kinds = field_types(schema)
+    for name in values.keys() - kinds.keys():
+        key = f"{prefix}{name}"
+        problems.append(f"{key}: there is no such key.{nearest(key, known_keys())}")
+    given: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        if name not in values:
+            continue
+        key, value = f"{prefix}{name}", values[name]
+        if dataclasses.is_dataclass(kind):
+            if isinstance(value, Mapping):
+                given[name] = _build(typing.cast(type, kind), value, f"{key}.", problems)
+            else:
+                problems.append(f"{key}: is a group of keys, not a value; got {value!r}.")
+            continue
+        try:
+            given[name] = convert(value, kind)
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    return schema(**given)
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """Return ``value`` as ``kind`` (a field's type), or raise ValueError saying what was expected."""
+    if kind is Any:
+        return value
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return _choice(value, typing.get_args(kind))
+    if origin is types.UnionType or origin is typing.Union:
+        return None if value is None else convert(value, next(k for k in typing.get_args(kind) if k is not type(None)))
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"expected a list, got {value!r}.")
+        return [convert(item, typing.get_args(kind)[0]) for item in value]
+    return _scalar(value, kind)
+
+
+def _choice(value: Any, choices: tuple[str, ...]) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if value is None and "none" in choices:
+        text = "none"
+    if text not in choices:
+        raise ValueError(f"{text!r} is not one of {', '.join(choices)}.{nearest(text, choices)}")
+    return text
+
+
+def _scalar(value: Any, kind: type) -> Any:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    wrong = ValueError(f"expected {words[kind]}, got {value!r}.")
+    if kind is str:
+        if value is None or isinstance(value, (list, dict)):
+            raise wrong
+        return str(value)
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        raise wrong
+    if isinstance(value, bool) or value is None or isinstance(value, (list, dict)):
+        raise wrong
+    try:
+        number = kind(value)
+    except (TypeError, ValueError):
+        raise wrong from None
+    if kind is int and isinstance(value, float) and value != number:
+        raise wrong
+    return number

@@ -1,0 +1,167 @@
+"""Cross-field rules, one small function each; `check` runs all and reports every failure at once.
+
+A rule yields messages ``key: reason, what to do``. Nothing here needs torch, files or a network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.errors import ConfigError
+
+Rule = Callable[[RunConfig], Iterator[str]]
+
+
+def _positive(config: RunConfig) -> Iterator[str]:
+    for key, value in {
+        "data.max_length": config.data.max_length,
+        "lora.r": config.lora.r,
+        "lora.alpha": config.lora.alpha,
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.eval_batch_size": config.train.eval_batch_size,
+        "train.logits_chunk": config.train.logits_chunk,
+        "fsdp.replicate_degree": config.fsdp.replicate_degree,
+        "launcher.timeout_seconds": config.launcher.timeout_seconds,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "optim.eps": config.optim.eps,
+        "generate.max_new_tokens": config.generate.max_new_tokens,
+        "train.sample_tokens": config.train.sample_tokens,
+    }.items():
+        if not value > 0:
+            yield f"{key}: must be above 0, got {value}."
+
+
+def _not_negative(config: RunConfig) -> Iterator[str]:
+    for key, value in {
+        "train.max_steps": config.train.max_steps,
+        "train.num_epochs": config.train.num_epochs,
+        "train.eval_every": config.train.eval_every,
+        "train.log_every": config.train.log_every,
+        "train.max_grad_norm": config.train.max_grad_norm,
+        "train.early_stopping_patience": config.train.early_stopping_patience,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "schedule.warmup_steps": config.schedule.warmup_steps,
+        "fsdp.shard_degree": config.fsdp.shard_degree,
+        "launcher.nproc_per_node": config.launcher.nproc_per_node,
+        "launcher.threads_per_rank": config.launcher.threads_per_rank,
+        "launcher.shutdown_seconds": config.launcher.shutdown_seconds,
+        "optim.lr": config.optim.lr,
+        "optim.weight_decay": config.optim.weight_decay,
+        "run.seed": config.run.seed,
+        "plan.world_size": config.plan.world_size,
+        "generate.temperature": config.generate.temperature,
+    }.items():
+        if value < 0:
+            yield f"{key}: must not be negative, got {value}."
+
+
+def _shares(config: RunConfig) -> Iterator[str]:
+    for key, value in {
+        "data.eval_fraction": config.data.eval_fraction,
+        "lora.dropout": config.lora.dropout,
+        "optim.beta1": config.optim.beta1,
+        "optim.beta2": config.optim.beta2,
+        "schedule.warmup_ratio": config.schedule.warmup_ratio,
+    }.items():
+        if not 0 <= value < 1:
+            yield f"{key}: must be at least 0 and below 1, got {value}."
+    for key, value in {
+        "schedule.decay_ratio": config.schedule.decay_ratio,
+        "schedule.min_lr_ratio": config.schedule.min_lr_ratio,
+        "generate.top_p": config.generate.top_p,
+    }.items():
+        if not 0 <= value <= 1:
+            yield f"{key}: must be between 0 and 1, got {value}."
+
+
+def _batches(config: RunConfig) -> Iterator[str]:
+    if config.train.micro_batch_size > config.train.global_batch_size:
+        yield (
+            f"train.micro_batch_size: {config.train.micro_batch_size} rows do not fit into a global batch of "
+            f"{config.train.global_batch_size}; raise train.global_batch_size or lower train.micro_batch_size."
+        )
+
+
+def _evaluation(config: RunConfig) -> Iterator[str]:
+    has_eval = config.data.eval is not None or config.data.eval_fraction > 0
+    if config.train.eval_every > 0 and not has_eval:
+        yield "train.eval_every: there is nothing to evaluate on; set data.eval or data.eval_fraction."
+    if config.train.early_stopping_patience > 0 and config.train.eval_every == 0:
+        yield "train.early_stopping_patience: needs evaluations during training; set train.eval_every."
+
+
+def _length(config: RunConfig) -> Iterator[str]:
+    if config.train.max_steps == 0 and config.train.num_epochs == 0:
+        yield "train.max_steps: nothing to do: max_steps and num_epochs are both 0."
+
+
+def _names(config: RunConfig) -> Iterator[str]:
+    if not re.fullmatch(r"[\w.=,+-]+(/[\w.=,+-]+)*", config.run.name) or ".." in config.run.name.split("/"):
+        yield f"run.name: {config.run.name!r} cannot be a folder name; use letters, digits, '.', '_', '-'."
+    if config.data.train is not None and not _is_name_or_names(config.data.train):
+        yield "data.train: expected a path or a list of paths."
+    if config.data.eval is not None and not _is_name_or_names(config.data.eval):
+        yield "data.eval: expected a path, a list of paths, or null."
+    if not _is_name_or_names(config.lora.target_modules):
+        yield "lora.target_modules: expected all-linear or a list of module names."
+
+
+def _is_name_or_names(value: object) -> bool:
+    if isinstance(value, str):
+        return bool(value)
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, str) and item for item in value)
+
+
+def _quantization(config: RunConfig) -> Iterator[str]:
+    if config.quant.block_size != 64:
+        yield (
+            f"quant.block_size: only 64 is available in this version, got {config.quant.block_size}: shards are cut "
+            "on borders of 256 blocks of 64 weights."
+        )
+
+
+def _not_built(config: RunConfig) -> Iterator[str]:
+    if config.data.packing:
+        yield "data.packing: not available in this version; set data.packing=false."
+    if config.plan.simulate:
+        yield "plan.simulate: not available in this version; the plan is by arithmetic."
+    if config.plan.search:
+        yield "plan.search: not available in this version."
+
+
+def _prompts(config: RunConfig) -> Iterator[str]:
+    if config.prompt is not None and config.prompt_file is not None:
+        yield "prompt_file: give prompt or prompt_file, not both."
+
+
+RULES: tuple[Rule, ...] = (
+    _positive,
+    _not_negative,
+    _shares,
+    _batches,
+    _evaluation,
+    _length,
+    _names,
+    _quantization,
+    _not_built,
+    _prompts,
+)
+
+
+def failures(config: RunConfig) -> list[str]:
+    """Return the message of every rule that ``config`` breaks."""
+    return [message for rule in RULES for message in rule(config)]
+
+
+def check(config: RunConfig) -> RunConfig:
+    """Return ``config`` if it breaks no rule.
+
+    Raises:
+        ConfigError: with all broken rules, one a line.
+    """
+    if problems := failures(config):
+        raise ConfigError("\n".join(problems))
+    return config

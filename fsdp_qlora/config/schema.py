@@ -1,0 +1,309 @@
+"""`RunConfig` and its groups: every setting of a run, its type, its default and what it means.
+
+Frozen dataclasses of plain values; nothing here imports torch, hydra or omegaconf. Each group is one folder of
+``conf/``. The string under a field is its documentation, and `fsdp-qlora VERB --help` shows the composed values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Which run this is and where it lives."""
+
+    name: str = "run"
+    """Name of the run; its folder is ``<output_root>/<name>``."""
+    output_root: str = "outputs"
+    """Folder that holds all runs."""
+    seed: int = 0
+    """Seed of the data order, the adapters' initialisation and dropout."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The base model."""
+
+    name: str = ""
+    """Hub name (``Qwen/Qwen3-8B``) or a folder with config.json and safetensors."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention; ``auto`` takes sdpa on an accelerator and eager on a CPU, where bf16 sdpa is slower."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you have read that code."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is learned from."""
+
+    train: Any = None
+    """File (JSONL, JSON, Parquet), hub data set name, or a list of them."""
+    eval: Any = None
+    """The same, for evaluation; ``null`` takes ``eval_fraction`` of the training rows instead."""
+    eval_fraction: float = 0.0
+    """Share of the prompts held out for evaluation when ``eval`` is null; equal prompts stay on one side."""
+    format: Literal["auto", "messages", "conversations", "alpaca", "prompt_completion", "text"] = "auto"
+    """Shape of a row; ``auto`` goes by the columns."""
+    max_length: int = 2048
+    """Longest row in tokens."""
+    truncation: Literal["right", "left", "drop", "split"] = "right"
+    """What happens to a longer row: cut at an end, dropped, or split into several rows."""
+    packing: bool = False
+    """Several rows in one sequence. Not available yet: refused when true."""
+    max_rows: int | None = None
+    """Use only the first rows of the training data (before the split)."""
+
+
+@dataclass(frozen=True)
+class QuantSettings:
+    """How the frozen base is stored."""
+
+    name: Literal["nf4", "fp4", "none"] = "nf4"
+    """4-bit NormalFloat, 4-bit float, or ``none`` (bf16 base, plain LoRA)."""
+    double_quant: bool = True
+    """Quantize the block statistics too (QLoRA's double quantization)."""
+    block_size: int = 64
+    """Weights that share one statistic."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The trainable adapters."""
+
+    variant: Literal["lora", "rslora"] = "lora"
+    """Scaling: alpha/r (``lora``) or alpha/sqrt(r) (``rslora``)."""
+    r: int = 16
+    """Rank of the adapters."""
+    alpha: float = 32.0
+    """Numerator of the scaling."""
+    dropout: float = 0.0
+    """Dropout before A; its masks depend on (seed, step, micro-batch), never on the rank."""
+    target_modules: Any = "all-linear"
+    """``all-linear`` or a list of module names or name endings (``[q_proj, v_proj]``)."""
+
+
+@dataclass(frozen=True)
+class FsdpSettings:
+    """How the parameters are spread over the ranks."""
+
+    shard_degree: int = 0
+    """Ranks that share one copy of the parameters; 0 = all ranks divided by ``replicate_degree``."""
+    replicate_degree: int = 1
+    """Number of such copies (hybrid sharding)."""
+    reshard_after_forward: bool = True
+    """Free a unit's gathered parameters between forward and backward."""
+
+
+@dataclass(frozen=True)
+class PrecisionSettings:
+    """The one precision setting: storage, compute, norm and adapter dtypes all follow from it."""
+
+    name: Literal["bf16", "fp32"] = "bf16"
+    """``bf16``: compute in bfloat16, adapters and reductions in float32. ``fp32``: everything in float32."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The loop."""
+
+    max_steps: int = 0
+    """Optimizer steps; 0 = as many as ``num_epochs`` takes."""
+    num_epochs: float = 1.0
+    """Passes over the training rows, when ``max_steps`` is 0."""
+    global_batch_size: int = 16
+    """Rows per optimizer step, over all ranks."""
+    micro_batch_size: int = 1
+    """Rows per forward and backward of one rank."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 = only before the first and after the last step."""
+    eval_batch_size: int = 8
+    """Rows per forward in evaluation."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl and of the progress display; 0 = never."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 = never."""
+    early_stopping_patience: int = 0
+    """Stop after this many evaluations without a better loss; 0 = never."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """Recompute each decoder layer in backward instead of keeping its activations."""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """torch.compile each decoder layer. ``auto`` and ``false`` run without; ``true`` compiles."""
+    logits_chunk: int = 256
+    """Supervised tokens whose logits exist at the same time."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Prompts answered before and after training, shown in the summary."""
+    sample_tokens: int = 48
+    """Longest such answer, in tokens."""
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """The optimizer."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or plain SGD with momentum."""
+    lr: float = 2e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    """First-moment decay (AdamW), momentum (SGD)."""
+    beta2: float = 0.999
+    """Second-moment decay (AdamW)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment (AdamW)."""
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """The learning rate over the steps."""
+
+    name: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """Decay after the warm-up: to ``min_lr_ratio`` linearly, as a cosine, never, or only at the end (warm-up-stable-decay)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    warmup_ratio: float = 0.03
+    """Warm-up as a share of all steps, when ``warmup_steps`` is 0."""
+    decay_ratio: float = 0.2
+    """Share of the steps that decay (``wsd``)."""
+    min_lr_ratio: float = 0.0
+    """Last learning rate as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What the loss is."""
+
+    name: Literal["sft"] = "sft"
+    """Cross entropy on the supervised tokens: their sum over the global count."""
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """What is kept of a run so that it can go on."""
+
+    every_steps: int = 0
+    """Steps between checkpoints; 0 = only when stopped by a signal and at the end."""
+    keep_last: int = 2
+    """Complete checkpoints kept."""
+    resume: str = "auto"
+    """``auto``: from the newest complete checkpoint, ``never``: anew, or a checkpoint's folder."""
+
+
+@dataclass(frozen=True)
+class TrackSettings:
+    """Where metrics go besides metrics.jsonl."""
+
+    name: Literal["console", "wandb"] = "console"
+    """``wandb`` also sends them to Weights & Biases (offline when there is no key)."""
+    wandb_project: str = "fsdp_qlora"
+    """Project in W&B."""
+    wandb_entity: str | None = None
+    """User or team in W&B."""
+
+
+@dataclass(frozen=True)
+class LauncherSettings:
+    """How the ranks are started and kept in touch."""
+
+    nproc_per_node: int = 0
+    """Ranks that `fsdp-qlora train` starts itself; 0 = one per accelerator (1 on a CPU)."""
+    timeout_seconds: int = 600
+    """A collective that waits longer ends the run."""
+    shutdown_seconds: int = 120
+    """Time the ranks have, after a signal, to save and leave."""
+    threads_per_rank: int = 0
+    """CPU threads of a rank; 0 = cores / ranks on this node."""
+    device: Literal["auto", "cpu", "cuda", "xpu"] = "auto"
+    """Device type; ``auto`` takes cuda, then xpu, then cpu."""
+
+
+@dataclass(frozen=True)
+class DebugSettings:
+    """Switches for looking closer."""
+
+    name: Literal["off", "anomaly"] = "off"
+    """``anomaly`` runs autograd's anomaly detection (slow): names the operation that made a NaN."""
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """The `plan` verb."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+    world_size: int = 0
+    """Ranks to plan for; 0 = as many as `train` would start."""
+    gpu: str | None = None
+    """Memory of one device (``24GiB``): answers whether the plan fits."""
+    simulate: bool = False
+    """Simulate the step under fake tensors. Not available yet: refused when true."""
+    search: bool = False
+    """Search for the largest batch that fits. Not available yet: refused when true."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """The `evaluate` verb."""
+
+    json: str | None = None
+    """File for ``{eval_loss, eval_perplexity, target_tokens}``."""
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """The `generate` verb."""
+
+    max_new_tokens: int = 256
+    """Longest answer."""
+    temperature: float = 0.0
+    """0 = greedy, the same answer every time."""
+    top_p: float = 1.0
+    """Nucleus sampling, when the temperature is above 0."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """The `export` verb."""
+
+    checkpoint: str | None = None
+    """Checkpoint folder to export; null takes the newest complete one of the run."""
+    to: str | None = None
+    """Folder of the adapter; null takes ``<run folder>/adapter``."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run, checked by `fsdp_qlora.config.rules.check`."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    quant: QuantSettings = field(default_factory=QuantSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    fsdp: FsdpSettings = field(default_factory=FsdpSettings)
+    precision: PrecisionSettings = field(default_factory=PrecisionSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    track: TrackSettings = field(default_factory=TrackSettings)
+    launcher: LauncherSettings = field(default_factory=LauncherSettings)
+    debug: DebugSettings = field(default_factory=DebugSettings)
+    plan: PlanSettings = field(default_factory=PlanSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    generate: GenerateSettings = field(default_factory=GenerateSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    prompt: str | None = None
+    """`generate`: the prompt, taken verbatim."""
+    prompt_file: str | None = None
+    """`generate`: a file that holds the prompt."""
+    adapter: str | None = None
+    """`generate`, `evaluate`: folder of a PEFT adapter; null = the bare base model."""
+    run_from: str | None = None
+    """A config.yaml of an earlier run whose settings are the starting point."""

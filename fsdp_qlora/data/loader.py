@@ -1,0 +1,119 @@
+"""Batches for one rank. The order is a pure function of (seed, epoch, position); the loader's whole state is one integer.
+
+Position counts rows since the start over all ranks. Position ``p`` is row ``p % n`` of epoch ``p // n``'s permutation, so
+each row comes exactly once an epoch for any number of ranks, and a resume at any position needs no replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from fsdp_qlora.plan.batch import deal
+
+IGNORE = -100
+"""Label of a token that is not learned (torch's ``ignore_index``)."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that go through the model at once."""
+
+    number: int
+    """Number within the global batch, the same on any number of ranks: seeds dropout."""
+    input_ids: torch.Tensor
+    """int64 ``[rows, length]``, padded on the right."""
+    labels: torch.Tensor
+    """int64 ``[rows, length]``, -100 where not learned."""
+    weight: float = 1.0
+    """0 for a micro-batch that only keeps this rank in step with the others."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch, and the totals over all ranks."""
+
+    micro_batches: list[MicroBatch]
+    num_rows: int
+    num_tokens: int
+    """Tokens without padding, over all ranks."""
+    num_targets: int
+    """Supervised tokens over all ranks: what the loss is divided by."""
+
+
+class TokenRows:
+    """Tokenized rows with their lengths and numbers of targets."""
+
+    def __init__(self, data: Dataset) -> None:
+        self._data = data.with_format("numpy")
+        self.lengths = np.array([len(ids) for ids in self._column("input_ids")], dtype=np.int64)
+        self.targets = np.array([int(mask[1:].sum()) for mask in self._column("learned")], dtype=np.int64)
+
+    def _column(self, name: str) -> Iterator[np.ndarray]:
+        for part in self._data.select_columns([name]).iter(batch_size=1024):
+            yield from part[name]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def collate(self, rows: list[int], number: int) -> MicroBatch:
+        """Pad ``rows`` to the longest of them."""
+        width = max(2, int(self.lengths[rows].max()))
+        input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        labels = torch.full((len(rows), width), IGNORE, dtype=torch.int64)
+        for line, row in enumerate(rows):
+            item = self._data[row]
+            ids = torch.as_tensor(np.asarray(item["input_ids"], dtype=np.int64))
+            learned = torch.as_tensor(np.asarray(item["learned"], dtype=bool))
+            input_ids[line, : len(ids)] = ids
+            labels[line, : len(ids)] = torch.where(learned, ids, IGNORE)
+        return MicroBatch(number, input_ids, labels)
+
+
+def idle_micro_batch() -> MicroBatch:
+    """Return the smallest micro-batch, of weight zero: its rank takes part in every collective and adds nothing."""
+    return MicroBatch(-1, torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64), weight=0.0)
+
+
+class Loader:
+    """Global batches of training rows, this rank's part of each."""
+
+    def __init__(
+        self, rows: TokenRows, global_batch_size: int, micro_batch_size: int, seed: int, rank: int, num_ranks: int
+    ) -> None:
+        self.rows, self.seed, self.rank, self.num_ranks = rows, seed, rank, num_ranks
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.rows))
+
+    def indices(self, position: int, count: int) -> list[int]:
+        """Return the row numbers at positions ``[position, position + count)``."""
+        size = len(self.rows)
+        return [int(self._order(p // size)[p % size]) for p in range(position, position + count)]
+
+    def batch_at(self, position: int, limit: int) -> Batch:
+        """Return the global batch that starts at ``position``; it ends before ``limit``."""
+        chosen = self.indices(position, min(self.global_batch_size, limit - position))
+        return build_batch(self.rows, chosen, self.micro_batch_size, self.rank, self.num_ranks)
+
+
+def build_batch(rows: TokenRows, chosen: list[int], micro_batch_size: int, rank: int, num_ranks: int) -> Batch:
+    """Cut rows into micro-batches (rows of like length together, to pad little) and take this rank's."""
+    by_length = sorted(chosen, key=lambda row: (int(rows.lengths[row]), row))
+    pieces = [by_length[i : i + micro_batch_size] for i in range(0, len(by_length), micro_batch_size)]
+    return Batch(
+        [
+            idle_micro_batch() if number is None else rows.collate(pieces[number], number)
+            for number in deal(len(pieces), rank, num_ranks)
+        ],
+        num_rows=len(chosen),
+        num_tokens=int(rows.lengths[chosen].sum()),
+        num_targets=int(rows.targets[chosen].sum()),
+    )

@@ -1,0 +1,62 @@
+"""What a user can fix: every error carries its exit code and says what to do.
+
+Anything else that escapes is a bug of ours and ends with code 1 and a traceback.
+"""
+
+
+class FsdpQloraError(Exception):
+    """An error with a message for the person who runs us; ``exit_code`` is the process's."""
+
+    exit_code = 1
+
+
+class ConfigError(FsdpQloraError):
+    """The configuration is wrong: a key, a type, a pair that cannot go together."""
+
+    exit_code = 2
+
+
+class PlanError(ConfigError):
+    """The configuration is well formed but cannot be carried out on this model or machine."""
+
+
+class ModelError(ConfigError):
+    """The base model cannot be found, read or trained as asked."""
+
+
+class DataError(ConfigError):
+    """The data cannot be found or read, or holds nothing to learn from."""
+
+
+class RunFolderError(ConfigError):
+    """The run folder is in use or holds something the settings do not allow to touch."""
+
+
+class CheckpointError(FsdpQloraError):
+    """A checkpoint is damaged, incomplete or missing where it was demanded."""
+
+    exit_code = 65
+
+
+class StorageError(FsdpQloraError):
+    """Reading or writing failed: disk full, no permission."""
+
+    exit_code = 74
+
+
+class SecurityError(FsdpQloraError):
+    """A file asks for something that no honest file needs."""
+
+    exit_code = 77
+
+
+class NonFiniteError(FsdpQloraError):
+    """The loss or the gradient is not a finite number; the update was not made."""
+
+
+class NumericsError(FsdpQloraError):
+    """A check of the run's own invariants failed (bytes, ties, gradients)."""
+
+
+STOPPED_EXIT_CODE = 75
+"""Stopped early on a signal, after saving: not an error, so not an exception."""

@@ -1,0 +1,1 @@
+"""What is given away: a plain PEFT adapter, and answers to prompts."""

@@ -1,0 +1,107 @@
+"""The adapter in PEFT's own format: config, safetensors, tokenizer, model card. No trace of our layout in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.errors import ModelError, NumericsError
+from fsdp_qlora.model.lora import trainable_parameters
+from fsdp_qlora.model.stream import fill_slice
+from fsdp_qlora.plan.layout import endings
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+
+
+def gather_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the whole adapter on the CPU under PEFT's names. A collective: every rank calls it."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in trainable_parameters(model):
+        whole = parameter.detach()
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        found[name] = whole.to("cpu", copy=True).contiguous()
+    return found
+
+
+def short_targets(targets: Sequence[str], all_linears: Sequence[str]) -> list[str]:
+    """Return the names' endings if they mean just these linears (PEFT's usual form), else the full names."""
+    short = endings(targets)
+    meant = [n for n in all_linears if any(n == e or n.endswith("." + e) for e in short)]
+    return sorted(short) if set(meant) == set(targets) else sorted(targets)
+
+
+def export_adapter(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    base_model: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    model_card: str | None = None,
+) -> int:
+    """Write a PEFT adapter folder and read it back; return the bytes of its weights. For one rank to call.
+
+    Raises:
+        NumericsError: if a value is not finite or the file does not hold what was written.
+    """
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NumericsError(f"adapter: {name} holds values that are not finite numbers; it is not written.")
+    folder.mkdir(parents=True, exist_ok=True)
+    config.base_model_name_or_path = base_model
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    file = folder / WEIGHTS_NAME
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+    with safe_open(file, framework="pt") as written:
+        if set(written.keys()) != tensors.keys():
+            raise NumericsError(f"{file} does not hold the tensors that were written.")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    if model_card is not None:
+        (folder / "README.md").write_text(model_card)
+    return file.stat().st_size
+
+
+@torch.no_grad()
+def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size: int = 1) -> None:
+    """Fill a model's adapters from a PEFT adapter folder.
+
+    Raises:
+        ModelError: if its tensors are not just the model's, by name and shape.
+    """
+    file = folder / WEIGHTS_NAME
+    if not file.is_file():
+        raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")
+    parameters = dict(trainable_parameters(model))
+    with safe_open(file, framework="pt") as stored:
+        names = set(stored.keys())
+        if odd := sorted(names ^ parameters.keys()):
+            raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors, first {odd[0]}.")
+        for name, parameter in parameters.items():
+            value = stored.get_tensor(name)
+            if value.shape != parameter.shape:
+                raise ModelError(f"adapter: {name} is {list(value.shape)} in {file}, not {list(parameter.shape)}.")
+            fill_slice(parameter, value, shard_rank, shard_size)
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """Read adapter_config.json.
+
+    Raises:
+        ModelError: if it is missing or not of a LoRA adapter.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        raise ModelError(f"adapter: {folder} has no {CONFIG_NAME}: it is not a PEFT adapter folder.")
+    config = LoraConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"adapter: {folder} is not a LoRA adapter.")
+    return config

@@ -1,0 +1,278 @@
+"""`fit`: train what `prepare` made, keep it resumable, give the adapter away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.api import Prepared, debug_context
+from fsdp_qlora.checkpoint.checkpointer import Checkpointer
+from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of
+from fsdp_qlora.config.convert import to_dict
+from fsdp_qlora.data.loader import Loader, TokenRows, build_batch
+from fsdp_qlora.data.sources import names_of
+from fsdp_qlora.dist.process import memory_peak
+from fsdp_qlora.dist.reduce import any_rank, gather_json
+from fsdp_qlora.dist.signals import StopSignals
+from fsdp_qlora.errors import DataError, FsdpQloraError
+from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
+from fsdp_qlora.export.card import model_card
+from fsdp_qlora.export.serve import answer
+from fsdp_qlora.model.checks import FirstGradients
+from fsdp_qlora.model.lora import lora_config, seed_of, trainable_parameters
+from fsdp_qlora.model.shard import synchronize_gradients
+from fsdp_qlora.model.weights import header_digests
+from fsdp_qlora.optim.optimizers import ShardedOptimizer
+from fsdp_qlora.optim.schedules import build_schedule
+from fsdp_qlora.plan.batch import num_steps
+from fsdp_qlora.track.console import ConsoleProgress
+from fsdp_qlora.track.meter import Meter
+from fsdp_qlora.track.run_folder import RunFolder, versions, write_json
+from fsdp_qlora.track.tracker import JsonLines, Sink, Tracker
+from fsdp_qlora.track.wandb import WandbSink
+from fsdp_qlora.train.evaluate import Evaluation, evaluate
+from fsdp_qlora.train.loop import Due, LoopHooks, train_loop
+from fsdp_qlora.train.objectives import OBJECTIVES
+from fsdp_qlora.train.progress import Progress
+from fsdp_qlora.train.step import StepSettings
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a training ended."""
+
+    finished: bool
+    """False when a signal stopped it (it was saved, and a resume goes on)."""
+    summary: dict[str, Any]
+    """What summary.json holds; equal on every rank. Empty when stopped."""
+
+
+class Training:
+    """One run's moving parts: made from a `Prepared`, driven by `fit`."""
+
+    def __init__(self, prepared: Prepared, folder: RunFolder) -> None:
+        if prepared.data is None:
+            raise DataError("data.train: not set. Give a JSONL, JSON or Parquet file, a hub data set, or a list of them.")
+        self.prepared, self.folder, self.config = prepared, folder, prepared.config
+        self.model, self.ranks = prepared.model, prepared.ranks
+        train = self.config.train
+        self.rows = TokenRows(prepared.data.train)
+        self.eval_rows = TokenRows(prepared.data.eval) if prepared.data.eval is not None else None
+        self.loader = Loader(
+            self.rows, train.global_batch_size, train.micro_batch_size, self.config.run.seed,
+            self.ranks.rank, self.ranks.size,
+        )  # fmt: skip
+        self.num_steps = num_steps(train.max_steps, train.num_epochs, len(self.rows), train.global_batch_size)
+        self.last_position = self.num_steps * train.global_batch_size
+        if train.max_steps == 0:
+            self.last_position = round(train.num_epochs * len(self.rows))
+        self.optimizer = ShardedOptimizer(trainable_parameters(self.model), self.config.optim)
+        self.schedule = build_schedule(self.config.schedule, self.num_steps)
+        self.objective = OBJECTIVES[self.config.objective.name]
+        self.checkpointer = Checkpointer(folder.checkpoints, self.ranks, self.config.checkpoint.keep_last)
+        self.progress, self.meter = Progress(), Meter()
+        base = header_digests(prepared.folder)
+        self.identity = identity_of(to_dict(self.config), base, prepared.data.key)
+
+    def resume(self) -> Path | None:
+        """Go on from the checkpoint that the settings ask for; return its folder, or None for a new start."""
+        found = self.checkpointer.find(self.config.checkpoint.resume, self.identity)
+        if found is None:
+            return None
+        folder, manifest = found
+        self.progress = Progress(**manifest.progress)
+        self.optimizer.prepare_state(self.progress.step)
+        self.checkpointer.load(folder, manifest, self._tensors())
+        return folder
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint with a ready adapter in it."""
+        self.checkpointer.save(
+            progress.step, self._tensors(), progress.to_dict(), self.identity, versions(), self._attach_adapter
+        )
+
+    def _tensors(self) -> dict[str, Any]:
+        return checkpoint_tensors(trainable_parameters(self.model), self.optimizer)
+
+    def _attach_adapter(self, folder: Path) -> None:
+        self.export(folder / "adapter")
+
+    def export(self, folder: Path) -> int:
+        """Write the adapter as PEFT does; every rank calls it, rank 0 writes. Returns the bytes of its weights."""
+        tensors = gather_adapter(self.model)
+        size = 0
+        if self.ranks.is_main:
+            lora, all_linears = self.config.lora, [x.name for x in self.prepared.shapes.linears]
+            targets = short_targets(self.prepared.plan.targets, all_linears)
+            card = model_card(to_dict(self.config), self._facts())
+            peft_config = lora_config(targets, lora.r, lora.alpha, lora.dropout, lora.variant)
+            base = self.config.model.name
+            base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
+            size = export_adapter(folder, tensors, peft_config, base, self.prepared.tokenizer, card)
+        return gather_json(size, self.ranks)[0]
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "base_model": self.config.model.name,
+            "train_rows": len(self.rows),
+            "steps": self.progress.step,
+            "trainable_parameters": self.prepared.plan.trainable_parameters,
+            "eval_loss_before": self.progress.first_eval_loss,
+            "eval_loss_after": self.progress.last_eval_loss,
+            "versions": versions(),
+        }
+
+    def evaluate(self) -> Evaluation | None:
+        """Evaluate on the held-out rows, if there are any."""
+        if self.eval_rows is None:
+            return None
+        everything = list(range(len(self.eval_rows)))
+        batch = build_batch(
+            self.eval_rows, everything, self.config.train.eval_batch_size, self.ranks.rank, self.ranks.size
+        )
+        return evaluate(self.model, batch.micro_batches, self.objective, batch.num_targets, self.ranks)
+
+    def answers(self) -> list[str]:
+        """Answer the sample prompts, greedily, with all ranks."""
+        tokens = self.config.train.sample_tokens
+        return [answer(self.model, self.prepared.tokenizer, p, tokens) for p in self.config.train.sample_prompts]
+
+    def run(self, tracker: Tracker, signals: StopSignals) -> bool:
+        """Train to the end; return False if stopped."""
+        train = self.config.train
+        due = Due(
+            self.num_steps, train.log_every, train.eval_every, self.config.checkpoint.every_steps,
+            train.early_stopping_patience,
+        )  # fmt: skip
+        settings = StepSettings(
+            objective=self.objective, ranks=self.ranks, seed=self.config.run.seed, max_grad_norm=train.max_grad_norm,
+            synchronize=synchronize_gradients, seed_of=seed_of, around=debug_context(self.config),
+            after_backward=(FirstGradients(self.model, self.ranks),),
+        )  # fmt: skip
+        hooks = LoopHooks(
+            batch_at=partial(self.loader.batch_at, limit=self.last_position),
+            evaluate=self.evaluate,
+            save=self.save,
+            stop_requested=lambda: signals.requested,
+            peak_memory=lambda: memory_peak(self.ranks.device)[0],
+        )
+        return train_loop(
+            self.model, self.optimizer, self.schedule, self.config.optim.lr, self.progress, due, settings, hooks,
+            tracker, self.meter,
+        )  # fmt: skip
+
+
+def fit(prepared: Prepared, folder: RunFolder | None = None) -> FitResult:
+    """Train, resume where asked to, save, and write the adapter. Every rank calls it.
+
+    Raises:
+        FsdpQloraError: of the kind that says what went wrong, on every rank where the ranks can know.
+    """
+    own_folder = folder is None
+    if folder is None:
+        folder = RunFolder(prepared.config.run.output_root, prepared.config.run.name)
+        claim(folder, prepared)
+    with StopSignals() as signals:
+        training = Training(prepared, folder)
+        resumed = training.resume()
+        before = _before(training, folder, resumed)
+        if any_rank(signals.requested, prepared.ranks):  # asked to stop while loading: nothing to save yet
+            return FitResult(False, {})
+        with _tracker(training, folder) as tracker:
+            finished = training.run(tracker, signals)
+        if not finished:
+            return FitResult(False, {})
+        size = training.export(folder.adapter)
+        summary = _summary(training, before, training.answers(), size)
+    if prepared.ranks.is_main:
+        folder.write_summary(summary)
+        if own_folder:
+            folder.write_exit(0, 0)
+            folder.unlock()
+    return FitResult(True, summary)
+
+
+def claim(folder: RunFolder, prepared: Prepared) -> None:
+    """Take the run folder on rank 0 and write the settings into it; every rank calls it (library use)."""
+    problem: list[Any] = [None]
+    if prepared.ranks.is_main:
+        try:
+            folder.create()
+            folder.lock()
+            folder.clear_exit()
+            folder.write_config(to_dict(prepared.config))
+        except FsdpQloraError as error:
+            problem = [type(error).__name__, error.exit_code, str(error)]
+    verdict = gather_json(problem, prepared.ranks)[0]
+    if verdict[0] is not None:
+        error = FsdpQloraError(verdict[2])
+        error.exit_code = verdict[1]
+        raise error
+
+
+def _before(training: Training, folder: RunFolder, resumed: Path | None) -> list[str]:
+    """Return the answers before training; a resumed run takes them from where the first start left them."""
+    file = folder.path / "answers_before.json"
+    if resumed is not None and file.is_file():
+        import json
+
+        return json.loads(file.read_text())
+    answers = training.answers()
+    if training.ranks.is_main:
+        write_json(file, answers)
+    return answers
+
+
+@contextmanager
+def _tracker(training: Training, folder: RunFolder) -> Iterator[Tracker]:
+    sinks: list[Sink] = []
+    config = training.config
+    if training.ranks.is_main:
+        sinks.append(JsonLines(folder.metrics_file, training.progress.step))
+        sinks.append(ConsoleProgress(training.num_steps, training.progress.step))
+        if config.track.name == "wandb":
+            sinks.append(WandbSink(folder.path, config.run.name, config.track, to_dict(config)))
+    tracker = Tracker(sinks)
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
+def _summary(training: Training, before: list[str], after: list[str], adapter_bytes: int) -> dict[str, Any]:
+    prepared, progress, config = training.prepared, training.progress, training.config
+    peak, kind = memory_peak(training.ranks.device)
+    own = {
+        "rank": training.ranks.rank,
+        "bytes_read": prepared.load.bytes_read,
+        "quantized_bytes": prepared.load.quantized_bytes,
+        "peak_memory_bytes": peak,
+    }
+    speed = training.meter.total_tokens / max(1e-9, training.meter.total_seconds)
+    prompts = config.train.sample_prompts
+    return {
+        "steps": progress.step,
+        "eval_loss_before": progress.first_eval_loss,
+        "eval_loss_after": progress.last_eval_loss,
+        "tokens_per_second": speed,
+        "tokens": progress.tokens,
+        "target_tokens": progress.target_tokens,
+        "trainable_parameters": prepared.plan.trainable_parameters,
+        "base_parameters": prepared.plan.base_parameters,
+        "adapter_bytes": adapter_bytes,
+        "model_file_bytes": prepared.load.file_bytes,
+        "memory_kind": kind,
+        "planned_bytes_per_rank": prepared.plan.bytes.total,
+        "device": str(training.ranks.device),
+        "threads_per_rank": prepared.threads,
+        "load_seconds": prepared.load.seconds,
+        "data": {"train": names_of(config.data.train), "rows": len(training.rows)},
+        "samples": [
+            {"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=False)
+        ],
+        "ranks": gather_json(own, training.ranks),
+    }  # fmt: skip

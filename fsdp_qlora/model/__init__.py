@@ -1,0 +1,1 @@
+"""How a model comes to be: skeleton on meta, adapters, shards, and the weights streamed into them."""

@@ -1,0 +1,60 @@
+"""`CausalModel`: the module that FSDP makes its root and the loop calls.
+
+It runs the decoder, keeps the supervised positions, and asks the head for their losses; so all logits never exist, for
+any transformers causal LM, without touching its code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from fsdp_qlora.model.head import LossHead
+
+IGNORE = -100
+"""Label of a token that is not learned (torch's ``ignore_index``)."""
+
+
+class CausalModel(nn.Module):
+    """A transformers causal LM (plain or with PEFT adapters) whose forward returns token losses."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model under the adapters."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the float32 losses ``[targets]`` of the supervised tokens, in row-major order.
+
+        Args:
+            input_ids: int64 ``[rows, length]``, padded on the right (causal attention then needs no mask).
+            labels: int64 ``[rows, length]``, the token itself where it is learned and -100 elsewhere.
+        """
+        base = self.base
+        hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE
+        return base.get_output_embeddings()(hidden[:, :-1][supervised], labels=targets[supervised])
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``[rows, length, vocab]`` (for tests and export checks)."""
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def generate(self, **settings: Any) -> torch.Tensor:
+        """Generate as transformers does; under FSDP all ranks call it together."""
+        return self.model.generate(**settings)  # type: ignore[operator]
+
+
+def install_loss_head(model: PreTrainedModel, chunk: int) -> None:
+    """Replace the output head by a `LossHead` that shares its weight."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    model.set_output_embeddings(LossHead.from_linear(head, model.config.get_text_config(), chunk))

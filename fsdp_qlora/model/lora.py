@@ -1,0 +1,119 @@
+"""PEFT's adapters on a meta model: attach, initialise the same on any number of ranks.
+
+PEFT gives the config, the file format and the adapter modules. Its dispatcher learns our 4-bit layer through
+``LoraConfig._register_custom_module`` (private by name; `tests/unit/test_lora.py` says when it breaks).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from fsdp_qlora.errors import NumericsError
+from fsdp_qlora.plan.layout import row_range
+from fsdp_qlora.quant.linear import QuantLinear, local_tensor
+
+ADAPTER = "default"
+
+
+class QuantLoraLinear(nn.Module, LoraLayer):
+    """LoRA on a `QuantLinear`: ``base(x) + B(A(dropout(x))) * scaling`` (LoRA, https://arxiv.org/abs/2106.09685)."""
+
+    def __init__(
+        self, base_layer: QuantLinear, adapter_name: str, config: LoraConfig, r: int, lora_alpha: int, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self.fan_in_fan_out = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``[..., out_features]`` for ``[..., in_features]``."""
+        out = self.base_layer(x)
+        if self.disable_adapters:
+            return out
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                down = self.lora_A[name]
+                low = down(self.lora_dropout[name](x.to(down.weight.dtype)))
+                out = out + self.lora_B[name](low).to(out.dtype) * self.scaling[name]
+        return out
+
+
+def lora_config(
+    target_modules: Sequence[str], r: int, alpha: float, dropout: float = 0.0, variant: str = "lora"
+) -> LoraConfig:
+    """Return PEFT's config for the adapters."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=list(target_modules),
+        r=r,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        use_rslora=variant == "rslora",
+    )
+
+
+def attach_lora(
+    model: PreTrainedModel, target_modules: Sequence[str], r: int, alpha: float, dropout: float = 0.0,
+    variant: str = "lora",
+) -> PeftModel:  # fmt: skip
+    """Add LoRA adapters (float32, on meta) to the named linears of a meta model and freeze all else."""
+    config = lora_config(target_modules, r, alpha, dropout, variant)
+    config._register_custom_module({QuantLinear: QuantLoraLinear})
+    with warnings.catch_warnings():
+        # peft warns of a tied embedding that it would have to untie to merge; we neither target nor merge it here
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    assert isinstance(peft_model, PeftModel)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return peft_model
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield ``(name, parameter)`` of what is trained; the names are those of a plain PEFT adapter file."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield adapter_key(name), parameter
+
+
+def adapter_key(name: str) -> str:
+    """Return a parameter's name in PEFT's file: from ``base_model`` on, without the adapter's name."""
+    return name[name.index("base_model") :].replace(f".{ADAPTER}.", ".")
+
+
+@torch.no_grad()
+def initialize_adapters(model: nn.Module, seed: int, shard_rank: int = 0, shard_size: int = 1) -> None:
+    """Initialise the adapters as PEFT does (A uniform as `nn.Linear`, B zero), each from a seed of its own name.
+
+    Each tensor is drawn whole on the CPU and sliced, so the values do not depend on the number of ranks.
+    """
+    for name, parameter in trainable_parameters(model):
+        local = local_tensor(parameter)
+        if ".lora_B." in name:
+            local.zero_()
+            continue
+        if ".lora_A." not in name:
+            raise NumericsError(f"{name}: no initialisation is known for this trainable parameter.")
+        generator = torch.Generator().manual_seed(seed_of(seed, name))
+        bound = parameter.shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5)), PEFT's and nn.Linear's own
+        whole = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        start, stop = row_range(parameter.shape[0], shard_rank, shard_size)
+        local.copy_(whole[start:stop])
+
+
+def seed_of(*parts: object) -> int:
+    """Return a 63-bit seed that depends on every part."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

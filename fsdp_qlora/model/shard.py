@@ -1,0 +1,92 @@
+"""`fully_shard` on the plan's units, with mixed precision and plain sums as the reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.errors import NumericsError, PlanError
+from fsdp_qlora.quant.linear import QuantLinear
+from fsdp_qlora.quant.packing import STORAGE_DTYPE
+
+Precision = Literal["bf16", "fp32"]
+
+
+def model_dtype(precision: Precision) -> torch.dtype:
+    """Return the dtype of the unquantized base parameters."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:
+    """Return FSDP's policy: what is gathered in which dtype; gradients are always reduced in float32.
+
+    ``fp32`` means *no cast* (``param_dtype=None``): a float32 ``param_dtype`` would convert packed bytes as numbers.
+    """
+    param_dtype = torch.bfloat16 if precision == "bf16" else None
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+
+
+def shard_model(
+    model: nn.Module,
+    units: Sequence[Sequence[nn.Module]],
+    ranks: Ranks,
+    policy: MixedPrecisionPolicy,
+    reshard_after_forward: bool = True,
+) -> None:
+    """Shard ``model`` in place: each unit, then the model itself as the root.
+
+    Adapters must be attached before: what is attached later would be neither sharded nor reduced.
+
+    Raises:
+        PlanError: if the policy would cast packed bytes as if they were numbers.
+    """
+    _refuse_casting(model, policy)
+    for unit in units:
+        fully_shard(
+            list(unit), mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+        )  # fmt: skip
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is a sum over target tokens divided by their global count; FSDP must only add. The order of
+            # these two lines matters: without the first, gloo lacks the operation that the second asks for.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def _refuse_casting(model: nn.Module, policy: MixedPrecisionPolicy) -> None:
+    if policy.param_dtype in (None, STORAGE_DTYPE):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            raise PlanError(
+                f"{name}: param_dtype={policy.param_dtype} would convert its packed bytes ({STORAGE_DTYPE}) as if they "
+                "were numbers. Use precision=bf16 or precision=fp32; storage follows from it."
+            )
+
+
+def require_sharded(model: nn.Module, ranks: Ranks) -> None:
+    """Check that every trainable parameter is a float32 DTensor on our mesh.
+
+    Raises:
+        NumericsError: naming the first that is not: each rank would train its own copy of it.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if not isinstance(parameter, DTensor) or parameter.device_mesh != ranks.mesh:
+            raise NumericsError(f"{name} is trained but not sharded: attach adapters before shard_model().")
+        if parameter.dtype != torch.float32:
+            raise NumericsError(f"{name} is trained in {parameter.dtype}; adapters are kept in float32.")
+
+
+def synchronize_gradients(model: nn.Module, enabled: bool) -> None:
+    """Let the next backward reduce gradients over the ranks, or keep adding them up locally."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)

@@ -1,0 +1,162 @@
+"""The transformers model on the meta device, its tokenizer, its shapes, and its buffers once it is real."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import guard_torch_init_functions
+
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.plan.layout import LinearShape, ModelShapes
+
+_DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def resolve_folder(name: str, revision: str | None = None) -> Path:
+    """Return the folder of a model: itself where ``name`` is one, else its download from the hub.
+
+    Raises:
+        ModelError: if the folder is not there, or the hub does not give it.
+    """
+    if not name:
+        raise ModelError(
+            "model.name: not set. Give a hub name (model.name=Qwen/Qwen3-8B), a folder, or experiment=quickstart."
+        )
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.name: {name} has no config.json: it is not a transformers model folder.")
+        return folder.absolute()
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ModelError(f"model.name: there is no folder {name}.{_embedded_hint(name)}")
+    return _download(name, revision)
+
+
+def _embedded_hint(name: str) -> str:
+    if "fsdp_qlora" in name:
+        return " The embedded model and data are fetched by `fsdp-qlora prepare experiment=quickstart` (or `make train`)."
+    return ""
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOAD_PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
+        raise ModelError(
+            f"model.name: {name} is no folder here and the hub did not give it{offline}: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def build_skeleton(
+    folder: Path, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Build the causal language model of ``folder`` on meta: shapes and code, no memory.
+
+    Raises:
+        ModelError: if the architecture is unknown or needs code that is not trusted.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"model.name: {folder} cannot be built: {first}") from error
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def build_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of ``folder``.
+
+    Raises:
+        ModelError: if it has none that transformers can load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise ModelError(f"model.name: {folder} has no usable tokenizer: {error}") from error
+
+
+def read_shapes(model: PreTrainedModel) -> ModelShapes:
+    """Read off a (meta) transformers model what a plan needs to know.
+
+    Raises:
+        ModelError: if it has no input embedding, output head or repeated layers where transformers puts them.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = _decoder_layers(model)
+    if not isinstance(head, nn.Linear) or embedding is None or not layers:
+        raise ModelError(f"{type(model).__name__}: no embedding, linear head and decoder layers: not a causal LM?")
+    names = {module: name for name, module in model.named_modules()}
+    config = model.config.get_text_config()
+    linears = tuple(
+        LinearShape(name, m.out_features, m.in_features, m.bias is not None)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m is not head
+    )
+    return ModelShapes(
+        parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
+        linears=linears,
+        layers=tuple(names[layer] for layer in layers),
+        embedding=names[embedding],
+        head=names[head],
+        tied=head.weight is embedding.weight,
+        hidden_size=config.hidden_size,
+        vocab_size=head.out_features,
+        num_attention_heads=config.num_attention_heads,
+    )
+
+
+def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the modules that transformers says must not be split across devices."""
+    classes = set(model._no_split_modules or [])  # read only; spelt so by transformers since v4
+    return [module for module in model.modules() if type(module).__name__ in classes]
+
+
+def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Fill the non-persistent buffers (rotary frequencies) after ``to_empty``: no file holds them.
+
+    Uses transformers' own initialisation of the module that owns each buffer.
+
+    Raises:
+        ModelError: if a buffer is of a module that transformers does not initialise.
+    """
+    for name, module in model.named_modules():
+        buffers = {k: b for k, b in module.named_buffers(recurse=False) if k in module._non_persistent_buffers_set}
+        if not buffers or type(module).__module__.startswith("fsdp_qlora"):
+            continue
+        with torch.no_grad(), guard_torch_init_functions():
+            for buffer in buffers.values():
+                buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer.zero_()
+            model._init_weights(module)
+        for key, buffer in buffers.items():
+            if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
+                raise ModelError(f"{type(module).__name__} ({name}): buffer {key} cannot be made after loading.")
+
+
+def attention_for(device: torch.device, asked: str) -> str:
+    """Return the attention implementation: the one asked for, or the faster one of this device for ``auto``."""
+    if asked != "auto":
+        return asked
+    # bf16 sdpa on a CPU takes longer than two GEMMs and a softmax (docs/performance.md).
+    return "eager" if device.type == "cpu" else "sdpa"
+
+
+def end_of_turn_ids(model_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids that end an answer: the tokenizer's and the generation config's."""
+    ids = [tokenizer.eos_token_id, getattr(model_config, "eos_token_id", None)]
+    flat = [i for item in ids for i in (item if isinstance(item, list) else [item]) if i is not None]
+    return list(dict.fromkeys(flat))

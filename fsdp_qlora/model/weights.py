@@ -1,0 +1,151 @@
+"""Safetensors by byte range: tensor name -> file, offset, shape; read any run of its elements and nothing else.
+
+Plain reads instead of memory maps: a mapped file's pages count as this rank's resident memory, and the bytes read
+could not be counted. Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON, data).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.quant.packing import from_bytes
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """First byte, counted from the start of the file."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+def header_digests(folder: Path) -> dict[str, str]:
+    """Return what identifies a model's weight files without reading them whole: size and sha256 of the header."""
+    found: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            digest = hashlib.sha256(stream.read(min(length, _MAX_HEADER_BYTES))).hexdigest()
+        found[file.name] = f"{file.stat().st_size} bytes, header {digest[:16]}"
+    return found
+
+
+class SafetensorsFolder:
+    """The tensors of a model folder; counts the bytes read from it in ``bytes_read``."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers of all safetensors files of ``folder``.
+
+        Raises:
+            ModelError: if there are none, one is missing, or one is damaged.
+        """
+        self.folder, self.bytes_read = folder, 0
+        self.entries: dict[str, TensorEntry] = {}
+        self.total_bytes = 0
+        for file in self._files():
+            self._read_header(file)
+
+    def _files(self) -> list[Path]:
+        index = self.folder / _INDEX
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ModelError(f"{index} is not a safetensors index: {error}") from error
+            if outside := [n for n in names if Path(n).name != n]:
+                raise ModelError(f"{index} names a file outside its folder: {outside[0]}")
+        else:
+            names = sorted(file.name for file in self.folder.glob("*.safetensors"))
+            if not names:
+                raise ModelError(
+                    f"{self.folder} has no *.safetensors file. Pickled weights (.bin) are not read; convert them with "
+                    "transformers' save_pretrained."
+                )
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise ModelError(f"{self.folder}: {len(missing)} of {len(names)} weight files are missing: {missing[0]}")
+        return [self.folder / name for name in names]
+
+    def _read_header(self, file: Path) -> None:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise ModelError(f"{file} is damaged or cut short: its header does not fit into {size} bytes.")
+            header = stream.read(length)
+        self.bytes_read += 8 + length
+        self.total_bytes += size
+        try:
+            table: dict[str, Any] = json.loads(header)
+        except ValueError as error:
+            raise ModelError(f"{file} is damaged: its header is not JSON ({error}).") from error
+        table.pop("__metadata__", None)
+        for name, info in table.items():
+            self._add(file, size, 8 + length, name, info)
+
+    def _add(self, file: Path, size: int, start: int, name: str, info: dict[str, Any]) -> None:
+        begin, end = info["data_offsets"]
+        if not 0 <= begin <= end or start + end > size:
+            raise ModelError(
+                f"{file} is cut short: tensor {name} ends at byte {start + end}, the file has {size}. Download it again."
+            )
+        entry = TensorEntry(name, file, info["dtype"], tuple(info["shape"]), start + begin)
+        if entry.dtype in _DTYPES and entry.numel * _DTYPES[entry.dtype].itemsize != end - begin:
+            raise ModelError(f"{file} is damaged: tensor {name} {entry.shape} {entry.dtype} has {end - begin} bytes.")
+        self.entries[name] = entry
+
+    def find(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
+        """Return the entry of a tensor of that shape.
+
+        Raises:
+            ModelError: if it is missing, has another shape, or is not bf16, fp16 or fp32.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            raise ModelError(f"{self.folder}: no tensor {name} in its {len(self.entries)} tensors.")
+        if entry.shape != shape:
+            raise ModelError(f"{entry.file}: tensor {name} is {list(entry.shape)}, the model needs {list(shape)}.")
+        if entry.dtype not in _DTYPES:
+            raise ModelError(f"{entry.file}: tensor {name} is {entry.dtype}; only {', '.join(_DTYPES)} can be read.")
+        return entry
+
+    def read(self, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+        """Return the flat elements ``[start, stop)`` of a tensor, in its own dtype, on the CPU."""
+        dtype = _DTYPES[entry.dtype]
+        data = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
+        if stop > start:
+            with entry.file.open("rb", buffering=0) as stream:
+                stream.seek(entry.offset + start * dtype.itemsize)
+                self._read_into(stream, data, entry)
+        self.bytes_read += data.numel()
+        return from_bytes(data, dtype)
+
+    @staticmethod
+    def _read_into(stream: Any, data: torch.Tensor, entry: TensorEntry) -> None:
+        view, done = memoryview(data.numpy()), 0
+        while done < len(view):
+            count = stream.readinto(view[done:])
+            if not count:
+                raise ModelError(f"{entry.file} ended while reading {entry.name}: it was cut while in use.")
+            done += count

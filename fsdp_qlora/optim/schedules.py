@@ -1,0 +1,40 @@
+"""Learning rate as a pure function of the optimizer step: nothing to save, nothing that counts ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from fsdp_qlora.config.schema import ScheduleSettings
+
+Schedule = Callable[[int], float]
+"""Step (from 0) -> factor on the peak learning rate."""
+
+
+def build_schedule(settings: ScheduleSettings, num_steps: int) -> Schedule:
+    """Return the schedule over ``num_steps``: linear warm-up, then the named decay to ``min_lr_ratio``.
+
+    As transformers' ``get_scheduler`` where it has the same one; ``wsd`` is warm-up-stable-decay with a linear decay
+    (MiniCPM, https://arxiv.org/abs/2404.06395, section 4).
+    """
+    warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * num_steps)
+    floor = settings.min_lr_ratio
+    decay_steps = max(1, num_steps - warmup)
+    stable = num_steps - max(1, round(settings.decay_ratio * num_steps))
+
+    def decay(step: int) -> float:
+        """Return the share of the way from the floor to the peak, after the warm-up."""
+        if settings.name == "constant":
+            return 1.0
+        if settings.name == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / decay_steps)))
+        if settings.name == "linear":
+            return max(0.0, (num_steps - step) / decay_steps)
+        return 1.0 if step < stable else max(0.0, (num_steps - step) / (num_steps - stable))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        return floor + (1 - floor) * decay(step)
+
+    return factor

@@ -1,0 +1,124 @@
+"""Which linears are quantized and trained, which modules are FSDP units, and how packed weights are cut into rows.
+
+Arithmetic only: shapes come in, names and numbers go out. The layout of a 4-bit weight is *block-aligned*: its flat
+weights are laid in rows of 16,384 = 64 x 256, one nested quantization block, so every dim-0 split by FSDP falls on
+whole blocks and each rank can read and quantize just its rows. See docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from fsdp_qlora.errors import PlanError
+
+BLOCK_WEIGHTS = 64
+"""Weights that share one absmax."""
+ROW_BLOCKS = 256
+"""Blocks in a row; also bitsandbytes' nested block (absmax values that share one nested absmax)."""
+ROW_WEIGHTS = BLOCK_WEIGHTS * ROW_BLOCKS
+"""Weights in a row of the packed storage."""
+ROW_BYTES = ROW_WEIGHTS // 2
+"""Bytes of 4-bit codes in a row."""
+
+
+def num_rows(numel: int) -> int:
+    """Return the rows of packed storage that ``numel`` weights take."""
+    return -(-numel // ROW_WEIGHTS)
+
+
+def num_blocks(numel: int) -> int:
+    """Return the number of quantization blocks (absmax values) of ``numel`` weights."""
+    return -(-numel // BLOCK_WEIGHTS)
+
+
+def row_range(rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """Return ``(start, stop)`` of the rows that ``rank`` holds: dim-0 sharding as in `torch.chunk` and FSDP2."""
+    chunk = -(-rows // num_ranks)
+    return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One linear layer of the model: ``weight`` is ``[out_features, in_features]``."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Number of weights, the bias not counted."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """What a plan needs to know of a model; `fsdp_qlora.model.skeleton.read_shapes` reads it off a meta model."""
+
+    parameters: dict[str, tuple[int, ...]]
+    """Every parameter's shape by name; tied ones once."""
+    linears: tuple[LinearShape, ...]
+    """Every linear layer, embeddings and the head not among them."""
+    layers: tuple[str, ...]
+    """Names of the decoder layers, in their order."""
+    embedding: str
+    """Name of the input embedding module."""
+    head: str
+    """Name of the output head module."""
+    tied: bool
+    """Whether head and embedding share one weight."""
+    hidden_size: int
+    vocab_size: int
+    num_attention_heads: int
+
+    def numel(self, prefix: str) -> int:
+        """Return the number of parameters under the module ``prefix``."""
+        return sum(prod(s) for name, s in self.parameters.items() if name.startswith(prefix + "."))
+
+
+def quantized_linears(shapes: ModelShapes) -> tuple[LinearShape, ...]:
+    """Return the linears that are stored in 4-bit: all inside the decoder layers."""
+    return tuple(x for x in shapes.linears if any(x.name.startswith(layer + ".") for layer in shapes.layers))
+
+
+def target_linears(shapes: ModelShapes, target_modules: str | Sequence[str]) -> tuple[str, ...]:
+    """Expand ``lora.target_modules`` to the full names of linears, in the model's order.
+
+    ``all-linear`` means every linear inside the decoder layers; otherwise each item is a full name or a name's ending.
+
+    Raises:
+        PlanError: if an item matches no linear; it lists the names there are.
+    """
+    candidates = [x.name for x in quantized_linears(shapes)]
+    if target_modules == "all-linear":
+        return tuple(candidates)
+    items = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    for item in items:
+        if not any(_matches(name, item) for name in candidates):
+            raise PlanError(
+                f"lora.target_modules: {item!r} matches none of the model's {len(candidates)} linears; "
+                f"this model has {', '.join(endings(candidates))} (or all-linear)."
+            )
+    return tuple(name for name in candidates if any(_matches(name, item) for item in items))
+
+
+def _matches(name: str, item: str) -> bool:
+    return name == item or name.endswith("." + item)
+
+
+def endings(names: Iterable[str]) -> list[str]:
+    """Return the distinct last parts of ``names``, in order of appearance."""
+    return list(dict.fromkeys(re.split(r"\.", name)[-1] for name in names))
+
+
+def fsdp_units(shapes: ModelShapes) -> tuple[tuple[str, ...], ...]:
+    """Return the FSDP units as tuples of module names: each decoder layer, embedding and head (one unit when tied).
+
+    What belongs to no unit here (the final norm) is in the root unit.
+    """
+    edges = ((shapes.embedding, shapes.head),) if shapes.tied else ((shapes.embedding,), (shapes.head,))
+    return tuple((layer,) for layer in shapes.layers) + edges

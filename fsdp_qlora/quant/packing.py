@@ -1,0 +1,70 @@
+"""Bytes <-> storage dtype and the block-aligned rows; the only place with ``.view(dtype)``.
+
+Why packed weights are stored as bfloat16 and statistics as integers: FSDP2 casts *float* parameters to
+``MixedPrecisionPolicy.param_dtype`` when it gathers them and leaves integers alone. A bf16 tensor under
+``param_dtype=bfloat16`` is gathered bit for bit; float32 statistics would be rounded, so their bits travel as int32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fsdp_qlora.plan.layout import ROW_BYTES, num_rows
+
+STORAGE_DTYPE = torch.bfloat16
+"""Dtype that packed weights pretend to have."""
+ROW_ELEMENTS = ROW_BYTES // STORAGE_DTYPE.itemsize
+"""Storage elements in a row: 4,096."""
+
+
+def bytes_to_rows(data: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return ``[rows, 4096]`` bfloat16 holding the uint8 vector ``data``, zero-padded at the end."""
+    out = torch.zeros(rows * ROW_BYTES, dtype=torch.uint8, device=data.device)
+    out[: data.numel()] = data.reshape(-1)
+    return out.view(STORAGE_DTYPE).view(rows, ROW_ELEMENTS)
+
+
+def rows_to_bytes(packed: torch.Tensor, numel: int) -> torch.Tensor:
+    """Return the uint8 vector of ``ceil(numel / 2)`` bytes that ``packed`` rows hold (a view)."""
+    return packed.reshape(-1).view(torch.uint8)[: (numel + 1) // 2]
+
+
+def values_to_rows(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Return ``[rows, columns]`` of the same dtype holding the vector ``values``, zero-padded at the end."""
+    out = torch.zeros(rows * columns, dtype=values.dtype, device=values.device)
+    out[: values.numel()] = values.reshape(-1)
+    return out.view(rows, columns)
+
+
+def float_to_bits(values: torch.Tensor) -> torch.Tensor:
+    """Return the int32 bits of float32 ``values``."""
+    return values.contiguous().view(torch.int32)
+
+
+def bits_to_float(bits: torch.Tensor) -> torch.Tensor:
+    """Return the float32 values of int32 ``bits``."""
+    return bits.view(torch.float32)
+
+
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a contiguous tensor as a uint8 vector (for hashing and comparing bit by bit)."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def from_bytes(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a uint8 vector's bytes as a vector of ``dtype``."""
+    return data.view(dtype)
+
+
+__all__ = [
+    "ROW_ELEMENTS",
+    "STORAGE_DTYPE",
+    "bits_to_float",
+    "bytes_to_rows",
+    "float_to_bits",
+    "from_bytes",
+    "num_rows",
+    "raw_bytes",
+    "rows_to_bytes",
+    "values_to_rows",
+]

@@ -1,0 +1,78 @@
+"""A progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class ConsoleProgress:
+    """Shows loss, tokens per second, memory and time left."""
+
+    def __init__(self, total_steps: int, start_step: int = 0) -> None:
+        self.console = Console(stderr=False, highlight=False)
+        self._total, self._started, self._first = total_steps, time.monotonic(), start_step
+        self._bar: Progress | None = None
+        if sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
+                TimeRemainingColumn(), console=self.console,
+            )  # fmt: skip
+            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, values="")
+            self._bar.start()
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Show a step's values."""
+        text = describe(values)
+        if self._bar is None:
+            print(f"step {step}/{self._total} {text}{self._left(step)}", flush=True)
+        elif "eval_loss" in values:
+            self._bar.print(f"step {step}/{self._total} {text}")
+        else:
+            self._bar.update(self._task, completed=step, values=text)
+
+    def _left(self, step: int) -> str:
+        done = step - self._first
+        if done <= 0 or step >= self._total:
+            return ""
+        return f", {clock((time.monotonic() - self._started) / done * (self._total - step))} left"
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def describe(values: dict[str, Any]) -> str:
+    """Return the values worth a person's eye in one line."""
+    if "eval_loss" in values:
+        return f"eval loss {values['eval_loss']:.4f}, perplexity {values['eval_perplexity']:.2f}"
+    return (
+        f"loss {values['loss']:.4f}, grad norm {values['grad_norm']:.3f}, lr {values['lr']:.2e}, "
+        f"{values['tokens_per_second']:.0f} tok/s, {megabytes(values['peak_memory_bytes'])}"
+    )
+
+
+def megabytes(count: float) -> str:
+    """Return bytes as a short text in powers of 1000."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as m:ss."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """Print rows of name and value."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 110).print(table)

@@ -1,0 +1,171 @@
+"""The run folder: a lock held by the kernel, config.yaml, versions.json, exit.json, summary.json.
+
+Layout and exit codes: README.md, "What a run leaves behind".
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fsdp_qlora.errors import ConfigError, RunFolderError, StorageError
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "fsdp-qlora")
+
+
+class RunFolder:
+    """``<output_root>/<name>`` and what is in it."""
+
+    def __init__(self, output_root: str, name: str) -> None:
+        self.path = Path(output_root).expanduser().absolute() / name
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.summary_file = self.path / "summary.json"
+        self.exit_file = self.path / "exit.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self._lock: int | None = None
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            StorageError: if that is not possible.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"run.output_root: {self.path} cannot be made: {error.strerror}.") from error
+
+    def lock(self) -> None:
+        """Take the folder for this process until it ends; the kernel lets go of it even after kill -9.
+
+        Raises:
+            RunFolderError: if another process has it, naming that process.
+        """
+        try:
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be written: {error.strerror}.") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 4096).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            raise RunFolderError(
+                f"run.name: {self.path} is in use by {holder}. Wait for it, stop it, or choose another run.name."
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n".encode(), 0)
+        self._lock = handle
+
+    def unlock(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run ended here by itself."""
+        return self.summary_file.is_file()
+
+    @property
+    def started(self) -> bool:
+        """Whether a run began here."""
+        return self.config_file.is_file()
+
+    def move_away(self) -> Path:
+        """Rename the folder to the next free ``<name>.N``; return where it is now. The lock moves along."""
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        self.path.rename(target)
+        self.unlock()
+        self.create()
+        self.lock()
+        return target
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write the resolved settings and the versions of what runs them."""
+        self.config_file.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        (self.path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write what came of the run; the folder then counts as finished."""
+        write_json(self.summary_file, summary)
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return what `write_summary` wrote."""
+        return json.loads(self.summary_file.read_text())
+
+    def clear_exit(self) -> None:
+        """Forget how the last start ended."""
+        self.exit_file.unlink(missing_ok=True)
+
+    def write_exit(self, code: int, rank: int, message: str = "") -> bool:
+        """Write how this start ended, unless a rank did so before; return whether it was written."""
+        body = {"code": code, "rank": rank, "message": message, "time": time.time()}
+        try:
+            staging = self.exit_file.with_name(f".exit.{os.getpid()}.json")
+            staging.write_text(json.dumps(body) + "\n")
+            try:
+                os.link(staging, self.exit_file)  # fails where the file is there: the first failure stays
+            finally:
+                staging.unlink()
+        except FileExistsError:
+            return False
+        except OSError:
+            return False
+        return True
+
+    def read_exit(self) -> dict[str, Any] | None:
+        """Return what `write_exit` wrote, or None."""
+        try:
+            return json.loads(self.exit_file.read_text())
+        except (OSError, ValueError):
+            return None
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    staging = file.with_name(f".{file.name}.{os.getpid()}")
+    staging.write_text(json.dumps(value, indent=2) + "\n")
+    staging.replace(file)
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """Read a config.yaml as data.
+
+    Raises:
+        ConfigError: if it is not there or is no mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(file).expanduser().read_text())
+    except OSError as error:
+        raise ConfigError(f"run_from: {file} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"run_from: {file} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"run_from: {file} holds no settings.")
+    return values
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and the packages that decide the numbers."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

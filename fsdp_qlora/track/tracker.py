@@ -1,0 +1,66 @@
+"""metrics.jsonl (the truth), and the console or W&B beside it. Only rank 0 has one that does anything."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Sink(Protocol):
+    """Something that takes metrics."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Take the values of a step."""
+
+    def close(self) -> None:
+        """Write out what is pending."""
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object a line, flushed as written."""
+
+    def __init__(self, file: Path, resume_step: int) -> None:
+        """Open for appending; lines after ``resume_step`` are of steps that a resume does again, and are cut."""
+        if file.exists():
+            kept = [line for line in file.read_text().splitlines(keepends=True) if _step_of(line) <= resume_step]
+            if resume_step == 0:
+                kept = []
+            staging = file.with_name(f".{file.name}.tmp")
+            staging.write_text("".join(kept))
+            staging.replace(file)
+        self._stream = file.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append a line."""
+        self._stream.write(json.dumps({"time": round(time.time(), 3), "step": step, **values}) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # half a line, from a run that was killed
+
+
+class Tracker:
+    """Several sinks as one."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Hand the values of a step to every sink."""
+        for sink in self._sinks:
+            sink.log(step, values)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()

@@ -1,0 +1,129 @@
+"""The loop: step, log, evaluate, save, until done or asked to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from fsdp_qlora.optim.schedules import Schedule
+from fsdp_qlora.track.meter import Meter
+from fsdp_qlora.train.evaluate import Evaluation
+from fsdp_qlora.train.progress import Progress
+from fsdp_qlora.train.step import Optimizer, StepBatch, StepSettings, train_step
+
+
+class CountedBatch(StepBatch, Protocol):
+    """A batch that knows what it adds to the progress."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows over all ranks."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding, over all ranks."""
+        ...
+
+
+class Tracker(Protocol):
+    """Where values go."""
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Take the values of a step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Due:
+    """When things happen; 0 means never."""
+
+    num_steps: int
+    log_every: int
+    eval_every: int
+    save_every: int
+    patience: int
+
+    @staticmethod
+    def _every(step: int, interval: int) -> bool:
+        return interval > 0 and step % interval == 0
+
+    def log(self, step: int) -> bool:
+        """Whether this step's values are logged."""
+        return self._every(step, self.log_every) or (self.log_every > 0 and step == self.num_steps)
+
+    def evaluate(self, step: int) -> bool:
+        """Whether there is an evaluation after this step; the last one always has one."""
+        return self._every(step, self.eval_every) or step == self.num_steps
+
+    def save(self, step: int) -> bool:
+        """Whether there is a checkpoint after this step."""
+        return self._every(step, self.save_every)
+
+
+@dataclass(frozen=True)
+class LoopHooks:
+    """What the loop asks of the outside."""
+
+    batch_at: Callable[[int], CountedBatch]
+    """Row position -> this rank's part of the global batch that starts there."""
+    evaluate: Callable[[], Evaluation | None]
+    save: Callable[[Progress], None]
+    stop_requested: Callable[[], bool]
+    """Whether this rank was asked to stop; the step makes it a decision of all."""
+    peak_memory: Callable[[], int]
+
+
+def train_loop(
+    model: nn.Module,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    peak_lr: float,
+    progress: Progress,
+    due: Due,
+    settings: StepSettings,
+    hooks: LoopHooks,
+    tracker: Tracker,
+    meter: Meter,
+) -> bool:
+    """Train until ``due.num_steps``; return False if it was stopped by a signal (after saving)."""
+    model.train()
+    saved = progress.step > 0  # a resumed run's last state is on disk already
+    if progress.step == 0 or due.evaluate(progress.step):
+        if progress.evaluated_step < progress.step:  # else the checkpoint was made after this step's evaluation
+            record_evaluation(hooks.evaluate(), progress, tracker)
+    while progress.step < due.num_steps:
+        batch, lr = hooks.batch_at(progress.position), peak_lr * schedule(progress.step)
+        with meter.step():
+            outcome = train_step(model, batch, optimizer, lr, progress.step + 1, hooks.stop_requested(), settings)
+        progress.advance(batch.num_rows, batch.num_tokens, batch.num_targets)
+        meter.count(batch.num_tokens)
+        step = progress.step
+        if due.log(step):
+            values = {"loss": outcome.loss, "grad_norm": outcome.grad_norm, "lr": lr}
+            totals = {"tokens": progress.tokens, "target_tokens": progress.target_tokens}
+            tracker.log(step, values | totals | meter.read() | {"peak_memory_bytes": hooks.peak_memory()})
+        saved = False
+        if due.evaluate(step) and not outcome.stop:
+            record_evaluation(hooks.evaluate(), progress, tracker)
+        if due.save(step) or outcome.stop:
+            hooks.save(progress)
+            saved = True
+        if outcome.stop and step < due.num_steps:
+            return False
+        if due.patience and progress.evals_without_gain >= due.patience:
+            break
+    if not saved:
+        hooks.save(progress)
+    return True
+
+
+def record_evaluation(result: Evaluation | None, progress: Progress, tracker: Tracker) -> None:
+    """Count and log an evaluation, if there was anything to evaluate on."""
+    if result is None:
+        return
+    progress.evaluated(result.loss)
+    tracker.log(progress.step, {"eval_loss": result.loss, "eval_perplexity": result.perplexity})

@@ -1,0 +1,38 @@
+"""What the loss is: an objective turns the model and a micro-batch into a *sum* over what is learned.
+
+Sums, not means: a mean of means over micro-batches and ranks with unequal numbers of targets is another loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+class MicroBatch(Protocol):
+    """What an objective needs of a micro-batch."""
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """int64 ``[rows, length]``."""
+        ...
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """int64 ``[rows, length]``, -100 where not learned."""
+        ...
+
+
+Objective = Callable[[nn.Module, MicroBatch, torch.device], torch.Tensor]
+"""(model, micro-batch, device) -> sum of losses, a float32 scalar."""
+
+
+def supervised_fine_tuning(model: nn.Module, micro_batch: MicroBatch, device: torch.device) -> torch.Tensor:
+    """Return the sum of the cross entropy of all supervised tokens."""
+    return model(micro_batch.input_ids.to(device), micro_batch.labels.to(device)).sum()
+
+
+OBJECTIVES: dict[str, Objective] = {"sft": supervised_fine_tuning}

@@ -1,0 +1,122 @@
+"""One optimizer step: micro-batches, one reduction, clipping, update. The same numbers on any number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.dist.reduce import all_sum
+from fsdp_qlora.errors import NonFiniteError
+from fsdp_qlora.train.objectives import MicroBatch, Objective
+
+
+class Optimizer(Protocol):
+    """What a step needs of an optimizer."""
+
+    def grad_square_sum(self) -> float:
+        """Return the sum of squares of this rank's shard of the gradient."""
+        ...
+
+    def step(self, lr: float, grad_scale: float = 1.0) -> None:
+        """Update the parameters and drop the gradients."""
+        ...
+
+
+class NumberedMicroBatch(MicroBatch, Protocol):
+    """A micro-batch with its place in the global batch."""
+
+    @property
+    def number(self) -> int:
+        """Number within the global batch, the same on any number of ranks."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """0 where it only keeps this rank in step."""
+        ...
+
+
+class StepBatch(Protocol):
+    """This rank's part of a global batch."""
+
+    @property
+    def micro_batches(self) -> Sequence[NumberedMicroBatch]:
+        """What this rank runs."""
+        ...
+
+    @property
+    def num_targets(self) -> int:
+        """Supervised tokens over all ranks."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What stays the same from step to step."""
+
+    objective: Objective
+    ranks: Ranks
+    seed: int
+    max_grad_norm: float
+    synchronize: Callable[[nn.Module, bool], None]
+    """Called with (model, whether the next backward reduces gradients over the ranks)."""
+    seed_of: Callable[..., int]
+    around: Callable[[], AbstractContextManager[object]]
+    """Context of forward and backward (anomaly detection)."""
+    after_backward: Sequence[Callable[[int], None]] = field(default_factory=tuple)
+    """Checks on the reduced gradients, called with the step's number."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step gave, equal on every rank."""
+
+    loss: float
+    """Sum of losses over the global count of supervised tokens."""
+    grad_norm: float
+    """Before clipping."""
+    stop: bool
+    """Whether any rank was asked to stop."""
+
+
+def train_step(
+    model: nn.Module, batch: StepBatch, optimizer: Optimizer, lr: float, number: int, stop: bool, settings: StepSettings
+) -> StepOutcome:
+    """Run step ``number`` (from 1) and update the parameters.
+
+    Raises:
+        NonFiniteError: on every rank alike, before the update, if the loss or the gradient is not finite.
+    """
+    ranks, last = settings.ranks, len(batch.micro_batches) - 1
+    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for turn, micro_batch in enumerate(batch.micro_batches):
+        settings.synchronize(model, turn == last)
+        # Dropout depends on the micro-batch, not on the rank that happens to run it.
+        torch.manual_seed(settings.seed_of(settings.seed, number, micro_batch.number))
+        with settings.around():
+            loss = settings.objective(model, micro_batch, ranks.device) * micro_batch.weight
+            (loss / max(1, batch.num_targets)).backward()
+        loss_sum += loss.detach()
+    for check in settings.after_backward:
+        check(number)
+    loss_total, squares, stops = all_sum(
+        [float(loss_sum), optimizer.grad_square_sum() / ranks.num_replicas, float(stop)], ranks
+    )
+    loss_mean, grad_norm = loss_total / max(1, batch.num_targets), math.sqrt(max(0.0, squares))
+    if math.isnan(squares) or not math.isfinite(loss_mean) or not math.isfinite(grad_norm):
+        own = float(loss_sum)
+        raise NonFiniteError(
+            f"step {number}: loss {loss_mean}, gradient norm {grad_norm}; the parameters were not updated. Rank "
+            f"{ranks.rank}'s own loss sum is {own}. Lower optim.lr, check the data, or find the operation with "
+            "debug=anomaly."
+        )
+    limit = settings.max_grad_norm
+    optimizer.step(lr, min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0)
+    return StepOutcome(loss_mean, grad_norm, stops > 0)
