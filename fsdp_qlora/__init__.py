@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fsdp_qlora.api import Prepared, prepare
+    from fsdp_qlora.api import Prepared, load_for_inference, prepare
     from fsdp_qlora.checkpoint.checkpointer import Checkpointer
     from fsdp_qlora.config.schema import RunConfig
     from fsdp_qlora.export.adapter import export_adapter
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Prepared": "api",
     "prepare": "api",
+    "load_for_inference": "api",
     "Checkpointer": "checkpoint.checkpointer",
     "RunConfig": "config.schema",
     "export_adapter": "export.adapter",
@@ -56,6 +57,7 @@ __all__ = [
     "dequantize",
     "export_adapter",
     "fit",
+    "load_for_inference",
     "make_plan",
     "prepare",
     "quantize",

@@ -6,7 +6,7 @@ import atexit
 import os
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fsdp_qlora.config.rules import check
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.data.prepare import PreparedData, prepare_data, request_of
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
 from fsdp_qlora.dist.process import Placement, choose_device, process_group, set_threads, use_device
+from fsdp_qlora.export.adapter import load_adapter, read_adapter_config
 from fsdp_qlora.model.activations import checkpoint_activations, compile_layers
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters
@@ -118,6 +119,39 @@ def prepare(config: RunConfig, world: World | None = None, progress: Progress | 
     return Prepared(
         config, plan, model, tokenizer, world.ranks, folder, shapes, report, data, world.threads, world.stack
     )  # fmt: skip
+
+
+def load_for_inference(config: RunConfig, adapter: Path | None = None, world: World | None = None) -> Prepared:
+    """Load a base model in the settings' format, with a PEFT adapter on it if one is named.
+
+    The adapter's own config decides rank, scaling and targets, and the base model where ``config.model.name`` is empty.
+
+    Raises:
+        ModelError: if the folder is no LoRA adapter, or not one for this model.
+    """
+    if adapter is not None:
+        found = read_adapter_config(adapter)
+        name = config.model.name or found.base_model_name_or_path or ""
+        targets = found.target_modules
+        lora = LoraSettings(
+            variant="rslora" if found.use_rslora else "lora",
+            r=found.r,
+            alpha=found.lora_alpha,
+            target_modules=targets if isinstance(targets, str) else sorted(targets or []),
+        )
+        config = replace(config, model=replace(config.model, name=name), lora=lora)
+    prepared = prepare(config, world)
+    if adapter is not None:
+        load_adapter(adapter, prepared.model, prepared.ranks.shard_rank, prepared.ranks.shard_size)
+    prepared.model.eval()
+    return prepared
+
+
+def prepare_tokens(config: RunConfig) -> PreparedData:
+    """Tokenize the data alone: no model, no process group."""
+    check(config)
+    folder = resolve_folder(config.model.name, config.model.revision)
+    return _prepare_data(config, build_tokenizer(folder, config.model.trust_remote_code), prepares=True)
 
 
 def plan_for(config: RunConfig, world_size: int) -> TrainPlan:

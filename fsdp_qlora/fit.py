@@ -128,13 +128,7 @@ class Training:
 
     def evaluate(self) -> Evaluation | None:
         """Evaluate on the held-out rows, if there are any."""
-        if self.eval_rows is None:
-            return None
-        everything = list(range(len(self.eval_rows)))
-        batch = build_batch(
-            self.eval_rows, everything, self.config.train.eval_batch_size, self.ranks.rank, self.ranks.size
-        )
-        return evaluate(self.model, batch.micro_batches, self.objective, batch.num_targets, self.ranks)
+        return None if self.eval_rows is None else _evaluate(self.prepared, self.eval_rows)
 
     def answers(self) -> list[str]:
         """Answer the sample prompts, greedily, with all ranks."""
@@ -164,6 +158,24 @@ class Training:
             self.model, self.optimizer, self.schedule, self.config.optim.lr, self.progress, due, settings, hooks,
             tracker, self.meter,
         )  # fmt: skip
+
+
+def evaluate_prepared(prepared: Prepared) -> Evaluation:
+    """Evaluate a prepared model on its held-out rows. Every rank calls it.
+
+    Raises:
+        DataError: if there are none.
+    """
+    if prepared.data is None or prepared.data.eval is None:
+        raise DataError("data.eval: there is nothing to evaluate on; set data.eval or data.eval_fraction.")
+    return _evaluate(prepared, TokenRows(prepared.data.eval))
+
+
+def _evaluate(prepared: Prepared, rows: TokenRows) -> Evaluation:
+    ranks, config = prepared.ranks, prepared.config
+    batch = build_batch(rows, list(range(len(rows))), config.train.eval_batch_size, ranks.rank, ranks.size)
+    objective = OBJECTIVES[config.objective.name]
+    return evaluate(prepared.model, batch.micro_batches, objective, batch.num_targets, ranks)
 
 
 def fit(prepared: Prepared, folder: RunFolder | None = None) -> FitResult:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from fsdp_qlora.checkpoint.manifest import COMPLETE, FORMAT, MANIFEST, Manifest, compare, sha256
+from fsdp_qlora.checkpoint.manifest import COMPLETE, FORMAT, MANIFEST, Manifest, compare, list_files, sha256
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import barrier, gather_json
 from fsdp_qlora.errors import CheckpointError, FsdpQloraError, SecurityError, StorageError
@@ -27,6 +27,13 @@ from fsdp_qlora.errors import CheckpointError, FsdpQloraError, SecurityError, St
 _STEP_FOLDER = re.compile(r"step_(\d{8})")
 Attach = Callable[[Path], None]
 """Writes more into a checkpoint's subfolders (all ranks call it; a ready adapter)."""
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in ``folder`` that have their COMPLETE file, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(f for f in folder.iterdir() if _STEP_FOLDER.fullmatch(f.name) and (f / COMPLETE).is_file())
 
 
 class Checkpointer:
@@ -94,9 +101,7 @@ class Checkpointer:
 
     def complete(self) -> list[Path]:
         """Return the folders that have their COMPLETE file, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(f for f in self.folder.iterdir() if _STEP_FOLDER.fullmatch(f.name) and (f / COMPLETE).is_file())
+        return complete_checkpoints(self.folder)
 
     def find(self, resume: str, identity: dict[str, Any]) -> tuple[Path, Manifest] | None:
         """Return the checkpoint to resume from, decided by rank 0 for all, or None to start anew.
@@ -181,10 +186,10 @@ def _make_fresh(staging: Path) -> None:
 
 def _publish(staging: Path, target: Path, manifest: Manifest) -> None:
     """Hash and sync what was written, rename the folder, and write COMPLETE last."""
-    for file in sorted(staging.iterdir()):
-        if file.is_file():
-            _sync(file)
-            manifest.files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
+    for name in list_files(staging):
+        file = staging / name
+        _sync(file)
+        manifest.files[name] = {"size": file.stat().st_size, "sha256": sha256(file)}
     manifest.write(staging)
     _sync(staging / MANIFEST)
     _sync(staging)

@@ -19,7 +19,7 @@ from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError
 
 FORMAT = 1
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
-_SAFE_NAME = re.compile(r"[\w][\w.-]*")
+_SAFE_NAME = re.compile(r"(adapter/)?\w[\w.-]*")
 _MAX_MANIFEST_BYTES = 50_000_000
 
 
@@ -77,7 +77,7 @@ class Manifest:
         Raises:
             CheckpointError: naming the first file that is missing, extra or not the one that was written.
         """
-        present = {file.name for file in folder.iterdir() if file.is_file()} - {MANIFEST, COMPLETE}
+        present = set(list_files(folder)) - {MANIFEST, COMPLETE}
         if extra := sorted(present - self.files.keys()):
             raise CheckpointError(f"{folder / extra[0]} is not in the manifest.")
         for name, known in self.files.items():
@@ -92,8 +92,13 @@ def _require_plain_file(folder: Path, name: str) -> None:
     if not _SAFE_NAME.fullmatch(name):
         raise SecurityError(f"{folder / MANIFEST} names {name!r}: only plain file names are allowed.")
     file = folder / name
-    if file.is_symlink() or (file.exists() and not stat.S_ISREG(file.lstat().st_mode)):
+    if file.is_symlink() or file.parent.is_symlink() or (file.exists() and not stat.S_ISREG(file.lstat().st_mode)):
         raise SecurityError(f"{file} is not a regular file.")
+
+
+def list_files(folder: Path) -> list[str]:
+    """Return the names of the files in a checkpoint's folder, those of subfolders with the subfolder's name."""
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir())
 
 
 def sha256(file: Path) -> str:

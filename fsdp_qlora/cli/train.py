@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
 from dataclasses import replace
 from typing import Any
 
+from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, ConfigError, FsdpQloraError, RunFolderError
@@ -19,39 +18,15 @@ _GO, _SHOW = "go", "show"
 
 def run(config: RunConfig) -> int:
     """Train; return the exit code."""
-    if "RANK" not in os.environ and (num_ranks := _ranks_to_start(config)) > 1:
-        from fsdp_qlora.cli.launcher import launch
-
-        return launch("train", config, num_ranks)
-    return _rank(config)
+    return on_ranks("train", config, lambda world: _rank(config, world))
 
 
-def _ranks_to_start(config: RunConfig) -> int:
-    if config.launcher.nproc_per_node:
-        return config.launcher.nproc_per_node
-    if config.launcher.device == "cpu" or not (glob.glob("/dev/nvidia[0-9]*") or glob.glob("/dev/dri/render*")):
-        return 1
-    import torch
-
-    return max(1, torch.accelerator.device_count())
-
-
-def _rank(config: RunConfig) -> int:
+def _rank(config: RunConfig, world: Any) -> int:
     """Be one rank: claim the run folder together, prepare, fit, show."""
-    from fsdp_qlora.cli.quiet import quieten
-
-    quieten()
-    from fsdp_qlora.api import open_world
-    from fsdp_qlora.dist.process import die_with_parent
-
-    if "RANK" in os.environ:
-        die_with_parent()
     folder = RunFolder(config.run.output_root, config.run.name)
-    world = open_world(config)
     decision = _claim(folder, config, world)
     if decision["action"] == _SHOW:
         _show(folder, world.ranks.is_main, decision)
-        world.stack.close()
         return 0
     try:
         return _train(config, folder, world, decision)
@@ -77,7 +52,6 @@ def _train(config: RunConfig, folder: RunFolder, world: Any, decision: dict[str,
         print_start(prepared, decision.get("note", ""))
     result = fit(prepared, folder)
     watch.set()
-    prepared.close()
     code = 0 if result.finished else STOPPED_EXIT_CODE
     if main:
         folder.write_exit(code, 0)

@@ -61,6 +61,7 @@ def export_adapter(
     config.save_pretrained(str(folder))
     file = folder / WEIGHTS_NAME
     save_file(dict(tensors), file, metadata={"format": "pt"})
+    file.chmod(0o644)  # save_file leaves 0600, and an adapter is made to be given away
     with safe_open(file, framework="pt") as written:
         if set(written.keys()) != tensors.keys():
             raise NumericsError(f"{file} does not hold the tensors that were written.")

@@ -167,9 +167,10 @@ def verify_gather(model: nn.Module, ranks: Ranks) -> None:
     Raises:
         NumericsError: naming the first parameter and rank whose bytes changed on the way.
     """
-    unit = next((m for m in model.modules() if isinstance(m, FSDPModule) and _quantized_inside(m)), None)
-    if unit is None or unit is model:
+    units = [m for m in model.modules() if m is not model and isinstance(m, FSDPModule) and _quantized_inside(m)]
+    if not units:  # nothing is quantized
         return
+    unit = units[0]
     modules = _quantized_inside(unit)
     loaded = gather_json({n: _digests(m) for n, m in modules.items()}, ranks)
     unit.unshard()
@@ -200,8 +201,13 @@ def _digests(module: QuantLinear, num_shards: int = 0) -> dict[str, list[str]]:
             pieces = [local_tensor(parameter)]
         else:
             pieces = [parameter[slice(*row_range(parameter.shape[0], i, num_shards))] for i in range(num_shards)]
-        found[name] = [hashlib.sha256(raw_bytes(p).cpu().numpy().tobytes()).hexdigest() for p in pieces]
+        found[name] = [_sha256(piece) for piece in pieces]
     return found
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    # A copy: a tensor that has been a numpy array can no longer be resized, and FSDP frees by resizing.
+    return hashlib.sha256(raw_bytes(tensor).to("cpu", copy=True).numpy().data).hexdigest()
 
 
 __all__ = [

@@ -32,10 +32,11 @@ class _QuantMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        _ = ctx.saved_tensors  # raises if a gathered parameter was changed in between
-        (grad,) = grads
-        grad_x = grad @ ctx.layer.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
-        return (grad_x, None, *(None for _ in ctx.saved_tensors))
+        packed, absmax, *nested = ctx.saved_tensors
+        layer, (grad,) = ctx.layer, grads
+        quantized = QuantizedTensor(packed, absmax, nested[0] if nested else None, layer.offset)
+        weight = dequantize(quantized, layer.quant_format, layer.shape, grad.dtype)
+        return (grad @ weight, None, None, None, *(None for _ in nested))
 
 
 class QuantLinear(nn.Module):

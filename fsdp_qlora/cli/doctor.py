@@ -1,0 +1,33 @@
+"""`doctor`: what is here, and what would stand in a run's way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+
+from fsdp_qlora.config.schema import RunConfig
+
+
+def run(config: RunConfig) -> int:
+    """Print devices, versions, memory and the launcher's environment; return the exit code."""
+    from fsdp_qlora.cli.quiet import quieten
+
+    quieten()
+    import torch
+
+    from fsdp_qlora.dist.process import Placement, choose_device, device_types
+    from fsdp_qlora.track.console import megabytes, print_table
+    from fsdp_qlora.track.run_folder import versions
+
+    placement = Placement.from_env()
+    rows = [(name, value) for name, value in versions().items()]
+    rows += [(f"{kind} devices", str(count) if count else "yes") for kind, count in device_types().items()]
+    rows.append(("device of a run", str(choose_device(config.launcher.device, placement))))
+    rows.append(("cores", str(len(os.sched_getaffinity(0)))))
+    rows.append(("host", f"{socket.gethostname()}, rank {placement.rank} of {placement.world_size}"))
+    rows.append(("rendezvous", os.environ.get("MASTER_ADDR", "none (single process)")))
+    rows.append(("torch's threads", str(torch.get_num_threads())))
+    rows.append(("free disk here", megabytes(shutil.disk_usage(".").free)))
+    print_table("doctor", rows)
+    return 0

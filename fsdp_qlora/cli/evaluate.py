@@ -1,0 +1,34 @@
+"""`evaluate`: loss and perplexity of the base, or of the base with an adapter, on the held-out rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.cli.ranks import on_ranks
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.errors import ConfigError
+
+
+def run(config: RunConfig) -> int:
+    """Evaluate; return the exit code."""
+    if config.data.eval is None and config.data.eval_fraction == 0:
+        raise ConfigError("data.eval: there is nothing to evaluate on; set data.eval or data.eval_fraction.")
+    return on_ranks("evaluate", config, lambda world: _evaluate(config, world))
+
+
+def _evaluate(config: RunConfig, world: Any) -> int:
+    from fsdp_qlora.api import load_for_inference
+    from fsdp_qlora.fit import evaluate_prepared
+    from fsdp_qlora.track.run_folder import write_json
+
+    adapter = Path(config.adapter).expanduser() if config.adapter else None
+    result = evaluate_prepared(load_for_inference(config, adapter, world))
+    values = {
+        "eval_loss": result.loss, "eval_perplexity": result.perplexity, "target_tokens": result.target_tokens,
+    }  # fmt: skip
+    if world.ranks.is_main:
+        print(f"loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, {result.target_tokens} supervised tokens")
+        if config.evaluate.json:
+            write_json(Path(config.evaluate.json).expanduser(), values)
+    return 0

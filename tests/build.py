@@ -1,0 +1,62 @@
+"""Runs inside the pool: a world on a sub-mesh, a config in two lines, a whole `fit`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.api import Prepared, World, prepare
+from fsdp_qlora.config.convert import from_dict
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.dist.process import Placement
+from fsdp_qlora.fit import fit
+
+
+def world_of(ranks: Ranks) -> World:
+    """Return the pool's sub-mesh as the world of a run."""
+    return World(ranks, Placement(ranks.rank, ranks.rank, ranks.size, ranks.size), 1, ExitStack())
+
+
+def config_of(folder: str, **groups: dict[str, Any]) -> RunConfig:
+    """Return settings of a short run on the model in ``folder``."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {"name": folder},
+        "data": {"max_length": 64},
+        "lora": {"r": 4, "alpha": 8},
+        "train": {"max_steps": 4, "global_batch_size": 6, "micro_batch_size": 2},
+        "launcher": {"device": "cpu"},
+        "optim": {"lr": 2e-3},
+    }
+    for name, settings in groups.items():
+        values[name] = {**values.get(name, {}), **settings}
+    return from_dict(values)
+
+
+def build(ranks: Ranks, folder: str, **groups: dict[str, Any]) -> Prepared:
+    """Prepare a model on the pool's sub-mesh."""
+    return prepare(config_of(folder, **groups), world_of(ranks))
+
+
+def run_fit(ranks: Ranks, folder: str, root: str, name: str, groups: dict[str, Any]) -> dict[str, Any]:
+    """Train on the pool's sub-mesh; return the metrics of the training steps, the summary and the state's digests."""
+    run = {"output_root": root, "name": name, **groups.pop("run", {})}
+    result = fit(build(ranks, folder, run=run, **groups))
+    return {"summary": result.summary, "metrics": metrics(Path(root) / name)} if ranks.is_main else {}
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    """Return the training losses."""
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def norms(lines: list[dict[str, Any]]) -> list[float]:
+    """Return the gradient norms."""
+    return [line["grad_norm"] for line in lines if "grad_norm" in line]

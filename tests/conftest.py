@@ -1,0 +1,100 @@
+"""Fixtures that all tests share: the pool of ranks, a tiny model, rows, the command line's environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.pool import Pool
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a seeded fifth of the whole matrices where FSDP_QLORA_TEST_FIFTH names a seed (CI)."""
+    import random
+
+    seed = os.environ.get("FSDP_QLORA_TEST_FIFTH")
+    if seed is None:
+        return
+    full = [item for item in items if item.get_closest_marker("full")]
+    kept = set(random.Random(seed).sample(full, max(1, len(full) // 5))) if full else set()
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Four gloo ranks, started once."""
+    ranks = Pool()
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Llama (tied head, 2 layers) with tokenizer and chat template."""
+    return tiny.make_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSONL of 48 short conversations."""
+    return tiny.write_chat_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def cli_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment for the command line: a cache of its own, no hub, W&B offline."""
+    cache = tmp_path_factory.mktemp("cache")
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("FSDP_QLORA_", "WANDB_", "RANK", "WORLD_SIZE"))}
+    return {
+        **keep,
+        "FSDP_QLORA_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """Folder of the embedded SmolLM2-135M-Instruct; the test is skipped where it was not fetched (make assets)."""
+    from fsdp_qlora.cli.compose import embedded_path
+
+    folder = Path(embedded_path("smollm2-135m-instruct"))
+    if not (folder / "config.json").is_file():
+        pytest.skip("the embedded model is not here; `make assets` fetches it")
+    return folder
+
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def cli(cli_env: dict[str, str], tmp_path: Path) -> Cli:
+    """Run ``fsdp-qlora`` in a fresh folder: ``cli("train", "a=b", timeout=60)``."""
+
+    def run(*arguments: str, timeout: float = 150, **extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "fsdp_qlora", *arguments], cwd=tmp_path, env={**cli_env, **extra}, text=True,
+            capture_output=True, timeout=timeout, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def tiny_run(tiny_model: Path, chat_rows: Path) -> list[str]:
+    """Overrides of a short run on the tiny model and rows."""
+    return [
+        f"model.name={tiny_model}", f"data.train={chat_rows}", "data.eval_fraction=0.1", "data.max_length=64",
+        "train.max_steps=4", "train.global_batch_size=6", "train.micro_batch_size=2", "lora.r=4",
+        "run.name=tiny", "launcher.device=cpu",
+    ]  # fmt: skip

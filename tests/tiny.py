@@ -1,0 +1,75 @@
+"""Tiny random models and data, made on the spot: the real code paths in milliseconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven small ships sail home under grey skies".split()
+
+
+def sentence(number: int, words: int) -> str:
+    """Return some words that depend on ``number``."""
+    return " ".join(WORDS[(number * 7 + i * (number % 5 + 1)) % len(WORDS)] for i in range(words))
+
+
+def make_tokenizer(folder: Path) -> int:
+    """Train a byte-level BPE on a few sentences and save it; return its vocabulary size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([sentence(n, 12) for n in range(50)] + ["user assistant system"], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(str(folder))
+    return len(tokenizer)
+
+
+def make_model(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **settings: Any) -> Path:
+    """Save a random bf16 Llama with its tokenizer into ``folder``."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = make_tokenizer(folder)
+    shape = {
+        "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": vocab, "max_position_embeddings": 512, "tie_word_embeddings": True,
+        "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 2,
+    } | settings  # fmt: skip
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16)
+    model.save_pretrained(str(folder), max_shard_size=max_shard_size)
+    return folder
+
+
+def write_chat_rows(file: Path, count: int = 48) -> Path:
+    """Write ``count`` conversations of uneven length as JSONL."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{n}: " + sentence(n, 2 + n % 6)},
+                {"role": "assistant", "content": sentence(n + 1, 3 + (n * 5) % 17)},
+            ]
+        }
+        for n in range(count)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file

@@ -1,0 +1,100 @@
+"""Shards quantize as the whole does, bit for bit, and bitsandbytes is the judge."""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from fsdp_qlora.plan.layout import ROW_WEIGHTS, num_blocks, num_rows, row_range
+from fsdp_qlora.quant.formats import QuantFormat, dequantize, one_thread, quantize, to_rows
+from fsdp_qlora.quant.linear import QuantLinear
+from fsdp_qlora.quant.packing import bits_to_float, rows_to_bytes
+
+SHAPES = [(576, 1536), (7, 13), (100, 333), (1, 1), (16384, 3), (3, 5461), (64, 256), (129, 128)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_slices_equal_the_whole(shape, name, double_quant, world_size):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+    quant_format = QuantFormat(name, double_quant)
+    flat, numel = weight.reshape(-1), weight.numel()
+    with one_thread():
+        codes, state = bnb.quantize_4bit(weight, compress_statistics=double_quant, quant_type=name)
+        ranges = [row_range(num_rows(numel), rank, world_size) for rank in range(world_size)]
+        parts = [quant_format.quantize_blocks(flat[a * ROW_WEIGHTS : b * ROW_WEIGHTS]) for a, b in ranges]
+        offset = torch.cat([absmax for _, absmax in parts]).mean() if double_quant else None
+        shards = [to_rows(quant_format, c, m, offset, b - a) for (c, m), (a, b) in zip(parts, ranges, strict=True)]
+    packed = torch.cat([s.packed for s in shards])
+    absmax = torch.cat([s.absmax for s in shards]).reshape(-1)[: num_blocks(numel)]
+    assert torch.equal(rows_to_bytes(packed, numel), codes.reshape(-1))
+    if double_quant:
+        nested = torch.cat([s.nested for s in shards])
+        assert torch.equal(absmax, state.absmax.reshape(-1))
+        assert torch.equal(bits_to_float(nested).reshape(-1), state.state2.absmax)
+        assert torch.equal(offset, state.offset)
+    else:
+        assert torch.equal(bits_to_float(absmax), state.absmax)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_dequantize_equals_bitsandbytes(shape, name, double_quant):
+    weight = torch.randn(shape)
+    quant_format = QuantFormat(name, double_quant)
+    with one_thread():
+        expected = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, compress_statistics=double_quant, quant_type=name))
+    assert torch.equal(dequantize(quantize(weight, quant_format), quant_format, shape, torch.float32), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_quant_linear_equals_its_dequantized_weight(name, bias):
+    torch.manual_seed(0)
+    layer = QuantLinear(96, 40, QuantFormat(name), bias=bias, dtype=torch.float32, device="cpu")
+    layer.fill(quantize(torch.randn(40, 96), layer.quant_format))
+    if bias:
+        layer.bias.data.normal_()
+    dense = layer.dequantize(torch.float32)
+    x = torch.randn(5, 96, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    layer(x).square().sum().backward()
+    torch.nn.functional.linear(y, dense, layer.bias).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    assert all(p.grad is None for p in layer.parameters())
+
+
+def test_forward_keeps_nothing_full_size_for_backward():
+    layer = QuantLinear(512, 512, QuantFormat(), device="cpu")
+    layer.fill(quantize(torch.randn(512, 512), layer.quant_format))
+    kept: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        layer(torch.randn(2, 512, dtype=torch.bfloat16, requires_grad=True))
+    assert kept and all(t.untyped_storage().data_ptr() in {p.data_ptr() for p in layer.parameters()} for t in kept)
+
+
+def test_gradients_after_an_evaluation_equal_those_without():
+    # bitsandbytes' own Linear4bit repacks itself in an eval forward on some CPUs, and its gradients are wrong after.
+    layer = QuantLinear(256, 128, QuantFormat(), device="cpu")
+    layer.fill(quantize(torch.randn(128, 256), layer.quant_format))
+    x = torch.randn(4, 256, dtype=torch.bfloat16, requires_grad=True)
+    (before,) = torch.autograd.grad(layer(x).float().square().sum(), x)
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+    layer.train()
+    (after,) = torch.autograd.grad(layer(x).float().square().sum(), x)
+    assert torch.equal(before, after)
+
+
+def test_has_no_weight_that_could_be_taken_for_numbers():
+    assert not hasattr(QuantLinear(64, 64, QuantFormat()), "weight")
