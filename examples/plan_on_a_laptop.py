@@ -23,7 +23,7 @@ def settings(folder: Path) -> RunConfig:
     return RunConfig(
         model=ModelSettings(name=str(folder)),
         data=DataSettings(max_length=1024),
-        lora=LoraSettings(r=16, target_modules=["q_proj", "v_proj"]),
+        lora=LoraSettings(r=16),
         train=TrainSettings(global_batch_size=16, micro_batch_size=1, activation_checkpointing="full"),
     )
 

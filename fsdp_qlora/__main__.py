@@ -7,6 +7,8 @@ import os
 import sys
 from importlib import import_module
 
+from fsdp_qlora.cli.launcher import launch, ranks_to_start
+from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.convert import from_dict, nearest
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
@@ -21,6 +23,8 @@ VERBS = {
     "export": "write the adapter of a run's checkpoint",
     "doctor": "show devices, versions and what is wrong here",
 }
+ON_RANKS = ("train", "evaluate", "generate")
+"""Verbs that run on several ranks."""
 
 
 def usage() -> str:
@@ -47,8 +51,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         raise ConfigError(f"{verb}: there is no such verb.{nearest(verb, VERBS)}\n{usage()}")
     if CONFIG_VARIABLE in os.environ:  # started by our launcher: it has composed for all ranks
         return _verb(verb, from_dict(json.loads(os.environ[CONFIG_VARIABLE])))
-    from fsdp_qlora.cli import compose
-
+    compose = import_module("fsdp_qlora.cli.compose")
     line = compose.split(arguments)
     if line.flags:
         return compose.hydra_main(verb, line, lambda config: _verb(verb, config))
@@ -56,6 +59,10 @@ def _run(verb: str, arguments: list[str]) -> int:
 
 
 def _verb(verb: str, config: RunConfig) -> int:
+    """Start the ranks that the settings ask for, or do the verb in this process."""
+    quieten()
+    if verb in ON_RANKS and "RANK" not in os.environ and (num_ranks := ranks_to_start(config)) > 1:
+        return launch(verb, config, num_ranks)
     return import_module(f"fsdp_qlora.cli.{verb}").run(config)
 
 

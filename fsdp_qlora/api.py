@@ -1,4 +1,4 @@
-"""The story of a run in two calls: `prepare` makes the sharded model real, `fit` trains it and gives the adapter away."""
+"""The story of a run in two calls: `prepare` makes the sharded model real, `fit` trains it (fit.py)."""
 
 from __future__ import annotations
 

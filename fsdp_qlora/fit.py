@@ -56,7 +56,9 @@ class Training:
 
     def __init__(self, prepared: Prepared, folder: RunFolder) -> None:
         if prepared.data is None:
-            raise DataError("data.train: not set. Give a JSONL, JSON or Parquet file, a hub data set, or a list of them.")
+            raise DataError(
+                "data.train: not set. Give a JSONL, JSON or Parquet file, a hub data set, or a list of them."
+            )
         self.prepared, self.folder, self.config = prepared, folder, prepared.config
         self.model, self.ranks = prepared.model, prepared.ranks
         train = self.config.train

@@ -55,6 +55,8 @@ if [ -n "${LOCAL_ADDR:-}" ]; then address=(--local-addr "$LOCAL_ADDR"); fi
 
 # torchrun sets this to 1 itself, with a warning; launcher.threads_per_rank decides the threads of torch's operations.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# An environment variable instead of torchrun's --shutdown-timeout, which torch 2.11 does not know (it then waits 30 s).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SHUTDOWN_SECONDS:-120}"
 
 exec "${TORCHRUN:-torchrun}" \
   --nnodes "$NNODES" \
@@ -65,5 +67,4 @@ exec "${TORCHRUN:-torchrun}" \
   --rdzv-conf "is_host=$is_host" \
   ${address[@]+"${address[@]}"} \
   --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
-  --shutdown-timeout "${SHUTDOWN_SECONDS:-120}" \
   -m fsdp_qlora "$@"

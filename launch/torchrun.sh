@@ -9,8 +9,8 @@
 # exit code 1: the true one is in outputs/<run.name>/exit.json (75: stopped early on a signal, after saving).
 #
 # Environment:
-#   SHUTDOWN_SECONDS  time the ranks have after SIGTERM, SIGINT or SIGUSR1 to save and leave (default 120; torchrun's
-#                     own 30 s can be too short for a save)
+#   SHUTDOWN_SECONDS  time the ranks have after SIGTERM, SIGINT or SIGUSR1 to save and leave (default 120; torch 2.11:
+#                     always 30)
 #   TORCHRUN          the torchrun to use (default: the one on PATH)
 set -euo pipefail
 
@@ -31,10 +31,11 @@ shift
 
 # torchrun sets this to 1 itself, with a warning; launcher.threads_per_rank decides the threads of torch's operations.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# An environment variable instead of torchrun's --shutdown-timeout, which torch 2.11 does not know (it then waits 30 s).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SHUTDOWN_SECONDS:-120}"
 
 exec "${TORCHRUN:-torchrun}" \
   --standalone \
   --nproc-per-node "$nproc" \
   --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
-  --shutdown-timeout "${SHUTDOWN_SECONDS:-120}" \
   -m fsdp_qlora "$@"

@@ -45,7 +45,9 @@ class Pool:
         for pipe in self._pipes:
             assert pipe.recv() == "ready"
 
-    def run(self, num_ranks: int, function: Callable[..., Any], *args: Any, layout: str = "shard", timeout: float = 180) -> list[Any]:
+    def run(
+        self, num_ranks: int, function: Callable[..., Any], *args: Any, layout: str = "shard", timeout: float = 180
+    ) -> list[Any]:
         """Call ``function(ranks, *args)`` on ``num_ranks`` ranks; raise the first error of any."""
         if not self._processes:
             self._start()
@@ -64,7 +66,9 @@ class Pool:
                     deadline = min(deadline, time.monotonic() + 3)
         if len(results) < num_ranks:
             self.stop()
-            raise RankError(error or f"ranks {sorted(set(range(num_ranks)) - results.keys())} gave no answer in {timeout} s")
+            raise RankError(
+                error or f"ranks {sorted(set(range(num_ranks)) - results.keys())} gave no answer in {timeout} s"
+            )
         if error:
             raise RankError(error)
         return [results[rank] for rank in range(num_ranks)]

@@ -11,7 +11,26 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven small ships sail home under grey skies".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "small",
+    "ships",
+    "sail",
+    "home",
+    "under",
+    "grey",
+    "skies",
+]
 
 
 def sentence(number: int, words: int) -> str:

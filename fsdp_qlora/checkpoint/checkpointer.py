@@ -1,7 +1,8 @@
 """`Checkpointer`: save and load sharded tensors with torch's DCP in safetensors, plus JSON.
 
-A checkpoint is written to a fresh temporary folder, synced, renamed, and counts only with its COMPLETE file, which holds
-the sha256 of manifest.json. Only tensors enter DCP: it would hide anything else in a pickle inside a .safetensors file.
+A checkpoint is written to a fresh temporary folder, synced, renamed, and counts only with its COMPLETE file, which
+holds the sha256 of manifest.json. Only tensors enter DCP, which would hide anything else in a pickle inside a
+.safetensors file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from fsdp_qlora.checkpoint.manifest import COMPLETE, FORMAT, MANIFEST, Manifest, compare, list_files, sha256
 from fsdp_qlora.dist.mesh import Ranks
@@ -73,10 +77,10 @@ class Checkpointer:
         return target
 
     def _write_tensors(self, staging: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        writer = dcp.HuggingFaceStorageWriter(str(staging), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.save(dict(tensors), storage_writer=writer, process_group=self.ranks.group)
+            save(dict(tensors), storage_writer=writer, process_group=self.ranks.group)
 
     def _all_or_none(self, work: Callable[[], None]) -> None:
         """Do something on this rank; raise on all ranks if it failed on any."""
@@ -85,7 +89,7 @@ class Checkpointer:
             work()
         except FsdpQloraError as error:
             problem = str(error)
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        except (OSError, RuntimeError, CheckpointException) as error:
             problem = f"{type(error).__name__}: {error}"
         problems = gather_json(problem, self.ranks)
         for rank, message in enumerate(problems):
@@ -106,7 +110,7 @@ class Checkpointer:
     def find(self, resume: str, identity: dict[str, Any]) -> tuple[Path, Manifest] | None:
         """Return the checkpoint to resume from, decided by rank 0 for all, or None to start anew.
 
-        ``resume`` is ``auto`` (the newest valid one; a damaged one is passed over with a warning), ``never``, or a folder.
+        ``resume`` is ``auto`` (the newest valid one; a damaged one is passed over and said), ``never`` or a path.
 
         Raises:
             CheckpointError: if a demanded checkpoint is missing or damaged, or none of several is valid.
@@ -155,13 +159,13 @@ class Checkpointer:
         if wanted != manifest.tensors:
             odd = sorted(k for k in wanted.keys() | manifest.tensors.keys() if wanted.get(k) != manifest.tensors.get(k))
             raise CheckpointError(
-                f"{folder}: {odd[0]} is {manifest.tensors.get(odd[0])} in the checkpoint and {wanted.get(odd[0])} in this "
-                f"run ({len(odd)} tensors differ)."
+                f"{folder}: {odd[0]} is {manifest.tensors.get(odd[0])} in the checkpoint and {wanted.get(odd[0])} in "
+                f"this run ({len(odd)} tensors differ)."
             )
-        reader = dcp.HuggingFaceStorageReader(str(folder))
+        reader = HuggingFaceStorageReader(str(folder))
         try:
-            dcp.load(dict(tensors), storage_reader=reader, process_group=self.ranks.group)
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            load(dict(tensors), storage_reader=reader, process_group=self.ranks.group)
+        except (OSError, RuntimeError, CheckpointException) as error:
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
         barrier(self.ranks)
 

@@ -117,6 +117,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> N
     if differ:
         lines = [f"{key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now." for key in differ]
         raise ConfigError(
-            "\n".join(lines) + f"\n{folder} was made with other settings. Set them back, choose another run.name, or start "
+            "\n".join(lines)
+            + f"\n{folder} was made with other settings. Set them back, choose another run.name, or start "
             "anew with checkpoint.resume=never."
         )

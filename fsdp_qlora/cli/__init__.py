@@ -1,1 +1,1 @@
-"""The door: the only code that knows Hydra. One module per verb, imported after the settings are composed and checked."""
+"""The door: the only code that knows Hydra. One module a verb, imported once the settings are checked."""

@@ -29,8 +29,23 @@ from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.track.run_folder import read_config
 
 VERBATIM = frozenset(
-    "prompt prompt_file adapter run_from model.name data.train data.eval run.name run.output_root checkpoint.resume "
-    "export.to export.checkpoint evaluate.json track.wandb_project track.wandb_entity".split()
+    {
+        "prompt",
+        "prompt_file",
+        "adapter",
+        "run_from",
+        "model.name",
+        "data.train",
+        "data.eval",
+        "run.name",
+        "run.output_root",
+        "checkpoint.resume",
+        "export.to",
+        "export.checkpoint",
+        "evaluate.json",
+        "track.wandb_project",
+        "track.wandb_entity",
+    }
 )
 """Keys whose values are taken as typed: no quoting, no Hydra grammar (a list may still be written ``[a,b]``)."""
 
@@ -287,7 +302,12 @@ def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) ->
     shown = [f"{key}={_quoted(value)}" for key, value in line.verbatim.items()]
     extra = ["--config-dir", line.config_dir] if line.config_dir else []
     multirun = [f if f != "-m" else "--multirun" for f in line.flags]
-    keep_tree_clean = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    keep_tree_clean = [
+        "hydra.output_subdir=null",
+        "hydra.run.dir=.",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+    ]
     if "--multirun" in multirun:
         keep_tree_clean += ["hydra.sweep.dir=.", "hydra.sweep.subdir=."]
     sys.argv = [f"fsdp-qlora {verb}", *multirun, *extra, *line.overrides, *shown, *keep_tree_clean]

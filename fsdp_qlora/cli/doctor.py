@@ -6,20 +6,16 @@ import os
 import shutil
 import socket
 
+import torch
+
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.dist.process import Placement, choose_device, device_types
+from fsdp_qlora.track.console import megabytes, print_table
+from fsdp_qlora.track.run_folder import versions
 
 
 def run(config: RunConfig) -> int:
     """Print devices, versions, memory and the launcher's environment; return the exit code."""
-    from fsdp_qlora.cli.quiet import quieten
-
-    quieten()
-    import torch
-
-    from fsdp_qlora.dist.process import Placement, choose_device, device_types
-    from fsdp_qlora.track.console import megabytes, print_table
-    from fsdp_qlora.track.run_folder import versions
-
     placement = Placement.from_env()
     rows = [(name, value) for name, value in versions().items()]
     rows += [(f"{kind} devices", str(count) if count else "yes") for kind, count in device_types().items()]

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from fsdp_qlora.api import World, load_for_inference
 from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.fit import evaluate_prepared
+from fsdp_qlora.track.run_folder import write_json
 
 
 def run(config: RunConfig) -> int:
     """Evaluate; return the exit code."""
     if config.data.eval is None and config.data.eval_fraction == 0:
         raise ConfigError("data.eval: there is nothing to evaluate on; set data.eval or data.eval_fraction.")
-    return on_ranks("evaluate", config, lambda world: _evaluate(config, world))
+    return on_ranks(config, lambda world: _evaluate(config, world))
 
 
-def _evaluate(config: RunConfig, world: Any) -> int:
-    from fsdp_qlora.api import load_for_inference
-    from fsdp_qlora.fit import evaluate_prepared
-    from fsdp_qlora.track.run_folder import write_json
-
+def _evaluate(config: RunConfig, world: World) -> int:
     adapter = Path(config.adapter).expanduser() if config.adapter else None
     result = evaluate_prepared(load_for_inference(config, adapter, world))
     values = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from fsdp_qlora.checkpoint.checkpointer import complete_checkpoints
+from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import CheckpointError, StorageError
 from fsdp_qlora.track.run_folder import RunFolder
@@ -12,9 +14,6 @@ from fsdp_qlora.track.run_folder import RunFolder
 
 def run(config: RunConfig) -> int:
     """Export; return the exit code."""
-    from fsdp_qlora.checkpoint.checkpointer import complete_checkpoints
-    from fsdp_qlora.checkpoint.manifest import Manifest
-
     folder = RunFolder(config.run.output_root, config.run.name)
     if config.export.checkpoint:
         source = Path(config.export.checkpoint).expanduser()

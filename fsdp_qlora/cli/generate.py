@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from fsdp_qlora.api import World, load_for_inference
 from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.export.serve import answer
 
 
 def run(config: RunConfig) -> int:
@@ -17,7 +21,7 @@ def run(config: RunConfig) -> int:
     prompt = config.prompt if config.prompt is not None else _read(config.prompt_file or "")
     if not prompt.strip():
         raise ConfigError("prompt: is empty.")
-    return on_ranks("generate", config, lambda world: _generate(config, prompt, world))
+    return on_ranks(config, lambda world: _generate(config, prompt, world))
 
 
 def _read(file: str) -> str:
@@ -27,14 +31,7 @@ def _read(file: str) -> str:
         raise ConfigError(f"prompt_file: {file} cannot be read: {error}.") from error
 
 
-def _generate(config: RunConfig, prompt: str, world: Any) -> int:
-    from dataclasses import replace
-
-    import torch
-
-    from fsdp_qlora.api import load_for_inference
-    from fsdp_qlora.export.serve import answer
-
+def _generate(config: RunConfig, prompt: str, world: World) -> int:
     config = replace(config, data=replace(config.data, train=None, eval=None))
     adapter = Path(config.adapter).expanduser() if config.adapter else None
     prepared = load_for_inference(config, adapter, world)

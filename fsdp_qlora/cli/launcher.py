@@ -1,7 +1,7 @@
 """Start the ranks on this machine: a parent that counts signals, and torch's elastic agent in a session of its own.
 
-The parent imports no torch. It hands the composed settings to the ranks, passes a first signal on, ends all at a second,
-and at the end prints the first failure's message last and exits with the true code.
+The parent imports no torch. It hands the composed settings to the ranks, passes a first signal on, ends all at a
+second, and at the end prints the first failure's message last and exits with the true code.
 """
 
 from __future__ import annotations
@@ -24,6 +24,18 @@ from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE
 from fsdp_qlora.track.run_folder import RunFolder
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def ranks_to_start(config: RunConfig) -> int:
+    """Return the number of ranks: as set, or one per accelerator of this machine."""
+    if config.launcher.nproc_per_node:
+        return config.launcher.nproc_per_node
+    has_device_files = any(any(Path("/dev").glob(name)) for name in ("nvidia[0-9]*", "dri/render*"))
+    if config.launcher.device == "cpu" or not has_device_files:
+        return 1
+    import torch
+
+    return max(1, torch.accelerator.device_count())
 
 
 def launch(verb: str, config: RunConfig, num_ranks: int) -> int:
@@ -52,7 +64,9 @@ def _wait(agent: subprocess.Popen[bytes]) -> None:
     def forward(number: int, _: FrameType | None) -> None:
         received.append(number)
         if len(received) == 1:
-            print(f"\n{signal.Signals(number).name}: saving, then leaving; once more to leave at once.", file=sys.stderr)
+            print(
+                f"\n{signal.Signals(number).name}: saving, then leaving; once more to leave at once.", file=sys.stderr
+            )
             agent.send_signal(number)
         else:
             agent.kill()  # its ranks die with it

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 
-from fsdp_qlora.cli.ranks import ranks_to_start
+from fsdp_qlora.api import plan_for
+from fsdp_qlora.cli.launcher import ranks_to_start
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.track.console import megabytes, print_table
 
 
 def run(config: RunConfig) -> int:
     """Print the plan as a table or as JSON; return the exit code."""
-    from fsdp_qlora.cli.quiet import quieten
-
-    quieten()
-    from fsdp_qlora.api import plan_for
-    from fsdp_qlora.track.console import megabytes, print_table
-
     plan = plan_for(config, config.plan.world_size or ranks_to_start(config))
     found = plan.to_dict(config.plan.gpu)
     if config.plan.json:
@@ -38,5 +34,7 @@ def run(config: RunConfig) -> int:
         )
     )
     print_table(f"plan for {config.model.name}", rows)
-    print("Parameters, statistics, adapters, gradients and optimizer are exact; activations, logits and gather estimates.")
+    print(
+        "Parameters, statistics, adapters, gradients and optimizer are exact; activations, logits and gather estimates."
+    )
     return 0

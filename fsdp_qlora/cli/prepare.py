@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+from fsdp_qlora.api import cache_folder, prepare_tokens
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.data.embedded import fetch_embedded
+from fsdp_qlora.data.sources import names_of
 
 
 def run(config: RunConfig) -> int:
     """Prepare; return the exit code."""
-    from fsdp_qlora.cli.compose import embedded_path
-    from fsdp_qlora.cli.quiet import quieten
-
-    quieten()
-    from fsdp_qlora.api import cache_folder, prepare_tokens
-    from fsdp_qlora.data.embedded import fetch_embedded
-    from fsdp_qlora.data.sources import names_of
-
     names = [config.model.name, *names_of(config.data.train or []), *names_of(config.data.eval or [])]
-    if any(name.startswith(embedded_path("")) for name in names):
+    if any(name.startswith(str(cache_folder() / "embedded")) for name in names):
         fetch_embedded(cache_folder())
     if config.data.train is None:
         print("data.train is not set: there is nothing to tokenize.")

@@ -74,7 +74,12 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     rows += _rank_rows(summary)
     rows.append(("run folder", str(folder.path)))
     rows.append(("adapter", str(folder.adapter)))
-    rows.append(("try next", f'fsdp-qlora generate run_from={folder.config_file} adapter={folder.adapter} prompt="Who are you?"'))
+    rows.append(
+        (
+            "try next",
+            f'fsdp-qlora generate run_from={folder.config_file} adapter={folder.adapter} prompt="Who are you?"',
+        )
+    )
     print_table(f"{folder.path.name}: done", rows)
 
 
@@ -91,7 +96,10 @@ def _rank_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     rows = [(f"{name} per rank", ", ".join(show(r) for r in ranks)) for name, _, show in each]
-    rows[0] = (rows[0][0], f"{rows[0][1]} ({summary['memory_kind']}; planned {megabytes(summary['planned_bytes_per_rank'])} of tensors)")
+    rows[0] = (
+        rows[0][0],
+        f"{rows[0][1]} ({summary['memory_kind']}; planned {megabytes(summary['planned_bytes_per_rank'])} of tensors)",
+    )
     return rows
 
 

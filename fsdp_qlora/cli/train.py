@@ -7,10 +7,15 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from fsdp_qlora.api import World, prepare
 from fsdp_qlora.cli.ranks import on_ranks
+from fsdp_qlora.cli.show import loading, print_start, print_stopped, print_summary
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.dist.reduce import gather_json
+from fsdp_qlora.dist.watch import leave_when
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, ConfigError, FsdpQloraError, RunFolderError
+from fsdp_qlora.fit import fit
 from fsdp_qlora.track.run_folder import RunFolder
 
 _GO, _SHOW = "go", "show"
@@ -18,10 +23,10 @@ _GO, _SHOW = "go", "show"
 
 def run(config: RunConfig) -> int:
     """Train; return the exit code."""
-    return on_ranks("train", config, lambda world: _rank(config, world))
+    return on_ranks(config, lambda world: _rank(config, world))
 
 
-def _rank(config: RunConfig, world: Any) -> int:
+def _rank(config: RunConfig, world: World) -> int:
     """Be one rank: claim the run folder together, prepare, fit, show."""
     folder = RunFolder(config.run.output_root, config.run.name)
     decision = _claim(folder, config, world)
@@ -38,12 +43,7 @@ def _rank(config: RunConfig, world: Any) -> int:
         raise
 
 
-def _train(config: RunConfig, folder: RunFolder, world: Any, decision: dict[str, Any]) -> int:
-    from fsdp_qlora.api import prepare
-    from fsdp_qlora.cli.show import loading, print_start, print_stopped, print_summary
-    from fsdp_qlora.dist.watch import leave_when
-    from fsdp_qlora.fit import fit
-
+def _train(config: RunConfig, folder: RunFolder, world: World, decision: dict[str, Any]) -> int:
     watch = leave_when(lambda: _failed_elsewhere(folder))
     config = replace(config, checkpoint=replace(config.checkpoint, resume=decision["resume"]))
     main = world.ranks.is_main
@@ -67,10 +67,8 @@ def _failed_elsewhere(folder: RunFolder) -> bool:
     return ended is not None and ended["code"] not in (0, STOPPED_EXIT_CODE)
 
 
-def _claim(folder: RunFolder, config: RunConfig, world: Any) -> dict[str, Any]:
+def _claim(folder: RunFolder, config: RunConfig, world: World) -> dict[str, Any]:
     """Take the run folder on rank 0 and agree on what to do; every rank gets the same answer or error."""
-    from fsdp_qlora.dist.reduce import gather_json
-
     settings = to_dict(config)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     decision: dict[str, Any] = {"digest": digest}
@@ -119,7 +117,5 @@ def _covers(folder: RunFolder, config: RunConfig) -> bool:
 
 def _show(folder: RunFolder, main: bool, decision: dict[str, Any]) -> None:
     if main:
-        from fsdp_qlora.cli.show import print_summary
-
         print(decision["note"])
         print_summary(folder.read_summary(), folder)

@@ -163,7 +163,7 @@ class ScheduleSettings:
     """The learning rate over the steps."""
 
     name: Literal["linear", "cosine", "constant", "wsd"] = "linear"
-    """Decay after the warm-up: to ``min_lr_ratio`` linearly, as a cosine, never, or only at the end (warm-up-stable-decay)."""
+    """Decay to ``min_lr_ratio``: linearly, as a cosine, never, or only at the end (warm-up-stable-decay)."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     warmup_ratio: float = 0.03

@@ -117,7 +117,9 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[i
 
 def _encode_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     if not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template, so conversations cannot be rendered; use prompt/completion")
+        raise DataError(
+            "the tokenizer has no chat template, so conversations cannot be rendered; use prompt/completion"
+        )
     text = _render(messages, tokenizer)
     spans = [
         _learned_span(messages, turn, text, tokenizer) for turn, m in enumerate(messages) if m["role"] == "assistant"
@@ -133,9 +135,7 @@ def _render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt:
     return text
 
 
-def _learned_span(
-    messages: list[Message], turn: int, text: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, int]:
+def _learned_span(messages: list[Message], turn: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Return the characters of ``text`` from the first word of an answer to the end of its end-of-turn token."""
     before = _render(messages[:turn], tokenizer, prompt=True)
     after = _render(messages[: turn + 1], tokenizer)

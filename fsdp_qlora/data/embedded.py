@@ -96,7 +96,9 @@ def _make_model(target: Path, say: Say) -> None:
         try:
             _convert(gguf, target)
         except ImportError as error:
-            raise ModelError(f"{error.name or error} is needed to convert it: pip install 'fsdp-qlora[embedded]'") from error
+            raise ModelError(
+                f"{error.name or error} is needed to convert it: pip install 'fsdp-qlora[embedded]'"
+            ) from error
 
 
 def _convert(gguf: Path, target: Path) -> None:

@@ -1,6 +1,6 @@
-"""Batches for one rank. The order is a pure function of (seed, epoch, position); the loader's whole state is one integer.
+"""Batches for one rank. The order is a pure function of (seed, epoch, position); the whole state is one integer.
 
-Position counts rows since the start over all ranks. Position ``p`` is row ``p % n`` of epoch ``p // n``'s permutation, so
+Position counts rows since the start over all ranks. Position ``p`` is row ``p % n`` of epoch ``p // n``'s permutation:
 each row comes exactly once an epoch for any number of ranks, and a resume at any position needs no replay.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class TokenRows:
 
     def _column(self, name: str) -> Iterator[np.ndarray]:
         for part in self._data.select_columns([name]).iter(batch_size=1024):
-            yield from part[name]
+            yield from cast(dict[str, Any], part)[name]
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -102,10 +102,7 @@ def _prepare(request: DataRequest, tokenizer: PreTrainedTokenizerBase, cache: Pa
     rows = load_rows(list(request.train), cache)
     if request.max_rows:
         rows = rows.select(range(min(request.max_rows, rows.num_rows)))
-    if request.eval:
-        parts = {"train": rows, "eval": load_rows(list(request.eval), cache)}
-    else:
-        parts = _split(rows, request)
+    parts = {"train": rows, "eval": load_rows(list(request.eval), cache)} if request.eval else _split(rows, request)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
     counts: dict[str, Any] = {"train": asdict(Counts()), "eval": asdict(Counts())}
     try:
@@ -160,8 +157,7 @@ def _example(row: Mapping[str, Any], row_format: str, number: int) -> Example:
 
 def _tokenize(rows: Dataset, request: DataRequest, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Counts]:
     row_format = _format_of(rows, request)
-    tally = dict.fromkeys(("rows", "kept", "truncated", "dropped_long", "dropped_unsupervised", "tokens"), 0)
-    tally["target_tokens"] = 0
+    tally = asdict(Counts())
 
     def generate() -> Any:
         for number, row in enumerate(_dicts(rows), start=1):
@@ -181,7 +177,7 @@ def _tokenize(rows: Dataset, request: DataRequest, tokenizer: PreTrainedTokenize
                 tally["target_tokens"] += targets
                 yield {"input_ids": piece[0], "learned": piece[1]}
 
-    data = Dataset.from_list(list(generate()), features=_FEATURES)
+    sequences = list(generate())
     counts = Counts(**tally)
     if counts.kept == 0:
         raise DataError(
@@ -189,7 +185,7 @@ def _tokenize(rows: Dataset, request: DataRequest, tokenizer: PreTrainedTokenize
             f"({counts.dropped_unsupervised} without an answer within data.max_length={request.max_length}, "
             f"{counts.dropped_long} dropped as too long)."
         )
-    return data, counts
+    return Dataset.from_list(sequences, features=_FEATURES), counts
 
 
 def _fit(

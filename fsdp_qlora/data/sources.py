@@ -121,7 +121,8 @@ def _load_hub(name: str) -> Dataset:
         rows = load_dataset(name, split=_HUB_TRAIN)
     except (DatasetNotFoundError, ConnectionError, ValueError, OSError) as error:
         raise DataError(
-            f"data: {name} is no file here and the hub did not give its {_HUB_TRAIN!r} split: {str(error).splitlines()[0]}"
+            f"data: {name} is no file here and the hub did not give its {_HUB_TRAIN!r} split: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     assert isinstance(rows, Dataset)
     return rows

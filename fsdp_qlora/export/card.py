@@ -33,7 +33,8 @@ A LoRA adapter, trained with [fsdp_qlora](https://github.com/fsdp-qlora/fsdp-qlo
 | Base model | `{facts["base_model"]}` |
 | Base precision in training | {quant["name"]}{double}, compute in {config["precision"]["name"]} |
 | Data | {sources} ({facts["train_rows"]} sequences) |
-| LoRA | {lora["variant"]}, r={lora["r"]}, alpha={lora["alpha"]}, dropout={lora["dropout"]}, targets={lora["target_modules"]} |
+| LoRA | {lora["variant"]}, r={lora["r"]}, alpha={lora["alpha"]}, dropout={lora["dropout"]} |
+| Adapted modules | {lora["target_modules"]} |
 | Trained parameters | {facts["trainable_parameters"]:,} |
 | Steps | {facts["steps"]} of {train["global_batch_size"]} rows |
 | Optimizer | {optim["name"]}, learning rate {optim["lr"]}, schedule {config["schedule"]["name"]} |

@@ -19,6 +19,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, 
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
+    assert isinstance(text, str)
     return dict(tokenizer(text, add_special_tokens=False, return_tensors="pt"))
 
 

@@ -42,7 +42,9 @@ class CausalModel(nn.Module):
         hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         supervised = targets != IGNORE
-        return base.get_output_embeddings()(hidden[:, :-1][supervised], labels=targets[supervised])
+        head = base.get_output_embeddings()
+        assert head is not None
+        return head(hidden[:, :-1][supervised], labels=targets[supervised])
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the logits ``[rows, length, vocab]`` (for tests and export checks)."""

@@ -28,8 +28,8 @@ class FirstGradients:
             missing = [name for name, p in trainable_parameters(self._model) if p.grad is None]
             if missing:
                 raise NumericsError(
-                    f"step {step}: {len(missing)} trained parameters got no gradient, first {missing[0]}: nothing of the "
-                    "loss depends on them."
+                    f"step {step}: {len(missing)} trained parameters got no gradient, first {missing[0]}: the loss "
+                    "does not depend on them."
                 )
         elif self._seen == 2:  # at the first step B is zero, so A's gradient is
             self._require_nonzero(step)

@@ -36,7 +36,7 @@ class LossHead(nn.Linear):
         head.logit_scale = scale / (getattr(model_config, "logits_scaling", None) or 1.0)
         return head
 
-    def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:  # noqa: A002
+    def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits ``[..., vocab]``; with ``labels`` int64 ``[tokens]``, the float32 losses ``[tokens]``.
 
         ``input`` is ``[..., hidden]``, with labels ``[tokens, hidden]``.

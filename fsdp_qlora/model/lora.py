@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -44,7 +44,8 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         for name in self.active_adapters:
             if name in self.lora_A:
                 down = self.lora_A[name]
-                low = down(self.lora_dropout[name](x.to(down.weight.dtype)))
+                dtype = cast(torch.Tensor, down.weight).dtype
+                low = down(self.lora_dropout[name](x.to(dtype)))
                 out = out + self.lora_B[name](low).to(out.dtype) * self.scaling[name]
         return out
 

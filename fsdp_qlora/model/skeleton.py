@@ -39,7 +39,9 @@ def resolve_folder(name: str, revision: str | None = None) -> Path:
 
 def _embedded_hint(name: str) -> str:
     if "fsdp_qlora" in name:
-        return " The embedded model and data are fetched by `fsdp-qlora prepare experiment=quickstart` (or `make train`)."
+        return (
+            " The embedded model and data are fetched by `fsdp-qlora prepare experiment=quickstart` (or `make train`)."
+        )
     return ""
 
 

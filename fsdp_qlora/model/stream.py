@@ -181,7 +181,9 @@ def verify_gather(model: nn.Module, ranks: Ranks) -> None:
                 for shard, digest in enumerate(digests):
                     for owner in range(shard, ranks.size, ranks.shard_size):
                         if loaded[owner][name][part][0] != digest:
-                            raise NumericsError(f"{name}.{part}: rank {ranks.rank} gathers other bytes than rank {owner} loaded.")
+                            raise NumericsError(
+                                f"{name}.{part}: rank {ranks.rank} gathers other bytes than rank {owner} loaded."
+                            )
     finally:
         unit.reshard()
 

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -108,7 +108,7 @@ class SafetensorsFolder:
         begin, end = info["data_offsets"]
         if not 0 <= begin <= end or start + end > size:
             raise ModelError(
-                f"{file} is cut short: tensor {name} ends at byte {start + end}, the file has {size}. Download it again."
+                f"{file} is cut short: {name} ends at byte {start + end}, the file has {size}; download it anew."
             )
         entry = TensorEntry(name, file, info["dtype"], tuple(info["shape"]), start + begin)
         if entry.dtype in _DTYPES and entry.numel * _DTYPES[entry.dtype].itemsize != end - begin:
@@ -143,7 +143,7 @@ class SafetensorsFolder:
 
     @staticmethod
     def _read_into(stream: Any, data: torch.Tensor, entry: TensorEntry) -> None:
-        view, done = memoryview(data.numpy()), 0
+        view, done = memoryview(cast(Any, data.numpy())), 0
         while done < len(view):
             count = stream.readinto(view[done:])
             if not count:

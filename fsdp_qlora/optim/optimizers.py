@@ -28,9 +28,9 @@ class ShardedOptimizer:
 
     def grad_square_sum(self) -> float:
         """Return the sum of squares of this rank's shard of the gradient, added in float64."""
-        grads = [_local(p.grad).float() for p in self.parameters.values() if p.grad is not None]
-        norms = torch._foreach_norm([g for g in grads if g.numel()]) if grads else []
-        return float(torch.stack(norms).double().square().sum()) if norms else 0.0
+        grads = [_local(p.grad) for p in self.parameters.values() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads if grad.numel()]
+        return float(torch.stack(norms).square().sum()) if norms else 0.0
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
@@ -96,7 +96,7 @@ def _empty_state(settings: OptimSettings, leaf: torch.Tensor, step: int) -> dict
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _as_sharded(local: torch.Tensor, like: nn.Parameter) -> torch.Tensor:

@@ -134,7 +134,9 @@ def _gather(
                 total += rows * ROW_BYTES + statistics_bytes(rows, settings.double_quant)
             else:
                 total += prod(shape) * settings.itemsize
-        lora = sum(prod(s) for n, x in adapted.items() if n.startswith(prefix + ".") for s in lora_shapes(x, settings.r))
+        lora = sum(
+            prod(s) for n, x in adapted.items() if n.startswith(prefix + ".") for s in lora_shapes(x, settings.r)
+        )
         return total + lora * settings.itemsize
 
     units = sorted((whole(name) for name in {*shapes.layers, shapes.embedding, shapes.head}), reverse=True)

@@ -74,7 +74,7 @@ class QuantFormat:
         return codes.reshape(-1), absmax
 
     def nest(self, absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantize statistics: absmax float32 ``[b]`` minus its offset to uint8 ``[b]`` and float32 ``[ceil(b / 256)]``.
+        """Quantize statistics: absmax float32 ``[b]`` minus its offset to uint8 ``[b]``, float32 ``[ceil(b/256)]``.
 
         ``offset`` is the mean of the *whole* tensor's absmax, float32 ``[]``.
         """

@@ -43,7 +43,7 @@ class QuantLinear(nn.Module):
     """A linear layer with a frozen weight in ``quant_format``.
 
     Parameters (all frozen): ``packed`` bfloat16 ``[rows, 4096]``, ``absmax`` ``[rows, 256]``, ``nested`` int32
-    ``[rows, 1]`` (double quantization only), ``bias`` ``[out_features]`` or None. ``offset`` is a float32 scalar buffer.
+    ``[rows, 1]`` (double quantization only), ``bias`` ``[out_features]`` or None. ``offset`` is a float32 buffer.
 
     Shapes: ``[..., in_features]`` -> ``[..., out_features]``.
     """

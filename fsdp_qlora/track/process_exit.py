@@ -1,7 +1,7 @@
 """How a process ends: one message for a person, the true exit code, and word of it to the launcher.
 
-torchrun turns every worker's code into 1, so the code also goes into files: the run folder's exit.json, and one that our
-own launcher names in the environment.
+torchrun turns every worker's code into 1, so the code also goes into files: the run folder's exit.json, and one that
+our own launcher names in the environment.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def tell_launcher(code: int, message: str = "") -> bool:
     if not file:
         return True
     staging = Path(f"{file}.{os.getpid()}")
-    staging.write_text(json.dumps({"code": code, "rank": int(os.environ.get("RANK", 0)), "message": message}))
+    staging.write_text(json.dumps({"code": code, "rank": int(os.environ.get("RANK", "0")), "message": message}))
     try:
         os.link(staging, file)
     except FileExistsError:
@@ -63,7 +63,7 @@ def guarded(work: Callable[[], int]) -> int:
     first = tell_launcher(code, message)
     if message and (EXIT_VARIABLE not in os.environ):
         print(f"{_where()}{message}", file=sys.stderr, flush=True)
-    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if distributed and code not in (0, 75):
         _record_for_torchrun(message)
         sys.stdout.flush()

@@ -92,9 +92,9 @@ def train_loop(
     """Train until ``due.num_steps``; return False if it was stopped by a signal (after saving)."""
     model.train()
     saved = progress.step > 0  # a resumed run's last state is on disk already
-    if progress.step == 0 or due.evaluate(progress.step):
-        if progress.evaluated_step < progress.step:  # else the checkpoint was made after this step's evaluation
-            record_evaluation(hooks.evaluate(), progress, tracker)
+    is_due = progress.step == 0 or due.evaluate(progress.step)
+    if is_due and progress.evaluated_step < progress.step:  # else the checkpoint was made after this evaluation
+        record_evaluation(hooks.evaluate(), progress, tracker)
     while progress.step < due.num_steps:
         batch, lr = hooks.batch_at(progress.position), peak_lr * schedule(progress.step)
         with meter.step():

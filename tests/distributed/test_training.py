@@ -122,7 +122,9 @@ def test_every_setting_learns(pool, tiny_model, chat_rows, tmp_path, reshard, op
     assert sum(found[-3:]) < sum(found[:3]) - 0.1
 
 
-def test_evaluation_is_equal_on_any_number_of_ranks_and_does_not_disturb_training(pool, tiny_model, chat_rows, tmp_path):
+def test_evaluation_is_equal_on_any_number_of_ranks_and_does_not_disturb_training(
+    pool, tiny_model, chat_rows, tmp_path
+):
     base = {"train": {"max_steps": 4, "eval_every": 0}, "precision": {"name": "fp32"}}
     rows = {"train": str(chat_rows), "eval_fraction": 0.15, "max_length": 64}
     often = {"train": {"max_steps": 4, "eval_every": 1, "eval_batch_size": 2}, "precision": {"name": "fp32"}}

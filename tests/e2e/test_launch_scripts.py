@@ -25,6 +25,7 @@ FAKES = {
     # One argument a line, one file a node; then ends as the test says.
     "torchrun": """
         printf '%s\\n' "$@" >"$RECORD/torchrun.${SLURM_NODEID:-${NODE:-0}}"
+        printf '%s\\n' "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" >"$RECORD/shutdown"
         if [ -n "${FAKE_EXIT_JSON:-}" ]; then
           mkdir -p outputs/first
           printf '%s\\n' "$FAKE_EXIT_JSON" >outputs/first/exit.json
@@ -121,8 +122,9 @@ def test_torchrun_script(cluster):
     assert done.returncode == 0, done.stderr
     assert cluster.recorded("torchrun.0") == [
         "--standalone", "--nproc-per-node", "4", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1",
-        "--shutdown-timeout", "7", "-m", "fsdp_qlora", "train", "a=b", "prompt=two words; $HOME",
+        "-m", "fsdp_qlora", "train", "a=b", "prompt=two words; $HOME",
     ]  # fmt: skip
+    assert cluster.recorded("shutdown") == ["7"]
 
 
 @pytest.mark.launch
@@ -152,7 +154,7 @@ def test_multinode_arguments(cluster, node):
         "--nnodes", "2", "--nproc-per-node", "8", "--rdzv-id", "today", "--rdzv-backend", "c10d",
         "--rdzv-endpoint", "10.0.0.1:29500", "--rdzv-conf", f"is_host={'true' if node == 0 else 'false'}",
         "--local-addr", f"10.0.0.{node + 1}", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1",
-        "--shutdown-timeout", "120", "-m", "fsdp_qlora", "train", "a=b", "prompt=two words",
+        "-m", "fsdp_qlora", "train", "a=b", "prompt=two words",
     ]  # fmt: skip
 
 
@@ -198,10 +200,11 @@ def test_slurm_arguments(cluster):
         assert cluster.recorded(f"torchrun.{node}") == [
             "--rdzv-conf", f"is_host={'true' if node == 0 else 'false'}", "--nnodes", "2", "--nproc-per-node", "8",
             "--rdzv-id", "123456-1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node-a:23456",
-            "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "120", "-m", "fsdp_qlora", "train",
+            "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "-m", "fsdp_qlora", "train",
             "model.name=x", "prompt=two words", "run.name=first", "run.output_root=outputs", "checkpoint.resume=auto",
         ]  # fmt: skip
     assert cluster.recorded("scontrol") == ["show hostnames node-[a-b]"]
+    assert cluster.recorded("shutdown") == ["120"]
 
 
 @pytest.mark.launch

@@ -1,0 +1,249 @@
+"""`train` as a person starts it: two ranks, stopped, resumed, killed, started twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.build import losses, metrics
+
+pytestmark = pytest.mark.launch
+
+
+def _start(arguments, env, folder, **extra):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fsdp_qlora", *arguments], cwd=folder, env={**env, **extra}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def _wait_for_step(file: Path, step: int, process, timeout=90):
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        if file.exists() and f'"step": {step}' in file.read_text():
+            return
+        time.sleep(0.02)
+    out, err = process.communicate(timeout=10)
+    raise AssertionError(f"step {step} did not come\n{out}\n{err}")
+
+
+def _ranks_of(process) -> list[int]:
+    """Return the processes of this launch that are ranks."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "environ").read_bytes().split(b"\0")
+                parent_chain = _ancestors(int(entry.name))
+            except OSError:
+                continue
+            if any(w.startswith(b"LOCAL_RANK=") for w in words) and process.pid in parent_chain:
+                found.append(int(entry.name))
+    return found
+
+
+def _ancestors(pid: int) -> list[int]:
+    chain = []
+    while pid > 1:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        pid = int(stat.rpartition(")")[2].split()[1])
+        chain.append(pid)
+    return chain
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_stopped_by_sigterm_and_resumed(cli, cli_env, tiny_run, tmp_path):
+    long = [*tiny_run, "train.max_steps=60", "lora.dropout=0.1", "train.eval_every=20"]
+    whole = cli("train", *long, "run.name=whole", "launcher.nproc_per_node=2")
+    assert whole.returncode == 0, whole.stderr
+    expected = metrics(tmp_path / "outputs/whole")
+
+    split = [*long, "run.name=split"]
+    process = _start(["train", *split, "launcher.nproc_per_node=2"], cli_env, tmp_path)
+    _wait_for_step(tmp_path / "outputs/split/metrics.jsonl", 7, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out + err
+    folder = tmp_path / "outputs/split"
+    assert json.loads((folder / "exit.json").read_text())["code"] == 75
+    stopped = metrics(folder)
+    (checkpoint,) = (folder / "checkpoints").glob("step_*")
+    assert int(checkpoint.name[5:]) == stopped[-1]["step"] < 60
+    assert not list(checkpoint.glob("*.pt")) and not list(checkpoint.glob(".metadata"))
+    before = (folder / "metrics.jsonl").read_text()
+
+    # on one rank first, in a copy: the same numbers but for the order of additions
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(tmp_path / "outputs"), str(copy)], check=True)
+    one = cli("train", *split, f"run.output_root={copy}", "launcher.nproc_per_node=1")
+    assert one.returncode == 0, one.stderr
+    found = losses(metrics(copy / "split"))
+    assert len(found) == 60
+    assert max(abs(a - b) / b for a, b in zip(found, losses(expected), strict=True)) < 5e-3
+
+    again = cli("train", *split, "launcher.nproc_per_node=2")
+    assert again.returncode == 0, again.stderr
+    resumed = metrics(folder)
+    assert (folder / "metrics.jsonl").read_text().startswith(before)
+    keep = ("step", "loss", "grad_norm", "lr", "tokens", "target_tokens", "eval_loss")
+    trimmed = [[{k: m[k] for k in keep if k in m} for m in lines] for lines in (resumed, expected)]
+    assert trimmed[0] == trimmed[1]
+    weights = [(tmp_path / f"outputs/{n}/adapter/adapter_model.safetensors").read_bytes() for n in ("whole", "split")]
+    assert weights[0] == weights[1]
+
+    third = cli("train", *split, "launcher.nproc_per_node=2")
+    assert third.returncode == 0 and "nothing to do" in third.stdout
+
+    changed = cli("train", *long, "run.name=split", "train.max_steps=70", "optim.lr=1e-3", "launcher.nproc_per_node=2")
+    assert changed.returncode == 2
+    assert "optim.lr: 0.0002 in the checkpoint, 0.001 now" in changed.stderr
+
+
+def test_torchrun_and_the_launcher_do_the_same(cli, cli_env, tiny_run, tmp_path):
+    mine = cli("train", *tiny_run, "run.name=mine", "launcher.nproc_per_node=2")
+    assert mine.returncode == 0, mine.stderr
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fsdp_qlora",
+        "train", *tiny_run, "run.name=theirs",
+    ]  # fmt: skip
+    theirs = subprocess.run(
+        torchrun, cwd=tmp_path, env=cli_env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert theirs.returncode == 0, theirs.stderr
+    names = ("mine", "theirs")
+    found = [losses(metrics(tmp_path / "outputs" / n)) for n in names]
+    assert found[0] == found[1] and len(found[0]) == 4
+    summary = json.loads((tmp_path / "outputs/mine/summary.json").read_text())
+    assert {"eval_loss_before", "eval_loss_after", "tokens_per_second", "trainable_parameters"} <= summary.keys()
+    assert [r["rank"] for r in summary["ranks"]] == [0, 1]
+    assert {"bytes_read", "quantized_bytes", "peak_memory_bytes"} <= summary["ranks"][0].keys()
+    line = metrics(tmp_path / "outputs/mine")[1]
+    assert set(line) == {
+        "time", "step", "loss", "grad_norm", "lr", "tokens", "target_tokens", "tokens_per_second", "step_seconds",
+        "peak_memory_bytes",
+    }  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "outputs").iterdir()) == ["mine", "theirs"]
+
+    again = cli("train", "run_from=outputs/mine/config.yaml", "run.name=again", "launcher.nproc_per_node=2")
+    assert again.returncode == 0, again.stderr
+    assert losses(metrics(tmp_path / "outputs/again")) == found[0]
+
+    exported = cli("export", "run.name=mine", "export.to=given")
+    assert exported.returncode == 0, exported.stderr
+    weights = [tmp_path / f / "adapter_model.safetensors" for f in ("given", "outputs/mine/adapter")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+    adapter = "adapter=outputs/mine/adapter"
+    said = cli("generate", 'prompt=What\'s up, world (a=b)? é {x: [1,2]}', adapter, "generate.max_new_tokens=5")
+    assert said.returncode == 0, said.stderr
+    evaluated = cli("evaluate", *tiny_run, adapter, "evaluate.json=eval.json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert set(found) == {"eval_loss", "eval_perplexity", "target_tokens"}
+    assert abs(found["eval_loss"] - summary["eval_loss_after"]) < 5e-3 * summary["eval_loss_after"]
+
+
+def test_a_killed_rank_ends_all_and_is_named(cli_env, tiny_run, tmp_path):
+    process = _start(
+        ["train", *tiny_run, "train.max_steps=5000", "launcher.nproc_per_node=2"], cli_env, tmp_path
+    )
+    _wait_for_step(tmp_path / "outputs/tiny/metrics.jsonl", 3, process)
+    ranks = _ranks_of(process)
+    assert len(ranks) == 2
+    victim = next(p for p in ranks if b"LOCAL_RANK=1" in Path(f"/proc/{p}/environ").read_bytes())
+    started = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - started < 10
+    assert process.returncode == 1
+    assert "rank 1 was ended by SIGKILL" in err.strip().splitlines()[-1]
+    assert not any(_alive(pid) for pid in ranks)
+
+
+FAULT = """
+import os, sys, threading, time
+def plant():
+    while True:
+        loader = sys.modules.get("fsdp_qlora.data.loader")
+        if loader is not None and hasattr(loader, "build_batch"):
+            break
+        time.sleep(0.001)
+    from fsdp_qlora.errors import DataError
+    real = loader.TokenRows.collate
+    seen = []
+    def collate(self, rows, number):
+        seen.append(1)
+        if len(seen) > 12:
+            raise DataError("planted: row 7 is bad")
+        return real(self, rows, number)
+    loader.TokenRows.collate = collate
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=plant, daemon=True).start()
+"""
+
+
+def test_a_failing_rank_ends_all_with_its_message_last(cli, tiny_run, tmp_path, cli_env):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAULT)
+    path = f"{tmp_path / 'site'}{os.pathsep}{cli_env['PYTHONPATH']}"
+    run = ["train", *tiny_run, "train.max_steps=5000", "data.eval_fraction=0", "launcher.nproc_per_node=2"]
+    started = time.monotonic()
+    result = cli(*run, PYTHONPATH=path)
+    assert time.monotonic() - started < 60
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1] == "fsdp-qlora, rank 1: planted: row 7 is bad"
+    assert json.loads((tmp_path / "outputs/tiny/exit.json").read_text())["message"] == "planted: row 7 is bad"
+
+
+def test_ranks_die_with_their_launcher_and_the_folder_is_free_again(cli, cli_env, tiny_run, tmp_path):
+    run = ["train", *tiny_run, "train.max_steps=5000", "launcher.nproc_per_node=2"]
+    process = _start(run, cli_env, tmp_path)
+    _wait_for_step(tmp_path / "outputs/tiny/metrics.jsonl", 2, process)
+    ranks = _ranks_of(process)
+    second = cli("train", *tiny_run)
+    assert second.returncode == 2
+    assert "is in use by process" in second.stderr and str(ranks[0]) in second.stderr or str(ranks[1]) in second.stderr
+    process.kill()
+    process.communicate(timeout=10)
+    deadline = time.monotonic() + 10
+    while any(_alive(pid) for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(_alive(pid) for pid in ranks)
+    assert cli("train", *tiny_run, "train.max_steps=1", "run.name=tiny").returncode == 0
+
+
+def test_plan_and_hydras_own_flags(cli, tiny_run):
+    plan = cli("plan", *tiny_run, "plan.json=true", "plan.world_size=2", "plan.gpu=24GiB")
+    found = json.loads(plan.stdout)
+    assert found["fits"] is True
+    assert set(found["bytes_per_rank"]) == {
+        "base_packed", "base_statistics", "base_kept", "adapters", "gradients", "optimizer", "activations", "logits",
+        "gather",
+    }  # fmt: skip
+    assert {"reserve_bytes", "peak_planned_bytes", "peak_simulated_bytes"} <= found.keys()
+    shown = cli("train", "optim.lr=1e-4", "--cfg", "job")
+    assert shown.returncode == 0 and "lr: 0.0001" in shown.stdout
+    helped = cli("train", "--help")
+    assert helped.returncode == 0 and "fsdp-qlora train" in helped.stdout
+
+
+def test_multirun_gives_each_job_a_folder(cli, tiny_run, tmp_path):
+    result = cli("train", "-m", *tiny_run, "train.max_steps=1", "lora.r=2,4")
+    assert result.returncode == 0, result.stderr + result.stdout
+    summaries = sorted((tmp_path / "outputs/tiny").glob("*/summary.json"))
+    assert len(summaries) == 2
+    counts = [json.loads(s.read_text())["trainable_parameters"] for s in summaries]
+    assert counts[1] == 2 * counts[0] or counts[0] == 2 * counts[1]
