@@ -9,28 +9,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fsdp_qlora.api import Prepared, load_for_inference, prepare
+    from fsdp_qlora.api import Prepared, load_for_inference, open_world, plan_for, prepare
     from fsdp_qlora.checkpoint.checkpointer import Checkpointer
+    from fsdp_qlora.config.convert import from_dict
     from fsdp_qlora.config.schema import RunConfig
+    from fsdp_qlora.dist.mesh import Ranks, build_ranks
     from fsdp_qlora.export.adapter import export_adapter
-    from fsdp_qlora.fit import FitResult, fit
     from fsdp_qlora.model.lora import attach_lora
-    from fsdp_qlora.model.shard import shard_model
+    from fsdp_qlora.model.shard import mixed_precision, shard_model
     from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
-    from fsdp_qlora.model.stream import stream_weights
+    from fsdp_qlora.model.stream import stream_linear, stream_weights
+    from fsdp_qlora.model.weights import SafetensorsFolder
     from fsdp_qlora.plan.plan import TrainPlan, make_plan
     from fsdp_qlora.quant.formats import QuantFormat, dequantize, quantize
     from fsdp_qlora.quant.linear import QuantLinear
+    from fsdp_qlora.training import FitResult, fit
 
 _HOME = {
+    "SafetensorsFolder": "model.weights",
+    "stream_linear": "model.stream",
+    "mixed_precision": "model.shard",
+    "build_ranks": "dist.mesh",
+    "Ranks": "dist.mesh",
+    "from_dict": "config.convert",
+    "plan_for": "api",
+    "open_world": "api",
     "Prepared": "api",
     "prepare": "api",
     "load_for_inference": "api",
     "Checkpointer": "checkpoint.checkpointer",
     "RunConfig": "config.schema",
     "export_adapter": "export.adapter",
-    "FitResult": "fit",
-    "fit": "fit",
+    "FitResult": "training",
+    "fit": "training",
     "attach_lora": "model.lora",
     "shard_model": "model.shard",
     "build_skeleton": "model.skeleton",
@@ -50,19 +61,27 @@ __all__ = [
     "Prepared",
     "QuantFormat",
     "QuantLinear",
+    "Ranks",
     "RunConfig",
+    "SafetensorsFolder",
     "TrainPlan",
     "attach_lora",
+    "build_ranks",
     "build_skeleton",
     "dequantize",
     "export_adapter",
     "fit",
+    "from_dict",
     "load_for_inference",
     "make_plan",
+    "mixed_precision",
+    "open_world",
+    "plan_for",
     "prepare",
     "quantize",
     "read_shapes",
     "shard_model",
+    "stream_linear",
     "stream_weights",
 ]
 

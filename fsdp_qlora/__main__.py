@@ -10,7 +10,9 @@ from importlib import import_module
 from fsdp_qlora.cli.launcher import launch, ranks_to_start
 from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.convert import from_dict, nearest
+from fsdp_qlora.config.rules import check_verb
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.dist.parent import die_with_parent
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, guarded
 
@@ -43,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(usage())
         return 0 if words else 2
     verb, rest = words[0], words[1:]
+    if "RANK" in os.environ:
+        die_with_parent()
     return guarded(lambda: _run(verb, rest))
 
 
@@ -60,6 +64,7 @@ def _run(verb: str, arguments: list[str]) -> int:
 
 def _verb(verb: str, config: RunConfig) -> int:
     """Start the ranks that the settings ask for, or do the verb in this process."""
+    check_verb(verb, config)
     quieten()
     if verb in ON_RANKS and "RANK" not in os.environ and (num_ranks := ranks_to_start(config)) > 1:
         return launch(verb, config, num_ranks)

@@ -20,7 +20,7 @@ from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.data.prepare import PreparedData, prepare_data, request_of
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
-from fsdp_qlora.dist.process import Placement, choose_device, process_group, set_threads, use_device
+from fsdp_qlora.dist.process import Placement, choose_device, device_types, process_group, set_threads, use_device
 from fsdp_qlora.export.adapter import load_adapter, read_adapter_config
 from fsdp_qlora.model.activations import checkpoint_activations, compile_layers
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
@@ -92,8 +92,14 @@ def open_world(config: RunConfig) -> World:
     stack = ExitStack()
     group = stack.enter_context(process_group(device, placement, config.launcher.timeout_seconds))
     ranks = build_ranks(group, device, config.fsdp.shard_degree, config.fsdp.replicate_degree)
-    atexit.register(stack.close)
+    atexit.register(_abandon)
     return World(ranks, placement, threads, stack)
+
+
+def _abandon() -> None:
+    """Leave the group without waiting for the others: a script that ends on an error must not hang them."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def prepare(config: RunConfig, world: World | None = None, progress: Progress | None = None) -> Prepared:
@@ -108,9 +114,10 @@ def prepare(config: RunConfig, world: World | None = None, progress: Progress | 
     data = None
     if config.data.train is not None:
         data = _prepare_data(config, tokenizer, world.placement.local_rank == 0)
-    base = _skeleton(config, folder, world.ranks.device)
+    resolved = _with_attention(config, world.ranks.device)
+    base = _skeleton(resolved, folder)
     shapes = read_shapes(base)
-    plan = make_plan(config, shapes, world.ranks.size)
+    plan = make_plan(resolved, shapes, world.ranks.size)
     model = build_sharded(config, base, plan, world.ranks)
     source = SafetensorsFolder(folder)
     report = stream_weights(model, model.base, source, world.ranks, progress)
@@ -158,12 +165,22 @@ def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
     """Plan a run from the model's config alone: no weights, no process group."""
     check(config)
     folder = resolve_folder(config.model.name, config.model.revision)
-    return make_plan(config, read_shapes(_skeleton(config, folder, torch.device("cpu"))), world_size)
+    device = "cuda" if config.plan.gpu else next(iter(device_types()))
+    config = _with_attention(config, torch.device(device))
+    return make_plan(config, read_shapes(_skeleton(config, folder)), world_size)
 
 
-def _skeleton(config: RunConfig, folder: Path, device: torch.device) -> PreTrainedModel:
+def _with_attention(config: RunConfig, device: torch.device) -> RunConfig:
+    """Return the settings with ``auto`` attention replaced by what it means on ``device``."""
     attention = attention_for(device, config.model.attn_implementation)
-    return build_skeleton(folder, model_dtype(config.precision.name), attention, config.model.trust_remote_code)
+    return replace(config, model=replace(config.model, attn_implementation=attention))
+
+
+def _skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
+    model = config.model
+    return build_skeleton(
+        folder, model_dtype(config.precision.name), model.attn_implementation, model.trust_remote_code
+    )
 
 
 def build_sharded(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, ranks: Ranks) -> CausalModel:

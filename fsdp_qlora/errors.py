@@ -3,6 +3,10 @@
 Anything else that escapes is a bug of ours and ends with code 1 and a traceback.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class FsdpQloraError(Exception):
     """An error with a message for the person who runs us; ``exit_code`` is the process's."""
@@ -48,6 +52,14 @@ class SecurityError(FsdpQloraError):
     """A file asks for something that no honest file needs."""
 
     exit_code = 77
+
+
+def raise_alike(verdict: dict[str, Any]) -> None:
+    """Raise on this rank what rank 0 met: ``verdict`` has ``code`` and ``message`` if it failed."""
+    if "code" in verdict:
+        error = FsdpQloraError(verdict["message"])
+        error.exit_code = verdict["code"]
+        raise error
 
 
 class NonFiniteError(FsdpQloraError):

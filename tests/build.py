@@ -12,7 +12,7 @@ from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.process import Placement
-from fsdp_qlora.fit import fit
+from fsdp_qlora.training import fit
 
 
 def world_of(ranks: Ranks) -> World:

@@ -90,7 +90,7 @@ def _work(rank: int, port: int, pipe: Connection) -> None:
 
     from fsdp_qlora.cli.quiet import quieten
     from fsdp_qlora.dist.mesh import Ranks
-    from fsdp_qlora.dist.process import die_with_parent
+    from fsdp_qlora.dist.parent import die_with_parent
 
     die_with_parent()
     quieten()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from fsdp_qlora.checkpoint.manifest import COMPLETE, FORMAT, MANIFEST, Manifest, compare, list_files, sha256
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import barrier, gather_json
-from fsdp_qlora.errors import CheckpointError, FsdpQloraError, SecurityError, StorageError
+from fsdp_qlora.errors import CheckpointError, FsdpQloraError, SecurityError, StorageError, raise_alike
 
 _STEP_FOLDER = re.compile(r"step_(\d{8})")
 Attach = Callable[[Path], None]
@@ -100,6 +101,7 @@ class Checkpointer:
         """Remove all but the newest ``keep_last`` complete checkpoints; leave what is not a complete one alone."""
         for old in self.complete()[: -self.keep_last]:
             trash = old.with_name(f".removing_{old.name}")
+            shutil.rmtree(trash, ignore_errors=True)
             old.rename(trash)
             shutil.rmtree(trash, ignore_errors=True)
 
@@ -124,12 +126,9 @@ class Checkpointer:
                     compare(found[1].identity, identity, found[0])
                     verdict = {"folder": str(found[0]), "manifest": asdict(found[1])}
             except FsdpQloraError as error:
-                verdict = {"error": type(error).__name__, "code": error.exit_code, "message": str(error)}
+                verdict = {"code": error.exit_code, "message": str(error)}
         verdict = gather_json(verdict, self.ranks)[0]
-        if "error" in verdict:
-            error = FsdpQloraError(verdict["message"])
-            error.exit_code = verdict["code"]
-            raise error
+        raise_alike(verdict)
         return (Path(verdict["folder"]), Manifest(**verdict["manifest"])) if verdict else None
 
     def _search(self, resume: str) -> tuple[Path, Manifest] | None:
@@ -193,13 +192,18 @@ def _publish(staging: Path, target: Path, manifest: Manifest) -> None:
     for name in list_files(staging):
         file = staging / name
         _sync(file)
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as written:  # what cannot be opened again is no checkpoint
+                written.keys()
         manifest.files[name] = {"size": file.stat().st_size, "sha256": sha256(file)}
     manifest.write(staging)
     _sync(staging / MANIFEST)
     _sync(staging)
     if target.exists():  # of an earlier attempt: complete ones are never written again
-        target.rename(target.with_name(f".replaced_{target.name}"))
-        shutil.rmtree(target.with_name(f".replaced_{target.name}"), ignore_errors=True)
+        replaced = target.with_name(f".replaced_{target.name}")
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
     staging.rename(target)
     digest = hashlib.sha256((target / MANIFEST).read_bytes()).hexdigest()
     (target / COMPLETE).write_text(digest + "\n")

@@ -11,6 +11,7 @@ from torch import nn
 NEVER_BLOCKS = frozenset(
     {
         "train.max_steps",
+        "train.num_epochs",
         "train.log_every",
         "train.eval_every",
         "train.eval_batch_size",
@@ -44,6 +45,16 @@ def checkpoint_tensors(
     return tensors | {f"optim.{name}": t for name, t in optimizer.state_tensors().items()}
 
 
+def blocking_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that must be the same for a resume, by dotted key."""
+    found: dict[str, Any] = {"run.seed": config["run"]["seed"]}
+    for group in BLOCKING_GROUPS:
+        for key, value in config[group].items():
+            if f"{group}.{key}" not in NEVER_BLOCKS:
+                found[f"{group}.{key}"] = value
+    return found
+
+
 def identity_of(config: dict[str, Any], base: dict[str, Any], data_key: str) -> dict[str, Any]:
     """Return what must be equal between a run and the checkpoint it goes on from.
 
@@ -52,9 +63,5 @@ def identity_of(config: dict[str, Any], base: dict[str, Any], data_key: str) -> 
         base: files of the base model -> sizes and digests of their headers.
         data_key: key of the prepared data (sources, tokenizer, template, settings).
     """
-    found: dict[str, Any] = {"run.seed": config["run"]["seed"], "data (sources, tokenizer, settings)": data_key}
-    for group in BLOCKING_GROUPS:
-        for key, value in config[group].items():
-            if f"{group}.{key}" not in NEVER_BLOCKS:
-                found[f"{group}.{key}"] = value
+    found = blocking_settings(config) | {"data (sources, tokenizer, settings)": data_key}
     return found | {f"base model file {name}": value for name, value in base.items()}

@@ -1,4 +1,7 @@
-"""torch's elastic agent as a process of its own: ``python -m fsdp_qlora.cli.agent RANKS SHUTDOWN_SECONDS VERB``."""
+"""torch's elastic agent as a process of its own.
+
+``python -m fsdp_qlora.cli.agent RANKS SHUTDOWN_SECONDS VERB PARENT``, where PARENT is the launcher's process id.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,20 @@ import os
 import sys
 from pathlib import Path
 
+from fsdp_qlora.dist.parent import die_with_parent
+
+die_with_parent(int(sys.argv[4]) if __name__ == "__main__" else None)  # before torch, whose import takes seconds
+
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from fsdp_qlora.dist.process import die_with_parent
 from fsdp_qlora.track.process_exit import EXIT_VARIABLE
 
 
 def main() -> int:
     """Start the ranks and wait for them; return 0 if all ended well."""
     num_ranks, shutdown_seconds, verb = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    die_with_parent()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the parent says it in one line
     config = LaunchConfig(
         min_nodes=1,
@@ -35,7 +40,8 @@ def main() -> int:
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "fsdp_qlora", verb)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # A rank that a signal ended says nothing itself, and what the others say then is an echo of its end.
+        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
         _tell(rank, failure.exitcode)
         return 1
     except SignalException as stopped:

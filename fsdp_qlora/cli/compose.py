@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -25,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fsdp_qlora.config.convert import convert, field_types, from_dict, known_keys, nearest
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.errors import ConfigError, FsdpQloraError
 from fsdp_qlora.track.run_folder import read_config
 
 VERBATIM = frozenset(
@@ -239,9 +243,6 @@ def _problems(line: CommandLine) -> typing.Iterator[str]:
             yield f"{text}: cannot be read. Quote the value for Hydra: {text.partition('=')[0]}=\"'...'\"."
             continue
         yield from _override_problems(parsed, line.config_dir)
-    for key in line.verbatim:
-        if key in line.overrides:
-            yield f"{key}: given twice."
 
 
 def _override_problems(parsed: Override, config_dir: str | None) -> typing.Iterator[str]:
@@ -283,36 +284,45 @@ def group_options(group: str, config_dir: str | None = None) -> list[str]:
 
 def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) -> int:
     """Let Hydra itself handle its flags: --help, --cfg job, --info, --multirun."""
-    import sys
-
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-
+    if problems := list(_problems(line)):
+        raise ConfigError("\n".join(problems))
     register()
-    codes: list[int] = []
+    saved, line = _start_from(line)
+    swept = [p.key_or_group for p in OverridesParser.create().parse_overrides(line.overrides) if p.is_sweep_override()]
+    ends: list[int | FsdpQloraError] = []
 
     def job(composed: DictConfig) -> None:
         values = to_values(composed)
-        for key, value in line.verbatim.items():
+        for key, value in {**saved, **_typed_overrides(line, saved), **line.verbatim}.items():
             _set(values, key, value)
-        if HydraConfig.get().mode is not None and "--multirun" in sys.argv:
-            values["run"]["name"] += "/" + HydraConfig.get().job.override_dirname.replace("/", "_").replace(" ", "")
-        codes.append(run(check(from_dict(values))))
+        if swept:
+            values["run"]["name"] += f"/{_job_name(swept)}"
+        try:  # Hydra would turn an error of ours into a traceback and code 1
+            ends.append(run(check(from_dict(values))))
+        except FsdpQloraError as error:
+            ends.append(error)
+            print(f"fsdp-qlora: {error}", file=sys.stderr)
 
     shown = [f"{key}={_quoted(value)}" for key, value in line.verbatim.items()]
     extra = ["--config-dir", line.config_dir] if line.config_dir else []
-    multirun = [f if f != "-m" else "--multirun" for f in line.flags]
     keep_tree_clean = [
         "hydra.output_subdir=null",
         "hydra.run.dir=.",
         "hydra/job_logging=none",
         "hydra/hydra_logging=none",
     ]
-    if "--multirun" in multirun:
-        keep_tree_clean += ["hydra.sweep.dir=.", "hydra.sweep.subdir=."]
-    sys.argv = [f"fsdp-qlora {verb}", *multirun, *extra, *line.overrides, *shown, *keep_tree_clean]
+    if swept:  # Hydra's own record of the sweep lies beside its jobs
+        keep_tree_clean += ["hydra.sweep.dir=${run.output_root}/${run.name}", "hydra.sweep.subdir=."]
+    flags = [flag if flag != "-m" else "--multirun" for flag in line.flags]
+    sys.argv = [f"fsdp-qlora {verb}", *flags, *extra, *line.overrides, *shown, *keep_tree_clean]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(job)()
-    return max(codes, default=0)
+    return max((end if isinstance(end, int) else end.exit_code for end in ends), default=0)
+
+
+def _job_name(swept: list[str]) -> str:
+    """Return a folder name for one job of a sweep: its swept overrides."""
+    chosen = [text for text in HydraConfig.get().overrides.task if text.lstrip("+").partition("=")[0] in swept]
+    return re.sub(r"[^\w.=,+-]", "_", ",".join(chosen))
 
 
 def _quoted(value: Any) -> str:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fsdp_qlora.api import World, load_for_inference
 from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.fit import evaluate_prepared
 from fsdp_qlora.track.run_folder import write_json
+from fsdp_qlora.training import evaluate_prepared
 
 
 def run(config: RunConfig) -> int:
     """Evaluate; return the exit code."""
-    if config.data.eval is None and config.data.eval_fraction == 0:
-        raise ConfigError("data.eval: there is nothing to evaluate on; set data.eval or data.eval_fraction.")
+    if config.data.train is None:  # `prepare` wants a training part; the rows to evaluate on do as well
+        config = replace(config, data=replace(config.data, train=config.data.eval))
     return on_ranks(config, lambda world: _evaluate(config, world))
 
 

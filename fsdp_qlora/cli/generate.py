@@ -16,8 +16,6 @@ from fsdp_qlora.export.serve import answer
 
 def run(config: RunConfig) -> int:
     """Generate; return the exit code."""
-    if config.prompt is None and config.prompt_file is None:
-        raise ConfigError('prompt: not set. Give prompt="..." or prompt_file=FILE.')
     prompt = config.prompt if config.prompt is not None else _read(config.prompt_file or "")
     if not prompt.strip():
         raise ConfigError("prompt: is empty.")

@@ -23,7 +23,7 @@ from fsdp_qlora.errors import STOPPED_EXIT_CODE
 from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE
 from fsdp_qlora.track.run_folder import RunFolder
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def ranks_to_start(config: RunConfig) -> int:
@@ -51,10 +51,11 @@ def launch(verb: str, config: RunConfig, num_ranks: int) -> int:
         }
         command = [
             sys.executable, "-m", "fsdp_qlora.cli.agent", str(num_ranks), str(config.launcher.shutdown_seconds), verb,
+            str(os.getpid()),
         ]  # fmt: skip
         agent = subprocess.Popen(command, env=environment, start_new_session=True)
         _wait(agent)
-        return _verdict(exit_file, agent.returncode, config)
+        return _verdict(verb, exit_file, agent.returncode, config)
 
 
 def _wait(agent: subprocess.Popen[bytes]) -> None:
@@ -80,7 +81,7 @@ def _wait(agent: subprocess.Popen[bytes]) -> None:
             signal.signal(number, handler)
 
 
-def _verdict(exit_file: Path, agent_code: int, config: RunConfig) -> int:
+def _verdict(verb: str, exit_file: Path, agent_code: int, config: RunConfig) -> int:
     told = _read(exit_file)
     agent = _read(exit_file.with_name("agent.json"))
     killed = agent and agent["code"] < 0 and not (told and told["code"] == STOPPED_EXIT_CODE)
@@ -88,8 +89,9 @@ def _verdict(exit_file: Path, agent_code: int, config: RunConfig) -> int:
         name = signal.Signals(-agent["code"]).name
         why = " Out of memory? See the kernel's log (dmesg)." if name == "SIGKILL" else ""
         told = {"code": 1, "rank": agent["rank"], "message": f"rank {agent['rank']} was ended by {name}.{why}"}
-        RunFolder(config.run.output_root, config.run.name).write_exit(1, agent["rank"], told["message"])
-    if told is None:
+        if verb == "train":
+            RunFolder(config.run.output_root, config.run.name).write_exit(1, agent["rank"], told["message"])
+    if told is None or (told["code"] == 0 and agent_code > 0):
         print(f"fsdp-qlora: the ranks ended without a word (launcher code {agent_code}).", file=sys.stderr)
         return agent_code if agent_code > 0 else 1
     if told["message"]:

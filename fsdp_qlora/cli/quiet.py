@@ -13,6 +13,6 @@ def quieten() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "failed to load CPU gemm_4bit": we dequantize instead
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it names no line; our message does
-    warnings.filterwarnings("ignore", message="Unsupported layer type .*QuantLinear")  # PEFT meets our 4-bit layer
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")  # PEFT asks transformers
+    # PEFT asks transformers by the old name; ours is the one that every transformers 5 has
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -72,12 +72,13 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     rows.append(("adapter size", f"{summary['adapter_bytes'] / 1e6:.1f} MB"))
     rows.append(("speed", f"{summary['tokens_per_second']:.0f} tokens/s over {summary['steps']} steps"))
     rows += _rank_rows(summary)
+    prompt = summary["samples"][0]["prompt"] if summary["samples"] else "..."
     rows.append(("run folder", str(folder.path)))
     rows.append(("adapter", str(folder.adapter)))
     rows.append(
         (
             "try next",
-            f'fsdp-qlora generate run_from={folder.config_file} adapter={folder.adapter} prompt="Who are you?"',
+            f'fsdp-qlora generate run_from={folder.config_file} adapter={folder.adapter} prompt="{prompt}"',
         )
     )
     print_table(f"{folder.path.name}: done", rows)

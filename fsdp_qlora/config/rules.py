@@ -5,6 +5,7 @@ A rule yields messages ``key: reason, what to do``. Nothing here needs torch, fi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 
@@ -77,6 +78,13 @@ def _shares(config: RunConfig) -> Iterator[str]:
             yield f"{key}: must be between 0 and 1, got {value}."
 
 
+def _finite(config: RunConfig) -> Iterator[str]:
+    for group in ("optim", "lora", "schedule", "train", "data"):
+        for key, value in vars(getattr(config, group)).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                yield f"{group}.{key}: must be a finite number, got {value}."
+
+
 def _batches(config: RunConfig) -> Iterator[str]:
     if config.train.micro_batch_size > config.train.global_batch_size:
         yield (
@@ -138,6 +146,7 @@ def _prompts(config: RunConfig) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
+    _finite,
     _positive,
     _not_negative,
     _shares,
@@ -149,6 +158,31 @@ RULES: tuple[Rule, ...] = (
     _not_built,
     _prompts,
 )
+
+
+def _needs(verb: str, config: RunConfig) -> Iterator[str]:
+    if verb in ("train", "plan", "prepare", "evaluate") and not config.model.name and not config.adapter:
+        yield "model.name: not set. Give a hub name (Qwen/Qwen3-8B), a folder, or experiment=quickstart."
+    if verb == "train" and config.data.train is None:
+        yield "data.train: not set. Give a JSONL, JSON or Parquet file, a hub data set, or a list of them."
+    if verb == "evaluate" and config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
+        yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
+    if verb == "generate":
+        if config.prompt is None and config.prompt_file is None:
+            yield 'prompt: not set. Give prompt="..." or prompt_file=FILE.'
+        if not config.model.name and not config.adapter:
+            yield "model.name: not set. Give a model, or adapter=FOLDER, which names its own."
+
+
+def check_verb(verb: str, config: RunConfig) -> RunConfig:
+    """Return ``config`` if it has what ``verb`` needs.
+
+    Raises:
+        ConfigError: naming everything that is missing.
+    """
+    if problems := list(_needs(verb, config)):
+        raise ConfigError("\n".join(problems))
+    return config
 
 
 def failures(config: RunConfig) -> list[str]:

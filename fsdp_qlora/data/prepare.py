@@ -1,6 +1,6 @@
 """Tokenize once, keep as Arrow, memory-map everywhere.
 
-One process per node prepares, before any process group exists; the others wait for the folder to appear. No collective
+One process per node prepares; the others wait for the folder to appear. No collective
 waits meanwhile, so no timeout can end a long preparation.
 """
 
@@ -93,7 +93,16 @@ def prepare_data(request: DataRequest, tokenizer: PreTrainedTokenizerBase, cache
 def _key(request: DataRequest, tokenizer: PreTrainedTokenizerBase) -> str:
     sources = fingerprint([*request.train, *request.eval])
     vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    parts = [_VERSION, asdict(request), sources, vocabulary, str(tokenizer.chat_template), tokenizer.eos_token_id]
+    settings = {key: value for key, value in asdict(request).items() if key not in ("train", "eval")}
+    parts = [
+        _VERSION,
+        settings,
+        len(request.train),
+        sources,
+        vocabulary,
+        str(tokenizer.chat_template),
+        tokenizer.eos_token_id,
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 

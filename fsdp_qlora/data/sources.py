@@ -41,7 +41,7 @@ def is_file(name: str) -> bool:
 
 def fingerprint(names: list[str]) -> list[str]:
     """Return one line per source that changes when its content does."""
-    return [f"{name} {_sha256(Path(name).expanduser())}" if is_file(name) else f"hub {name}" for name in names]
+    return [_sha256(Path(name).expanduser()) if is_file(name) else f"hub {name}" for name in names]
 
 
 def _sha256(path: Path) -> str:

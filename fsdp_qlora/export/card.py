@@ -26,7 +26,7 @@ tags: [qlora, lora, fsdp_qlora]
 
 # {config["run"]["name"]}
 
-A LoRA adapter, trained with [fsdp_qlora](https://github.com/fsdp-qlora/fsdp-qlora).
+A LoRA adapter, trained with fsdp_qlora.
 
 | | |
 |---|---|

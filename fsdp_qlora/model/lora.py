@@ -74,6 +74,7 @@ def attach_lora(
     with warnings.catch_warnings():
         # peft warns of a tied embedding that it would have to untie to merge; we neither target nor merge it here
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        warnings.filterwarnings("ignore", message="Unsupported layer type .*QuantLinear")  # it is registered above
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
     assert isinstance(peft_model, PeftModel)
     for parameter in peft_model.parameters():

@@ -153,7 +153,7 @@ def attention_for(device: torch.device, asked: str) -> str:
     """Return the attention implementation: the one asked for, or the faster one of this device for ``auto``."""
     if asked != "auto":
         return asked
-    # bf16 sdpa on a CPU takes longer than two GEMMs and a softmax (docs/performance.md).
+    # bf16 sdpa on a CPU takes longer than two GEMMs and a softmax.
     return "eager" if device.type == "cpu" else "sdpa"
 
 

@@ -101,10 +101,26 @@ def _is_ours(name: str, parameter: nn.Parameter, base: PreTrainedModel) -> bool:
 
 
 def _fill_quantized(module: QuantLinear, entry: TensorEntry, source: SafetensorsFolder, ranks: Ranks) -> None:
-    numel = entry.numel
+    def read(start: int, stop: int) -> torch.Tensor:
+        weights = source.read(entry, start, stop)
+        _require_finite(weights, entry)
+        return weights
+
+    stream_linear(module, read, ranks)
+
+
+@torch.no_grad()
+def stream_linear(module: QuantLinear, read: Callable[[int, int], torch.Tensor], ranks: Ranks) -> None:
+    """Quantize this rank's rows of one weight and write them into ``module``. Every rank calls it.
+
+    Args:
+        module: a layer that is real; sharded (then each rank fills its own rows) or not.
+        read: called with ``(start, stop)``; returns those elements of the flattened weight, in their own dtype.
+        ranks: whom to exchange the statistics with.
+    """
+    numel = module.in_features * module.out_features
     first, last = _rows_of(module.packed, ranks)
-    weights = source.read(entry, min(first * ROW_WEIGHTS, numel), min(last * ROW_WEIGHTS, numel))
-    _require_finite(weights, entry)
+    weights = read(min(first * ROW_WEIGHTS, numel), min(last * ROW_WEIGHTS, numel))
     quant_format = module.quant_format
     codes, absmax = quant_format.quantize_blocks(weights.to(ranks.device))
     offset = None
@@ -216,6 +232,7 @@ __all__ = [
     "LoadReport",
     "fill_slice",
     "resident_bytes",
+    "stream_linear",
     "stream_weights",
     "verify_gather",
 ]

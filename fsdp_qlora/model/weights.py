@@ -20,6 +20,7 @@ from fsdp_qlora.quant.packing import from_bytes
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_SAMPLES, _SAMPLE_BYTES = 16, 65536
 _INDEX = "model.safetensors.index.json"
 
 
@@ -40,14 +41,22 @@ class TensorEntry:
         return prod(self.shape)
 
 
-def header_digests(folder: Path) -> dict[str, str]:
-    """Return what identifies a model's weight files without reading them whole: size and sha256 of the header."""
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return what identifies a model's weight files without reading them whole: size, and a digest of samples.
+
+    The samples are the header and 16 stretches of 64 KiB spread over the file: a base and its chat version have equal
+    headers.
+    """
     found: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
+        size, digest = file.stat().st_size, hashlib.sha256()
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            digest = hashlib.sha256(stream.read(min(length, _MAX_HEADER_BYTES))).hexdigest()
-        found[file.name] = f"{file.stat().st_size} bytes, header {digest[:16]}"
+            digest.update(stream.read(min(length, _MAX_HEADER_BYTES)))
+            for part in range(_SAMPLES):
+                stream.seek(min(size, 8 + length + (size - 8 - length) * part // _SAMPLES))
+                digest.update(stream.read(_SAMPLE_BYTES))
+        found[file.name] = f"{size} bytes, sampled sha256 {digest.hexdigest()[:16]}"
     return found
 
 

@@ -14,8 +14,8 @@ Schedule = Callable[[int], float]
 def build_schedule(settings: ScheduleSettings, num_steps: int) -> Schedule:
     """Return the schedule over ``num_steps``: linear warm-up, then the named decay to ``min_lr_ratio``.
 
-    As transformers' ``get_scheduler`` where it has the same one; ``wsd`` is warm-up-stable-decay with a linear decay
-    (MiniCPM, https://arxiv.org/abs/2404.06395, section 4).
+    As transformers' ``get_scheduler``, but no step has a learning rate of 0, which would be a step for nothing;
+    ``wsd`` is warm-up-stable-decay with a linear decay (MiniCPM, https://arxiv.org/abs/2404.06395, section 4).
     """
     warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * num_steps)
     floor = settings.min_lr_ratio
@@ -34,7 +34,7 @@ def build_schedule(settings: ScheduleSettings, num_steps: int) -> Schedule:
 
     def factor(step: int) -> float:
         if step < warmup:
-            return step / warmup
+            return (step + 1) / (warmup + 1)
         return floor + (1 - floor) * decay(step)
 
     return factor

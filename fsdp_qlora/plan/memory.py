@@ -50,6 +50,7 @@ class StorageSettings:
     micro_batch_size: int
     max_length: int
     checkpointing: bool
+    eager_attention: bool
     logits_chunk: int
 
 
@@ -100,7 +101,8 @@ def _layer_activations(shapes: ModelShapes, layer: str, settings: StorageSetting
     tokens = settings.micro_batch_size * settings.max_length
     inside = [x for x in shapes.linears if x.name.startswith(layer + ".")]
     per_token = sum(x.in_features + x.out_features + settings.r for x in inside) + 6 * shapes.hidden_size
-    attention = 2 * shapes.num_attention_heads * settings.max_length  # scores and weights of eager attention
+    # eager attention keeps scores and weights; the others recompute them
+    attention = 2 * shapes.num_attention_heads * settings.max_length if settings.eager_attention else 0
     return tokens * (per_token + attention) * settings.itemsize
 
 

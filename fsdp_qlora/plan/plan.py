@@ -55,6 +55,8 @@ class TrainPlan:
 def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int) -> TrainPlan:
     """Decide what is quantized, trained and sharded, and what it weighs.
 
+    ``model.attn_implementation=auto`` counts as one that keeps no attention scores.
+
     Raises:
         PlanError: if a target module matches nothing, or the ranks cannot be laid out as asked.
     """
@@ -75,6 +77,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int) -> TrainP
         micro_batch_size=config.train.micro_batch_size,
         max_length=config.data.max_length,
         checkpointing=config.train.activation_checkpointing == "full",
+        eager_attention=config.model.attn_implementation == "eager",
         logits_chunk=config.train.logits_chunk,
     )
     target_shapes = [by_name[name] for name in targets]

@@ -6,6 +6,7 @@ our own launcher names in the environment.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -13,12 +14,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from fsdp_qlora.errors import FsdpQloraError
+from fsdp_qlora.errors import FsdpQloraError, StorageError
 
 CONFIG_VARIABLE = "FSDP_QLORA_RESOLVED_CONFIG"
 """Environment variable that holds the composed settings as JSON, set by our launcher for its ranks."""
 EXIT_VARIABLE = "FSDP_QLORA_EXIT_FILE"
 """Environment variable that names the file through which a rank tells our launcher how it ended."""
+
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
 def tell_launcher(code: int, message: str = "") -> bool:
@@ -52,6 +55,10 @@ def guarded(work: Callable[[], int]) -> int:
         code, message = work(), ""
     except FsdpQloraError as error:
         code, message = error.exit_code, str(error)
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            traceback.print_exc()
+        code, message = StorageError.exit_code if error.errno in _STORAGE_ERRORS else 1, f"{error}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted."
     except SystemExit as request:

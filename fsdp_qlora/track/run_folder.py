@@ -95,8 +95,9 @@ class RunFolder:
         self.lock()
         return target
 
-    def write_config(self, config: dict[str, Any]) -> None:
-        """Write the resolved settings and the versions of what runs them."""
+    def begin(self, config: dict[str, Any]) -> None:
+        """Write the resolved settings and the versions of what runs them; what was finished is so no more."""
+        self.summary_file.unlink(missing_ok=True)
         self.config_file.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         (self.path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
 

@@ -107,7 +107,7 @@ def train_loop(
             totals = {"tokens": progress.tokens, "target_tokens": progress.target_tokens}
             tracker.log(step, values | totals | meter.read() | {"peak_memory_bytes": hooks.peak_memory()})
         saved = False
-        if due.evaluate(step) and not outcome.stop:
+        if due.evaluate(step) and (not outcome.stop or step == due.num_steps):
             record_evaluation(hooks.evaluate(), progress, tracker)
         if due.save(step) or outcome.stop:
             hooks.save(progress)

@@ -151,8 +151,8 @@ def _poisoned(ranks: Ranks, folder: str, rows: str, root: str) -> str:
     import torch
 
     from fsdp_qlora.errors import NonFiniteError
-    from fsdp_qlora.fit import fit
     from fsdp_qlora.model.lora import trainable_parameters
+    from fsdp_qlora.training import fit
 
     prepared = build(ranks, folder, data={"train": rows}, run={"output_root": root, "name": "poison"})
     before = {n: p.full_tensor().clone() for n, p in trainable_parameters(prepared.model)}
@@ -175,7 +175,7 @@ def test_a_nan_on_one_rank_stops_all_before_the_update(pool, tiny_model, chat_ro
 
 def _dead(ranks: Ranks, folder: str, rows: str, root: str, how: str) -> str:
     from fsdp_qlora.errors import NumericsError
-    from fsdp_qlora.fit import fit
+    from fsdp_qlora.training import fit
 
     prepared = build(ranks, folder, data={"train": rows}, run={"output_root": root, "name": f"dead-{how}"})
     layer = prepared.model.base.get_submodule("model.layers.1.self_attn.q_proj")
@@ -200,8 +200,8 @@ def test_an_adapter_that_is_not_reached_is_named(pool, tiny_model, chat_rows, tm
 
 def _state(ranks: Ranks, folder: str, rows: str, root: str, steps: int, resume: str) -> dict:
     from fsdp_qlora.dist.signals import StopSignals
-    from fsdp_qlora.fit import Training, _tracker
     from fsdp_qlora.track.run_folder import RunFolder
+    from fsdp_qlora.training import Training, _tracker
 
     prepared = build(
         ranks, folder, data={"train": rows}, run={"output_root": root, "name": "r"}, checkpoint={"resume": resume},

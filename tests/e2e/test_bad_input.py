@@ -155,7 +155,7 @@ def test_bad_model_files(tmp_path):
     from fsdp_qlora.errors import ModelError
     from fsdp_qlora.model.weights import SafetensorsFolder
 
-    with pytest.raises(ModelError, match="no \\*.safetensors"):
+    with pytest.raises(ModelError, match=r"no \*\.safetensors"):
         SafetensorsFolder(tmp_path)
     folder = tiny.make_model(tmp_path / "model", max_shard_size="200KB")
     part = sorted(folder.glob("*.safetensors"))[0]
@@ -165,5 +165,5 @@ def test_bad_model_files(tmp_path):
         SafetensorsFolder(folder)
     for damaged in (b"", data[:5], b"\xff" * 8 + data[8:], data[:8] + b"x" * 100):
         part.write_bytes(damaged)
-        with pytest.raises(ModelError, match="damaged|cut short"):
+        with pytest.raises(ModelError, match=r"damaged|cut short"):
             SafetensorsFolder(folder)

@@ -68,11 +68,19 @@ def test_the_bundle_replaces_no_folder_of_ours(tmp_path):
 
 
 @pytest.mark.launch
-def test_a_missing_bundle_or_device_is_no_quiet_pass(tmp_path):
-    script = str(ROOT / "tests" / "gpu" / "run.sh")
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"BUNDLE": "no-such-folder"}, "no folder site"),
+        ({"DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": ""}, "no cuda device"),
+    ],
+    ids=["bundle", "device"],
+)
+def test_what_is_missing_is_no_quiet_pass(setting, words, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "BUNDLE"} | {"PYTHON": sys.executable}
     done = subprocess.run(
-        ["bash", script], env=os.environ | {"BUNDLE": str(tmp_path)}, capture_output=True, text=True, timeout=60,
-        check=False,
+        ["bash", str(ROOT / "tests" / "gpu" / "run.sh")], cwd=tmp_path, env=environment | setting,
+        capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
-    assert done.returncode == 2
-    assert "no folder site" in done.stderr
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stderr

@@ -147,7 +147,7 @@ def test_torchrun_and_the_launcher_do_the_same(cli, cli_env, tiny_run, tmp_path)
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
     adapter = "adapter=outputs/mine/adapter"
-    said = cli("generate", 'prompt=What\'s up, world (a=b)? é {x: [1,2]}', adapter, "generate.max_new_tokens=5")
+    said = cli("generate", "prompt=What's up, world (a=b)? é {x: [1,2]}", adapter, "generate.max_new_tokens=5")
     assert said.returncode == 0, said.stderr
     evaluated = cli("evaluate", *tiny_run, adapter, "evaluate.json=eval.json")
     assert evaluated.returncode == 0, evaluated.stderr
@@ -157,9 +157,7 @@ def test_torchrun_and_the_launcher_do_the_same(cli, cli_env, tiny_run, tmp_path)
 
 
 def test_a_killed_rank_ends_all_and_is_named(cli_env, tiny_run, tmp_path):
-    process = _start(
-        ["train", *tiny_run, "train.max_steps=5000", "launcher.nproc_per_node=2"], cli_env, tmp_path
-    )
+    process = _start(["train", *tiny_run, "train.max_steps=5000", "launcher.nproc_per_node=2"], cli_env, tmp_path)
     _wait_for_step(tmp_path / "outputs/tiny/metrics.jsonl", 3, process)
     ranks = _ranks_of(process)
     assert len(ranks) == 2
@@ -215,7 +213,9 @@ def test_ranks_die_with_their_launcher_and_the_folder_is_free_again(cli, cli_env
     ranks = _ranks_of(process)
     second = cli("train", *tiny_run)
     assert second.returncode == 2
-    assert "is in use by process" in second.stderr and str(ranks[0]) in second.stderr or str(ranks[1]) in second.stderr
+    assert ("is in use by process" in second.stderr and str(ranks[0]) in second.stderr) or str(
+        ranks[1]
+    ) in second.stderr
     process.kill()
     process.communicate(timeout=10)
     deadline = time.monotonic() + 10

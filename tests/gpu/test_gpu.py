@@ -78,7 +78,7 @@ def test_quantize_gives_the_codes_of_the_cpu(quant_format):
     flipped = (nibbles(on_cpu) != nibbles(on_device)).float().mean().item()
     assert flipped <= FLIPPED
     if quant_format.double_quant:
-        # The offset is a mean: its last bits depend on the order of a sum, and with it, rarely, a statistic's 8-bit code.
+        # The offset is a mean: its last bits depend on a sum's order, and on them, rarely, a statistic's 8-bit code.
         torch.testing.assert_close(on_device.offset.cpu(), on_cpu.offset, rtol=1e-5, atol=0)
         nested = bits_to_float(on_device.nested).cpu(), bits_to_float(on_cpu.nested)
         torch.testing.assert_close(*nested, rtol=1e-4, atol=1e-7)

@@ -12,20 +12,21 @@ from typing import Any
 from fsdp_qlora.api import Prepared, debug_context
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer
 from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of
+from fsdp_qlora.claim import claim
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.data.loader import Loader, TokenRows, build_batch
 from fsdp_qlora.data.sources import names_of
 from fsdp_qlora.dist.process import memory_peak
 from fsdp_qlora.dist.reduce import any_rank, gather_json
 from fsdp_qlora.dist.signals import StopSignals
-from fsdp_qlora.errors import DataError, FsdpQloraError
+from fsdp_qlora.errors import STOPPED_EXIT_CODE, DataError
 from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
 from fsdp_qlora.export.card import model_card
 from fsdp_qlora.export.serve import answer
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.lora import lora_config, seed_of, trainable_parameters
 from fsdp_qlora.model.shard import synchronize_gradients
-from fsdp_qlora.model.weights import header_digests
+from fsdp_qlora.model.weights import file_digests
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule
 from fsdp_qlora.plan.batch import num_steps
@@ -71,13 +72,13 @@ class Training:
         self.num_steps = num_steps(train.max_steps, train.num_epochs, len(self.rows), train.global_batch_size)
         self.last_position = self.num_steps * train.global_batch_size
         if train.max_steps == 0:
-            self.last_position = round(train.num_epochs * len(self.rows))
+            self.last_position = max(1, round(train.num_epochs * len(self.rows)))
         self.optimizer = ShardedOptimizer(trainable_parameters(self.model), self.config.optim)
         self.schedule = build_schedule(self.config.schedule, self.num_steps)
         self.objective = OBJECTIVES[self.config.objective.name]
         self.checkpointer = Checkpointer(folder.checkpoints, self.ranks, self.config.checkpoint.keep_last)
         self.progress, self.meter = Progress(), Meter()
-        base = header_digests(prepared.folder)
+        base = file_digests(prepared.folder)
         self.identity = identity_of(to_dict(self.config), base, prepared.data.key)
 
     def resume(self) -> Path | None:
@@ -104,7 +105,7 @@ class Training:
         self.export(folder / "adapter")
 
     def export(self, folder: Path) -> int:
-        """Write the adapter as PEFT does; every rank calls it, rank 0 writes. Returns the bytes of its weights."""
+        """Write the adapter as PEFT does. Every rank calls it, rank 0 writes and returns the bytes of its weights."""
         tensors = gather_adapter(self.model)
         size = 0
         if self.ranks.is_main:
@@ -115,7 +116,7 @@ class Training:
             base = self.config.model.name
             base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
             size = export_adapter(folder, tensors, peft_config, base, self.prepared.tokenizer, card)
-        return gather_json(size, self.ranks)[0]
+        return size
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -186,13 +187,27 @@ def fit(prepared: Prepared, folder: RunFolder | None = None) -> FitResult:
     Raises:
         FsdpQloraError: of the kind that says what went wrong, on every rank where the ranks can know.
     """
-    own_folder = folder is None
-    if folder is None:
-        folder = RunFolder(prepared.config.run.output_root, prepared.config.run.name)
-        claim(folder, prepared)
+    if folder is not None:
+        return _fit(prepared, folder)
+    folder = RunFolder(prepared.config.run.output_root, prepared.config.run.name)
+    try:
+        decision = claim(folder, prepared.config, prepared.ranks)
+        if not decision.start:
+            return FitResult(True, folder.read_summary())
+        result = _fit(prepared, folder)
+        if prepared.ranks.is_main:
+            folder.write_exit(0 if result.finished else STOPPED_EXIT_CODE, 0)
+        return result
+    finally:
+        folder.unlock()
+
+
+def _fit(prepared: Prepared, folder: RunFolder) -> FitResult:
     with StopSignals() as signals:
         training = Training(prepared, folder)
         resumed = training.resume()
+        if prepared.ranks.is_main:
+            folder.begin(to_dict(prepared.config))
         before = _before(training, folder, resumed)
         if any_rank(signals.requested, prepared.ranks):  # asked to stop while loading: nothing to save yet
             return FitResult(False, {})
@@ -200,32 +215,11 @@ def fit(prepared: Prepared, folder: RunFolder | None = None) -> FitResult:
             finished = training.run(tracker, signals)
         if not finished:
             return FitResult(False, {})
-        size = training.export(folder.adapter)
+        size = gather_json(training.export(folder.adapter), prepared.ranks)[0]
         summary = _summary(training, before, training.answers(), size)
     if prepared.ranks.is_main:
         folder.write_summary(summary)
-        if own_folder:
-            folder.write_exit(0, 0)
-            folder.unlock()
     return FitResult(True, summary)
-
-
-def claim(folder: RunFolder, prepared: Prepared) -> None:
-    """Take the run folder on rank 0 and write the settings into it; every rank calls it (library use)."""
-    problem: list[Any] = [None]
-    if prepared.ranks.is_main:
-        try:
-            folder.create()
-            folder.lock()
-            folder.clear_exit()
-            folder.write_config(to_dict(prepared.config))
-        except FsdpQloraError as error:
-            problem = [type(error).__name__, error.exit_code, str(error)]
-    verdict = gather_json(problem, prepared.ranks)[0]
-    if verdict[0] is not None:
-        error = FsdpQloraError(verdict[2])
-        error.exit_code = verdict[1]
-        raise error
 
 
 def _before(training: Training, folder: RunFolder, resumed: Path | None) -> list[str]:

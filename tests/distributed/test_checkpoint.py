@@ -1,0 +1,140 @@
+"""A checkpoint is whole or it is none; it holds no pickle and follows no path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Shard
+
+from fsdp_qlora.checkpoint.checkpointer import Checkpointer
+from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.errors import FsdpQloraError
+
+
+def _tensors(ranks: Ranks, value: float) -> dict:
+    shapes = {"model.a": (7, 3), "model.b": (1, 5), "optim.a.exp_avg": (7, 3)}
+    found = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        whole = torch.arange(shape[0] * shape[1], dtype=torch.float32).reshape(shape) + number + value
+        start, stop = (min(i * -(-shape[0] // ranks.size), shape[0]) for i in (ranks.rank, ranks.rank + 1))
+        found[name] = DTensor.from_local(
+            whole[start:stop].clone(), ranks.mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+    return found
+
+
+def _save(ranks: Ranks, folder: str, steps: list[int], keep_last: int) -> list[str]:
+    checkpointer = Checkpointer(Path(folder), ranks, keep_last)
+    for step in steps:
+        checkpointer.save(step, _tensors(ranks, step), {"step": step}, {"seed": 1}, {})
+    return [p.name for p in checkpointer.complete()]
+
+
+def _load(ranks: Ranks, folder: str, resume: str, identity: dict) -> tuple:
+    checkpointer = Checkpointer(Path(folder), ranks)
+    try:
+        found = checkpointer.find(resume, identity)
+    except FsdpQloraError as error:
+        return error.exit_code, str(error)
+    if found is None:
+        return 0, "none"
+    tensors = _tensors(ranks, -1000)
+    checkpointer.load(*found, tensors)
+    step = found[1].step
+    expected = {n: t.full_tensor() for n, t in _tensors(ranks, step).items()}
+    assert all(torch.equal(t.full_tensor(), expected[n]) for n, t in tensors.items())
+    return 0, step
+
+
+@pytest.mark.parametrize("saved_by", [1, 2, 3])
+@pytest.mark.parametrize("loaded_by", [1, 2, 3, 4])
+def test_reshards(pool, tmp_path, saved_by, loaded_by):
+    assert pool.run(saved_by, _save, str(tmp_path), [5], 2)[0] == ["step_00000005"]
+    assert pool.run(loaded_by, _load, str(tmp_path), "auto", {"seed": 1}) == [(0, 5)] * loaded_by
+    names = {p.name for p in (tmp_path / "step_00000005").iterdir()}
+    assert names >= {MANIFEST, COMPLETE} and all(n.endswith((".safetensors", ".json")) for n in names - {COMPLETE})
+
+
+def test_keeps_the_newest_and_leaves_strangers_alone(pool, tmp_path):
+    (tmp_path / "step_00000001").mkdir()  # not ours to judge: no COMPLETE file
+    (tmp_path / "notes").mkdir()
+    assert pool.run(2, _save, str(tmp_path), [2, 4, 6], 2)[0] == ["step_00000004", "step_00000006"]
+    assert (tmp_path / "step_00000001").is_dir() and (tmp_path / "notes").is_dir()
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(bytes(data))
+
+
+DAMAGE = {
+    "flipped bit": lambda f: _flip(sorted(f.glob("*.safetensors"))[0]),
+    "truncated": lambda f: os.truncate(sorted(f.glob("*.safetensors"))[-1], 40),
+    "missing file": lambda f: sorted(f.glob("*.safetensors"))[0].unlink(),
+    "extra file": lambda f: (f / "more.safetensors").write_bytes(b"x"),
+    "manifest changed": lambda f: _flip(f / MANIFEST),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_the_one_before_is_taken(pool, tmp_path, kind):
+    pool.run(2, _save, str(tmp_path), [2, 4], 2)
+    DAMAGE[kind](tmp_path / "step_00000004")
+    assert pool.run(2, _load, str(tmp_path), "auto", {"seed": 1}) == [(0, 2)] * 2
+    for code, message in pool.run(2, _load, str(tmp_path), str(tmp_path / "step_00000004"), {"seed": 1}):
+        assert code == 65 and "step_00000004" in message
+
+
+def test_incomplete_ones_are_not_candidates(pool, tmp_path):
+    pool.run(2, _save, str(tmp_path), [2, 4], 2)
+    (tmp_path / "step_00000004" / COMPLETE).unlink()
+    shutil.copytree(tmp_path / "step_00000002", tmp_path / ".saving_step_00000009")
+    assert pool.run(1, _load, str(tmp_path), "auto", {"seed": 1}) == [(0, 2)]
+    assert pool.run(1, _load, str(tmp_path / "nowhere"), "auto", {"seed": 1}) == [(0, "none")]
+    assert pool.run(1, _load, str(tmp_path), str(tmp_path / "nowhere"), {"seed": 1})[0][0] == 65
+
+
+def test_other_settings_are_refused_field_by_field(pool, tmp_path):
+    pool.run(2, _save, str(tmp_path), [2], 2)
+    code, message = pool.run(2, _load, str(tmp_path), "auto", {"seed": 2, "lora.r": 8})[1]
+    assert code == 2 and "seed: 1 in the checkpoint, 2 now" in message and "lora.r: None in the checkpoint" in message
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x", "link.safetensors"])
+def test_paths_out_of_the_folder_are_refused(pool, tmp_path, name):
+    pool.run(1, _save, str(tmp_path), [2], 2)
+    folder = tmp_path / "step_00000002"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if name.startswith("link"):
+        (folder / name).symlink_to("/etc/passwd")
+    manifest["files"][name] = {"size": 1, "sha256": "0"}
+    text = json.dumps(manifest)
+    (folder / MANIFEST).write_text(text)
+    (folder / COMPLETE).write_text(hashlib.sha256(text.encode()).hexdigest())
+    assert pool.run(1, _load, str(tmp_path), "auto", {"seed": 1})[0][0] == 77
+
+
+def _refuse(ranks: Ranks, folder: str) -> list:
+    said = []
+    checkpointer = Checkpointer(Path(folder), ranks)
+    for content in ({"step": 3}, _tensors(ranks, 0)):
+        try:
+            checkpointer.save(1, content, {}, {}, {})
+        except FsdpQloraError as error:
+            said.append((error.exit_code, str(error)))
+    return said
+
+
+def test_what_is_no_tensor_and_what_cannot_be_written_is_an_error_on_every_rank(pool, tmp_path):
+    (tmp_path / "file").write_text("a file where a folder is needed")
+    for said in pool.run(2, _refuse, str(tmp_path / "file")):
+        assert [code for code, _ in said] == [77, 74]
+        assert "only tensors" in said[0][1] and "rank 0 could not write" in said[1][1]

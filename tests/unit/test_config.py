@@ -1,0 +1,85 @@
+"""Settings: composed, checked, kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from fsdp_qlora.cli.compose import compose_config, conf_dir, group_options, GROUPS  # isort: skip
+from fsdp_qlora.config.convert import from_dict, known_keys, to_dict
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.errors import ConfigError
+
+
+def test_every_group_file_names_its_schema_and_only_known_keys():
+    assert GROUPS
+    for group in GROUPS:
+        for name in group_options(group):
+            values = yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text())
+            assert values.pop("defaults")[0] == "schema"
+            assert {f"{group}.{key}" for key in values} <= set(known_keys())
+            compose_config("plan", [f"{group}={name}", "model.name=x"])
+
+
+def test_defaults_of_conf_and_of_the_schema_agree():
+    composed, plain = to_dict(compose_config("train", [])), to_dict(RunConfig())
+    assert composed == plain
+
+
+def test_a_config_survives_its_own_yaml():
+    config = compose_config("train", ["experiment=quickstart", "lora.target_modules=[q_proj,v_proj]"])
+    assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        compose_config("train", []).optim.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["What's up, world (a=b)?", "{x: [1,2]} $HOME ${oc.env:HOME}", 'é\n\t\\ "', "null", "a=b=c", ""]
+)
+def test_free_text_is_taken_verbatim(text):
+    assert compose_config("generate", [f"prompt={text}"]).prompt == text
+
+
+def test_paths_are_taken_verbatim():
+    config = compose_config("train", ["data.train=[a b.jsonl, /x=y/c.jsonl]", "data.eval=null", "model.name=/m o=d/el"])
+    assert config.data.train == ["a b.jsonl", "/x=y/c.jsonl"]
+    assert config.data.eval is None
+    assert config.model.name == "/m o=d/el"
+
+
+def test_run_from_repeats_a_run_and_the_command_line_wins(tmp_path):
+    first = compose_config("train", ["quant=fp4", "optim=sgd", "optim.lr=0.5", "data.train=[a,b]", "lora.r=3"])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(to_dict(first)))
+    again = compose_config("train", [f"run_from={file}"])
+    assert dataclasses.replace(again, run_from=None) == first
+    other = compose_config("train", [f"run_from={file}", "lora.r=5", "optim=adamw"])
+    assert (other.lora.r, other.optim.name, other.optim.lr, other.quant.name) == (5, "adamw", 2e-4, "fp4")
+
+
+def test_own_yaml_folder(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\noptim:\n  lr: 0.125\n")
+    assert compose_config("train", ["--config-dir", str(tmp_path), "experiment=mine"]).optim.lr == 0.125
+
+
+def test_all_failures_at_once():
+    with pytest.raises(ConfigError) as refusal:
+        from_dict({"optim": {"lr": "fast", "lrr": 1}, "train": 3, "quant": {"name": "nf5"}})
+    for word in ("optim.lr:", "optim.lrr", "train:", "quant.name", "nf4"):
+        assert word in str(refusal.value)
+
+
+def test_nothing_heavy_is_imported_by_composing():
+    code = (
+        "import sys; from fsdp_qlora.cli.compose import compose_config; compose_config('train', ['optim.lr=1']);"
+        "print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'wandb') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
