@@ -181,20 +181,25 @@ def _evaluate(prepared: Prepared, rows: TokenRows) -> Evaluation:
     return evaluate(prepared.model, batch.micro_batches, objective, batch.num_targets, ranks)
 
 
-def fit(prepared: Prepared, folder: RunFolder | None = None) -> FitResult:
+def fit(prepared: Prepared, folder: RunFolder | None = None, signals: StopSignals | None = None) -> FitResult:
     """Train, resume where asked to, save, and write the adapter. Every rank calls it.
+
+    Args:
+        prepared: what `prepare` returned.
+        folder: the run folder, claimed already; None claims ``<run.output_root>/<run.name>`` and lets go of it after.
+        signals: handlers that are in force already; None installs them for the time of the training.
 
     Raises:
         FsdpQloraError: of the kind that says what went wrong, on every rank where the ranks can know.
     """
     if folder is not None:
-        return _fit(prepared, folder)
+        return _fit(prepared, folder, signals or StopSignals())
     folder = RunFolder(prepared.config.run.output_root, prepared.config.run.name)
     try:
         decision = claim(folder, prepared.config, prepared.ranks)
         if not decision.start:
             return FitResult(True, folder.read_summary())
-        result = _fit(prepared, folder)
+        result = _fit(prepared, folder, signals or StopSignals())
         if prepared.ranks.is_main:
             folder.write_exit(0 if result.finished else STOPPED_EXIT_CODE, 0)
         return result
@@ -202,8 +207,8 @@ def fit(prepared: Prepared, folder: RunFolder | None = None) -> FitResult:
         folder.unlock()
 
 
-def _fit(prepared: Prepared, folder: RunFolder) -> FitResult:
-    with StopSignals() as signals:
+def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
+    with stop as signals:
         training = Training(prepared, folder)
         resumed = training.resume()
         if prepared.ranks.is_main:

@@ -6,7 +6,7 @@
 #
 # NPROC is a number, or `gpu` for one rank per GPU. `fsdp-qlora train launcher.nproc_per_node=N` does the same with
 # shorter messages and the true exit code; take this script where torchrun itself is wanted. torchrun turns every
-# failure into exit code 1: the true one is in outputs/<run.name>/exit.json (75: stopped early on a signal, after saving).
+# failure into exit code 1: the true one is in outputs/<run.name>/exit.json (75: stopped early on a signal and saved).
 #
 # Environment:
 #   SHUTDOWN_SECONDS  time the ranks have after SIGTERM, SIGINT or SIGUSR1 to save and leave (default 120; torch 2.11:

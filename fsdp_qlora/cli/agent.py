@@ -1,6 +1,6 @@
 """torch's elastic agent as a process of its own.
 
-``python -m fsdp_qlora.cli.agent RANKS SHUTDOWN_SECONDS VERB PARENT``, where PARENT is the launcher's process id.
+``python -m fsdp_qlora.cli.agent RANKS VERB PARENT``, where PARENT is the launcher's process id.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fsdp_qlora.dist.parent import die_with_parent
 
-die_with_parent(int(sys.argv[4]) if __name__ == "__main__" else None)  # before torch, whose import takes seconds
+die_with_parent(int(sys.argv[3]) if __name__ == "__main__" else None)  # before torch, whose import takes seconds
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -24,7 +24,7 @@ from fsdp_qlora.track.process_exit import EXIT_VARIABLE
 
 def main() -> int:
     """Start the ranks and wait for them; return 0 if all ended well."""
-    num_ranks, shutdown_seconds, verb = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    num_ranks, verb = int(sys.argv[1]), sys.argv[2]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the parent says it in one line
     config = LaunchConfig(
         min_nodes=1,
@@ -35,7 +35,6 @@ def main() -> int:
         run_id=f"fsdp_qlora-{os.getpid()}",
         max_restarts=0,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-        shutdown_timeout=shutdown_seconds,
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "fsdp_qlora", verb)

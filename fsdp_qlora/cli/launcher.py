@@ -45,14 +45,12 @@ def launch(verb: str, config: RunConfig, num_ranks: int) -> int:
         environment = {
             # Activations of uneven length come and go; transparent huge pages spare a CPU run a fifth of its step.
             "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(config.launcher.shutdown_seconds),
             **os.environ,
             CONFIG_VARIABLE: json.dumps(to_dict(config)),
             EXIT_VARIABLE: str(exit_file),
         }
-        command = [
-            sys.executable, "-m", "fsdp_qlora.cli.agent", str(num_ranks), str(config.launcher.shutdown_seconds), verb,
-            str(os.getpid()),
-        ]  # fmt: skip
+        command = [sys.executable, "-m", "fsdp_qlora.cli.agent", str(num_ranks), verb, str(os.getpid())]
         agent = subprocess.Popen(command, env=environment, start_new_session=True)
         _wait(agent)
         return _verdict(verb, exit_file, agent.returncode, config)

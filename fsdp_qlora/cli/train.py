@@ -7,6 +7,7 @@ from fsdp_qlora.claim import claim
 from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.cli.show import loading, print_start, print_stopped, print_summary
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.dist.signals import StopSignals
 from fsdp_qlora.dist.watch import leave_when
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError
 from fsdp_qlora.track.run_folder import RunFolder
@@ -15,10 +16,11 @@ from fsdp_qlora.training import fit
 
 def run(config: RunConfig) -> int:
     """Train; return the exit code."""
-    return on_ranks(config, lambda world: _rank(config, world))
+    with StopSignals() as signals:  # from the start: a signal while loading is a wish to stop, too
+        return on_ranks(config, lambda world: _rank(config, world, signals))
 
 
-def _rank(config: RunConfig, world: World) -> int:
+def _rank(config: RunConfig, world: World, signals: StopSignals) -> int:
     """Be one rank: claim the run folder together, prepare, fit, show."""
     folder = RunFolder(config.run.output_root, config.run.name)
     decision = claim(folder, config, world.ranks)
@@ -26,7 +28,7 @@ def _rank(config: RunConfig, world: World) -> int:
         _show(folder, world.ranks.is_main, decision.note)
         return 0
     try:
-        return _train(config, folder, world, decision.note)
+        return _train(config, folder, world, decision.note, signals)
     except FsdpQloraError as error:
         folder.write_exit(error.exit_code, world.ranks.rank, str(error))
         raise
@@ -35,13 +37,13 @@ def _rank(config: RunConfig, world: World) -> int:
         raise
 
 
-def _train(config: RunConfig, folder: RunFolder, world: World, note: str) -> int:
+def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signals: StopSignals) -> int:
     watch = leave_when(lambda: _failed_elsewhere(folder))
     main = world.ranks.is_main
     prepared = prepare(config, world, loading() if main else None)
     if main:
         print_start(prepared, note)
-    result = fit(prepared, folder)
+    result = fit(prepared, folder, signals)
     watch.set()
     code = 0 if result.finished else STOPPED_EXIT_CODE
     if main:

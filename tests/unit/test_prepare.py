@@ -65,6 +65,6 @@ def test_truncation_is_done_and_counted(tmp_path, tokenizer, truncation, kept, l
     else:
         assert data.train_counts.truncated == 1
         ids = [i for r in list(data.train)[:-1] for i in r["input_ids"]]
-        whole = tokenizer(long).input_ids + [tokenizer.eos_token_id]
+        whole = [*tokenizer(long).input_ids, tokenizer.eos_token_id]
         expected = {"right": whole[:8], "left": whole[-8:], "split": whole}[truncation]
         assert ids == expected

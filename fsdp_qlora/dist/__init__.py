@@ -1,0 +1,1 @@
+"""Who we are: processes, meshes and reductions over torch.distributed."""

@@ -1,0 +1,121 @@
+"""Process group up and down, device choice and threads.
+
+Every function takes its group explicitly, so that tests can run on sub-groups of one pool of processes.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from fsdp_qlora.errors import ConfigError
+
+@dataclass(frozen=True)
+class Placement:
+    """Where this process stands among the ranks, as the launcher's environment says."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @staticmethod
+    def from_env() -> Placement:
+        """Read RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, as torchrun sets them; one process without them."""
+        env = os.environ
+        world = int(env.get("WORLD_SIZE", "1"))
+        rank = int(env.get("RANK", "0"))
+        return Placement(
+            rank, int(env.get("LOCAL_RANK", rank)), world, int(env.get("LOCAL_WORLD_SIZE", world))
+        )
+
+
+def device_types() -> dict[str, int]:
+    """Return the accelerators that are there and how many of each, cpu last (as 0 = any number of ranks)."""
+    found: dict[str, int] = {}
+    for name in ("cuda", "xpu"):
+        backend = getattr(torch, name)
+        if backend.is_available():
+            found[name] = backend.device_count()
+    return {**found, "cpu": 0}
+
+
+def choose_device(asked: str, placement: Placement) -> torch.device:
+    """Return this rank's device: the asked type, or the best there is for ``auto``.
+
+    Raises:
+        ConfigError: if the type is not there, or there are fewer devices than ranks on this node.
+    """
+    found = device_types()
+    kind = next(iter(found)) if asked == "auto" else asked
+    if kind not in found:
+        raise ConfigError(f"launcher.device: {kind} is not available here; there is {', '.join(found)}.")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if placement.local_world_size > found[kind]:
+        raise ConfigError(
+            f"launcher.nproc_per_node: {placement.local_world_size} ranks on this node, but only {found[kind]} {kind} "
+            f"device(s). Start {found[kind]} rank(s), or set launcher.device=cpu."
+        )
+    return torch.device(kind, placement.local_rank)
+
+
+def use_device(device: torch.device) -> None:
+    """Make ``device`` the current one of this process."""
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+
+
+def set_threads(asked: int, local_world_size: int) -> int:
+    """Set and return the number of CPU threads of this rank: ``asked``, or its share of the cores when 0."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = asked or max(1, cores // local_world_size)
+    torch.set_num_threads(threads)
+    return threads
+
+
+@contextmanager
+def process_group(device: torch.device, placement: Placement, timeout_seconds: int) -> Iterator[dist.ProcessGroup]:
+    """Open the default group (NCCL/XCCL on accelerators, gloo on a CPU) and close it in every case.
+
+    A single process without a launcher gets a group of its own, so that nothing below has a special case for it.
+    """
+    backend = dist.get_default_backend_for_device(device)
+    timeout = timedelta(seconds=timeout_seconds)
+    if placement.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=cast(Any, dist).HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, rank=placement.rank, world_size=placement.world_size, timeout=timeout,
+            device_id=device if device.type != "cpu" else None,
+        )  # fmt: skip
+    group = dist.group.WORLD
+    assert group is not None
+    try:
+        yield group
+        dist.barrier(group)  # without it gloo's threads can abort a process that leaves before its peers
+    finally:
+        dist.destroy_process_group()
+
+
+def memory_peak(device: torch.device) -> tuple[int, str]:
+    """Return this process's peak memory in bytes and what was measured.
+
+    ``max_memory_allocated`` on an accelerator; on a CPU the kernel's high-water mark of resident memory (VmHWM).
+    """
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(), "max_memory_allocated"
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else []:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024, "VmHWM"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "ru_maxrss"

@@ -1,0 +1,57 @@
+"""Small reductions and exchanges between the ranks; every call here is a collective: all ranks must make it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fsdp_qlora.dist.mesh import Ranks
+
+
+def all_sum(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> list[float]:
+    """Return the sums over all ranks of some numbers, added in float64."""
+    tensor = torch.as_tensor(values, dtype=torch.float64).to(ranks.device)
+    dist.all_reduce(tensor, group=ranks.group)
+    return tensor.tolist()
+
+
+def all_max(value: float, ranks: Ranks) -> float:
+    """Return the largest of a number over all ranks."""
+    tensor = torch.tensor([value], dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=ranks.group)
+    return tensor.item()
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """Return whether any rank raised ``flag``: a signal to one is a decision of all."""
+    return all_max(float(flag), ranks) > 0
+
+
+def gather_json(value: Any, ranks: Ranks) -> list[Any]:
+    """Return every rank's ``value`` (anything JSON holds) in the order of ranks.
+
+    Bytes of JSON, not `all_gather_object`: that one unpickles what other ranks send.
+    """
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(ranks.device)
+    sizes = all_gather(torch.tensor([data.numel()], device=ranks.device), ranks.group)
+    longest = max(int(size.item()) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=ranks.device)
+    padded[: data.numel()] = data
+    parts = all_gather(padded, ranks.group)
+    return [json.loads(bytes(p[: int(n.item())].tolist())) for p, n in zip(parts, sizes, strict=True)]
+
+
+def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Return every rank's ``tensor``; all must have the same shape."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return parts
+
+
+def barrier(ranks: Ranks) -> None:
+    """Wait until every rank is here."""
+    all_sum([0.0], ranks)
