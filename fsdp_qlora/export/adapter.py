@@ -58,6 +58,8 @@ def export_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     config.base_model_name_or_path = base_model
     config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # a set's order changes from process to process
     config.save_pretrained(str(folder))
     file = folder / WEIGHTS_NAME
     save_file(dict(tensors), file, metadata={"format": "pt"})
