@@ -52,7 +52,7 @@ def _sha256(path: Path) -> str:
 
 
 def _embedded_hint(path: Path) -> str:
-    if "fsdp_qlora" in path.parts:
+    if "embedded" in path.parts:
         return " The embedded data are fetched by `fsdp-qlora prepare experiment=quickstart` (or `make train`)."
     return ""
 

@@ -38,7 +38,7 @@ def resolve_folder(name: str, revision: str | None = None) -> Path:
 
 
 def _embedded_hint(name: str) -> str:
-    if "fsdp_qlora" in name:
+    if "embedded" in Path(name).parts:
         return (
             " The embedded model and data are fetched by `fsdp-qlora prepare experiment=quickstart` (or `make train`)."
         )
