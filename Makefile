@@ -9,7 +9,7 @@ DEV_READY := $(VENV)/.ready-dev
 NPROC ?= 2
 ARGS ?=
 
-.PHONY: help setup assets train test test-full lint check plan gpu-bundle wheel clean
+.PHONY: help setup assets train test test-full test-full-report lint check plan gpu-bundle wheel clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,7 +35,10 @@ test: assets ## the tests (at most 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not full and not gpu" $(ARGS)
 
 test-full: assets ## the whole matrices (at most 75 minutes on 2 cores)
-	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not gpu" --junitxml build/test-full.xml $(ARGS)
+
+test-full-report: ## write docs/test-full.md from the last test-full
+	$(BIN)/python tests/full_report.py
 
 lint: $(DEV_READY) ## ruff, pyright, the layer contract, the size rules
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -40,12 +41,17 @@ def main() -> int:
         elastic_launch(config, sys.executable)("-u", "-m", "fsdp_qlora", verb)
     except ChildFailedError as error:
         # A rank that a signal ended says nothing itself, and what the others say then is an echo of its end.
-        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
+        # SIGTERM is not among those: it is how this agent ends the others.
+        rank, failure = min(error.failures.items(), key=lambda item: (not _killed(item[1].exitcode), item[1].timestamp))
         _tell(rank, failure.exitcode)
         return 1
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     return 0
+
+
+def _killed(code: int) -> bool:
+    return code < 0 and code != -signal.SIGTERM
 
 
 def _tell(rank: int, code: int) -> None:

@@ -82,8 +82,8 @@ def _wait(agent: subprocess.Popen[bytes]) -> None:
 def _verdict(verb: str, exit_file: Path, agent_code: int, config: RunConfig) -> int:
     told = _read(exit_file)
     agent = _read(exit_file.with_name("agent.json"))
-    killed = agent and agent["code"] < 0 and not (told and told["code"] == STOPPED_EXIT_CODE)
-    if agent and killed:
+    said_why = told is not None and (told["expected"] or told["code"] == STOPPED_EXIT_CODE)
+    if agent and agent["code"] < 0 and agent["code"] != -signal.SIGTERM and not said_why:
         name = signal.Signals(-agent["code"]).name
         why = " Out of memory? See the kernel's log (dmesg)." if name == "SIGKILL" else ""
         told = {"code": 1, "rank": agent["rank"], "message": f"rank {agent['rank']} was ended by {name}.{why}"}

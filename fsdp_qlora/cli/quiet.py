@@ -12,7 +12,6 @@ def quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "failed to load CPU gemm_4bit": we dequantize instead
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it names no line; our message does
     # PEFT asks transformers by the old name; ours is the one that every transformers 5 has
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
+from datasets import logging as datasets_logging
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from fsdp_qlora.errors import DataError
@@ -29,6 +30,7 @@ def load_rows(names: list[str], cache: Path) -> Dataset:
         DataError: naming the file and the line, if one is missing, empty or malformed.
     """
     disable_progress_bars()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # it names no line; our message does
     parts = [_load_file(Path(name), cache) if is_file(name) else _load_hub(name) for name in names]
     return parts[0] if len(parts) == 1 else _concatenate(parts, names)
 

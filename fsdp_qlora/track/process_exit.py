@@ -24,13 +24,18 @@ EXIT_VARIABLE = "FSDP_QLORA_EXIT_FILE"
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
-def tell_launcher(code: int, message: str = "") -> bool:
-    """Write how this rank ended to our launcher's file; return False if another rank did so first."""
+def tell_launcher(code: int, message: str = "", expected: bool = True) -> bool:
+    """Write how this rank ended to our launcher's file; return False if another rank did so first.
+
+    ``expected`` is False for what may be an echo of another rank's end (a broken connection).
+    """
     file = os.environ.get(EXIT_VARIABLE)
     if not file:
         return True
     staging = Path(f"{file}.{os.getpid()}")
-    staging.write_text(json.dumps({"code": code, "rank": int(os.environ.get("RANK", "0")), "message": message}))
+    staging.write_text(
+        json.dumps({"code": code, "rank": int(os.environ.get("RANK", "0")), "message": message, "expected": expected})
+    )
     try:
         os.link(staging, file)
     except FileExistsError:
@@ -51,6 +56,7 @@ def others_failed() -> bool:
 
 def guarded(work: Callable[[], int]) -> int:
     """Run a verb; turn what escapes into a message and an exit code."""
+    expected = True
     try:
         code, message = work(), ""
     except FsdpQloraError as error:
@@ -64,10 +70,10 @@ def guarded(work: Callable[[], int]) -> int:
     except SystemExit as request:
         code, message = request.code if isinstance(request.code, int) else 1, ""
     except BaseException as error:  # a bug of ours, or of what we stand on: the traceback helps to find it
-        code, message = 1, f"{type(error).__name__}: {error}"
+        code, message, expected = 1, f"{type(error).__name__}: {error}", False
         if not others_failed():
             traceback.print_exc()
-    first = tell_launcher(code, message)
+    first = tell_launcher(code, message, expected)
     if message and (EXIT_VARIABLE not in os.environ):
         print(f"{_where()}{message}", file=sys.stderr, flush=True)
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -17,7 +17,7 @@ def test_warms_up_peaks_and_ends(name):
     assert values[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert values[4] == pytest.approx(1.0)
     assert all(0 < v <= 1 for v in values)
-    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(values))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(values[4:]))
     assert factor(40) == pytest.approx(1.0 if name == "constant" else 0.1)
     if name == "wsd":
         assert values[31] == 1.0 > values[33]
