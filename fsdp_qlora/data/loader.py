@@ -15,10 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from fsdp_qlora.plan.batch import deal
-
-IGNORE = -100
-"""Label of a token that is not learned (torch's ``ignore_index``)."""
+from fsdp_qlora.plan.batch import IGNORE, deal
 
 
 @dataclass(frozen=True)

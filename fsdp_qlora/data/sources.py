@@ -113,8 +113,8 @@ def _json_problems(path: Path) -> Iterator[str]:
 def _row_problem(line: str) -> str | None:
     try:
         value: Any = json.loads(line)
-    except ValueError as problem:
-        return f"not valid JSON: {problem}"
+    except json.JSONDecodeError as problem:
+        return f"not valid JSON: {problem.msg} at column {problem.colno}"
     return None if isinstance(value, dict) else f"expected an object {{...}}, got {type(value).__name__}"
 
 

@@ -14,9 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fsdp_qlora.model.head import LossHead
-
-IGNORE = -100
-"""Label of a token that is not learned (torch's ``ignore_index``)."""
+from fsdp_qlora.plan.batch import IGNORE
 
 
 class CausalModel(nn.Module):

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+IGNORE = -100
+"""Label of a token that is not learned (torch's ``ignore_index``)."""
+
 
 @dataclass(frozen=True)
 class BatchPlan:
