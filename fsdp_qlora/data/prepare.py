@@ -15,17 +15,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, Features, List, Value, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.data.chat import Example, encode, find_format, read_row
 from fsdp_qlora.data.sources import fingerprint, load_rows, names_of
 from fsdp_qlora.errors import DataError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 _VERSION = 1  # of what is written; a change makes old caches unused
-_FEATURES = Features({"input_ids": List(Value("int32")), "learned": List(Value("bool"))})
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def prepare_data(request: DataRequest, tokenizer: PreTrainedTokenizerBase, cache
     Raises:
         DataError: if a source is missing or malformed, or nothing in it is supervised.
     """
+    from datasets import Dataset, load_from_disk  # here, so that what needs no data does not need `datasets`
+
     key = _key(request, tokenizer)
     folder = cache / "tokens" / key
     if prepares and not (folder / "counts.json").is_file():
@@ -165,6 +168,8 @@ def _example(row: Mapping[str, Any], row_format: str, number: int) -> Example:
 
 
 def _tokenize(rows: Dataset, request: DataRequest, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Counts]:
+    from datasets import Dataset, Features, List, Value
+
     row_format = _format_of(rows, request)
     tally = asdict(Counts())
 
@@ -194,7 +199,8 @@ def _tokenize(rows: Dataset, request: DataRequest, tokenizer: PreTrainedTokenize
             f"({counts.dropped_unsupervised} without an answer within data.max_length={request.max_length}, "
             f"{counts.dropped_long} dropped as too long)."
         )
-    return Dataset.from_list(sequences, features=_FEATURES), counts
+    features = Features({"input_ids": List(Value("int32")), "learned": List(Value("bool"))})
+    return Dataset.from_list(sequences, features=features), counts
 
 
 def _fit(

@@ -6,13 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
-from datasets import logging as datasets_logging
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _HUB_TRAIN = "train"
@@ -29,6 +28,9 @@ def load_rows(names: list[str], cache: Path) -> Dataset:
     Raises:
         DataError: naming the file and the line, if one is missing, empty or malformed.
     """
+    from datasets import disable_progress_bars
+    from datasets import logging as datasets_logging
+
     disable_progress_bars()
     datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # it names no line; our message does
     parts = [_load_file(Path(name), cache) if is_file(name) else _load_hub(name) for name in names]
@@ -60,6 +62,9 @@ def _embedded_hint(path: Path) -> str:
 
 
 def _load_file(path: Path, cache: Path) -> Dataset:
+    from datasets import Dataset, load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
     path = path.expanduser()
     if not path.is_file():
         raise DataError(f"data: there is no file {path}.{_embedded_hint(path)}")
@@ -119,6 +124,9 @@ def _row_problem(line: str) -> str | None:
 
 
 def _load_hub(name: str) -> Dataset:
+    from datasets import Dataset, load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
     try:
         rows = load_dataset(name, split=_HUB_TRAIN)
     except (DatasetNotFoundError, ConnectionError, ValueError, OSError) as error:
@@ -131,6 +139,8 @@ def _load_hub(name: str) -> Dataset:
 
 
 def _concatenate(parts: list[Dataset], names: list[str]) -> Dataset:
+    from datasets import concatenate_datasets
+
     try:
         return concatenate_datasets(parts)
     except (ValueError, TypeError) as error:

@@ -104,7 +104,8 @@ def process_group(device: torch.device, placement: Placement, timeout_seconds: i
         yield group
         dist.barrier(group)  # without it gloo's threads can abort a process that leaves before its peers
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # else it was left at exit, after an error
+            dist.destroy_process_group()
 
 
 def memory_peak(device: torch.device) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -26,6 +27,8 @@ class StopSignals:
         return self
 
     def _remember(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT and "RANK" not in os.environ:
+            os._exit(130)  # a second Ctrl-C of a single process; for ranks the launcher counts
         self.received = number
 
     @property
