@@ -20,7 +20,7 @@ class ConsoleProgress:
         self._bar: Progress | None = None
         if sys.stdout.isatty():
             self._bar = Progress(
-                TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
+                TextColumn("step"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
                 TimeRemainingColumn(), console=self.console,
             )  # fmt: skip
             self._task = self._bar.add_task("train", total=total_steps, completed=start_step, values="")
@@ -30,11 +30,12 @@ class ConsoleProgress:
         """Show a step's values."""
         text = describe(values)
         if self._bar is None:
-            print(f"step {step}/{self._total} {text}{self._left(step)}", flush=True)
+            left = "" if "eval_loss" in values else self._left(step)
+            print(f"step {step}/{self._total} {text}{left}", flush=True)
         elif "eval_loss" in values:
             self._bar.print(f"step {step}/{self._total} {text}")
         else:
-            self._bar.update(self._task, completed=step, values=text)
+            self._bar.update(self._task, completed=step, values=brief(values))
 
     def _left(self, step: int) -> str:
         done = step - self._first
@@ -56,6 +57,12 @@ def describe(values: dict[str, Any]) -> str:
         f"loss {values['loss']:.4f}, grad norm {values['grad_norm']:.3f}, lr {values['lr']:.2e}, "
         f"{values['tokens_per_second']:.0f} tok/s, {megabytes(values['peak_memory_bytes'])}"
     )
+
+
+def brief(values: dict[str, Any]) -> str:
+    """Return the values that fit beside a bar in 80 columns."""
+    speed, memory = values["tokens_per_second"], megabytes(values["peak_memory_bytes"])
+    return f"loss {values['loss']:.4f}  {speed:.0f} tok/s  {memory}"
 
 
 def megabytes(count: float) -> str:
