@@ -22,7 +22,7 @@ from fsdp_qlora.data.prepare import PreparedData, prepare_data, request_of
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
 from fsdp_qlora.dist.process import Placement, choose_device, device_types, process_group, set_threads, use_device
 from fsdp_qlora.export.adapter import load_adapter, read_adapter_config
-from fsdp_qlora.model.activations import checkpoint_activations, compile_layers
+from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters
 from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, shard_model
@@ -194,8 +194,6 @@ def build_sharded(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, ran
     units = [[base.get_submodule(name) for name in unit] for unit in plan.units]
     if config.train.activation_checkpointing == "full":
         checkpoint_activations(base)
-    if config.train.compile == "true":
-        compile_layers(base.get_submodule(unit[0]) for unit in plan.units if len(unit) == 1)
     shard_model(model, units, ranks, mixed_precision(config.precision.name), config.fsdp.reshard_after_forward)
     register_fsdp_forward_method(model, "generate")
     register_fsdp_forward_method(model, "logits")

@@ -93,7 +93,9 @@ def convert(value: Any, kind: Any) -> Any:
 
 
 def _choice(value: Any, choices: tuple[str, ...]) -> str:
-    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = str(value)
+    if text in ("True", "False"):  # what YAML and Hydra make of true and false
+        text = text.lower()
     if value is None and "none" in choices:
         text = "none"
     if text not in choices:

@@ -134,6 +134,8 @@ def _quantization(config: RunConfig) -> Iterator[str]:
 def _not_built(config: RunConfig) -> Iterator[str]:
     if config.data.packing:
         yield "data.packing: not available in this version; set data.packing=false."
+    if config.train.compile == "true":
+        yield "train.compile: true is not available in this version; leave it at auto, which runs without."
     if config.plan.simulate:
         yield "plan.simulate: not available in this version; the plan is by arithmetic."
     if config.plan.search:

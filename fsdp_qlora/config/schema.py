@@ -131,7 +131,7 @@ class TrainSettings:
     activation_checkpointing: Literal["none", "full"] = "none"
     """Recompute each decoder layer in backward instead of keeping its activations."""
     compile: Literal["auto", "true", "false"] = "auto"
-    """torch.compile each decoder layer. ``auto`` and ``false`` run without; ``true`` compiles."""
+    """torch.compile each decoder layer. ``auto`` and ``false`` run without; ``true`` is refused in this version."""
     logits_chunk: int = 256
     """Supervised tokens whose logits exist at the same time."""
     sample_prompts: list[str] = field(default_factory=list)

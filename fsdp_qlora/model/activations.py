@@ -1,10 +1,7 @@
-"""What is kept between forward and backward, and whether the decoder layers are compiled."""
+"""What is kept between forward and backward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -15,9 +12,3 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # transformers checkpoints in training mode only
-
-
-def compile_layers(layers: Iterable[nn.Module]) -> None:
-    """Compile each decoder layer in place (before sharding): one graph for all layers of a kind."""
-    for layer in layers:
-        layer.compile()

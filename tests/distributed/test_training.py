@@ -10,9 +10,9 @@ from fsdp_qlora.dist.mesh import Ranks
 from tests.build import build, losses, norms, run_fit
 
 
-def _train(pool, num_ranks, model, rows, root, name, layout="shard", **groups):
+def _train(pool, num_ranks, model, rows, root, name, layout="shard", timeout=180, **groups):
     settings = {"data": {"train": str(rows), "max_length": 64}, **copy.deepcopy(groups)}
-    return pool.run(num_ranks, run_fit, str(model), str(root), name, settings, layout=layout)[0]
+    return pool.run(num_ranks, run_fit, str(model), str(root), name, settings, layout=layout, timeout=timeout)[0]
 
 
 def _close(found, wanted, tolerance):
@@ -52,6 +52,7 @@ def test_ranks_do_not_change_the_numbers_bf16(pool, tiny_model, chat_rows, tmp_p
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_real_model_over_20_steps(pool, real_model, tmp_path, precision, dropout):
@@ -64,9 +65,9 @@ def test_the_real_model_over_20_steps(pool, real_model, tmp_path, precision, dro
         "lora": {"r": 8, "dropout": dropout},
         "optim": {"lr": 2e-4},
     }
-    one = _train(pool, 1, real_model, rows, tmp_path, "one", **groups)["metrics"]
+    one = _train(pool, 1, real_model, rows, tmp_path, "one", timeout=600, **groups)["metrics"]
     for num_ranks in (2, 3):
-        many = _train(pool, num_ranks, real_model, rows, tmp_path, f"n{num_ranks}", **groups)["metrics"]
+        many = _train(pool, num_ranks, real_model, rows, tmp_path, f"n{num_ranks}", timeout=600, **groups)["metrics"]
         if precision == "fp32":
             assert _close(losses(many), losses(one), 1e-5)
             assert _close(norms(many), norms(one), 1e-4)

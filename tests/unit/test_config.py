@@ -70,6 +70,13 @@ def test_own_yaml_folder(tmp_path):
     assert compose_config("train", ["--config-dir", str(tmp_path), "experiment=mine"]).optim.lr == 0.125
 
 
+def test_a_choice_that_looks_like_a_bool():
+    for choice in ("auto", "false"):
+        assert compose_config("train", [f"train.compile={choice}"]).train.compile == choice
+    with pytest.raises(ConfigError, match="not available in this version"):
+        compose_config("train", ["train.compile=true"])
+
+
 def test_all_failures_at_once():
     with pytest.raises(ConfigError) as refusal:
         from_dict({"optim": {"lr": "fast", "lrr": 1}, "train": 3, "quant": {"name": "nf5"}})
