@@ -53,14 +53,13 @@ def test_ranks_do_not_change_the_numbers_bf16(pool, tiny_model, chat_rows, tmp_p
 
 @pytest.mark.full
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "dropout"), [("fp32", 0.1), ("bf16", 0.0)])
 def test_the_real_model_over_20_steps(pool, real_model, tmp_path, precision, dropout):
     from tests.tiny import write_chat_rows
 
     rows = write_chat_rows(tmp_path / "rows.jsonl", 64)
     groups = {
-        "train": {"max_steps": 20, "global_batch_size": 5, "micro_batch_size": 1},
+        "train": {"max_steps": 20, "global_batch_size": 3, "micro_batch_size": 1},
         "precision": {"name": precision},
         "lora": {"r": 8, "dropout": dropout},
         "optim": {"lr": 2e-4},
