@@ -76,13 +76,15 @@ def guarded(work: Callable[[], int]) -> int:
     first = tell_launcher(code, message, expected)
     if message and (EXIT_VARIABLE not in os.environ):
         print(f"{_where()}{message}", file=sys.stderr, flush=True)
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if distributed and code not in (0, 75):
-        _record_for_torchrun(message)
+    if "RANK" in os.environ:
+        if code not in (0, 75):
+            _record_for_torchrun(message)
         sys.stdout.flush()
         sys.stderr.flush()
-        # Not sys.exit: closing a process group whose other ranks wait in a collective can hang.
-        os._exit(code if first else 1)
+        # Not sys.exit. After a failure, closing a process group whose other ranks wait in a collective can hang. After
+        # a success, gloo's threads outlive the group, and one that drops a tensor while the interpreter is being
+        # finalized aborts the process ("terminate called without an active exception").
+        os._exit(code if first or code in (0, 75) else 1)
     return code
 
 

@@ -136,6 +136,7 @@ def test_readme_commands_are_there():
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1200)
 def test_readme_commands_run(real_model, cli_env, tmp_path):
     """Every command as it stands, in order, on the embedded model; training ones are cut to two steps."""
     short = "train.max_steps=2 data.max_rows=60 train.sample_prompts=[] train.eval_every=0 data.max_length=64"
