@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": "loss and perplexity of a base or an adapter on data.eval",
     "generate": "answer a prompt, with or without an adapter",
     "export": "write the adapter of a run's checkpoint",
+    "inspect": "show a checkpoint, or compare two: inspect PATH [PATH]",
     "doctor": "show devices, versions and what is wrong here",
 }
 ON_RANKS = ("train", "evaluate", "generate")
@@ -53,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(verb: str, arguments: list[str]) -> int:
     if verb not in VERBS:
         raise ConfigError(f"{verb}: there is no such verb.{nearest(verb, VERBS)}\n{usage()}")
+    if verb == "inspect":  # paths, not settings
+        quieten()
+        return import_module("fsdp_qlora.cli.inspect").run(arguments)
     if CONFIG_VARIABLE in os.environ:  # started by our launcher: it has composed for all ranks
         return _verb(verb, from_dict(json.loads(os.environ[CONFIG_VARIABLE])))
     compose = import_module("fsdp_qlora.cli.compose")

@@ -21,7 +21,8 @@ from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.data.prepare import PreparedData, prepare_data, request_of
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
 from fsdp_qlora.dist.process import Placement, choose_device, device_types, process_group, set_threads, use_device
-from fsdp_qlora.export.adapter import load_adapter, read_adapter_config
+from fsdp_qlora.dist.watch import Phases
+from fsdp_qlora.export.adapter import load_adapter, read_adapter_config, start_from_adapter
 from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters
@@ -55,6 +56,7 @@ class Prepared:
     load: LoadReport
     data: PreparedData | None
     threads: int
+    phases: Phases
     _stack: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -81,6 +83,8 @@ class World:
     placement: Placement
     threads: int
     stack: ExitStack
+    phases: Phases = field(default_factory=Phases)
+    """What this rank is doing, for the watch that names a rank which holds up the others."""
 
 
 def open_world(config: RunConfig) -> World:
@@ -115,6 +119,7 @@ def prepare(config: RunConfig, world: World | None = None, progress: Progress | 
     if config.data.train is not None:
         data = _prepare_data(config, tokenizer, world.placement.local_rank == 0)
     resolved = _with_attention(config, world.ranks.device)
+    world.phases.enter("loading the model")
     base = _skeleton(resolved, folder)
     shapes = read_shapes(base)
     plan = make_plan(resolved, shapes, world.ranks.size)
@@ -122,9 +127,13 @@ def prepare(config: RunConfig, world: World | None = None, progress: Progress | 
     source = SafetensorsFolder(folder)
     report = stream_weights(model, model.base, source, world.ranks, progress)
     initialize_adapters(model, config.run.seed, world.ranks.shard_rank, world.ranks.shard_size)
+    if config.lora.init_from is not None:
+        start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, world.ranks)
+    world.phases.enter("comparing what the ranks gather")
     verify_gather(model, world.ranks)
     return Prepared(
-        config, plan, model, tokenizer, world.ranks, folder, shapes, report, data, world.threads, world.stack
+        config, plan, model, tokenizer, world.ranks, folder, shapes, report, data, world.threads, world.phases,
+        world.stack,
     )  # fmt: skip
 
 

@@ -11,9 +11,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from fsdp_qlora.checkpoint.checkpointer import complete_checkpoints
-from fsdp_qlora.checkpoint.contents import blocking_settings
+from fsdp_qlora.checkpoint.contents import blocking_settings, without
 from fsdp_qlora.checkpoint.manifest import compare
+from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
@@ -83,7 +83,9 @@ def _decide(folder: RunFolder, config: RunConfig) -> Decision:
     if config.checkpoint.resume == "auto" and folder.started:
         saved = read_config(str(folder.config_file))
         if complete_checkpoints(folder.checkpoints):
-            compare(blocking_settings(saved), blocking_settings(to_dict(config)), folder.path)
+            free = config.checkpoint.resume_overrides
+            before, now = (without(blocking_settings(values), free) for values in (saved, to_dict(config)))
+            compare(before, now, folder.path)
         if folder.finished and _covers(folder, saved["train"], config):
             return Decision(False, f"{folder.path} holds this run, finished; nothing to do.")
     return Decision(True)

@@ -66,6 +66,10 @@ class NonFiniteError(FsdpQloraError):
     """The loss or the gradient is not a finite number; the update was not made."""
 
 
+class LossSpikeError(NonFiniteError):
+    """The loss is far above what it was; the update was not made."""
+
+
 class NumericsError(FsdpQloraError):
     """A check of the run's own invariants failed (bytes, ties, gradients)."""
 

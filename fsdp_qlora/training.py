@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fsdp_qlora.api import Prepared, debug_context
-from fsdp_qlora.checkpoint.checkpointer import Checkpointer
+from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of
+from fsdp_qlora.checkpoint.manifest import Manifest
+from fsdp_qlora.checkpoint.retention import Retention
 from fsdp_qlora.claim import claim
 from fsdp_qlora.config.convert import to_dict
-from fsdp_qlora.data.loader import Loader, TokenRows, build_batch
-from fsdp_qlora.data.sources import names_of
+from fsdp_qlora.data.loader import Batch, Loader, TokenRows, build_batch
 from fsdp_qlora.dist.process import memory_peak
 from fsdp_qlora.dist.reduce import any_rank, gather_json
 from fsdp_qlora.dist.signals import StopSignals
-from fsdp_qlora.errors import STOPPED_EXIT_CODE, DataError
+from fsdp_qlora.errors import STOPPED_EXIT_CODE, DataError, NonFiniteError
 from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
 from fsdp_qlora.export.card import model_card
 from fsdp_qlora.export.serve import answer
 from fsdp_qlora.model.checks import FirstGradients
+from fsdp_qlora.model.diagnose import locate_nonfinite
 from fsdp_qlora.model.lora import lora_config, seed_of, trainable_parameters
 from fsdp_qlora.model.shard import synchronize_gradients
 from fsdp_qlora.model.weights import file_digests
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule
 from fsdp_qlora.plan.batch import num_steps
+from fsdp_qlora.summary import summarize
 from fsdp_qlora.track.console import ConsoleProgress
 from fsdp_qlora.track.meter import Meter
 from fsdp_qlora.track.run_folder import RunFolder, versions, write_json
@@ -39,7 +44,8 @@ from fsdp_qlora.train.evaluate import Evaluation, evaluate
 from fsdp_qlora.train.loop import Due, LoopHooks, train_loop
 from fsdp_qlora.train.objectives import OBJECTIVES
 from fsdp_qlora.train.progress import Progress
-from fsdp_qlora.train.step import StepSettings
+from fsdp_qlora.train.recovery import Recovery
+from fsdp_qlora.train.step import NumberedMicroBatch, StepSettings
 
 
 @dataclass(frozen=True)
@@ -76,90 +82,140 @@ class Training:
         self.optimizer = ShardedOptimizer(trainable_parameters(self.model), self.config.optim)
         self.schedule = build_schedule(self.config.schedule, self.num_steps)
         self.objective = OBJECTIVES[self.config.objective.name]
-        self.checkpointer = Checkpointer(folder.checkpoints, self.ranks, self.config.checkpoint.keep_last)
+        self.checkpointer = self._checkpointer()
         self.progress, self.meter = Progress(), Meter()
         base = file_digests(prepared.folder)
         self.identity = identity_of(to_dict(self.config), base, prepared.data.key)
 
     def resume(self) -> Path | None:
         """Go on from the checkpoint that the settings ask for; return its folder, or None for a new start."""
-        found = self.checkpointer.find(self.config.checkpoint.resume, self.identity)
+        settings = self.config.checkpoint
+        self.prepared.phases.enter("finding the checkpoint to go on from")
+        found = self.checkpointer.find(settings.resume, self.identity, settings.resume_overrides)
         if found is None:
             return None
-        folder, manifest = found
-        self.progress = Progress(**manifest.progress)
-        self.optimizer.prepare_state(self.progress.step)
-        self.checkpointer.load(folder, manifest, self._tensors())
-        return folder
+        self._load(*found)
+        return found[0]
 
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint with a ready adapter in it."""
-        self.checkpointer.save(
-            progress.step, self._tensors(), progress.to_dict(), self.identity, versions(), self._attach_adapter
+    def _load(self, folder: Path, manifest: Manifest) -> None:
+        self.progress.restore(manifest.progress)
+        self.optimizer.prepare_state(manifest.step)
+        self.checkpointer.load(folder, manifest, self._tensors())
+
+    def _checkpointer(self) -> Checkpointer:
+        settings = self.config.checkpoint
+        return Checkpointer(
+            self.folder.checkpoints,
+            self.ranks,
+            Retention(settings.keep_last, settings.keep_every, settings.keep_best),
+            fallback=Path(settings.fallback_dir).expanduser() / self.config.run.name if settings.fallback_dir else None,
+            asynchronous=settings.asynchronous,
+            write_adapter=self._write_adapter,
         )
+
+    def save(self, progress: Progress) -> float:
+        """Start a checkpoint with a ready adapter in it; return the seconds that it held up training."""
+        self.prepared.phases.enter(f"checkpoint of step {progress.step}")
+        return self.checkpointer.save(self._snapshot(progress), self._tensors())
+
+    def finish(self, progress: Progress) -> None:
+        """See to it that this state is on disk."""
+        self.prepared.phases.enter(f"last checkpoint, of step {progress.step}")
+        self.checkpointer.finish(self._snapshot(progress), self._tensors())
+
+    def _snapshot(self, progress: Progress) -> Snapshot:
+        return Snapshot(progress.step, progress.to_dict(), self.identity, versions())
 
     def _tensors(self) -> dict[str, Any]:
         return checkpoint_tensors(trainable_parameters(self.model), self.optimizer)
 
-    def _attach_adapter(self, folder: Path) -> None:
-        self.export(folder / "adapter")
-
     def export(self, folder: Path) -> int:
         """Write the adapter as PEFT does. Every rank calls it, rank 0 writes and returns the bytes of its weights."""
+        self.prepared.phases.enter("writing the adapter")
         tensors = gather_adapter(self.model)
-        size = 0
-        if self.ranks.is_main:
-            lora, all_linears = self.config.lora, [x.name for x in self.prepared.shapes.linears]
-            targets = short_targets(self.prepared.plan.targets, all_linears)
-            card = model_card(to_dict(self.config), self._facts())
-            peft_config = lora_config(targets, lora.r, lora.alpha, lora.dropout, lora.variant)
-            base = self.config.model.name
-            base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
-            size = export_adapter(folder, tensors, peft_config, base, self.prepared.tokenizer, card)
-        return size
+        return self._write_adapter(folder, tensors, self.progress.to_dict()) if self.ranks.is_main else 0
 
-    def _facts(self) -> dict[str, Any]:
+    def _write_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], progress: dict[str, Any]) -> int:
+        lora, all_linears = self.config.lora, [x.name for x in self.prepared.shapes.linears]
+        targets = short_targets(self.prepared.plan.targets, all_linears)
+        card = model_card(to_dict(self.config), self._facts(progress))
+        peft_config = lora_config(targets, lora.r, lora.alpha, lora.dropout, lora.variant)
+        base = self.config.model.name
+        base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
+        return export_adapter(folder, tensors, peft_config, base, self.prepared.tokenizer, card)
+
+    def _facts(self, progress: dict[str, Any]) -> dict[str, Any]:
         return {
             "base_model": self.config.model.name,
             "train_rows": len(self.rows),
-            "steps": self.progress.step,
+            "steps": progress["step"],
             "trainable_parameters": self.prepared.plan.trainable_parameters,
-            "eval_loss_before": self.progress.first_eval_loss,
-            "eval_loss_after": self.progress.last_eval_loss,
+            "eval_loss_before": progress["first_eval_loss"],
+            "eval_loss_after": progress["last_eval_loss"],
             "versions": versions(),
         }
 
     def evaluate(self) -> Evaluation | None:
         """Evaluate on the held-out rows, if there are any."""
+        self.prepared.phases.enter(f"evaluation after step {self.progress.step}")
         return None if self.eval_rows is None else _evaluate(self.prepared, self.eval_rows)
 
     def answers(self) -> list[str]:
         """Answer the sample prompts, greedily, with all ranks."""
+        self.prepared.phases.enter(f"answers after step {self.progress.step}")
         tokens = self.config.train.sample_tokens
         return [answer(self.model, self.prepared.tokenizer, p, tokens) for p in self.config.train.sample_prompts]
+
+    def _batch_at(self, position: int) -> Batch:
+        return self.loader.batch_at(position, self.last_position if self.config.train.max_steps == 0 else None)
+
+    def _recovery(self) -> Recovery:
+        train = self.config.train
+        return Recovery(
+            train.on_nonfinite, train.max_bad_steps,
+            locate=self._locate,
+            drop_gradients=self.optimizer.zero_grad, restore=self._restore,
+        )  # fmt: skip
+
+    def _locate(self, micro_batches: Sequence[NumberedMicroBatch], step: int) -> str:
+        def run(micro_batch: NumberedMicroBatch) -> None:
+            torch.manual_seed(seed_of(self.config.run.seed, step, micro_batch.number))
+            self.objective(self.model, micro_batch, self.ranks.device)
+
+        return locate_nonfinite(self.model, self.ranks, micro_batches, run)
+
+    def _restore(self) -> None:
+        """Go back to the newest checkpoint."""
+        self.checkpointer.settle()
+        found = self.checkpointer.find("auto", self.identity, self.config.checkpoint.resume_overrides)
+        if found is None:
+            raise NonFiniteError("train.on_nonfinite: rollback found no checkpoint of this run yet; it stops.")
+        self._load(*found)
 
     def run(self, tracker: Tracker, signals: StopSignals) -> bool:
         """Train to the end; return False if stopped."""
         train = self.config.train
         due = Due(
-            self.num_steps, train.log_every, train.eval_every, self.config.checkpoint.every_steps,
-            train.early_stopping_patience,
+            self.num_steps, self.last_position if train.max_steps == 0 else math.inf, train.log_every,
+            train.eval_every, self.config.checkpoint.every_steps, train.early_stopping_patience, train.spike_factor,
         )  # fmt: skip
         settings = StepSettings(
             objective=self.objective, ranks=self.ranks, seed=self.config.run.seed, max_grad_norm=train.max_grad_norm,
             synchronize=synchronize_gradients, seed_of=seed_of, around=debug_context(self.config),
+            enter=self.prepared.phases.enter,
             after_backward=(FirstGradients(self.model, self.ranks),),
         )  # fmt: skip
         hooks = LoopHooks(
-            batch_at=partial(self.loader.batch_at, limit=self.last_position),
+            batch_at=self._batch_at,
             evaluate=self.evaluate,
             save=self.save,
-            stop_requested=lambda: signals.requested,
+            finish=self.finish,
+            stop_requested=lambda: signals.requested or self.checkpointer.gave_up,
             peak_memory=lambda: memory_peak(self.ranks.device)[0],
         )
         return train_loop(
             self.model, self.optimizer, self.schedule, self.config.optim.lr, self.progress, due, settings, hooks,
-            tracker, self.meter,
+            self._recovery(), tracker, self.meter,
         )  # fmt: skip
 
 
@@ -221,7 +277,9 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
         if not finished:
             return FitResult(False, {})
         size = gather_json(training.export(folder.adapter), prepared.ranks)[0]
-        summary = _summary(training, before, training.answers(), size)
+        summary = summarize(
+            prepared, training.progress, training.meter, len(training.rows), before, training.answers(), size
+        )
     if prepared.ranks.is_main:
         folder.write_summary(summary)
     return FitResult(True, summary)
@@ -254,38 +312,3 @@ def _tracker(training: Training, folder: RunFolder) -> Iterator[Tracker]:
         yield tracker
     finally:
         tracker.close()
-
-
-def _summary(training: Training, before: list[str], after: list[str], adapter_bytes: int) -> dict[str, Any]:
-    prepared, progress, config = training.prepared, training.progress, training.config
-    peak, kind = memory_peak(training.ranks.device)
-    own = {
-        "rank": training.ranks.rank,
-        "bytes_read": prepared.load.bytes_read,
-        "quantized_bytes": prepared.load.quantized_bytes,
-        "peak_memory_bytes": peak,
-    }
-    speed = training.meter.total_tokens / max(1e-9, training.meter.total_seconds)
-    prompts = config.train.sample_prompts
-    return {
-        "steps": progress.step,
-        "eval_loss_before": progress.first_eval_loss,
-        "eval_loss_after": progress.last_eval_loss,
-        "tokens_per_second": speed,
-        "tokens": progress.tokens,
-        "target_tokens": progress.target_tokens,
-        "trainable_parameters": prepared.plan.trainable_parameters,
-        "base_parameters": prepared.plan.base_parameters,
-        "adapter_bytes": adapter_bytes,
-        "model_file_bytes": prepared.load.file_bytes,
-        "memory_kind": kind,
-        "planned_bytes_per_rank": prepared.plan.bytes.total,
-        "device": str(training.ranks.device),
-        "threads_per_rank": prepared.threads,
-        "load_seconds": prepared.load.seconds,
-        "data": {"train": names_of(config.data.train), "rows": len(training.rows)},
-        "samples": [
-            {"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=False)
-        ],
-        "ranks": gather_json(own, training.ranks),
-    }  # fmt: skip

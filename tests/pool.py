@@ -100,12 +100,12 @@ def _work(rank: int, port: int, pipe: Connection) -> None:
     cpu = torch.device("cpu")
     meshes: dict[tuple[int, str], Ranks] = {}
     for size in range(1, POOL_SIZE + 1):
-        group = dist.new_group(list(range(size)))
+        group, background = (dist.new_group(list(range(size))) for _ in range(2))
         if rank < size:
             mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("shard",))
-            meshes[size, "shard"] = Ranks(mesh, group, cpu)
+            meshes[size, "shard"] = Ranks(mesh, group, background, cpu)
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    meshes[4, "hybrid"] = Ranks(square, meshes[4, "shard"].group if (4, "shard") in meshes else dist.group.WORLD, cpu)  # type: ignore[arg-type]
+    meshes[4, "hybrid"] = Ranks(square, meshes[4, "shard"].group, meshes[4, "shard"].background, cpu)
     pipe.send("ready")
     while True:
         try:

@@ -1,132 +1,213 @@
-"""`Checkpointer`: save and load sharded tensors with torch's DCP in safetensors, plus JSON.
+"""`Checkpointer`: save in the background, find the newest valid one, load it onto any number of ranks.
 
-A checkpoint is written to a fresh temporary folder, synced, renamed, and counts only with its COMPLETE file, which
-holds the sha256 of manifest.json. Only tensors enter DCP, which would hide anything else in a pickle inside a
+A save has two parts. `save` copies this rank's shards aside (the only stall of the training) and hands them to a
+thread; there the ranks, over a process group of their own, write them with torch's DCP as safetensors, agree that all
+went well, and rank 0 publishes. Only tensors enter DCP, which would hide anything else in a pickle inside a
 .safetensors file.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
-import shutil
+import sys
+import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from safetensors import safe_open
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from fsdp_qlora.checkpoint.manifest import COMPLETE, FORMAT, MANIFEST, Manifest, compare, list_files, sha256
+from fsdp_qlora.checkpoint.contents import without
+from fsdp_qlora.checkpoint.manifest import FORMAT, Manifest, compare
+from fsdp_qlora.checkpoint.publish import complete_checkpoints, remove, set_aside, step_folder, tidy
+from fsdp_qlora.checkpoint.retention import Retention, superfluous
+from fsdp_qlora.checkpoint.verify import verify
+from fsdp_qlora.checkpoint.write import WriteAdapter, write_checkpoint
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import barrier, gather_json
 from fsdp_qlora.errors import CheckpointError, FsdpQloraError, SecurityError, StorageError, raise_alike
 
-_STEP_FOLDER = re.compile(r"step_(\d{8})")
-Attach = Callable[[Path], None]
-"""Writes more into a checkpoint's subfolders (all ranks call it; a ready adapter)."""
+MAX_FAILURES = 2
+"""Failed saves in a row after which a run stops."""
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in ``folder`` that have their COMPLETE file, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(f for f in folder.iterdir() if _STEP_FOLDER.fullmatch(f.name) and (f / COMPLETE).is_file())
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint says besides its tensors."""
+
+    step: int
+    progress: dict[str, Any]
+    identity: dict[str, Any]
+    versions: dict[str, str]
+
+
+def _say(message: str) -> None:
+    print(f"fsdp-qlora: {message}", file=sys.stderr, flush=True)
 
 
 class Checkpointer:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, ranks: Ranks, keep_last: int = 2) -> None:
-        self.folder, self.ranks, self.keep_last = folder, ranks, keep_last
-
-    def save(
+    def __init__(
         self,
-        step: int,
-        tensors: Mapping[str, torch.Tensor],
-        progress: dict[str, Any],
-        identity: dict[str, Any],
-        versions: dict[str, str],
-        attach: Attach | None = None,
-    ) -> Path:
-        """Write ``step_<step>`` with all ranks; return its folder.
+        folder: Path,
+        ranks: Ranks,
+        retention: Retention | None = None,
+        fallback: Path | None = None,
+        asynchronous: bool = True,
+        write_adapter: WriteAdapter | None = None,
+        say: Callable[[str], None] = _say,
+    ) -> None:
+        """Manage the checkpoints in ``folder``.
+
+        Args:
+            folder: holds ``step_<step>`` folders; every rank must see it.
+            ranks: the ranks of the run.
+            retention: which checkpoints stay; None keeps the newest two.
+            fallback: folder for a last save where ``folder`` cannot be written any more.
+            asynchronous: write in a thread; False waits for each save.
+            write_adapter: called on rank 0, in the thread, with a folder and the whole trained tensors; it must not
+                communicate.
+            say: takes warnings, on rank 0.
+        """
+        self.folder, self.ranks, self.fallback = folder, ranks, fallback
+        self.retention = retention or Retention()
+        self._asynchronous, self._write_adapter, self._say = asynchronous, write_adapter, say
+        self._background = replace(ranks, group=ranks.background, device=torch.device("cpu"))
+        pinned = ranks.device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned
+            )
+        )
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[str | None]] | None = None
+        self._failures, self._saved_step = 0, -1
+        self._problem: str | None = None
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether so many saves in a row have failed, the one in flight included, that the run should stop."""
+        failed_now = self._pending is not None and self._pending[1].done() and self._pending[1].result() is not None
+        return self._failures + failed_now >= MAX_FAILURES
+
+    def save(self, snapshot: Snapshot, tensors: Mapping[str, torch.Tensor]) -> float:
+        """Start a save with all ranks; return the seconds that the caller was held up.
+
+        A save that fails is told to a person; the next one is the second try (see `gave_up`, `finish`).
+        """
+        started = time.perf_counter()
+        self.settle()  # at most one in flight
+        self._submit(snapshot, self._stage(tensors))
+        if not self._asynchronous:
+            self.settle()
+        return time.perf_counter() - started
+
+    def finish(self, snapshot: Snapshot, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See to it that the checkpoint of ``snapshot`` is there: wait for it, or write it now.
 
         Raises:
-            StorageError: on every rank, if any rank cannot write; older checkpoints are as they were.
+            StorageError: on every rank, if two saves in a row have failed; after one more try in the fallback folder.
         """
-        _require_tensors(tensors)
-        target = self.folder / f"step_{step:08d}"
-        staging = self.folder / f".saving_{target.name}"
-        self._all_or_none(lambda: _make_fresh(staging) if self.ranks.is_main else None)
-        self._all_or_none(lambda: self._write_tensors(staging, tensors))
-        if attach is not None:
-            self._all_or_none(lambda: attach(staging))
+        self.settle()
+        if self._saved_step == snapshot.step:
+            return
+        staged = self._stage(tensors)
+        while self._failures < MAX_FAILURES:
+            self._submit(snapshot, staged)
+            self.settle()
+            if self._saved_step == snapshot.step:
+                return
+        self._emergency(snapshot, staged)
+
+    def settle(self) -> None:
+        """Wait for the save in flight, if there is one."""
+        if self._pending is not None:
+            (step, pending), self._pending = self._pending, None
+            self._problem = pending.result()
+            if self._problem is None:
+                self._failures, self._saved_step = 0, step
+            else:
+                self._failures += 1
+
+    def _stage(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copy this rank's shards to buffers that are used again and again."""
+        for name, value in tensors.items():
+            if not isinstance(value, torch.Tensor):
+                raise SecurityError(f"{name} is a {type(value).__name__}: only tensors are saved, all else is JSON.")
+        staged = self._stager.stage(dict(tensors))
+        assert isinstance(staged, dict)
+        return staged
+
+    def _submit(self, snapshot: Snapshot, staged: dict[str, torch.Tensor]) -> None:
+        self._pending = snapshot.step, self._thread.submit(self._write, self.folder, snapshot, staged)
+
+    def close(self) -> None:
+        """Wait for the save in flight and let go of the thread."""
+        self.settle()
+        self._thread.shutdown()
+        self._stager.close()
+
+    def _write(self, folder: Path, snapshot: Snapshot, staged: dict[str, torch.Tensor]) -> str | None:
+        """Write and publish, in the thread; return what went wrong, the same on every rank."""
         manifest = Manifest(
-            FORMAT, step, self.ranks.size, progress, identity,
-            {name: list(t.shape) for name, t in tensors.items()}, {}, versions,
+            FORMAT, snapshot.step, self.ranks.size, snapshot.progress, snapshot.identity,
+            {name: list(t.shape) for name, t in staged.items()}, {}, snapshot.versions,
         )  # fmt: skip
-        self._all_or_none(lambda: _publish(staging, target, manifest) if self.ranks.is_main else None)
-        if self.ranks.is_main:
-            self._prune()
-        return target
-
-    def _write_tensors(self, staging: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            save(dict(tensors), storage_writer=writer, process_group=self.ranks.group)
-
-    def _all_or_none(self, work: Callable[[], None]) -> None:
-        """Do something on this rank; raise on all ranks if it failed on any."""
-        problem = None
         try:
-            work()
-        except FsdpQloraError as error:
-            problem = str(error)
-        except (OSError, RuntimeError, CheckpointException) as error:
-            problem = f"{type(error).__name__}: {error}"
-        problems = gather_json(problem, self.ranks)
-        for rank, message in enumerate(problems):
-            if message is not None:
-                raise StorageError(f"checkpoint: rank {rank} could not write to {self.folder}: {message}")
+            write_checkpoint(
+                step_folder(folder, snapshot.step), manifest, staged, self._background, self._write_adapter
+            )
+            if self.ranks.is_main and folder == self.folder:
+                for old in superfluous(complete_checkpoints(folder), self.retention):
+                    remove(old)
+        except (FsdpQloraError, OSError, RuntimeError) as error:
+            if self.ranks.is_main:
+                self._say(f"checkpoint of step {snapshot.step} FAILED: {error} Older ones are as they were.")
+            return str(error)
+        return None
 
-    def _prune(self) -> None:
-        """Remove all but the newest ``keep_last`` complete checkpoints; leave what is not a complete one alone."""
-        for old in self.complete()[: -self.keep_last]:
-            trash = old.with_name(f".removing_{old.name}")
-            shutil.rmtree(trash, ignore_errors=True)
-            old.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+    def _emergency(self, snapshot: Snapshot, staged: dict[str, torch.Tensor]) -> NoReturn:
+        message = f"checkpoint: {MAX_FAILURES} saves in a row have failed, the last because {self._problem} It stops. "
+        if self.fallback is None:
+            raise StorageError(message + "Make room there; the older checkpoints are as they were.")
+        problem = self._thread.submit(self._write, self.fallback, snapshot, staged).result()
+        if problem is not None:
+            raise StorageError(message + f"checkpoint.fallback_dir failed as well: {problem}")
+        saved = step_folder(self.fallback, snapshot.step)
+        raise StorageError(message + f"It was saved to {saved}; go on with checkpoint.resume={saved}.")
 
-    def complete(self) -> list[Path]:
-        """Return the folders that have their COMPLETE file, oldest first."""
-        return complete_checkpoints(self.folder)
-
-    def find(self, resume: str, identity: dict[str, Any]) -> tuple[Path, Manifest] | None:
+    def find(
+        self, resume: str, identity: dict[str, Any], overrides: Sequence[str] = ()
+    ) -> tuple[Path, Manifest] | None:
         """Return the checkpoint to resume from, decided by rank 0 for all, or None to start anew.
 
         ``resume`` is ``auto`` (the newest valid one; a damaged one is passed over and said), ``never`` or a path.
+        Settings named in ``overrides`` may differ.
 
         Raises:
             CheckpointError: if a demanded checkpoint is missing or damaged, or none of several is valid.
+            SecurityError: if a checkpoint holds what no save of ours can have made.
             ConfigError: if the checkpoint was made with other settings.
         """
         verdict: dict[str, Any] = {}
         if self.ranks.is_main:
             try:
+                tidy(self.folder)
                 found = self._search(resume)
                 if found:
-                    compare(found[1].identity, identity, found[0])
+                    compare(without(found[1].identity, overrides), without(identity, overrides), found[0])
                     verdict = {"folder": str(found[0]), "manifest": asdict(found[1])}
             except FsdpQloraError as error:
                 verdict = {"code": error.exit_code, "message": str(error)}
+            except OSError as error:
+                verdict = {"code": StorageError.exit_code, "message": f"checkpoint: {error}"}
         verdict = gather_json(verdict, self.ranks)[0]
         raise_alike(verdict)
         return (Path(verdict["folder"]), Manifest(**verdict["manifest"])) if verdict else None
@@ -135,21 +216,24 @@ class Checkpointer:
         if resume == "never":
             return None
         if resume != "auto":
-            return _open(Path(resume).expanduser())
-        candidates = self.complete()
+            return open_checkpoint(Path(resume).expanduser())
         problems = []
-        for folder in reversed(candidates):
+        for folder in reversed(complete_checkpoints(self.folder)):
             try:
-                return _open(folder)
+                found = open_checkpoint(folder)
             except CheckpointError as error:
                 problems.append(str(error))
-                warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
+                self._say(f"passing over a damaged checkpoint: {error}")
+                continue
+            return found
         if problems:
             raise CheckpointError("no checkpoint of this run is valid:\n" + "\n".join(problems))
         return None
 
     def load(self, folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill ``tensors`` (sharded as they are now, on any number of ranks) from a checkpoint.
+
+        Newer checkpoints of this run, from which it does not go on, are set aside.
 
         Raises:
             CheckpointError: if its tensors are not just these, by name and shape.
@@ -163,58 +247,24 @@ class Checkpointer:
             )
         reader = HuggingFaceStorageReader(str(folder))
         try:
-            load(dict(tensors), storage_reader=reader, process_group=self.ranks.group)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                load(dict(tensors), storage_reader=reader, process_group=self.ranks.group)
         except (OSError, RuntimeError, CheckpointException) as error:
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+        if self.ranks.is_main:
+            for moved in set_aside(self.folder, manifest.step):
+                self._say(f"the run goes on from step {manifest.step}; a later checkpoint is now {moved}.")
         barrier(self.ranks)
 
 
-def _open(folder: Path) -> tuple[Path, Manifest]:
+def open_checkpoint(folder: Path) -> tuple[Path, Manifest]:
+    """Read and verify a checkpoint without loading it.
+
+    Raises:
+        CheckpointError: if it is incomplete or damaged.
+        SecurityError: if it holds what no save of ours can have made.
+    """
     manifest = Manifest.read(folder)
-    manifest.verify(folder)
+    verify(folder, manifest)
     return folder, manifest
-
-
-def _require_tensors(tensors: Mapping[str, Any]) -> None:
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor):
-            raise SecurityError(f"{name} is a {type(value).__name__}: only tensors are saved, all else is JSON.")
-
-
-def _make_fresh(staging: Path) -> None:
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-
-
-def _publish(staging: Path, target: Path, manifest: Manifest) -> None:
-    """Hash and sync what was written, rename the folder, and write COMPLETE last."""
-    for name in list_files(staging):
-        file = staging / name
-        _sync(file)
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as written:  # what cannot be opened again is no checkpoint
-                written.keys()
-        manifest.files[name] = {"size": file.stat().st_size, "sha256": sha256(file)}
-    manifest.write(staging)
-    _sync(staging / MANIFEST)
-    _sync(staging)
-    if target.exists():  # of an earlier attempt: complete ones are never written again
-        replaced = target.with_name(f".replaced_{target.name}")
-        shutil.rmtree(replaced, ignore_errors=True)
-        target.rename(replaced)
-        shutil.rmtree(replaced, ignore_errors=True)
-    staging.rename(target)
-    digest = hashlib.sha256((target / MANIFEST).read_bytes()).hexdigest()
-    (target / COMPLETE).write_text(digest + "\n")
-    _sync(target / COMPLETE)
-    _sync(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

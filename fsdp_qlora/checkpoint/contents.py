@@ -16,6 +16,10 @@ NEVER_BLOCKS = frozenset(
         "train.eval_every",
         "train.eval_batch_size",
         "train.early_stopping_patience",
+        "train.on_nonfinite",
+        "train.spike_factor",
+        "train.max_bad_steps",
+        "lora.init_from",
         "train.sample_prompts",
         "train.sample_tokens",
         "train.activation_checkpointing",
@@ -27,6 +31,9 @@ NEVER_BLOCKS = frozenset(
 )
 """Settings of the blocking groups that may differ on a resume (the base model itself goes by its files)."""
 BLOCKING_GROUPS = ("model", "quant", "lora", "precision", "train", "optim", "schedule", "objective")
+
+DATA_KEY = "data"
+"""Stands for sources, tokenizer, chat template and the settings of the data group together."""
 
 
 class StatefulOptimizer(Protocol):
@@ -55,6 +62,12 @@ def blocking_settings(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def without(identity: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the identity without the settings that may differ (``optim`` stands for all of its keys)."""
+    free = {DATA_KEY if key.partition(".")[0] == DATA_KEY else key for key in overrides}
+    return {key: value for key, value in identity.items() if key not in free and key.partition(".")[0] not in free}
+
+
 def identity_of(config: dict[str, Any], base: dict[str, Any], data_key: str) -> dict[str, Any]:
     """Return what must be equal between a run and the checkpoint it goes on from.
 
@@ -63,5 +76,5 @@ def identity_of(config: dict[str, Any], base: dict[str, Any], data_key: str) -> 
         base: files of the base model -> sizes and digests of their headers.
         data_key: key of the prepared data (sources, tokenizer, template, settings).
     """
-    found = blocking_settings(config) | {"data (sources, tokenizer, settings)": data_key}
+    found = blocking_settings(config) | {DATA_KEY: data_key}
     return found | {f"base model file {name}": value for name, value in base.items()}

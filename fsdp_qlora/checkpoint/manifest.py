@@ -71,22 +71,6 @@ class Manifest:
             _require_plain_file(folder, name)
         return manifest
 
-    def verify(self, folder: Path) -> None:
-        """Check size and digest of every file.
-
-        Raises:
-            CheckpointError: naming the first file that is missing, extra or not the one that was written.
-        """
-        present = set(list_files(folder)) - {MANIFEST, COMPLETE}
-        if extra := sorted(present - self.files.keys()):
-            raise CheckpointError(f"{folder / extra[0]} is not in the manifest.")
-        for name, known in self.files.items():
-            file = folder / name
-            if not file.is_file():
-                raise CheckpointError(f"{file} is missing.")
-            if file.stat().st_size != known["size"] or sha256(file) != known["sha256"]:
-                raise CheckpointError(f"{file} is damaged: its content is not what was written.")
-
 
 def _require_plain_file(folder: Path, name: str) -> None:
     if not _SAFE_NAME.fullmatch(name):
@@ -118,6 +102,6 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> N
         lines = [f"{key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now." for key in differ]
         raise ConfigError(
             "\n".join(lines)
-            + f"\n{folder} was made with other settings. Set them back, choose another run.name, or start "
-            "anew with checkpoint.resume=never."
+            + f"\n{folder} was made with other settings. Set them back, choose another run.name, or go on with the new "
+            f"ones on purpose: checkpoint.resume_overrides=[{','.join(d for d in differ if ' ' not in d)}]."
         )

@@ -1,6 +1,6 @@
 """torch's elastic agent as a process of its own.
 
-``python -m fsdp_qlora.cli.agent RANKS VERB PARENT``, where PARENT is the launcher's process id.
+``python -m fsdp_qlora.cli.agent RANKS VERB PARENT RESTARTS``, where PARENT is the launcher's process id.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fsdp_qlora.track.process_exit import EXIT_VARIABLE
 
 def main() -> int:
     """Start the ranks and wait for them; return 0 if all ended well."""
-    num_ranks, verb = int(sys.argv[1]), sys.argv[2]
+    num_ranks, verb, max_restarts = int(sys.argv[1]), sys.argv[2], int(sys.argv[4])
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the parent says it in one line
     config = LaunchConfig(
         min_nodes=1,
@@ -34,7 +34,7 @@ def main() -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=f"fsdp_qlora-{os.getpid()}",
-        max_restarts=0,
+        max_restarts=max_restarts,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
     try:

@@ -44,6 +44,8 @@ VERBATIM = frozenset(
         "run.name",
         "run.output_root",
         "checkpoint.resume",
+        "checkpoint.fallback_dir",
+        "lora.init_from",
         "export.to",
         "export.checkpoint",
         "evaluate.json",

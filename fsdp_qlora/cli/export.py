@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from fsdp_qlora.checkpoint.checkpointer import complete_checkpoints
-from fsdp_qlora.checkpoint.manifest import Manifest
+from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
+from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import CheckpointError, StorageError
 from fsdp_qlora.track.run_folder import RunFolder
@@ -22,8 +22,7 @@ def run(config: RunConfig) -> int:
         if not found:
             raise CheckpointError(f"{folder.checkpoints} holds no complete checkpoint; give export.checkpoint=FOLDER.")
         source = found[-1]
-    manifest = Manifest.read(source)
-    manifest.verify(source)
+    _, manifest = open_checkpoint(source)
     target = Path(config.export.to).expanduser() if config.export.to else folder.adapter
     try:
         shutil.copytree(source / "adapter", target, dirs_exist_ok=True)

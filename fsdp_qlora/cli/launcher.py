@@ -15,15 +15,18 @@ import tempfile
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import STOPPED_EXIT_CODE
-from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE
+from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE, read_exit
 from fsdp_qlora.track.run_folder import RunFolder
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+_LEAVE_SECONDS = 8.0
+"""Time the ranks have to leave once one of them has told of a failure."""
 
 
 def ranks_to_start(config: RunConfig) -> int:
@@ -50,14 +53,18 @@ def launch(verb: str, config: RunConfig, num_ranks: int) -> int:
             CONFIG_VARIABLE: json.dumps(to_dict(config)),
             EXIT_VARIABLE: str(exit_file),
         }
-        command = [sys.executable, "-m", "fsdp_qlora.cli.agent", str(num_ranks), verb, str(os.getpid())]
+        restarts = config.launcher.max_restarts
+        if restarts:  # restarted ranks must not meet in a store that still holds the last attempt's keys
+            environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        numbers = [str(os.getpid()), str(restarts)]
+        command = [sys.executable, "-m", "fsdp_qlora.cli.agent", str(num_ranks), verb, *numbers]
         agent = subprocess.Popen(command, env=environment, start_new_session=True)
-        _wait(agent)
+        _wait(agent, Path(f"{exit_file}.{restarts}"))
         return _verdict(verb, exit_file, agent.returncode, config)
 
 
-def _wait(agent: subprocess.Popen[bytes]) -> None:
-    """Wait for the agent; pass the first signal on, kill everything at the second."""
+def _wait(agent: subprocess.Popen[bytes], last_exit_file: Path) -> None:
+    """Wait for the agent; pass the first signal on, kill all at the second, or when a failed run does not end."""
     received: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -72,16 +79,23 @@ def _wait(agent: subprocess.Popen[bytes]) -> None:
 
     before = {number: signal.signal(number, forward) for number in _SIGNALS}
     try:
+        failed_at = None
         while agent.poll() is None:
             time.sleep(0.05)
+            told = read_exit(last_exit_file) if failed_at is None and last_exit_file.exists() else None
+            if told is not None and told["code"] not in (0, STOPPED_EXIT_CODE):
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > _LEAVE_SECONDS:
+                agent.kill()  # a rank that stands still hears no SIGTERM; it dies with the agent
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _verdict(verb: str, exit_file: Path, agent_code: int, config: RunConfig) -> int:
-    told = _read(exit_file)
-    agent = _read(exit_file.with_name("agent.json"))
+    attempts = range(config.launcher.max_restarts, -1, -1)
+    told = next((t for n in attempts if (t := read_exit(Path(f"{exit_file}.{n}"))) is not None), None)
+    agent = read_exit(exit_file.with_name("agent.json"))
     said_why = told is not None and (told["expected"] or told["code"] == STOPPED_EXIT_CODE)
     if agent and agent["code"] < 0 and agent["code"] != -signal.SIGTERM and not said_why:
         name = signal.Signals(-agent["code"]).name
@@ -95,10 +109,3 @@ def _verdict(verb: str, exit_file: Path, agent_code: int, config: RunConfig) -> 
     if told["message"]:
         print(f"fsdp-qlora, rank {told['rank']}: {told['message']}", file=sys.stderr, flush=True)
     return told["code"]
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+
 from fsdp_qlora.api import World, prepare
 from fsdp_qlora.claim import claim
 from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.cli.show import loading, print_start, print_stopped, print_summary
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.signals import StopSignals
-from fsdp_qlora.dist.watch import leave_when
+from fsdp_qlora.dist.watch import Watch
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError
+from fsdp_qlora.track.process_exit import has_launcher, restart_count, tell_launcher
 from fsdp_qlora.track.run_folder import RunFolder
 from fsdp_qlora.training import fit
 
@@ -38,13 +42,16 @@ def _rank(config: RunConfig, world: World, signals: StopSignals) -> int:
 
 
 def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signals: StopSignals) -> int:
-    watch = leave_when(lambda: _failed_elsewhere(folder))
+    watch = Watch(world.ranks, world.phases, config.launcher.timeout_seconds)
+    watch.start(lambda: _failed_elsewhere(folder), partial(_hung, folder, world.ranks.rank))
     main = world.ranks.is_main
+    if main and (restarts := restart_count()):
+        print(f"restart {restarts}: going on from the last checkpoint", flush=True)
     prepared = prepare(config, world, loading() if main else None)
     if main:
         print_start(prepared, note)
     result = fit(prepared, folder, signals)
-    watch.set()
+    watch.stop()
     code = 0 if result.finished else STOPPED_EXIT_CODE
     if main:
         folder.write_exit(code, 0)
@@ -53,6 +60,13 @@ def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signal
         else:
             print_stopped(folder)
     return code
+
+
+def _hung(folder: RunFolder, rank: int, message: str) -> None:
+    """Say which rank holds up the others, in the watch's thread."""
+    folder.write_exit(1, rank, message)
+    if tell_launcher(1, message) and not has_launcher():
+        print(f"fsdp-qlora, rank {rank}: {message}", file=sys.stderr, flush=True)
 
 
 def _failed_elsewhere(folder: RunFolder) -> bool:

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+from fsdp_qlora.config.convert import known_keys, nearest
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
 
@@ -28,6 +29,7 @@ def _positive(config: RunConfig) -> Iterator[str]:
         "launcher.timeout_seconds": config.launcher.timeout_seconds,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "optim.eps": config.optim.eps,
+        "train.max_bad_steps": config.train.max_bad_steps,
         "generate.max_new_tokens": config.generate.max_new_tokens,
         "train.sample_tokens": config.train.sample_tokens,
     }.items():
@@ -44,8 +46,12 @@ def _not_negative(config: RunConfig) -> Iterator[str]:
         "train.max_grad_norm": config.train.max_grad_norm,
         "train.early_stopping_patience": config.train.early_stopping_patience,
         "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
+        "checkpoint.keep_best": config.checkpoint.keep_best,
         "schedule.warmup_steps": config.schedule.warmup_steps,
         "fsdp.shard_degree": config.fsdp.shard_degree,
+        "launcher.max_restarts": config.launcher.max_restarts,
+        "train.spike_factor": config.train.spike_factor,
         "launcher.nproc_per_node": config.launcher.nproc_per_node,
         "launcher.threads_per_rank": config.launcher.threads_per_rank,
         "launcher.shutdown_seconds": config.launcher.shutdown_seconds,
@@ -123,6 +129,19 @@ def _is_name_or_names(value: object) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, str) and item for item in value)
 
 
+def _resume(config: RunConfig) -> Iterator[str]:
+    known = known_keys()
+    for key in config.checkpoint.resume_overrides:
+        if key not in known:
+            yield f"checkpoint.resume_overrides: there is no setting {key!r}.{nearest(key, known)}"
+    if config.checkpoint.keep_best and not (config.data.eval is not None or config.data.eval_fraction > 0):
+        yield "checkpoint.keep_best: there is nothing to evaluate on; set data.eval or data.eval_fraction."
+    if config.train.on_nonfinite == "rollback" and config.checkpoint.every_steps == 0:
+        yield "train.on_nonfinite: rollback needs checkpoints to go back to; set checkpoint.every_steps."
+    if 0 < config.train.spike_factor <= 1:
+        yield f"train.spike_factor: must be above 1 (or 0 for never), got {config.train.spike_factor}."
+
+
 def _quantization(config: RunConfig) -> Iterator[str]:
     if config.quant.block_size != 64:
         yield (
@@ -156,6 +175,7 @@ RULES: tuple[Rule, ...] = (
     _evaluation,
     _length,
     _names,
+    _resume,
     _quantization,
     _not_built,
     _prompts,

@@ -84,6 +84,8 @@ class LoraSettings:
     """Dropout before A; its masks depend on (seed, step, micro-batch), never on the rank."""
     target_modules: Any = "all-linear"
     """``all-linear`` or a list of module names or name endings (``[q_proj, v_proj]``)."""
+    init_from: str | None = None
+    """Folder of a PEFT adapter that a new run starts from (same ``r``, ``alpha`` and targets)."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,13 @@ class TrainSettings:
     """Gradients are scaled down to this global norm; 0 = never."""
     early_stopping_patience: int = 0
     """Stop after this many evaluations without a better loss; 0 = never."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient that is no finite number, or a spike: stop, leave this batch out, or go back to the last
+    checkpoint and leave out the batches since then. The update is never made; what went wrong is named."""
+    spike_factor: float = 0.0
+    """A loss above this many times the mean of the last 16 counts as a spike; 0 = never."""
+    max_bad_steps: int = 5
+    """Bad steps in a row after which ``skip`` and ``rollback`` stop, too."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """Recompute each decoder layer in backward instead of keeping its activations."""
     compile: Literal["auto", "true", "false"] = "auto"
@@ -189,9 +198,19 @@ class CheckpointSettings:
     every_steps: int = 0
     """Steps between checkpoints; 0 = only when stopped by a signal and at the end."""
     keep_last: int = 2
-    """Complete checkpoints kept."""
+    """Newest complete checkpoints that are kept."""
+    keep_every: int = 0
+    """Also keep those whose step is a multiple of this; 0 = none for that."""
+    keep_best: int = 0
+    """Also keep that many with the lowest held-out loss (of those evaluated at their own step)."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+    fallback_dir: str | None = None
+    """Folder for one last save where the run folder cannot be written any more (``<fallback_dir>/<run.name>``)."""
     resume: str = "auto"
     """``auto``: from the newest complete checkpoint, ``never``: anew, or a checkpoint's folder."""
+    resume_overrides: list[str] = field(default_factory=list)
+    """Settings that may differ from the checkpoint's (``[optim.lr,schedule]``): the run goes on with the new ones."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +233,8 @@ class LauncherSettings:
     """Ranks that `fsdp-qlora train` starts itself; 0 = one per accelerator (1 on a CPU)."""
     timeout_seconds: int = 600
     """A collective that waits longer ends the run."""
+    max_restarts: int = 0
+    """Start all ranks again from the last checkpoint when one fails, at most this often."""
     shutdown_seconds: int = 120
     """Time the ranks have, after a signal, to save and leave."""
     threads_per_rank: int = 0

@@ -32,6 +32,8 @@ class MicroBatch:
     """int64 ``[rows, length]``, -100 where not learned."""
     weight: float = 1.0
     """0 for a micro-batch that only keeps this rank in step with the others."""
+    rows: tuple[int, ...] = ()
+    """Numbers of the rows in the prepared data."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class TokenRows:
             learned = torch.as_tensor(np.asarray(item["learned"], dtype=bool))
             input_ids[line, : len(ids)] = ids
             labels[line, : len(ids)] = torch.where(learned, ids, IGNORE)
-        return MicroBatch(number, input_ids, labels)
+        return MicroBatch(number, input_ids, labels, rows=tuple(rows))
 
 
 def idle_micro_batch() -> MicroBatch:
@@ -98,9 +100,10 @@ class Loader:
         size = len(self.rows)
         return [int(self._order(p // size)[p % size]) for p in range(position, position + count)]
 
-    def batch_at(self, position: int, limit: int) -> Batch:
-        """Return the global batch that starts at ``position``; it ends before ``limit``."""
-        chosen = self.indices(position, min(self.global_batch_size, limit - position))
+    def batch_at(self, position: int, limit: int | None = None) -> Batch:
+        """Return the global batch that starts at ``position``; it ends before ``limit``, if there is one."""
+        count = self.global_batch_size if limit is None else min(self.global_batch_size, limit - position)
+        chosen = self.indices(position, count)
         return build_batch(self.rows, chosen, self.micro_batch_size, self.rank, self.num_ranks)
 
 

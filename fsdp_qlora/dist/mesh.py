@@ -21,6 +21,8 @@ class Ranks:
     """1-D ``(shard,)``, or 2-D ``(replicate, shard)`` for hybrid sharding."""
     group: dist.ProcessGroup
     """All ranks of the mesh."""
+    background: dist.ProcessGroup
+    """The same ranks over gloo, for one background thread at a time (checkpoints); the main thread never uses it."""
     device: torch.device
 
     @property
@@ -87,4 +89,6 @@ def build_ranks(
         mesh = init_device_mesh(device.type, (shard,), mesh_dim_names=(SHARD,))
     else:
         mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=(REPLICATE, SHARD))
-    return Ranks(mesh, group, device)
+    background = dist.new_group(backend="gloo")
+    assert isinstance(background, dist.ProcessGroup)
+    return Ranks(mesh, group, background, device)

@@ -13,6 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.config.schema import LoraSettings
+from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.errors import ModelError, NumericsError
 from fsdp_qlora.model.lora import trainable_parameters
 from fsdp_qlora.model.stream import fill_slice
@@ -94,6 +96,23 @@ def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size
             if value.shape != parameter.shape:
                 raise ModelError(f"adapter: {name} is {list(value.shape)} in {file}, not {list(parameter.shape)}.")
             fill_slice(parameter, value, shard_rank, shard_size)
+
+
+def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks: Ranks) -> None:
+    """Fill a model's fresh adapters from a PEFT adapter of an earlier training (``lora.init_from``).
+
+    Raises:
+        ModelError: if it was trained with another scaling or does not fit this model's adapters.
+    """
+    found = read_adapter_config(folder)
+    for key, theirs, ours in (
+        ("lora.r", found.r, lora.r),
+        ("lora.alpha", float(found.lora_alpha), float(lora.alpha)),
+        ("lora.variant", "rslora" if found.use_rslora else "lora", lora.variant),
+    ):
+        if theirs != ours:
+            raise ModelError(f"{key}: {ours}, but the adapter in lora.init_from={folder} has {theirs}; set them alike.")
+    load_adapter(folder, model, ranks.shard_rank, ranks.shard_size)
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:

@@ -30,12 +30,15 @@ class ConsoleProgress:
         """Show a step's values."""
         text = describe(values)
         if self._bar is None:
-            left = "" if "eval_loss" in values else self._left(step)
+            left = self._left(step) if "loss" in values else ""
             print(f"step {step}/{self._total} {text}{left}", flush=True)
-        elif "eval_loss" in values:
+        elif "loss" not in values:
             self._bar.print(f"step {step}/{self._total} {text}")
         else:
             self._bar.update(self._task, completed=step, values=brief(values))
+
+    def rewind(self, step: int) -> None:
+        """Nothing to forget: the next line says where training is."""
 
     def _left(self, step: int) -> str:
         done = step - self._first
@@ -51,6 +54,11 @@ class ConsoleProgress:
 
 def describe(values: dict[str, Any]) -> str:
     """Return the values worth a person's eye in one line."""
+    if "bad_step" in values:
+        first, after = values["left_out"]
+        return f"after bad step {values['bad_step']}: rows at {first}..{after - 1} are left out. {values['reason']}"
+    if "checkpoint_stall_seconds" in values:
+        return f"checkpoint begun, training held up for {values['checkpoint_stall_seconds']:.3f} s"
     if "eval_loss" in values:
         return f"eval loss {values['eval_loss']:.4f}, perplexity {values['eval_perplexity']:.2f}"
     return (

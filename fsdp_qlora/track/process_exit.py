@@ -13,8 +13,9 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from fsdp_qlora.errors import FsdpQloraError, StorageError
+from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError, StorageError
 
 CONFIG_VARIABLE = "FSDP_QLORA_RESOLVED_CONFIG"
 """Environment variable that holds the composed settings as JSON, set by our launcher for its ranks."""
@@ -29,9 +30,9 @@ def tell_launcher(code: int, message: str = "", expected: bool = True) -> bool:
 
     ``expected`` is False for what may be an echo of another rank's end (a broken connection).
     """
-    file = os.environ.get(EXIT_VARIABLE)
-    if not file:
+    if not has_launcher():
         return True
+    file = exit_file(restart_count())
     staging = Path(f"{file}.{os.getpid()}")
     staging.write_text(
         json.dumps({"code": code, "rank": int(os.environ.get("RANK", "0")), "message": message, "expected": expected})
@@ -45,20 +46,51 @@ def tell_launcher(code: int, message: str = "", expected: bool = True) -> bool:
     return True
 
 
+def has_launcher() -> bool:
+    """Whether our own launcher started this process, and prints what it is told."""
+    return EXIT_VARIABLE in os.environ
+
+
+def restart_count() -> int:
+    """Return how often torch's elastic agent has started the ranks anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def exit_file(attempt: int) -> Path:
+    """Return the file in which the ranks of the ``attempt``-th start tell our launcher how they ended."""
+    return Path(f"{os.environ[EXIT_VARIABLE]}.{attempt}")
+
+
+def read_exit(file: Path) -> dict[str, Any] | None:
+    """Return what `tell_launcher` wrote, or None."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def others_failed() -> bool:
     """Whether our launcher's file says that some rank has failed."""
-    file = os.environ.get(EXIT_VARIABLE)
-    try:
-        return bool(file) and json.loads(Path(str(file)).read_text())["code"] not in (0, 75)
-    except (OSError, ValueError, KeyError):
-        return False
+    told = read_exit(exit_file(restart_count())) if has_launcher() else None
+    return told is not None and told["code"] not in (0, STOPPED_EXIT_CODE)
+
+
+def _ended_for_good() -> dict[str, Any] | None:
+    """Return how the attempt before this one ended, if another attempt would end the same way."""
+    if not (has_launcher() and restart_count()):
+        return None
+    told = read_exit(exit_file(restart_count() - 1))
+    return told if told is not None and (told["expected"] or told["code"] == STOPPED_EXIT_CODE) else None
 
 
 def guarded(work: Callable[[], int]) -> int:
     """Run a verb; turn what escapes into a message and an exit code."""
     expected = True
     try:
-        code, message = work(), ""
+        if (before := _ended_for_good()) is not None:
+            code, message = before["code"], before["message"]
+        else:
+            code, message = work(), ""
     except FsdpQloraError as error:
         code, message = error.exit_code, str(error)
     except OSError as error:
@@ -74,17 +106,17 @@ def guarded(work: Callable[[], int]) -> int:
         if not others_failed():
             traceback.print_exc()
     first = tell_launcher(code, message, expected)
-    if message and (EXIT_VARIABLE not in os.environ):
+    if message and not has_launcher():
         print(f"{_where()}{message}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
-        if code not in (0, 75):
+        if code not in (0, STOPPED_EXIT_CODE):
             _record_for_torchrun(message)
         sys.stdout.flush()
         sys.stderr.flush()
         # Not sys.exit. After a failure, closing a process group whose other ranks wait in a collective can hang. After
         # a success, gloo's threads outlive the group, and one that drops a tensor while the interpreter is being
         # finalized aborts the process ("terminate called without an active exception").
-        os._exit(code if first or code in (0, 75) else 1)
+        os._exit(code if first or code in (0, STOPPED_EXIT_CODE) else 1)
     return code
 
 

@@ -14,6 +14,9 @@ class Sink(Protocol):
     def log(self, step: int, values: dict[str, float]) -> None:
         """Take the values of a step."""
 
+    def rewind(self, step: int) -> None:
+        """Forget what was logged of later steps, where that is possible."""
+
     def close(self) -> None:
         """Write out what is pending."""
 
@@ -23,14 +26,22 @@ class JsonLines:
 
     def __init__(self, file: Path, resume_step: int) -> None:
         """Open for appending; lines after ``resume_step`` are of steps that a resume does again, and are cut."""
+        self._file = file
         if file.exists():
-            kept = [line for line in file.read_text().splitlines(keepends=True) if _step_of(line) <= resume_step]
-            if resume_step == 0:
-                kept = []
-            staging = file.with_name(f".{file.name}.tmp")
-            staging.write_text("".join(kept))
-            staging.replace(file)
+            self._cut(resume_step)
         self._stream = file.open("a", encoding="utf-8")
+
+    def _cut(self, step: int) -> None:
+        kept = [line for line in self._file.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+        staging = self._file.with_name(f".{self._file.name}.tmp")
+        staging.write_text("".join(kept if step else []))
+        staging.replace(self._file)
+
+    def rewind(self, step: int) -> None:
+        """Cut the lines of later steps."""
+        self._stream.close()
+        self._cut(step)
+        self._stream = self._file.open("a", encoding="utf-8")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append a line."""
@@ -59,6 +70,11 @@ class Tracker:
         """Hand the values of a step to every sink."""
         for sink in self._sinks:
             sink.log(step, values)
+
+    def rewind(self, step: int) -> None:
+        """Let every sink forget later steps."""
+        for sink in self._sinks:
+            sink.rewind(step)
 
     def close(self) -> None:
         """Close every sink."""

@@ -38,6 +38,9 @@ class WandbSink:
         """Send the values of a step."""
         self._run.log({"step": step, **values})
 
+    def rewind(self, step: int) -> None:
+        """W&B cannot unsay a step; the ones that are run again come a second time, with the same ``step``."""
+
     def close(self) -> None:
         """End the run."""
         self._run.finish()

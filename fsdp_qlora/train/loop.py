@@ -8,10 +8,12 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from fsdp_qlora.errors import NonFiniteError
 from fsdp_qlora.optim.schedules import Schedule
 from fsdp_qlora.track.meter import Meter
 from fsdp_qlora.train.evaluate import Evaluation
 from fsdp_qlora.train.progress import Progress
+from fsdp_qlora.train.recovery import Recovery
 from fsdp_qlora.train.step import Optimizer, StepBatch, StepSettings, train_step
 
 
@@ -36,16 +38,23 @@ class Tracker(Protocol):
         """Take the values of a step."""
         ...
 
+    def rewind(self, step: int) -> None:
+        """Forget what was logged of later steps."""
+        ...
+
 
 @dataclass(frozen=True)
 class Due:
     """When things happen; 0 means never."""
 
     num_steps: int
+    last_position: float
+    """Rows after which the run ends, also with fewer steps (some may have been left out)."""
     log_every: int
     eval_every: int
     save_every: int
     patience: int
+    spike_factor: float = 0.0
 
     @staticmethod
     def _every(step: int, interval: int) -> bool:
@@ -71,9 +80,12 @@ class LoopHooks:
     batch_at: Callable[[int], CountedBatch]
     """Row position -> this rank's part of the global batch that starts there."""
     evaluate: Callable[[], Evaluation | None]
-    save: Callable[[Progress], None]
+    save: Callable[[Progress], float]
+    """Start a checkpoint; return the seconds that training was held up."""
+    finish: Callable[[Progress], None]
+    """See to it that the checkpoint of this very step is on disk."""
     stop_requested: Callable[[], bool]
-    """Whether this rank was asked to stop; the step makes it a decision of all."""
+    """Whether this rank has a reason to stop; the step makes it a decision of all."""
     peak_memory: Callable[[], int]
 
 
@@ -86,38 +98,44 @@ def train_loop(
     due: Due,
     settings: StepSettings,
     hooks: LoopHooks,
+    recovery: Recovery,
     tracker: Tracker,
     meter: Meter,
 ) -> bool:
     """Train until ``due.num_steps``; return False if it was stopped by a signal (after saving)."""
     model.train()
-    saved = progress.step > 0  # a resumed run's last state is on disk already
     is_due = progress.step == 0 or due.evaluate(progress.step)
     if is_due and progress.evaluated_step < progress.step:  # else the checkpoint was made after this evaluation
         record_evaluation(hooks.evaluate(), progress, tracker)
-    while progress.step < due.num_steps:
+    while progress.step < due.num_steps and progress.position < due.last_position:
         batch, lr = hooks.batch_at(progress.position), peak_lr * schedule(progress.step)
-        with meter.step():
-            outcome = train_step(model, batch, optimizer, lr, progress.step + 1, hooks.stop_requested(), settings)
-        progress.advance(batch.num_rows, batch.num_tokens, batch.num_targets)
+        try:
+            with meter.step():
+                outcome = train_step(
+                    model, batch, optimizer, lr, progress.step + 1, hooks.stop_requested(), settings,
+                    progress.spike_above(due.spike_factor),
+                )  # fmt: skip
+        except NonFiniteError as error:
+            recovery(error, batch, progress, tracker)
+            continue
+        recovery.went_well()
+        progress.advance(batch.num_rows, batch.num_tokens, batch.num_targets, outcome.loss)
         meter.count(batch.num_tokens)
         step = progress.step
         if due.log(step):
             values = {"loss": outcome.loss, "grad_norm": outcome.grad_norm, "lr": lr}
             totals = {"tokens": progress.tokens, "target_tokens": progress.target_tokens}
             tracker.log(step, values | totals | meter.read() | {"peak_memory_bytes": hooks.peak_memory()})
-        saved = False
         if due.evaluate(step) and (not outcome.stop or step == due.num_steps):
             record_evaluation(hooks.evaluate(), progress, tracker)
-        if due.save(step) or outcome.stop:
-            hooks.save(progress)
-            saved = True
+        if due.save(step):
+            tracker.log(step, {"checkpoint_stall_seconds": hooks.save(progress)})
         if outcome.stop and step < due.num_steps:
+            hooks.finish(progress)
             return False
         if due.patience and progress.evals_without_gain >= due.patience:
             break
-    if not saved:
-        hooks.save(progress)
+    hooks.finish(progress)
     return True
 
 

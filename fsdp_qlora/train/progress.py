@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+RECENT_STEPS = 16
 
 
 @dataclass
@@ -14,6 +17,10 @@ class Progress:
     """Optimizer updates made."""
     position: int = 0
     """Training rows consumed, over all ranks: the loader's whole state."""
+    rows_left_out: int = 0
+    """Of these, rows that were passed over after a bad step."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Losses of the last steps, what a spike is measured against."""
     tokens: int = 0
     """Input tokens without padding, over all ranks."""
     target_tokens: int = 0
@@ -27,9 +34,10 @@ class Progress:
     evaluated_step: int = -1
     """Step of the last evaluation."""
 
-    def advance(self, num_rows: int, num_tokens: int, num_targets: int) -> None:
+    def advance(self, num_rows: int, num_tokens: int, num_targets: int, loss: float) -> None:
         """Count one optimizer step."""
         self.step += 1
+        self.recent_losses = [*self.recent_losses, loss][-RECENT_STEPS:]
         self.position += num_rows
         self.tokens += num_tokens
         self.target_tokens += num_targets
@@ -43,6 +51,16 @@ class Progress:
             self.best_eval_loss, self.evals_without_gain = loss, 0
         else:
             self.evals_without_gain += 1
+
+    def spike_above(self, factor: float) -> float:
+        """Return the loss that counts as a spike: ``factor`` times the recent mean; infinite while few are known."""
+        known = self.recent_losses
+        return factor * sum(known) / len(known) if factor > 0 and len(known) == RECENT_STEPS else math.inf
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """Take the values of a checkpoint."""
+        for name, value in values.items():
+            setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

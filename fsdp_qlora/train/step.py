@@ -13,7 +13,7 @@ from torch import nn
 
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import all_sum
-from fsdp_qlora.errors import NonFiniteError
+from fsdp_qlora.errors import LossSpikeError, NonFiniteError
 from fsdp_qlora.train.objectives import MicroBatch, Objective
 
 
@@ -42,6 +42,11 @@ class NumberedMicroBatch(MicroBatch, Protocol):
         """0 where it only keeps this rank in step."""
         ...
 
+    @property
+    def rows(self) -> Sequence[int]:
+        """Numbers of its rows in the prepared data."""
+        ...
+
 
 class StepBatch(Protocol):
     """This rank's part of a global batch."""
@@ -57,6 +62,10 @@ class StepBatch(Protocol):
         ...
 
 
+def _nowhere(phase: str) -> None:
+    """Take a phase that nobody watches."""
+
+
 @dataclass(frozen=True)
 class StepSettings:
     """What stays the same from step to step."""
@@ -70,6 +79,8 @@ class StepSettings:
     seed_of: Callable[..., int]
     around: Callable[[], AbstractContextManager[object]]
     """Context of forward and backward (anomaly detection)."""
+    enter: Callable[[str], None] = _nowhere
+    """Called with what this rank does next, for the watch over hanging ranks."""
     after_backward: Sequence[Callable[[int], None]] = field(default_factory=tuple)
     """Checks on the reduced gradients, called with the step's number."""
 
@@ -87,16 +98,19 @@ class StepOutcome:
 
 
 def train_step(
-    model: nn.Module, batch: StepBatch, optimizer: Optimizer, lr: float, number: int, stop: bool, settings: StepSettings
-) -> StepOutcome:
+    model: nn.Module, batch: StepBatch, optimizer: Optimizer, lr: float, number: int, stop: bool,
+    settings: StepSettings, spike_above: float = math.inf,
+) -> StepOutcome:  # fmt: skip
     """Run step ``number`` (from 1) and update the parameters.
 
     Raises:
         NonFiniteError: on every rank alike, before the update, if the loss or the gradient is not finite.
+        LossSpikeError: likewise, if the loss is above ``spike_above``.
     """
     ranks, last = settings.ranks, len(batch.micro_batches) - 1
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for turn, micro_batch in enumerate(batch.micro_batches):
+        settings.enter(f"step {number}, micro-batch {turn + 1} of {last + 1}")
         settings.synchronize(model, turn == last)
         # Dropout depends on the micro-batch, not on the rank that happens to run it.
         torch.manual_seed(settings.seed_of(settings.seed, number, micro_batch.number))
@@ -104,6 +118,7 @@ def train_step(
             loss = settings.objective(model, micro_batch, ranks.device) * micro_batch.weight
             (loss / max(1, batch.num_targets)).backward()
         loss_sum += loss.detach()
+    settings.enter(f"step {number}, update")
     for check in settings.after_backward:
         check(number)
     loss_total, squares, stops = all_sum(
@@ -111,11 +126,12 @@ def train_step(
     )
     loss_mean, grad_norm = loss_total / max(1, batch.num_targets), math.sqrt(max(0.0, squares))
     if math.isnan(squares) or not math.isfinite(loss_mean) or not math.isfinite(grad_norm):
-        own = float(loss_sum)
         raise NonFiniteError(
-            f"step {number}: loss {loss_mean}, gradient norm {grad_norm}; the parameters were not updated. Rank "
-            f"{ranks.rank}'s own loss sum is {own}. Lower optim.lr, check the data, or find the operation with "
-            "debug=anomaly."
+            f"step {number}: loss {loss_mean}, gradient norm {grad_norm}; the parameters were not updated."
+        )
+    if loss_mean > spike_above:
+        raise LossSpikeError(
+            f"step {number}: loss {loss_mean:.4f} is above {spike_above:.4f}, a spike; the parameters were not updated."
         )
     limit = settings.max_grad_norm
     optimizer.step(lr, min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
-from fsdp_qlora.checkpoint.checkpointer import Checkpointer
+from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST
+from fsdp_qlora.checkpoint.publish import complete_checkpoints
+from fsdp_qlora.checkpoint.retention import Retention
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.errors import FsdpQloraError
 
@@ -31,10 +33,11 @@ def _tensors(ranks: Ranks, value: float) -> dict:
 
 
 def _save(ranks: Ranks, folder: str, steps: list[int], keep_last: int) -> list[str]:
-    checkpointer = Checkpointer(Path(folder), ranks, keep_last)
+    checkpointer = Checkpointer(Path(folder), ranks, Retention(keep_last))
     for step in steps:
-        checkpointer.save(step, _tensors(ranks, step), {"step": step}, {"seed": 1}, {})
-    return [p.name for p in checkpointer.complete()]
+        checkpointer.save(Snapshot(step, {"step": step}, {"seed": 1}, {}), _tensors(ranks, step))
+    checkpointer.close()
+    return [p.name for p in complete_checkpoints(Path(folder))]
 
 
 def _load(ranks: Ranks, folder: str, resume: str, identity: dict) -> tuple:
@@ -127,7 +130,7 @@ def _refuse(ranks: Ranks, folder: str) -> list:
     checkpointer = Checkpointer(Path(folder), ranks)
     for content in ({"step": 3}, _tensors(ranks, 0)):
         try:
-            checkpointer.save(1, content, {}, {}, {})
+            checkpointer.finish(Snapshot(1, {}, {}, {}), content)
         except FsdpQloraError as error:
             said.append((error.exit_code, str(error)))
     return said

@@ -1,0 +1,46 @@
+"""Two checkpoints tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fsdp_qlora.checkpoint.manifest import Manifest
+from fsdp_qlora.checkpoint.write import read_tensors
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one tensor differs."""
+
+    name: str
+    text: str
+
+
+def contrast(first: Path, first_manifest: Manifest, second: Path, second_manifest: Manifest) -> Iterator[Difference]:
+    """Yield every tensor that is not bit-equal in both checkpoints; holds two tensors at a time."""
+    ours, theirs = first_manifest.tensors, second_manifest.tensors
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs:
+            yield Difference(name, f"only in {first if name in ours else second}")
+        elif ours[name] != theirs[name]:
+            yield Difference(name, f"{ours[name]} and {theirs[name]}")
+        else:
+            shape = {name: ours[name]}
+            a, b = read_tensors(first, shape)[name], read_tensors(second, shape)[name]
+            if (text := _differ(a, b)) is not None:
+                yield Difference(name, text)
+
+
+def _differ(a: torch.Tensor, b: torch.Tensor) -> str | None:
+    if a.dtype != b.dtype:
+        return f"{a.dtype} and {b.dtype}"
+    if torch.equal(a.view(torch.uint8) if a.ndim else a, b.view(torch.uint8) if b.ndim else b):
+        return None  # bit for bit: NaN equals itself, and -0.0 is not 0.0
+    gap = (a.double() - b.double()).abs()
+    share = float((gap > 0).double().mean()) if gap.numel() else 0.0
+    norm = float(b.double().norm()) or 1.0
+    return f"max |a-b| {float(gap.max()):.3e}, |a-b|/|b| {float(gap.norm()) / norm:.3e}, {100 * share:.1f} % of values"

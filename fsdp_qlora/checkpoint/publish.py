@@ -1,0 +1,124 @@
+"""The moves on disk that make a checkpoint appear whole or not at all.
+
+A checkpoint is written into a fresh ``.saving_`` folder, synced, renamed to ``step_<step>``, and counts only with its
+COMPLETE file, which is written last and holds the sha256 of manifest.json. What a kill leaves between two of these
+moves is told apart by its name, and `tidy` finishes or undoes it at the next start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST, Manifest
+
+STEP_FOLDER = re.compile(r"step_(\d{8})")
+LATEST = "latest"
+_SAVING, _REMOVING, _REPLACED = ".saving_", ".removing_", ".replaced_"
+_OURS = re.compile(rf"({re.escape(_SAVING)}|{re.escape(_REMOVING)})step_\d{{8}}")
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of ``step`` lies."""
+    return folder / f"step_{step:08d}"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that was written to its end."""
+    return STEP_FOLDER.fullmatch(folder.name) is not None and (folder / COMPLETE).is_file()
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in ``folder`` that have their COMPLETE file, oldest first."""
+    return sorted(f for f in folder.iterdir() if is_complete(f)) if folder.is_dir() else []
+
+
+def staging_for(target: Path) -> Path:
+    """Return the temporary folder that ``target`` is written in."""
+    return target.with_name(_SAVING + target.name)
+
+
+def make_fresh(staging: Path) -> None:
+    """Make an empty folder."""
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+
+
+def publish(staging: Path, target: Path, manifest: Manifest) -> None:
+    """Turn a written folder into the checkpoint ``target``; an older one of that name goes only after that."""
+    manifest.write(staging)
+    sync(staging / MANIFEST)
+    for folder in (staging, *(f for f in staging.iterdir() if f.is_dir())):
+        sync(folder)
+    replaced = target.with_name(_REPLACED + target.name)
+    if target.exists():  # of another attempt at this step: it comes back if we die before COMPLETE (see tidy)
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    staging.rename(target)
+    digest = hashlib.sha256((target / MANIFEST).read_bytes()).hexdigest()
+    _write_at_once(target / COMPLETE, digest + "\n")
+    sync(target)
+    sync(target.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    _write_at_once(target.parent / LATEST, target.name + "\n")  # for people and scripts; we never read it
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; a kill on the way leaves it whole or out of sight."""
+    trash = checkpoint.with_name(_REMOVING + checkpoint.name)
+    shutil.rmtree(trash, ignore_errors=True)
+    checkpoint.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Finish or undo what a killed process left half done; only names of ours are touched.
+
+    For the process that holds the run folder's lock.
+    """
+    for left in list(folder.iterdir()) if folder.is_dir() else []:
+        if _OURS.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)
+        elif left.name.startswith(_REPLACED) and STEP_FOLDER.fullmatch(left.name.removeprefix(_REPLACED)):
+            target = folder / left.name.removeprefix(_REPLACED)
+            if is_complete(target):
+                shutil.rmtree(left, ignore_errors=True)
+                continue
+            if target.exists():
+                remove(target)
+            left.rename(target)
+
+
+def set_aside(folder: Path, after_step: int) -> list[Path]:
+    """Rename checkpoints after ``after_step``, from which the run does not go on; return where they are now.
+
+    Else a later resume would take them for the newest of this run.
+    """
+    moved = []
+    for newer in [f for f in complete_checkpoints(folder) if int(f.name[5:]) > after_step]:
+        number = 1
+        while (target := folder / f"set_aside_{newer.name}.{number}").exists():
+            number += 1
+        moved.append(newer.rename(target))
+    return moved
+
+
+def sync(path: Path) -> None:
+    """Have the kernel write a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_at_once(file: Path, text: str) -> None:
+    staging = file.with_name(f".{file.name}.part")
+    staging.write_text(text)
+    sync(staging)
+    staging.replace(file)

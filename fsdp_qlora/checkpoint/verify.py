@@ -1,0 +1,83 @@
+"""Is this checkpoint what was written, and is it only what we write?
+
+Two questions with two answers: what differs from its digest is *damaged* (exit 65, and `resume=auto` takes the one
+before); what matches its digest but is nothing that we ever write was *made* that way, and is refused (exit 77).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST, Manifest, list_files, sha256
+from fsdp_qlora.errors import CheckpointError, SecurityError
+
+ADAPTER_FOLDER = "adapter"
+_ADAPTER_SUFFIXES = (".safetensors", ".json", ".md", ".jinja", ".txt", ".model")
+_SHARDING_INFO = "DCP_SHARDING_INFO"
+_MAX_JSON_BYTES = 200_000_000
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Check every file's size and digest, then that each is of a kind we write and holds what the manifest says.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, extra or not the one that was written.
+        SecurityError: naming the first file that no save of ours can have made.
+    """
+    present = set(list_files(folder)) - {MANIFEST, COMPLETE}
+    if extra := sorted(present - manifest.files.keys()):
+        raise CheckpointError(f"{folder / extra[0]} is not in the manifest.")
+    for name, known in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing.")
+        if file.stat().st_size != known["size"] or sha256(file) != known["sha256"]:
+            raise CheckpointError(f"{file} is damaged: its content is not what was written.")
+    covered = dict.fromkeys(manifest.tensors, 0)
+    for name in manifest.files:
+        _require_kind(folder / name, name)
+        if name.endswith(".safetensors") and not name.startswith(ADAPTER_FOLDER):
+            _count(folder / name, manifest, covered)
+    for name, shape in manifest.tensors.items():
+        if covered[name] != math.prod(shape):
+            raise SecurityError(f"{folder}: the files hold {covered[name]} values of {name}, which is {shape}.")
+
+
+def _require_kind(file: Path, name: str) -> None:
+    """Refuse what is not safetensors or text of the kinds that we write; nothing is loaded."""
+    inside = name.startswith(f"{ADAPTER_FOLDER}/")
+    if not name.endswith(_ADAPTER_SUFFIXES if inside else ".safetensors"):
+        raise SecurityError(f"{file} is no file of a checkpoint of ours.")
+    if name.endswith(".safetensors"):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except SafetensorError as error:
+            raise SecurityError(f"{file} is not safetensors, though the manifest vouches for it: {error}.") from error
+    elif name.endswith(".json"):
+        try:
+            if file.stat().st_size > _MAX_JSON_BYTES:
+                raise ValueError("it is too large")
+            json.loads(file.read_text())
+        except (ValueError, RecursionError) as error:
+            raise SecurityError(f"{file} is not JSON, though the manifest vouches for it: {error}.") from error
+
+
+def _count(file: Path, manifest: Manifest, covered: dict[str, int]) -> None:
+    """Add up the values that a shard file holds of each tensor; refuse what lies outside its tensor."""
+    with safe_open(file, framework="pt") as opened:
+        try:
+            places = json.loads((opened.metadata() or {}).get(_SHARDING_INFO, "null"))
+            for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+                shape, whole = opened.get_slice(name).get_shape(), manifest.tensors[name]
+                offsets = places[name]["saved_offsets"] if places is not None else [0] * len(shape)
+                inside = all(o >= 0 and o + n <= w for o, n, w in zip(offsets, shape, whole, strict=True))
+                if not inside:
+                    raise ValueError(f"{name} has {shape} at {offsets} of {whole}")
+                covered[name] += math.prod(shape)
+        except (KeyError, TypeError, ValueError) as error:
+            raise SecurityError(f"{file} does not go with the manifest: {error}.") from error

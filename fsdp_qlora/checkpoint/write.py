@@ -1,0 +1,121 @@
+"""Writing one checkpoint with all ranks, over a group that nothing else uses. Runs in the checkpoint thread."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from fsdp_qlora.checkpoint.manifest import Manifest, list_files, sha256
+from fsdp_qlora.checkpoint.publish import make_fresh, publish, staging_for, sync
+from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.dist.reduce import gather_json
+from fsdp_qlora.errors import FsdpQloraError, StorageError
+
+MODEL_PREFIX = "model."
+WriteAdapter = Callable[[Path, Mapping[str, torch.Tensor], dict[str, Any]], object]
+"""Writes an adapter: (folder, whole tensors by their names in PEFT's file, the checkpoint's progress)."""
+
+
+def write_checkpoint(
+    target: Path,
+    manifest: Manifest,
+    tensors: dict[str, torch.Tensor],
+    ranks: Ranks,
+    write_adapter: WriteAdapter | None,
+) -> None:
+    """Write the checkpoint ``target``; it appears whole or not at all.
+
+    Raises:
+        StorageError: on every rank alike, naming the rank that could not write.
+    """
+    staging = staging_for(target)
+    try:
+        together(ranks, target, lambda: _begin(staging, tensors, ranks))
+        together(ranks, target, lambda: _write_shards(staging, tensors, ranks))
+        for files in together(ranks, target, lambda: _digests(staging, f"shard-{ranks.rank + 1:05d}-")):
+            manifest.files.update(files)
+        together(ranks, target, lambda: _finish(staging, target, manifest, write_adapter) if ranks.is_main else None)
+    except StorageError:
+        if ranks.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def together(ranks: Ranks, target: Path, work: Callable[[], Any]) -> list[Any]:
+    """Do something on every rank; return all results (JSON), or raise on all if it failed on any."""
+    told: dict[str, Any]
+    try:
+        told = {"result": work()}
+    except FsdpQloraError as error:
+        told = {"problem": str(error)}
+    except (OSError, RuntimeError, CheckpointException) as error:
+        told = {"problem": f"{type(error).__name__}: {error}"}
+    except Exception as error:  # the others wait for this rank: whatever it is, they must hear of it
+        told = {"problem": f"unexpected {type(error).__name__}: {error}"}
+    answers = gather_json(told, ranks)
+    for rank, answer in enumerate(answers):
+        if "problem" in answer:
+            raise StorageError(f"rank {rank} could not write {target}: {answer['problem']}")
+    return [answer["result"] for answer in answers]
+
+
+def _begin(staging: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
+    if not ranks.is_main:
+        return
+    make_fresh(staging)
+    needed = sum(math.prod(t.shape) * t.element_size() for t in tensors.values())
+    needed += sum(math.prod(t.shape) * t.element_size() for n, t in tensors.items() if n.startswith(MODEL_PREFIX))
+    free = shutil.disk_usage(staging).free
+    if free < needed:
+        raise StorageError(f"it needs {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free there.")
+
+
+def _write_shards(staging: Path, tensors: dict[str, torch.Tensor], ranks: Ranks) -> None:
+    writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save(tensors, storage_writer=writer, process_group=ranks.group)  # syncs each file
+
+
+def _digests(staging: Path, prefix: str) -> dict[str, dict[str, Any]]:
+    """Return size and sha256 of the files whose name starts with ``prefix``."""
+    return {
+        name: {"size": (staging / name).stat().st_size, "sha256": sha256(staging / name)}
+        for name in list_files(staging)
+        if name.startswith(prefix)
+    }
+
+
+def _finish(staging: Path, target: Path, manifest: Manifest, write_adapter: WriteAdapter | None) -> None:
+    """On rank 0: make the adapter from the shards (which proves that they can be read), then publish."""
+    if write_adapter is not None:
+        names = [name for name in manifest.tensors if name.startswith(MODEL_PREFIX)]
+        whole = read_tensors(staging, {name: manifest.tensors[name] for name in names})
+        plain = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in whole.items()}
+        write_adapter(staging / ADAPTER_FOLDER, plain, manifest.progress)
+        for name in list_files(staging / ADAPTER_FOLDER):
+            sync(staging / ADAPTER_FOLDER / name)
+        manifest.files.update(_digests(staging, f"{ADAPTER_FOLDER}/"))
+    publish(staging, target, manifest)
+
+
+def read_tensors(folder: Path, shapes: Mapping[str, list[int]]) -> dict[str, torch.Tensor]:
+    """Read whole tensors from a checkpoint's shards, on one process; each in the dtype it was saved in."""
+    reader = HuggingFaceStorageReader(str(folder))
+    stored: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+    whole = {name: torch.empty(shape, dtype=stored[name].properties.dtype) for name, shape in shapes.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load(whole, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return whole

@@ -1,0 +1,69 @@
+"""`inspect PATH`: what a checkpoint holds; `inspect A B`: where two differ."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
+from fsdp_qlora.checkpoint.contrast import contrast
+from fsdp_qlora.checkpoint.manifest import Manifest
+from fsdp_qlora.checkpoint.publish import complete_checkpoints
+from fsdp_qlora.errors import CheckpointError, ConfigError
+from fsdp_qlora.track.console import megabytes, print_table
+
+_SHOWN = 20
+
+
+def run(paths: list[str]) -> int:
+    """Show or compare; return 0, or 1 where two checkpoints differ."""
+    if not 1 <= len(paths) <= 2 or any(p.startswith("-") for p in paths):
+        raise ConfigError("usage: fsdp-qlora inspect PATH [PATH]   (a checkpoint, or a run folder for its newest one)")
+    found = [open_checkpoint(_checkpoint(Path(path).expanduser())) for path in paths]
+    return _show(*found[0]) if len(found) == 1 else _compare(*found[0], *found[1])
+
+
+def _checkpoint(path: Path) -> Path:
+    """Return the checkpoint at ``path``, or the newest complete one of a run folder."""
+    if (path / "checkpoints").is_dir():
+        if not (complete := complete_checkpoints(path / "checkpoints")):
+            raise CheckpointError(f"{path} holds no complete checkpoint.")
+        return complete[-1]
+    return path
+
+
+def _show(folder: Path, manifest: Manifest) -> int:
+    values = sum(prod(shape) for shape in manifest.tensors.values())
+    size = sum(file["size"] for file in manifest.files.values())
+    rows = [
+        ("step", str(manifest.step)),
+        ("saved by", f"{manifest.world_size} rank(s)"),
+        ("files", f"{len(manifest.files)}, {megabytes(size)}, every sha256 as written"),
+        ("tensors", f"{len(manifest.tensors)} with {values:,} values"),
+        *((f"progress.{key}", str(value)) for key, value in manifest.progress.items()),
+        *((key, str(value)) for key, value in manifest.identity.items() if isinstance(value, (str, int, float, list))),
+        *((f"version of {key}", value) for key, value in manifest.versions.items()),
+    ]
+    print_table(str(folder), rows)
+    return 0
+
+
+def _compare(first: Path, ours: Manifest, second: Path, theirs: Manifest) -> int:
+    settings = [
+        (key, f"{ours.identity.get(key)} | {theirs.identity.get(key)}")
+        for key in sorted(ours.identity.keys() | theirs.identity.keys())
+        if ours.identity.get(key) != theirs.identity.get(key)
+    ]
+    progress = [
+        (f"progress.{key}", f"{ours.progress.get(key)} | {theirs.progress.get(key)}")
+        for key in ours.progress
+        if ours.progress.get(key) != theirs.progress.get(key)
+    ]
+    tensors = [(d.name, d.text) for d in contrast(first, ours, second, theirs)]
+    for name, text in settings + progress + tensors[:_SHOWN]:
+        print(f"{name}: {text}")
+    if len(tensors) > _SHOWN:
+        print(f"... and {len(tensors) - _SHOWN} more tensors")
+    same = len(ours.tensors.keys() & theirs.tensors.keys()) - sum(1 for n, _ in tensors if n in theirs.tensors)
+    print(f"{same} tensors are bit-equal, {len(tensors)} are not; {len(settings)} settings differ.")
+    return 1 if tensors or settings or progress else 0
