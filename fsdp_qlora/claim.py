@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fsdp_qlora.checkpoint.contents import blocking_settings, without
@@ -17,8 +17,8 @@ from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import gather_json
-from fsdp_qlora.errors import ConfigError, FsdpQloraError, RunFolderError, raise_alike
+from fsdp_qlora.dist.reduce import gather_json, on_main
+from fsdp_qlora.errors import ConfigError, FsdpQloraError, RunFolderError
 from fsdp_qlora.track.run_folder import RunFolder, read_config
 
 
@@ -44,16 +44,7 @@ def claim(folder: RunFolder, config: RunConfig, ranks: Ranks) -> Decision:
     for rank, other in enumerate(digests):
         if other != digests[0]:
             raise ConfigError(f"rank {rank} was started with other settings than rank 0; start all ranks alike.")
-    verdict: dict[str, Any] = {}
-    if ranks.is_main:
-        try:
-            decision = _take(folder, config)
-            verdict = {"start": decision.start, "note": decision.note}
-        except FsdpQloraError as error:
-            verdict = {"code": error.exit_code, "message": str(error)}
-    verdict = gather_json(verdict, ranks)[0]
-    raise_alike(verdict)
-    return Decision(**verdict)
+    return Decision(**on_main(lambda: asdict(_take(folder, config)), ranks))
 
 
 def _take(folder: RunFolder, config: RunConfig) -> Decision:

@@ -20,7 +20,7 @@ from fsdp_qlora.claim import claim
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.data.loader import Batch, Loader, TokenRows, build_batch
 from fsdp_qlora.dist.process import memory_peak
-from fsdp_qlora.dist.reduce import any_rank, gather_json
+from fsdp_qlora.dist.reduce import any_rank, on_main
 from fsdp_qlora.dist.signals import StopSignals
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, DataError, NonFiniteError
 from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
@@ -130,10 +130,10 @@ class Training:
         return checkpoint_tensors(trainable_parameters(self.model), self.optimizer)
 
     def export(self, folder: Path) -> int:
-        """Write the adapter as PEFT does. Every rank calls it, rank 0 writes and returns the bytes of its weights."""
+        """Write the adapter as PEFT does. Every rank calls it, rank 0 writes; return the bytes of its weights."""
         self.prepared.phases.enter("writing the adapter")
         tensors = gather_adapter(self.model)
-        return self._write_adapter(folder, tensors, self.progress.to_dict()) if self.ranks.is_main else 0
+        return on_main(lambda: self._write_adapter(folder, tensors, self.progress.to_dict()), self.ranks)
 
     def _write_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], progress: dict[str, Any]) -> int:
         lora, all_linears = self.config.lora, [x.name for x in self.prepared.shapes.linears]
@@ -267,8 +267,7 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
     with stop as signals:
         training = Training(prepared, folder)
         resumed = training.resume()
-        if prepared.ranks.is_main:
-            folder.begin(to_dict(prepared.config))
+        on_main(lambda: folder.begin(to_dict(prepared.config)), prepared.ranks)
         before = _before(training, folder, resumed)
         if any_rank(signals.requested, prepared.ranks):  # asked to stop while loading: nothing to save yet
             return FitResult(False, {})
@@ -276,12 +275,11 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
             finished = training.run(tracker, signals)
         if not finished:
             return FitResult(False, {})
-        size = gather_json(training.export(folder.adapter), prepared.ranks)[0]
+        size = training.export(folder.adapter)
         summary = summarize(
             prepared, training.progress, training.meter, len(training.rows), before, training.answers(), size
         )
-    if prepared.ranks.is_main:
-        folder.write_summary(summary)
+    on_main(lambda: folder.write_summary(summary), prepared.ranks)
     return FitResult(True, summary)
 
 

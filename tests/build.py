@@ -60,3 +60,9 @@ def losses(lines: list[dict[str, Any]]) -> list[float]:
 def norms(lines: list[dict[str, Any]]) -> list[float]:
     """Return the gradient norms."""
     return [line["grad_norm"] for line in lines if "grad_norm" in line]
+
+
+def essence(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of training and evaluation without what a clock or a memory meter says."""
+    keep = ("step", "loss", "grad_norm", "lr", "tokens", "target_tokens", "eval_loss", "eval_perplexity")
+    return [{k: m[k] for k in keep if k in m} for m in lines if "loss" in m or "eval_loss" in m]

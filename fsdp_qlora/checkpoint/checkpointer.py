@@ -30,8 +30,8 @@ from fsdp_qlora.checkpoint.retention import Retention, superfluous
 from fsdp_qlora.checkpoint.verify import verify
 from fsdp_qlora.checkpoint.write import WriteAdapter, write_checkpoint
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import barrier, gather_json
-from fsdp_qlora.errors import CheckpointError, FsdpQloraError, SecurityError, StorageError, raise_alike
+from fsdp_qlora.dist.reduce import barrier, on_main
+from fsdp_qlora.errors import CheckpointError, FsdpQloraError, SecurityError, StorageError
 
 MAX_FAILURES = 2
 """Failed saves in a row after which a run stops."""
@@ -196,21 +196,18 @@ class Checkpointer:
             SecurityError: if a checkpoint holds what no save of ours can have made.
             ConfigError: if the checkpoint was made with other settings.
         """
-        verdict: dict[str, Any] = {}
-        if self.ranks.is_main:
-            try:
-                tidy(self.folder)
-                found = self._search(resume)
-                if found:
-                    compare(without(found[1].identity, overrides), without(identity, overrides), found[0])
-                    verdict = {"folder": str(found[0]), "manifest": asdict(found[1])}
-            except FsdpQloraError as error:
-                verdict = {"code": error.exit_code, "message": str(error)}
-            except OSError as error:
-                verdict = {"code": StorageError.exit_code, "message": f"checkpoint: {error}"}
-        verdict = gather_json(verdict, self.ranks)[0]
-        raise_alike(verdict)
-        return (Path(verdict["folder"]), Manifest(**verdict["manifest"])) if verdict else None
+
+        def search() -> list[Any] | None:
+            tidy(self.folder)
+            found = self._search(resume)
+            if found is None:
+                return None
+            folder, manifest = found
+            compare(without(manifest.identity, overrides), without(identity, overrides), folder)
+            return [str(folder), asdict(manifest)]
+
+        found = on_main(search, self.ranks)
+        return None if found is None else (Path(found[0]), Manifest(**found[1]))
 
     def _search(self, resume: str) -> tuple[Path, Manifest] | None:
         if resume == "never":

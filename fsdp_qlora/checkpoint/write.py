@@ -59,14 +59,17 @@ def together(ranks: Ranks, target: Path, work: Callable[[], Any]) -> list[Any]:
         told = {"result": work()}
     except FsdpQloraError as error:
         told = {"problem": str(error)}
-    except (OSError, RuntimeError, CheckpointException) as error:
+    except CheckpointException as error:  # DCP has gathered what failed where, with tracebacks
+        rank, (cause, _) = min(error.failures.items())
+        told = {"problem": f"{type(cause).__name__}: {cause}", "rank": rank}
+    except (OSError, RuntimeError) as error:
         told = {"problem": f"{type(error).__name__}: {error}"}
     except Exception as error:  # the others wait for this rank: whatever it is, they must hear of it
         told = {"problem": f"unexpected {type(error).__name__}: {error}"}
     answers = gather_json(told, ranks)
     for rank, answer in enumerate(answers):
         if "problem" in answer:
-            raise StorageError(f"rank {rank} could not write {target}: {answer['problem']}")
+            raise StorageError(f"rank {answer.get('rank', rank)} could not write {target}: {answer['problem']}")
     return [answer["result"] for answer in answers]
 
 

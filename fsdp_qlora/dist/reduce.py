@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.errors import FsdpQloraError, StorageError, raise_alike
 
 
 def all_sum(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> list[float]:
@@ -43,6 +44,25 @@ def gather_json(value: Any, ranks: Ranks) -> list[Any]:
     padded[: data.numel()] = data
     parts = all_gather(padded, ranks.group)
     return [json.loads(bytes(p[: int(n.item())].tolist())) for p, n in zip(parts, sizes, strict=True)]
+
+
+def on_main(work: Callable[[], Any], ranks: Ranks) -> Any:
+    """Do something on rank 0 alone; every rank returns its result (anything JSON holds) or raises what it met.
+
+    Raises:
+        FsdpQloraError: on every rank alike, with rank 0's message and exit code; an `OSError` becomes code 74.
+    """
+    verdict: dict[str, Any] = {}
+    if ranks.is_main:
+        try:
+            verdict = {"result": work()}
+        except FsdpQloraError as error:
+            verdict = {"code": error.exit_code, "message": str(error)}
+        except OSError as error:
+            verdict = {"code": StorageError.exit_code, "message": str(error)}
+    verdict = gather_json(verdict, ranks)[0]
+    raise_alike(verdict)
+    return verdict["result"]
 
 
 def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.errors import ModelError, NumericsError
+from fsdp_qlora.errors import ModelError, NumericsError, StorageError
 from fsdp_qlora.model.lora import trainable_parameters
 from fsdp_qlora.model.stream import fill_slice
 from fsdp_qlora.plan.layout import endings
@@ -53,6 +53,7 @@ def export_adapter(
 
     Raises:
         NumericsError: if a value is not finite or the file does not hold what was written.
+        StorageError: if it cannot be written.
     """
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -64,7 +65,10 @@ def export_adapter(
         config.target_modules = sorted(config.target_modules)  # a set's order changes from process to process
     config.save_pretrained(str(folder))
     file = folder / WEIGHTS_NAME
-    save_file(dict(tensors), file, metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it makes of a full disk
+        raise StorageError(f"{file} cannot be written: {error}.") from error
     file.chmod(0o644)  # save_file leaves 0600, and an adapter is made to be given away
     with safe_open(file, framework="pt") as written:
         if set(written.keys()) != tensors.keys():

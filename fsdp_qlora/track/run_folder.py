@@ -98,8 +98,8 @@ class RunFolder:
     def begin(self, config: dict[str, Any]) -> None:
         """Write the resolved settings and the versions of what runs them; what was finished is so no more."""
         self.summary_file.unlink(missing_ok=True)
-        self.config_file.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        (self.path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_json(self.path / "versions.json", versions())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write what came of the run; the folder then counts as finished."""
@@ -138,9 +138,14 @@ class RunFolder:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    staging = file.with_name(f".{file.name}.{os.getpid()}")
-    staging.write_text(json.dumps(value, indent=2) + "\n")
+    """Write JSON as `write_text` does."""
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file so that a reader, or a run after a kill, sees the old one or the new one, never half of it."""
+    staging = file.with_name(f".{file.name}.part")
+    staging.write_text(text)
     staging.replace(file)
 
 
