@@ -8,61 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.build import losses, metrics
+from tests.processes import alive, rank_pid, ranks_of, start, wait_for_step
 
 pytestmark = pytest.mark.launch
-
-
-def _start(arguments, env, folder, **extra):
-    return subprocess.Popen(
-        [sys.executable, "-m", "fsdp_qlora", *arguments], cwd=folder, env={**env, **extra}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def _wait_for_step(file: Path, step: int, process, timeout=90):
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and process.poll() is None:
-        if file.exists() and f'"step": {step}' in file.read_text():
-            return
-        time.sleep(0.02)
-    out, err = process.communicate(timeout=10)
-    raise AssertionError(f"step {step} did not come\n{out}\n{err}")
-
-
-def _ranks_of(process) -> list[int]:
-    """Return the processes of this launch that are ranks."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "environ").read_bytes().split(b"\0")
-                parent_chain = _ancestors(int(entry.name))
-            except OSError:
-                continue
-            if any(w.startswith(b"LOCAL_RANK=") for w in words) and process.pid in parent_chain:
-                found.append(int(entry.name))
-    return found
-
-
-def _ancestors(pid: int) -> list[int]:
-    chain = []
-    while pid > 1:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        pid = int(stat.rpartition(")")[2].split()[1])
-        chain.append(pid)
-    return chain
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_stopped_by_sigterm_and_resumed(cli, cli_env, tiny_run, tmp_path):
@@ -72,8 +24,8 @@ def test_stopped_by_sigterm_and_resumed(cli, cli_env, tiny_run, tmp_path):
     expected = metrics(tmp_path / "outputs/whole")
 
     split = [*long, "run.name=split"]
-    process = _start(["train", *split, "launcher.nproc_per_node=2"], cli_env, tmp_path)
-    _wait_for_step(tmp_path / "outputs/split/metrics.jsonl", 7, process)
+    process = start(["train", *split, "launcher.nproc_per_node=2"], cli_env, tmp_path)
+    wait_for_step(tmp_path / "outputs/split/metrics.jsonl", 7, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err
@@ -157,18 +109,18 @@ def test_torchrun_and_the_launcher_do_the_same(cli, cli_env, tiny_run, tmp_path)
 
 
 def test_a_killed_rank_ends_all_and_is_named(cli_env, tiny_run, tmp_path):
-    process = _start(["train", *tiny_run, "train.max_steps=5000", "launcher.nproc_per_node=2"], cli_env, tmp_path)
-    _wait_for_step(tmp_path / "outputs/tiny/metrics.jsonl", 3, process)
-    ranks = _ranks_of(process)
+    process = start(["train", *tiny_run, "train.max_steps=5000", "launcher.nproc_per_node=2"], cli_env, tmp_path)
+    wait_for_step(tmp_path / "outputs/tiny/metrics.jsonl", 3, process)
+    ranks = ranks_of(process)
     assert len(ranks) == 2
-    victim = next(p for p in ranks if b"LOCAL_RANK=1" in Path(f"/proc/{p}/environ").read_bytes())
+    victim = rank_pid(process, 1)
     started = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     _, err = process.communicate(timeout=30)
     assert time.monotonic() - started < 10
     assert process.returncode == 1
     assert "rank 1 was ended by SIGKILL" in err.strip().splitlines()[-1]
-    assert not any(_alive(pid) for pid in ranks)
+    assert not any(alive(pid) for pid in ranks)
 
 
 FAULT = """
@@ -208,9 +160,9 @@ def test_a_failing_rank_ends_all_with_its_message_last(cli, tiny_run, tmp_path, 
 
 def test_ranks_die_with_their_launcher_and_the_folder_is_free_again(cli, cli_env, tiny_run, tmp_path):
     run = ["train", *tiny_run, "train.max_steps=5000", "launcher.nproc_per_node=2"]
-    process = _start(run, cli_env, tmp_path)
-    _wait_for_step(tmp_path / "outputs/tiny/metrics.jsonl", 2, process)
-    ranks = _ranks_of(process)
+    process = start(run, cli_env, tmp_path)
+    wait_for_step(tmp_path / "outputs/tiny/metrics.jsonl", 2, process)
+    ranks = ranks_of(process)
     second = cli("train", *tiny_run)
     assert second.returncode == 2
     assert ("is in use by process" in second.stderr and str(ranks[0]) in second.stderr) or str(
@@ -219,9 +171,9 @@ def test_ranks_die_with_their_launcher_and_the_folder_is_free_again(cli, cli_env
     process.kill()
     process.communicate(timeout=10)
     deadline = time.monotonic() + 10
-    while any(_alive(pid) for pid in ranks) and time.monotonic() < deadline:
+    while any(alive(pid) for pid in ranks) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(_alive(pid) for pid in ranks)
+    assert not any(alive(pid) for pid in ranks)
     assert cli("train", *tiny_run, "train.max_steps=1", "run.name=tiny").returncode == 0
 
 
