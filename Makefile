@@ -9,7 +9,7 @@ DEV_READY := $(VENV)/.ready-dev
 NPROC ?= 2
 ARGS ?=
 
-.PHONY: help setup assets train test test-full test-full-report lint check plan gpu-bundle wheel clean
+.PHONY: help setup assets train test test-full test-full-report soak bench lint check plan gpu-bundle wheel clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,12 @@ test-full: assets ## the whole matrices (at most 75 minutes on 2 cores)
 
 test-full-report: ## write docs/test-full.md from the last test-full
 	$(BIN)/python tests/full_report.py
+
+soak: $(READY) ## kill and resume 50 times (about 6 minutes); writes docs/soak.md
+	$(BIN)/python -m tests.soak $(ARGS)
+
+bench: $(READY) ## the benchmarks, beside peers in the same run; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.checkpoint $(ARGS)
 
 lint: $(DEV_READY) ## ruff, pyright, the layer contract, the size rules
 	$(BIN)/ruff format --check .

@@ -113,21 +113,22 @@ class Training:
             write_adapter=self._write_adapter,
         )
 
-    def save(self, progress: Progress) -> float:
-        """Start a checkpoint with a ready adapter in it; return the seconds that it held up training."""
+    def save(self, progress: Progress) -> None:
+        """Start a checkpoint with a ready adapter in it."""
         self.prepared.phases.enter(f"checkpoint of step {progress.step}")
-        return self.checkpointer.save(self._snapshot(progress), self._tensors())
+        self.checkpointer.save(self._snapshot(progress), self._tensors)
 
     def finish(self, progress: Progress) -> None:
         """See to it that this state is on disk."""
         self.prepared.phases.enter(f"last checkpoint, of step {progress.step}")
-        self.checkpointer.finish(self._snapshot(progress), self._tensors())
+        self.checkpointer.finish(self._snapshot(progress), self._tensors)
 
     def _snapshot(self, progress: Progress) -> Snapshot:
         return Snapshot(progress.step, progress.to_dict(), self.identity, versions())
 
     def _tensors(self) -> dict[str, Any]:
-        return checkpoint_tensors(trainable_parameters(self.model), self.optimizer)
+        # The optimizer's own list: while a unit is gathered, FSDP shows other parameters under the same names.
+        return checkpoint_tensors(self.optimizer.parameters.items(), self.optimizer)
 
     def export(self, folder: Path) -> int:
         """Write the adapter as PEFT does. Every rank calls it, rank 0 writes; return the bytes of its weights."""
@@ -203,12 +204,14 @@ class Training:
             objective=self.objective, ranks=self.ranks, seed=self.config.run.seed, max_grad_norm=train.max_grad_norm,
             synchronize=synchronize_gradients, seed_of=seed_of, around=debug_context(self.config),
             enter=self.prepared.phases.enter,
+            before_update=self.checkpointer.before_update,
             after_backward=(FirstGradients(self.model, self.ranks),),
         )  # fmt: skip
         hooks = LoopHooks(
             batch_at=self._batch_at,
             evaluate=self.evaluate,
             save=self.save,
+            save_stall=self.checkpointer.take_stall,
             finish=self.finish,
             stop_requested=lambda: signals.requested or self.checkpointer.gave_up,
             peak_memory=lambda: memory_peak(self.ranks.device)[0],

@@ -1,9 +1,9 @@
 """`Checkpointer`: save in the background, find the newest valid one, load it onto any number of ranks.
 
-A save has two parts. `save` copies this rank's shards aside (the only stall of the training) and hands them to a
-thread; there the ranks, over a process group of their own, write them with torch's DCP as safetensors, agree that all
-went well, and rank 0 publishes. Only tensors enter DCP, which would hide anything else in a pickle inside a
-.safetensors file.
+A save happens in a thread. It copies this rank's shards aside while the next forward and backward run, which change
+none of them: only the next update has to wait for the copy. Then the ranks, over a process group of their own, write
+the copies with torch's DCP as safetensors, agree that all went well, and rank 0 publishes. Only tensors enter DCP,
+which would hide anything else in a pickle inside a .safetensors file.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from fsdp_qlora.checkpoint.manifest import FORMAT, Manifest, compare
 from fsdp_qlora.checkpoint.publish import complete_checkpoints, remove, set_aside, step_folder, tidy
 from fsdp_qlora.checkpoint.retention import Retention, superfluous
 from fsdp_qlora.checkpoint.verify import verify
-from fsdp_qlora.checkpoint.write import WriteAdapter, write_checkpoint
+from fsdp_qlora.checkpoint.write import Stage, WriteAdapter, write_checkpoint
 from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.dist.process import use_device
 from fsdp_qlora.dist.reduce import barrier, on_main
 from fsdp_qlora.errors import CheckpointError, FsdpQloraError, SecurityError, StorageError
 
 MAX_FAILURES = 2
 """Failed saves in a row after which a run stops."""
+Tensors = Callable[[], Mapping[str, torch.Tensor]]
+"""Gives this rank's shards; called in the thread."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,12 @@ class Checkpointer:
                 use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned
             )
         )
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=use_device, initargs=(ranks.device,))
         self._pending: tuple[int, Future[str | None]] | None = None
         self._failures, self._saved_step = 0, -1
         self._problem: str | None = None
+        self._staging: Future[None] | None = None
+        self._stall = 0.0
 
     @property
     def gave_up(self) -> bool:
@@ -97,19 +102,35 @@ class Checkpointer:
         failed_now = self._pending is not None and self._pending[1].done() and self._pending[1].result() is not None
         return self._failures + failed_now >= MAX_FAILURES
 
-    def save(self, snapshot: Snapshot, tensors: Mapping[str, torch.Tensor]) -> float:
-        """Start a save with all ranks; return the seconds that the caller was held up.
+    def save(self, snapshot: Snapshot, tensors: Tensors) -> None:
+        """Start a save with all ranks. The tensors must not change until `before_update` has returned.
 
         A save that fails is told to a person; the next one is the second try (see `gave_up`, `finish`).
         """
         started = time.perf_counter()
         self.settle()  # at most one in flight
-        self._submit(snapshot, self._stage(tensors))
+        staged: Future[None] = Future()
+        pending = self._submit(snapshot, lambda: self._stage(tensors, staged))
+        pending.add_done_callback(lambda _: staged.done() or staged.set_result(None))  # whatever became of it
+        self._staging = staged
         if not self._asynchronous:
             self.settle()
-        return time.perf_counter() - started
+        self._stall += time.perf_counter() - started
 
-    def finish(self, snapshot: Snapshot, tensors: Mapping[str, torch.Tensor]) -> None:
+    def before_update(self) -> None:
+        """Wait until what is being saved has been copied; call it before the tensors change."""
+        if self._staging is not None:
+            started = time.perf_counter()
+            self._staging.result()
+            self._staging = None
+            self._stall += time.perf_counter() - started
+
+    def take_stall(self) -> float | None:
+        """Return the seconds that saving has held up training since the last call; None where nothing was saved."""
+        stall, self._stall = self._stall, 0.0
+        return stall or None
+
+    def finish(self, snapshot: Snapshot, tensors: Tensors) -> None:
         """See to it that the checkpoint of ``snapshot`` is there: wait for it, or write it now.
 
         Raises:
@@ -120,7 +141,7 @@ class Checkpointer:
             return
         staged = self._stage(tensors)
         while self._failures < MAX_FAILURES:
-            self._submit(snapshot, staged)
+            self._submit(snapshot, lambda: staged)
             self.settle()
             if self._saved_step == snapshot.step:
                 return
@@ -136,17 +157,25 @@ class Checkpointer:
             else:
                 self._failures += 1
 
-    def _stage(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copy this rank's shards to buffers that are used again and again."""
-        for name, value in tensors.items():
-            if not isinstance(value, torch.Tensor):
-                raise SecurityError(f"{name} is a {type(value).__name__}: only tensors are saved, all else is JSON.")
-        staged = self._stager.stage(dict(tensors))
-        assert isinstance(staged, dict)
-        return staged
+    def _stage(self, tensors: Tensors, done: Future[None] | None = None) -> dict[str, torch.Tensor]:
+        """Copy this rank's shards to CPU buffers that are used again and again; set ``done`` in every case."""
+        try:
+            named = dict(tensors())
+            for name, value in named.items():
+                if not isinstance(value, torch.Tensor):
+                    kind = type(value).__name__
+                    raise SecurityError(f"{name} is a {kind}: only tensors are saved, all else is JSON.")
+            staged = self._stager.stage(named)
+            assert isinstance(staged, dict)
+            return staged
+        finally:
+            if done is not None:
+                done.set_result(None)
 
-    def _submit(self, snapshot: Snapshot, staged: dict[str, torch.Tensor]) -> None:
-        self._pending = snapshot.step, self._thread.submit(self._write, self.folder, snapshot, staged)
+    def _submit(self, snapshot: Snapshot, stage: Stage) -> Future[str | None]:
+        pending = self._thread.submit(self._write, self.folder, snapshot, stage)
+        self._pending = snapshot.step, pending
+        return pending
 
     def close(self) -> None:
         """Wait for the save in flight and let go of the thread."""
@@ -154,16 +183,14 @@ class Checkpointer:
         self._thread.shutdown()
         self._stager.close()
 
-    def _write(self, folder: Path, snapshot: Snapshot, staged: dict[str, torch.Tensor]) -> str | None:
-        """Write and publish, in the thread; return what went wrong, the same on every rank."""
+    def _write(self, folder: Path, snapshot: Snapshot, stage: Stage) -> str | None:
+        """Stage, write and publish, in the thread; return what went wrong, the same on every rank."""
         manifest = Manifest(
-            FORMAT, snapshot.step, self.ranks.size, snapshot.progress, snapshot.identity,
-            {name: list(t.shape) for name, t in staged.items()}, {}, snapshot.versions,
-        )  # fmt: skip
+            FORMAT, snapshot.step, self.ranks.size, snapshot.progress, snapshot.identity, {}, {}, snapshot.versions
+        )
+        target = step_folder(folder, snapshot.step)
         try:
-            write_checkpoint(
-                step_folder(folder, snapshot.step), manifest, staged, self._background, self._write_adapter
-            )
+            write_checkpoint(target, manifest, stage, self._background, self._write_adapter)
             if self.ranks.is_main and folder == self.folder:
                 for old in superfluous(complete_checkpoints(folder), self.retention):
                     remove(old)
@@ -177,7 +204,7 @@ class Checkpointer:
         message = f"checkpoint: {MAX_FAILURES} saves in a row have failed, the last because {self._problem} It stops. "
         if self.fallback is None:
             raise StorageError(message + "Make room there; the older checkpoints are as they were.")
-        problem = self._thread.submit(self._write, self.fallback, snapshot, staged).result()
+        problem = self._thread.submit(self._write, self.fallback, snapshot, lambda: staged).result()
         if problem is not None:
             raise StorageError(message + f"checkpoint.fallback_dir failed as well: {problem}")
         saved = step_folder(self.fallback, snapshot.step)

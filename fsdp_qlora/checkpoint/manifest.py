@@ -49,7 +49,7 @@ class Manifest:
 
         Raises:
             CheckpointError: if it is missing, not what COMPLETE vouches for, or of another format.
-            SecurityError: if it names a file outside the folder.
+            SecurityError: if it is no manifest at all, or names a file outside the folder.
         """
         file = folder / MANIFEST
         try:
@@ -62,11 +62,15 @@ class Manifest:
         if hashlib.sha256(data).hexdigest() != vouched:
             raise CheckpointError(f"{file} is damaged: its sha256 is not the one in {COMPLETE}.")
         try:
-            manifest = Manifest(**json.loads(data))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{file} is not a manifest of ours: {error}") from error
-        if manifest.format != FORMAT:
-            raise CheckpointError(f"{file} has format {manifest.format}; this version reads format {FORMAT}.")
+            values = json.loads(data)
+            if values["format"] != FORMAT:
+                raise CheckpointError(f"{file} has format {values['format']}; this version reads format {FORMAT}.")
+            manifest = Manifest(**values)
+            sizes = [number for shape in manifest.tensors.values() for number in shape]
+            if not all(isinstance(number, int) and number >= 0 for number in sizes):
+                raise ValueError("a shape is not made of sizes")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise SecurityError(f"{file} is not a manifest, though {COMPLETE} vouches for it: {error}") from error
         for name in manifest.files:
             _require_plain_file(folder, name)
         return manifest

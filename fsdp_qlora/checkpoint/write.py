@@ -23,6 +23,8 @@ from fsdp_qlora.dist.reduce import gather_json
 from fsdp_qlora.errors import FsdpQloraError, StorageError
 
 MODEL_PREFIX = "model."
+Stage = Callable[[], dict[str, torch.Tensor]]
+"""Gives the copies that are written."""
 WriteAdapter = Callable[[Path, Mapping[str, torch.Tensor], dict[str, Any]], object]
 """Writes an adapter: (folder, whole tensors by their names in PEFT's file, the checkpoint's progress)."""
 
@@ -30,7 +32,7 @@ WriteAdapter = Callable[[Path, Mapping[str, torch.Tensor], dict[str, Any]], obje
 def write_checkpoint(
     target: Path,
     manifest: Manifest,
-    tensors: dict[str, torch.Tensor],
+    stage: Stage,
     ranks: Ranks,
     write_adapter: WriteAdapter | None,
 ) -> None:
@@ -39,9 +41,15 @@ def write_checkpoint(
     Raises:
         StorageError: on every rank alike, naming the rank that could not write.
     """
-    staging = staging_for(target)
+    staging, tensors = staging_for(target), {}
+
+    def begin() -> None:
+        tensors.update(stage())
+        manifest.tensors.update({name: list(t.shape) for name, t in tensors.items()})
+        _begin(staging, tensors, ranks)
+
     try:
-        together(ranks, target, lambda: _begin(staging, tensors, ranks))
+        together(ranks, target, begin)
         together(ranks, target, lambda: _write_shards(staging, tensors, ranks))
         for files in together(ranks, target, lambda: _digests(staging, f"shard-{ranks.rank + 1:05d}-")):
             manifest.files.update(files)

@@ -80,8 +80,10 @@ class LoopHooks:
     batch_at: Callable[[int], CountedBatch]
     """Row position -> this rank's part of the global batch that starts there."""
     evaluate: Callable[[], Evaluation | None]
-    save: Callable[[Progress], float]
-    """Start a checkpoint; return the seconds that training was held up."""
+    save: Callable[[Progress], None]
+    """Start a checkpoint."""
+    save_stall: Callable[[], float | None]
+    """Seconds that saving has held up training since the last call, if anything was saved."""
     finish: Callable[[Progress], None]
     """See to it that the checkpoint of this very step is on disk."""
     stop_requested: Callable[[], bool]
@@ -119,6 +121,8 @@ def train_loop(
             recovery(error, batch, progress, tracker)
             continue
         recovery.went_well()
+        if (stall := hooks.save_stall()) is not None:  # of the checkpoint of the step before
+            tracker.log(progress.step, {"checkpoint_stall_seconds": stall})
         progress.advance(batch.num_rows, batch.num_tokens, batch.num_targets, outcome.loss)
         meter.count(batch.num_tokens)
         step = progress.step
@@ -129,7 +133,7 @@ def train_loop(
         if due.evaluate(step) and (not outcome.stop or step == due.num_steps):
             record_evaluation(hooks.evaluate(), progress, tracker)
         if due.save(step):
-            tracker.log(step, {"checkpoint_stall_seconds": hooks.save(progress)})
+            hooks.save(progress)
         if outcome.stop and step < due.num_steps:
             hooks.finish(progress)
             return False

@@ -66,6 +66,10 @@ def _nowhere(phase: str) -> None:
     """Take a phase that nobody watches."""
 
 
+def _nothing() -> None:
+    """Wait for nothing."""
+
+
 @dataclass(frozen=True)
 class StepSettings:
     """What stays the same from step to step."""
@@ -81,6 +85,8 @@ class StepSettings:
     """Context of forward and backward (anomaly detection)."""
     enter: Callable[[str], None] = _nowhere
     """Called with what this rank does next, for the watch over hanging ranks."""
+    before_update: Callable[[], None] = _nothing
+    """Called before the parameters and the optimizer's state change."""
     after_backward: Sequence[Callable[[int], None]] = field(default_factory=tuple)
     """Checks on the reduced gradients, called with the step's number."""
 
@@ -133,6 +139,7 @@ def train_step(
         raise LossSpikeError(
             f"step {number}: loss {loss_mean:.4f} is above {spike_above:.4f}, a spike; the parameters were not updated."
         )
+    settings.before_update()
     limit = settings.max_grad_norm
     optimizer.step(lr, min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0)
     return StepOutcome(loss_mean, grad_norm, stops > 0)

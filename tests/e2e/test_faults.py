@@ -16,6 +16,7 @@ from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from tests import warm
 from tests.build import essence, metrics
+from tests.soak import soak
 
 KEPT = ("checkpoint.every_steps=2", "checkpoint.keep_last=1", "train.max_steps=6", "train.eval_every=2")
 
@@ -272,3 +273,9 @@ def test_inspect_shows_one_and_compares_two(arguments, cli_env, tmp_path):
     assert code == 65 and "README.md is damaged" in text
     assert inspect(tmp_path / "nowhere")[0] == 65
     assert (folder / "latest").read_text() == "step_00000006\n"
+
+
+@pytest.mark.timeout(300)
+def test_a_short_soak(cli_env, tmp_path):
+    result = soak(4, seed=1, folder=tmp_path, env=cli_env, steps=40, moments=(1.5, 4.0))
+    assert result.resumed_from_a_checkpoint >= 1 and result.slowest_end < 10

@@ -155,7 +155,7 @@ def test_readme_commands_run(real_model, cli_env, tmp_path):
         if written.startswith(("make ", "pip ", "git ", "cd ")):
             continue
         command = written
-        if re.search(r" (train|evaluate) ", written) and " --" not in written:
+        if re.search(r" (train|evaluate) ", written) and "--config-dir" not in written:
             command = f"{written} {short}"
         elif " generate " in written:
             command = f"{written} generate.max_new_tokens=3"

@@ -1,0 +1,80 @@
+"""Resuming: the same state and the next batch on any number of ranks, and the same numbers on the same number."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
+from fsdp_qlora.checkpoint.write import read_tensors
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.track.run_folder import RunFolder
+from fsdp_qlora.training import Training
+from tests.build import build, essence, metrics, run_fit
+
+OPTIMIZERS = ("adamw", "sgd")
+
+
+def _groups(chat_rows: Path, optim: str, max_steps: int, **checkpoint) -> dict:
+    return {
+        "data": {"train": str(chat_rows), "eval_fraction": 0.1},
+        "train": {"max_steps": max_steps, "global_batch_size": 7, "micro_batch_size": 2, "eval_every": 2},
+        "schedule": {"name": "constant"},
+        "lora": {"dropout": 0.1},
+        "optim": {"name": optim, "weight_decay": 0.01},
+        "checkpoint": checkpoint,
+    }
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _state(ranks: Ranks, model: str, root: str, name: str, groups: dict) -> tuple[dict[str, str], list[int], int]:
+    """Resume and return the digest of every whole tensor, the rows of the next global batch, and the step."""
+    prepared = build(ranks, model, run={"output_root": root, "name": name}, **groups)
+    training = Training(prepared, RunFolder(root, name))
+    assert training.resume() is not None
+    whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in training._tensors().items()}
+    batch = training.loader.indices(training.progress.position, 7)
+    return {n: _digest(t) for n, t in whole.items()}, batch, training.progress.step
+
+
+@pytest.mark.parametrize("saved_by", [1, 2, 3, 4])
+def test_any_number_of_ranks_resumes_on_any_other(pool, tiny_model, chat_rows, tmp_path, saved_by):
+    optim = OPTIMIZERS[saved_by % 2]
+    pool.run(saved_by, run_fit, str(tiny_model), str(tmp_path), "run", _groups(chat_rows, optim, 3))
+    folder, manifest = open_checkpoint(tmp_path / "run/checkpoints/step_00000003")
+    expected = {n: _digest(t) for n, t in read_tensors(folder, manifest.tensors).items()}
+    assert manifest.world_size == saved_by and any(n.startswith("optim.") for n in expected)
+    batches = set()
+    for loaded_by, layout in ((1, "shard"), (2, "shard"), (3, "shard"), (4, "shard"), (4, "hybrid")):
+        groups = _groups(chat_rows, optim, 6)
+        for state, batch, step in pool.run(
+            loaded_by, _state, str(tiny_model), str(tmp_path), "run", groups, layout=layout
+        ):
+            assert state == expected and step == 3
+            batches.add(tuple(batch))
+    assert len(batches) == 1
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize(("num_ranks", "layout"), [(2, "shard"), (4, "hybrid")])
+def test_bit_equal_on_the_same_ranks(pool, tiny_model, chat_rows, tmp_path, optim, num_ranks, layout):
+    def fit(name: str, steps: int) -> None:
+        groups = _groups(chat_rows, optim, steps, every_steps=2)
+        pool.run(num_ranks, run_fit, str(tiny_model), str(tmp_path), name, groups, layout=layout)
+
+    fit("whole", 7)
+    for steps in (3, 5, 7):  # 3 and 5 end between two regular checkpoints
+        fit("split", steps)
+    whole, split = (essence(metrics(tmp_path / n)) for n in ("whole", "split"))
+    at_the_ends = [line for line in split if "eval_loss" in line and line["step"] in (3, 5)]
+    assert len(at_the_ends) == 2  # a run's last step is always evaluated
+    assert [line for line in split if line not in at_the_ends] == whole
+    weights = [(tmp_path / f"{n}/adapter/adapter_model.safetensors").read_bytes() for n in ("whole", "split")]
+    assert weights[0] == weights[1]
