@@ -161,8 +161,8 @@ def main() -> None:
         found = measure(options.rounds, Path(scratch))
     held, lost = ({n: statistics.median(v[i] for v in values) for n, values in found.items()} for i in (0, 1))
     rows = "\n".join(
-        f"| {n} | {held[n]:.3f} | {min(v[0] for v in values):.3f} - {max(v[0] for v in values):.3f} | "
-        f"{held[n] / held[TRAINER]:.2f} | {lost[n]:.3f} | {lost[n] / lost[TRAINER]:.2f} |"
+        f"| {n} | {held[n]:.4f} | {min(v[0] for v in values):.4f} - {max(v[0] for v in values):.4f} | "
+        f"{held[n] / held[TRAINER]:.4f} | {lost[n]:.3f} | {lost[n] / lost[TRAINER]:.2f} |"
         for n, values in found.items()
     )
     megabytes = 4 * NUM_MATRICES * SHAPE[0] * SHAPE[1] / 1e6

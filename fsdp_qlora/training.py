@@ -18,7 +18,9 @@ from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.retention import Retention
 from fsdp_qlora.claim import claim
 from fsdp_qlora.config.convert import to_dict
+from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.loader import Batch, Loader, TokenRows, build_batch
+from fsdp_qlora.data.pack import PackedRows
 from fsdp_qlora.dist.process import memory_peak
 from fsdp_qlora.dist.reduce import any_rank, on_main
 from fsdp_qlora.dist.signals import StopSignals
@@ -28,6 +30,7 @@ from fsdp_qlora.export.card import model_card
 from fsdp_qlora.export.serve import answer
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.diagnose import locate_nonfinite
+from fsdp_qlora.model.isolation import require_isolation
 from fsdp_qlora.model.lora import lora_config, seed_of, trainable_parameters
 from fsdp_qlora.model.shard import synchronize_gradients
 from fsdp_qlora.model.weights import file_digests
@@ -69,11 +72,11 @@ class Training:
         self.prepared, self.folder, self.config = prepared, folder, prepared.config
         self.model, self.ranks = prepared.model, prepared.ranks
         train = self.config.train
-        self.rows = TokenRows(prepared.data.train)
+        self.rows = _rows(prepared)
         self.eval_rows = TokenRows(prepared.data.eval) if prepared.data.eval is not None else None
         self.loader = Loader(
             self.rows, train.global_batch_size, train.micro_batch_size, self.config.run.seed,
-            self.ranks.rank, self.ranks.size,
+            self.ranks.rank, self.ranks.size, self.config.data.length_grouped,
         )  # fmt: skip
         self.num_steps = num_steps(train.max_steps, train.num_epochs, len(self.rows), train.global_batch_size)
         self.last_position = self.num_steps * train.global_batch_size
@@ -85,7 +88,7 @@ class Training:
         self.checkpointer = self._checkpointer()
         self.progress, self.meter = Progress(), Meter()
         base = file_digests(prepared.folder)
-        self.identity = identity_of(to_dict(self.config), base, prepared.data.key)
+        self.identity = identity_of(to_dict(self.config), base, _data_key(prepared.data.key, self.config.data))
 
     def resume(self) -> Path | None:
         """Go on from the checkpoint that the settings ask for; return its folder, or None for a new start."""
@@ -220,6 +223,34 @@ class Training:
             self.model, self.optimizer, self.schedule, self.config.optim.lr, self.progress, due, settings, hooks,
             self._recovery(), tracker, self.meter,
         )  # fmt: skip
+
+
+def _rows(prepared: Prepared) -> TokenRows | PackedRows:
+    """Return the training rows, packed where the settings ask for it and the model has shown that it keeps them apart.
+
+    Raises:
+        ModelError: if packed rows would see each other.
+    """
+    assert prepared.data is not None
+    rows, data = TokenRows(prepared.data.train), prepared.config.data
+    if not data.packing:
+        return rows
+    prepared.phases.enter("trying whether packed rows see each other")
+    text_config = prepared.model.base.config.get_text_config()
+    require_isolation(prepared.model, prepared.ranks, text_config.vocab_size, str(text_config._attn_implementation))
+    packed = PackedRows(rows, data.max_length)
+    if prepared.ranks.is_main:
+        print(
+            f"packing: {len(rows)} rows in {len(packed)} sequences of {data.max_length} tokens, "
+            f"{100 * packed.efficiency:.1f} % filled",
+            flush=True,
+        )
+    return packed
+
+
+def _data_key(key: str, data: DataSettings) -> str:
+    """Return what must be equal for the same rows to come in the same order."""
+    return f"{key}{' packed' if data.packing else ''}{' length_grouped' if data.length_grouped else ''}"
 
 
 def evaluate_prepared(prepared: Prepared) -> Evaluation:

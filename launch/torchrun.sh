@@ -11,6 +11,7 @@
 # Environment:
 #   SHUTDOWN_SECONDS  time the ranks have after SIGTERM, SIGINT or SIGUSR1 to save and leave (default 120; torch 2.11:
 #                     always 30)
+#   MAX_RESTARTS      how often the ranks are started again from the last checkpoint when one dies (default 0)
 #   TORCHRUN          the torchrun to use (default: the one on PATH)
 set -euo pipefail
 
@@ -34,8 +35,12 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # An environment variable instead of torchrun's --shutdown-timeout, which torch 2.11 does not know (it then waits 30 s).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SHUTDOWN_SECONDS:-120}"
 
+# Else restarted ranks meet in a store that still holds the last attempt's keys, and hang (pytorch#135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+
 exec "${TORCHRUN:-torchrun}" \
   --standalone \
+  --max-restarts "${MAX_RESTARTS:-0}" \
   --nproc-per-node "$nproc" \
   --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
   -m fsdp_qlora "$@"

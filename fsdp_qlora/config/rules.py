@@ -99,6 +99,11 @@ def _batches(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _packing(config: RunConfig) -> Iterator[str]:
+    if config.data.packing and config.data.length_grouped:
+        yield "data.length_grouped: packed sequences are all of one length; choose packing or length_grouped."
+
+
 def _evaluation(config: RunConfig) -> Iterator[str]:
     has_eval = config.data.eval is not None or config.data.eval_fraction > 0
     if config.train.eval_every > 0 and not has_eval:
@@ -151,8 +156,6 @@ def _quantization(config: RunConfig) -> Iterator[str]:
 
 
 def _not_built(config: RunConfig) -> Iterator[str]:
-    if config.data.packing:
-        yield "data.packing: not available in this version; set data.packing=false."
     if config.train.compile == "true":
         yield "train.compile: true is not available in this version; leave it at auto, which runs without."
     if config.plan.simulate:
@@ -172,6 +175,7 @@ RULES: tuple[Rule, ...] = (
     _not_negative,
     _shares,
     _batches,
+    _packing,
     _evaluation,
     _length,
     _names,

@@ -53,7 +53,10 @@ class DataSettings:
     truncation: Literal["right", "left", "drop", "split"] = "right"
     """What happens to a longer row: cut at an end, dropped, or split into several rows."""
     packing: bool = False
-    """Several rows in one sequence. Not available yet: refused when true."""
+    """Several rows in one sequence of ``max_length`` tokens; refused where a probe shows that they would see each
+    other. Batch sizes then count sequences."""
+    length_grouped: bool = False
+    """Batches of rows of like length (within windows of 50 shuffled batches): less padding, a little less random."""
     max_rows: int | None = None
     """Use only the first rows of the training data (before the split)."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from fsdp_qlora.plan.batch import IGNORE, deal
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+_WINDOW_BATCHES = 50
+"""Global batches in a window of rows that length grouping sorts."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class MicroBatch:
     """0 for a micro-batch that only keeps this rank in step with the others."""
     rows: tuple[int, ...] = ()
     """Numbers of the rows in the prepared data."""
+    position_ids: torch.Tensor | None = None
+    """int64 ``[rows, length]``, starting anew at each packed row; None where a sequence is one row."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,21 @@ class Batch:
     """Tokens without padding, over all ranks."""
     num_targets: int
     """Supervised tokens over all ranks: what the loss is divided by."""
+
+
+class Rows(Protocol):
+    """What batches are made of: rows, or sequences of several rows."""
+
+    lengths: np.ndarray
+    """int64, tokens of each."""
+    targets: np.ndarray
+    """int64, supervised tokens of each."""
+
+    def __len__(self) -> int: ...
+
+    def collate(self, rows: list[int], number: int) -> MicroBatch:
+        """Return the chosen ones as micro-batch ``number``."""
+        ...
 
 
 class TokenRows:
@@ -63,15 +84,19 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def row(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a row's token ids (int64) and whether each is learned (bool), both ``[length]``."""
+        item = self._data[number]
+        ids = torch.as_tensor(np.asarray(item["input_ids"], dtype=np.int64))
+        return ids, torch.as_tensor(np.asarray(item["learned"], dtype=bool))
+
     def collate(self, rows: list[int], number: int) -> MicroBatch:
         """Pad ``rows`` to the longest of them."""
         width = max(2, int(self.lengths[rows].max()))
         input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
         labels = torch.full((len(rows), width), IGNORE, dtype=torch.int64)
         for line, row in enumerate(rows):
-            item = self._data[row]
-            ids = torch.as_tensor(np.asarray(item["input_ids"], dtype=np.int64))
-            learned = torch.as_tensor(np.asarray(item["learned"], dtype=bool))
+            ids, learned = self.row(row)
             input_ids[line, : len(ids)] = ids
             labels[line, : len(ids)] = torch.where(learned, ids, IGNORE)
         return MicroBatch(number, input_ids, labels, rows=tuple(rows))
@@ -86,14 +111,30 @@ class Loader:
     """Global batches of training rows, this rank's part of each."""
 
     def __init__(
-        self, rows: TokenRows, global_batch_size: int, micro_batch_size: int, seed: int, rank: int, num_ranks: int
-    ) -> None:
+        self, rows: Rows, global_batch_size: int, micro_batch_size: int, seed: int, rank: int, num_ranks: int,
+        length_grouped: bool = False,
+    ) -> None:  # fmt: skip
+        self.length_grouped = length_grouped
         self.rows, self.seed, self.rank, self.num_ranks = rows, seed, rank, num_ranks
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.rows))
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        order = random.permutation(len(self.rows))
+        return self._grouped(order, random) if self.length_grouped else order
+
+    def _grouped(self, order: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Sort windows of shuffled rows by length, cut them into global batches, shuffle these within the window."""
+        size = self.global_batch_size
+        parts = []
+        for start in range(0, len(order), size * _WINDOW_BATCHES):
+            window = order[start : start + size * _WINDOW_BATCHES]
+            window = window[np.argsort(-self.rows.lengths[window], kind="stable")]
+            batches = [window[i : i + size] for i in range(0, len(window), size)]
+            full = [b for b in batches if len(b) == size]
+            parts += [full[i] for i in random.permutation(len(full))] + batches[len(full) :]
+        return np.concatenate(parts) if parts else order
 
     def indices(self, position: int, count: int) -> list[int]:
         """Return the row numbers at positions ``[position, position + count)``."""
@@ -107,7 +148,7 @@ class Loader:
         return build_batch(self.rows, chosen, self.micro_batch_size, self.rank, self.num_ranks)
 
 
-def build_batch(rows: TokenRows, chosen: list[int], micro_batch_size: int, rank: int, num_ranks: int) -> Batch:
+def build_batch(rows: Rows, chosen: list[int], micro_batch_size: int, rank: int, num_ranks: int) -> Batch:
     """Cut rows into micro-batches (rows of like length together, to pad little) and take this rank's."""
     by_length = sorted(chosen, key=lambda row: (int(rows.lengths[row]), row))
     pieces = [by_length[i : i + micro_batch_size] for i in range(0, len(by_length), micro_batch_size)]

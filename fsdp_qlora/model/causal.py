@@ -29,24 +29,30 @@ class CausalModel(nn.Module):
         """The transformers model under the adapters."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the float32 losses ``[targets]`` of the supervised tokens, in row-major order.
 
         Args:
             input_ids: int64 ``[rows, length]``, padded on the right (causal attention then needs no mask).
             labels: int64 ``[rows, length]``, the token itself where it is learned and -100 elsewhere.
+            position_ids: int64 ``[rows, length]``, starting anew where a packed row begins; transformers' attention
+                masks then keep the rows apart. None where each sequence is one row.
         """
         base = self.base
-        hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        places = {} if position_ids is None else {"position_ids": position_ids}
+        hidden = base.get_decoder()(input_ids=input_ids, use_cache=False, **places).last_hidden_state
         targets = labels[:, 1:]
         supervised = targets != IGNORE
         head = base.get_output_embeddings()
         assert head is not None
         return head(hidden[:, :-1][supervised], labels=targets[supervised])
 
-    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits ``[rows, length, vocab]`` (for tests and export checks)."""
-        return self.model(input_ids=input_ids, use_cache=False).logits
+    def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the logits ``[rows, length, vocab]`` (for checks: in training they never exist whole)."""
+        places = {} if position_ids is None else {"position_ids": position_ids}
+        return self.model(input_ids=input_ids, use_cache=False, **places).logits
 
     def generate(self, **settings: Any) -> torch.Tensor:
         """Generate as transformers does; under FSDP all ranks call it together."""

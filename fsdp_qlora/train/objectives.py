@@ -25,6 +25,11 @@ class MicroBatch(Protocol):
         """int64 ``[rows, length]``, -100 where not learned."""
         ...
 
+    @property
+    def position_ids(self) -> torch.Tensor | None:
+        """int64 ``[rows, length]``, starting anew at each packed row; None where a sequence is one row."""
+        ...
+
 
 Objective = Callable[[nn.Module, MicroBatch, torch.device], torch.Tensor]
 """(model, micro-batch, device) -> sum of losses, a float32 scalar."""
@@ -32,7 +37,9 @@ Objective = Callable[[nn.Module, MicroBatch, torch.device], torch.Tensor]
 
 def supervised_fine_tuning(model: nn.Module, micro_batch: MicroBatch, device: torch.device) -> torch.Tensor:
     """Return the sum of the cross entropy of all supervised tokens."""
-    return model(micro_batch.input_ids.to(device), micro_batch.labels.to(device)).sum()
+    positions = micro_batch.position_ids
+    positions = None if positions is None else positions.to(device)
+    return model(micro_batch.input_ids.to(device), micro_batch.labels.to(device), positions).sum()
 
 
 OBJECTIVES: dict[str, Objective] = {"sft": supervised_fine_tuning}

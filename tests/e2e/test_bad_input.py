@@ -26,7 +26,7 @@ COMPOSED = {
     "wrong choice": (["lora.variant=loar"], ["lora.variant", "Did you mean 'lora'?"]),
     "impossible pair": (["train.global_batch_size=2", "train.micro_batch_size=4"], ["train.micro_batch_size"]),
     "eval of nothing": (["train.eval_every=5"], ["train.eval_every", "data.eval"]),
-    "not available": (["data.packing=true"], ["data.packing", "not available"]),
+    "not available": (["plan.search=true"], ["plan.search", "not available"]),
     "no equals sign": (["quickstart"], ["quickstart", "key=value"]),
     "unknown experiment": (["experiment=quickstrt"], ["experiment", "Did you mean 'quickstart'?"]),
     "run name that climbs": (["run.name=../x"], ["run.name"]),

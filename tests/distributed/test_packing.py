@@ -1,0 +1,136 @@
+"""Packed and unpacked are the same training: losses, gradients, and nothing of a neighbour in a row's logits."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+
+from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.data.pack import PackedRows, pack
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.model.causal import CausalModel
+from fsdp_qlora.model.isolation import require_isolation
+from fsdp_qlora.model.lora import trainable_parameters
+from fsdp_qlora.model.shard import synchronize_gradients
+from fsdp_qlora.train.objectives import OBJECTIVES
+from tests.build import build, losses, metrics, run_fit
+
+BACKENDS = ("eager", "sdpa")
+
+
+def _prepared(ranks: Ranks, model: str, rows: str, attention: str, **groups):
+    return build(
+        ranks, model, model={"name": model, "attn_implementation": attention},
+        precision={"name": "fp32"}, data={"train": rows, "max_length": 160}, **groups,
+    )  # fmt: skip
+
+
+def _wake(model: CausalModel) -> None:
+    """Give lora_B values, so that lora_A has gradients too."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, p in trainable_parameters(model):
+            local = p.to_local() if hasattr(p, "to_local") else p  # type: ignore[operator]
+            local.add_(torch.randn(local.shape, generator=generator) * 0.02)
+
+
+def _gradients(ranks: Ranks, model: str, rows: str, attention: str) -> list[float]:
+    """Return the losses of packed and unpacked rows, and the relative distance of their gradients."""
+    prepared = _prepared(ranks, model, rows, attention)
+    _wake(prepared.model)
+    objective, tokens = OBJECTIVES["sft"], TokenRows(prepared.data.train)
+    packed = PackedRows(tokens, 160)
+    assert len(packed) < len(tokens) / 2
+    sums, grads = [], []
+    for source in (packed, tokens):
+        total = 0.0
+        synchronize_gradients(prepared.model, True)
+        for number in range(len(source)):
+            loss = objective(prepared.model, source.collate([number], number), ranks.device)
+            loss.backward()
+            total += float(loss)
+        sums.append(total)
+        grads.append([p.grad.full_tensor().clone() for _, p in trainable_parameters(prepared.model)])
+        for _, p in trainable_parameters(prepared.model):
+            p.grad = None
+    gap = torch.stack([(a - b).norm() for a, b in zip(*grads, strict=True)]).norm()
+    return [*sums, float(gap / torch.stack([b.norm() for b in grads[1]]).norm())]
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_packed_losses_and_gradients_are_the_unpacked_ones(pool, tiny_model, chat_rows, attention, num_ranks):
+    packed, alone, gap = pool.run(num_ranks, _gradients, str(tiny_model), str(chat_rows), attention)[0]
+    assert abs(packed - alone) < 1e-5 * alone
+    assert gap < 1e-5
+
+
+def _other_neighbours(ranks: Ranks, model: str, rows: str, attention: str) -> bool:
+    """Whether the logits of a row stay the same bit for bit when its neighbours, before and after it, are others."""
+    prepared = _prepared(ranks, model, rows, attention)
+    _wake(prepared.model)
+    prepared.model.eval()
+    generator = torch.Generator().manual_seed(2)
+    learned = torch.ones(20, dtype=torch.bool)
+    draw = lambda: (torch.randint(0, 300, (20,), generator=generator), learned)  # noqa: E731
+    own, seen = draw(), []
+    for _ in range(2):
+        batch = pack([[draw(), own, draw()]])
+        with torch.no_grad():
+            seen.append(prepared.model.logits(batch.input_ids, batch.position_ids)[:, 20:40])
+    return torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_other_neighbours_change_nothing_to_the_bit(pool, tiny_model, chat_rows, attention):
+    assert all(pool.run(2, _other_neighbours, str(tiny_model), str(chat_rows), attention))
+
+
+class _Deaf:
+    """A model that does not hear of positions, as with a backend that ignores them."""
+
+    def __init__(self, model: CausalModel) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, input_ids, labels, position_ids=None):
+        return self.model(input_ids, labels)
+
+    def logits(self, input_ids, position_ids=None):
+        return self.model.logits(input_ids)
+
+
+def _probe(ranks: Ranks, model: str, rows: str, attention: str) -> list:
+    prepared = _prepared(ranks, model, rows, attention)
+    require_isolation(prepared.model, ranks, 300, attention)
+    untouched = prepared.model.training and all(p.grad is None for _, p in trainable_parameters(prepared.model))
+    try:
+        require_isolation(cast(CausalModel, _Deaf(prepared.model)), ranks, 300, attention)
+    except ModelError as error:
+        return [untouched, str(error)]
+    return [untouched, "passed"]
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_the_probe_refuses_what_mixes_rows(pool, tiny_model, chat_rows, attention):
+    for untouched, said in pool.run(1, _probe, str(tiny_model), str(chat_rows), attention):
+        assert untouched and "packed rows of this model see each other" in said and attention in said
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_packed_training_is_the_same_on_any_number_of_ranks(pool, tiny_model, chat_rows, tmp_path, num_ranks):
+    groups = {
+        "data": {"train": str(chat_rows), "packing": True, "eval_fraction": 0.1, "max_length": 96},
+        "train": {"max_steps": 4, "global_batch_size": 5, "micro_batch_size": 1},
+        "precision": {"name": "fp32"},
+    }
+    pool.run(num_ranks, run_fit, str(tiny_model), str(tmp_path), f"on{num_ranks}", dict(groups))
+    pool.run(1, run_fit, str(tiny_model), str(tmp_path), "one", dict(groups))
+    found, one = (metrics(tmp_path / name) for name in (f"on{num_ranks}", "one"))
+    assert [m["tokens"] for m in found if "loss" in m] == [m["tokens"] for m in one if "loss" in m]
+    assert max(abs(a - b) / b for a, b in zip(losses(found), losses(one), strict=True)) < 1e-5
