@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
+PEERS_READY := $(VENV)/.ready-peers
 NPROC ?= 2
 ARGS ?=
 
@@ -22,7 +23,11 @@ $(READY): pyproject.toml requirements.lock
 	@touch $@
 
 $(DEV_READY): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,test,dev,peers]'
+	@touch $@
+
+$(PEERS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,test,peers]'
 	@touch $@
 
 assets: $(READY) ## fetch and convert the embedded model and data (once; kept in ~/.cache/fsdp_qlora)
@@ -34,7 +39,7 @@ train: assets ## fine-tune the embedded model on the embedded data with 2 ranks 
 test: assets ## the tests (at most 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not full and not gpu" $(ARGS)
 
-test-full: assets ## the whole matrices (at most 75 minutes on 2 cores)
+test-full: assets $(PEERS_READY) ## the whole matrices (at most 75 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not gpu" --junitxml build/test-full.xml $(ARGS)
 
 test-full-report: ## write docs/test-full.md from the last test-full
@@ -43,8 +48,9 @@ test-full-report: ## write docs/test-full.md from the last test-full
 soak: $(READY) ## kill and resume 50 times (about 6 minutes); writes docs/soak.md
 	$(BIN)/python -m tests.soak $(ARGS)
 
-bench: $(READY) ## the benchmarks, beside peers in the same run; writes benchmarks/results/
+bench: assets $(PEERS_READY) ## the benchmarks, beside peers in the same run; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.checkpoint $(ARGS)
+	$(BIN)/python -m benchmarks.data $(ARGS)
 
 lint: $(DEV_READY) ## ruff, pyright, the layer contract, the size rules
 	$(BIN)/ruff format --check .

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
-from fsdp_qlora.data.prepare import PreparedData, prepare_data, request_of
+from fsdp_qlora.data.prepare import PreparedData, prepare_data
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
 from fsdp_qlora.dist.process import Placement, choose_device, device_types, process_group, set_threads, use_device
 from fsdp_qlora.dist.watch import Phases
+from fsdp_qlora.errors import DataError
 from fsdp_qlora.export.adapter import load_adapter, read_adapter_config, start_from_adapter
 from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
@@ -114,10 +115,11 @@ def prepare(config: RunConfig, world: World | None = None, progress: Progress | 
     check(config)
     world = world or open_world(config)
     folder = resolve_folder(config.model.name, config.model.revision)
-    tokenizer = build_tokenizer(folder, config.model.trust_remote_code)
+    tokenizer = _tokenizer(config, folder)
     data = None
     if config.data.train is not None:
-        data = _prepare_data(config, tokenizer, world.placement.local_rank == 0)
+        mine = world.placement.local_rank == 0
+        data = prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), mine)
     resolved = _with_attention(config, world.ranks.device)
     world.phases.enter("loading the model")
     base = _skeleton(resolved, folder)
@@ -163,11 +165,21 @@ def load_for_inference(config: RunConfig, adapter: Path | None = None, world: Wo
     return prepared
 
 
-def prepare_tokens(config: RunConfig) -> PreparedData:
-    """Tokenize the data alone: no model, no process group."""
+def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = None) -> PreparedData:
+    """Tokenize the data alone: no model, no process group. ``progress`` takes the rows read so far."""
     check(config)
-    folder = resolve_folder(config.model.name, config.model.revision)
-    return _prepare_data(config, build_tokenizer(folder, config.model.trust_remote_code), prepares=True)
+    tokenizer = _tokenizer(config, resolve_folder(config.model.name, config.model.revision))
+    return prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), progress=progress)
+
+
+def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = build_tokenizer(folder, config.model.trust_remote_code)
+    if config.data.template is not None:
+        try:
+            tokenizer.chat_template = Path(config.data.template).expanduser().read_text()
+        except OSError as error:
+            raise DataError(f"data.template: {config.data.template} cannot be read: {error.strerror}.") from error
+    return tokenizer
 
 
 def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
@@ -208,20 +220,6 @@ def build_sharded(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, ran
     register_fsdp_forward_method(model, "logits")
     require_sharded(model, ranks)
     return model
-
-
-def _prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prepares: bool) -> PreparedData:
-    request = request_of(
-        config.data.train,
-        config.data.eval,
-        eval_fraction=config.data.eval_fraction,
-        row_format=config.data.format,
-        max_length=config.data.max_length,
-        truncation=config.data.truncation,
-        max_rows=config.data.max_rows,
-        seed=config.run.seed,
-    )
-    return prepare_data(request, tokenizer, cache_folder(), prepares)
 
 
 def debug_context(config: RunConfig) -> Callable[[], Any]:

@@ -43,7 +43,7 @@ from fsdp_qlora.track.meter import Meter
 from fsdp_qlora.track.run_folder import RunFolder, versions, write_json
 from fsdp_qlora.track.tracker import JsonLines, Sink, Tracker
 from fsdp_qlora.track.wandb import WandbSink
-from fsdp_qlora.train.evaluate import Evaluation, evaluate
+from fsdp_qlora.train.evaluate import Evaluation, evaluate, together
 from fsdp_qlora.train.loop import Due, LoopHooks, train_loop
 from fsdp_qlora.train.objectives import OBJECTIVES
 from fsdp_qlora.train.progress import Progress
@@ -162,7 +162,14 @@ class Training:
     def evaluate(self) -> Evaluation | None:
         """Evaluate on the held-out rows, if there are any."""
         self.prepared.phases.enter(f"evaluation after step {self.progress.step}")
-        return None if self.eval_rows is None else _evaluate(self.prepared, self.eval_rows)
+        result = None if self.eval_rows is None else _evaluate(self.prepared, self.eval_rows)
+        if self.config.train.sample_at_eval and self.config.train.sample_prompts:
+            answers = [
+                {"prompt": p, "answer": a}
+                for p, a in zip(self.config.train.sample_prompts, self.answers(), strict=True)
+            ]
+            on_main(lambda: self.folder.add_answers(self.progress.step, answers), self.ranks)
+        return result
 
     def answers(self) -> list[str]:
         """Answer the sample prompts, greedily, with all ranks."""
@@ -266,9 +273,24 @@ def evaluate_prepared(prepared: Prepared) -> Evaluation:
 
 def _evaluate(prepared: Prepared, rows: TokenRows) -> Evaluation:
     ranks, config = prepared.ranks, prepared.config
-    batch = build_batch(rows, list(range(len(rows))), config.train.eval_batch_size, ranks.rank, ranks.size)
-    objective = OBJECTIVES[config.objective.name]
-    return evaluate(prepared.model, batch.micro_batches, objective, batch.num_targets, ranks)
+    objective, parts = OBJECTIVES[config.objective.name], {}
+    for source in sorted(set(rows.sources.tolist())):
+        chosen = [row for row in range(len(rows)) if rows.sources[row] == source]
+        batch = build_batch(rows, chosen, config.train.eval_batch_size, ranks.rank, ranks.size)
+        found = evaluate(prepared.model, batch.micro_batches, objective, batch.num_targets, ranks)
+        parts[_source_name(prepared, source)] = found
+    return together(parts)
+
+
+def _source_name(prepared: Prepared, source: int) -> str:
+    assert prepared.data is not None
+    names = [*prepared.data.train_sources, *prepared.data.eval_sources]
+    name = names[source]
+    return (
+        name
+        if names.count(name) == 1 or prepared.data.train_sources == prepared.data.eval_sources
+        else f"{name} ({source})"
+    )
 
 
 def fit(prepared: Prepared, folder: RunFolder | None = None, signals: StopSignals | None = None) -> FitResult:

@@ -74,6 +74,15 @@ def real_model() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def real_data(real_model: Path) -> Path:
+    """Folder of the embedded real data; the test is skipped where they were not fetched (make assets)."""
+    folder = real_model.parent
+    if not (folder / "wiki_demo.txt").is_file():
+        pytest.skip("the embedded data are not here; `make assets` fetches them")
+    return folder
+
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

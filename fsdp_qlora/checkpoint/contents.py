@@ -22,6 +22,7 @@ NEVER_BLOCKS = frozenset(
         "lora.init_from",
         "train.sample_prompts",
         "train.sample_tokens",
+        "train.sample_at_eval",
         "train.activation_checkpointing",
         "train.logits_chunk",
         "model.name",

@@ -32,6 +32,7 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
 from fsdp_qlora.track.run_folder import read_config
 
+_MAPPINGS = ("data.columns",)
 VERBATIM = frozenset(
     {
         "prompt",
@@ -40,6 +41,7 @@ VERBATIM = frozenset(
         "run_from",
         "model.name",
         "data.train",
+        "data.template",
         "data.eval",
         "run.name",
         "run.output_root",
@@ -218,10 +220,10 @@ def _typed_overrides(line: CommandLine, saved: dict[str, Any]) -> dict[str, Any]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dictionaries as dotted keys."""
+    """Return nested groups as dotted keys; a setting that is a mapping itself stays one."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and f"{prefix}{key}" not in _MAPPINGS:
             found |= flatten(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 from fsdp_qlora.api import cache_folder, prepare_tokens
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.embedded import fetch_embedded
+from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.data.prepare import PreparedData
+from fsdp_qlora.data.report import histogram, packing_efficiency
 from fsdp_qlora.data.sources import names_of
+from fsdp_qlora.plan.batch import num_steps
+from fsdp_qlora.track.console import clock, print_table
+from fsdp_qlora.track.run_folder import RunFolder
 
 
 def run(config: RunConfig) -> int:
@@ -16,10 +25,56 @@ def run(config: RunConfig) -> int:
     if config.data.train is None:
         print("data.train is not set: there is nothing to tokenize.")
         return 0
-    data = prepare_tokens(config)
+    data = prepare_tokens(config, _show if sys.stderr.isatty() else None)
     train, held_out = data.train_counts, data.eval_counts
     print(
         f"ready: {train.kept} training sequences ({train.tokens} tokens, {train.target_tokens} supervised), "
         f"{held_out.kept} held out; model {config.model.name}"
     )
+    if data.bad_rows is not None:
+        count = len(data.bad_rows.read_text().splitlines())
+        print(f"{count} bad row(s) were passed over; they are listed in {data.bad_rows}")
+    if config.data.report:
+        _report(config, data)
     return 0
+
+
+def _show(rows: int) -> None:
+    print(f"\rtokenizing: {rows} rows", end="", file=sys.stderr, flush=True)
+
+
+def _report(config: RunConfig, data: PreparedData) -> None:
+    rows, counts, train = TokenRows(data.train), data.train_counts, config.train
+    packed, filled = packing_efficiency(rows.lengths, config.data.max_length)
+    num_rows = packed if config.data.packing else len(rows)
+    steps = num_steps(train.max_steps, train.num_epochs, num_rows, train.global_batch_size)
+    table = [
+        ("rows read", f"{counts.rows}"),
+        ("sequences to learn from", f"{len(rows)}, {data.eval_counts.kept} held out"),
+        ("tokens", f"{int(rows.lengths.sum())}, {int(rows.targets.sum())} supervised"),
+        ("lengths", f"median {int(_quantile(rows, 50))}, 95 % up to {int(_quantile(rows, 95))}, longest "
+                    f"{int(rows.lengths.max())}"),
+        ("truncated", f"{counts.truncated} (data.max_length={config.data.max_length}, {config.data.truncation})"),
+        ("dropped", f"{counts.dropped_long} too long, {counts.dropped_unsupervised} without a supervised token"),
+        ("duplicate rows", f"{counts.duplicates} (kept)"),
+        ("packed", f"{packed} sequences of {config.data.max_length} tokens, {100 * filled:.1f} % filled"),
+        ("steps", f"{steps} of {train.global_batch_size} " + ("packed sequences" if config.data.packing else "rows")),
+        ("time", _time(config, rows, steps, num_rows)),
+    ]  # fmt: skip
+    print_table("the training data", table)
+    print("\n".join(histogram(rows.lengths).lines()))
+
+
+def _quantile(rows: TokenRows, percent: int) -> float:
+    ordered = sorted(rows.lengths.tolist())
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+
+
+def _time(config: RunConfig, rows: TokenRows, steps: int, num_rows: int) -> str:
+    """Estimate from the speed that an earlier run of this name has measured; say so where there is none."""
+    summary = RunFolder(config.run.output_root, config.run.name).summary_file
+    if not summary.is_file():
+        return f"unknown: no run in {summary.parent} has measured a speed yet"
+    speed = json.loads(summary.read_text())["tokens_per_second"]
+    tokens = float(rows.lengths.sum()) / num_rows * steps * config.train.global_batch_size
+    return f"about {clock(tokens / max(speed, 1e-9))} at the {speed:.0f} tokens/s of the last run here"

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from math import exp
 from typing import Any
 
+from rich.console import Console
+from rich.text import Text
+
 from fsdp_qlora.api import Prepared
+from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.data.samples import segments
 from fsdp_qlora.track.console import megabytes, print_table
 from fsdp_qlora.track.run_folder import RunFolder
+
+_SHOWN = 160
 
 
 def loading() -> Callable[[int, int], None]:
@@ -48,6 +58,30 @@ def print_start(prepared: Prepared, note: str) -> None:
             f"{counts.dropped_unsupervised + held.dropped_unsupervised} without supervised tokens",
             flush=True,
         )
+
+
+def print_samples(prepared: Prepared, folder: RunFolder) -> None:
+    """Show the first sequences with what is learned marked; write them whole to the run folder."""
+    count = prepared.config.data.show_samples
+    if prepared.data is None or count == 0:
+        return
+    rows = TokenRows(prepared.data.train)
+    lines = []
+    console = Console(highlight=False, soft_wrap=True)
+    for number in range(min(count, len(rows))):
+        found = segments(rows, number, prepared.tokenizer)
+        lines.append(json.dumps([asdict(s) for s in found], ensure_ascii=False))
+        text = Text(f"sample {number + 1}, learned in [brackets]: ")
+        for segment in found:
+            shown = segment.text.replace("\n", "\\n")
+            shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN // 2]} ... {shown[-_SHOWN // 2 :]}"
+            text.append(f"[{shown}]" if segment.learned else shown, style="green" if segment.learned else "dim")
+        console.print(text)
+    (folder.path / "samples.jsonl").write_text("".join(line + "\n" for line in lines))
+    if prepared.data.bad_rows is not None:
+        shutil.copyfile(prepared.data.bad_rows, folder.path / "bad_rows.jsonl")
+        bad = len(prepared.data.bad_rows.read_text().splitlines())
+        print(f"{bad} bad row(s) were passed over; they are listed in {folder.path / 'bad_rows.jsonl'}", flush=True)
 
 
 def print_stopped(folder: RunFolder) -> None:
@@ -102,6 +136,3 @@ def _rank_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         f"{rows[0][1]} ({summary['memory_kind']}; planned {megabytes(summary['planned_bytes_per_rank'])} of tensors)",
     )
     return rows
-
-
-__all__ = ["loading", "print_start", "print_stopped", "print_summary"]

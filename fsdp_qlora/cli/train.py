@@ -8,7 +8,7 @@ from functools import partial
 from fsdp_qlora.api import World, prepare
 from fsdp_qlora.claim import claim
 from fsdp_qlora.cli.ranks import on_ranks
-from fsdp_qlora.cli.show import loading, print_start, print_stopped, print_summary
+from fsdp_qlora.cli.show import loading, print_samples, print_start, print_stopped, print_summary
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.signals import StopSignals
 from fsdp_qlora.dist.watch import Watch
@@ -50,6 +50,7 @@ def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signal
     prepared = prepare(config, world, loading() if main else None)
     if main:
         print_start(prepared, note)
+        print_samples(prepared, folder)
     result = fit(prepared, folder, signals)
     watch.stop()
     code = 0 if result.finished else STOPPED_EXIT_CODE

@@ -89,6 +89,10 @@ def convert(value: Any, kind: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"expected a list, got {value!r}.")
         return [convert(item, typing.get_args(kind)[0]) for item in value]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"expected a mapping {{name: value}}, got {value!r}.")
+        return {str(key): convert(item, typing.get_args(kind)[1]) for key, item in value.items()}
     return _scalar(value, kind)
 
 

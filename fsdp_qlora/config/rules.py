@@ -52,6 +52,8 @@ def _not_negative(config: RunConfig) -> Iterator[str]:
         "fsdp.shard_degree": config.fsdp.shard_degree,
         "launcher.max_restarts": config.launcher.max_restarts,
         "train.spike_factor": config.train.spike_factor,
+        "data.temperature": config.data.temperature,
+        "data.show_samples": config.data.show_samples,
         "launcher.nproc_per_node": config.launcher.nproc_per_node,
         "launcher.threads_per_rank": config.launcher.threads_per_rank,
         "launcher.shutdown_seconds": config.launcher.shutdown_seconds,
@@ -97,6 +99,19 @@ def _batches(config: RunConfig) -> Iterator[str]:
             f"train.micro_batch_size: {config.train.micro_batch_size} rows do not fit into a global batch of "
             f"{config.train.global_batch_size}; raise train.global_batch_size or lower train.micro_batch_size."
         )
+
+
+def _mixture(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    given = [k for k, v in (("weights", data.weights), ("counts", data.counts), ("temperature", data.temperature)) if v]
+    if len(given) > 1:
+        yield f"data.{given[0]}: give one of weights, counts and temperature, not {' and '.join(given)}."
+    if data.weights is not None and (min(data.weights, default=0) < 0 or sum(data.weights) <= 0):
+        yield f"data.weights: must not be negative, and not all 0, got {data.weights}."
+    if data.counts is not None and (min(data.counts, default=0) < 0 or sum(data.counts) == 0):
+        yield f"data.counts: must not be negative, and not all 0, got {data.counts}."
+    if data.row_function is not None and not data.allow_code:
+        yield "data.row_function: is code of your own; data.allow_code=true allows to run it."
 
 
 def _packing(config: RunConfig) -> Iterator[str]:
@@ -176,6 +191,7 @@ RULES: tuple[Rule, ...] = (
     _shares,
     _batches,
     _packing,
+    _mixture,
     _evaluation,
     _length,
     _names,

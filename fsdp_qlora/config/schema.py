@@ -41,13 +41,36 @@ class DataSettings:
     """What is learned from."""
 
     train: Any = None
-    """File (JSONL, JSON, Parquet), hub data set name, or a list of them."""
+    """File (JSONL, JSON, CSV, Parquet, Arrow, text; also .gz, .zst, .bz2, .xz; also a URL), folder, glob, hub data set
+    (``owner/name`` or ``owner/name:split``), or a list of them."""
     eval: Any = None
     """The same, for evaluation; ``null`` takes ``eval_fraction`` of the training rows instead."""
     eval_fraction: float = 0.0
     """Share of the prompts held out for evaluation when ``eval`` is null; equal prompts stay on one side."""
-    format: Literal["auto", "messages", "conversations", "alpaca", "prompt_completion", "text"] = "auto"
-    """Shape of a row; ``auto`` goes by the columns."""
+    format: Literal["auto", "messages", "conversations", "alpaca", "prompt_completion", "preference", "text"] = "auto"
+    """Shape of a row; ``auto`` goes by each row's columns. Of ``preference`` the chosen answer is learned."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """The format's name of a column -> the name it has in the files (``{messages: dialogue}``)."""
+    row_function: str | None = None
+    """``module:function`` that turns a row (a dict) into one of the known formats; needs ``allow_code``."""
+    allow_code: bool = False
+    """Import and run ``row_function``."""
+    template: str | None = None
+    """File with a chat template (jinja) to use instead of the tokenizer's."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """What is learned: every answer, the last answer of each row, or every token."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be read: stop and name file and line, or pass over it and list it in the run folder."""
+    weights: list[float] | None = None
+    """Share of each source of ``train`` in an epoch of as many sequences as there are; rows repeat as needed."""
+    temperature: float = 0.0
+    """Instead of ``weights``: shares are (sequences of the source) ** (1 / temperature); 0 = as they are."""
+    counts: list[int] | None = None
+    """Instead of ``weights``: how many sequences of each source make an epoch."""
+    show_samples: int = 3
+    """Sequences printed before training with what is learned marked; all of each goes to the run folder."""
+    report: bool = False
+    """`prepare`: print what is in the data: rows, tokens, lengths, what was cut, packing, steps."""
     max_length: int = 2048
     """Longest row in tokens."""
     truncation: Literal["right", "left", "drop", "split"] = "right"
@@ -148,6 +171,8 @@ class TrainSettings:
     """Supervised tokens whose logits exist at the same time."""
     sample_prompts: list[str] = field(default_factory=list)
     """Prompts answered before and after training, shown in the summary."""
+    sample_at_eval: bool = False
+    """Also answer them at every evaluation; the answers go to ``answers.jsonl``."""
     sample_tokens: int = 48
     """Longest such answer, in tokens."""
 

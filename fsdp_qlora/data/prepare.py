@@ -7,60 +7,40 @@ waits meanwhile, so no timeout can end a long preparation.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.data.chat import Example, encode, find_format, read_row
-from fsdp_qlora.data.sources import fingerprint, load_rows, names_of
+from fsdp_qlora.config.schema import DataSettings
+from fsdp_qlora.data.mix import draw, mixture_counts
+from fsdp_qlora.data.sources import Row, fingerprint, names_of, read_source
+from fsdp_qlora.data.tokens import Counts, Fit, Tokenized, reader, tokenize, write_bad_rows
 from fsdp_qlora.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_VERSION = 1  # of what is written; a change makes old caches unused
-
-
-@dataclass(frozen=True)
-class DataRequest:
-    """What to prepare; every field is part of the cache's key."""
-
-    train: tuple[str, ...]
-    eval: tuple[str, ...]
-    eval_fraction: float
-    row_format: str
-    max_length: int
-    truncation: str
-    max_rows: int | None
-    seed: int
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What became of the rows of one part."""
-
-    rows: int = 0
-    """Rows read."""
-    kept: int = 0
-    """Sequences to learn from."""
-    truncated: int = 0
-    dropped_long: int = 0
-    dropped_unsupervised: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
+_VERSION = 2  # of what is written; a change makes old caches unused
+_TOKENS, _COUNTS, _BAD_ROWS = "tokens.arrow", "counts.json", "bad_rows.jsonl"
+_NOT_IN_KEY = ("train", "eval", "packing", "length_grouped", "report", "show_samples", "template", "allow_code")
+Progress = Callable[[int], None]
+"""Takes the number of rows that have been read."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenized rows (columns ``input_ids`` int32 and ``learned`` bool), memory-mapped."""
+    """Tokenized rows (columns ``input_ids`` int32, ``learned`` bool, ``source`` int32), memory-mapped."""
 
     train: Dataset
     eval: Dataset | None
@@ -68,161 +48,157 @@ class PreparedData:
     eval_counts: Counts
     key: str
     """Changes when the sources, the tokenizer, the template or a setting does."""
+    train_sources: list[str] = field(default_factory=list)
+    eval_sources: list[str] = field(default_factory=list)
+    """What the numbers in ``source`` mean."""
+    bad_rows: Path | None = None
+    """File that lists the rows that were passed over; None where there were none."""
 
 
-def prepare_data(request: DataRequest, tokenizer: PreTrainedTokenizerBase, cache: Path, prepares: bool) -> PreparedData:
+def prepare_data(
+    data: DataSettings,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    prepares: bool = True,
+    progress: Progress | None = None,
+) -> PreparedData:
     """Return the tokenized data; the process with ``prepares`` makes them if the cache has none.
 
     Raises:
         DataError: if a source is missing or malformed, or nothing in it is supervised.
     """
-    from datasets import Dataset, load_from_disk  # here, so that what needs no data does not need `datasets`
+    from datasets import Dataset  # here, so that what needs no data does not need `datasets`
 
-    key = _key(request, tokenizer)
+    if data.train is None:
+        raise DataError("data.train: not set. Give a file, a folder, a hub data set, or a list of them.")
+    _require_allowed(data)
+    key = _key(data, seed, tokenizer)
     folder = cache / "tokens" / key
-    if prepares and not (folder / "counts.json").is_file():
-        _prepare(request, tokenizer, cache, folder)
-    while not (folder / "counts.json").is_file():
+    if prepares and not (folder / _COUNTS).is_file():
+        _prepare(data, seed, tokenizer, folder, progress)
+    while not (folder / _COUNTS).is_file():
         time.sleep(0.2)  # the watch thread ends this process if the one that prepares has failed
-    counts = json.loads((folder / "counts.json").read_text())
-    has_eval = (folder / "eval").is_dir()
-    train = load_from_disk(str(folder / "train"))
-    held_out = load_from_disk(str(folder / "eval")) if has_eval else None
-    assert isinstance(train, Dataset)
-    assert held_out is None or isinstance(held_out, Dataset)
-    return PreparedData(train, held_out, Counts(**counts["train"]), Counts(**counts["eval"]), key)
+    found = json.loads((folder / _COUNTS).read_text())
+    rows = Dataset.from_file(str(folder / _TOKENS))
+    parts = {n: rows.select(np.load(folder / f"{n}.npy")) if found[n]["kept"] else None for n in ("train", "eval")}
+    assert parts["train"] is not None
+    return PreparedData(
+        parts["train"], parts["eval"], Counts(**found["train"]), Counts(**found["eval"]), key,
+        found["train_sources"], found["eval_sources"], folder / _BAD_ROWS if found["bad"] else None,
+    )  # fmt: skip
 
 
-def _key(request: DataRequest, tokenizer: PreTrainedTokenizerBase) -> str:
-    sources = fingerprint([*request.train, *request.eval])
+def _key(data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    sources = [fingerprint(name) for name in (*names_of(data.train), *names_of(data.eval or []))]
     vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    settings = {key: value for key, value in asdict(request).items() if key not in ("train", "eval")}
+    settings = {key: value for key, value in asdict(data).items() if key not in _NOT_IN_KEY}
     parts = [
-        _VERSION,
-        settings,
-        len(request.train),
-        sources,
-        vocabulary,
-        str(tokenizer.chat_template),
+        _VERSION, settings, seed, len(names_of(data.train)), sources, vocabulary, str(tokenizer.chat_template),
         tokenizer.eos_token_id,
-    ]
+    ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _prepare(request: DataRequest, tokenizer: PreTrainedTokenizerBase, cache: Path, folder: Path) -> None:
+def _prepare(
+    data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress | None
+) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    rows = load_rows(list(request.train), cache)
-    if request.max_rows:
-        rows = rows.select(range(min(request.max_rows, rows.num_rows)))
-    parts = {"train": rows, "eval": load_rows(list(request.eval), cache)} if request.eval else _split(rows, request)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
-    counts: dict[str, Any] = {"train": asdict(Counts()), "eval": asdict(Counts())}
+    train, held = names_of(data.train), names_of(data.eval or [])
+    read = reader(data.format, data.columns, _function(data))
+    fit = Fit(data.max_length, data.truncation, data.train_on)
     try:
-        for name, part in parts.items():
-            data, tally = _tokenize(part, request, tokenizer)
-            data.save_to_disk(str(staging / name))
-            counts[name] = asdict(tally)
-        (staging / "counts.json").write_text(json.dumps(counts))
+        result = tokenize(
+            _numbered(train, held, data.max_rows), read, tokenizer, fit, staging / _TOKENS,
+            data.on_bad_row == "skip", progress,
+        )  # fmt: skip
+        parts, counts = _split(result, data, seed, len(train))
+        if counts["train"].kept == 0:
+            raise _nothing_to_learn(counts["train"], data.max_length, result)
+        for name, indices in parts.items():
+            np.save(staging / f"{name}.npy", indices)
+        write_bad_rows(result.bad, staging / _BAD_ROWS)
+        about = {name: asdict(tally) for name, tally in counts.items()}
+        about |= {"bad": len(result.bad), "train_sources": train, "eval_sources": held or train}
+        (staging / _COUNTS).write_text(json.dumps(about))
         _publish(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _numbered(train: list[str], held: list[str], max_rows: int | None) -> Iterator[tuple[int, Row]]:
+    """Yield (source, row); the sources of the evaluation come after those of the training."""
+    rows = ((number, row) for number, name in enumerate(train) for row in read_source(name))
+    yield from islice(rows, max_rows) if max_rows else rows
+    for number, name in enumerate(held, start=len(train)):
+        for row in read_source(name):
+            yield number, row
+
+
+def _split(
+    result: Tokenized, data: DataSettings, seed: int, num_train: int
+) -> tuple[dict[str, np.ndarray], dict[str, Counts]]:
+    """Return the sequences of both parts and what became of their rows.
+
+    Held out are the sequences of ``data.eval``'s sources, or of ``eval_fraction`` of the distinct prompts, chosen by a
+    hash of (seed, prompt).
+    """
+    sources = np.array(result.sources, dtype=np.int64)
+    keys = np.array(result.keys, dtype=np.uint64)
+    held_out = np.zeros(len(sources), dtype=bool)
+    counts = {"train": Counts(), "eval": Counts()}
+    chosen: set[int] = set()
+    if data.eval is not None:
+        held_out = sources >= num_train
+    elif data.eval_fraction > 0:
+        distinct = sorted(
+            {key for key, _ in result.tallies}, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest()
+        )
+        chosen = set(distinct[: max(1, round(data.eval_fraction * len(distinct)))])
+        if len(chosen) == len(distinct):
+            raise DataError(f"data.eval_fraction: with {len(distinct)} distinct prompt(s) nothing is left to train on.")
+        held_out = np.isin(keys, np.array(sorted(chosen), dtype=np.uint64))
+    for (key, number), tally in result.tallies.items():
+        counts["eval" if key in chosen or number >= num_train else "train"].add(tally)
+    train, held = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    sizes = [int((sources[train] == number).sum()) for number in range(num_train)]
+    wanted = mixture_counts(sizes, data.weights, data.temperature, data.counts)
+    if wanted is not None:
+        train = train[draw(sources[train], wanted, seed)]
+        counts["train"].kept = len(train)
+    return {"train": train, "eval": held}, counts
+
+
+def _nothing_to_learn(counts: Counts, max_length: int, result: Tokenized) -> DataError:
+    return DataError(
+        f"data: none of the {counts.rows} rows has a supervised token to learn from "
+        f"({counts.dropped_unsupervised} without an answer within data.max_length={max_length}, "
+        f"{counts.dropped_long} dropped as too long, {len(result.bad)} passed over as bad)."
+    )
+
+
+def _require_allowed(data: DataSettings) -> None:
+    if data.row_function is not None and not data.allow_code:
+        raise DataError(
+            f"data.row_function: {data.row_function} is code of your own; data.allow_code=true allows to run it."
+        )
+
+
+def _function(data: DataSettings) -> Callable[[dict], dict] | None:
+    """Import a person's own row function, where they have allowed it."""
+    if data.row_function is None:
+        return None
+    module, _, name = data.row_function.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise DataError(f"data.row_function: expected module:function, and {data.row_function}: {error}") from error
 
 
 def _publish(staging: Path, folder: Path) -> None:
     try:
         os.rename(staging, folder)  # noqa: PTH104  (atomic; Path.rename would hide which of two runs came first)
     except OSError:
-        if not (folder / "counts.json").is_file():  # else another run has just prepared the same
+        if not (folder / _COUNTS).is_file():  # else another run has just prepared the same
             raise
-
-
-def _split(rows: Dataset, request: DataRequest) -> dict[str, Dataset]:
-    """Hold out ``eval_fraction`` of the distinct prompts, chosen by a hash of (seed, prompt)."""
-    if request.eval_fraction == 0:
-        return {"train": rows}
-    row_format = _format_of(rows, request)
-    keys = [_example(row, row_format, number).prompt_key for number, row in enumerate(_dicts(rows), start=1)]
-    distinct = sorted(set(keys), key=lambda k: hashlib.sha256(f"{request.seed}\0{k}".encode()).digest())
-    held_out = set(distinct[: max(1, round(request.eval_fraction * len(distinct)))])
-    if len(held_out) == len(distinct):
-        raise DataError(f"data.eval_fraction: with {len(distinct)} distinct prompt(s) nothing is left to train on.")
-    parts = {"train": [], "eval": []}
-    for number, key in enumerate(keys):
-        parts["eval" if key in held_out else "train"].append(number)
-    return {name: rows.select(numbers) for name, numbers in parts.items()}
-
-
-def _format_of(rows: Dataset, request: DataRequest) -> str:
-    return find_format(rows.column_names) if request.row_format == "auto" else request.row_format
-
-
-def _dicts(rows: Dataset) -> Any:
-    return iter(rows)
-
-
-def _example(row: Mapping[str, Any], row_format: str, number: int) -> Example:
-    try:
-        return read_row(row, row_format)
-    except DataError as error:
-        raise DataError(f"data: row {number}: {error}") from error
-
-
-def _tokenize(rows: Dataset, request: DataRequest, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Counts]:
-    from datasets import Dataset, Features, List, Value
-
-    row_format = _format_of(rows, request)
-    tally = asdict(Counts())
-
-    def generate() -> Any:
-        for number, row in enumerate(_dicts(rows), start=1):
-            example = _example(row, row_format, number)
-            try:
-                ids, learned = encode(example, tokenizer)
-            except DataError as error:
-                raise DataError(f"data: row {number}: {error}") from error
-            tally["rows"] += 1
-            for piece in _fit(ids, learned, request, tally):
-                targets = sum(piece[1][1:])  # the first token of a sequence is predicted by nothing
-                if targets == 0:
-                    tally["dropped_unsupervised"] += 1
-                    continue
-                tally["kept"] += 1
-                tally["tokens"] += len(piece[0])
-                tally["target_tokens"] += targets
-                yield {"input_ids": piece[0], "learned": piece[1]}
-
-    sequences = list(generate())
-    counts = Counts(**tally)
-    if counts.kept == 0:
-        raise DataError(
-            f"data: none of the {counts.rows} rows has a supervised token to learn from "
-            f"({counts.dropped_unsupervised} without an answer within data.max_length={request.max_length}, "
-            f"{counts.dropped_long} dropped as too long)."
-        )
-    features = Features({"input_ids": List(Value("int32")), "learned": List(Value("bool"))})
-    return Dataset.from_list(sequences, features=features), counts
-
-
-def _fit(
-    ids: list[int], learned: list[bool], request: DataRequest, tally: dict[str, int]
-) -> list[tuple[list[int], list[bool]]]:
-    """Apply the truncation policy to one row."""
-    length = request.max_length
-    if len(ids) <= length:
-        return [(ids, learned)]
-    if request.truncation == "drop":
-        tally["dropped_long"] += 1
-        return []
-    tally["truncated"] += 1
-    if request.truncation == "left":
-        return [(ids[-length:], learned[-length:])]
-    if request.truncation == "right":
-        return [(ids[:length], learned[:length])]
-    return [(ids[i : i + length], learned[i : i + length]) for i in range(0, len(ids), length)]
-
-
-def request_of(train: Any, held_out: Any, **settings: Any) -> DataRequest:
-    """Build a `DataRequest` from one name or several for each part."""
-    if train is None:
-        raise DataError("data.train: not set. Give a JSONL, JSON or Parquet file, a hub data set, or a list of them.")
-    return DataRequest(tuple(names_of(train)), tuple(names_of(held_out or [])), **settings)

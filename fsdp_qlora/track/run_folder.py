@@ -109,6 +109,14 @@ class RunFolder:
         """Return what `write_summary` wrote."""
         return json.loads(self.summary_file.read_text())
 
+    def add_answers(self, step: int, answers: list[dict[str, str]]) -> None:
+        """Append the answers at an evaluation to answers.jsonl; those of steps that are run again are replaced."""
+        file = self.path / "answers.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] < step]
+        new = [json.dumps({"step": step, **answer}, ensure_ascii=False) for answer in answers]
+        write_text(file, "".join(line + "\n" for line in [*kept, *new]))
+
     def clear_exit(self) -> None:
         """Forget how the last start ended."""
         self.exit_file.unlink(missing_ok=True)

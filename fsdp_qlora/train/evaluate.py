@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -22,11 +22,20 @@ class Evaluation:
     loss: float
     """Mean cross entropy of the supervised tokens."""
     target_tokens: int
+    by_source: dict[str, float] = field(default_factory=dict)
+    """Loss of each source's rows, where there are several."""
 
     @property
     def perplexity(self) -> float:
         """exp(loss), infinite where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def together(parts: dict[str, Evaluation]) -> Evaluation:
+    """Return the evaluation of all parts' tokens from those of the parts."""
+    targets = sum(part.target_tokens for part in parts.values())
+    loss = sum(part.loss * part.target_tokens for part in parts.values()) / max(1, targets)
+    return Evaluation(loss, targets, {name: part.loss for name, part in parts.items()} if len(parts) > 1 else {})
 
 
 def evaluate(

@@ -148,4 +148,5 @@ def record_evaluation(result: Evaluation | None, progress: Progress, tracker: Tr
     if result is None:
         return
     progress.evaluated(result.loss)
-    tracker.log(progress.step, {"eval_loss": result.loss, "eval_perplexity": result.perplexity})
+    values: dict[str, Any] = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
+    tracker.log(progress.step, values | ({"eval_loss_by_source": result.by_source} if result.by_source else {}))

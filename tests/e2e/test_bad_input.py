@@ -97,7 +97,7 @@ DATA = {
     ),
     "unknown role": (
         json.dumps({"messages": [{"role": "wizard", "content": "hello"}]}) + "\n",
-        ["row 1", "wizard"],
+        ["line 1", "wizard"],
     ),
 }
 

@@ -121,7 +121,7 @@ def test_torchrun_script(cluster):
     done = cluster.run("torchrun.sh", "4", "train", "a=b", "prompt=two words; $HOME", SHUTDOWN_SECONDS="7")
     assert done.returncode == 0, done.stderr
     assert cluster.recorded("torchrun.0") == [
-        "--standalone", "--nproc-per-node", "4", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1",
+        "--standalone", "--max-restarts", "0", "--nproc-per-node", "4", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1",
         "-m", "fsdp_qlora", "train", "a=b", "prompt=two words; $HOME",
     ]  # fmt: skip
     assert cluster.recorded("shutdown") == ["7"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from fsdp_qlora.data.chat import Example, encode, find_format, read_row
+from fsdp_qlora.data.chat import Example, find_format, read_row
+from fsdp_qlora.data.encode import encode
 from fsdp_qlora.errors import DataError
 
 

@@ -12,7 +12,7 @@ from fsdp_qlora.plan.batch import BatchPlan, deal, num_steps
 @pytest.fixture(scope="module")
 def rows():
     lengths = [3 + (n * 7) % 11 for n in range(24)]
-    data = [{"input_ids": [n] * k, "learned": [False] + [True] * (k - 1)} for n, k in enumerate(lengths)]
+    data = [{"input_ids": [n] * k, "learned": [False] + [True] * (k - 1), "source": 0} for n, k in enumerate(lengths)]
     return TokenRows(Dataset.from_list(data))
 
 

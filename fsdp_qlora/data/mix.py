@@ -1,0 +1,71 @@
+"""How often each source's sequences come in one epoch of a mixture: exact numbers, the same every time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fsdp_qlora.errors import DataError
+
+
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Split ``total`` by ``weights`` into whole numbers that add up to it (largest remainders, ties to the first)."""
+    shares = [total * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def mixture_counts(
+    sizes: Sequence[int], weights: Sequence[float] | None, temperature: float, counts: Sequence[int] | None
+) -> list[int] | None:
+    """Return how many sequences each source gives to an epoch; None where all come once.
+
+    Args:
+        sizes: sequences of each source.
+        weights: shares of the sources.
+        temperature: shares are ``size ** (1 / temperature)`` (1 = as they are, large = all alike); 0 = not used.
+        counts: the numbers themselves.
+
+    Raises:
+        DataError: if there are not as many numbers as sources, or a source to draw from is empty.
+    """
+    given = [("data.weights", weights), ("data.counts", counts)]
+    for key, values in given:
+        if values is not None and len(values) != len(sizes):
+            raise DataError(f"{key}: {len(values)} numbers for {len(sizes)} sources in data.train.")
+    if counts is not None:
+        wanted = list(counts)
+    elif weights is not None:
+        wanted = apportion(sum(sizes), weights)
+    elif temperature > 0:
+        wanted = apportion(sum(sizes), [size ** (1 / temperature) if size else 0.0 for size in sizes])
+    else:
+        return None
+    for number, (size, count) in enumerate(zip(sizes, wanted, strict=True)):
+        if count and not size:
+            raise DataError(
+                f"data.train: source {number + 1} has no sequence to learn from, but {count} are asked for."
+            )
+    return wanted
+
+
+def draw(sources: np.ndarray, wanted: Sequence[int], seed: int) -> np.ndarray:
+    """Return indices into the sequences: of source ``i`` just ``wanted[i]``, each as often as any other, or once more.
+
+    Args:
+        sources: int ``[sequences]``, the source of each.
+        wanted: how many of each source.
+        seed: decides which ones come once more.
+    """
+    parts = []
+    for number, count in enumerate(wanted):
+        own = np.flatnonzero(sources == number)
+        if not count:
+            continue
+        order = np.random.Generator(np.random.PCG64([seed, number])).permutation(own)
+        parts.append(np.concatenate([np.tile(own, count // len(own)), order[: count % len(own)]]))
+    return np.concatenate(parts)

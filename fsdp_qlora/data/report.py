@@ -1,0 +1,48 @@
+"""`prepare data.report=true`: what is in the data, in numbers and a drawn histogram."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.data.pack import best_fit_decreasing
+
+_BINS, _BAR = 12, 40
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Lengths of sequences in classes of equal width."""
+
+    edges: list[int]
+    counts: list[int]
+
+    def lines(self) -> list[str]:
+        """Return one line a class: from, to, count, bar."""
+        top = max(self.counts, default=1) or 1
+        pairs = zip(self.edges[:-1], self.edges[1:], self.counts, strict=True)
+        return [f"{a:>7} - {b - 1:<7} {n:>9}  {'█' * ceil(_BAR * n / top) if n else ''}" for a, b, n in pairs]
+
+
+def histogram(lengths: np.ndarray) -> Histogram:
+    """Return the classes from 1 to the longest length."""
+    width = max(1, ceil(int(lengths.max()) / _BINS))
+    edges = list(range(1, int(lengths.max()) + width + 1, width))
+    counts, _ = np.histogram(lengths, bins=edges)
+    return Histogram(edges, counts.tolist())
+
+
+def packing_efficiency(lengths: np.ndarray, capacity: int) -> tuple[int, float]:
+    """Return the packed sequences that the rows would make, and the share of their room that would hold tokens."""
+    num = len(best_fit_decreasing(lengths, capacity))
+    return num, float(lengths.sum()) / (num * capacity)
+
+
+def padding_share(rows: TokenRows, batch: int) -> float:
+    """Return the share of padding in micro-batches of ``batch`` rows of like length, as the loader cuts them."""
+    lengths = np.sort(rows.lengths)
+    padded = sum(int(lengths[i : i + batch].max()) * len(lengths[i : i + batch]) for i in range(0, len(lengths), batch))
+    return 1 - float(lengths.sum()) / padded

@@ -1,0 +1,30 @@
+"""What the model will be shown: text with the parts that are learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.data.loader import TokenRows
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens that are all learned, or all not."""
+
+    text: str
+    learned: bool
+    num_tokens: int
+
+
+def segments(rows: TokenRows, number: int, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """Return row ``number`` as the model sees it."""
+    ids, learned = rows.row(number)
+    pairs = list(zip(learned.tolist(), ids.tolist(), strict=True))
+    found = []
+    for flag, group in groupby(pairs, key=lambda pair: pair[0]):
+        tokens = [token for _, token in group]
+        found.append(Segment(str(tokenizer.decode(tokens)), flag, len(tokens)))
+    return found

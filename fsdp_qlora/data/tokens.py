@@ -1,0 +1,210 @@
+"""Rows -> an Arrow file of token ids, with what became of each row counted and what was wrong with it listed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.data.chat import Example, read_row
+from fsdp_qlora.data.encode import Encoded, TrainOn, encode_batch
+from fsdp_qlora.data.sources import Row
+from fsdp_qlora.errors import DataError
+
+_BATCH = 512
+ReadRow = Callable[[Row], Example]
+
+
+@dataclass
+class Counts:
+    """What became of the rows of one part."""
+
+    rows: int = 0
+    """Rows read, bad ones not counted."""
+    kept: int = 0
+    """Sequences to learn from."""
+    truncated: int = 0
+    dropped_long: int = 0
+    dropped_unsupervised: int = 0
+    duplicates: int = 0
+    """Rows with the same tokens as an earlier one (they are kept)."""
+    tokens: int = 0
+    target_tokens: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Add another's numbers."""
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How long a sequence may be, and what happens to a longer one."""
+
+    max_length: int
+    truncation: str
+    train_on: TrainOn
+
+
+@dataclass
+class Tokenized:
+    """What `tokenize` has written: the sequences' owners, and counts by prompt."""
+
+    keys: list[int]
+    """For each sequence, the hash of its row's prompt."""
+    sources: list[int]
+    """For each sequence, the number of its source."""
+    tallies: dict[tuple[int, int], Counts]
+    """(hash of a prompt, source) -> what became of the rows with it."""
+    bad: list[dict[str, str]]
+    """``where`` and ``problem`` of each row that was passed over."""
+
+
+def tokenize(
+    sources: Iterable[tuple[int, Row]],
+    read: ReadRow,
+    tokenizer: PreTrainedTokenizerBase,
+    fit: Fit,
+    file: Path,
+    skip_bad: bool,
+    progress: Callable[[int], None] | None = None,
+) -> Tokenized:
+    """Write an Arrow stream with ``input_ids`` (int32), ``learned`` (bool) and ``source`` (int32).
+
+    Raises:
+        DataError: naming file and line of the first bad row, unless ``skip_bad``.
+    """
+    import pyarrow as pa
+
+    if not tokenizer.is_fast:
+        raise DataError("model.name: its tokenizer is not a fast one, so tokens cannot be traced back to the text.")
+    result, seen = Tokenized([], [], {}, []), set[bytes]()
+    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.bool_())), ("source", pa.int32())])
+    rows = iter(sources)
+    done = 0
+    with _all_cores(), pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        while batch := list(islice(rows, _BATCH)):
+            pieces: list[tuple[Encoded, int]] = []
+            for number, where, key, outcome in _encoded(batch, read, tokenizer, fit.train_on):
+                if isinstance(outcome, DataError):
+                    _pass_over(where, outcome, skip_bad, result)
+                    continue
+                tally = Counts(rows=1)
+                digest = hashlib.blake2b(outcome[0].tobytes(), digest_size=16).digest()
+                tally.duplicates = int(digest in seen)
+                seen.add(digest)
+                for piece in _fit(outcome, fit, tally):
+                    pieces.append((piece, number))
+                    result.keys.append(key)
+                    result.sources.append(number)
+                result.tallies.setdefault((key, number), Counts()).add(tally)
+            if pieces:
+                columns = [
+                    pa.array([ids for (ids, _), _ in pieces], pa.list_(pa.int32())),
+                    pa.array([learned for (_, learned), _ in pieces], pa.list_(pa.bool_())),
+                    pa.array([number for _, number in pieces], pa.int32()),
+                ]
+                writer.write_batch(pa.record_batch(columns, schema))
+            done += len(batch)
+            if progress is not None:
+                progress(done)
+    return result
+
+
+def _encoded(
+    batch: list[tuple[int, Row]], read: ReadRow, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
+) -> Iterator[tuple[int, str, int, Encoded | DataError]]:
+    """Yield (source, where, hash of the prompt, tokens or what is wrong) of each row, in order."""
+    examples: list[Example | DataError] = []
+    for _, row in batch:
+        try:
+            examples.append(read(row))
+        except DataError as error:
+            examples.append(error)
+    encoded = iter(encode_batch([e for e in examples if isinstance(e, Example)], tokenizer, train_on))
+    for (number, row), example in zip(batch, examples, strict=True):
+        if isinstance(example, DataError):
+            yield number, row.where, 0, example
+        else:
+            digest = hashlib.blake2b(example.prompt_key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            yield number, row.where, int.from_bytes(digest, "little"), next(encoded)
+
+
+def _pass_over(where: str, error: DataError, skip_bad: bool, result: Tokenized) -> None:
+    if not skip_bad:
+        raise DataError(
+            f"data: {where}: {error}. (data.on_bad_row=skip passes over such rows and lists them.)"
+        ) from error
+    result.bad.append({"where": where, "problem": str(error)})
+
+
+def reader(row_format: str, columns: dict[str, str], convert: Callable[[dict], dict] | None) -> ReadRow:
+    """Return what turns a row of a file into an `Example`: with columns renamed and a person's function run."""
+
+    def read(row: Row) -> Example:
+        if row.values is None:
+            raise DataError(row.problem)
+        values = row.values
+        if columns:
+            missing = [theirs for theirs in columns.values() if theirs not in values]
+            if missing:
+                raise DataError(f"the row has no {missing[0]!r}, which data.columns names")
+            values = {**values, **{ours: values[theirs] for ours, theirs in columns.items()}}
+        if convert is not None:
+            try:
+                values = convert(values)
+            except Exception as error:  # a person's code: whatever it raises is about this row
+                raise DataError(f"data.row_function: {type(error).__name__}: {error}") from error
+        return read_row(values, row_format)
+
+    return read
+
+
+def _fit(encoded: Encoded, fit: Fit, tally: Counts) -> Iterator[Encoded]:
+    """Apply the truncation policy to one row; yield what is worth learning."""
+    ids, learned = encoded
+    limit = fit.max_length
+    pieces = [encoded]
+    if len(ids) > limit:
+        if fit.truncation == "drop":
+            tally.dropped_long += 1
+            return
+        tally.truncated += 1
+        if fit.truncation == "left":
+            pieces = [(ids[-limit:], learned[-limit:])]
+        elif fit.truncation == "right":
+            pieces = [(ids[:limit], learned[:limit])]
+        else:
+            pieces = [(ids[i : i + limit], learned[i : i + limit]) for i in range(0, len(ids), limit)]
+    for piece in pieces:
+        targets = int(piece[1][1:].sum())  # the first token of a sequence is predicted by nothing
+        if targets == 0:
+            tally.dropped_unsupervised += 1
+            continue
+        tally.kept += 1
+        tally.tokens += len(piece[0])
+        tally.target_tokens += targets
+        yield piece
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Let the tokenizer use every core; it is off elsewhere, where ranks share the machine."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
+
+
+def write_bad_rows(bad: list[dict[str, str]], file: Path) -> None:
+    """Write one JSON object a line for each row that was passed over."""
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
