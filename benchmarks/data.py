@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from fsdp_qlora.api import cache_folder
 from fsdp_qlora.config.schema import DataSettings
-from fsdp_qlora.data.loader import Loader, TokenRows
+from fsdp_qlora.data.loader import Cut, Loader, TokenRows
 from fsdp_qlora.data.pack import best_fit_decreasing
 from fsdp_qlora.data.prepare import PreparedData, prepare_data
 
@@ -81,7 +81,7 @@ def main() -> None:
             seconds, tokens = _theirs(files[1], tokenizer, folder / f"theirs{number}")
             speeds["TRL"].append(tokens / seconds)
         rows = TokenRows(data.train)
-        loader = Loader(rows, global_batch_size=16, micro_batch_size=2, seed=0, rank=0, num_ranks=2)
+        loader = Loader(rows, global_batch_size=16, cut=Cut(2, rank=0, num_ranks=2), seed=0)
         started = time.perf_counter()
         for position in range(0, 16 * 200, 16):
             loader.batch_at(position)

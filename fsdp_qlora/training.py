@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,15 +11,14 @@ from typing import Any
 import torch
 
 from fsdp_qlora.api import Prepared, debug_context
+from fsdp_qlora.batches import build_batches, data_key
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.retention import Retention
 from fsdp_qlora.claim import claim
 from fsdp_qlora.config.convert import to_dict
-from fsdp_qlora.config.schema import DataSettings
-from fsdp_qlora.data.loader import Batch, Loader, TokenRows, build_batch
-from fsdp_qlora.data.pack import PackedRows
+from fsdp_qlora.data.loader import Cut, TokenRows, build_batch
 from fsdp_qlora.dist.process import memory_peak
 from fsdp_qlora.dist.reduce import any_rank, on_main
 from fsdp_qlora.dist.signals import StopSignals
@@ -30,13 +28,11 @@ from fsdp_qlora.export.card import model_card
 from fsdp_qlora.export.serve import answer
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.diagnose import locate_nonfinite
-from fsdp_qlora.model.isolation import require_isolation
 from fsdp_qlora.model.lora import lora_config, seed_of, trainable_parameters
 from fsdp_qlora.model.shard import synchronize_gradients
 from fsdp_qlora.model.weights import file_digests
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule
-from fsdp_qlora.plan.batch import num_steps
 from fsdp_qlora.summary import summarize
 from fsdp_qlora.track.console import ConsoleProgress
 from fsdp_qlora.track.meter import Meter
@@ -71,24 +67,16 @@ class Training:
             )
         self.prepared, self.folder, self.config = prepared, folder, prepared.config
         self.model, self.ranks = prepared.model, prepared.ranks
-        train = self.config.train
-        self.rows = _rows(prepared)
         self.eval_rows = TokenRows(prepared.data.eval) if prepared.data.eval is not None else None
-        self.loader = Loader(
-            self.rows, train.global_batch_size, train.micro_batch_size, self.config.run.seed,
-            self.ranks.rank, self.ranks.size, self.config.data.length_grouped,
-        )  # fmt: skip
-        self.num_steps = num_steps(train.max_steps, train.num_epochs, len(self.rows), train.global_batch_size)
-        self.last_position = self.num_steps * train.global_batch_size
-        if train.max_steps == 0:
-            self.last_position = max(1, round(train.num_epochs * len(self.rows)))
+        self.batches = build_batches(prepared, folder.bad_rows)
+        self.num_steps = self.batches.num_steps
         self.optimizer = ShardedOptimizer(trainable_parameters(self.model), self.config.optim)
         self.schedule = build_schedule(self.config.schedule, self.num_steps)
         self.objective = OBJECTIVES[self.config.objective.name]
         self.checkpointer = self._checkpointer()
         self.progress, self.meter = Progress(), Meter()
         base = file_digests(prepared.folder)
-        self.identity = identity_of(to_dict(self.config), base, _data_key(prepared.data.key, self.config.data))
+        self.identity = identity_of(to_dict(self.config), base, data_key(prepared.data.key, self.config.data))
 
     def resume(self) -> Path | None:
         """Go on from the checkpoint that the settings ask for; return its folder, or None for a new start."""
@@ -151,7 +139,7 @@ class Training:
     def _facts(self, progress: dict[str, Any]) -> dict[str, Any]:
         return {
             "base_model": self.config.model.name,
-            "train_rows": len(self.rows),
+            "train_rows": self.batches.num_rows,
             "steps": progress["step"],
             "trainable_parameters": self.prepared.plan.trainable_parameters,
             "eval_loss_before": progress["first_eval_loss"],
@@ -176,9 +164,6 @@ class Training:
         self.prepared.phases.enter(f"answers after step {self.progress.step}")
         tokens = self.config.train.sample_tokens
         return [answer(self.model, self.prepared.tokenizer, p, tokens) for p in self.config.train.sample_prompts]
-
-    def _batch_at(self, position: int) -> Batch:
-        return self.loader.batch_at(position, self.last_position if self.config.train.max_steps == 0 else None)
 
     def _recovery(self) -> Recovery:
         train = self.config.train
@@ -207,8 +192,8 @@ class Training:
         """Train to the end; return False if stopped."""
         train = self.config.train
         due = Due(
-            self.num_steps, self.last_position if train.max_steps == 0 else math.inf, train.log_every,
-            train.eval_every, self.config.checkpoint.every_steps, train.early_stopping_patience, train.spike_factor,
+            self.num_steps, self.batches.last_position, train.log_every, train.eval_every,
+            self.config.checkpoint.every_steps, train.early_stopping_patience, train.spike_factor,
         )  # fmt: skip
         settings = StepSettings(
             objective=self.objective, ranks=self.ranks, seed=self.config.run.seed, max_grad_norm=train.max_grad_norm,
@@ -218,7 +203,7 @@ class Training:
             after_backward=(FirstGradients(self.model, self.ranks),),
         )  # fmt: skip
         hooks = LoopHooks(
-            batch_at=self._batch_at,
+            batch_at=self.batches.batch_at,
             evaluate=self.evaluate,
             save=self.save,
             save_stall=self.checkpointer.take_stall,
@@ -226,38 +211,13 @@ class Training:
             stop_requested=lambda: signals.requested or self.checkpointer.gave_up,
             peak_memory=lambda: memory_peak(self.ranks.device)[0],
         )
-        return train_loop(
-            self.model, self.optimizer, self.schedule, self.config.optim.lr, self.progress, due, settings, hooks,
-            self._recovery(), tracker, self.meter,
-        )  # fmt: skip
-
-
-def _rows(prepared: Prepared) -> TokenRows | PackedRows:
-    """Return the training rows, packed where the settings ask for it and the model has shown that it keeps them apart.
-
-    Raises:
-        ModelError: if packed rows would see each other.
-    """
-    assert prepared.data is not None
-    rows, data = TokenRows(prepared.data.train), prepared.config.data
-    if not data.packing:
-        return rows
-    prepared.phases.enter("trying whether packed rows see each other")
-    text_config = prepared.model.base.config.get_text_config()
-    require_isolation(prepared.model, prepared.ranks, text_config.vocab_size, str(text_config._attn_implementation))
-    packed = PackedRows(rows, data.max_length)
-    if prepared.ranks.is_main:
-        print(
-            f"packing: {len(rows)} rows in {len(packed)} sequences of {data.max_length} tokens, "
-            f"{100 * packed.efficiency:.1f} % filled",
-            flush=True,
-        )
-    return packed
-
-
-def _data_key(key: str, data: DataSettings) -> str:
-    """Return what must be equal for the same rows to come in the same order."""
-    return f"{key}{' packed' if data.packing else ''}{' length_grouped' if data.length_grouped else ''}"
+        try:
+            return train_loop(
+                self.model, self.optimizer, self.schedule, self.config.optim.lr, self.progress, due, settings, hooks,
+                self._recovery(), tracker, self.meter,
+            )  # fmt: skip
+        finally:
+            self.batches.batch_at.close()
 
 
 def evaluate_prepared(prepared: Prepared) -> Evaluation:
@@ -276,7 +236,7 @@ def _evaluate(prepared: Prepared, rows: TokenRows) -> Evaluation:
     objective, parts = OBJECTIVES[config.objective.name], {}
     for source in sorted(set(rows.sources.tolist())):
         chosen = [row for row in range(len(rows)) if rows.sources[row] == source]
-        batch = build_batch(rows, chosen, config.train.eval_batch_size, ranks.rank, ranks.size)
+        batch = build_batch(rows, chosen, Cut(config.train.eval_batch_size, ranks.rank, ranks.size))
         found = evaluate(prepared.model, batch.micro_batches, objective, batch.num_targets, ranks)
         parts[_source_name(prepared, source)] = found
     return together(parts)
@@ -333,7 +293,7 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
             return FitResult(False, {})
         size = training.export(folder.adapter)
         summary = summarize(
-            prepared, training.progress, training.meter, len(training.rows), before, training.answers(), size
+            prepared, training.progress, training.meter, training.batches.num_rows, before, training.answers(), size
         )
     on_main(lambda: folder.write_summary(summary), prepared.ranks)
     return FitResult(True, summary)

@@ -12,7 +12,8 @@ from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.process import Placement
-from fsdp_qlora.training import fit
+from fsdp_qlora.dist.reduce import gather_json
+from fsdp_qlora.training import Training, fit
 
 
 def world_of(ranks: Ranks) -> World:
@@ -50,6 +51,13 @@ def run_fit(ranks: Ranks, folder: str, root: str, name: str, groups: dict[str, A
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def next_rows(training: Training) -> list[int]:
+    """Return the rows of the global batch that comes next, over all ranks; every rank calls it."""
+    batch = training.batches.batch_at(training.progress.position)
+    own = [row for m in batch.micro_batches if m.weight for row in m.rows]
+    return sorted(row for part in gather_json(own, training.ranks) for row in part)
 
 
 def losses(lines: list[dict[str, Any]]) -> list[float]:

@@ -26,6 +26,9 @@ def run(config: RunConfig) -> int:
         print("data.train is not set: there is nothing to tokenize.")
         return 0
     data = prepare_tokens(config, _show if sys.stderr.isatty() else None)
+    if data.stream is not None:
+        print(f"data.streaming: the training rows are read while training; {data.eval_counts.kept} held out are ready")
+        return 0
     train, held_out = data.train_counts, data.eval_counts
     print(
         f"ready: {train.kept} training sequences ({train.tokens} tokens, {train.target_tokens} supervised), "
@@ -44,7 +47,7 @@ def _show(rows: int) -> None:
 
 
 def _report(config: RunConfig, data: PreparedData) -> None:
-    rows, counts, train = TokenRows(data.train), data.train_counts, config.train
+    rows, counts, train = data.some_rows(0), data.train_counts, config.train
     packed, filled = packing_efficiency(rows.lengths, config.data.max_length)
     num_rows = packed if config.data.packing else len(rows)
     steps = num_steps(train.max_steps, train.num_epochs, num_rows, train.global_batch_size)

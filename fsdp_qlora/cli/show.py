@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.text import Text
 
 from fsdp_qlora.api import Prepared
-from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.samples import segments
 from fsdp_qlora.track.console import megabytes, print_table
 from fsdp_qlora.track.run_folder import RunFolder
@@ -49,7 +48,12 @@ def print_start(prepared: Prepared, note: str) -> None:
         f"global batch {plan.batch.global_batch_size} rows = micro-batches of {plan.batch.micro_batch_size} x "
         f"{plan.batch.accumulation_steps} per rank; planned peak {megabytes(plan.bytes.total)} of tensors per rank"
     )
-    if data is not None:
+    if data is not None and data.stream is not None:
+        print(
+            f"data: streamed, {config.data.shuffle_window} rows shuffled at a time; {data.eval_counts.kept} held out",
+            flush=True,
+        )
+    elif data is not None:
         counts, held = data.train_counts, data.eval_counts
         print(
             f"data: {counts.kept} training sequences, {counts.tokens} tokens, {counts.target_tokens} supervised; "
@@ -62,10 +66,10 @@ def print_start(prepared: Prepared, note: str) -> None:
 
 def print_samples(prepared: Prepared, folder: RunFolder) -> None:
     """Show the first sequences with what is learned marked; write them whole to the run folder."""
-    count = prepared.config.data.show_samples
-    if prepared.data is None or count == 0:
+    if prepared.data is None:
         return
-    rows = TokenRows(prepared.data.train)
+    count = prepared.config.data.show_samples
+    rows = prepared.data.some_rows(count)
     lines = []
     console = Console(highlight=False, soft_wrap=True)
     for number in range(min(count, len(rows))):
@@ -79,9 +83,9 @@ def print_samples(prepared: Prepared, folder: RunFolder) -> None:
         console.print(text)
     (folder.path / "samples.jsonl").write_text("".join(line + "\n" for line in lines))
     if prepared.data.bad_rows is not None:
-        shutil.copyfile(prepared.data.bad_rows, folder.path / "bad_rows.jsonl")
+        shutil.copyfile(prepared.data.bad_rows, folder.bad_rows)
         bad = len(prepared.data.bad_rows.read_text().splitlines())
-        print(f"{bad} bad row(s) were passed over; they are listed in {folder.path / 'bad_rows.jsonl'}", flush=True)
+        print(f"{bad} bad row(s) were passed over; they are listed in {folder.bad_rows}", flush=True)
 
 
 def print_stopped(folder: RunFolder) -> None:

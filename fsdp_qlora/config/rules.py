@@ -23,6 +23,7 @@ def _positive(config: RunConfig) -> Iterator[str]:
         "lora.alpha": config.lora.alpha,
         "train.global_batch_size": config.train.global_batch_size,
         "train.micro_batch_size": config.train.micro_batch_size,
+        "data.shuffle_window": config.data.shuffle_window,
         "train.eval_batch_size": config.train.eval_batch_size,
         "train.logits_chunk": config.train.logits_chunk,
         "fsdp.replicate_degree": config.fsdp.replicate_degree,
@@ -40,6 +41,7 @@ def _positive(config: RunConfig) -> Iterator[str]:
 def _not_negative(config: RunConfig) -> Iterator[str]:
     for key, value in {
         "train.max_steps": config.train.max_steps,
+        "train.micro_batch_tokens": config.train.micro_batch_tokens,
         "train.num_epochs": config.train.num_epochs,
         "train.eval_every": config.train.eval_every,
         "train.log_every": config.train.log_every,
@@ -119,6 +121,28 @@ def _packing(config: RunConfig) -> Iterator[str]:
         yield "data.length_grouped: packed sequences are all of one length; choose packing or length_grouped."
 
 
+def _layout(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.padding_free and data.packing:
+        yield "data.padding_free: packed sequences have next to no padding already; choose packing or padding_free."
+    if not data.streaming:
+        return
+    if config.train.max_steps == 0:
+        yield "data.streaming: a stream's length is unknown; set train.max_steps."
+    for key, given in {
+        "packing": data.packing, "length_grouped": data.length_grouped, "eval_fraction": data.eval_fraction,
+        "temperature": data.temperature, "counts": data.counts, "max_rows": data.max_rows,
+    }.items():  # fmt: skip
+        if given:
+            yield f"data.{key}: needs all rows before the first step; set data.streaming=false or leave it out."
+    if data.weights is not None and len(data.weights) != len(_as_list(data.train)):
+        yield f"data.weights: {len(data.weights)} numbers for {len(_as_list(data.train))} sources in data.train."
+
+
+def _as_list(value: object) -> list[object]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def _evaluation(config: RunConfig) -> Iterator[str]:
     has_eval = config.data.eval is not None or config.data.eval_fraction > 0
     if config.train.eval_every > 0 and not has_eval:
@@ -191,6 +215,7 @@ RULES: tuple[Rule, ...] = (
     _shares,
     _batches,
     _packing,
+    _layout,
     _mixture,
     _evaluation,
     _length,

@@ -78,8 +78,15 @@ class DataSettings:
     packing: bool = False
     """Several rows in one sequence of ``max_length`` tokens; refused where a probe shows that they would see each
     other. Batch sizes then count sequences."""
+    padding_free: bool = False
+    """A micro-batch's rows end to end in one sequence instead of padded to the longest; the same probe guards it."""
     length_grouped: bool = False
     """Batches of rows of like length (within windows of 50 shuffled batches): less padding, a little less random."""
+    streaming: bool = False
+    """Read the training rows while training, for what does not fit the disk. Needs ``train.max_steps`` and, to
+    evaluate, ``data.eval``; every rank reads them all."""
+    shuffle_window: int = 10000
+    """Rows that are shuffled together when streaming; all of them are in memory."""
     max_rows: int | None = None
     """Use only the first rows of the training data (before the split)."""
 
@@ -148,6 +155,9 @@ class TrainSettings:
     """Rows per forward and backward of one rank."""
     eval_every: int = 0
     """Steps between evaluations; 0 = only before the first and after the last step."""
+    micro_batch_tokens: int = 0
+    """Instead of ``micro_batch_size``: as many rows as fit into that many tokens, padding included (a longer row goes
+    alone); 0 = not used."""
     eval_batch_size: int = 8
     """Rows per forward in evaluation."""
     log_every: int = 1

@@ -64,6 +64,10 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
+    def room(self, rows: list[int]) -> int:
+        """Return the tokens that the chosen ones take in a micro-batch, padding included."""
+        ...
+
     def collate(self, rows: list[int], number: int) -> MicroBatch:
         """Return the chosen ones as micro-batch ``number``."""
         ...
@@ -92,6 +96,10 @@ class TokenRows:
         ids = torch.as_tensor(np.asarray(item["input_ids"], dtype=np.int64))
         return ids, torch.as_tensor(np.asarray(item["learned"], dtype=bool))
 
+    def room(self, rows: list[int]) -> int:
+        """Return the tokens of ``rows`` as `collate` lays them out."""
+        return len(rows) * int(self.lengths[rows].max())
+
     def collate(self, rows: list[int], number: int) -> MicroBatch:
         """Pad ``rows`` to the longest of them."""
         width = max(2, int(self.lengths[rows].max()))
@@ -109,16 +117,38 @@ def idle_micro_batch() -> MicroBatch:
     return MicroBatch(-1, torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64), weight=0.0)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a global batch is cut into micro-batches, and which rank takes its part here."""
+
+    micro_batch_size: int
+    """Rows of a micro-batch."""
+    rank: int
+    num_ranks: int
+    micro_batch_tokens: int = 0
+    """Instead of a number of rows: tokens that a micro-batch may take, padding included; 0 = not used."""
+
+    def pieces(self, rows: Rows, chosen: list[int]) -> list[list[int]]:
+        """Cut ``chosen``, rows of like length together; a row above the budget is alone."""
+        ordered = sorted(chosen, key=lambda row: (int(rows.lengths[row]), row))
+        if not self.micro_batch_tokens:
+            size = self.micro_batch_size
+            return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        found: list[list[int]] = []
+        for row in ordered:
+            if found and rows.room([*found[-1], row]) <= self.micro_batch_tokens:
+                found[-1].append(row)
+            else:
+                found.append([row])
+        return found
+
+
 class Loader:
     """Global batches of training rows, this rank's part of each."""
 
-    def __init__(
-        self, rows: Rows, global_batch_size: int, micro_batch_size: int, seed: int, rank: int, num_ranks: int,
-        length_grouped: bool = False,
-    ) -> None:  # fmt: skip
-        self.length_grouped = length_grouped
-        self.rows, self.seed, self.rank, self.num_ranks = rows, seed, rank, num_ranks
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+    def __init__(self, rows: Rows, global_batch_size: int, cut: Cut, seed: int, length_grouped: bool = False) -> None:
+        self.rows, self.global_batch_size, self.cut = rows, global_batch_size, cut
+        self.seed, self.length_grouped = seed, length_grouped
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -147,17 +177,16 @@ class Loader:
         """Return the global batch that starts at ``position``; it ends before ``limit``, if there is one."""
         count = self.global_batch_size if limit is None else min(self.global_batch_size, limit - position)
         chosen = self.indices(position, count)
-        return build_batch(self.rows, chosen, self.micro_batch_size, self.rank, self.num_ranks)
+        return build_batch(self.rows, chosen, self.cut)
 
 
-def build_batch(rows: Rows, chosen: list[int], micro_batch_size: int, rank: int, num_ranks: int) -> Batch:
-    """Cut rows into micro-batches (rows of like length together, to pad little) and take this rank's."""
-    by_length = sorted(chosen, key=lambda row: (int(rows.lengths[row]), row))
-    pieces = [by_length[i : i + micro_batch_size] for i in range(0, len(by_length), micro_batch_size)]
+def build_batch(rows: Rows, chosen: list[int], cut: Cut) -> Batch:
+    """Cut rows into micro-batches and take this rank's."""
+    pieces = cut.pieces(rows, chosen)
     return Batch(
         [
             idle_micro_batch() if number is None else rows.collate(pieces[number], number)
-            for number in deal(len(pieces), rank, num_ranks)
+            for number in deal(len(pieces), cut.rank, cut.num_ranks)
         ],
         num_rows=len(chosen),
         num_tokens=int(rows.lengths[chosen].sum()),

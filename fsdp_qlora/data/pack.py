@@ -66,10 +66,32 @@ class PackedRows:
         """Share of the sequences' room that holds tokens."""
         return float(self.lengths.sum()) / (len(self.bins) * self.capacity)
 
+    def room(self, rows: list[int]) -> int:
+        """Return the tokens of the sequences as `collate` lays them out."""
+        return len(rows) * int(self.lengths[rows].max())
+
     def collate(self, rows: list[int], number: int) -> MicroBatch:
         """Lay the rows of each chosen sequence end to end; pad to the longest sequence."""
         pieces = [[self.rows.row(row) for row in self.bins[b]] for b in rows]
         return pack(pieces, number, tuple(row for b in rows for row in self.bins[b]))
+
+
+class PaddingFreeRows:
+    """Rows whose micro-batches are one sequence each: end to end, nothing padded."""
+
+    def __init__(self, rows: TokenRows) -> None:
+        self.rows, self.lengths, self.targets = rows, rows.lengths, rows.targets
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def room(self, rows: list[int]) -> int:
+        """Return the tokens of the rows, nothing added."""
+        return int(self.lengths[rows].sum())
+
+    def collate(self, rows: list[int], number: int) -> MicroBatch:
+        """Lay the chosen rows end to end."""
+        return pack([[self.rows.row(row) for row in rows]], number, tuple(rows))
 
 
 def pack(

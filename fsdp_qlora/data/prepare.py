@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,17 +23,22 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.schema import DataSettings
+from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.mix import draw, mixture_counts
-from fsdp_qlora.data.sources import Row, fingerprint, names_of, read_source
-from fsdp_qlora.data.tokens import Counts, Fit, Tokenized, reader, tokenize, write_bad_rows
+from fsdp_qlora.data.sources import Row, fingerprint, names_of, read_source, stated
+from fsdp_qlora.data.stream import Stream
+from fsdp_qlora.data.tokens import Counts, Fit, ReadRow, Tokenized, reader, tokenize, write_bad_rows
 from fsdp_qlora.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_VERSION = 2  # of what is written; a change makes old caches unused
+_VERSION = 3  # of what is written; a change makes old caches unused
 _TOKENS, _COUNTS, _BAD_ROWS = "tokens.arrow", "counts.json", "bad_rows.jsonl"
-_NOT_IN_KEY = ("train", "eval", "packing", "length_grouped", "report", "show_samples", "template", "allow_code")
+_NOT_IN_KEY = {
+    "train", "eval", "packing", "padding_free", "length_grouped", "streaming", "shuffle_window", "report",
+    "show_samples", "template", "allow_code",
+}  # fmt: skip
 Progress = Callable[[int], None]
 """Takes the number of rows that have been read."""
 
@@ -42,7 +47,8 @@ Progress = Callable[[int], None]
 class PreparedData:
     """Tokenized rows (columns ``input_ids`` int32, ``learned`` bool, ``source`` int32), memory-mapped."""
 
-    train: Dataset
+    train: Dataset | None
+    """None where the training rows are streamed."""
     eval: Dataset | None
     train_counts: Counts
     eval_counts: Counts
@@ -53,6 +59,15 @@ class PreparedData:
     """What the numbers in ``source`` mean."""
     bad_rows: Path | None = None
     """File that lists the rows that were passed over; None where there were none."""
+    stream: Stream | None = None
+    """The training rows, with ``data.streaming``."""
+
+    def some_rows(self, count: int) -> TokenRows:
+        """Return training rows to look at: at least the first ``count``, if there are that many."""
+        if self.stream is not None:
+            return self.stream.tokenize(list(islice(self.stream.rows(), count)))
+        assert self.train is not None
+        return TokenRows(self.train)
 
 
 def prepare_data(
@@ -73,6 +88,8 @@ def prepare_data(
     if data.train is None:
         raise DataError("data.train: not set. Give a file, a folder, a hub data set, or a list of them.")
     _require_allowed(data)
+    if data.streaming:
+        return _streamed(data, seed, tokenizer, cache, prepares, progress)
     key = _key(data, seed, tokenizer)
     folder = cache / "tokens" / key
     if prepares and not (folder / _COUNTS).is_file():
@@ -106,11 +123,9 @@ def _prepare(
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
     train, held = names_of(data.train), names_of(data.eval or [])
-    read = reader(data.format, data.columns, _function(data))
-    fit = Fit(data.max_length, data.truncation, data.train_on)
     try:
         result = tokenize(
-            _numbered(train, held, data.max_rows), read, tokenizer, fit, staging / _TOKENS,
+            _numbered(train, held, data.max_rows), _reader(data), tokenizer, _fit(data), staging / _TOKENS,
             data.on_bad_row == "skip", progress,
         )  # fmt: skip
         parts, counts = _split(result, data, seed, len(train))
@@ -125,6 +140,36 @@ def _prepare(
         _publish(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _streamed(
+    data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, cache: Path, prepares: bool,
+    progress: Progress | None,
+) -> PreparedData:  # fmt: skip
+    """Prepare the rows of the evaluation as always, and of the training only what reads them."""
+    sources = names_of(data.train)
+    files = [line for name in sources for line in stated(name)]
+    key = hashlib.sha256(json.dumps([_key(replace(data, train=[]), seed, tokenizer), sources, files]).encode())
+    stream = Stream(
+        sources, data.weights, data.shuffle_window, seed, _reader(data), tokenizer, _fit(data),
+        data.on_bad_row == "skip",
+    )  # fmt: skip
+    made = PreparedData(None, None, Counts(), Counts(), key.hexdigest()[:24], stream=stream)
+    if data.eval is None:
+        return made
+    own = replace(data, train=data.eval, eval=None, eval_fraction=0.0, streaming=False, weights=None, max_rows=None)
+    held = prepare_data(own, seed, tokenizer, cache, prepares, progress)
+    return replace(
+        made, eval=held.train, eval_counts=held.train_counts, eval_sources=held.train_sources, bad_rows=held.bad_rows
+    )
+
+
+def _reader(data: DataSettings) -> ReadRow:
+    return reader(data.format, data.columns, _function(data))
+
+
+def _fit(data: DataSettings) -> Fit:
+    return Fit(data.max_length, data.truncation, data.train_on)
 
 
 def _numbered(train: list[str], held: list[str], max_rows: int | None) -> Iterator[tuple[int, Row]]:

@@ -92,7 +92,7 @@ def tokenize(
     with _all_cores(), pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(islice(rows, _BATCH)):
             pieces: list[tuple[Encoded, int]] = []
-            for number, where, key, outcome in _encoded(batch, read, tokenizer, fit.train_on):
+            for number, where, key, outcome in encoded_rows(batch, read, tokenizer, fit.train_on):
                 if isinstance(outcome, DataError):
                     _pass_over(where, outcome, skip_bad, result)
                     continue
@@ -100,7 +100,7 @@ def tokenize(
                 digest = hashlib.blake2b(outcome[0].tobytes(), digest_size=16).digest()
                 tally.duplicates = int(digest in seen)
                 seen.add(digest)
-                for piece in _fit(outcome, fit, tally):
+                for piece in fit_row(outcome, fit, tally):
                     pieces.append((piece, number))
                     result.keys.append(key)
                     result.sources.append(number)
@@ -118,7 +118,7 @@ def tokenize(
     return result
 
 
-def _encoded(
+def encoded_rows(
     batch: list[tuple[int, Row]], read: ReadRow, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
 ) -> Iterator[tuple[int, str, int, Encoded | DataError]]:
     """Yield (source, where, hash of the prompt, tokens or what is wrong) of each row, in order."""
@@ -167,7 +167,7 @@ def reader(row_format: str, columns: dict[str, str], convert: Callable[[dict], d
     return read
 
 
-def _fit(encoded: Encoded, fit: Fit, tally: Counts) -> Iterator[Encoded]:
+def fit_row(encoded: Encoded, fit: Fit, tally: Counts) -> Iterator[Encoded]:
     """Apply the truncation policy to one row; yield what is worth learning."""
     ids, learned = encoded
     limit = fit.max_length

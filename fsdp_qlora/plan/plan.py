@@ -67,6 +67,9 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int) -> TrainP
     shard = config.fsdp.shard_degree or world_size // replicate
     if shard * replicate != world_size:
         raise PlanError(f"fsdp.shard_degree: {shard} x replicate_degree {replicate} is not {world_size} ranks.")
+    rows = config.train.micro_batch_size
+    if config.train.micro_batch_tokens:  # the worst case: all rows as long as they may be
+        rows = max(1, config.train.micro_batch_tokens // config.data.max_length)
     settings = StorageSettings(
         shard_size=shard,
         quantized=bool(quantized),
@@ -74,7 +77,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int) -> TrainP
         itemsize=2 if config.precision.name == "bf16" else 4,
         r=config.lora.r,
         optimizer_states=_OPTIMIZER_STATES[config.optim.name],
-        micro_batch_size=config.train.micro_batch_size,
+        micro_batch_size=rows,
         max_length=config.data.max_length,
         checkpointing=config.train.activation_checkpointing == "full",
         eager_attention=config.model.attn_implementation == "eager",
@@ -87,7 +90,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int) -> TrainP
         quantized=quantized,
         targets=targets,
         units=fsdp_units(shapes),
-        batch=BatchPlan(config.train.global_batch_size, config.train.micro_batch_size, world_size),
+        batch=BatchPlan(config.train.global_batch_size, rows, world_size),
         bytes=bytes_per_rank(shapes, quantized, target_shapes, settings),
         trainable_parameters=sum(config.lora.r * (x.in_features + x.out_features) for x in target_shapes),
         base_parameters=sum(_numel(shape) for shape in shapes.parameters.values()),

@@ -109,6 +109,11 @@ class RunFolder:
         """Return what `write_summary` wrote."""
         return json.loads(self.summary_file.read_text())
 
+    @property
+    def bad_rows(self) -> Path:
+        """List of the rows of the data that were passed over, if any were."""
+        return self.path / "bad_rows.jsonl"
+
     def add_answers(self, step: int, answers: list[dict[str, str]]) -> None:
         """Append the answers at an evaluation to answers.jsonl; those of steps that are run again are replaced."""
         file = self.path / "answers.jsonl"

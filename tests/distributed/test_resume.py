@@ -14,7 +14,7 @@ from fsdp_qlora.checkpoint.write import read_tensors
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.track.run_folder import RunFolder
 from fsdp_qlora.training import Training
-from tests.build import build, essence, metrics, run_fit
+from tests.build import build, essence, metrics, next_rows, run_fit
 
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -40,7 +40,7 @@ def _state(ranks: Ranks, model: str, root: str, name: str, groups: dict) -> tupl
     training = Training(prepared, RunFolder(root, name))
     assert training.resume() is not None
     whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in training._tensors().items()}
-    batch = training.loader.indices(training.progress.position, 7)
+    batch = next_rows(training)
     return {n: _digest(t) for n, t in whole.items()}, batch, training.progress.step
 
 
@@ -78,3 +78,22 @@ def test_bit_equal_on_the_same_ranks(pool, tiny_model, chat_rows, tmp_path, opti
     assert [line for line in split if line not in at_the_ends] == whole
     weights = [(tmp_path / f"{n}/adapter/adapter_model.safetensors").read_bytes() for n in ("whole", "split")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("second", [2, 3])
+def test_a_stream_goes_on_where_it_was(pool, tiny_model, chat_rows, tmp_path, second):
+    def groups(steps: int) -> dict:
+        return {
+            "data": {"train": [str(chat_rows)] * 2, "weights": [0.7, 0.3], "streaming": True, "shuffle_window": 16},
+            "train": {"max_steps": steps, "global_batch_size": 7, "micro_batch_tokens": 100},
+            "schedule": {"name": "constant", "warmup_ratio": 0.0}, "precision": {"name": "fp32"},
+        }  # fmt: skip
+
+    pool.run(2, run_fit, str(tiny_model), str(tmp_path), "whole", groups(6))
+    pool.run(2, run_fit, str(tiny_model), str(tmp_path), "parts", groups(3))
+    pool.run(second, run_fit, str(tiny_model), str(tmp_path), "parts", groups(6))
+    whole, parts = (essence(metrics(tmp_path / name)) for name in ("whole", "parts"))
+    assert [m["tokens"] for m in parts] == [m["tokens"] for m in whole]
+    if second == 2:
+        assert parts == whole
+    assert max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(parts, whole, strict=True)) < 1e-5

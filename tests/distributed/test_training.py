@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fsdp_qlora.dist.mesh import Ranks
-from tests.build import build, losses, norms, run_fit
+from tests.build import build, losses, next_rows, norms, run_fit
 
 
 def _train(pool, num_ranks, model, rows, root, name, layout="shard", timeout=180, **groups):
@@ -85,6 +88,41 @@ def test_micro_batch_size_does_not_change_the_loss(pool, tiny_model, chat_rows, 
         found[size] = losses(_train(pool, 2, tiny_model, chat_rows, tmp_path, f"m{size}", **groups)["metrics"])
     assert _close(found[1], found[12], 1e-5)
     assert _close(found[3], found[12], 1e-5)
+
+
+CUTS = {
+    "(1, 1)": (1, {"micro_batch_size": 24}, {}),
+    "(4, 1)": (1, {"micro_batch_size": 6}, {}),
+    "(1, 2)": (2, {"micro_batch_size": 12}, {}),
+    "(2, 2)": (2, {"micro_batch_size": 6}, {}),
+    "(1, 3)": (3, {"micro_batch_size": 8}, {}),
+    "token budget": (3, {"micro_batch_tokens": 150}, {}),
+    "padding-free": (2, {"micro_batch_tokens": 150}, {"padding_free": True}),
+}
+
+
+def _adapter(pool, num_ranks, model, rows, root, name, train, data):
+    """Train two steps of plain gradient descent; return the adapter, which is then the gradients, and the losses."""
+    groups = {
+        "data": {"train": str(rows), "max_length": 128, **data}, "precision": {"name": "fp32"},
+        "train": {"max_steps": 2, "global_batch_size": 24, "max_grad_norm": 0.0, **train},
+        "optim": {"name": "sgd", "lr": 0.5, "beta1": 0.0}, "schedule": {"name": "constant", "warmup_ratio": 0.0},
+    }  # fmt: skip
+    found = pool.run(num_ranks, run_fit, str(model), str(root), name, groups)[0]["metrics"]
+    tensors = load_file(root / name / "adapter" / "adapter_model.safetensors")
+    return losses(found), torch.cat([tensors[k].flatten() for k in sorted(tensors)])
+
+
+@pytest.mark.parametrize("cut", list(CUTS)[1:])
+def test_24_ragged_rows_give_the_same_gradients_however_they_are_cut(pool, tiny_model, tmp_path, cut):
+    rows = tmp_path / "ragged.jsonl"
+    made = [{"prompt": f"{n}? ", "completion": "abcdefgh " * (1 + (n * 7) % 12)} for n in range(24)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+    wanted_losses, wanted = _adapter(pool, 1, tiny_model, rows, tmp_path, "one", *CUTS["(1, 1)"][1:])
+    found_losses, found = _adapter(pool, CUTS[cut][0], tiny_model, rows, tmp_path, "cut", *CUTS[cut][1:])
+    assert _close(found_losses, wanted_losses, 1e-6)
+    assert wanted_losses[0] - wanted_losses[1] > 1e-3
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
 
 
 def test_hybrid_sharding_gives_the_same_numbers(pool, tiny_model, chat_rows, tmp_path):
@@ -213,7 +251,7 @@ def _state(ranks: Ranks, folder: str, rows: str, root: str, steps: int, resume: 
     training = Training(prepared, run_folder)
     resumed = training.resume()
     after_load = {n: t.full_tensor().clone() for n, t in training._tensors().items()} if resumed else {}
-    following = training.loader.indices(training.progress.position, 6)
+    following = next_rows(training)
     with _tracker(training, run_folder) as tracker:
         training.run(tracker, StopSignals())
     final = {n: t.full_tensor().clone() for n, t in training._tensors().items()}

@@ -75,11 +75,13 @@ print(json.dumps({"loss": total / count, "targets": count}))
 
 
 def _plain_loss(run_folder: Path, env: dict[str, str], tmp_path: Path) -> dict:
-    from datasets import load_from_disk
+    import numpy as np
+    from datasets import Dataset
 
-    (tokens,) = (Path(env["FSDP_QLORA_CACHE"]) / "tokens").glob("*/eval")
+    (folder,) = (Path(env["FSDP_QLORA_CACHE"]) / "tokens").iterdir()
+    held_out = Dataset.from_file(str(folder / "tokens.arrow")).select(np.load(folder / "eval.npy"))
     rows = tmp_path / "held_out.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in load_from_disk(str(tokens))))
+    rows.write_text("".join(json.dumps(row) + "\n" for row in held_out))
     script = tmp_path / "plain.py"
     script.write_text(PLAIN)
     result = subprocess.run(

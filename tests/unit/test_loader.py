@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from fsdp_qlora.data.loader import IGNORE, Loader, TokenRows, build_batch
+from fsdp_qlora.data.loader import IGNORE, Cut, Loader, TokenRows, build_batch
 from fsdp_qlora.plan.batch import BatchPlan, deal, num_steps
 
 
@@ -21,7 +21,7 @@ def _seen(rows, num_ranks, start, count, size=5):
     for position in range(start, start + count, size):
         step = []
         for rank in range(num_ranks):
-            batch = Loader(rows, size, 2, 0, rank, num_ranks).batch_at(position, start + count)
+            batch = Loader(rows, size, Cut(2, rank, num_ranks), 0).batch_at(position, start + count)
             step += [int(r[0]) for m in batch.micro_batches if m.weight for r in m.input_ids]
         found.append(sorted(step))
     return found
@@ -31,20 +31,20 @@ def _seen(rows, num_ranks, start, count, size=5):
 def test_each_row_once_an_epoch_and_the_same_batches_on_any_world(rows, num_ranks):
     steps = _seen(rows, num_ranks, 0, 48)
     assert steps == _seen(rows, 1, 0, 48)
-    flat = Loader(rows, 5, 2, 0, 0, 1).indices(0, 48)
+    flat = Loader(rows, 5, Cut(2, 0, 1), 0).indices(0, 48)
     assert sorted(flat[:24]) == sorted(flat[24:]) == list(range(24))
     assert flat[:24] != flat[24:]
 
 
 @pytest.mark.parametrize("position", [0, 1, 17, 24, 30])
 def test_a_resume_at_any_position_goes_on_where_it_was(rows, position):
-    loader = Loader(rows, 5, 2, 3, 0, 1)
+    loader = Loader(rows, 5, Cut(2, 0, 1), 3)
     assert loader.indices(0, 60)[position:] == loader.indices(position, 60 - position)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
 def test_every_rank_runs_as_many_micro_batches_and_the_totals_are_global(rows, num_ranks):
-    batches = [build_batch(rows, list(range(7)), 2, rank, num_ranks) for rank in range(num_ranks)]
+    batches = [build_batch(rows, list(range(7)), Cut(2, rank, num_ranks)) for rank in range(num_ranks)]
     assert len({len(b.micro_batches) for b in batches}) == 1
     assert {b.num_targets for b in batches} == {int(rows.targets[:7].sum())}
     own = sum(int((m.labels[:, 1:] != IGNORE).sum()) for b in batches for m in b.micro_batches if m.weight)
