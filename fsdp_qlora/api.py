@@ -26,12 +26,15 @@ from fsdp_qlora.errors import DataError
 from fsdp_qlora.export.adapter import load_adapter, read_adapter_config, start_from_adapter
 from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
+from fsdp_qlora.model.conversions import arrangement
+from fsdp_qlora.model.experts import use_quantized_experts
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters
+from fsdp_qlora.model.quant_head import quantize_edges
 from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, shard_model
 from fsdp_qlora.model.skeleton import attention_for, build_skeleton, build_tokenizer, read_shapes, resolve_folder
 from fsdp_qlora.model.stream import LoadReport, Progress, stream_weights, verify_gather
 from fsdp_qlora.model.weights import SafetensorsFolder
-from fsdp_qlora.plan.layout import ModelShapes
+from fsdp_qlora.plan.layout import ModelShapes, quantized_linears
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
@@ -125,8 +128,9 @@ def prepare(config: RunConfig, world: World | None = None, progress: Progress | 
     base = _skeleton(resolved, folder)
     shapes = read_shapes(base)
     plan = make_plan(resolved, shapes, world.ranks.size)
-    model = build_sharded(config, base, plan, world.ranks)
     source = SafetensorsFolder(folder)
+    source.arrange(arrangement(base, source.entries))
+    model = build_sharded(config, base, shapes, plan, world.ranks)
     report = stream_weights(model, model.base, source, world.ranks, progress)
     initialize_adapters(model, config.run.seed, world.ranks.shard_rank, world.ranks.shard_size)
     if config.lora.init_from is not None:
@@ -204,11 +208,12 @@ def _skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
     )
 
 
-def build_sharded(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, ranks: Ranks) -> CausalModel:
+def build_sharded(
+    config: RunConfig, base: PreTrainedModel, shapes: ModelShapes, plan: TrainPlan, ranks: Ranks
+) -> CausalModel:
     """Swap, adapt and shard a meta model as planned; the order is the point (see docs/architecture.md)."""
     if plan.quantized and config.quant.name != "none":
-        quant_format = QuantFormat(config.quant.name, config.quant.double_quant)
-        swap_linears(base, (x.name for x in plan.quantized), quant_format)
+        _quantize(base, plan, QuantFormat(config.quant.name, config.quant.double_quant), shapes, config)
     install_loss_head(base, config.train.logits_chunk)
     lora = config.lora
     model = CausalModel(attach_lora(base, plan.targets, lora.r, lora.alpha, lora.dropout, lora.variant))
@@ -220,6 +225,18 @@ def build_sharded(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, ran
     register_fsdp_forward_method(model, "logits")
     require_sharded(model, ranks)
     return model
+
+
+def _quantize(
+    base: PreTrainedModel, plan: TrainPlan, quant_format: QuantFormat, shapes: ModelShapes, config: RunConfig
+) -> None:
+    """Put 4-bit modules in the place of what is planned to be 4-bit."""
+    inside = quantized_linears(shapes)
+    swap_linears(base, inside, quant_format)
+    if any(x.stacked for x in inside):
+        use_quantized_experts(base)
+    if config.quant.embeddings != "none":
+        quantize_edges(base, shapes, quant_format)
 
 
 def debug_context(config: RunConfig) -> Callable[[], Any]:

@@ -194,6 +194,12 @@ def _quantization(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _edges(config: RunConfig) -> Iterator[str]:
+    kind = config.quant.embeddings
+    if kind not in ("none", config.quant.name):
+        yield f"quant.embeddings: {kind} goes with quant={kind}, not {config.quant.name}."
+
+
 def _not_built(config: RunConfig) -> Iterator[str]:
     if config.train.compile == "true":
         yield "train.compile: true is not available in this version; leave it at auto, which runs without."
@@ -222,6 +228,7 @@ RULES: tuple[Rule, ...] = (
     _names,
     _resume,
     _quantization,
+    _edges,
     _not_built,
     _prompts,
 )

@@ -101,6 +101,10 @@ class QuantSettings:
     """Quantize the block statistics too (QLoRA's double quantization)."""
     block_size: int = 64
     """Weights that share one statistic."""
+    embeddings: Literal["none", "nf4"] = "none"
+    """Quantize embedding and head too: rows are dequantized as they are looked up, the head slice by slice."""
+    allow_16bit: bool = False
+    """Go on where more than 10 % of the decoder layers' weights cannot be quantized and stay in 16 bit."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fsdp_qlora.model.head import LossHead
+from fsdp_qlora.model.quant_head import QuantLossHead, configure_loss_head
 from fsdp_qlora.plan.batch import IGNORE
 
 
@@ -60,7 +61,10 @@ class CausalModel(nn.Module):
 
 
 def install_loss_head(model: PreTrainedModel, chunk: int) -> None:
-    """Replace the output head by a `LossHead` that shares its weight."""
+    """Replace the output head by a `LossHead` that shares its weight; a 4-bit head is one already."""
     head = model.get_output_embeddings()
+    if isinstance(head, QuantLossHead):
+        configure_loss_head(head, model.config.get_text_config(), chunk)
+        return
     assert isinstance(head, nn.Linear)
     model.set_output_embeddings(LossHead.from_linear(head, model.config.get_text_config(), chunk))

@@ -13,6 +13,13 @@ import torch
 from torch import nn
 
 
+def logit_settings(model_config: Any) -> tuple[float, float | None]:
+    """Return the factor on the logits (Cohere, Granite) and their soft cap (Gemma 2), as the model's config says."""
+    scale = getattr(model_config, "logit_scale", None) or 1.0
+    scale /= getattr(model_config, "logits_scaling", None) or 1.0
+    return scale, getattr(model_config, "final_logit_softcapping", None)
+
+
 class LossHead(nn.Linear):
     """An ``nn.Linear`` head that, given labels, returns each token's loss instead of logits.
 
@@ -31,9 +38,7 @@ class LossHead(nn.Linear):
         """Wrap a head, sharing its weight and bias (a tie with the embedding stays)."""
         head = LossHead(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         head.weight, head.bias, head.chunk = linear.weight, linear.bias, chunk
-        head.softcap = getattr(model_config, "final_logit_softcapping", None)
-        scale = getattr(model_config, "logit_scale", None) or 1.0
-        head.logit_scale = scale / (getattr(model_config, "logits_scaling", None) or 1.0)
+        head.logit_scale, head.softcap = logit_settings(model_config)
         return head
 
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import guard_torch_init_functions
+from transformers.pytorch_utils import Conv1D
 
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.plan.layout import LinearShape, ModelShapes
@@ -104,11 +106,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         raise ModelError(f"{type(model).__name__}: no embedding, linear head and decoder layers: not a causal LM?")
     names = {module: name for name, module in model.named_modules()}
     config = model.config.get_text_config()
-    linears = tuple(
-        LinearShape(name, m.out_features, m.in_features, m.bias is not None)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and m is not head
-    )
+    linears = tuple(x for name, m in model.named_modules() if m is not head for x in _linears(name, m))
     return ModelShapes(
         parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
         linears=linears,
@@ -120,6 +118,20 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         vocab_size=head.out_features,
         num_attention_heads=config.num_attention_heads,
     )
+
+
+def _linears(name: str, module: nn.Module) -> Iterator[LinearShape]:
+    """Yield what of a module can be stored in 4-bit: its weight, or the stacked weights of its experts."""
+    if isinstance(module, nn.Linear):
+        yield LinearShape(name, module.out_features, module.in_features, module.bias is not None)
+    elif isinstance(module, Conv1D):
+        yield LinearShape(name, module.nf, module.nx, True, transposed=True)
+    elif getattr(module, "has_gate", None) is not None and not (module.is_transposed or module.has_bias):
+        for key in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+            weight = getattr(module, key, None)
+            if isinstance(weight, nn.Parameter) and weight.dim() == 3:
+                count, rows, columns = weight.shape
+                yield LinearShape(f"{name}.{key}", rows, columns, count=count, stacked=True)
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

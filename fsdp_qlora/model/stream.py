@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -22,12 +22,13 @@ from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import all_gather, gather_json
 from fsdp_qlora.errors import ModelError, NumericsError
 from fsdp_qlora.model.skeleton import restore_buffers
-from fsdp_qlora.model.weights import SafetensorsFolder, TensorEntry
-from fsdp_qlora.plan.layout import ROW_WEIGHTS, num_blocks, row_range
-from fsdp_qlora.quant.formats import one_thread, to_rows
-from fsdp_qlora.quant.linear import STATISTICS, QuantLinear, local_tensor
-from fsdp_qlora.quant.packing import num_rows, raw_bytes
+from fsdp_qlora.model.weights import SafetensorsFolder, StoredTensor
+from fsdp_qlora.plan.layout import ROW_BLOCKS, ROW_WEIGHTS, num_blocks, row_range
+from fsdp_qlora.quant.formats import one_thread
+from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices, local_tensor
+from fsdp_qlora.quant.packing import bytes_to_rows, float_to_bits, raw_bytes, values_to_rows
 
+_CHUNK_ROWS = 512  # weights of 16 MiB in bf16 are read and quantized at a time
 Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
 
@@ -61,16 +62,16 @@ def stream_weights(
         NumericsError: if a planned linear was not filled or the tie of head and embedding was lost.
     """
     started = time.perf_counter()
-    tied = base.get_input_embeddings().weight is _head_weight(base)
+    tied = _shares_weight(base)
     model.to_empty(device=ranks.device)
     restore_buffers(base, ranks.device)
-    quantized = [(n.removesuffix(".base_layer"), m) for n, m in base.named_modules() if isinstance(m, QuantLinear)]
+    quantized = [m for m in base.modules() if isinstance(m, QuantMatrices)]
     kept = [(_file_name(n), p) for n, p in base.named_parameters() if not _is_ours(n, p, base)]
-    entries = [source.find(f"{n}.weight", m.shape) for n, m in quantized]
+    entries = [source.find(m.stored.parameter, m.stored.stored_shape) for m in quantized if m.stored is not None]
     kept_entries = [source.find(name, tuple(p.shape)) for name, p in kept]
     total = len(entries) + len(kept)
     with one_thread(), torch.no_grad():
-        for done, ((_, module), entry) in enumerate(zip(quantized, entries, strict=True)):
+        for done, (module, entry) in enumerate(zip(quantized, entries, strict=True)):
             _fill_quantized(module, entry, source, ranks)
             if progress:
                 progress(done + 1, total)
@@ -78,14 +79,16 @@ def stream_weights(
             _fill_kept(parameter, entry, source, ranks)
             if progress:
                 progress(len(entries) + done + 1, total)
-    if tied and base.get_input_embeddings().weight is not _head_weight(base):
+    if tied and not _shares_weight(base):
         raise NumericsError("head and embedding share one weight in this model, but no longer after loading.")
-    size = sum(resident_bytes(module) for _, module in quantized)
+    size = sum(resident_bytes(module) for module in quantized)
     return LoadReport(source.bytes_read, source.total_bytes, size, time.perf_counter() - started)
 
 
-def _head_weight(base: PreTrainedModel) -> torch.Tensor | None:
-    return getattr(base.get_output_embeddings(), "weight", None)
+def _shares_weight(base: PreTrainedModel) -> bool:
+    """Whether head and embedding are one 16-bit parameter (4-bit ones share a module, which nothing can part)."""
+    weights = [getattr(m, "weight", None) for m in (base.get_input_embeddings(), base.get_output_embeddings())]
+    return weights[0] is not None and weights[0] is weights[1]
 
 
 def _file_name(name: str) -> str:
@@ -96,37 +99,93 @@ def _is_ours(name: str, parameter: nn.Parameter, base: PreTrainedModel) -> bool:
     """Whether a parameter is an adapter, or packed bytes or statistics: not in the model's files under that name."""
     owner, _, child = name.rpartition(".")
     return parameter.requires_grad or (
-        child in ("packed", *STATISTICS) and isinstance(base.get_submodule(owner), QuantLinear)
+        child in ("packed", *STATISTICS) and isinstance(base.get_submodule(owner), QuantMatrices)
     )
 
 
-def _fill_quantized(module: QuantLinear, entry: TensorEntry, source: SafetensorsFolder, ranks: Ranks) -> None:
+def _fill_quantized(module: QuantMatrices, entry: StoredTensor, source: SafetensorsFolder, ranks: Ranks) -> None:
+    whole: torch.Tensor | None = None
+
     def read(start: int, stop: int) -> torch.Tensor:
-        weights = source.read(entry, start, stop)
-        _require_finite(weights, entry)
-        return weights
+        nonlocal whole
+        if module.stored is None or not module.stored.transposed:
+            weights = source.read(entry, start, stop)
+            _require_finite(weights, entry)
+            return weights
+        if whole is None:  # stored the other way round (Conv1D): its rows lie across the file, so all of it is read
+            stored = source.read(entry, 0, entry.numel).view(module.in_features, module.out_features)
+            _require_finite(stored, entry)
+            whole = stored.t().reshape(-1)
+        return whole[start:stop]
 
     stream_linear(module, read, ranks)
 
 
 @torch.no_grad()
-def stream_linear(module: QuantLinear, read: Callable[[int, int], torch.Tensor], ranks: Ranks) -> None:
-    """Quantize this rank's rows of one weight and write them into ``module``. Every rank calls it.
+def stream_linear(module: QuantMatrices, read: Callable[[int, int], torch.Tensor], ranks: Ranks) -> None:
+    """Quantize this rank's rows of a weight and write them into ``module``. Every rank calls it.
 
     Args:
         module: a layer that is real; sharded (then each rank fills its own rows) or not.
-        read: called with ``(start, stop)``; returns those elements of the flattened weight, in their own dtype.
+        read: called with ``(start, stop)``; returns those elements of the flattened weight (of all its matrices, one
+            after the other), in their own dtype. Called with a bounded number of elements at a time.
         ranks: whom to exchange the statistics with.
     """
-    numel = module.in_features * module.out_features
     first, last = _rows_of(module.packed, ranks)
-    weights = read(min(first * ROW_WEIGHTS, numel), min(last * ROW_WEIGHTS, numel))
-    quant_format = module.quant_format
-    codes, absmax = quant_format.quantize_blocks(weights.to(ranks.device))
-    offset = None
-    if quant_format.double_quant:
-        offset = _mean_over_ranks(absmax, numel, isinstance(module.packed, DTensor), ranks)
-    module.fill(to_rows(quant_format, codes, absmax, offset, last - first))
+    packed = local_tensor(module.packed)
+    absmax = torch.zeros(last - first, ROW_BLOCKS, dtype=torch.float32, device=ranks.device)
+    for start, stop, begin, end in _chunks(module, first, last):
+        codes, found = module.quant_format.quantize_blocks(read(begin, end).to(ranks.device))
+        packed[start - first : stop - first].copy_(bytes_to_rows(codes, stop - start))
+        absmax[start - first : stop - first].view(-1)[: found.numel()] = found
+    if module.nested is None:
+        local_tensor(module.absmax).copy_(float_to_bits(absmax))
+    else:
+        _nest(module, absmax, first, last, ranks)
+
+
+def _overlaps(module: QuantMatrices, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Yield ``(matrix, start, stop)``: the rows of each matrix within ``[first, last)``."""
+    each = module.rows_each
+    for index in range(first // each, -(-last // each) if last > first else 0):
+        yield index, max(first, index * each), min(last, (index + 1) * each)
+
+
+def _chunks(module: QuantMatrices, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield ``(start row, stop row, first element, last element)`` of bounded pieces, none across two matrices."""
+    for index, low, high in _overlaps(module, first, last):
+        base, shift = index * module.rows_each, index * module.numel
+        for start in range(low, high, _CHUNK_ROWS):
+            stop = min(start + _CHUNK_ROWS, high)
+            begin, end = ((row - base) * ROW_WEIGHTS for row in (start, stop))
+            yield start, stop, shift + min(begin, module.numel), shift + min(end, module.numel)
+
+
+def _nest(module: QuantMatrices, absmax: torch.Tensor, first: int, last: int, ranks: Ranks) -> None:
+    """Quantize the statistics of this rank's rows, each matrix with the mean of its own."""
+    blocks = num_blocks(module.numel)
+    everywhere = _of_all_ranks(module, absmax, ranks)
+    offsets = torch.stack([matrix[:blocks].mean() for matrix in everywhere.view(module.count, -1)])
+    assert isinstance(module.offset, torch.Tensor) and module.nested is not None
+    module.offset.copy_(offsets)
+    coded, nested = local_tensor(module.absmax), local_tensor(module.nested)
+    for index, start, stop in _overlaps(module, first, last):
+        rest = blocks - (start - index * module.rows_each) * ROW_BLOCKS  # the last row may hold fewer
+        own = absmax[start - first : stop - first].view(-1)[:rest]
+        codes, found = module.quant_format.nest(own, offsets[index])
+        rows = slice(start - first, stop - first)
+        coded[rows].copy_(values_to_rows(codes, stop - start, ROW_BLOCKS))
+        nested[rows].copy_(values_to_rows(float_to_bits(found), stop - start, 1))
+
+
+def _of_all_ranks(module: QuantMatrices, absmax: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Return the float32 absmax ``[rows, 256]`` of all rows: a mean depends on the order of what it is of."""
+    rows = module.packed.shape[0]
+    if not isinstance(module.packed, DTensor):
+        return absmax
+    padded = torch.zeros(row_range(rows, 0, ranks.shard_size)[1], ROW_BLOCKS, device=absmax.device)
+    padded[: absmax.shape[0]] = absmax
+    return torch.cat(all_gather(padded, ranks.shard_group))[:rows]
 
 
 def _rows_of(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:
@@ -141,17 +200,7 @@ def _rows_of(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:
     return start, stop
 
 
-def _mean_over_ranks(absmax: torch.Tensor, numel: int, sharded: bool, ranks: Ranks) -> torch.Tensor:
-    """Return the mean of the whole tensor's absmax, computed alike on every rank (sums depend on their order)."""
-    if not sharded:
-        return absmax.mean()
-    rows_each = row_range(num_rows(numel), 0, ranks.shard_size)[1]
-    padded = torch.zeros(rows_each * (ROW_WEIGHTS // 64), dtype=torch.float32, device=absmax.device)
-    padded[: absmax.numel()] = absmax
-    return torch.cat(all_gather(padded, ranks.shard_group))[: num_blocks(numel)].mean()
-
-
-def _fill_kept(parameter: torch.Tensor, entry: TensorEntry, source: SafetensorsFolder, ranks: Ranks) -> None:
+def _fill_kept(parameter: torch.Tensor, entry: StoredTensor, source: SafetensorsFolder, ranks: Ranks) -> None:
     first, last = _rows_of(parameter, ranks)
     width = prod(entry.shape[1:])
     values = source.read(entry, first * width, last * width)
@@ -166,12 +215,12 @@ def fill_slice(parameter: torch.Tensor, whole: torch.Tensor, shard_rank: int, sh
     local_tensor(parameter).copy_(whole[start:stop])
 
 
-def _require_finite(values: torch.Tensor, entry: TensorEntry) -> None:
+def _require_finite(values: torch.Tensor, entry: StoredTensor) -> None:
     if not bool(torch.isfinite(values).all()):
         raise ModelError(f"{entry.file}: tensor {entry.name} holds values that are not finite numbers.")
 
 
-def resident_bytes(module: QuantLinear) -> int:
+def resident_bytes(module: QuantMatrices) -> int:
     """Return the bytes of packed weight and statistics that this rank holds of ``module``."""
     parts = [getattr(module, name) for name in ("packed", *STATISTICS)]
     return sum(local_tensor(p).numel() * p.element_size() for p in parts if p is not None)
@@ -204,11 +253,11 @@ def verify_gather(model: nn.Module, ranks: Ranks) -> None:
         unit.reshard()
 
 
-def _quantized_inside(unit: nn.Module) -> dict[str, QuantLinear]:
-    return {name: m for name, m in unit.named_modules() if isinstance(m, QuantLinear)}
+def _quantized_inside(unit: nn.Module) -> dict[str, QuantMatrices]:
+    return {name: m for name, m in unit.named_modules() if isinstance(m, QuantMatrices)}
 
 
-def _digests(module: QuantLinear, num_shards: int = 0) -> dict[str, list[str]]:
+def _digests(module: QuantMatrices, num_shards: int = 0) -> dict[str, list[str]]:
     """Return sha256 of the local shard, or of each rank's rows of a gathered parameter, by parameter name."""
     found: dict[str, list[str]] = {}
     for name in ("packed", *STATISTICS):

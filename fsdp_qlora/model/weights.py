@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -41,6 +42,25 @@ class TensorEntry:
         return prod(self.shape)
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the model as the files hold it: one stretch, or several to be laid end to end."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[TensorEntry, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def file(self) -> Path:
+        """File of the first part, for messages."""
+        return self.parts[0].file
+
+
 def file_digests(folder: Path) -> dict[str, str]:
     """Return what identifies a model's weight files without reading them whole: size, and a digest of samples.
 
@@ -71,6 +91,8 @@ class SafetensorsFolder:
         """
         self.folder, self.bytes_read = folder, 0
         self.entries: dict[str, TensorEntry] = {}
+        self.arranged: dict[str, tuple[TensorEntry, ...]] = {}
+        """Tensors of the model that the files hold under other names, or in parts."""
         self.total_bytes = 0
         for file in self._files():
             self._read_header(file)
@@ -124,29 +146,50 @@ class SafetensorsFolder:
             raise ModelError(f"{file} is damaged: tensor {name} {entry.shape} {entry.dtype} has {end - begin} bytes.")
         self.entries[name] = entry
 
-    def find(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
-        """Return the entry of a tensor of that shape.
+    def arrange(self, names: Mapping[str, Sequence[str]]) -> None:
+        """Say which of the files' tensors, laid end to end, make up a tensor of the model."""
+        self.arranged = {name: tuple(self.entries[part] for part in parts) for name, parts in names.items()}
+
+    def find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        """Return where a tensor of that shape lies.
 
         Raises:
             ModelError: if it is missing, has another shape, or is not bf16, fp16 or fp32.
         """
-        entry = self.entries.get(name)
-        if entry is None:
+        parts = self.arranged.get(name)
+        if parts is None and name in self.entries:
+            parts = (self.entries[name],)
+        if parts is None:
             raise ModelError(f"{self.folder}: no tensor {name} in its {len(self.entries)} tensors.")
-        if entry.shape != shape:
-            raise ModelError(f"{entry.file}: tensor {name} is {list(entry.shape)}, the model needs {list(shape)}.")
-        if entry.dtype not in _DTYPES:
-            raise ModelError(f"{entry.file}: tensor {name} is {entry.dtype}; only {', '.join(_DTYPES)} can be read.")
-        return entry
+        entry = parts[0]
+        if (len(parts) == 1 and entry.shape != shape) or sum(part.numel for part in parts) != prod(shape):
+            found = list(entry.shape) if len(parts) == 1 else f"{len(parts)} parts of {list(entry.shape)}"
+            raise ModelError(f"{entry.file}: tensor {name} is {found}, the model needs {list(shape)}.")
+        for part in parts:
+            if part.dtype not in _DTYPES:
+                raise ModelError(
+                    f"{part.file}: tensor {part.name} is {part.dtype}; only {', '.join(_DTYPES)} can be read."
+                )
+        return StoredTensor(name, shape, parts)
 
-    def read(self, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+    def read(self, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
         """Return the flat elements ``[start, stop)`` of a tensor, in its own dtype, on the CPU."""
+        pieces, first = [], 0
+        for part in tensor.parts:
+            low, high = max(start - first, 0), min(stop - first, part.numel)
+            if low < high:
+                pieces.append(self._read_part(part, low, high))
+            first += part.numel
+        if not pieces:
+            return torch.empty(0, dtype=_DTYPES[tensor.parts[0].dtype])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _read_part(self, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
         dtype = _DTYPES[entry.dtype]
         data = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
-        if stop > start:
-            with entry.file.open("rb", buffering=0) as stream:
-                stream.seek(entry.offset + start * dtype.itemsize)
-                self._read_into(stream, data, entry)
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.offset + start * dtype.itemsize)
+            self._read_into(stream, data, entry)
         self.bytes_read += data.numel()
         return from_bytes(data, dtype)
 

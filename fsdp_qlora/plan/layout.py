@@ -42,17 +42,41 @@ def row_range(rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One linear layer of the model: ``weight`` is ``[out_features, in_features]``."""
+    """One linear layer ``[out_features, in_features]``, or the stacked matrices of a layer's experts."""
 
     name: str
+    """Of the layer, or of the stacked parameter."""
     out_features: int
     in_features: int
     bias: bool = False
+    count: int = 1
+    """Stacked matrices; 1 for a layer."""
+    transposed: bool = False
+    """Whether files hold ``[in_features, out_features]`` (GPT-2's Conv1D)."""
+    stacked: bool = False
+    """Whether it is a 3-D parameter and not a layer: it takes no adapter here."""
 
     @property
     def numel(self) -> int:
         """Number of weights, the bias not counted."""
-        return self.out_features * self.in_features
+        return self.count * self.out_features * self.in_features
+
+    @property
+    def rows(self) -> int:
+        """Rows of packed storage; each matrix starts on one of its own."""
+        return self.count * num_rows(self.out_features * self.in_features)
+
+    @property
+    def parameter(self) -> str:
+        """Name of the weight in the unquantized model."""
+        return self.name if self.stacked else f"{self.name}.weight"
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the weight in the unquantized model and in its files."""
+        shape = (self.out_features, self.in_features)
+        shape = shape[::-1] if self.transposed else shape
+        return (self.count, *shape) if self.stacked else shape
 
 
 @dataclass(frozen=True)
@@ -62,7 +86,7 @@ class ModelShapes:
     parameters: dict[str, tuple[int, ...]]
     """Every parameter's shape by name; tied ones once."""
     linears: tuple[LinearShape, ...]
-    """Every linear layer, embeddings and the head not among them."""
+    """Every linear layer and stacked expert weight, embeddings and the head not among them."""
     layers: tuple[str, ...]
     """Names of the decoder layers, in their order."""
     embedding: str
@@ -85,6 +109,12 @@ def quantized_linears(shapes: ModelShapes) -> tuple[LinearShape, ...]:
     return tuple(x for x in shapes.linears if any(x.name.startswith(layer + ".") for layer in shapes.layers))
 
 
+def quantized_edges(shapes: ModelShapes) -> tuple[LinearShape, ...]:
+    """Return embedding and head as what is stored of them in 4-bit: one table where they are tied, else two."""
+    names = (shapes.embedding,) if shapes.tied else (shapes.embedding, shapes.head)
+    return tuple(LinearShape(name, shapes.vocab_size, shapes.hidden_size) for name in names)
+
+
 def target_linears(shapes: ModelShapes, target_modules: str | Sequence[str]) -> tuple[str, ...]:
     """Expand ``lora.target_modules`` to the full names of linears, in the model's order.
 
@@ -93,7 +123,7 @@ def target_linears(shapes: ModelShapes, target_modules: str | Sequence[str]) -> 
     Raises:
         PlanError: if an item matches no linear; it lists the names there are.
     """
-    candidates = [x.name for x in quantized_linears(shapes)]
+    candidates = [x.name for x in quantized_linears(shapes) if not x.stacked]
     if target_modules == "all-linear":
         return tuple(candidates)
     items = [target_modules] if isinstance(target_modules, str) else list(target_modules)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import prod
 
-from fsdp_qlora.plan.layout import ROW_BLOCKS, ROW_BYTES, LinearShape, ModelShapes, num_rows, row_range
+from fsdp_qlora.plan.layout import ROW_BLOCKS, ROW_BYTES, LinearShape, ModelShapes, row_range
 
 FLOAT32 = 4
 
@@ -73,8 +73,8 @@ def bytes_per_rank(
 ) -> BytesPerRank:
     """Return the bytes that the fullest rank holds during a training step."""
     quantized, targets = list(quantized) if settings.quantized else [], list(targets)
-    rows = [_share(num_rows(x.numel), settings.shard_size) for x in quantized]
-    packed_names = {f"{x.name}.weight" for x in quantized}
+    rows = [_share(x.rows, settings.shard_size) for x in quantized]
+    packed_names = {x.parameter for x in quantized}
     kept = sum(
         _share(shape[0] if shape else 1, settings.shard_size) * prod(shape[1:])
         for name, shape in shapes.parameters.items()
@@ -123,7 +123,7 @@ def _gather(
     shapes: ModelShapes, quantized: list[LinearShape], targets: list[LinearShape], settings: StorageSettings
 ) -> int:
     """Return the two largest gathered units (one computes while the next arrives) and one dequantized weight."""
-    packed = {f"{x.name}.weight": x for x in quantized}
+    packed = {x.parameter: x for x in quantized}
     adapted = {x.name: x for x in targets}
 
     def whole(prefix: str) -> int:
@@ -132,7 +132,7 @@ def _gather(
             if not name.startswith(prefix + "."):
                 continue
             if name in packed:
-                rows = num_rows(packed[name].numel)
+                rows = packed[name].rows
                 total += rows * ROW_BYTES + statistics_bytes(rows, settings.double_quant)
             else:
                 total += prod(shape) * settings.itemsize
@@ -142,5 +142,5 @@ def _gather(
         return total + lora * settings.itemsize
 
     units = sorted((whole(name) for name in {*shapes.layers, shapes.embedding, shapes.head}), reverse=True)
-    dense = max((x.numel for x in quantized), default=0) * settings.itemsize
+    dense = max((x.numel // x.count for x in quantized), default=0) * settings.itemsize
     return sum(units[:2]) + dense if settings.shard_size > 1 else dense

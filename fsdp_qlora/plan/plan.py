@@ -9,10 +9,19 @@ from typing import Any
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError, PlanError
 from fsdp_qlora.plan.batch import BatchPlan
-from fsdp_qlora.plan.layout import LinearShape, ModelShapes, fsdp_units, quantized_linears, target_linears
+from fsdp_qlora.plan.layout import (
+    LinearShape,
+    ModelShapes,
+    fsdp_units,
+    quantized_edges,
+    quantized_linears,
+    target_linears,
+)
 from fsdp_qlora.plan.memory import BytesPerRank, StorageSettings, bytes_per_rank
 
 _OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}
+_MOST_KEPT = 0.1
+"""Share of the decoder layers' weights that may stay in 16 bit without a word."""
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -62,7 +71,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int) -> TrainP
     """
     targets = target_linears(shapes, config.lora.target_modules)
     by_name = {x.name: x for x in shapes.linears}
-    quantized = quantized_linears(shapes) if config.quant.name != "none" else ()
+    quantized = _quantized(config, shapes)
     replicate = config.fsdp.replicate_degree
     shard = config.fsdp.shard_degree or world_size // replicate
     if shard * replicate != world_size:
@@ -95,6 +104,32 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int) -> TrainP
         trainable_parameters=sum(config.lora.r * (x.in_features + x.out_features) for x in target_shapes),
         base_parameters=sum(_numel(shape) for shape in shapes.parameters.values()),
     )
+
+
+def _quantized(config: RunConfig, shapes: ModelShapes) -> tuple[LinearShape, ...]:
+    """Return all that is stored in 4-bit.
+
+    Raises:
+        PlanError: if much of the decoder layers would stay in 16 bit without having been allowed to.
+    """
+    if config.quant.name == "none":
+        return ()
+    inside = quantized_linears(shapes)
+    packed = {x.parameter for x in inside}
+    kept = {
+        name: _numel(shape)
+        for name, shape in shapes.parameters.items()
+        if name not in packed and any(name.startswith(layer + ".") for layer in shapes.layers)
+    }
+    share = sum(kept.values()) / max(1, sum(kept.values()) + sum(x.numel for x in inside))
+    if share > _MOST_KEPT and not config.quant.allow_16bit:
+        largest = max(kept, key=lambda name: kept[name])
+        raise PlanError(
+            f"quant: {100 * share:.0f} % of the decoder layers' weights would stay in 16 bit, the largest {largest} "
+            f"{list(shapes.parameters[largest])}: this kind of layer cannot be quantized here. quant.allow_16bit=true "
+            "goes on all the same."
+        )
+    return inside + (quantized_edges(shapes) if config.quant.embeddings != "none" else ())
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -73,6 +73,11 @@ class QuantFormat:
         codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(weights, self.block_size, self.name, torch.uint8)
         return codes.reshape(-1), absmax
 
+    @staticmethod
+    def code(device: torch.device) -> torch.Tensor:
+        """Return the 256 float32 values that 8-bit statistics stand for."""
+        return _dynamic_map(device)
+
     def nest(self, absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantize statistics: absmax float32 ``[b]`` minus its offset to uint8 ``[b]``, float32 ``[ceil(b/256)]``.
 
@@ -80,12 +85,12 @@ class QuantFormat:
         """
         if absmax.numel() == 0:
             return absmax.to(torch.uint8), absmax
-        code = _dynamic_map(absmax.device)
+        code = self.code(absmax.device)
         return torch.ops.bitsandbytes.quantize_blockwise.default(absmax - offset, code, ROW_BLOCKS)
 
     def unnest(self, absmax: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """Return the float32 statistics of `nest`'s result."""
-        code = _dynamic_map(absmax.device)
+        code = self.code(absmax.device)
         values = torch.ops.bitsandbytes.dequantize_blockwise.default(absmax, nested, code, ROW_BLOCKS, torch.float32)
         values += offset
         return values

@@ -1,4 +1,4 @@
-"""Replace the planned linears of a meta model by `QuantLinear`."""
+"""Replace what is planned to be 4-bit in a meta model by modules that hold packed parameters."""
 
 from __future__ import annotations
 
@@ -8,27 +8,38 @@ import torch
 from torch import nn
 
 from fsdp_qlora.errors import PlanError
+from fsdp_qlora.plan.layout import LinearShape
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.linear import QuantLinear
+from fsdp_qlora.quant.matrices import QuantMatrices
 
 
-def swap_linears(model: nn.Module, names: Iterable[str], quant_format: QuantFormat) -> list[str]:
-    """Put a `QuantLinear` on meta in the place of each named ``nn.Linear``; return the names swapped.
+def swap_linears(model: nn.Module, linears: Iterable[LinearShape], quant_format: QuantFormat) -> list[str]:
+    """Put a `QuantLinear` on meta in the place of each linear, `QuantMatrices` in that of stacked ones.
+
+    Return the names swapped.
 
     Raises:
-        PlanError: if a name is no linear layer of ``model``, or is not on the meta device (its weight would be lost).
+        PlanError: if one is no linear layer of ``model``, or is not on the meta device (its weight would be lost).
     """
-    swapped: list[str] = []
-    for name in names:
-        linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise PlanError(f"{name} is a {type(linear).__name__}, not a linear layer: it cannot be quantized.")
-        if linear.weight.device != torch.device("meta"):
-            raise PlanError(f"{name} holds a weight already; swap_linears works on a meta model before loading.")
-        parent, _, child = name.rpartition(".")
-        replacement = QuantLinear(
-            linear.in_features, linear.out_features, quant_format, linear.bias is not None, linear.weight.dtype
-        )
-        setattr(model.get_submodule(parent), child, replacement)
-        swapped.append(name)
-    return swapped
+    return [_swap(model, x, quant_format) for x in linears]
+
+
+def _swap(model: nn.Module, linear: LinearShape, quant_format: QuantFormat) -> str:
+    parent_name, _, child = linear.name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    found = getattr(parent, child)
+    weight = found if isinstance(found, nn.Parameter) else getattr(found, "weight", None)
+    if not isinstance(weight, nn.Parameter) or tuple(weight.shape) != linear.stored_shape:
+        raise PlanError(f"{linear.name} is a {type(found).__name__}, not a linear layer: it cannot be quantized.")
+    if weight.device != torch.device("meta"):
+        raise PlanError(f"{linear.name} holds a weight already; swap_linears works on a meta model before loading.")
+    if isinstance(found, nn.Parameter):
+        delattr(parent, child)
+        made = QuantMatrices(linear.in_features, linear.out_features, quant_format, linear.count)
+    else:
+        bias = getattr(found, "bias", None) is not None
+        made = QuantLinear(linear.in_features, linear.out_features, quant_format, bias, weight.dtype)
+    made.stored = linear
+    setattr(parent, child, made)
+    return linear.name

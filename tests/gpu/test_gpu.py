@@ -202,7 +202,7 @@ def make_real(folder: Path, config: RunConfig, ranks: Ranks) -> CausalModel:
     precision = config.precision.name
     base = build_skeleton(folder, model_dtype(precision), attention_for(ranks.device, "auto"))
     plan = make_plan(config, read_shapes(base), ranks.size)
-    swapped = swap_linears(base, (x.name for x in plan.quantized), QuantFormat())
+    swapped = swap_linears(base, plan.quantized, QuantFormat())
     assert len(swapped) == 14
     install_loss_head(base, chunk=32)
     model = CausalModel(attach_lora(base, plan.targets, config.lora.r, config.lora.alpha))

@@ -23,7 +23,7 @@ def _skeleton(folder):
 def test_keys_and_shapes_equal_plain_pefts(tiny_model, quantized, targets):
     model, shapes = _skeleton(tiny_model)
     if quantized:
-        swap_linears(model, [x.name for x in quantized_linears(shapes)], QuantFormat())
+        swap_linears(model, quantized_linears(shapes), QuantFormat())
     names = target_linears(shapes, targets)
     ours = attach_lora(model, names, r=3, alpha=6)
     assert any(isinstance(m, QuantLoraLinear) for m in ours.modules()) == quantized
