@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.plan.layout import LinearShape, ModelShapes
+from fsdp_qlora.quant.matrices import QuantMatrices
 
 _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -150,7 +151,7 @@ def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """
     for name, module in model.named_modules():
         buffers = {k: b for k, b in module.named_buffers(recurse=False) if k in module._non_persistent_buffers_set}
-        if not buffers or type(module).__module__.startswith("fsdp_qlora"):
+        if not buffers or isinstance(module, QuantMatrices):  # the latter is filled with its weight
             continue
         with torch.no_grad(), guard_torch_init_functions():
             for buffer in buffers.values():

@@ -1,0 +1,105 @@
+"""Every family of models trains as transformers + bitsandbytes + PEFT do, on any number of ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from fsdp_qlora.config.schema import DataSettings
+from fsdp_qlora.data.loader import Cut, Loader, TokenRows
+from fsdp_qlora.data.prepare import prepare_data
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.model.stream import resident_bytes
+from fsdp_qlora.quant.matrices import QuantMatrices
+from tests.build import build, losses, run_fit
+from tests.families import FAMILIES, adapter_targets, reference, reference_losses, write_family
+
+STEPS, LR = 4, 2e-3
+
+
+QUICK = {"qwen3", "gpt2", "qwen3_moe"}
+
+
+def _some_in_full(families, quick):
+    return [f if f in quick else pytest.param(f, marks=pytest.mark.full) for f in families]
+
+
+def _groups(rows, embeddings="none"):
+    return {
+        "data": {"train": str(rows), "max_length": 64, "max_rows": 6}, "quant": {"embeddings": embeddings},
+        "train": {"max_steps": STEPS, "global_batch_size": 6, "micro_batch_size": 2},
+        "optim": {"lr": LR}, "schedule": {"name": "constant", "warmup_ratio": 0.0},
+    }  # fmt: skip
+
+
+def _batches(folder, rows, cache):
+    data = DataSettings(train=str(rows), max_length=64, max_rows=6)
+    tokens = prepare_data(data, 0, AutoTokenizer.from_pretrained(folder), cache)
+    loader = Loader(TokenRows(tokens.train), 6, Cut(2, 0, 1), 0)
+    return (loader.batch_at(position) for position in range(0, STEPS * 6, 6))
+
+
+@pytest.mark.parametrize("family", _some_in_full(FAMILIES, QUICK))
+def test_a_family_trains_as_upstream_does(pool, chat_rows, tmp_path, family):
+    folder = write_family(tmp_path / "model", family)
+    found = {}
+    for num_ranks in (1, 2):
+        run = pool.run(num_ranks, run_fit, str(folder), str(tmp_path), f"on{num_ranks}", _groups(chat_rows))[0]
+        found[num_ranks] = losses(run["metrics"])
+    model = reference(folder, adapter_targets(tmp_path / "on1" / "adapter"), r=4, alpha=8)
+    wanted = reference_losses(model, _batches(folder, chat_rows, tmp_path / "cache"), LR)
+    assert wanted[0] - wanted[-1] > 0.01
+    assert max(abs(a - b) / b for a, b in zip(found[1], wanted, strict=True)) < 1e-2
+    assert abs(found[1][0] - wanted[0]) / wanted[0] < 3e-3
+    assert max(abs(a - b) / b for a, b in zip(found[2], found[1], strict=True)) < 5e-3
+    assert abs(found[2][0] - found[1][0]) / found[1][0] < 1e-6
+
+
+def _stored(ranks: Ranks, folder: str, rows: str) -> tuple[int, int, list[str]]:
+    """Return planned and held bytes of this rank's 4-bit weights, and the names of what is packed."""
+    prepared = build(ranks, folder, data={"train": rows})
+    modules = {n: m for n, m in prepared.model.base.named_modules() if isinstance(m, QuantMatrices)}
+    planned = prepared.plan.bytes
+    held = sum(resident_bytes(m) for m in modules.values())
+    return planned.base_packed + planned.base_statistics, held, sorted(modules)
+
+
+@pytest.mark.parametrize("family", _some_in_full(["mixtral", "qwen3_moe"], {"qwen3_moe"}))
+def test_experts_are_4_bit_and_the_plan_counts_them_exactly(pool, chat_rows, tmp_path, family):
+    folder = write_family(tmp_path / "model", family)
+    for num_ranks in (1, 2, 3):
+        found = pool.run(num_ranks, _stored, str(folder), str(chat_rows))
+        planned, held, names = found[0]  # the fullest rank
+        assert planned == held == max(h for _, h, _ in found)
+        assert sum(".experts." in name for name in names) == 4
+
+
+@pytest.mark.parametrize(
+    "family", _some_in_full(["llama", "qwen3", "gemma2", "gemma3_text", "phi"], {"llama", "gemma2"})
+)
+def test_quantized_embedding_and_head_give_the_losses_of_dense_ones_with_the_same_values(
+    pool, chat_rows, tmp_path, family
+):
+    """The reference: a model whose 16-bit embedding and head hold what 4 bits can say."""
+    import bitsandbytes
+    from transformers import AutoModelForCausalLM
+
+    folder = write_family(tmp_path / "model", family)
+    quantized = pool.run(2, run_fit, str(folder), str(tmp_path), "packed", _groups(chat_rows, "nf4"))[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    edges = {m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    with torch.no_grad():
+        for weight in edges:
+            codes, state = bitsandbytes.functional.quantize_4bit(
+                weight.data.contiguous(), quant_type="nf4", compress_statistics=True
+            )
+            weight.copy_(bitsandbytes.functional.dequantize_4bit(codes, state))
+    dense = tmp_path / "dense"
+    model.save_pretrained(dense)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(dense)
+    plain = pool.run(2, run_fit, str(dense), str(tmp_path), "plain", _groups(chat_rows))[0]
+    found, wanted = losses(quantized["metrics"]), losses(plain["metrics"])
+    assert abs(found[0] - wanted[0]) / wanted[0] < 1e-4
+    assert max(abs(a - b) / b for a, b in zip(found, wanted, strict=True)) < 5e-3
+    assert wanted[0] - wanted[-1] > 0.01
