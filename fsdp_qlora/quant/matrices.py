@@ -34,10 +34,10 @@ class _QuantMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        owner, (grad,) = ctx.owner, grads
-        quantized = owner.select(ctx.index, *ctx.saved_tensors)
+        owner, (grad,), parts = ctx.owner, grads, ctx.saved_tensors  # once: checkpointing forbids a second look
+        quantized = owner.select(ctx.index, *parts)
         weight = dequantize(quantized, owner.quant_format, owner.shape, grad.dtype)
-        return (grad @ weight, None, None, *(None for _ in ctx.saved_tensors))
+        return (grad @ weight, None, None, *(None for _ in parts))
 
 
 class QuantMatrices(nn.Module):
