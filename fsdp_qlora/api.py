@@ -27,6 +27,7 @@ from fsdp_qlora.export.adapter import load_adapter, read_adapter_config, start_f
 from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters
+from fsdp_qlora.model.prequantized import require_readable
 from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, shard_model
 from fsdp_qlora.model.skeleton import attention_for, build_skeleton, build_tokenizer, read_shapes, resolve_folder
 from fsdp_qlora.model.stream import LoadReport, Progress, stream_weights, verify_gather
@@ -199,6 +200,7 @@ def _with_attention(config: RunConfig, device: torch.device) -> RunConfig:
 
 def _skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
     model = config.model
+    require_readable(folder, config.quant)
     return build_skeleton(
         folder, model_dtype(config.precision.name), model.attn_implementation, model.trust_remote_code
     )

@@ -34,6 +34,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     """First byte, counted from the start of the file."""
+    num_bytes: int
 
     @property
     def numel(self) -> int:
@@ -119,7 +120,7 @@ class SafetensorsFolder:
             raise ModelError(
                 f"{file} is cut short: {name} ends at byte {start + end}, the file has {size}; download it anew."
             )
-        entry = TensorEntry(name, file, info["dtype"], tuple(info["shape"]), start + begin)
+        entry = TensorEntry(name, file, info["dtype"], tuple(info["shape"]), start + begin, end - begin)
         if entry.dtype in _DTYPES and entry.numel * _DTYPES[entry.dtype].itemsize != end - begin:
             raise ModelError(f"{file} is damaged: tensor {name} {entry.shape} {entry.dtype} has {end - begin} bytes.")
         self.entries[name] = entry
@@ -142,13 +143,17 @@ class SafetensorsFolder:
     def read(self, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
         """Return the flat elements ``[start, stop)`` of a tensor, in its own dtype, on the CPU."""
         dtype = _DTYPES[entry.dtype]
-        data = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
+        return from_bytes(self.read_bytes(entry, start * dtype.itemsize, stop * dtype.itemsize), dtype)
+
+    def read_bytes(self, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+        """Return the bytes ``[start, stop)`` of a tensor of any dtype as a uint8 vector, on the CPU."""
+        data = torch.empty(stop - start, dtype=torch.uint8)
         if stop > start:
             with entry.file.open("rb", buffering=0) as stream:
-                stream.seek(entry.offset + start * dtype.itemsize)
+                stream.seek(entry.offset + start)
                 self._read_into(stream, data, entry)
         self.bytes_read += data.numel()
-        return from_bytes(data, dtype)
+        return data
 
     @staticmethod
     def _read_into(stream: Any, data: torch.Tensor, entry: TensorEntry) -> None:
