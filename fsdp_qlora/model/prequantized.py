@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.packing import bytes_to_rows, float_to_bits, values_to_rows
 
+_CONFIG_KEYS = ("quantization_config", "compression_config")
 _FORMATS = ("nf4", "fp4")
 _MAX_STATE_BYTES = 65536
 _AGAIN = "quantize the 16-bit model anew"
@@ -80,9 +82,6 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
     if found is not None and not isinstance(found, dict):
         raise ModelError(f"{file}: quantization_config is not a JSON object.")
     return found
-
-
-_CONFIG_KEYS = ("quantization_config", "compression_config")
 
 
 def _flag(found: dict[str, Any], bits: int) -> bool:
@@ -152,7 +151,7 @@ def find_weight(source: SafetensorsFolder, name: str, module: QuantLinear) -> Te
     double_quant = "nested_blocksize" in state or f"{name}.nested_absmax" in source.entries
     _require_format(kind, double_quant, module.quant_format, f"{state_entry.file}: {name}")
     _require_state(state, state_entry, {"quant_type": kind, "blocksize": BLOCK_WEIGHTS, "shape": list(module.shape)})
-    numel = module.in_features * module.out_features
+    numel = prod(module.shape)
     codes = _entry(source, name, None, (numel + 1) // 2)
     blocks = num_blocks(numel)
     _require_map(source, f"{name}.quant_map", quant_map(kind))
@@ -219,7 +218,7 @@ def fill_packed(
     first, last = rows
     count = last - first
     codes = source.read_bytes(weight.codes, *_within(first, last, ROW_BYTES, weight.codes.num_bytes))
-    blocks = _within(first, last, ROW_BLOCKS, num_blocks(module.in_features * module.out_features))
+    blocks = _within(first, last, ROW_BLOCKS, num_blocks(prod(module.shape)))
     nested = offset = None
     if weight.nested is None:
         absmax = float_to_bits(_finite(source.read(weight.absmax, *blocks), weight.absmax))
