@@ -22,7 +22,7 @@ VERBS = {
     "plan": "show what a run would do and hold, without weights",
     "evaluate": "loss and perplexity of a base or an adapter on data.eval",
     "generate": "answer a prompt, with or without an adapter",
-    "export": "write the adapter of a run's checkpoint",
+    "export": "write the adapter of a run's checkpoint, or the quantized base (what=base-4bit)",
     "inspect": "show a checkpoint, or compare two: inspect PATH [PATH]",
     "doctor": "show devices, versions and what is wrong here",
 }

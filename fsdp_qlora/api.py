@@ -29,6 +29,7 @@ from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.conversions import arrangement
 from fsdp_qlora.model.experts import use_quantized_experts
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters
+from fsdp_qlora.model.prequantized import require_readable
 from fsdp_qlora.model.quant_head import quantize_edges
 from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, shard_model
 from fsdp_qlora.model.skeleton import attention_for, build_skeleton, build_tokenizer, read_shapes, resolve_folder
@@ -203,6 +204,7 @@ def _with_attention(config: RunConfig, device: torch.device) -> RunConfig:
 
 def _skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
     model = config.model
+    require_readable(folder, config.quant)
     return build_skeleton(
         folder, model_dtype(config.precision.name), model.attn_implementation, model.trust_remote_code
     )

@@ -79,6 +79,29 @@ def make_model(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **setti
     return folder
 
 
+def make_packed(folder: Path, target: Path, name: str = "nf4", double_quant: bool = True, **settings: Any) -> Path:
+    """Save the model in ``folder`` as transformers and bitsandbytes quantize it, with its tokenizer."""
+    import shutil
+
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    asked = {
+        "load_in_4bit": True, "bnb_4bit_quant_type": name, "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    } | settings  # fmt: skip
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the mean of the statistics depends on it
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**asked), dtype=torch.bfloat16, device_map="cpu"
+    )
+    torch.set_num_threads(threads)
+    model.save_pretrained(str(target))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(folder / file, target / file)
+    return target
+
+
 def write_chat_rows(file: Path, count: int = 48) -> Path:
     """Write ``count`` conversations of uneven length as JSONL."""
     rows = [

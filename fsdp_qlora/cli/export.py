@@ -1,4 +1,4 @@
-"""`export`: the adapter of a run's checkpoint as a plain PEFT folder."""
+"""`export`: the adapter of a run's checkpoint as a plain PEFT folder, or the base model in 4-bit."""
 
 from __future__ import annotations
 
@@ -7,13 +7,44 @@ from pathlib import Path
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
+from fsdp_qlora.cli.show import loading
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.errors import CheckpointError, StorageError
+from fsdp_qlora.dist.process import Placement, choose_device, use_device
+from fsdp_qlora.errors import CheckpointError, ConfigError, StorageError
+from fsdp_qlora.export.quantized_base import export_base
+from fsdp_qlora.model.shard import model_dtype
+from fsdp_qlora.model.skeleton import build_skeleton, resolve_folder
+from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.track.console import megabytes
 from fsdp_qlora.track.run_folder import RunFolder
 
 
 def run(config: RunConfig) -> int:
     """Export; return the exit code."""
+    return _base_4bit(config) if config.what == "base-4bit" else _adapter(config)
+
+
+def _base_4bit(config: RunConfig) -> int:
+    assert config.export.to is not None and config.quant.name != "none"  # check_verb
+    placement = Placement.from_env()
+    if placement.world_size > 1:
+        raise ConfigError("what=base-4bit: runs in one process; start it without torchrun.")
+    device = choose_device(config.launcher.device, placement)
+    use_device(device)
+    source, target = resolve_folder(config.model.name, config.model.revision), Path(config.export.to).expanduser()
+    base = build_skeleton(source, model_dtype(config.precision.name), "eager", config.model.trust_remote_code)
+    done = export_base(
+        base, source, target, QuantFormat(config.quant.name, config.quant.double_quant), device,
+        loading("quantizing and writing"),
+    )  # fmt: skip
+    print(
+        f"{config.model.name} -> {target}: {done.quantized} linears in {config.quant.name}, {megabytes(done.num_bytes)}"
+    )
+    print(f"train from it: fsdp-qlora train model.name={target} ...")
+    return 0
+
+
+def _adapter(config: RunConfig) -> int:
     folder = RunFolder(config.run.output_root, config.run.name)
     if config.export.checkpoint:
         source = Path(config.export.checkpoint).expanduser()

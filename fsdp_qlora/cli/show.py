@@ -21,13 +21,13 @@ from fsdp_qlora.track.run_folder import RunFolder
 _SHOWN = 160
 
 
-def loading() -> Callable[[int, int], None]:
+def loading(doing: str = "loading and quantizing") -> Callable[[int, int], None]:
     """Return a progress callback for loading: a line that grows on a terminal, nothing elsewhere."""
 
     def show(done: int, total: int) -> None:
         if sys.stdout.isatty():
             end = "\n" if done == total else "\r"
-            print(f"loading and quantizing {done}/{total}", end=end, flush=True)
+            print(f"{doing} {done}/{total}", end=end, flush=True)
 
     return show
 
@@ -38,6 +38,8 @@ def print_start(prepared: Prepared, note: str) -> None:
     if note:
         print(note)
     quant = config.quant.name + ("+double quantization" if config.quant.double_quant and plan.quantized else "")
+    if prepared.load.stored:
+        quant += f" ({prepared.load.stored} of them read as stored)"
     print(
         f"{prepared.ranks.size} rank(s) on {prepared.ranks.device.type} ({prepared.threads} thread(s) each), "
         f"shard {plan.shard_size} x replicate {prepared.ranks.num_replicas}; {config.model.name}: "

@@ -241,6 +241,15 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
         yield "data.train: not set. Give a JSONL, JSON or Parquet file, a hub data set, or a list of them."
     if verb == "evaluate" and config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
         yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
+    if verb == "export" and config.what == "base-4bit":
+        if not config.model.name:
+            yield "model.name: not set. what=base-4bit stores this model in 4-bit."
+        if not config.export.to:
+            yield "export.to: not set. Give the folder that what=base-4bit writes."
+        if config.quant.name == "none":
+            yield "quant: none has no 4-bit form to export; choose nf4 or fp4."
+        if config.export.checkpoint:
+            yield "export.checkpoint: holds an adapter; leave it out, or set what=adapter."
     if verb == "generate":
         if config.prompt is None and config.prompt_file is None:
             yield 'prompt: not set. Give prompt="..." or prompt_file=FILE.'

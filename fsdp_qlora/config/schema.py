@@ -336,7 +336,7 @@ class ExportSettings:
     checkpoint: str | None = None
     """Checkpoint folder to export; null takes the newest complete one of the run."""
     to: str | None = None
-    """Folder of the adapter; null takes ``<run folder>/adapter``."""
+    """Folder to write; null takes ``<run folder>/adapter`` for an adapter."""
 
 
 @dataclass(frozen=True)
@@ -368,5 +368,7 @@ class RunConfig:
     """`generate`: a file that holds the prompt."""
     adapter: str | None = None
     """`generate`, `evaluate`: folder of a PEFT adapter; null = the bare base model."""
+    what: Literal["adapter", "base-4bit"] = "adapter"
+    """`export`: the adapter of a checkpoint, or the base in bitsandbytes' 4-bit form (loads without quantizing)."""
     run_from: str | None = None
     """A config.yaml of an earlier run whose settings are the starting point."""

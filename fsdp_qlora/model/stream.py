@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import all_gather, gather_json
 from fsdp_qlora.errors import ModelError, NumericsError
+from fsdp_qlora.model.prequantized import PackedWeight, fill_packed, find_kept, find_weight
 from fsdp_qlora.model.skeleton import restore_buffers
 from fsdp_qlora.model.weights import SafetensorsFolder, StoredTensor
 from fsdp_qlora.plan.layout import ROW_BLOCKS, ROW_WEIGHTS, num_blocks, row_range
@@ -44,6 +45,8 @@ class LoadReport:
     quantized_bytes: int
     """Resident bytes of this rank's packed weights and statistics."""
     seconds: float
+    stored: int = 0
+    """Linears that the files hold in 4-bit already: their bytes were read, nothing was quantized."""
 
 
 def stream_weights(
@@ -67,12 +70,15 @@ def stream_weights(
     restore_buffers(base, ranks.device)
     quantized = [m for m in base.modules() if isinstance(m, QuantMatrices)]
     kept = [(_file_name(n), p) for n, p in base.named_parameters() if not _is_ours(n, p, base)]
-    entries = [source.find(m.stored.parameter, m.stored.stored_shape) for m in quantized if m.stored is not None]
-    kept_entries = [source.find(name, tuple(p.shape)) for name, p in kept]
+    entries = [find_weight(source, m) for m in quantized]
+    kept_entries = [find_kept(source, name, tuple(p.shape)) for name, p in kept]
     total = len(entries) + len(kept)
     with one_thread(), torch.no_grad():
         for done, (module, entry) in enumerate(zip(quantized, entries, strict=True)):
-            _fill_quantized(module, entry, source, ranks)
+            if isinstance(entry, PackedWeight):
+                fill_packed(module, entry, source, _rows_of(module.packed, ranks), ranks.device)
+            else:
+                _fill_quantized(module, entry, source, ranks)
             if progress:
                 progress(done + 1, total)
         for done, ((_, parameter), entry) in enumerate(zip(kept, kept_entries, strict=True)):
@@ -82,7 +88,8 @@ def stream_weights(
     if tied and not _shares_weight(base):
         raise NumericsError("head and embedding share one weight in this model, but no longer after loading.")
     size = sum(resident_bytes(module) for module in quantized)
-    return LoadReport(source.bytes_read, source.total_bytes, size, time.perf_counter() - started)
+    stored = sum(isinstance(entry, PackedWeight) for entry in entries)
+    return LoadReport(source.bytes_read, source.total_bytes, size, time.perf_counter() - started, stored)
 
 
 def _shares_weight(base: PreTrainedModel) -> bool:

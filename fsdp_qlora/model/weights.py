@@ -35,6 +35,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     """First byte, counted from the start of the file."""
+    num_bytes: int
 
     @property
     def numel(self) -> int:
@@ -141,7 +142,7 @@ class SafetensorsFolder:
             raise ModelError(
                 f"{file} is cut short: {name} ends at byte {start + end}, the file has {size}; download it anew."
             )
-        entry = TensorEntry(name, file, info["dtype"], tuple(info["shape"]), start + begin)
+        entry = TensorEntry(name, file, info["dtype"], tuple(info["shape"]), start + begin, end - begin)
         if entry.dtype in _DTYPES and entry.numel * _DTYPES[entry.dtype].itemsize != end - begin:
             raise ModelError(f"{file} is damaged: tensor {name} {entry.shape} {entry.dtype} has {end - begin} bytes.")
         self.entries[name] = entry
@@ -178,20 +179,26 @@ class SafetensorsFolder:
         for part in tensor.parts:
             low, high = max(start - first, 0), min(stop - first, part.numel)
             if low < high:
-                pieces.append(self._read_part(part, low, high))
+                pieces.append(self.read_entry(part, low, high))
             first += part.numel
         if not pieces:
             return torch.empty(0, dtype=_DTYPES[tensor.parts[0].dtype])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _read_part(self, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+    def read_entry(self, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+        """Return the flat elements ``[start, stop)`` of one of the files' tensors, in its own dtype, on the CPU."""
         dtype = _DTYPES[entry.dtype]
-        data = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
-        with entry.file.open("rb", buffering=0) as stream:
-            stream.seek(entry.offset + start * dtype.itemsize)
-            self._read_into(stream, data, entry)
+        return from_bytes(self.read_bytes(entry, start * dtype.itemsize, stop * dtype.itemsize), dtype)
+
+    def read_bytes(self, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+        """Return the bytes ``[start, stop)`` of a tensor of any dtype as a uint8 vector, on the CPU."""
+        data = torch.empty(stop - start, dtype=torch.uint8)
+        if stop > start:
+            with entry.file.open("rb", buffering=0) as stream:
+                stream.seek(entry.offset + start)
+                self._read_into(stream, data, entry)
         self.bytes_read += data.numel()
-        return from_bytes(data, dtype)
+        return data
 
     @staticmethod
     def _read_into(stream: Any, data: torch.Tensor, entry: TensorEntry) -> None:

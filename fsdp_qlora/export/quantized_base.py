@@ -1,0 +1,207 @@
+"""The base model in bitsandbytes' 4-bit form, as transformers' ``save_pretrained`` would write it, tensor by tensor.
+
+The next start reads it instead of quantizing, and transformers loads it as it is. At no time is more in memory than one
+file's tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from fsdp_qlora.checkpoint.publish import make_fresh, sync
+from fsdp_qlora.errors import ModelError, StorageError
+from fsdp_qlora.model.prequantized import find_kept, packed_format, quantization_of
+from fsdp_qlora.model.skeleton import read_shapes
+from fsdp_qlora.model.weights import SafetensorsFolder, TensorEntry
+from fsdp_qlora.plan.layout import LinearShape, ModelShapes, quantized_linears
+from fsdp_qlora.quant.bnb_state import bnb_tensors
+from fsdp_qlora.quant.formats import QuantFormat, quantize
+
+FILE_BYTES = 2_000_000_000
+"""Tensors of one safetensors file; also what the export holds in memory."""
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*")
+
+
+@dataclass(frozen=True)
+class ExportedBase:
+    """What was written."""
+
+    quantized: int
+    """Linears in 4-bit."""
+    num_bytes: int
+    """Size of all tensors."""
+
+
+@torch.no_grad()
+def export_base(
+    base: PreTrainedModel,
+    source: Path,
+    target: Path,
+    quant_format: QuantFormat,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> ExportedBase:
+    """Quantize the model in the folder ``source`` into the new folder ``target``; for one process.
+
+    Args:
+        base: the model on meta; its dtype becomes transformers' compute dtype.
+        source: folder with config.json and 16-bit or 32-bit safetensors.
+        target: folder that is not there yet, or empty. It appears whole or not at all.
+        quant_format: of the linears inside the decoder layers.
+        device: where to quantize.
+        progress: called with (tensors done, tensors in all).
+        file_bytes: size at which a new safetensors file is begun.
+
+    Raises:
+        ModelError: if ``target`` holds something, or a tensor of ``source`` is missing, not finite or 4-bit already.
+        StorageError: if it cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelError(f"export.to: {target} is there already and not empty; choose another folder or remove it.")
+    if quantization_of(source) is not None:
+        raise ModelError(f"model.name: {source} is quantized already; give the 16-bit model that it was made from.")
+    shapes, files = read_shapes(base), SafetensorsFolder(source)
+    staging = target.absolute().with_name(f".writing_{target.name}")
+    try:
+        make_fresh(staging)
+        shards = _Shards(staging, file_bytes)
+        for tensors in _stored(shapes, files, quant_format, device, progress):
+            shards.add(tensors)
+        shards.finish()
+        _write_config(base, source, staging, quant_format, shapes)
+        _check(staging, shards.home)
+        for file in (*staging.iterdir(), staging):
+            sync(file)
+        staging.rename(target.absolute())
+        sync(target.absolute().parent)
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+        raise StorageError(f"export.to: {target} cannot be written: {error}.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return ExportedBase(len(_written(shapes)), shards.total)
+
+
+def _written(shapes: ModelShapes) -> list[LinearShape]:
+    """Return what is written in 4-bit: the linears. bitsandbytes has no form for stacked experts, so they stay."""
+    return [x for x in quantized_linears(shapes) if not x.stacked]
+
+
+def _stored(
+    shapes: ModelShapes,
+    files: SafetensorsFolder,
+    quant_format: QuantFormat,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield what is stored for each tensor of the model, by name, in the order of the files."""
+    linears = {x.parameter: x for x in _written(shapes)}
+    for name, linear in linears.items():
+        find_kept(files, name, linear.stored_shape)
+    entries = sorted(files.entries.values(), key=lambda e: (str(e.file), e.offset))
+    for done, entry in enumerate(entries):
+        if packed_format(files, entry.name):
+            raise ModelError(f"{entry.file}: {entry.name} is in 4-bit already; give the 16-bit model.")
+        if entry.name in linears:
+            weight = files.read_entry(entry, 0, entry.numel).view(entry.shape)
+            _require_finite(weight, entry)
+            weight = weight.t().contiguous() if linears[entry.name].transposed else weight
+            quantized = quantize(weight.to(device), quant_format)
+            yield bnb_tensors(entry.name, quantized, quant_format, tuple(weight.shape), weight.dtype)
+        else:
+            with safe_open(entry.file, framework="pt") as stream:  # anew for each: mapped pages stay resident
+                kept = stream.get_tensor(entry.name)
+            _require_finite(kept, entry)
+            yield {entry.name: kept.clone()}
+        if progress:
+            progress(done + 1, len(entries))
+
+
+def _require_finite(values: torch.Tensor, entry: TensorEntry) -> None:
+    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+        raise ModelError(f"{entry.file}: tensor {entry.name} holds values that are not finite numbers.")
+
+
+@dataclass
+class _Shards:
+    """Safetensors files that grow by tensors; the last step gives them the names that transformers looks for."""
+
+    folder: Path
+    limit: int
+    total: int = 0
+    home: dict[str, str] = field(default_factory=dict)
+    """Tensor -> file."""
+    _files: list[list[str]] = field(default_factory=list)
+    _held: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take the tensors of one weight: they stay in one file."""
+        if self._held and _size(self._held) + _size(tensors) > self.limit:
+            self._write()
+        self._held |= tensors
+
+    def _write(self) -> None:
+        self._files.append(list(self._held))
+        self.total += _size(self._held)
+        file = self.folder / f"part-{len(self._files)}"
+        save_file(self._held, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # save_file leaves 0600
+        self._held = {}
+
+    def finish(self) -> None:
+        """Write what is left, name the files and write their index if there are several."""
+        self._write()
+        count = len(self._files)
+        for number, names in enumerate(self._files, 1):
+            name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            (self.folder / f"part-{number}").rename(self.folder / name)
+            self.home |= dict.fromkeys(names, name)
+        if count > 1:
+            index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(self.home.items()))}
+            _write_json(self.folder / "model.safetensors.index.json", index)
+
+
+def _size(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _write_config(
+    base: PreTrainedModel, source: Path, folder: Path, quant_format: QuantFormat, shapes: ModelShapes
+) -> None:
+    """Copy what lies beside the weights (tokenizer, generation config); config.json also says how they are stored."""
+    for pattern in _COPIED:
+        for file in source.glob(pattern):
+            if file.is_file() and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / file.name)
+    ours = {x.name for x in _written(shapes)}
+    outside = [x.name for x in shapes.linears if x.name not in ours]
+    stored = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_format.name,
+        bnb_4bit_use_double_quant=quant_format.double_quant,
+        bnb_4bit_compute_dtype=base.dtype,
+        llm_int8_skip_modules=[shapes.head, *outside] if outside else None,  # its own choice: all but the head
+    )
+    config = json.loads((source / "config.json").read_text())
+    _write_json(folder / "config.json", config | {"quantization_config": stored.to_dict()})
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _check(folder: Path, home: dict[str, str]) -> None:
+    """Read the files' headers back."""
+    found = {name: entry.file.name for name, entry in SafetensorsFolder(folder).entries.items()}
+    if found != home:
+        raise StorageError(f"{folder} does not hold the tensors that were written.")
