@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fsdp_qlora.model.head import LossHead
@@ -28,6 +29,12 @@ class CausalModel(nn.Module):
     def base(self) -> PreTrainedModel:
         """The transformers model under the adapters."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; its shards may lie in host memory."""
+        parameter = next(self.parameters())
+        return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None
@@ -56,7 +63,19 @@ class CausalModel(nn.Module):
 
     def generate(self, **settings: Any) -> torch.Tensor:
         """Generate as transformers does; under FSDP all ranks call it together."""
-        return self.model.generate(**settings)  # type: ignore[operator]
+        device = self.device
+        # transformers sends each token to where it finds the first parameter: to the host, where that is offloaded.
+        back = self.base.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {k: _moved(v, device) for k, v in kwargs.items()}), with_kwargs=True
+        )
+        try:
+            return self.model.generate(**settings)  # type: ignore[operator]
+        finally:
+            back.remove()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def install_loss_head(model: PreTrainedModel, chunk: int) -> None:

@@ -51,10 +51,12 @@ def stream_weights(
     source: SafetensorsFolder,
     ranks: Ranks,
     progress: Progress | None = None,
+    shards_on: torch.device | None = None,
 ) -> LoadReport:
     """Materialise ``model`` (sharded, on meta) and fill the base's parameters from ``source``.
 
-    ``base`` is the transformers model inside ``model``. Adapters are left for `initialize_adapters`.
+    ``base`` is the transformers model inside ``model``. Adapters are left for `initialize_adapters`. Shards are
+    allocated on ``shards_on`` (None: on the ranks' device; the CPU where `shard_model` offloads them).
 
     Raises:
         ModelError: if a tensor is missing, has the wrong shape, or holds a value that is not a finite number.
@@ -62,7 +64,7 @@ def stream_weights(
     """
     started = time.perf_counter()
     tied = base.get_input_embeddings().weight is _head_weight(base)
-    model.to_empty(device=ranks.device)
+    _allocate(model, shards_on or ranks.device, ranks.device)
     restore_buffers(base, ranks.device)
     quantized = [(n.removesuffix(".base_layer"), m) for n, m in base.named_modules() if isinstance(m, QuantLinear)]
     kept = [(_file_name(n), p) for n, p in base.named_parameters() if not _is_ours(n, p, base)]
@@ -82,6 +84,15 @@ def stream_weights(
         raise NumericsError("head and embedding share one weight in this model, but no longer after loading.")
     size = sum(resident_bytes(module) for _, module in quantized)
     return LoadReport(source.bytes_read, source.total_bytes, size, time.perf_counter() - started)
+
+
+def _allocate(model: nn.Module, shards_on: torch.device, device: torch.device) -> None:
+    """Allocate parameters on ``shards_on`` and buffers on ``device``: FSDP moves the former to compute, never these."""
+    model.to_empty(device=shards_on)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.device.type != device.type:
+                setattr(module, name, torch.empty_like(buffer, device=device))
 
 
 def _head_weight(base: PreTrainedModel) -> torch.Tensor | None:
