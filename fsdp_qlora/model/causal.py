@@ -6,6 +6,9 @@ any transformers causal LM, without touching its code.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,19 +66,26 @@ class CausalModel(nn.Module):
 
     def generate(self, **settings: Any) -> torch.Tensor:
         """Generate as transformers does; under FSDP all ranks call it together."""
-        device = self.device
-        # transformers sends each token to where it finds the first parameter: to the host, where that is offloaded.
-        back = self.base.register_forward_pre_hook(
-            lambda _, args, kwargs: (args, {k: _moved(v, device) for k, v in kwargs.items()}), with_kwargs=True
-        )
-        try:
+        with self._inputs_on(self.device):
             return self.model.generate(**settings)  # type: ignore[operator]
+
+    @contextmanager
+    def _inputs_on(self, device: torch.device) -> Iterator[None]:
+        """Send the model's inputs to ``device``: transformers sends them to where it finds the first parameter.
+
+        That is the host where parameters are offloaded, and it warns of it.
+        """
+
+        def send(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return args, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+
+        handle = self.base.register_forward_pre_hook(send, with_kwargs=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="You are calling .generate.* device type different")
+                yield
         finally:
-            back.remove()
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+            handle.remove()
 
 
 def install_loss_head(model: PreTrainedModel, chunk: int) -> None:

@@ -22,14 +22,22 @@ def model(tmp_path_factory):
 
 
 def _train(pool, num_ranks, model, rows, root, name, layout="shard", **groups):
-    settings = {"data": {"train": str(rows), "max_length": 64, "eval_fraction": 0.1}, **copy.deepcopy(groups)}
+    settings = copy.deepcopy(groups)
+    settings["data"] |= {"train": str(rows), "max_length": 64, "eval_fraction": 0.1}
     found = pool.run(num_ranks, run_fit, str(model), str(root), name, settings, layout=layout)[0]
-    return essence(found["metrics"]), load_file(root / name / "adapter" / "adapter_model.safetensors")
+    numbers = [*essence(found["metrics"]), *found["summary"]["samples"]]
+    return numbers, load_file(root / name / "adapter" / "adapter_model.safetensors")
 
 
-def _groups(precision="bf16", checkpointing="none", **fsdp):
-    train = {"max_steps": 2, "global_batch_size": 6, "micro_batch_size": 2, "activation_checkpointing": checkpointing}
-    return {"train": train, "fsdp": fsdp, "precision": {"name": precision}, "lora": {"dropout": 0.1}}
+def _groups(precision="bf16", checkpointing="none", prompts=(), **fsdp):
+    train = {
+        "max_steps": 2, "global_batch_size": 6, "micro_batch_size": 2, "activation_checkpointing": checkpointing,
+        "sample_prompts": list(prompts), "sample_tokens": 3,
+    }  # fmt: skip
+    packing = {"packing": checkpointing == "full"}  # a probe with forward and backward before the training
+    return {
+        "train": train, "fsdp": fsdp, "precision": {"name": precision}, "lora": {"dropout": 0.1}, "data": packing,
+    }  # fmt: skip
 
 
 _AS_IT_IS: dict[str, tuple] = {}
@@ -59,7 +67,9 @@ def test_offload_changes_no_bit(pool, model, chat_rows, tmp_path, num_ranks, che
 
 def test_offload_with_hybrid_sharding_changes_no_bit(pool, model, chat_rows, tmp_path):
     other = [{"offload": "all", "prefetch": 2}]
-    _compare(pool, model, chat_rows, tmp_path, 4, other, "hybrid", replicate_degree=2, checkpointing="full")
+    # Answers too: transformers synchronises them over all ranks there are, so here, where all four take part.
+    groups = {"replicate_degree": 2, "checkpointing": "full", "prompts": ("the quick",)}
+    _compare(pool, model, chat_rows, tmp_path, 4, other, "hybrid", **groups)
 
 
 @pytest.mark.full
@@ -123,9 +133,8 @@ def _moved(ranks: Ranks, folder: str, rows: str, root: str, checkpointing: str) 
     HostActivations._pack = look
     try:
         groups = _groups(checkpointing=checkpointing, offload="activations")
-        prepared = build(
-            ranks, folder, data={"train": rows}, run={"output_root": root, "name": checkpointing}, **groups
-        )
+        groups["data"] = {"train": rows}
+        prepared = build(ranks, folder, run={"output_root": root, "name": checkpointing}, **groups)
 
         def gathered(layer, *_):
             parameters[:] = layer.parameters()
@@ -157,8 +166,9 @@ def _state(ranks: Ranks, folder: str, rows: str, root: str, steps: int, offload:
 
     groups = _groups(offload=offload)
     groups["train"]["max_steps"] = steps
+    groups["data"]["train"] = rows
     prepared = build(
-        ranks, folder, data={"train": rows}, run={"output_root": root, "name": "r"}, schedule={"name": "constant"}, **groups
+        ranks, folder, run={"output_root": root, "name": "r"}, schedule={"name": "constant"}, **groups
     )  # fmt: skip
     run_folder = RunFolder(root, "r")
     run_folder.create()
