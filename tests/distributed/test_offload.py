@@ -109,6 +109,30 @@ def test_prefetch_names_the_layers_that_come_next(pool, model):
     ]  # fmt: skip
 
 
+def _policies(ranks: Ranks, folder: str, offload: str) -> set[str]:
+    from fsdp_qlora.model import shard
+
+    original, found = shard.fully_shard, set()
+
+    def look(*args, **kwargs):
+        found.add(repr(kwargs["offload_policy"]))
+        return original(*args, **kwargs)
+
+    shard.fully_shard = look
+    try:
+        build(ranks, folder, fsdp={"offload": offload})
+    finally:
+        shard.fully_shard = original
+    return found
+
+
+def test_every_unit_is_offloaded_where_asked(pool, model):
+    for offload in ("params", "all"):
+        assert pool.run(1, _policies, str(model), offload)[0] == {"CPUOffloadPolicy(pin_memory=False)"}
+    for offload in ("none", "activations"):
+        assert pool.run(1, _policies, str(model), offload)[0] == {"OffloadPolicy()"}
+
+
 def _moved(ranks: Ranks, folder: str, rows: str, root: str, checkpointing: str) -> dict[str, int]:
     """Train; count what autograd saved in the layers, what was moved, and whether it was a parameter."""
     from fsdp_qlora.model.offload import HostActivations, _Kept
