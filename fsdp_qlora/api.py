@@ -29,10 +29,18 @@ from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.conversions import arrangement
 from fsdp_qlora.model.experts import use_quantized_experts
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters
+from fsdp_qlora.model.offload import offload_activations
 from fsdp_qlora.model.prequantized import require_readable
 from fsdp_qlora.model.quant_head import quantize_edges
-from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, shard_model
-from fsdp_qlora.model.skeleton import attention_for, build_skeleton, build_tokenizer, read_shapes, resolve_folder
+from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, set_prefetch, shard_model
+from fsdp_qlora.model.skeleton import (
+    attention_for,
+    build_skeleton,
+    build_tokenizer,
+    decoder_layers,
+    read_shapes,
+    resolve_folder,
+)
 from fsdp_qlora.model.stream import LoadReport, Progress, stream_weights, verify_gather
 from fsdp_qlora.model.weights import SafetensorsFolder
 from fsdp_qlora.plan.layout import ModelShapes, quantized_linears
@@ -132,7 +140,8 @@ def prepare(config: RunConfig, world: World | None = None, progress: Progress | 
     source = SafetensorsFolder(folder)
     source.arrange(arrangement(base, source.entries))
     model = build_sharded(config, base, shapes, plan, world.ranks)
-    report = stream_weights(model, model.base, source, world.ranks, progress)
+    shards_on = torch.device("cpu") if config.fsdp.offloads_parameters else world.ranks.device
+    report = stream_weights(model, model.base, source, world.ranks, progress, shards_on)
     initialize_adapters(model, config.run.seed, world.ranks.shard_rank, world.ranks.shard_size)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, world.ranks)
@@ -222,7 +231,12 @@ def build_sharded(
     units = [[base.get_submodule(name) for name in unit] for unit in plan.units]
     if config.train.activation_checkpointing == "full":
         checkpoint_activations(base)
-    shard_model(model, units, ranks, mixed_precision(config.precision.name), config.fsdp.reshard_after_forward)
+    layers, fsdp = decoder_layers(base), config.fsdp
+    if fsdp.offloads_activations:
+        offload_activations(layers, ranks.device)
+    policy = mixed_precision(config.precision.name)
+    shard_model(model, units, ranks, policy, fsdp.reshard_after_forward, fsdp.offloads_parameters)
+    set_prefetch(layers, fsdp.prefetch)
     register_fsdp_forward_method(model, "generate")
     register_fsdp_forward_method(model, "logits")
     require_sharded(model, ranks)

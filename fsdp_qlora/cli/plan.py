@@ -19,6 +19,7 @@ def run(config: RunConfig) -> int:
         return 0
     rows = [(kind.replace("_", " "), megabytes(count)) for kind, count in found["bytes_per_rank"].items()]
     rows.append(("planned peak per rank", megabytes(plan.bytes.total)))
+    rows += [("host memory per rank", megabytes(plan.bytes.host))] if plan.bytes.host else []
     if config.plan.gpu:
         verdict = "fits" if found["fits"] else "does not fit"
         rows.append((f"in {config.plan.gpu}", f"{verdict}, with {megabytes(found['reserve_bytes'])} kept free"))

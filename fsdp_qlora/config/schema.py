@@ -135,6 +135,21 @@ class FsdpSettings:
     """Number of such copies (hybrid sharding)."""
     reshard_after_forward: bool = True
     """Free a unit's gathered parameters between forward and backward."""
+    offload: Literal["none", "params", "activations", "all"] = "none"
+    """What is kept in host memory: parameters with their gradients and optimizer states, what the decoder layers keep
+    for backward, or both. Pinned on an accelerator; on a CPU there is nothing to gain."""
+    prefetch: int = 1
+    """Decoder layers that are gathered ahead of the one that computes."""
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """Whether parameters are kept in host memory."""
+        return self.offload in ("params", "all")
+
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether what layers keep for backward is kept in host memory."""
+        return self.offload in ("activations", "all")
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,20 @@ def gather_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the whole adapter on the CPU under PEFT's names. A collective: every rank calls it."""
     found: dict[str, torch.Tensor] = {}
     for name, parameter in trainable_parameters(model):
-        whole = parameter.detach()
-        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-        found[name] = whole.to("cpu", copy=True).contiguous()
+        found[name] = _whole(parameter.detach()).to("cpu", copy=True).contiguous()
     return found
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a tensor over its ranks, on the device of their mesh: its shards may be in host memory."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh = tensor.device_mesh
+    local = tensor.to_local().to(mesh.device_type)
+    on_device = DTensor.from_local(
+        local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+    return on_device.full_tensor()
 
 
 def short_targets(targets: Sequence[str], all_linears: Sequence[str]) -> list[str]:

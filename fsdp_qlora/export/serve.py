@@ -37,8 +37,7 @@ def answer(
 
     Under FSDP every rank calls it with the same arguments (greedy, or all would sample apart).
     """
-    device = next(model.parameters()).device
-    inputs = {k: v.to(device) for k, v in encode_prompt(tokenizer, prompt).items() if k != "token_type_ids"}
+    inputs = {k: v.to(model.device) for k, v in encode_prompt(tokenizer, prompt).items() if k != "token_type_ids"}
     ends = end_of_turn_ids(model.base.config, tokenizer)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:

@@ -6,11 +6,15 @@ any transformers causal LM, without touching its code.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fsdp_qlora.model.head import LossHead
@@ -29,6 +33,12 @@ class CausalModel(nn.Module):
     def base(self) -> PreTrainedModel:
         """The transformers model under the adapters."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; its shards may lie in host memory."""
+        parameter = next(self.parameters())
+        return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None
@@ -57,7 +67,26 @@ class CausalModel(nn.Module):
 
     def generate(self, **settings: Any) -> torch.Tensor:
         """Generate as transformers does; under FSDP all ranks call it together."""
-        return self.model.generate(**settings)  # type: ignore[operator]
+        with self._inputs_on(self.device):
+            return self.model.generate(**settings)  # type: ignore[operator]
+
+    @contextmanager
+    def _inputs_on(self, device: torch.device) -> Iterator[None]:
+        """Send the model's inputs to ``device``: transformers sends them to where it finds the first parameter.
+
+        That is the host where parameters are offloaded, and it warns of it.
+        """
+
+        def send(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return args, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+
+        handle = self.base.register_forward_pre_hook(send, with_kwargs=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="You are calling .generate.* device type different")
+                yield
+        finally:
+            handle.remove()
 
 
 def install_loss_head(model: PreTrainedModel, chunk: int) -> None:

@@ -81,7 +81,7 @@ def _backward_drift(model: CausalModel, ids: torch.Tensor, ranks: Ranks) -> tupl
     alone = gradients()
     squares = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for a, b in zip(packed, alone, strict=True):
-        squares += torch.stack([(a - b).double().square().sum(), b.double().square().sum()])
+        squares += torch.stack([(a - b).double().square().sum(), b.double().square().sum()]).to(ranks.device)
     dist.all_reduce(squares, group=ranks.group)
     dtype = next((p.dtype for p in model.base.parameters() if p.dtype in _BACKWARD_LIMIT), torch.bfloat16)
     gap, size = squares.sqrt().tolist()

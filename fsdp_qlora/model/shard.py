@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.dist.mesh import Ranks
@@ -38,26 +38,44 @@ def shard_model(
     ranks: Ranks,
     policy: MixedPrecisionPolicy,
     reshard_after_forward: bool = True,
+    offload_parameters: bool = False,
 ) -> None:
     """Shard ``model`` in place: each unit, then the model itself as the root.
 
-    Adapters must be attached before: what is attached later would be neither sharded nor reduced.
+    Adapters must be attached before: what is attached later would be neither sharded nor reduced. With
+    ``offload_parameters`` shards, gradients and optimizer states are kept in (pinned) host memory.
 
     Raises:
         PlanError: if the policy would cast packed bytes as if they were numbers.
     """
     _refuse_casting(model, policy)
+    pinned = ranks.device.type != "cpu"  # pinning takes an accelerator
+    offload = CPUOffloadPolicy(pin_memory=pinned) if offload_parameters else OffloadPolicy()
     for unit in units:
         fully_shard(
-            list(unit), mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+            list(unit), mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward,
+            offload_policy=offload,
         )  # fmt: skip
-    fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is a sum over target tokens divided by their global count; FSDP must only add. The order of
             # these two lines matters: without the first, gloo lacks the operation that the second asks for.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def set_prefetch(layers: Sequence[nn.Module], depth: int) -> None:
+    """Let each layer, once gathered, start gathering the next ``depth`` ones, in forward and in backward.
+
+    ``layers`` are sharded units in the order of forward. A depth of 1 is what FSDP does by itself.
+    """
+    if depth == 1:
+        return
+    units: list[FSDPModule] = [layer for layer in layers if isinstance(layer, FSDPModule)]
+    for place, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[place + 1 : place + 1 + depth])
+        unit.set_modules_to_backward_prefetch(units[max(0, place - depth) : place][::-1])
 
 
 def _refuse_casting(model: nn.Module, policy: MixedPrecisionPolicy) -> None:

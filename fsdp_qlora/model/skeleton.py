@@ -102,7 +102,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         ModelError: if it has no input embedding, output head or repeated layers where transformers puts them.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     if not isinstance(head, nn.Linear) or embedding is None or not layers:
         raise ModelError(f"{type(model).__name__}: no embedding, linear head and decoder layers: not a causal LM?")
     names = {module: name for name, module in model.named_modules()}
@@ -135,7 +135,7 @@ def _linears(name: str, module: nn.Module) -> Iterator[LinearShape]:
                 yield LinearShape(f"{name}.{key}", rows, columns, count=count, stacked=True)
 
 
-def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the modules that transformers says must not be split across devices."""
     classes = set(model._no_split_modules or [])  # read only; spelt so by transformers since v4
     return [module for module in model.modules() if type(module).__name__ in classes]

@@ -55,10 +55,12 @@ def stream_weights(
     source: SafetensorsFolder,
     ranks: Ranks,
     progress: Progress | None = None,
+    shards_on: torch.device | None = None,
 ) -> LoadReport:
     """Materialise ``model`` (sharded, on meta) and fill the base's parameters from ``source``.
 
-    ``base`` is the transformers model inside ``model``. Adapters are left for `initialize_adapters`.
+    ``base`` is the transformers model inside ``model``. Adapters are left for `initialize_adapters`. Shards are
+    allocated on ``shards_on`` (None: on the ranks' device; the CPU where `shard_model` offloads them).
 
     Raises:
         ModelError: if a tensor is missing, has the wrong shape, or holds a value that is not a finite number.
@@ -66,7 +68,7 @@ def stream_weights(
     """
     started = time.perf_counter()
     tied = _shares_weight(base)
-    model.to_empty(device=ranks.device)
+    _allocate(model, shards_on or ranks.device, ranks.device)
     restore_buffers(base, ranks.device)
     quantized = [m for m in base.modules() if isinstance(m, QuantMatrices)]
     kept = [(_file_name(n), p) for n, p in base.named_parameters() if not _is_ours(n, p, base)]
@@ -90,6 +92,15 @@ def stream_weights(
     size = sum(resident_bytes(module) for module in quantized)
     stored = sum(isinstance(entry, PackedWeight) for entry in entries)
     return LoadReport(source.bytes_read, source.total_bytes, size, time.perf_counter() - started, stored)
+
+
+def _allocate(model: nn.Module, shards_on: torch.device, device: torch.device) -> None:
+    """Allocate parameters on ``shards_on`` and buffers on ``device``: FSDP moves the former to compute, never these."""
+    model.to_empty(device=shards_on)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.device.type != device.type:
+                setattr(module, name, torch.empty_like(buffer, device=device))
 
 
 def _shares_weight(base: PreTrainedModel) -> bool:

@@ -13,6 +13,10 @@ from math import prod
 from fsdp_qlora.plan.layout import ROW_BLOCKS, ROW_BYTES, LinearShape, ModelShapes, row_range
 
 FLOAT32 = 4
+PARAMETER_KINDS = ("base_packed", "base_statistics", "base_kept", "adapters", "gradients", "optimizer")
+"""Kinds that ``fsdp.offload=params`` keeps in host memory."""
+_LAYERS_ON_DEVICE = 2
+"""Layers whose kept activations are on the device at a time with ``fsdp.offload=activations``."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,25 @@ class BytesPerRank:
     activations: int
     logits: int
     gather: int
+    host_parameters: bool = False
+    """Whether `PARAMETER_KINDS` lie in host memory, not on the device."""
+    host_activations: int = 0
+    """Bytes of activations in host memory; ``activations`` are those on the device."""
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Bytes by kind, wherever they lie (activations: those on the device)."""
+        return {k: v for k, v in asdict(self).items() if not k.startswith("host_")}
 
     @property
     def total(self) -> int:
-        """Sum of all kinds: the planned peak."""
-        return sum(asdict(self).values())
+        """Sum of what is on the device: the planned peak."""
+        return sum(v for k, v in self.kinds.items() if not (self.host_parameters and k in PARAMETER_KINDS))
+
+    @property
+    def host(self) -> int:
+        """Sum of what is offloaded to host memory."""
+        return sum(self.kinds.values()) - self.total + self.host_activations
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,10 @@ class StorageSettings:
     checkpointing: bool
     eager_attention: bool
     logits_chunk: int
+    offload_parameters: bool = False
+    offload_activations: bool = False
+    prefetch: int = 1
+    """Units gathered ahead."""
 
 
 def _share(dim0: int, shard_size: int) -> int:
@@ -83,6 +105,7 @@ def bytes_per_rank(
     adapters = FLOAT32 * sum(
         _share(shape[0], settings.shard_size) * shape[1] for x in targets for shape in lora_shapes(x, settings.r)
     )
+    activations, host_activations = _activations(shapes, settings)
     return BytesPerRank(
         base_packed=sum(rows) * ROW_BYTES,
         base_statistics=sum(statistics_bytes(n, settings.double_quant) for n in rows),
@@ -90,9 +113,11 @@ def bytes_per_rank(
         adapters=adapters,
         gradients=adapters,
         optimizer=adapters * settings.optimizer_states,
-        activations=_activations(shapes, settings),
+        activations=activations,
         logits=_logits(shapes, settings),
         gather=_gather(shapes, quantized, targets, settings),
+        host_parameters=settings.offload_parameters,
+        host_activations=host_activations,
     )
 
 
@@ -106,12 +131,14 @@ def _layer_activations(shapes: ModelShapes, layer: str, settings: StorageSetting
     return tokens * (per_token + attention) * settings.itemsize
 
 
-def _activations(shapes: ModelShapes, settings: StorageSettings) -> int:
+def _activations(shapes: ModelShapes, settings: StorageSettings) -> tuple[int, int]:
+    """Return the bytes of activations on the device and in host memory."""
     layers = [_layer_activations(shapes, layer, settings) for layer in shapes.layers]
     edge = settings.micro_batch_size * settings.max_length * shapes.hidden_size * settings.itemsize
-    if settings.checkpointing:
-        return edge * (len(layers) + 1) + max(layers)
-    return edge + sum(layers)
+    recomputed = max(layers) if settings.checkpointing else 0
+    kept = [edge] * len(layers) if settings.checkpointing else layers
+    on_device = sum(sorted(kept)[-_LAYERS_ON_DEVICE:]) if settings.offload_activations else sum(kept)
+    return edge + on_device + recomputed, sum(kept) if settings.offload_activations else 0
 
 
 def _logits(shapes: ModelShapes, settings: StorageSettings) -> int:
@@ -122,7 +149,7 @@ def _logits(shapes: ModelShapes, settings: StorageSettings) -> int:
 def _gather(
     shapes: ModelShapes, quantized: list[LinearShape], targets: list[LinearShape], settings: StorageSettings
 ) -> int:
-    """Return the two largest gathered units (one computes while the next arrives) and one dequantized weight."""
+    """Return the largest gathered units (one computes while the next arrive) and one dequantized weight."""
     packed = {x.parameter: x for x in quantized}
     adapted = {x.name: x for x in targets}
 
@@ -143,4 +170,5 @@ def _gather(
 
     units = sorted((whole(name) for name in {*shapes.layers, shapes.embedding, shapes.head}), reverse=True)
     dense = max((x.numel // x.count for x in quantized), default=0) * settings.itemsize
-    return sum(units[:2]) + dense if settings.shard_size > 1 else dense
+    gathers = settings.shard_size > 1 or settings.offload_parameters
+    return sum(units[: 1 + settings.prefetch]) + dense if gathers else dense

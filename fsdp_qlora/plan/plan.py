@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from fsdp_qlora.config.schema import RunConfig
@@ -49,7 +49,8 @@ class TrainPlan:
         return {
             "fits": None if capacity is None else self.bytes.total + reserve <= capacity,
             "reserve_bytes": reserve,
-            "bytes_per_rank": asdict(self.bytes),
+            "bytes_per_rank": self.bytes.kinds,
+            "host_bytes": self.bytes.host,
             "peak_planned_bytes": self.bytes.total,
             "peak_simulated_bytes": None,
             "world_size": self.world_size,
@@ -91,6 +92,9 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int) -> TrainP
         checkpointing=config.train.activation_checkpointing == "full",
         eager_attention=config.model.attn_implementation == "eager",
         logits_chunk=config.train.logits_chunk,
+        offload_parameters=config.fsdp.offloads_parameters,
+        offload_activations=config.fsdp.offloads_activations,
+        prefetch=config.fsdp.prefetch,
     )
     target_shapes = [by_name[name] for name in targets]
     return TrainPlan(

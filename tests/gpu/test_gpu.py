@@ -157,6 +157,7 @@ class Rows:
     input_ids: torch.Tensor
     labels: torch.Tensor
     weight: float = 1.0
+    position_ids: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

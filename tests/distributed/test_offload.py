@@ -1,0 +1,213 @@
+"""Where parameters and activations lie, and how early they are gathered, changes no bit of a training."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fsdp_qlora.dist.mesh import Ranks
+from tests.build import build, essence, run_fit
+from tests.tiny import make_model
+
+WHERE = ("params", "activations", "all")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of a tiny model with enough layers for some to be in host memory while others compute."""
+    return make_model(tmp_path_factory.mktemp("models") / "deep", num_hidden_layers=5, hidden_size=64)
+
+
+def _train(pool, num_ranks, model, rows, root, name, layout="shard", **groups):
+    settings = copy.deepcopy(groups)
+    settings["data"] |= {"train": str(rows), "max_length": 64, "eval_fraction": 0.1}
+    found = pool.run(num_ranks, run_fit, str(model), str(root), name, settings, layout=layout)[0]
+    numbers = [*essence(found["metrics"]), *found["summary"]["samples"]]
+    return numbers, load_file(root / name / "adapter" / "adapter_model.safetensors")
+
+
+def _groups(precision="bf16", checkpointing="none", prompts=(), **fsdp):
+    train = {
+        "max_steps": 2, "global_batch_size": 6, "micro_batch_size": 2, "activation_checkpointing": checkpointing,
+        "sample_prompts": list(prompts), "sample_tokens": 3,
+    }  # fmt: skip
+    packing = {"packing": checkpointing == "full"}  # a probe with forward and backward before the training
+    return {
+        "train": train, "fsdp": fsdp, "precision": {"name": precision}, "lora": {"dropout": 0.1}, "data": packing,
+    }  # fmt: skip
+
+
+_AS_IT_IS: dict[str, tuple] = {}
+
+
+def _compare(pool, model, rows, root, num_ranks, others, layout="shard", **groups):
+    run, key = [pool, num_ranks, model, rows, root], str((model, num_ranks, layout, sorted(groups.items())))
+    if key not in _AS_IT_IS:
+        _AS_IT_IS[key] = _train(*run, "as-it-is", layout, **_groups(**groups))
+    lines, adapter = _AS_IT_IS[key]
+    assert len({line["loss"] for line in lines if "loss" in line}) == 2
+    for other in others:
+        found_lines, found = _train(*run, "-".join(map(str, other.values())), layout, **_groups(**groups, **other))
+        assert found_lines == lines
+        assert found.keys() == adapter.keys()
+        assert all(torch.equal(found[name], adapter[name]) for name in adapter)
+
+
+CASES = [(1, "full", ["all"]), (2, "none", ["params", "activations"]), (2, "full", ["all"])]
+
+
+@pytest.mark.parametrize(("num_ranks", "checkpointing", "offloads"), CASES)
+def test_offload_changes_no_bit(pool, model, chat_rows, tmp_path, num_ranks, checkpointing, offloads):
+    others = [{"offload": where} for where in offloads]
+    _compare(pool, model, chat_rows, tmp_path, num_ranks, others, checkpointing=checkpointing)
+
+
+def test_offload_with_hybrid_sharding_changes_no_bit(pool, model, chat_rows, tmp_path):
+    other = [{"offload": "all", "prefetch": 2}]
+    # Answers too: transformers synchronises them over all ranks there are, so here, where all four take part.
+    groups = {"replicate_degree": 2, "checkpointing": "full", "prompts": ("the quick",)}
+    _compare(pool, model, chat_rows, tmp_path, 4, other, "hybrid", **groups)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"), [(1, "shard"), (2, "shard"), (3, "shard"), (4, "shard"), (4, "hybrid")]
+)
+def test_every_offload_changes_no_bit(
+    pool, model, chat_rows, tmp_path, num_ranks, layout, reshard, checkpointing, precision
+):
+    offloads = [{"offload": where, "prefetch": depth} for depth, where in enumerate(WHERE, start=1)]
+    groups = {"precision": precision, "checkpointing": checkpointing, "reshard_after_forward": reshard}
+    replicas = 2 if layout == "hybrid" else 1
+    _compare(pool, model, chat_rows, tmp_path, num_ranks, offloads, layout, replicate_degree=replicas, **groups)
+
+
+@pytest.mark.parametrize("depth", [3, *(pytest.param(depth, marks=pytest.mark.full) for depth in (2, 9))])
+def test_prefetch_changes_no_bit(pool, model, chat_rows, tmp_path, depth):
+    _compare(pool, model, chat_rows, tmp_path, 2, [{"prefetch": depth}], checkpointing="none")
+
+
+def _ahead(ranks: Ranks, folder: str, depth: int) -> list[tuple[list[int], list[int]]]:
+    layers = list(build(ranks, folder, fsdp={"prefetch": depth}).model.base.model.layers)
+    states = [layer._get_fsdp_state() for layer in layers]  # the only place where FSDP2 says what it was told
+    return [
+        tuple([states.index(s) for s in found] for found in (x._states_to_forward_prefetch, x._states_to_backward_prefetch))
+        for x in states
+    ]  # fmt: skip
+
+
+def test_prefetch_names_the_layers_that_come_next(pool, model):
+    assert pool.run(1, _ahead, str(model), 1)[0] == [([], [])] * 5
+    assert pool.run(1, _ahead, str(model), 2)[0] == [
+        ([1, 2], []), ([2, 3], [0]), ([3, 4], [1, 0]), ([4], [2, 1]), ([], [3, 2]),
+    ]  # fmt: skip
+
+
+def _policies(ranks: Ranks, folder: str, offload: str) -> set[str]:
+    from fsdp_qlora.model import shard
+
+    original, found = shard.fully_shard, set()
+
+    def look(*args, **kwargs):
+        found.add(repr(kwargs["offload_policy"]))
+        return original(*args, **kwargs)
+
+    shard.fully_shard = look
+    try:
+        build(ranks, folder, fsdp={"offload": offload})
+    finally:
+        shard.fully_shard = original
+    return found
+
+
+def test_every_unit_is_offloaded_where_asked(pool, model):
+    for offload in ("params", "all"):
+        assert pool.run(1, _policies, str(model), offload)[0] == {"CPUOffloadPolicy(pin_memory=False)"}
+    for offload in ("none", "activations"):
+        assert pool.run(1, _policies, str(model), offload)[0] == {"OffloadPolicy()"}
+
+
+def _moved(ranks: Ranks, folder: str, rows: str, root: str, checkpointing: str) -> dict[str, int]:
+    """Train; count what autograd saved in the layers, what was moved, and whether it was a parameter."""
+    from fsdp_qlora.model.offload import HostActivations, _Kept
+    from fsdp_qlora.training import fit
+
+    pack, count = HostActivations._pack, {"parameter": 0, "parameter moved": 0, "moved": 0, "in place": 0, "largest": 0}
+    parameters: list[torch.nn.Parameter] = []
+    seen: list[HostActivations] = []
+
+    def look(self, tensor):
+        packed = pack(self, tensor)
+        storage, moved = tensor.untyped_storage().data_ptr(), isinstance(packed, _Kept)
+        is_parameter = any(p.untyped_storage().data_ptr() == storage for p in parameters)
+        count["parameter"] += is_parameter
+        count["parameter moved"] += is_parameter and moved
+        count["moved"] += moved
+        count["in place"] += moved and packed.host.untyped_storage().data_ptr() == storage
+        count["largest"] = max(count["largest"], tensor.nbytes if moved else 0)
+        seen.append(self)
+        return packed
+
+    HostActivations._pack = look
+    try:
+        groups = _groups(checkpointing=checkpointing, offload="activations")
+        groups["data"] = {"train": rows}
+        prepared = build(ranks, folder, run={"output_root": root, "name": checkpointing}, **groups)
+
+        def gathered(layer, *_):
+            parameters[:] = layer.parameters()
+
+        for layer in prepared.model.base.model.layers:
+            layer.register_forward_pre_hook(gathered)
+        fit(prepared)
+    finally:
+        HostActivations._pack = pack
+    return count | {"out": seen[0].bytes_out, "back": seen[0].bytes_back}
+
+
+def test_saved_tensors_lie_elsewhere_and_parameters_are_left_alone(pool, model, chat_rows, tmp_path):
+    found = {kind: pool.run(2, _moved, str(model), str(chat_rows), str(tmp_path), kind)[0] for kind in ("none", "full")}
+    for count in found.values():
+        assert count["parameter moved"] == 0
+        assert count["in place"] == 0
+        assert 0 < count["back"] < count["out"], "the last layers' are still there when backward begins"
+    assert found["none"]["parameter"] > 100
+    # 5 layers x 2 micro-batches x 2 steps, and one tensor each: the layer's input
+    assert (found["full"]["moved"], found["full"]["parameter"]) == (20, 0)
+    assert found["none"]["out"] > 10 * found["full"]["out"]
+
+
+def _state(ranks: Ranks, folder: str, rows: str, root: str, steps: int, offload: str) -> dict:
+    from fsdp_qlora.dist.signals import StopSignals
+    from fsdp_qlora.track.run_folder import RunFolder
+    from fsdp_qlora.training import Training, _tracker
+
+    groups = _groups(offload=offload)
+    groups["train"]["max_steps"] = steps
+    groups["data"]["train"] = rows
+    prepared = build(
+        ranks, folder, run={"output_root": root, "name": "r"}, schedule={"name": "constant"}, **groups
+    )  # fmt: skip
+    run_folder = RunFolder(root, "r")
+    run_folder.create()
+    training = Training(prepared, run_folder)
+    training.resume()
+    with _tracker(training, run_folder) as tracker:
+        training.run(tracker, StopSignals())
+    return {n: t.full_tensor().clone() for n, t in training._tensors().items()}
+
+
+@pytest.mark.parametrize(("first", "second"), [("all", "none"), pytest.param("none", "all", marks=pytest.mark.full)])
+def test_a_resume_may_offload_otherwise(pool, model, chat_rows, tmp_path, first, second):
+    run = [_state, str(model), str(chat_rows)]
+    whole = pool.run(2, *run, str(tmp_path / "whole"), 2, "none")[0]
+    pool.run(2, *run, str(tmp_path / "split"), 1, first)
+    rest = pool.run(2, *run, str(tmp_path / "split"), 2, second)[0]
+    assert rest.keys() == whole.keys()
+    assert all(torch.equal(rest[name], whole[name]) for name in whole)
