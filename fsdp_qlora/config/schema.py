@@ -101,6 +101,8 @@ class QuantSettings:
     """Quantize the block statistics too (QLoRA's double quantization)."""
     block_size: int = 64
     """Weights that share one statistic."""
+    embeddings: Literal["none", "nf4"] = "none"
+    """Quantize the embedding and the head too."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,10 @@ class FsdpSettings:
     """Number of such copies (hybrid sharding)."""
     reshard_after_forward: bool = True
     """Free a unit's gathered parameters between forward and backward."""
+    offload: Literal["none", "params", "activations", "all"] = "none"
+    """Keep the shards (and the optimizer's states), the layers' inputs for backward, or both in host memory."""
+    prefetch: int = 1
+    """Units that are gathered ahead of the one that computes."""
 
 
 @dataclass(frozen=True)
@@ -299,10 +305,16 @@ class PlanSettings:
     """Ranks to plan for; 0 = as many as `train` would start."""
     gpu: str | None = None
     """Memory of one device (``24GiB``): answers whether the plan fits."""
+    device: str | None = None
+    """Name of a device (``rtx4090``, ``h100``; a wrong one lists all): its memory where ``gpu`` is not given, and the
+    time of a step."""
+    interconnect: str | None = None
+    """Name of an interconnect (``pcie4_no_p2p``, ``nvlink4``; a wrong one lists all) or a rate (``12GB/s``); null takes
+    the device's usual one."""
     simulate: bool = False
     """Simulate the step under fake tensors. Not available yet: refused when true."""
     search: bool = False
-    """Search for the largest batch that fits. Not available yet: refused when true."""
+    """Search the largest micro-batch x sequence length and the cheapest checkpointing and offload that fit."""
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
     )
     return ModelShapes(
         parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
-        linears=linears,
+        linears=linears + _stacked_experts(model),
         layers=tuple(names[layer] for layer in layers),
         embedding=names[embedding],
         head=names[head],
@@ -119,6 +119,19 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         hidden_size=config.hidden_size,
         vocab_size=head.out_features,
         num_attention_heads=config.num_attention_heads,
+        max_positions=getattr(config, "max_position_embeddings", None) or 0,
+        experts_per_token=getattr(config, "num_experts_per_tok", None) or 0,
+    )
+
+
+def _stacked_experts(model: PreTrainedModel) -> tuple[LinearShape, ...]:
+    """Return the expert weights ``[experts, out, in]`` of mixture-of-experts layers."""
+    return tuple(
+        LinearShape(f"{name}.{key}", p.shape[1], p.shape[2], count=p.shape[0])
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Experts")
+        for key, p in module.named_parameters(recurse=False)
+        if p.dim() == 3
     )
 
 

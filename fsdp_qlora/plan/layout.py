@@ -42,17 +42,31 @@ def row_range(rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One linear layer of the model: ``weight`` is ``[out_features, in_features]``."""
+    """One linear layer of the model: ``weight`` is ``[out_features, in_features]``.
+
+    With ``count`` above 1, the experts of a layer: ``name`` is a parameter ``[count, out_features, in_features]``.
+    """
 
     name: str
     out_features: int
     in_features: int
     bias: bool = False
+    count: int = 1
+
+    @property
+    def numel_each(self) -> int:
+        """Number of weights of one of the stacked matrices."""
+        return self.out_features * self.in_features
 
     @property
     def numel(self) -> int:
         """Number of weights, the bias not counted."""
-        return self.out_features * self.in_features
+        return self.count * self.numel_each
+
+    @property
+    def rows(self) -> int:
+        """Rows of packed storage; each of the stacked matrices starts at a new one."""
+        return self.count * num_rows(self.numel_each)
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,10 @@ class ModelShapes:
     hidden_size: int
     vocab_size: int
     num_attention_heads: int
+    max_positions: int = 0
+    """Longest sequence that the model is made for; 0 = not known."""
+    experts_per_token: int = 0
+    """Experts that each token goes through; 0 = none."""
 
     def numel(self, prefix: str) -> int:
         """Return the number of parameters under the module ``prefix``."""
@@ -93,7 +111,7 @@ def target_linears(shapes: ModelShapes, target_modules: str | Sequence[str]) -> 
     Raises:
         PlanError: if an item matches no linear; it lists the names there are.
     """
-    candidates = [x.name for x in quantized_linears(shapes)]
+    candidates = [x.name for x in quantized_linears(shapes) if x.count == 1]
     if target_modules == "all-linear":
         return tuple(candidates)
     items = [target_modules] if isinstance(target_modules, str) else list(target_modules)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError, PlanError
 from fsdp_qlora.plan.batch import BatchPlan
 from fsdp_qlora.plan.layout import LinearShape, ModelShapes, fsdp_units, quantized_linears, target_linears
-from fsdp_qlora.plan.memory import BytesPerRank, StorageSettings, bytes_per_rank
+from fsdp_qlora.plan.memory import BytesPerRank, HostBytes, MemoryModel, StorageSettings
 
 _OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -30,25 +31,47 @@ class TrainPlan:
     """FSDP units, as tuples of module names."""
     batch: BatchPlan
     bytes: BytesPerRank
+    moments: dict[str, int]
+    """Bytes on the device at each fullest moment of a step."""
+    host: HostBytes
     trainable_parameters: int
     base_parameters: int
+    memory: MemoryModel
+    settings: StorageSettings
+
+    @property
+    def peak(self) -> int:
+        """Planned bytes of tensors on the device at the fullest moment."""
+        return max(self.moments.values())
 
     def to_dict(self, gpu: str | None = None) -> dict[str, Any]:
         """Return the plan as the JSON of `fsdp-qlora plan plan.json=true`."""
-        reserve = reserve_bytes(self.bytes.total, gpu)
+        reserve = reserve_bytes(self.peak, gpu)
         capacity = parse_bytes(gpu) if gpu else None
         return {
-            "fits": None if capacity is None else self.bytes.total + reserve <= capacity,
+            "fits": None if capacity is None else self.peak + reserve <= capacity,
             "reserve_bytes": reserve,
             "bytes_per_rank": asdict(self.bytes),
-            "peak_planned_bytes": self.bytes.total,
+            "peak_planned_bytes": self.peak,
             "peak_simulated_bytes": None,
+            "peak_moment": max(self.moments, key=lambda name: self.moments[name]),
+            "bytes_at_moment": dict(self.moments),
+            "host_bytes_per_rank": asdict(self.host),
             "world_size": self.world_size,
+            "shard_size": self.shard_size,
             "trainable_parameters": self.trainable_parameters,
             "base_parameters": self.base_parameters,
             "quantized_linears": len(self.quantized),
             "fsdp_units": len(self.units) + 1,
             "micro_batches_per_rank": self.batch.accumulation_steps,
+            "batch": {
+                "global_rows": self.batch.global_batch_size,
+                "micro_batch_rows": self.batch.micro_batch_size,
+                "micro_batches": self.batch.num_micro_batches,
+                "micro_batches_per_rank": self.batch.accumulation_steps,
+                "max_length": self.settings.max_length,
+                "tokens_per_step": self.batch.global_batch_size * self.settings.max_length,
+            },
         }
 
 
@@ -63,57 +86,82 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int) -> TrainP
     targets = target_linears(shapes, config.lora.target_modules)
     by_name = {x.name: x for x in shapes.linears}
     quantized = quantized_linears(shapes) if config.quant.name != "none" else ()
+    rows = config.train.micro_batch_size
+    if config.train.micro_batch_tokens:  # the worst case: all rows as long as they may be
+        rows = max(1, config.train.micro_batch_tokens // config.data.max_length)
+    batch = BatchPlan(config.train.global_batch_size, rows, world_size)
+    settings = storage_settings(config, batch, shard_degree(config, world_size))
+    memory = MemoryModel(shapes, quantized, [by_name[name] for name in targets], settings)
+    planned = memory.plan(settings)
+    return TrainPlan(
+        world_size=world_size,
+        shard_size=settings.shard_size,
+        quantized=quantized,
+        targets=targets,
+        units=fsdp_units(shapes),
+        batch=batch,
+        bytes=planned.bytes,
+        moments=planned.moments,
+        host=planned.host,
+        trainable_parameters=memory.trainable(),
+        base_parameters=sum(prod(shape) for shape in shapes.parameters.values()),
+        memory=memory,
+        settings=settings,
+    )
+
+
+def shard_degree(config: RunConfig, world_size: int) -> int:
+    """Return the ranks that share one copy of the base.
+
+    Raises:
+        PlanError: if that and the number of copies do not multiply to the ranks there are.
+    """
     replicate = config.fsdp.replicate_degree
     shard = config.fsdp.shard_degree or world_size // replicate
     if shard * replicate != world_size:
         raise PlanError(f"fsdp.shard_degree: {shard} x replicate_degree {replicate} is not {world_size} ranks.")
-    rows = config.train.micro_batch_size
-    if config.train.micro_batch_tokens:  # the worst case: all rows as long as they may be
-        rows = max(1, config.train.micro_batch_tokens // config.data.max_length)
-    settings = StorageSettings(
-        shard_size=shard,
-        quantized=bool(quantized),
+    return shard
+
+
+def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> StorageSettings:
+    """Return what of the settings decides the bytes."""
+    return StorageSettings(
+        shard_size=shard_size,
+        quantized=config.quant.name != "none",
         double_quant=config.quant.double_quant,
         itemsize=2 if config.precision.name == "bf16" else 4,
         r=config.lora.r,
         optimizer_states=_OPTIMIZER_STATES[config.optim.name],
-        micro_batch_size=rows,
+        micro_batch_size=batch.micro_batch_size,
         max_length=config.data.max_length,
         checkpointing=config.train.activation_checkpointing == "full",
         eager_attention=config.model.attn_implementation == "eager",
         logits_chunk=config.train.logits_chunk,
-    )
-    target_shapes = [by_name[name] for name in targets]
-    return TrainPlan(
-        world_size=world_size,
-        shard_size=shard,
-        quantized=quantized,
-        targets=targets,
-        units=fsdp_units(shapes),
-        batch=BatchPlan(config.train.global_batch_size, rows, world_size),
-        bytes=bytes_per_rank(shapes, quantized, target_shapes, settings),
-        trainable_parameters=sum(config.lora.r * (x.in_features + x.out_features) for x in target_shapes),
-        base_parameters=sum(_numel(shape) for shape in shapes.parameters.values()),
+        quantized_embeddings=config.quant.embeddings != "none",
+        offload_parameters=config.fsdp.offload in ("params", "all"),
+        offload_activations=config.fsdp.offload in ("activations", "all"),
+        prefetch=config.fsdp.prefetch,
+        reshard_after_forward=config.fsdp.reshard_after_forward,
+        accumulation_steps=batch.accumulation_steps,
+        dropout=config.lora.dropout > 0,
     )
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def parse_bytes(text: str) -> int:
-    """Return the bytes of ``24GiB``, ``80GB`` or a plain number.
+def parse_bytes(text: str, key: str = "plan.gpu") -> int:
+    """Return the bytes of ``24GiB``, ``80GB`` or a plain number; ``key`` is the setting that holds it.
 
     Raises:
         ConfigError: if it is none of these.
     """
     match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]I?)?B?\s*", text.upper())
-    if not match:
-        raise ConfigError(f"plan.gpu: {text!r} is no amount of memory; write it as 24GiB or 80GB.")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    try:
+        return int(float(match[1]) * _UNITS[match[2] or ""]) if match else _no_amount(text, key)
+    except ValueError:
+        return _no_amount(text, key)
+
+
+def _no_amount(text: str, key: str) -> int:
+    raise ConfigError(f"{key}: {text!r} is no amount of memory; write it as 24GiB or 80GB.")
 
 
 def reserve_bytes(peak: int, gpu: str | None) -> int:
