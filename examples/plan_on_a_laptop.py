@@ -44,7 +44,8 @@ def main() -> None:
     print(f"{'bytes per rank':<20}" + "".join(f"{f'{n} rank(s)':>18}" for n in WORLD_SIZES))
     for kind in asdict(first.bytes):
         print(f"{kind:<20}" + "".join(f"{getattr(plan.bytes, kind):>18,}" for plan in plans))
-    print(f"{'planned peak':<20}" + "".join(f"{plan.peak:>18,}" for plan in plans))
+    print(f"{'total':<20}" + "".join(f"{plan.bytes.total:>18,}" for plan in plans))
+    print(f"{'held at once':<20}" + "".join(f"{plan.peak:>18,}" for plan in plans))
     print(f"{'micro-batches a step':<20}" + "".join(f"{plan.batch.accumulation_steps:>18}" for plan in plans))
 
 

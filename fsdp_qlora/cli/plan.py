@@ -13,7 +13,12 @@ from fsdp_qlora.plan.report import report
 from fsdp_qlora.track.console import megabytes, print_columns, print_table
 
 Rows = list[tuple[str, str]]
-_MOMENTS = {"head": "at the head", "layer_backward": "in a layer's backward", "update": "in the update"}
+_MOMENTS = {
+    "first_layer": "at the first layer",
+    "head": "at the head",
+    "layer_backward": "in a layer's backward",
+    "update": "in the update",
+}
 
 
 def run(config: RunConfig) -> int:

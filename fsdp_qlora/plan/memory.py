@@ -3,8 +3,10 @@
 Parameters, statistics, adapters and optimizer states are exact. Gradients, activations, logits and gathers are what
 FSDP2 and autograd hold at the fullest moment, by arithmetic: no allocator is asked, and what it loses to fragments,
 CUDA's context and NCCL's buffers is in the reserve. The kinds are not all held at the same time, so the planned peak is
-the largest of three moments and not their sum:
+the largest of four moments and not their sum:
 
+- ``first_layer``: FSDP2 keeps a unit's receive buffer until the next unit is copied out of its own, so the embedding's
+  is there beside the first layer's;
 - ``head``: the head is gathered, a chunk of logits exists, all that forward keeps is there;
 - ``layer_backward``: a layer is gathered (and the next one on its way), computed again and differentiated;
 - ``update``: the optimizer's step.
@@ -185,6 +187,7 @@ class MemoryModel:
         gradients = self._gradients(settings)
         on_device = 0 if settings.offload_parameters else sum(fixed)
         moments = {
+            "first_layer": on_device + gradients + self._gathered_first(settings),
             "head": on_device + gradients + kept + edge + max(logits + head, again),
             "layer_backward": on_device + gradients + kept + layer + at_layer,
             "update": 0 if settings.offload_parameters else sum(fixed) + 3 * fixed[3],
@@ -269,6 +272,12 @@ class MemoryModel:
             return again, again
         # a tied unit is gathered since the embedding; the buffer of the last layer's gather is still there
         return self.edges[0].gathered + max((u.gathered for u in self.layers), default=0), again
+
+    def _gathered_first(self, settings: StorageSettings) -> int:
+        """Return what is gathered when the first layer follows the embedding."""
+        if settings.shard_size == 1 or not self.layers:
+            return self.edges[0].gathered
+        return self.edges[0].gathered * (2 if self.shapes.tied else 1) + 2 * self.layers[0].gathered
 
     def _kept_for_backward(self, settings: StorageSettings) -> int:
         """Return what forward leaves on the device: a layer's input each, or all that the layers saved."""
