@@ -45,6 +45,7 @@ def main() -> None:
     for kind in asdict(first.bytes):
         print(f"{kind:<20}" + "".join(f"{getattr(plan.bytes, kind):>18,}" for plan in plans))
     print(f"{'total':<20}" + "".join(f"{plan.bytes.total:>18,}" for plan in plans))
+    print(f"{'held at once':<20}" + "".join(f"{plan.peak:>18,}" for plan in plans))
     print(f"{'micro-batches a step':<20}" + "".join(f"{plan.batch.accumulation_steps:>18}" for plan in plans))
 
 

@@ -28,6 +28,7 @@ from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.conversions import arrangement
 from fsdp_qlora.model.experts import use_quantized_experts
+from fsdp_qlora.model.known import config_for_plan
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters
 from fsdp_qlora.model.offload import offload_activations
 from fsdp_qlora.model.prequantized import require_readable
@@ -197,12 +198,22 @@ def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
 
 
 def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
-    """Plan a run from the model's config alone: no weights, no process group."""
+    """Plan a run from the model's config alone: no weights, no process group, no network."""
+    config, shapes = shapes_for_plan(config)
+    return make_plan(config, shapes, world_size)
+
+
+def shapes_for_plan(config: RunConfig) -> tuple[RunConfig, ModelShapes]:
+    """Return the settings with the attention that a plan counts with, and the model's shapes, without a network.
+
+    Raises:
+        ModelError: if the model is no folder, not in the hub's cache, and not one of those known by name.
+    """
     check(config)
-    folder = resolve_folder(config.model.name, config.model.revision)
-    device = "cuda" if config.plan.gpu else next(iter(device_types()))
+    source = config_for_plan(config.model.name, config.model.revision)
+    device = "cuda" if config.plan.gpu or config.plan.device else next(iter(device_types()))
     config = _with_attention(config, torch.device(device))
-    return make_plan(config, read_shapes(_skeleton(config, folder)), world_size)
+    return config, read_shapes(_skeleton(config, source))
 
 
 def _with_attention(config: RunConfig, device: torch.device) -> RunConfig:

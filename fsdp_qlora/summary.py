@@ -40,7 +40,7 @@ def summarize(
         "adapter_bytes": adapter_bytes,
         "model_file_bytes": prepared.load.file_bytes,
         "memory_kind": kind,
-        "planned_bytes_per_rank": prepared.plan.bytes.total,
+        "planned_bytes_per_rank": prepared.plan.peak,
         "device": str(ranks.device),
         "threads_per_rank": prepared.threads,
         "load_seconds": prepared.load.seconds,

@@ -3,39 +3,136 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from fsdp_qlora.api import plan_for
+from fsdp_qlora.api import shapes_for_plan
 from fsdp_qlora.cli.launcher import ranks_to_start
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.track.console import megabytes, print_table
+from fsdp_qlora.plan.plan import TrainPlan, make_plan
+from fsdp_qlora.plan.report import report
+from fsdp_qlora.track.console import megabytes, print_columns, print_table
+
+Rows = list[tuple[str, str]]
+_MOMENTS = {
+    "first_layer": "at the first layer",
+    "head": "at the head",
+    "layer_backward": "in a layer's backward",
+    "update": "in the update",
+}
 
 
 def run(config: RunConfig) -> int:
     """Print the plan as a table or as JSON; return the exit code."""
-    plan = plan_for(config, config.plan.world_size or ranks_to_start(config))
-    found = plan.to_dict(config.plan.gpu)
+    counted, shapes = shapes_for_plan(config)
+    plan = make_plan(counted, shapes, config.plan.world_size or ranks_to_start(config))
+    found = report(counted, plan, shapes)
     if config.plan.json:
         print(json.dumps(found, indent=2))
         return 0
+    print_table(f"plan for {config.model.name}", [*_bytes(found, config), *_work(found, plan, config), *_time(found)])
+    print(
+        "Parameters, statistics, adapters and optimizer are exact. Gradients, activations, logits and gather are what "
+        "FSDP and autograd hold at the fullest moment, by arithmetic; not all kinds are held at once."
+    )
+    if found["device"]:
+        print(_assumed(found["device"]))
+    for line in found["advice"]:
+        print(f"Advice: {line}")
+    if found["search"]:
+        _print_search(found["search"], config)
+    return 0
+
+
+def _bytes(found: dict[str, Any], config: RunConfig) -> Rows:
     rows = [(kind.replace("_", " "), megabytes(count)) for kind, count in found["bytes_per_rank"].items()]
-    rows.append(("planned peak per rank", megabytes(plan.bytes.total)))
-    rows += [("host memory per rank", megabytes(plan.bytes.host))] if plan.bytes.host else []
-    if config.plan.gpu:
+    peak = f"{megabytes(found['peak_planned_bytes'])}, {_MOMENTS[found['peak_moment']]}"
+    if found["peak_simulated_bytes"] is not None:
+        peak += f"; simulated {megabytes(found['peak_simulated_bytes'])}"
+    rows.append(("planned peak per rank", peak))
+    reserve = megabytes(found["reserve_bytes"])
+    rows.append(("framework (reserve)", f"{reserve} for CUDA, NCCL and the allocator: the larger of 1.5 GiB and 6 %"))
+    if found["gpu_bytes"]:
         verdict = "fits" if found["fits"] else "does not fit"
-        rows.append((f"in {config.plan.gpu}", f"{verdict}, with {megabytes(found['reserve_bytes'])} kept free"))
-    rows.append(("ranks", f"{plan.world_size}, {plan.shard_size} of which share one copy of the base"))
-    rows.append(("FSDP units", str(found["fsdp_units"])))
-    rows.append(("4-bit linears", f"{len(plan.quantized)} ({config.quant.name})"))
-    rows.append(("trainable parameters", f"{plan.trainable_parameters:,} of {plan.base_parameters:,}"))
-    rows.append(
+        left = found["gpu_bytes"] - found["peak_planned_bytes"] - found["reserve_bytes"]
+        by = f"{megabytes(abs(left))} {'left' if left >= 0 else 'missing'}"
+        rows.append((f"in {config.plan.gpu or found['device']['memory']}", f"{verdict}, {by}"))
+    host = found["host_bytes_per_rank"]
+    parts = ", ".join(f"{megabytes(count)} {kind.replace('_', ' ')}" for kind, count in host.items() if count)
+    rows.append(("host memory per rank", f"{megabytes(sum(host.values()))}: {parts}"))
+    return rows
+
+
+def _work(found: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
+    batch, flops = found["batch"], found["flops_per_token"]
+    gathered = found["gathered_bytes_per_micro_batch"]
+    return [
+        ("ranks", f"{plan.world_size}, {plan.shard_size} of which share one copy of the base"),
+        ("FSDP units", str(found["fsdp_units"])),
+        ("4-bit linears", f"{len(plan.quantized)} ({config.quant.name}); embedding and head {config.quant.embeddings}"),
+        ("trainable parameters", f"{plan.trainable_parameters:,} of {plan.base_parameters:,}"),
         (
             "batch",
-            f"{plan.batch.global_batch_size} rows a step = {plan.batch.num_micro_batches} micro-batches of "
-            f"{plan.batch.micro_batch_size}, {plan.batch.accumulation_steps} on each rank",
+            f"{batch['global_rows']} rows a step = {batch['micro_batches']} micro-batches of "
+            f"{batch['micro_batch_rows']} x {batch['max_length']} tokens, {batch['micro_batches_per_rank']} on each "
+            f"rank; {batch['tokens_per_step']:,} tokens",
+        ),
+        ("saving memory", f"checkpointing {config.train.activation_checkpointing}, offload {config.fsdp.offload}"),
+        (
+            "gathered per rank",
+            f"{megabytes(gathered)} a micro-batch, {megabytes(found['gathered_bytes_per_step'])} a step",
+        ),
+        (
+            "operations per token",
+            f"{flops['total'] / 1e9:.1f} G: forward {flops['forward'] / 1e9:.1f}, backward "
+            f"{flops['backward'] / 1e9:.1f}, recomputed {flops['recompute'] / 1e9:.1f}",
+        ),
+    ]
+
+
+def _time(found: dict[str, Any]) -> Rows:
+    time, device = found["time"], found["device"]
+    if time is None:
+        return []
+    parts = f"compute {time['compute_seconds']:.2f} s, dequantize {time['dequantize_seconds']:.2f} s"
+    if time["gather_seconds"]:
+        parts += f"; gather {time['gather_seconds']:.2f} s over {device['interconnect']}"
+    if time["copy_seconds"]:
+        parts += f"; copies to host memory {time['copy_seconds']:.2f} s"
+    return [
+        (f"micro-batch on {device['name']}", f"{time['micro_batch_seconds']:.2f} s: {parts}"),
+        ("step", f"{time['step_seconds']:.1f} s, {time['tokens_per_second']:.0f} tokens/s over all ranks"),
+    ]
+
+
+def _assumed(device: dict[str, Any]) -> str:
+    return (
+        f"Times are estimates: {device['bf16_teraflops']:g} TFLOP/s of bf16 at {device['assumed_mfu']:.0%}, "
+        f"{device['memory_gigabytes_per_second']:g} GB/s of memory, {device['interconnect']} at "
+        f"{device['interconnect_gigabytes_per_second']:g} GB/s, host memory at "
+        f"{device['host_gigabytes_per_second']:g} GB/s (links at {device['assumed_link_share']:.0%} of their rate)."
+    )
+
+
+def _print_search(found: dict[str, Any], config: RunConfig) -> None:
+    length = found["max_length"]
+    header = ["checkpointing", "offload", f"rows of {length}", "planned peak", "longest row", "most tokens", "tokens/s"]
+    lines = []
+    for tried in found["tried"]:
+        speed = tried["tokens_per_second"]
+        lines.append(
+            [
+                tried["checkpointing"],
+                tried["offload"],
+                str(tried["micro_batch_size"]) if tried["fits"] else "does not fit",
+                megabytes(tried["peak_bytes"]),
+                str(tried["longest"]),
+                str(tried["tokens"]),
+                "" if speed is None else f"{speed:.0f}",
+            ]
         )
-    )
-    print_table(f"plan for {config.model.name}", rows)
-    print(
-        "Parameters, statistics, adapters, gradients and optimizer are exact; activations, logits and gather estimates."
-    )
-    return 0
+    count = sum(tried["tried"] for tried in found["tried"])
+    print_columns(f"tried: {count} micro-batches in {megabytes(found['budget_bytes'])} of tensors", header, lines)
+    if found["best"] is None:
+        print(f"Nothing fits, not even one row of {length} tokens: more ranks, a shorter length, quant.embeddings=nf4.")
+    else:
+        print(f"The cheapest that fits: {' '.join(found['overrides'])}")

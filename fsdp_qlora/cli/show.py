@@ -48,7 +48,7 @@ def print_start(prepared: Prepared, note: str) -> None:
     )
     print(
         f"global batch {plan.batch.global_batch_size} rows = micro-batches of {plan.batch.micro_batch_size} x "
-        f"{plan.batch.accumulation_steps} per rank; planned peak {megabytes(plan.bytes.total)} of tensors per rank"
+        f"{plan.batch.accumulation_steps} per rank; planned peak {megabytes(plan.peak)} of tensors per rank"
     )
     if data is not None and data.stream is not None:
         print(

@@ -53,6 +53,7 @@ def _not_negative(config: RunConfig) -> Iterator[str]:
         "checkpoint.keep_best": config.checkpoint.keep_best,
         "schedule.warmup_steps": config.schedule.warmup_steps,
         "fsdp.shard_degree": config.fsdp.shard_degree,
+        "fsdp.prefetch": config.fsdp.prefetch,
         "launcher.max_restarts": config.launcher.max_restarts,
         "train.spike_factor": config.train.spike_factor,
         "data.temperature": config.data.temperature,
@@ -206,8 +207,13 @@ def _not_built(config: RunConfig) -> Iterator[str]:
         yield "train.compile: true is not available in this version; leave it at auto, which runs without."
     if config.plan.simulate:
         yield "plan.simulate: not available in this version; the plan is by arithmetic."
-    if config.plan.search:
-        yield "plan.search: not available in this version."
+
+
+def _plan(config: RunConfig) -> Iterator[str]:
+    if config.plan.search and config.plan.gpu is None and config.plan.device is None:
+        yield "plan.search: needs the memory to fit; set plan.gpu=24GiB or plan.device=rtx4090."
+    if config.plan.interconnect is not None and config.plan.device is None:
+        yield "plan.interconnect: is compared with a device's compute; set plan.device, too."
 
 
 def _prompts(config: RunConfig) -> Iterator[str]:
@@ -231,6 +237,7 @@ RULES: tuple[Rule, ...] = (
     _quantization,
     _edges,
     _not_built,
+    _plan,
     _prompts,
 )
 
@@ -258,13 +265,21 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
             yield "model.name: not set. Give a model, or adapter=FOLDER, which names its own."
 
 
+def _planned_only(verb: str, config: RunConfig) -> Iterator[str]:
+    if verb not in ("train", "evaluate", "generate"):
+        return
+    for key, value in {"quant.embeddings": config.quant.embeddings, "fsdp.offload": config.fsdp.offload}.items():
+        if value != "none":
+            yield f"{key}: {value} can be planned, but not run in this version; set {key}=none."
+
+
 def check_verb(verb: str, config: RunConfig) -> RunConfig:
     """Return ``config`` if it has what ``verb`` needs.
 
     Raises:
         ConfigError: naming everything that is missing.
     """
-    if problems := list(_needs(verb, config)):
+    if problems := [*_needs(verb, config), *_planned_only(verb, config)]:
         raise ConfigError("\n".join(problems))
     return config
 

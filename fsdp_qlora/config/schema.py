@@ -318,10 +318,16 @@ class PlanSettings:
     """Ranks to plan for; 0 = as many as `train` would start."""
     gpu: str | None = None
     """Memory of one device (``24GiB``): answers whether the plan fits."""
+    device: str | None = None
+    """Name of a device (``rtx4090``, ``h100``; a wrong one lists all): its memory where ``gpu`` is not given, and the
+    time of a step."""
+    interconnect: str | None = None
+    """Name of an interconnect (``pcie4_no_p2p``, ``nvlink4``; a wrong one lists all) or a rate (``12GB/s``); null takes
+    the device's usual one."""
     simulate: bool = False
     """Simulate the step under fake tensors. Not available yet: refused when true."""
     search: bool = False
-    """Search for the largest batch that fits. Not available yet: refused when true."""
+    """Search the largest micro-batch x sequence length and the cheapest checkpointing and offload that fit."""
 
 
 @dataclass(frozen=True)

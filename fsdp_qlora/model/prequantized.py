@@ -72,7 +72,7 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
     Raises:
         ModelError: if config.json is not a JSON object, or that part of it is none.
     """
-    file = folder / "config.json"
+    file = folder if folder.is_file() else folder / "config.json"  # a plan may know the config alone
     try:
         config = json.loads(file.read_text())
         inner = config.get("text_config") or {}

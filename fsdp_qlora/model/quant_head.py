@@ -17,13 +17,10 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.model.head import logit_settings
-from fsdp_qlora.plan.layout import ROW_WEIGHTS, LinearShape, ModelShapes
+from fsdp_qlora.plan.layout import HEAD_SLICE_WEIGHTS, ROW_WEIGHTS, LinearShape, ModelShapes
 from fsdp_qlora.quant.embedding import QuantEmbedding
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.matrices import QuantMatrices, frozen
-
-_SLICE_WEIGHTS = 2**26
-"""Weights of the head that are dense at the same time (128 MiB in bf16)."""
 
 
 class QuantLossHead(nn.Module):
@@ -54,7 +51,7 @@ class QuantLossHead(nn.Module):
         """Yield ``(start, stop)`` of slices of the vocabulary that fall on packed rows."""
         vocab, hidden = self.source.shape
         step = ROW_WEIGHTS // gcd(ROW_WEIGHTS, hidden)
-        size = max(step, _SLICE_WEIGHTS // hidden // step * step)
+        size = max(step, HEAD_SLICE_WEIGHTS // hidden // step * step)
         for start in range(0, vocab, size):
             yield start, min(start + size, vocab)
 

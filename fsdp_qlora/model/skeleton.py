@@ -118,6 +118,8 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         hidden_size=config.hidden_size,
         vocab_size=head.out_features,
         num_attention_heads=config.num_attention_heads,
+        max_positions=getattr(config, "max_position_embeddings", None) or 0,
+        experts_per_token=getattr(config, "num_experts_per_tok", None) or 0,
     )
 
 

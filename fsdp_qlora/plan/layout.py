@@ -22,6 +22,8 @@ ROW_WEIGHTS = BLOCK_WEIGHTS * ROW_BLOCKS
 """Weights in a row of the packed storage."""
 ROW_BYTES = ROW_WEIGHTS // 2
 """Bytes of 4-bit codes in a row."""
+HEAD_SLICE_WEIGHTS = 2**26
+"""Weights of a 4-bit head that are dense at the same time (128 MiB in bf16)."""
 
 
 def num_rows(numel: int) -> int:
@@ -57,14 +59,19 @@ class LinearShape:
     """Whether it is a 3-D parameter and not a layer: it takes no adapter here."""
 
     @property
+    def numel_each(self) -> int:
+        """Number of weights of one of the stacked matrices."""
+        return self.out_features * self.in_features
+
+    @property
     def numel(self) -> int:
         """Number of weights, the bias not counted."""
-        return self.count * self.out_features * self.in_features
+        return self.count * self.numel_each
 
     @property
     def rows(self) -> int:
-        """Rows of packed storage; each matrix starts on one of its own."""
-        return self.count * num_rows(self.out_features * self.in_features)
+        """Rows of packed storage; each of the stacked matrices starts on one of its own."""
+        return self.count * num_rows(self.numel_each)
 
     @property
     def parameter(self) -> str:
@@ -98,6 +105,10 @@ class ModelShapes:
     hidden_size: int
     vocab_size: int
     num_attention_heads: int
+    max_positions: int = 0
+    """Longest sequence that the model is made for; 0 = not known."""
+    experts_per_token: int = 0
+    """Experts that each token goes through; 0 = none."""
 
     def numel(self, prefix: str) -> int:
         """Return the number of parameters under the module ``prefix``."""

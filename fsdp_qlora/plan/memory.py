@@ -1,27 +1,45 @@
-"""Bytes a rank holds, by kind; arithmetic only.
+"""Bytes a rank holds, by kind and by moment of a step; arithmetic only.
 
-Parameters, statistics, adapters, gradients and optimizer states are exact. Activations, logits and gathers are upper
-estimates of what a step adds (the measured peak is printed beside them at the end of `train`).
+Parameters, statistics, adapters and optimizer states are exact. Gradients, activations, logits and gathers are what
+FSDP2 and autograd hold at the fullest moment, by arithmetic: no allocator is asked, and what it loses to fragments,
+CUDA's context and NCCL's buffers is in the reserve. The kinds are not all held at the same time, so the planned peak is
+the largest of four moments and not their sum:
+
+- ``first_layer``: FSDP2 keeps a unit's receive buffer until the next unit is copied out of its own, so the embedding's
+  is there beside the first layer's;
+- ``head``: the head is gathered, a chunk of logits exists, all that forward keeps is there;
+- ``layer_backward``: a layer is gathered (and the next one on its way), computed again and differentiated;
+- ``update``: the optimizer's step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 
-from fsdp_qlora.plan.layout import ROW_BLOCKS, ROW_BYTES, LinearShape, ModelShapes, row_range
+from fsdp_qlora.plan.activations import FLOAT32, LayerActivations, layer_activations
+from fsdp_qlora.plan.layout import (
+    HEAD_SLICE_WEIGHTS,
+    ROW_BLOCKS,
+    ROW_BYTES,
+    ROW_WEIGHTS,
+    LinearShape,
+    ModelShapes,
+    row_range,
+)
 
-FLOAT32 = 4
-PARAMETER_KINDS = ("base_packed", "base_statistics", "base_kept", "adapters", "gradients", "optimizer")
-"""Kinds that ``fsdp.offload=params`` keeps in host memory."""
-_LAYERS_ON_DEVICE = 2
-"""Layers whose kept activations are on the device at a time with ``fsdp.offload=activations``."""
+LOGIT_COPIES = 4
+"""Float32 tensors ``[chunk, vocab]`` of the chunked cross entropy at once: two of this chunk, two of the last."""
+FILE_ITEMSIZE = 2
+"""Bytes of an element in the model's files (bf16)."""
+LAYERS_ON_DEVICE = 2
+"""Layers whose offloaded tensors are on the device at a time: the one in use and the one on its way."""
 
 
 @dataclass(frozen=True)
 class BytesPerRank:
-    """Bytes of the fullest rank."""
+    """Bytes of the fullest rank, each kind at its own fullest moment."""
 
     base_packed: int
     base_statistics: int
@@ -32,25 +50,41 @@ class BytesPerRank:
     activations: int
     logits: int
     gather: int
-    host_parameters: bool = False
-    """Whether `PARAMETER_KINDS` lie in host memory, not on the device."""
-    host_activations: int = 0
-    """Bytes of activations in host memory; ``activations`` are those on the device."""
-
-    @property
-    def kinds(self) -> dict[str, int]:
-        """Bytes by kind, wherever they lie (activations: those on the device)."""
-        return {k: v for k, v in asdict(self).items() if not k.startswith("host_")}
 
     @property
     def total(self) -> int:
-        """Sum of what is on the device: the planned peak."""
-        return sum(v for k, v in self.kinds.items() if not (self.host_parameters and k in PARAMETER_KINDS))
+        """Sum of all kinds: more than is ever held at once."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class HostBytes:
+    """Bytes of host memory that a rank needs beside what Python and its libraries take (about 1 GB)."""
+
+    loading: int
+    """While loading: the largest slice of one tensor of the files that this rank reads."""
+    offloaded_parameters: int
+    offloaded_activations: int
 
     @property
-    def host(self) -> int:
-        """Sum of what is offloaded to host memory."""
-        return sum(self.kinds.values()) - self.total + self.host_activations
+    def total(self) -> int:
+        """All of it."""
+        return self.loading + self.offloaded_parameters + self.offloaded_activations
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a rank holds."""
+
+    bytes: BytesPerRank
+    moments: dict[str, int]
+    """Bytes on the device at each fullest moment of a step."""
+    host: HostBytes
+
+    @property
+    def peak(self) -> int:
+        """Bytes of tensors on the device at the fullest moment."""
+        return max(self.moments.values())
 
 
 @dataclass(frozen=True)
@@ -70,14 +104,32 @@ class StorageSettings:
     checkpointing: bool
     eager_attention: bool
     logits_chunk: int
+    quantized_embeddings: bool = False
     offload_parameters: bool = False
+    """The shards, their gradients and the optimizer's states live in host memory."""
     offload_activations: bool = False
+    """What the layers keep for backward is in host memory."""
     prefetch: int = 1
-    """Units gathered ahead."""
+    """Units that are gathered ahead."""
+    reshard_after_forward: bool = True
+    accumulation_steps: int = 1
+    dropout: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch_size * self.max_length
 
 
-def _share(dim0: int, shard_size: int) -> int:
-    return row_range(dim0, 0, shard_size)[1]
+@dataclass(frozen=True)
+class Unit:
+    """An FSDP unit."""
+
+    name: str
+    gathered: int
+    """Bytes of its parameters when gathered."""
+    adapters: int
+    """Elements of its adapters."""
 
 
 def statistics_bytes(rows: int, double_quant: bool) -> int:
@@ -86,89 +138,193 @@ def statistics_bytes(rows: int, double_quant: bool) -> int:
 
 
 def lora_shapes(linear: LinearShape, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the shapes of A and B."""
-    return (r, linear.in_features), (linear.out_features, r)
+    """Return the shapes of A and B; of stacked matrices, those of all."""
+    return (linear.count * r, linear.in_features), (linear.out_features, linear.count * r)
 
 
-def bytes_per_rank(
-    shapes: ModelShapes, quantized: Iterable[LinearShape], targets: Iterable[LinearShape], settings: StorageSettings
-) -> BytesPerRank:
-    """Return the bytes that the fullest rank holds during a training step."""
-    quantized, targets = list(quantized) if settings.quantized else [], list(targets)
-    rows = [_share(x.rows, settings.shard_size) for x in quantized]
-    packed_names = {x.parameter for x in quantized}
-    kept = sum(
-        _share(shape[0] if shape else 1, settings.shard_size) * prod(shape[1:])
-        for name, shape in shapes.parameters.items()
-        if name not in packed_names
-    )
-    adapters = FLOAT32 * sum(
-        _share(shape[0], settings.shard_size) * shape[1] for x in targets for shape in lora_shapes(x, settings.r)
-    )
-    activations, host_activations = _activations(shapes, settings)
-    return BytesPerRank(
-        base_packed=sum(rows) * ROW_BYTES,
-        base_statistics=sum(statistics_bytes(n, settings.double_quant) for n in rows),
-        base_kept=kept * settings.itemsize,
-        adapters=adapters,
-        gradients=adapters,
-        optimizer=adapters * settings.optimizer_states,
-        activations=activations,
-        logits=_logits(shapes, settings),
-        gather=_gather(shapes, quantized, targets, settings),
-        host_parameters=settings.offload_parameters,
-        host_activations=host_activations,
-    )
+class MemoryModel:
+    """A model's fixed bytes, computed once; `plan` then answers for any batch and setting of storage.
 
+    Args:
+        shapes: the model.
+        quantized: what is stored in 4-bit.
+        targets: linears with an adapter.
+        settings: what `plan` may be given differently: ``micro_batch_size``, ``max_length``, ``checkpointing``,
+            ``logits_chunk``, ``offload_*``, ``prefetch``, ``reshard_after_forward`` and ``accumulation_steps``.
+    """
 
-def _layer_activations(shapes: ModelShapes, layer: str, settings: StorageSettings) -> int:
-    """Return what one decoder layer keeps for backward: each linear's input and output, norms, attention weights."""
-    tokens = settings.micro_batch_size * settings.max_length
-    inside = [x for x in shapes.linears if x.name.startswith(layer + ".")]
-    per_token = sum(x.in_features + x.out_features + settings.r for x in inside) + 6 * shapes.hidden_size
-    # eager attention keeps scores and weights; the others recompute them
-    attention = 2 * shapes.num_attention_heads * settings.max_length if settings.eager_attention else 0
-    return tokens * (per_token + attention) * settings.itemsize
-
-
-def _activations(shapes: ModelShapes, settings: StorageSettings) -> tuple[int, int]:
-    """Return the bytes of activations on the device and in host memory."""
-    layers = [_layer_activations(shapes, layer, settings) for layer in shapes.layers]
-    edge = settings.micro_batch_size * settings.max_length * shapes.hidden_size * settings.itemsize
-    recomputed = max(layers) if settings.checkpointing else 0
-    kept = [edge] * len(layers) if settings.checkpointing else layers
-    on_device = sum(sorted(kept)[-_LAYERS_ON_DEVICE:]) if settings.offload_activations else sum(kept)
-    return edge + on_device + recomputed, sum(kept) if settings.offload_activations else 0
-
-
-def _logits(shapes: ModelShapes, settings: StorageSettings) -> int:
-    chunk = min(settings.logits_chunk, settings.micro_batch_size * settings.max_length)
-    return chunk * shapes.vocab_size * (settings.itemsize + 3 * FLOAT32)  # raw, float32, slope and its temporary
-
-
-def _gather(
-    shapes: ModelShapes, quantized: list[LinearShape], targets: list[LinearShape], settings: StorageSettings
-) -> int:
-    """Return the largest gathered units (one computes while the next arrive) and one dequantized weight."""
-    packed = {x.parameter: x for x in quantized}
-    adapted = {x.name: x for x in targets}
-
-    def whole(prefix: str) -> int:
-        total = 0
-        for name, shape in shapes.parameters.items():
-            if not name.startswith(prefix + "."):
-                continue
-            if name in packed:
-                rows = packed[name].rows
-                total += rows * ROW_BYTES + statistics_bytes(rows, settings.double_quant)
-            else:
-                total += prod(shape) * settings.itemsize
-        lora = sum(
-            prod(s) for n, x in adapted.items() if n.startswith(prefix + ".") for s in lora_shapes(x, settings.r)
+    def __init__(
+        self,
+        shapes: ModelShapes,
+        quantized: Iterable[LinearShape],
+        targets: Iterable[LinearShape],
+        settings: StorageSettings,
+    ) -> None:
+        self.shapes, self.settings = shapes, settings
+        self.targets = tuple(targets)
+        quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
+        self.packed = {x.parameter: x.rows for x in quantized}
+        self.dense = max((x.numel_each for x in quantized if x.name not in edges), default=0)
+        self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
+        self.layers = tuple(self._unit(name) for name in shapes.layers)
+        self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
+        adapted = frozenset(x.name for x in self.targets)
+        self.activations: tuple[LayerActivations, ...] = tuple(
+            layer_activations(
+                shapes, layer, adapted, settings.itemsize, settings.r, settings.dropout, settings.eager_attention
+            )
+            for layer in shapes.layers
         )
-        return total + lora * settings.itemsize
 
-    units = sorted((whole(name) for name in {*shapes.layers, shapes.embedding, shapes.head}), reverse=True)
-    dense = max((x.numel // x.count for x in quantized), default=0) * settings.itemsize
-    gathers = settings.shard_size > 1 or settings.offload_parameters
-    return sum(units[: 1 + settings.prefetch]) + dense if gathers else dense
+    def plan(self, settings: StorageSettings) -> MemoryPlan:
+        """Return what the fullest rank holds with these settings."""
+        fixed = self.fixed
+        kept = self._kept_for_backward(settings)
+        layer = self._layer(settings)
+        logits = self._logits(settings)
+        edge = 5 * settings.tokens * self.shapes.hidden_size * settings.itemsize  # final norm, its copies, gradient
+        head, again = self._gathered_head(settings)
+        at_layer = self._gathered(self.layers, settings) + self.dense * settings.itemsize
+        if self.shapes.tied:  # the embedding's unit is freed after all of backward
+            at_layer += self.edges[0].gathered
+        gradients = self._gradients(settings)
+        on_device = 0 if settings.offload_parameters else sum(fixed)
+        moments = {
+            "first_layer": on_device + gradients + self._gathered_first(settings),
+            "head": on_device + gradients + kept + edge + max(logits + head, again),
+            "layer_backward": on_device + gradients + kept + layer + at_layer,
+            "update": 0 if settings.offload_parameters else sum(fixed) + 3 * fixed[3],
+        }
+        packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
+        bytes_ = BytesPerRank(
+            packed, statistics, base, adapters, gradients, optimizer, kept + layer, logits, max(head, again, at_layer)
+        )
+        return MemoryPlan(bytes_, moments, self._host(settings))
+
+    def gathered_bytes(self, settings: StorageSettings) -> int:
+        """Return the bytes that a rank receives for one micro-batch, forward and backward."""
+        passes = 2 if settings.reshard_after_forward else 1
+        edges = self.edges[0].gathered + (0 if self.shapes.tied else 2 * self.edges[1].gathered)
+        whole = passes * sum(unit.gathered for unit in self.layers) + edges
+        return whole * (settings.shard_size - 1) // settings.shard_size
+
+    def trainable(self) -> int:
+        """Return the number of adapter elements."""
+        return sum(prod(s) for x in self.targets for s in lora_shapes(x, self.settings.r))
+
+    def _fixed(self, settings: StorageSettings) -> tuple[int, int, int, int, int]:
+        """Return this rank's packed bytes, statistics, kept weights, adapters and optimizer states."""
+        shard = settings.shard_size
+        rows = sum(_share(n, shard) for n in self.packed.values())
+        kept = sum(
+            _share(shape[0] if shape else 1, shard) * prod(shape[1:])
+            for name, shape in self.shapes.parameters.items()
+            if name not in self.packed
+        )
+        adapters = FLOAT32 * sum(
+            _share(shape[0], shard) * shape[1] for x in self.targets for shape in lora_shapes(x, settings.r)
+        )
+        return (
+            rows * ROW_BYTES,
+            statistics_bytes(rows, settings.double_quant),
+            kept * settings.itemsize,
+            adapters,
+            adapters * settings.optimizer_states,
+        )
+
+    def _gradients(self, settings: StorageSettings) -> int:
+        """Return the adapters' float32 gradients: whole while micro-batches add up, this rank's share otherwise."""
+        if settings.accumulation_steps > 1:
+            return FLOAT32 * self.trainable()
+        shard = settings.shard_size
+        sharded = sum(_share(s[0], shard) * s[1] for x in self.targets for s in lora_shapes(x, settings.r))
+        one_unit = max((unit.adapters for unit in self.layers), default=0) if shard > 1 else 0
+        return FLOAT32 * ((0 if settings.offload_parameters else sharded) + one_unit)
+
+    def _unit(self, prefix: str) -> Unit:
+        total = 0
+        for name, shape in self.shapes.parameters.items():
+            if name.startswith(prefix + "."):
+                rows = self.packed.get(name)
+                if rows is None:
+                    total += prod(shape) * self.settings.itemsize
+                else:
+                    total += rows * ROW_BYTES + statistics_bytes(rows, self.settings.double_quant)
+        lora = sum(
+            prod(s) for x in self.targets if x.name.startswith(prefix + ".") for s in lora_shapes(x, self.settings.r)
+        )
+        return Unit(prefix, total + lora * self.settings.itemsize, lora)
+
+    def _gathered(self, units: Sequence[Unit], settings: StorageSettings) -> int:
+        """Return what is gathered while one of ``units`` computes: it, and the buffers of those on their way."""
+        largest = max((unit.gathered for unit in units), default=0)
+        if settings.shard_size == 1:
+            return largest  # FSDP copies the unit also on one rank
+        if units is self.layers and not settings.reshard_after_forward:
+            return sum(unit.gathered for unit in units) + largest
+        return largest * (1 + max(1, settings.prefetch))
+
+    def _gathered_head(self, settings: StorageSettings) -> tuple[int, int]:
+        """Return what is gathered while logits exist, and while the head is gathered again for backward."""
+        again = self._gathered(self.edges, settings)
+        if not self.shapes.tied or settings.shard_size == 1:
+            return again, again
+        # a tied unit is gathered since the embedding; the buffer of the last layer's gather is still there
+        return self.edges[0].gathered + max((u.gathered for u in self.layers), default=0), again
+
+    def _gathered_first(self, settings: StorageSettings) -> int:
+        """Return what is gathered when the first layer follows the embedding."""
+        if settings.shard_size == 1 or not self.layers:
+            return self.edges[0].gathered
+        return self.edges[0].gathered * (2 if self.shapes.tied else 1) + 2 * self.layers[0].gathered
+
+    def _kept_for_backward(self, settings: StorageSettings) -> int:
+        """Return what forward leaves on the device: a layer's input each, or all that the layers saved."""
+        edge = settings.tokens * self.shapes.hidden_size * settings.itemsize
+        if settings.checkpointing:
+            each = [edge] * len(self.layers)
+        else:
+            each = [self._saved(layer, settings) for layer in self.activations[:-1]]
+        on_device = each[-LAYERS_ON_DEVICE:] if settings.offload_activations else each
+        return sum(on_device) + (0 if settings.checkpointing else edge)
+
+    def _layer(self, settings: StorageSettings) -> int:
+        """Return what the layer in backward adds: all that it saved, and a moment's gradients."""
+
+        def moments(layer: LayerActivations) -> int:
+            in_attention = layer.attention_saved + layer.attention_scores * settings.max_length
+            return max(self._saved(layer, settings) + layer.transient * settings.tokens, in_attention * settings.tokens)
+
+        return max(map(moments, self.activations), default=0)
+
+    def _saved(self, layer: LayerActivations, settings: StorageSettings) -> int:
+        return settings.tokens * (layer.saved + layer.scores * settings.max_length)
+
+    def _logits(self, settings: StorageSettings) -> int:
+        chunk = min(settings.logits_chunk, settings.tokens)
+        if not settings.quantized_embeddings:
+            return chunk * self.shapes.vocab_size * FLOAT32 * LOGIT_COPIES
+        hidden = self.shapes.hidden_size
+        rows = min(HEAD_SLICE_WEIGHTS // hidden, self.shapes.vocab_size)
+        slope = settings.tokens * hidden * (FLOAT32 + settings.itemsize)  # added up over the slices, then rounded
+        return chunk * rows * FLOAT32 * LOGIT_COPIES + rows * hidden * settings.itemsize + slope
+
+    def _largest_slice(self, shard_size: int) -> int:
+        """Return the most elements of one tensor of the files that this rank reads."""
+        largest = 0
+        for name, shape in self.shapes.parameters.items():
+            rows, dim0 = self.packed.get(name), shape[0] if shape else 1
+            width = prod(shape[1:]) if rows is None else ROW_WEIGHTS
+            largest = max(largest, min(_share(dim0 if rows is None else rows, shard_size) * width, prod(shape)))
+        return largest
+
+    def _host(self, settings: StorageSettings) -> HostBytes:
+        edge = settings.tokens * self.shapes.hidden_size * settings.itemsize
+        each = [edge if settings.checkpointing else self._saved(layer, settings) for layer in self.activations]
+        offloaded = sum(each) if settings.offload_activations else 0
+        parameters = sum(self.fixed) + self.fixed[3] if settings.offload_parameters else 0  # and the gradients
+        return HostBytes(self.largest_slice * FILE_ITEMSIZE, parameters, offloaded)
+
+
+def _share(dim0: int, shard_size: int) -> int:
+    return row_range(dim0, 0, shard_size)[1]

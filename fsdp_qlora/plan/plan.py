@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from fsdp_qlora.config.schema import RunConfig
@@ -17,7 +18,7 @@ from fsdp_qlora.plan.layout import (
     quantized_linears,
     target_linears,
 )
-from fsdp_qlora.plan.memory import BytesPerRank, StorageSettings, bytes_per_rank
+from fsdp_qlora.plan.memory import BytesPerRank, HostBytes, MemoryModel, StorageSettings
 
 _OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}
 _MOST_KEPT = 0.1
@@ -32,33 +33,56 @@ class TrainPlan:
     world_size: int
     shard_size: int
     quantized: tuple[LinearShape, ...]
-    """Linears stored in 4-bit; empty with ``quant=none``."""
+    """Weights of the decoder layers stored in 4-bit; empty with ``quant=none``."""
+    quantized_edges: tuple[LinearShape, ...]
+    """Embedding and head, where they are stored in 4-bit: one table when they are tied."""
     targets: tuple[str, ...]
     """Linears that get an adapter."""
     units: tuple[tuple[str, ...], ...]
     """FSDP units, as tuples of module names."""
     batch: BatchPlan
     bytes: BytesPerRank
+    moments: dict[str, int]
+    """Bytes on the device at each fullest moment of a step."""
+    host: HostBytes
     trainable_parameters: int
     base_parameters: int
+    memory: MemoryModel
+    settings: StorageSettings
+
+    @property
+    def peak(self) -> int:
+        """Planned bytes of tensors on the device at the fullest moment."""
+        return max(self.moments.values())
 
     def to_dict(self, gpu: str | None = None) -> dict[str, Any]:
         """Return the plan as the JSON of `fsdp-qlora plan plan.json=true`."""
-        reserve = reserve_bytes(self.bytes.total, gpu)
+        reserve = reserve_bytes(self.peak, gpu)
         capacity = parse_bytes(gpu) if gpu else None
         return {
-            "fits": None if capacity is None else self.bytes.total + reserve <= capacity,
+            "fits": None if capacity is None else self.peak + reserve <= capacity,
             "reserve_bytes": reserve,
-            "bytes_per_rank": self.bytes.kinds,
-            "host_bytes": self.bytes.host,
-            "peak_planned_bytes": self.bytes.total,
+            "bytes_per_rank": asdict(self.bytes),
+            "peak_planned_bytes": self.peak,
             "peak_simulated_bytes": None,
+            "peak_moment": max(self.moments, key=lambda name: self.moments[name]),
+            "bytes_at_moment": dict(self.moments),
+            "host_bytes_per_rank": asdict(self.host),
             "world_size": self.world_size,
+            "shard_size": self.shard_size,
             "trainable_parameters": self.trainable_parameters,
             "base_parameters": self.base_parameters,
             "quantized_linears": len(self.quantized),
             "fsdp_units": len(self.units) + 1,
             "micro_batches_per_rank": self.batch.accumulation_steps,
+            "batch": {
+                "global_rows": self.batch.global_batch_size,
+                "micro_batch_rows": self.batch.micro_batch_size,
+                "micro_batches": self.batch.num_micro_batches,
+                "micro_batches_per_rank": self.batch.accumulation_steps,
+                "max_length": self.settings.max_length,
+                "tokens_per_step": self.batch.global_batch_size * self.settings.max_length,
+            },
         }
 
 
@@ -73,45 +97,34 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int) -> TrainP
     targets = target_linears(shapes, config.lora.target_modules)
     by_name = {x.name: x for x in shapes.linears}
     quantized = _quantized(config, shapes)
-    replicate = config.fsdp.replicate_degree
-    shard = config.fsdp.shard_degree or world_size // replicate
-    if shard * replicate != world_size:
-        raise PlanError(f"fsdp.shard_degree: {shard} x replicate_degree {replicate} is not {world_size} ranks.")
     rows = config.train.micro_batch_size
     if config.train.micro_batch_tokens:  # the worst case: all rows as long as they may be
         rows = max(1, config.train.micro_batch_tokens // config.data.max_length)
-    settings = StorageSettings(
-        shard_size=shard,
-        quantized=bool(quantized),
-        double_quant=config.quant.double_quant,
-        itemsize=2 if config.precision.name == "bf16" else 4,
-        r=config.lora.r,
-        optimizer_states=_OPTIMIZER_STATES[config.optim.name],
-        micro_batch_size=rows,
-        max_length=config.data.max_length,
-        checkpointing=config.train.activation_checkpointing == "full",
-        eager_attention=config.model.attn_implementation == "eager",
-        logits_chunk=config.train.logits_chunk,
-        offload_parameters=config.fsdp.offloads_parameters,
-        offload_activations=config.fsdp.offloads_activations,
-        prefetch=config.fsdp.prefetch,
-    )
-    target_shapes = [by_name[name] for name in targets]
+    batch = BatchPlan(config.train.global_batch_size, rows, world_size)
+    settings = storage_settings(config, batch, shard_degree(config, world_size))
+    edges = quantized_edges(shapes) if config.quant.embeddings != "none" else ()
+    memory = MemoryModel(shapes, quantized + edges, [by_name[name] for name in targets], settings)
+    planned = memory.plan(settings)
     return TrainPlan(
         world_size=world_size,
-        shard_size=shard,
+        shard_size=settings.shard_size,
         quantized=quantized,
+        quantized_edges=edges,
         targets=targets,
         units=fsdp_units(shapes),
-        batch=BatchPlan(config.train.global_batch_size, rows, world_size),
-        bytes=bytes_per_rank(shapes, quantized, target_shapes, settings),
-        trainable_parameters=sum(config.lora.r * (x.in_features + x.out_features) for x in target_shapes),
-        base_parameters=sum(_numel(shape) for shape in shapes.parameters.values()),
+        batch=batch,
+        bytes=planned.bytes,
+        moments=planned.moments,
+        host=planned.host,
+        trainable_parameters=memory.trainable(),
+        base_parameters=sum(prod(shape) for shape in shapes.parameters.values()),
+        memory=memory,
+        settings=settings,
     )
 
 
 def _quantized(config: RunConfig, shapes: ModelShapes) -> tuple[LinearShape, ...]:
-    """Return all that is stored in 4-bit.
+    """Return the weights of the decoder layers that are stored in 4-bit.
 
     Raises:
         PlanError: if much of the decoder layers would stay in 16 bit without having been allowed to.
@@ -121,7 +134,7 @@ def _quantized(config: RunConfig, shapes: ModelShapes) -> tuple[LinearShape, ...
     inside = quantized_linears(shapes)
     packed = {x.parameter for x in inside}
     kept = {
-        name: _numel(shape)
+        name: prod(shape)
         for name, shape in shapes.parameters.items()
         if name not in packed and any(name.startswith(layer + ".") for layer in shapes.layers)
     }
@@ -133,26 +146,61 @@ def _quantized(config: RunConfig, shapes: ModelShapes) -> tuple[LinearShape, ...
             f"{list(shapes.parameters[largest])}: this kind of layer cannot be quantized here. quant.allow_16bit=true "
             "goes on all the same."
         )
-    return inside + (quantized_edges(shapes) if config.quant.embeddings != "none" else ())
+    return inside
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def shard_degree(config: RunConfig, world_size: int) -> int:
+    """Return the ranks that share one copy of the base.
+
+    Raises:
+        PlanError: if that and the number of copies do not multiply to the ranks there are.
+    """
+    replicate = config.fsdp.replicate_degree
+    shard = config.fsdp.shard_degree or world_size // replicate
+    if shard * replicate != world_size:
+        raise PlanError(f"fsdp.shard_degree: {shard} x replicate_degree {replicate} is not {world_size} ranks.")
+    return shard
 
 
-def parse_bytes(text: str) -> int:
-    """Return the bytes of ``24GiB``, ``80GB`` or a plain number.
+def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> StorageSettings:
+    """Return what of the settings decides the bytes."""
+    return StorageSettings(
+        shard_size=shard_size,
+        quantized=config.quant.name != "none",
+        double_quant=config.quant.double_quant,
+        itemsize=2 if config.precision.name == "bf16" else 4,
+        r=config.lora.r,
+        optimizer_states=_OPTIMIZER_STATES[config.optim.name],
+        micro_batch_size=batch.micro_batch_size,
+        max_length=config.data.max_length,
+        checkpointing=config.train.activation_checkpointing == "full",
+        eager_attention=config.model.attn_implementation == "eager",
+        logits_chunk=config.train.logits_chunk,
+        quantized_embeddings=config.quant.embeddings != "none",
+        offload_parameters=config.fsdp.offloads_parameters,
+        offload_activations=config.fsdp.offloads_activations,
+        prefetch=config.fsdp.prefetch,
+        reshard_after_forward=config.fsdp.reshard_after_forward,
+        accumulation_steps=batch.accumulation_steps,
+        dropout=config.lora.dropout > 0,
+    )
+
+
+def parse_bytes(text: str, key: str = "plan.gpu") -> int:
+    """Return the bytes of ``24GiB``, ``80GB`` or a plain number; ``key`` is the setting that holds it.
 
     Raises:
         ConfigError: if it is none of these.
     """
     match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]I?)?B?\s*", text.upper())
-    if not match:
-        raise ConfigError(f"plan.gpu: {text!r} is no amount of memory; write it as 24GiB or 80GB.")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    try:
+        return int(float(match[1]) * _UNITS[match[2] or ""]) if match else _no_amount(text, key)
+    except ValueError:
+        return _no_amount(text, key)
+
+
+def _no_amount(text: str, key: str) -> int:
+    raise ConfigError(f"{key}: {text!r} is no amount of memory; write it as 24GiB or 80GB.")
 
 
 def reserve_bytes(peak: int, gpu: str | None) -> int:

@@ -91,3 +91,13 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     for name, value in rows:
         table.add_row(name, value)
     Console(highlight=False, width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def print_columns(title: str, header: list[str], lines: list[list[str]]) -> None:
+    """Print lines under a header."""
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 110).print(table)

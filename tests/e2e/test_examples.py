@@ -86,6 +86,7 @@ def test_plan_on_a_laptop(tiny_model: Path, cli_env: dict[str, str], tmp_path: P
     ]
     kinds += [rows["activations"], rows["logits"], rows["gather"]]
     assert rows["total"] == [sum(column) for column in zip(*kinds, strict=True)]
+    assert all(held <= total for held, total in zip(rows["held"], rows["total"], strict=True))
     assert rows["micro-batches"] == [16, 8, 4, 2]
 
 

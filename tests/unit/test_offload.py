@@ -15,7 +15,6 @@ from fsdp_qlora.errors import ConfigError, NumericsError
 from fsdp_qlora.model.offload import HostActivations, _Kept, offload_activations
 from fsdp_qlora.model.stream import _allocate
 from fsdp_qlora.plan.layout import LinearShape, ModelShapes
-from fsdp_qlora.plan.memory import PARAMETER_KINDS
 from fsdp_qlora.plan.plan import make_plan
 
 
@@ -206,20 +205,21 @@ def _plan(*overrides):
 def test_the_plan_counts_host_memory_apart(checkpointing):
     common = [f"train.activation_checkpointing={checkpointing}"]
     plain = _plan(*common)
-    assert plain.bytes.host == 0
-    assert plain.bytes.total == sum(plain.bytes.kinds.values())
-    parameters = _plan(*common, "fsdp.offload=params").bytes
-    assert parameters.kinds == plain.bytes.kinds
-    assert parameters.host == sum(plain.bytes.kinds[kind] for kind in PARAMETER_KINDS)
-    assert parameters.total + parameters.host == plain.bytes.total
-    activations = _plan(*common, "fsdp.offload=activations").bytes
-    assert activations.activations < plain.bytes.activations
-    assert activations.host > 0
+    assert plain.host.offloaded_parameters == plain.host.offloaded_activations == 0
+    parameters = _plan(*common, "fsdp.offload=params")
+    base = plain.bytes
+    assert parameters.bytes.base_packed == parameters.bytes.optimizer == 0
+    assert parameters.host.offloaded_parameters == (
+        base.base_packed + base.base_statistics + base.base_kept + 2 * base.adapters + base.optimizer
+    )
+    activations = _plan(*common, "fsdp.offload=activations")
+    assert activations.bytes.activations < base.activations
+    assert activations.host.offloaded_activations > 0
     both = _plan(*common, "fsdp.offload=all")
-    assert both.bytes.host == parameters.host + activations.host
-    assert both.to_dict()["host_bytes"] == both.bytes.host
-    assert both.to_dict()["peak_planned_bytes"] == both.bytes.total < min(parameters.total, activations.total)
-    assert _plan(*common, "fsdp.prefetch=3").bytes.gather > plain.bytes.gather
+    assert both.host.offloaded_parameters == parameters.host.offloaded_parameters
+    assert both.host.offloaded_activations == activations.host.offloaded_activations
+    assert both.peak <= min(parameters.peak, activations.peak) < plain.peak
+    assert _plan(*common, "fsdp.prefetch=3").bytes.gather > base.gather
 
 
 def test_settings_are_checked():

@@ -47,7 +47,7 @@ def test_an_embedding_whose_rows_share_blocks_is_refused():
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_sliced_head_has_the_dense_heads_losses_gradients_and_logits(monkeypatch, softcap, bias):
-    monkeypatch.setattr("fsdp_qlora.model.quant_head._SLICE_WEIGHTS", 300 * HIDDEN)  # four slices
+    monkeypatch.setattr("fsdp_qlora.model.quant_head.HEAD_SLICE_WEIGHTS", 300 * HIDDEN)  # four slices
     matrices = _filled(QuantMatrices, QuantFormat(), in_features=HIDDEN, out_features=VOCAB)
     generator = torch.Generator().manual_seed(2)
     shift = torch.nn.Parameter(torch.randn(VOCAB, generator=generator), requires_grad=False) if bias else None

@@ -1,0 +1,154 @@
+"""How long a step takes on a named device, by arithmetic: operations, bytes gathered, and which of them one waits for.
+
+Operations of one token (multiplications and additions counted apart, as in Kaplan et al., 2020,
+https://arxiv.org/abs/2001.08361, section 2.1, with what a frozen base does not need left out):
+
+    forward    2 N + 2 V H + 2 A + S        N: weights of the linears a token goes through, V H: the head,
+    backward   2 N + 2 V H + 4 A + 2.5 S    A: adapters' weights, S = 2 x width x length a layer: causal attention
+    recompute  2 N         + 2 A + S        (full checkpointing; the head is not computed again)
+
+A frozen weight has no gradient of its own: backward is 2 N, not 4 N. 2.5 S is flash attention's backward (Dao, 2023,
+https://arxiv.org/abs/2307.08691, section 3.1), which computes the scores again.
+
+A micro-batch takes
+
+    max(compute + dequantize, gather + copies over the same bus) + gather of the largest unit
+
+as the next unit arrives while one computes; the last term is the unit that nothing overlaps with. Without prefetching
+(``fsdp.prefetch=0``) it is their sum. A step is that for each micro-batch of a rank, and one reduction of the adapters'
+gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect
+from fsdp_qlora.plan.layout import ModelShapes
+from fsdp_qlora.plan.memory import FLOAT32, StorageSettings
+from fsdp_qlora.plan.plan import TrainPlan
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one token."""
+
+    forward: float
+    backward: float
+    recompute: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.forward + self.backward + self.recompute
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Estimated seconds of a step, and what they come from."""
+
+    gathered_bytes: int
+    """That a rank receives for one micro-batch."""
+    gather_seconds: float
+    compute_seconds: float
+    dequantize_seconds: float
+    """Writing every 4-bit weight in 16 bits, each time it is used."""
+    copy_seconds: float
+    """To and from host memory (offload)."""
+    micro_batch_seconds: float
+    reduce_seconds: float
+    """Adapters' gradients over the ranks, once a step."""
+    step_seconds: float
+    tokens_per_second: float
+    """Over all ranks."""
+    balanced_tokens: int
+    """Tokens in a micro-batch from which on computing takes longer than gathering."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return asdict(self)
+
+
+def flops_per_token(plan: TrainPlan, shapes: ModelShapes, settings: StorageSettings | None = None) -> Flops:
+    """Return the operations that one token takes at the settings' full length."""
+    settings = settings or plan.settings
+    inner = {x.name for x in plan.quantized} or {x.name for x in shapes.linears}
+    weights = sum(
+        x.numel_each * (min(shapes.experts_per_token, x.count) if x.count > 1 else 1)
+        for x in shapes.linears
+        if x.name in inner
+    )
+    head = shapes.vocab_size * shapes.hidden_size
+    adapters = plan.trainable_parameters
+    attention = sum(2 * layer.attention_width * settings.max_length for layer in plan.memory.activations)
+    return Flops(
+        forward=2 * (weights + head + adapters) + attention,
+        backward=2 * (weights + head) + 4 * adapters + 2.5 * attention,
+        recompute=2 * (weights + adapters) + attention if settings.checkpointing else 0,
+    )
+
+
+def step_time(
+    plan: TrainPlan,
+    shapes: ModelShapes,
+    device: Device,
+    link: Interconnect,
+    prefetch: bool,
+    settings: StorageSettings | None = None,
+    accumulation_steps: int | None = None,
+) -> StepTime:
+    """Return the estimated time of a step, by the formulas above.
+
+    Args:
+        plan: the plan.
+        shapes: the model.
+        device: what computes.
+        link: what the ranks gather over.
+        prefetch: whether units are gathered ahead.
+        settings: other settings of storage than the plan's (a search).
+        accumulation_steps: other micro-batches of a rank than the plan's.
+    """
+    settings, memory = settings or plan.settings, plan.memory
+    turns = accumulation_steps or plan.batch.accumulation_steps
+    token = flops_per_token(plan, shapes, settings).total / (device.teraflops * 1e12 * MFU)
+    compute = token * settings.tokens
+    gathered = memory.gathered_bytes(settings)
+    gather = gathered / link.rate if settings.shard_size > 1 else 0.0
+    dequantize = _dequantized_bytes(plan, settings) / (device.bandwidth * 1e9)
+    copies = _copied_bytes(plan, settings) / (device.host * 1e9 * LINK_SHARE)
+    largest = max(unit.gathered for unit in (*memory.layers, *memory.edges))
+    exposed = largest * (settings.shard_size - 1) / settings.shard_size / link.rate
+    moving = gather + copies if link.over_host_bus else max(gather, copies)
+    working = compute + dequantize
+    micro_batch = max(working, moving) + exposed if prefetch else working + moving
+    share = (settings.shard_size - 1) / settings.shard_size
+    reduce = FLOAT32 * plan.trainable_parameters * share / link.rate
+    step = turns * micro_batch + reduce
+    return StepTime(
+        gathered, gather, compute, dequantize, copies, micro_batch, reduce, step,
+        tokens_per_second=settings.tokens * turns * plan.world_size / step,
+        balanced_tokens=ceil(max(0.0, gather - dequantize) / token),
+    )  # fmt: skip
+
+
+def _dequantized_bytes(plan: TrainPlan, settings: StorageSettings) -> float:
+    """Return the bytes read and written: half a byte and an element a weight, 2 or 3 times a micro-batch."""
+    weights = sum(x.numel for x in plan.quantized) if settings.quantized else 0
+    return weights * (0.5 + settings.itemsize) * (3 if settings.checkpointing else 2)
+
+
+def _copied_bytes(plan: TrainPlan, settings: StorageSettings) -> int:
+    """Return the bytes between device and host memory for one micro-batch."""
+    copied = 0
+    if settings.offload_activations:
+        copied += 2 * plan.memory.plan(settings).host.offloaded_activations
+    if settings.offload_parameters:  # each rank brings its own shard for each gather
+        share = max(1, settings.shard_size - 1)
+        copied += plan.memory.gathered_bytes(settings) // share if settings.shard_size > 1 else _whole(plan)
+    return copied
+
+
+def _whole(plan: TrainPlan) -> int:
+    return 2 * sum(unit.gathered for unit in (*plan.memory.layers, *plan.memory.edges))

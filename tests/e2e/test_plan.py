@@ -1,0 +1,50 @@
+"""`plan` from outside: no weights, no hub, one command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.launch
+
+KINDS = {
+    "base_packed", "base_statistics", "base_kept", "adapters", "gradients", "optimizer", "activations", "logits",
+    "gather",
+}  # fmt: skip
+
+
+def test_an_experiment_is_planned_as_json_and_searched(cli, tmp_path):
+    nowhere = "http://127.0.0.1:9"
+    result = cli(
+        "plan", "experiment=llama3_70b_2x24gb", "plan.json=true", "plan.search=true",
+        HF_HOME=str(tmp_path / "empty"), HF_HUB_OFFLINE="0", HF_ENDPOINT=nowhere, https_proxy=nowhere,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["fits"] is True and found["peak_simulated_bytes"] is None
+    assert set(found["bytes_per_rank"]) == KINDS
+    assert found["peak_planned_bytes"] + found["reserve_bytes"] <= 24 * 2**30 == found["gpu_bytes"]
+    assert found["reserve_bytes"] == int(1.5 * 2**30)
+    assert found["device"]["interconnect"] == "pcie4_no_p2p" and found["time"]["gather_seconds"] > 0
+    tried = found["search"]["tried"]
+    assert [t["checkpointing"] for t in tried[:2]] == ["none", "full"] and not tried[0]["fits"]
+    assert "fsdp.offload=activations" in found["search"]["overrides"]
+
+
+def test_the_table_of_a_folder_with_config_json_alone(cli, tiny_model, tmp_path):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    result = cli(
+        "plan", f"model.name={tmp_path / 'bare'}", "plan.world_size=2", "plan.device=rtx3090", "plan.search=true"
+    )
+    assert result.returncode == 0, result.stderr
+    for words in (
+        "planned peak per rank",
+        "host memory per rank",
+        "gathered per rank",
+        "TFLOP/s",
+        "pcie4_no_p2p at 12",
+    ):
+        assert words in result.stdout
+    assert "The cheapest that fits: train.micro_batch_size=" in result.stdout
