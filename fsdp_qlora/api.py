@@ -184,11 +184,17 @@ def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
 
 def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
     """Plan a run from the model's config alone: no weights, no process group."""
+    config, base = planned_skeleton(config)
+    return make_plan(config, read_shapes(base), world_size)
+
+
+def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
+    """Return the settings as they mean on the planned device (a GPU where ``plan.gpu`` is set), and the meta model."""
     check(config)
     folder = resolve_folder(config.model.name, config.model.revision)
     device = "cuda" if config.plan.gpu else next(iter(device_types()))
     config = _with_attention(config, torch.device(device))
-    return make_plan(config, read_shapes(_skeleton(config, folder)), world_size)
+    return config, _skeleton(config, folder)
 
 
 def _with_attention(config: RunConfig, device: torch.device) -> RunConfig:

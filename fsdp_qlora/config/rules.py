@@ -197,8 +197,6 @@ def _quantization(config: RunConfig) -> Iterator[str]:
 def _not_built(config: RunConfig) -> Iterator[str]:
     if config.train.compile == "true":
         yield "train.compile: true is not available in this version; leave it at auto, which runs without."
-    if config.plan.simulate:
-        yield "plan.simulate: not available in this version; the plan is by arithmetic."
     if config.plan.search:
         yield "plan.search: not available in this version."
 

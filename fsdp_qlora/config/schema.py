@@ -300,7 +300,7 @@ class PlanSettings:
     gpu: str | None = None
     """Memory of one device (``24GiB``): answers whether the plan fits."""
     simulate: bool = False
-    """Simulate the step under fake tensors. Not available yet: refused when true."""
+    """Also run one step of the real code on tensors without memory, and count what it would allocate."""
     search: bool = False
     """Search for the largest batch that fits. Not available yet: refused when true."""
 

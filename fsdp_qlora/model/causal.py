@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fsdp_qlora.model.head import LossHead
-from fsdp_qlora.plan.batch import IGNORE
+from fsdp_qlora.plan.batch import supervised_positions
 
 
 class CausalModel(nn.Module):
@@ -30,8 +30,9 @@ class CausalModel(nn.Module):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
 
     def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None,
+        supervised: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Return the float32 losses ``[targets]`` of the supervised tokens, in row-major order.
 
         Args:
@@ -39,15 +40,17 @@ class CausalModel(nn.Module):
             labels: int64 ``[rows, length]``, the token itself where it is learned and -100 elsewhere.
             position_ids: int64 ``[rows, length]``, starting anew where a packed row begins; transformers' attention
                 masks then keep the rows apart. None where each sequence is one row.
+            supervised: `supervised_positions` of the labels; None finds them here, which waits for the device.
         """
         base = self.base
         places = {} if position_ids is None else {"position_ids": position_ids}
         hidden = base.get_decoder()(input_ids=input_ids, use_cache=False, **places).last_hidden_state
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE
+        if supervised is None:
+            supervised = supervised_positions(labels)
         head = base.get_output_embeddings()
         assert head is not None
-        return head(hidden[:, :-1][supervised], labels=targets[supervised])
+        targets = labels.flatten().index_select(0, supervised + 1)
+        return head(hidden.flatten(0, 1).index_select(0, supervised), labels=targets)
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Return the logits ``[rows, length, vocab]`` (for checks: in training they never exist whole)."""

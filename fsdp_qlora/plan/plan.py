@@ -33,16 +33,17 @@ class TrainPlan:
     trainable_parameters: int
     base_parameters: int
 
-    def to_dict(self, gpu: str | None = None) -> dict[str, Any]:
-        """Return the plan as the JSON of `fsdp-qlora plan plan.json=true`."""
-        reserve = reserve_bytes(self.bytes.total, gpu)
+    def to_dict(self, gpu: str | None = None, simulated_bytes: int | None = None) -> dict[str, Any]:
+        """Return the plan as the JSON of `fsdp-qlora plan plan.json=true`; a simulated peak decides what fits."""
+        peak = self.bytes.total if simulated_bytes is None else simulated_bytes
+        reserve = reserve_bytes(peak, gpu)
         capacity = parse_bytes(gpu) if gpu else None
         return {
-            "fits": None if capacity is None else self.bytes.total + reserve <= capacity,
+            "fits": None if capacity is None else peak + reserve <= capacity,
             "reserve_bytes": reserve,
             "bytes_per_rank": asdict(self.bytes),
             "peak_planned_bytes": self.bytes.total,
-            "peak_simulated_bytes": None,
+            "peak_simulated_bytes": simulated_bytes,
             "world_size": self.world_size,
             "trainable_parameters": self.trainable_parameters,
             "base_parameters": self.base_parameters,
