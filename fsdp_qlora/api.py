@@ -27,7 +27,7 @@ from fsdp_qlora.export.adapter import load_adapter, read_adapter_config, start_f
 from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters
-from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, shard_model
+from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, shard_model, skip_gather_in_backward
 from fsdp_qlora.model.skeleton import attention_for, build_skeleton, build_tokenizer, read_shapes, resolve_folder
 from fsdp_qlora.model.stream import LoadReport, Progress, stream_weights, verify_gather
 from fsdp_qlora.model.weights import SafetensorsFolder
@@ -222,6 +222,7 @@ def build_sharded(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, ran
     if config.train.activation_checkpointing == "full":
         checkpoint_activations(base)
     shard_model(model, units, ranks, mixed_precision(config.precision.name), config.fsdp.reshard_after_forward)
+    skip_gather_in_backward(base.get_input_embeddings(), base.get_output_embeddings())
     register_fsdp_forward_method(model, "generate")
     register_fsdp_forward_method(model, "logits")
     require_sharded(model, ranks)

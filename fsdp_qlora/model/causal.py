@@ -53,7 +53,10 @@ class CausalModel(nn.Module):
         return head(hidden.flatten(0, 1).index_select(0, supervised), labels=targets)
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the logits ``[rows, length, vocab]`` (for checks: in training they never exist whole)."""
+        """Return the logits ``[rows, length, vocab]`` (for checks: in training they never exist whole).
+
+        Not for a backward: a sharded head is not gathered for it.
+        """
         places = {} if position_ids is None else {"position_ids": position_ids}
         return self.model(input_ids=input_ids, use_cache=False, **places).logits
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType, _SavedFSDPMethods
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -81,6 +81,12 @@ class _PlaceTracker(FSDPMemTracker):
         self.place: Place = ("forward", model)
         self._highest: dict[Place, int] = {}
         self._device_type = device_type
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Half of all calls ask a fake tensor for its device; the way through both modes takes as long as an operation.
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         """Keep the peak of the present place only: torch's own looks at every module after every operation."""
@@ -146,10 +152,10 @@ def _register(state: FSDPState, pre_forward: Any, post_forward: Any) -> None:
     """Let these two run around the unit's forward, in place of what runs now."""
     state._pre_forward_hook_handle.remove()
     state._post_forward_hook_handle.remove()
-    modules: Sequence[nn.Module] = state._modules
+    modules: Sequence[nn.Module] = list(state._modules)
     if len(modules) > 1:
         handle = _register_group_forward_hooks(
-            modules, pre_forward, post_forward, state._modules_to_run_forward, state._cast_output_dtype
+            state._modules, pre_forward, post_forward, state._modules_to_run_forward, state._cast_output_dtype
         )
         state._pre_forward_hook_handle = state._post_forward_hook_handle = handle
         return

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.simulate import step
@@ -30,6 +31,11 @@ def write_config(folder: Path, **settings: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(shape))
     return folder
+
+
+def one_micro_batch(folder: Path, **groups: Any) -> RunConfig:
+    """Return settings with one micro-batch of one row a step and rank."""
+    return config_of(str(folder), train={"global_batch_size": 2, "micro_batch_size": 1}, **groups)
 
 
 def test_torchs_private_tracker_still_counts_to_the_byte() -> None:
@@ -68,7 +74,7 @@ def test_a_process_with_real_ranks_is_refused(tiny_model: Path) -> None:
 
 
 def test_an_extrapolated_peak_is_that_of_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(str(write_config(tmp_path / "eight", num_hidden_layers=8)), data={"max_length": 128})
+    config = one_micro_batch(write_config(tmp_path / "eight", num_hidden_layers=8), data={"max_length": 128})
     whole = simulate(config, 2)
     monkeypatch.setattr(step, "WHOLE_LAYERS", 7)
     cut = simulate(config, 2)
@@ -82,7 +88,7 @@ def test_a_model_that_does_not_extrapolate_is_simulated_whole(tmp_path: Path, mo
     folder = write_config(tmp_path / "three", num_hidden_layers=3)
     monkeypatch.setattr(step, "WHOLE_LAYERS", 2)
     monkeypatch.setattr(step, "TOLERANCE", -1.0)
-    found = simulate(config_of(str(folder)), 2)
+    found = simulate(one_micro_batch(folder), 2)
     assert found.depths == (3,) and found.checked is None
 
 
@@ -102,13 +108,23 @@ def test_layers_of_several_kinds_are_cut_in_proportion(tmp_path: Path) -> None:
     cut_layers(base, shapes, kept)
     assert base.config.layer_types == ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     assert base.config.num_hidden_layers == 4 and len(read_shapes(base).layers) == 4
-    found = simulate(config_of(str(folder), data={"max_length": 128}), 2)
+    found = simulate(one_micro_batch(folder, data={"max_length": 128}), 2)
     assert found.depths == (4, 6, 5, 9) and found.checked is not None and found.checked < 0.01
 
 
 def test_more_ranks_and_replicas_hold_what_they_should(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "two", num_hidden_layers=2)
-    whole, half = (simulate(config_of(str(folder)), n).peak for n in (1, 2))
+    whole, half = (simulate(one_micro_batch(folder), n).peak for n in (1, 2))
     assert half.parameters == pytest.approx(whole.parameters / 2, rel=0.02)
-    replicas = simulate(config_of(str(folder), fsdp={"shard_degree": 2, "replicate_degree": 2}), 4).peak
+    replicas = simulate(one_micro_batch(folder, fsdp={"shard_degree": 2, "replicate_degree": 2}), 4).peak
     assert replicas.parameters == half.parameters
+
+
+def test_embedding_and_head_are_not_gathered_for_backward(tmp_path: Path) -> None:
+    """A large vocabulary: only forward may hold the gathered embedding or head."""
+    folder = write_config(tmp_path / "words", num_hidden_layers=2, vocab_size=65536, hidden_size=128)
+    places = simulate(one_micro_batch(folder), 2).places
+    whole = 65536 * 128 * 2
+    assert max(peak.gather for name, peak in places.items() if name.startswith("forward")) >= 2 * whole
+    backward = {name: peak.gather for name, peak in places.items() if name.startswith("backward of the")}
+    assert "backward of the last layer" in backward and max(backward.values()) < whole, backward
