@@ -60,7 +60,7 @@ def shard_model(
             module.set_gradient_divide_factor(1.0)
 
 
-def skip_gather_in_backward(*modules: nn.Module) -> None:
+def skip_gather_in_backward(*modules: nn.Module | None) -> None:
     """Let the units of a frozen embedding and of the loss head be gathered for forward only.
 
     Nothing behind a frozen embedding wants a gradient, and the head makes the one of its input in forward. FSDP does
