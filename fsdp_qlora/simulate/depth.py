@@ -21,8 +21,11 @@ from fsdp_qlora.simulate.tracker import TensorBytes
 
 Counts = tuple[int, ...]
 """How many layers of each kind."""
-FIRST, CHECKED = 2, 4
-"""Layers of a kind in the shallowest cut, and how many more the check has."""
+FIRST, CHECKED = 4, 4
+"""Layers of a kind in the shallowest cut, and how many more the check has.
+
+Fewer would not do: with gathers ahead and tensors on their way to the host, the first layers differ from the others.
+"""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,12 @@ def cut_layers(base: PreTrainedModel, shapes: ModelShapes, kept: Sequence[int]) 
         values[key] = [listed[i] for i in kept]
     for config in (base.config.get_text_config(), base.get_decoder().config):
         vars(config)["num_hidden_layers"] = len(kept)
+
+
+def relative_error(predicted: int, found: int, least: Counts, check: Counts, full: Counts, total: int) -> float:
+    """Return what missing ``found`` at the check's depth comes to at full depth, relative to ``total`` bytes there."""
+    layers, checked = sum(full) - sum(least), max(1, sum(check) - sum(least))
+    return abs(predicted - found) * layers / checked / total
 
 
 def extrapolate(cuts: Sequence[Cut], full: Counts) -> dict[str, TensorBytes]:

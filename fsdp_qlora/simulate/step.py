@@ -37,6 +37,7 @@ from fsdp_qlora.simulate.depth import (
     extrapolate,
     kept_layers,
     layer_kinds,
+    relative_error,
 )
 from fsdp_qlora.simulate.tracker import Place, TensorBytes, fake_mode, measure_step, simulated_ranks
 from fsdp_qlora.track.console import megabytes
@@ -46,7 +47,7 @@ from fsdp_qlora.train.step import StepSettings, forward_backward
 WHOLE_LAYERS = 8
 """Models of up to so many layers are simulated whole."""
 TOLERANCE = 0.01
-"""How far the extrapolation may be off at the depth that checks it, else the model is simulated whole."""
+"""How far the whole model's peak may be off, going by the depth that checks it; else the model is simulated whole."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Simulation:
     depths: tuple[int, ...]
     """Numbers of layers that were simulated; one where it was the whole model."""
     checked: float | None
-    """How far the extrapolation was off where it was checked, relative; None for a whole model."""
+    """How far off the peak may be, relative, going by the depth that checks it; None for a whole model."""
     seconds: float
 
     @property
@@ -77,7 +78,7 @@ class Simulation:
             return "the whole model"
         *cuts, last = self.depths
         depths = ", ".join(map(str, cuts))
-        return f"extrapolated from {depths} layers; {100 * self.checked:.2f} % off when checked at {last}"
+        return f"extrapolated from {depths} layers, checked with {last}: {100 * self.checked:.2f} % off at most"
 
     def rows(self, planned: BytesPerRank) -> list[tuple[str, str]]:
         """Return the planned and the simulated bytes side by side, as rows of a table."""
@@ -121,12 +122,11 @@ def simulate(config: RunConfig, world_size: int) -> Simulation:
             return _whole(_simulate_cut(resolved, base, ranks), started)
         needed, check = cut_counts(full)
         cuts = [_shallow(config, counts, ranks) for counts in (*needed, check)]
+        place, peak = _highest(places := extrapolate(cuts[:-1], full))
         predicted = _highest(extrapolate(cuts[:-1], check))[1].total
-        error = abs(predicted / cuts[-1].total - 1)
+        error = relative_error(predicted, cuts[-1].total, needed[0], check, full, peak.total)
         if error > TOLERANCE:
             return _whole(_simulate_cut(resolved, base, ranks), started)
-        places = extrapolate(cuts[:-1], full)
-    place, peak = _highest(places)
     depths = tuple(sum(cut.counts) for cut in cuts)
     return Simulation(peak, place, places, depths, error, time.perf_counter() - started)
 
