@@ -30,10 +30,17 @@ from fsdp_qlora.model.conversions import arrangement
 from fsdp_qlora.model.experts import use_quantized_experts
 from fsdp_qlora.model.known import config_for_plan
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters
-from fsdp_qlora.model.offload import offload_activations
+from fsdp_qlora.model.offload import HOST, offload_activations
 from fsdp_qlora.model.prequantized import require_readable
 from fsdp_qlora.model.quant_head import quantize_edges
-from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, set_prefetch, shard_model
+from fsdp_qlora.model.shard import (
+    mixed_precision,
+    model_dtype,
+    require_sharded,
+    set_prefetch,
+    shard_model,
+    skip_gather_in_backward,
+)
 from fsdp_qlora.model.skeleton import (
     attention_for,
     build_skeleton,
@@ -199,12 +206,12 @@ def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
 
 def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
     """Plan a run from the model's config alone: no weights, no process group, no network."""
-    config, shapes = shapes_for_plan(config)
-    return make_plan(config, shapes, world_size)
+    config, base = planned_skeleton(config)
+    return make_plan(config, read_shapes(base), world_size)
 
 
-def shapes_for_plan(config: RunConfig) -> tuple[RunConfig, ModelShapes]:
-    """Return the settings with the attention that a plan counts with, and the model's shapes, without a network.
+def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
+    """Return the settings as they mean on the planned device (a GPU where one is named), and the meta model.
 
     Raises:
         ModelError: if the model is no folder, not in the hub's cache, and not one of those known by name.
@@ -213,7 +220,7 @@ def shapes_for_plan(config: RunConfig) -> tuple[RunConfig, ModelShapes]:
     source = config_for_plan(config.model.name, config.model.revision)
     device = "cuda" if config.plan.gpu or config.plan.device else next(iter(device_types()))
     config = _with_attention(config, torch.device(device))
-    return config, read_shapes(_skeleton(config, source))
+    return config, _skeleton(config, source)
 
 
 def _with_attention(config: RunConfig, device: torch.device) -> RunConfig:
@@ -231,7 +238,12 @@ def _skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
 
 
 def build_sharded(
-    config: RunConfig, base: PreTrainedModel, shapes: ModelShapes, plan: TrainPlan, ranks: Ranks
+    config: RunConfig,
+    base: PreTrainedModel,
+    shapes: ModelShapes,
+    plan: TrainPlan,
+    ranks: Ranks,
+    host: torch.device = HOST,
 ) -> CausalModel:
     """Swap, adapt and shard a meta model as planned; the order is the point (see docs/architecture.md)."""
     if plan.quantized and config.quant.name != "none":
@@ -244,10 +256,11 @@ def build_sharded(
         checkpoint_activations(base)
     layers, fsdp = decoder_layers(base), config.fsdp
     if fsdp.offloads_activations:
-        offload_activations(layers, ranks.device)
+        offload_activations(layers, ranks.device, host=host)
     policy = mixed_precision(config.precision.name)
     shard_model(model, units, ranks, policy, fsdp.reshard_after_forward, fsdp.offloads_parameters)
     set_prefetch(layers, fsdp.prefetch)
+    skip_gather_in_backward(base.get_input_embeddings(), base.get_output_embeddings())
     register_fsdp_forward_method(model, "generate")
     register_fsdp_forward_method(model, "logits")
     require_sharded(model, ranks)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fsdp_qlora.api import shapes_for_plan
+from fsdp_qlora.api import planned_skeleton
 from fsdp_qlora.cli.launcher import ranks_to_start
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.plan.report import report
+from fsdp_qlora.simulate.step import simulate
 from fsdp_qlora.track.console import megabytes, print_columns, print_table
 
 Rows = list[tuple[str, str]]
@@ -23,13 +25,21 @@ _MOMENTS = {
 
 def run(config: RunConfig) -> int:
     """Print the plan as a table or as JSON; return the exit code."""
-    counted, shapes = shapes_for_plan(config)
-    plan = make_plan(counted, shapes, config.plan.world_size or ranks_to_start(config))
-    found = report(counted, plan, shapes)
+    world_size = config.plan.world_size or ranks_to_start(config)
+    counted, base = planned_skeleton(config)
+    shapes = read_shapes(base)
+    plan = make_plan(counted, shapes, world_size)
+    simulation = simulate(config, world_size) if config.plan.simulate else None
+    found = report(counted, plan, shapes, None if simulation is None else simulation.peak_bytes)
     if config.plan.json:
+        if simulation is not None:
+            found["simulation"] = simulation.to_dict()
         print(json.dumps(found, indent=2))
         return 0
-    print_table(f"plan for {config.model.name}", [*_bytes(found, config), *_work(found, plan, config), *_time(found)])
+    rows = [*_bytes(found, config), *_work(found, plan, config), *_time(found)]
+    if simulation is not None:
+        rows += simulation.rows(plan)
+    print_table(f"plan for {config.model.name}", rows)
     print(
         "Parameters, statistics, adapters and optimizer are exact. Gradients, activations, logits and gather are what "
         "FSDP and autograd hold at the fullest moment, by arithmetic; not all kinds are held at once."
@@ -46,15 +56,15 @@ def run(config: RunConfig) -> int:
 def _bytes(found: dict[str, Any], config: RunConfig) -> Rows:
     rows = [(kind.replace("_", " "), megabytes(count)) for kind, count in found["bytes_per_rank"].items()]
     peak = f"{megabytes(found['peak_planned_bytes'])}, {_MOMENTS[found['peak_moment']]}"
-    if found["peak_simulated_bytes"] is not None:
-        peak += f"; simulated {megabytes(found['peak_simulated_bytes'])}"
     rows.append(("planned peak per rank", peak))
     reserve = megabytes(found["reserve_bytes"])
     rows.append(("framework (reserve)", f"{reserve} for CUDA, NCCL and the allocator: the larger of 1.5 GiB and 6 %"))
     if found["gpu_bytes"]:
         verdict = "fits" if found["fits"] else "does not fit"
-        left = found["gpu_bytes"] - found["peak_planned_bytes"] - found["reserve_bytes"]
+        simulated = found["peak_simulated_bytes"]
+        left = found["gpu_bytes"] - (simulated or found["peak_planned_bytes"]) - found["reserve_bytes"]
         by = f"{megabytes(abs(left))} {'left' if left >= 0 else 'missing'}"
+        by += ", going by the simulation" if simulated else ""
         rows.append((f"in {config.plan.gpu or found['device']['memory']}", f"{verdict}, {by}"))
     host = found["host_bytes_per_rank"]
     parts = ", ".join(f"{megabytes(count)} {kind.replace('_', ' ')}" for kind, count in host.items() if count)

@@ -205,11 +205,14 @@ def _edges(config: RunConfig) -> Iterator[str]:
 def _not_built(config: RunConfig) -> Iterator[str]:
     if config.train.compile == "true":
         yield "train.compile: true is not available in this version; leave it at auto, which runs without."
-    if config.plan.simulate:
-        yield "plan.simulate: not available in this version; the plan is by arithmetic."
 
 
 def _plan(config: RunConfig) -> Iterator[str]:
+    if config.plan.simulate and config.fsdp.offloads_parameters:
+        yield (
+            "plan.simulate: the simulated device is a CPU, where shards in host memory cannot be told apart; plan "
+            f"fsdp.offload={config.fsdp.offload} without it."
+        )
     if config.plan.search and config.plan.gpu is None and config.plan.device is None:
         yield "plan.search: needs the memory to fit; set plan.gpu=24GiB or plan.device=rtx4090."
     if config.plan.interconnect is not None and config.plan.device is None:
@@ -265,21 +268,13 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
             yield "model.name: not set. Give a model, or adapter=FOLDER, which names its own."
 
 
-def _planned_only(verb: str, config: RunConfig) -> Iterator[str]:
-    if verb not in ("train", "evaluate", "generate"):
-        return
-    for key, value in {"quant.embeddings": config.quant.embeddings, "fsdp.offload": config.fsdp.offload}.items():
-        if value != "none":
-            yield f"{key}: {value} can be planned, but not run in this version; set {key}=none."
-
-
 def check_verb(verb: str, config: RunConfig) -> RunConfig:
     """Return ``config`` if it has what ``verb`` needs.
 
     Raises:
         ConfigError: naming everything that is missing.
     """
-    if problems := [*_needs(verb, config), *_planned_only(verb, config)]:
+    if problems := list(_needs(verb, config)):
         raise ConfigError("\n".join(problems))
     return config
 

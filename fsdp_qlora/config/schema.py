@@ -325,7 +325,7 @@ class PlanSettings:
     """Name of an interconnect (``pcie4_no_p2p``, ``nvlink4``; a wrong one lists all) or a rate (``12GB/s``); null takes
     the device's usual one."""
     simulate: bool = False
-    """Simulate the step under fake tensors. Not available yet: refused when true."""
+    """Also run one step of the real code on tensors without memory, and count what it would allocate."""
     search: bool = False
     """Search the largest micro-batch x sequence length and the cheapest checkpointing and offload that fit."""
 

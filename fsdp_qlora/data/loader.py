@@ -7,14 +7,14 @@ each row comes exactly once an epoch for any number of ranks, and a resume at an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
 
-from fsdp_qlora.plan.batch import IGNORE, deal
+from fsdp_qlora.plan.batch import IGNORE, deal, supervised_positions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,6 +40,11 @@ class MicroBatch:
     """Numbers of the rows in the prepared data."""
     position_ids: torch.Tensor | None = None
     """int64 ``[rows, length]``, starting anew at each packed row; None where a sequence is one row."""
+    supervised: torch.Tensor = field(init=False)
+    """int64 ``[targets]``: positions of the flattened labels whose next token is learned."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "supervised", supervised_positions(self.labels))
 
 
 @dataclass(frozen=True)

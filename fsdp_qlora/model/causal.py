@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.model.head import LossHead
 from fsdp_qlora.model.quant_head import QuantLossHead, configure_loss_head
-from fsdp_qlora.plan.batch import IGNORE
+from fsdp_qlora.plan.batch import supervised_positions
 
 
 class CausalModel(nn.Module):
@@ -41,8 +41,9 @@ class CausalModel(nn.Module):
         return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
     def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None,
+        supervised: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Return the float32 losses ``[targets]`` of the supervised tokens, in row-major order.
 
         Args:
@@ -50,18 +51,23 @@ class CausalModel(nn.Module):
             labels: int64 ``[rows, length]``, the token itself where it is learned and -100 elsewhere.
             position_ids: int64 ``[rows, length]``, starting anew where a packed row begins; transformers' attention
                 masks then keep the rows apart. None where each sequence is one row.
+            supervised: `supervised_positions` of the labels; None finds them here, which waits for the device.
         """
         base = self.base
         places = {} if position_ids is None else {"position_ids": position_ids}
         hidden = base.get_decoder()(input_ids=input_ids, use_cache=False, **places).last_hidden_state
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE
+        if supervised is None:
+            supervised = supervised_positions(labels)
         head = base.get_output_embeddings()
         assert head is not None
-        return head(hidden[:, :-1][supervised], labels=targets[supervised])
+        targets = labels.flatten().index_select(0, supervised + 1)
+        return head(hidden.flatten(0, 1).index_select(0, supervised), labels=targets)
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the logits ``[rows, length, vocab]`` (for checks: in training they never exist whole)."""
+        """Return the logits ``[rows, length, vocab]`` (for checks: in training they never exist whole).
+
+        Not for a backward: a sharded head is not gathered for it.
+        """
         places = {} if position_ids is None else {"position_ids": position_ids}
         return self.model(input_ids=input_ids, use_cache=False, **places).logits
 

@@ -23,12 +23,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.quant.linear import local_tensor
 
 MIN_BYTES = 1 << 20
 """Smaller tensors stay on the device: a copy's fixed costs would be more than the memory is worth."""
+HOST = torch.device("cpu")
 LEAVING = 1
 """Finished layers whose tensors may still be on the device while the next one runs forward."""
 
@@ -83,12 +85,13 @@ class _Call:
 class HostActivations:
     """Moves what the watched layers save; see the module's docstring."""
 
-    def __init__(self, device: torch.device, min_bytes: int = MIN_BYTES) -> None:
+    def __init__(self, device: torch.device, min_bytes: int = MIN_BYTES, host: torch.device = HOST) -> None:
         """Move saved tensors of at least ``min_bytes`` between ``device`` and the host.
 
         On a CPU the same code runs, with real copies and with streams that do nothing.
         """
-        self._device, self._min_bytes, self._pinned = device, min_bytes, device.type != "cpu"
+        self._device, self._min_bytes, self._host = device, min_bytes, host
+        self._pinned = device.type != "cpu"
         self._lane = torch.get_device_module(device)
         self._side = self._lane.Stream()
         self._hooks = saved_tensors_hooks(self._pack, self._unpack)
@@ -136,10 +139,10 @@ class HostActivations:
         call = self._call
         if call is None or not self._should_leave(tensor):
             return tensor.detach()
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version)
+        key = (_storage(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version)
         if (kept := call.find(key)) is not None:
             return kept
-        host = torch.empty_like(tensor, device="cpu", pin_memory=self._pinned)
+        host = torch.empty_like(tensor, device=self._host, pin_memory=self._pinned)
         self._side.wait_stream(self._lane.current_stream())
         with self._lane.stream(self._side):
             host.copy_(tensor, non_blocking=True)
@@ -149,15 +152,11 @@ class HostActivations:
         return kept
 
     def _should_leave(self, tensor: torch.Tensor) -> bool:
-        if (
-            type(tensor) is not torch.Tensor
-            or tensor.layout != torch.strided
-            or tensor.device.type != self._device.type
-        ):
+        if isinstance(tensor, DTensor) or tensor.layout != torch.strided or tensor.device.type != self._device.type:
             return False
         expanded = any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
         large = tensor.numel() > 0 and tensor.nbytes >= self._min_bytes
-        return large and not expanded and tensor.untyped_storage().data_ptr() not in self._stay
+        return large and not expanded and _storage(tensor) not in self._stay
 
     def _unpack(self, packed: torch.Tensor | _Kept) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
@@ -203,18 +202,20 @@ class HostActivations:
 
 
 def offload_activations(
-    layers: Iterable[nn.Module], device: torch.device, min_bytes: int | None = None
-) -> HostActivations:
+    layers: Iterable[nn.Module], device: torch.device, min_bytes: int | None = None,
+    host: torch.device = HOST,
+) -> HostActivations:  # fmt: skip
     """Keep what ``layers`` save for backward in host memory; call it before `fully_shard`.
 
     Args:
         layers: decoder layers; the first positional argument of each is its input, the others are shared.
         device: where they compute.
         min_bytes: smaller tensors stay; None takes 1 MiB, and 0 on a CPU.
+        host: where they are kept; a simulated step keeps them where they are not counted.
     """
     if min_bytes is None:
-        min_bytes = 0 if device.type == "cpu" else MIN_BYTES
-    moved = HostActivations(device, min_bytes)
+        min_bytes = 0 if device == host else MIN_BYTES
+    moved = HostActivations(device, min_bytes, host)
     for layer in layers:
         moved.watch(layer)
     return moved
@@ -232,4 +233,9 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
-    return {local_tensor(t).untyped_storage().data_ptr() for t in tensors} - {0}
+    return {_storage(local_tensor(t)) for t in tensors}
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Return what tells storages apart, also those of simulated tensors, which have no address."""
+    return tensor.untyped_storage()._cdata

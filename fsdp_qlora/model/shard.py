@@ -78,6 +78,17 @@ def set_prefetch(layers: Sequence[nn.Module], depth: int) -> None:
         unit.set_modules_to_backward_prefetch(units[max(0, place - depth) : place][::-1])
 
 
+def skip_gather_in_backward(*modules: nn.Module | None) -> None:
+    """Let the units of a frozen embedding and of the loss head be gathered for forward only.
+
+    Nothing behind a frozen embedding wants a gradient, and the head makes the one of its input in forward. FSDP does
+    not know: it would gather both once more, and hold them beside the layers that really compute.
+    """
+    for module in modules:
+        if isinstance(module, FSDPModule) and not any(p.requires_grad for p in module.parameters()):
+            module.set_unshard_in_backward(False)
+
+
 def _refuse_casting(model: nn.Module, policy: MixedPrecisionPolicy) -> None:
     if policy.param_dtype in (None, STORAGE_DTYPE):
         return

@@ -24,12 +24,11 @@ from fsdp_qlora.errors import ModelError, NumericsError
 from fsdp_qlora.model.prequantized import PackedWeight, fill_packed, find_kept, find_weight
 from fsdp_qlora.model.skeleton import restore_buffers
 from fsdp_qlora.model.weights import SafetensorsFolder, StoredTensor
-from fsdp_qlora.plan.layout import ROW_BLOCKS, ROW_WEIGHTS, num_blocks, row_range
+from fsdp_qlora.plan.layout import CHUNK_ROWS, ROW_BLOCKS, ROW_WEIGHTS, num_blocks, row_range
 from fsdp_qlora.quant.formats import one_thread
 from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices, local_tensor
 from fsdp_qlora.quant.packing import bytes_to_rows, float_to_bits, raw_bytes, values_to_rows
 
-_CHUNK_ROWS = 512  # weights of 16 MiB in bf16 are read and quantized at a time
 Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
 
@@ -173,8 +172,8 @@ def _chunks(module: QuantMatrices, first: int, last: int) -> Iterator[tuple[int,
     """Yield ``(start row, stop row, first element, last element)`` of bounded pieces, none across two matrices."""
     for index, low, high in _overlaps(module, first, last):
         base, shift = index * module.rows_each, index * module.numel
-        for start in range(low, high, _CHUNK_ROWS):
-            stop = min(start + _CHUNK_ROWS, high)
+        for start in range(low, high, CHUNK_ROWS):
+            stop = min(start + CHUNK_ROWS, high)
             begin, end = ((row - base) * ROW_WEIGHTS for row in (start, stop))
             yield start, stop, shift + min(begin, module.numel), shift + min(end, module.numel)
 

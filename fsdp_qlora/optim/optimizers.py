@@ -26,6 +26,11 @@ class ShardedOptimizer:
         self._leaves = {name: nn.Parameter(_local(p)) for name, p in self.parameters.items()}
         self._optimizer = _build(list(self._leaves.values()), settings)
 
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The torch optimizer that runs on the local shards."""
+        return self._optimizer
+
     def grad_square_sum(self) -> float:
         """Return the sum of squares of this rank's shard of the gradient, added in float64."""
         grads = [_local(p.grad) for p in self.parameters.values() if p.grad is not None]

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORE = -100
 """Label of a token that is not learned (torch's ``ignore_index``)."""
@@ -31,6 +35,19 @@ class BatchPlan:
     def accumulation_steps(self) -> int:
         """Micro-batches that each rank runs per optimizer step, those of weight zero included."""
         return ceil(self.num_micro_batches / self.num_ranks)
+
+
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Return the positions whose next token is learned: int64 ``[targets]``, numbers into the flattened labels.
+
+    How many there are is only known from the values; on the CPU, where batches are made, no device is waited for.
+
+    Args:
+        labels: int64 ``[rows, length]``, -100 where not learned.
+    """
+    learned = labels != IGNORE
+    learned[:, 0] = False  # no token of its row comes before it
+    return learned.flatten().nonzero().flatten() - 1
 
 
 def deal(num_items: int, rank: int, num_ranks: int) -> list[int | None]:

@@ -20,6 +20,7 @@ from math import prod
 
 from fsdp_qlora.plan.activations import FLOAT32, LayerActivations, layer_activations
 from fsdp_qlora.plan.layout import (
+    CHUNK_ROWS,
     HEAD_SLICE_WEIGHTS,
     ROW_BLOCKS,
     ROW_BYTES,
@@ -164,6 +165,7 @@ class MemoryModel:
         self.targets = tuple(targets)
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.parameter: x.rows for x in quantized}
+        self.transposed = {x.parameter for x in quantized if x.transposed}
         self.dense = max((x.numel_each for x in quantized if x.name not in edges), default=0)
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
@@ -310,12 +312,14 @@ class MemoryModel:
         return chunk * rows * FLOAT32 * LOGIT_COPIES + rows * hidden * settings.itemsize + slope
 
     def _largest_slice(self, shard_size: int) -> int:
-        """Return the most elements of one tensor of the files that this rank reads."""
+        """Return the most elements that this rank reads at a time: a chunk of a weight, a share of what is kept."""
         largest = 0
         for name, shape in self.shapes.parameters.items():
-            rows, dim0 = self.packed.get(name), shape[0] if shape else 1
-            width = prod(shape[1:]) if rows is None else ROW_WEIGHTS
-            largest = max(largest, min(_share(dim0 if rows is None else rows, shard_size) * width, prod(shape)))
+            if name in self.packed:
+                whole = prod(shape) if name in self.transposed else CHUNK_ROWS * ROW_WEIGHTS
+                largest = max(largest, min(whole, prod(shape)))
+            else:
+                largest = max(largest, _share(shape[0] if shape else 1, shard_size) * prod(shape[1:]))
         return largest
 
     def _host(self, settings: StorageSettings) -> HostBytes:

@@ -55,16 +55,17 @@ class TrainPlan:
         """Planned bytes of tensors on the device at the fullest moment."""
         return max(self.moments.values())
 
-    def to_dict(self, gpu: str | None = None) -> dict[str, Any]:
-        """Return the plan as the JSON of `fsdp-qlora plan plan.json=true`."""
-        reserve = reserve_bytes(self.peak, gpu)
+    def to_dict(self, gpu: str | None = None, simulated_bytes: int | None = None) -> dict[str, Any]:
+        """Return the plan as the JSON of `fsdp-qlora plan plan.json=true`; a simulated peak decides what fits."""
+        peak = self.peak if simulated_bytes is None else simulated_bytes
+        reserve = reserve_bytes(peak, gpu)
         capacity = parse_bytes(gpu) if gpu else None
         return {
-            "fits": None if capacity is None else self.peak + reserve <= capacity,
+            "fits": None if capacity is None else peak + reserve <= capacity,
             "reserve_bytes": reserve,
             "bytes_per_rank": asdict(self.bytes),
             "peak_planned_bytes": self.peak,
-            "peak_simulated_bytes": None,
+            "peak_simulated_bytes": simulated_bytes,
             "peak_moment": max(self.moments, key=lambda name: self.moments[name]),
             "bytes_at_moment": dict(self.moments),
             "host_bytes_per_rank": asdict(self.host),

@@ -16,7 +16,9 @@ from fsdp_qlora.plan.search import Found, best, search
 from fsdp_qlora.plan.timing import StepTime, flops_per_token, step_time
 
 
-def report(config: RunConfig, plan: TrainPlan, shapes: ModelShapes) -> dict[str, Any]:
+def report(
+    config: RunConfig, plan: TrainPlan, shapes: ModelShapes, simulated_bytes: int | None = None
+) -> dict[str, Any]:
     """Return all that the `plan` verb says, as JSON: `TrainPlan.to_dict` and estimates.
 
     Raises:
@@ -25,7 +27,7 @@ def report(config: RunConfig, plan: TrainPlan, shapes: ModelShapes) -> dict[str,
     device = find_device(config.plan.device) if config.plan.device else None
     gpu = config.plan.gpu or (device.memory if device else None)
     flops = flops_per_token(plan, shapes)
-    found = plan.to_dict(gpu) | {
+    found = plan.to_dict(gpu, simulated_bytes) | {
         "gpu_bytes": parse_bytes(gpu) if gpu else None,
         "gathered_bytes_per_micro_batch": plan.memory.gathered_bytes(plan.settings),
         "gathered_bytes_per_step": plan.memory.gathered_bytes(plan.settings) * plan.batch.accumulation_steps,

@@ -37,10 +37,9 @@ class QuantEmbedding(QuantMatrices):
         absmax = self._absmax(ids, blocks)
         rows = torch.ops.bitsandbytes.dequantize_4bit.default(
             codes.reshape(-1), absmax.reshape(-1), self.quant_format.block_size, self.quant_format.name,
-            [len(ids), width], self.dtype,
+            [*input.shape, width], self.dtype,
         )  # fmt: skip
-        rows = rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
-        return rows.view(*input.shape, width)
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
 
     def _absmax(self, ids: torch.Tensor, blocks: int) -> torch.Tensor:
         """Return the float32 statistics ``[ids, blocks]`` of the rows ``ids``."""

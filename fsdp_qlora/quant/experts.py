@@ -50,6 +50,13 @@ def _tokens_per_expert(module: Any, top_k_index: torch.Tensor, count: int) -> li
     return torch.bincount(top_k_index.reshape(-1), minlength=count).tolist()
 
 
+def spread_evenly(model: nn.Module) -> None:
+    """Let every expert of ``model`` take as many tokens: for a simulated step, which has no numbers to route by."""
+    for module in model.modules():
+        if isinstance(getattr(module, "down_proj", None), QuantMatrices) and hasattr(module, "has_gate"):
+            module.spread_evenly = True  # type: ignore[assignment]
+
+
 def first_matrices(module: nn.Module) -> QuantMatrices:
     """Return an experts module's gate and up projection, or its up projection where it has no gate."""
     return module.gate_up_proj if module.has_gate else module.up_proj  # type: ignore[return-value]

@@ -30,6 +30,11 @@ class MicroBatch(Protocol):
         """int64 ``[rows, length]``, starting anew at each packed row; None where a sequence is one row."""
         ...
 
+    @property
+    def supervised(self) -> torch.Tensor:
+        """int64 ``[targets]``: positions of the flattened labels whose next token is learned."""
+        ...
+
 
 Objective = Callable[[nn.Module, MicroBatch, torch.device], torch.Tensor]
 """(model, micro-batch, device) -> sum of losses, a float32 scalar."""
@@ -39,7 +44,8 @@ def supervised_fine_tuning(model: nn.Module, micro_batch: MicroBatch, device: to
     """Return the sum of the cross entropy of all supervised tokens."""
     positions = micro_batch.position_ids
     positions = None if positions is None else positions.to(device)
-    return model(micro_batch.input_ids.to(device), micro_batch.labels.to(device), positions).sum()
+    supervised = micro_batch.supervised.to(device)
+    return model(micro_batch.input_ids.to(device), micro_batch.labels.to(device), positions, supervised).sum()
 
 
 OBJECTIVES: dict[str, Objective] = {"sft": supervised_fine_tuning}

@@ -103,6 +103,25 @@ class StepOutcome:
     """Whether any rank was asked to stop."""
 
 
+def forward_backward(model: nn.Module, batch: StepBatch, number: int, settings: StepSettings) -> torch.Tensor:
+    """Run this rank's micro-batches of step ``number``; return its sum of losses, float64 ``[]``.
+
+    Leaves the gradients, reduced over the ranks, on the parameters.
+    """
+    last = len(batch.micro_batches) - 1
+    loss_sum = torch.zeros((), dtype=torch.float64, device=settings.ranks.device)
+    for turn, micro_batch in enumerate(batch.micro_batches):
+        settings.enter(f"step {number}, micro-batch {turn + 1} of {last + 1}")
+        settings.synchronize(model, turn == last)
+        # Dropout depends on the micro-batch, not on the rank that happens to run it.
+        torch.manual_seed(settings.seed_of(settings.seed, number, micro_batch.number))
+        with settings.around():
+            loss = settings.objective(model, micro_batch, settings.ranks.device) * micro_batch.weight
+            (loss / max(1, batch.num_targets)).backward()
+        loss_sum += loss.detach()
+    return loss_sum
+
+
 def train_step(
     model: nn.Module, batch: StepBatch, optimizer: Optimizer, lr: float, number: int, stop: bool,
     settings: StepSettings, spike_above: float = math.inf,
@@ -113,17 +132,8 @@ def train_step(
         NonFiniteError: on every rank alike, before the update, if the loss or the gradient is not finite.
         LossSpikeError: likewise, if the loss is above ``spike_above``.
     """
-    ranks, last = settings.ranks, len(batch.micro_batches) - 1
-    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for turn, micro_batch in enumerate(batch.micro_batches):
-        settings.enter(f"step {number}, micro-batch {turn + 1} of {last + 1}")
-        settings.synchronize(model, turn == last)
-        # Dropout depends on the micro-batch, not on the rank that happens to run it.
-        torch.manual_seed(settings.seed_of(settings.seed, number, micro_batch.number))
-        with settings.around():
-            loss = settings.objective(model, micro_batch, ranks.device) * micro_batch.weight
-            (loss / max(1, batch.num_targets)).backward()
-        loss_sum += loss.detach()
+    ranks = settings.ranks
+    loss_sum = forward_backward(model, batch, number, settings)
     settings.enter(f"step {number}, update")
     for check in settings.after_backward:
         check(number)

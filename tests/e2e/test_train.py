@@ -178,7 +178,7 @@ def test_ranks_die_with_their_launcher_and_the_folder_is_free_again(cli, cli_env
 
 
 def test_plan_and_hydras_own_flags(cli, tiny_run):
-    plan = cli("plan", *tiny_run, "plan.json=true", "plan.world_size=2", "plan.gpu=24GiB")
+    plan = cli("plan", *tiny_run, "plan.json=true", "plan.world_size=2", "plan.gpu=24GiB", "plan.simulate=true")
     found = json.loads(plan.stdout)
     assert found["fits"] is True
     assert set(found["bytes_per_rank"]) == {
@@ -186,6 +186,8 @@ def test_plan_and_hydras_own_flags(cli, tiny_run):
         "gather",
     }  # fmt: skip
     assert {"reserve_bytes", "peak_planned_bytes", "peak_simulated_bytes"} <= found.keys()
+    assert found["peak_simulated_bytes"] == sum(found["simulation"]["bytes"].values()) > 0
+    assert found["simulation"]["layers"] == [2] and found["simulation"]["place"]
     shown = cli("train", "optim.lr=1e-4", "--cfg", "job")
     assert shown.returncode == 0 and "lr: 0.0001" in shown.stdout
     helped = cli("train", "--help")

@@ -11,7 +11,7 @@ import socket
 import pytest
 import torch
 
-from fsdp_qlora.api import shapes_for_plan
+from fsdp_qlora.api import planned_skeleton
 from fsdp_qlora.cli.compose import compose_config, conf_dir
 from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.errors import ConfigError, ModelError
@@ -86,7 +86,8 @@ def no_network(monkeypatch):
 
 @functools.cache
 def planned(*overrides: str):
-    config, shapes = shapes_for_plan(compose_config("plan", list(overrides)))
+    config, base = planned_skeleton(compose_config("plan", list(overrides)))
+    shapes = read_shapes(base)
     return config, shapes, make_plan(config, shapes, config.plan.world_size or 1)
 
 

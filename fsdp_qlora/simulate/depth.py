@@ -1,0 +1,128 @@
+"""A model with fewer of its layers, and what the peaks of shallow models say of a deep one.
+
+Layers of one kind are alike, so a peak at a given place of the step (forward of the head, backward of the last layer
+...) is linear in the number of layers of each kind. Peaks at different places grow differently and are therefore
+extrapolated one by one; the largest is the model's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fsdp_qlora.errors import PlanError
+from fsdp_qlora.plan.layout import ModelShapes
+from fsdp_qlora.simulate.tracker import TensorBytes
+
+Counts = tuple[int, ...]
+"""How many layers of each kind."""
+FIRST, CHECKED = 4, 4
+"""Layers of a kind in the shallowest cut, and how many more the check has.
+
+Fewer would not do: with gathers ahead and tensors on their way to the host, the first layers differ from the others.
+"""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a simulated model with so many layers took, by place."""
+
+    counts: Counts
+    peaks: dict[str, TensorBytes]
+
+    @property
+    def total(self) -> int:
+        """Bytes of the highest peak."""
+        return max(peak.total for peak in self.peaks.values())
+
+
+def _lists(base: PreTrainedModel, num_layers: int) -> Iterator[tuple[dict[str, Any], str, list[Any]]]:
+    """Yield (a config's values, key, list) of what a config lists for each layer, as ``layer_types``."""
+    for config in {id(c): c for c in (base.config.get_text_config(), base.get_decoder().config)}.values():
+        for key, value in list(vars(config).items()):
+            if isinstance(value, list | tuple) and len(value) == num_layers:
+                yield vars(config), key, list(value)
+
+
+def layer_kinds(base: PreTrainedModel, shapes: ModelShapes) -> list[int]:
+    """Return the kind of each decoder layer, numbered by first appearance: layers that are alike have the same."""
+    found: dict[Hashable, int] = {}
+    lists = [values for _, _, values in _lists(base, len(shapes.layers))]
+    kinds = []
+    for i, name in enumerate(shapes.layers):
+        layer = base.get_submodule(name)
+        parameters = tuple((key, tuple(p.shape)) for key, p in layer.named_parameters())
+        key = (type(layer), parameters, tuple(repr(values[i]) for values in lists))
+        kinds.append(found.setdefault(key, len(found)))
+    return kinds
+
+
+def counts_of(kinds: Sequence[int]) -> Counts:
+    """Return how many layers there are of each kind."""
+    found = Counter(kinds)
+    return tuple(found[kind] for kind in range(len(found)))
+
+
+def cut_counts(full: Counts) -> tuple[list[Counts], Counts]:
+    """Return the cuts that give the slopes (the first is the shallowest), and the one that checks them."""
+    least = tuple(min(FIRST, n) for n in full)
+    cuts = [least]
+    for kind, n in enumerate(full):
+        more = min(n, FIRST + CHECKED // 2)
+        if more > least[kind]:
+            cuts.append((*least[:kind], more, *least[kind + 1 :]))
+    return cuts, tuple(min(FIRST + CHECKED, n) for n in full)
+
+
+def kept_layers(kinds: Sequence[int], counts: Counts) -> list[int]:
+    """Return the layers of a cut, in their order: of each kind the first and the last ones."""
+    kept: list[int] = []
+    for kind, count in enumerate(counts):
+        mine = [i for i, k in enumerate(kinds) if k == kind]
+        tail = count // 2
+        kept += mine[: count - tail] + (mine[-tail:] if tail else [])
+    return sorted(kept)
+
+
+def cut_layers(base: PreTrainedModel, shapes: ModelShapes, kept: Sequence[int]) -> None:
+    """Drop the layers of a meta model that are not ``kept``, in the model and in its config.
+
+    Raises:
+        PlanError: if its layers are not one list.
+    """
+    parents = {name.rpartition(".")[0] for name in shapes.layers}
+    parent = parents.pop()
+    layers = base.get_submodule(parent)
+    if parents or not isinstance(layers, nn.ModuleList) or len(layers) != len(shapes.layers):
+        raise PlanError(f"plan.simulate: the layers of {type(base).__name__} are not one list; it cannot be cut.")
+    owner, _, child = parent.rpartition(".")
+    setattr(base.get_submodule(owner), child, nn.ModuleList(layers[i] for i in kept))
+    # Into the configs' own dicts: on the way they do not agree with themselves, which a setter would refuse.
+    for values, key, listed in _lists(base, len(shapes.layers)):
+        values[key] = [listed[i] for i in kept]
+    for config in (base.config.get_text_config(), base.get_decoder().config):
+        vars(config)["num_hidden_layers"] = len(kept)
+
+
+def relative_error(predicted: int, found: int, least: Counts, check: Counts, full: Counts, total: int) -> float:
+    """Return what missing ``found`` at the check's depth comes to at full depth, relative to ``total`` bytes there."""
+    layers, checked = sum(full) - sum(least), max(1, sum(check) - sum(least))
+    return abs(predicted - found) * layers / checked / total
+
+
+def extrapolate(cuts: Sequence[Cut], full: Counts) -> dict[str, TensorBytes]:
+    """Return the peaks of a model with ``full`` layers from those of the shallowest cut and one more cut a kind."""
+    least, *others = cuts
+    found = dict(least.peaks)
+    for cut in others:
+        (kind,) = (k for k, n in enumerate(cut.counts) if n != least.counts[k])
+        times = (full[kind] - least.counts[kind]) / (cut.counts[kind] - least.counts[kind])
+        for place, peak in found.items():
+            slope = cut.peaks[place].plus(least.peaks[place], -1)
+            found[place] = peak.plus(slope, times)
+    return found

@@ -1,0 +1,230 @@
+"""One sharded training step as `train` runs it, on ranks and tensors that are not there.
+
+Skeleton, swap, adapters, sharding, forward and backward, update: the functions are those of a run. A model of more than
+a few layers is simulated at a few small depths and extrapolated, after a check that this predicts another depth.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fsdp_qlora.api import build_sharded, planned_skeleton
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.data.loader import Batch, MicroBatch
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.model.causal import CausalModel
+from fsdp_qlora.model.lora import seed_of, trainable_parameters
+from fsdp_qlora.model.shard import synchronize_gradients
+from fsdp_qlora.model.skeleton import read_shapes
+from fsdp_qlora.optim.optimizers import ShardedOptimizer
+from fsdp_qlora.plan.layout import ModelShapes
+from fsdp_qlora.plan.plan import TrainPlan, make_plan
+from fsdp_qlora.quant.experts import spread_evenly
+from fsdp_qlora.quant.formats import QuantFormat, dequantize, quantize
+from fsdp_qlora.simulate.depth import (
+    Counts,
+    Cut,
+    counts_of,
+    cut_counts,
+    cut_layers,
+    extrapolate,
+    kept_layers,
+    layer_kinds,
+    relative_error,
+)
+from fsdp_qlora.simulate.tracker import NOT_COUNTED, Place, TensorBytes, fake_mode, measure_step, simulated_ranks
+from fsdp_qlora.track.console import megabytes
+from fsdp_qlora.train.objectives import OBJECTIVES
+from fsdp_qlora.train.step import StepSettings, forward_backward
+
+WHOLE_LAYERS = 8
+"""Models of up to so many layers are simulated whole."""
+TOLERANCE = 0.01
+"""How far the whole model's peak may be off, going by the depth that checks it; else the model is simulated whole."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a step would take on the fullest rank."""
+
+    peak: TensorBytes
+    """The tensors at the highest peak."""
+    place: str
+    """Where in the step that is."""
+    places: dict[str, TensorBytes]
+    """The peak at every place."""
+    depths: tuple[int, ...]
+    """Numbers of layers that were simulated; one where it was the whole model."""
+    checked: float | None
+    """How far off the peak may be, relative, going by the depth that checks it; None for a whole model."""
+    seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of tensors at the peak."""
+        return self.peak.total
+
+    @property
+    def how(self) -> str:
+        """How the peak was found, in a few words."""
+        if self.checked is None:
+            return "the whole model"
+        *cuts, last = self.depths
+        depths = ", ".join(map(str, cuts))
+        return f"extrapolated from {depths} layers, checked with {last}: {100 * self.checked:.2f} % off at most"
+
+    def rows(self, plan: TrainPlan) -> list[tuple[str, str]]:
+        """Return the planned and the simulated bytes side by side, as rows of a table."""
+        found, planned = self.peak, plan.bytes
+        base = planned.base_packed + planned.base_statistics + planned.base_kept + planned.adapters
+        pairs = (
+            ("base and adapters", base, found.parameters),
+            ("gradients", planned.gradients, found.gradients),
+            ("optimizer", planned.optimizer, found.optimizer),
+            ("activations and logits", planned.activations + planned.logits, found.activations),
+            ("gather", planned.gather, found.gather),
+            ("peak per rank", plan.peak, found.total),
+        )
+        rows = [
+            (f"simulated {what}", f"{megabytes(there)} (planned {megabytes(known)})") for what, known, there in pairs
+        ]
+        return [*rows, ("simulated peak is in", self.place), ("simulated", f"{self.how}, {self.seconds:.0f} s")]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return what `plan.json=true` prints of it beside ``peak_simulated_bytes``."""
+        return {
+            "bytes": asdict(self.peak),
+            "place": self.place,
+            "layers": list(self.depths),
+            "error": self.checked,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def simulate(config: RunConfig, world_size: int) -> Simulation:
+    """Simulate a step of the run on ``world_size`` ranks, all of whose tokens are learned.
+
+    Raises:
+        PlanError: if this process is a rank of an open process group, or the model cannot be cut.
+    """
+    started = time.perf_counter()
+    _make_tables(config)
+    fsdp = config.fsdp
+    with simulated_ranks(world_size, fsdp.shard_degree, fsdp.replicate_degree) as ranks:
+        resolved, base = planned_skeleton(config)
+        full = counts_of(layer_kinds(base, read_shapes(base)))
+        if sum(full) <= WHOLE_LAYERS:
+            return _whole(_simulate_cut(resolved, base, ranks), started)
+        needed, check = cut_counts(full)
+        cuts = [_shallow(config, counts, ranks) for counts in (*needed, check)]
+        place, peak = _highest(places := extrapolate(cuts[:-1], full))
+        predicted = _highest(extrapolate(cuts[:-1], check))[1].total
+        error = relative_error(predicted, cuts[-1].total, needed[0], check, full, peak.total)
+        if error > TOLERANCE:
+            return _whole(_simulate_cut(resolved, base, ranks), started)
+    depths = tuple(sum(cut.counts) for cut in cuts)
+    return Simulation(peak, place, places, depths, error, time.perf_counter() - started)
+
+
+def _whole(cut: Cut, started: float) -> Simulation:
+    place, peak = _highest(cut.peaks)
+    return Simulation(peak, place, cut.peaks, (sum(cut.counts),), None, time.perf_counter() - started)
+
+
+def _highest(places: dict[str, TensorBytes]) -> tuple[str, TensorBytes]:
+    return max(places.items(), key=lambda item: item[1].total)
+
+
+def _make_tables(config: RunConfig) -> None:
+    """Dequantize one real block: the code tables that are kept from then on must not be fake tensors."""
+    if config.quant.name != "none":
+        quant_format = QuantFormat(config.quant.name, config.quant.double_quant)
+        dequantize(quantize(torch.zeros(64), quant_format), quant_format, (64,), torch.float32)
+
+
+def _shallow(config: RunConfig, counts: Counts, ranks: Ranks) -> Cut:
+    resolved, base = planned_skeleton(config)
+    shapes = read_shapes(base)
+    cut_layers(base, shapes, kept_layers(layer_kinds(base, shapes), counts))
+    return _simulate_cut(resolved, base, ranks)
+
+
+def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> Cut:
+    """Build the (cut) model on fake tensors and run a step of it."""
+    shapes = read_shapes(base)
+    kinds = layer_kinds(base, shapes)
+    plan = make_plan(config, shapes, ranks.size)
+    model = build_sharded(config, base, shapes, plan, ranks, NOT_COUNTED)
+    spread_evenly(model)
+    fake = fake_mode()
+    with fake:
+        model.to_empty(device=ranks.device)
+    optimizer = ShardedOptimizer(trainable_parameters(model), config.optim)
+    optimizer.prepare_state(step=1)  # as in every step after the first
+    batch = worst_batch(plan, config.data.max_length, shapes, config.data.packing or config.data.padding_free)
+    peaks = measure_step(
+        model, optimizer.inner, step_runner(config, model, batch, ranks), lambda: optimizer.step(1e-6, 0.5), fake,
+        ranks.device.type,
+    )  # fmt: skip
+    return Cut(counts_of(kinds), _by_name(peaks, base, shapes, kinds))
+
+
+def step_runner(
+    config: RunConfig, model: CausalModel, batch: Batch, ranks: Ranks
+) -> Callable[[Callable[[], None]], object]:
+    """Return what runs a batch forward and backward as `train` does; its argument is called before each micro-batch."""
+
+    def run(before_each: Callable[[], None]) -> object:
+        settings = StepSettings(
+            objective=OBJECTIVES[config.objective.name], ranks=ranks, seed=config.run.seed,
+            max_grad_norm=config.train.max_grad_norm, synchronize=synchronize_gradients, seed_of=seed_of,
+            around=nullcontext, enter=lambda _: before_each(),
+        )  # fmt: skip
+        model.train()
+        with torch.random.fork_rng(devices=[]):
+            return forward_backward(model, batch, 1, settings)
+
+    return run
+
+
+def worst_batch(plan: TrainPlan, max_length: int, shapes: ModelShapes, packed: bool = False) -> Batch:
+    """Return a batch of the longest rows, all of whose tokens are learned: at most two micro-batches.
+
+    From the second on, gradients that wait for their reduction are there too; more change nothing.
+    """
+    rows, count = plan.batch.micro_batch_size, min(2, plan.batch.accumulation_steps)
+    micro_batches = []
+    for number in range(count):
+        ids = torch.arange(rows * max_length).remainder(shapes.vocab_size).view(rows, max_length)
+        positions = torch.arange(max_length).expand(rows, -1).contiguous() if packed else None
+        micro_batches.append(MicroBatch(number, ids, ids.clone(), rows=tuple(range(rows)), position_ids=positions))
+    tokens = count * rows * max_length * plan.world_size
+    return Batch(micro_batches, count * rows, tokens, tokens - count * rows * plan.world_size)
+
+
+def _by_name(
+    peaks: dict[Place, TensorBytes], base: PreTrainedModel, shapes: ModelShapes, kinds: list[int]
+) -> dict[str, TensorBytes]:
+    """Name the places so that models of any depth share their names: the first and last layer of each kind."""
+    names: dict[nn.Module | None, str] = {None: "the adapters"}
+    for module, name in ((shapes.embedding, "the embedding"), (shapes.head, "the head")):
+        names[base.get_submodule(module)] = name
+    several = len(set(kinds)) > 1
+    for i, (module, kind) in enumerate(zip(shapes.layers, kinds, strict=True)):
+        mine = [k for k, other in enumerate(kinds) if other == kind]
+        which = "first" if i == mine[0] else "last" if i == mine[-1] else "an inner"
+        article = "" if which == "an inner" else "the "
+        names[base.get_submodule(module)] = f"{article}{which} layer" + (f" of kind {kind + 1}" if several else "")
+    found: dict[str, TensorBytes] = {}
+    for (phase, module), peak in peaks.items():
+        name = f"{phase} of {names.get(module, 'what is in no unit')}"
+        if name not in found or peak.total > found[name].total:
+            found[name] = peak
+    return found

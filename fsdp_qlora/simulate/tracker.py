@@ -1,0 +1,229 @@
+"""torch's memory tracker around a training step, of fake or of real tensors, and ranks that are not there.
+
+The only module that uses these private parts of torch: `FakeTensorMode`, the ``fake`` process group,
+`FSDPMemTracker` and, because that one takes the two modules of a shared unit (tied embedding and head) for two units,
+FSDP's own hooks for such groups. `tests/unit/test_simulate.py` says when they break.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType, _SavedFSDPMethods
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState, _register_group_forward_hooks
+
+from fsdp_qlora.dist.mesh import REPLICATE, SHARD, Ranks, degrees
+from fsdp_qlora.errors import PlanError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TensorBytes:
+    """Bytes of the tensors that one rank holds at one moment, by what they are for."""
+
+    parameters: int = 0
+    """This rank's shards of all parameters and statistics, and the buffers."""
+    gradients: int = 0
+    optimizer: int = 0
+    """The optimizer's state, and what an update needs for a moment."""
+    activations: int = 0
+    """Activations, logits, dequantized weights and what backward needs for a moment."""
+    gather: int = 0
+    """Gathered units, and the buffers that they arrive in."""
+
+    @property
+    def total(self) -> int:
+        """Sum of all kinds."""
+        return sum(asdict(self).values())
+
+    def plus(self, other: TensorBytes, times: float = 1) -> TensorBytes:
+        """Return this and ``times`` the other, kind by kind."""
+        values = {f.name: round(getattr(self, f.name) + times * getattr(other, f.name)) for f in fields(self)}
+        return TensorBytes(**values)
+
+
+_KINDS = {
+    _FSDPRefType.SHARDED_PARAM: "parameters",
+    _FSDPRefType.BUFFER: "parameters",
+    _FSDPRefType.SHARDED_GRAD: "gradients",
+    _FSDPRefType.UNSHARDED_GRAD: "gradients",
+    _FSDPRefType.REDUCE_SCATTER: "gradients",
+    _FSDPRefType.OPT: "optimizer",
+    _FSDPRefType.ACT: "activations",
+    _FSDPRefType.TEMP: "activations",
+    _FSDPRefType.INP: "activations",
+    _FSDPRefType.UNSHARDED_PARAM: "gather",
+    _FSDPRefType.ALL_GATHER: "gather",
+}
+
+NOT_COUNTED = torch.device("meta")
+"""Where simulated host memory is: simulated devices are CPUs, so their tensors must lie elsewhere to be told apart."""
+
+Place = tuple[str, nn.Module | None]
+"""``("forward" | "backward", the unit that began last)``, or ``("update", None)``."""
+
+
+class _PlaceTracker(FSDPMemTracker):
+    """torch's tracker with the peak of each place of the step, where a place lasts until the next one begins."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device_type: str) -> None:
+        super().__init__(model, optimizer)
+        self.peaks: dict[Place, dict[Any, int]] = {}
+        self.place: Place = ("forward", model)
+        self._highest: dict[Place, int] = {}
+        self._device_type = device_type
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Half of all calls ask a fake tensor for its device; the way through both modes takes as long as an operation.
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        """Keep the peak of the present place only: torch's own looks at every module after every operation."""
+        for device, snapshot in self._curr_mem_snap.items():
+            if device.type != self._device_type:
+                continue
+            total = snapshot["Total"]
+            if total > self._highest.get(self.place, -1):
+                self._highest[self.place] = total
+                self.peaks[self.place] = {kind: count for kind, count in snapshot.items() if kind in _KINDS}
+
+    def _fsdp_state_pre_forward(self, fsdp_mod: FSDPModule, orig_fsdp_state_pre_fw: Callable[..., T]) -> Any:
+        inner = super()._fsdp_state_pre_forward(fsdp_mod, orig_fsdp_state_pre_fw)  # type: ignore[arg-type]
+
+        @wraps(orig_fsdp_state_pre_fw)
+        def begin(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not self._mod_tracker.is_bw:  # else it is recomputed within its backward
+                self.place = ("forward", module)
+            return inner(module, *args, **kwargs)
+
+        return begin
+
+    def _fsdp_param_group_pre_backward(self, fsdp_mod: FSDPModule, orig_fsdp_param_group_pre_backward: Any) -> Any:
+        inner = super()._fsdp_param_group_pre_backward(fsdp_mod, orig_fsdp_param_group_pre_backward)
+
+        @wraps(orig_fsdp_param_group_pre_backward)
+        def begin(*args: Any, **kwargs: Any) -> None:
+            self.place = ("backward", fsdp_mod)  # type: ignore[assignment]
+            inner(*args, **kwargs)
+
+        return begin
+
+    def _instrument_fsdp_module(self) -> None:
+        """As torch's, but once a unit: a unit of two modules stays gathered from the first to the second."""
+        for state in _states(self._root_mod):
+            group, module = state._fsdp_param_group, state._modules[0]
+            if group is None:
+                continue
+            self._instrument_fsdp_sharded_params_grads(group)
+            _register(
+                state,
+                self._fsdp_state_pre_forward(module, state._pre_forward),  # type: ignore[arg-type]
+                self._fsdp_state_post_forward(module, state._post_forward),  # type: ignore[arg-type]
+            )
+            self._fsdp_mod_to_saved_methods[module] = _SavedFSDPMethods(group.pre_backward, group.post_backward)
+            group.pre_backward = self._fsdp_param_group_pre_backward(module, group.pre_backward)  # type: ignore
+            group.post_backward = self._fsdp_param_group_post_backward(module, group.post_backward)  # type: ignore
+        for buffer in self._root_mod.buffers():
+            self._update_and_maybe_create_winfos(buffer, _FSDPRefType.BUFFER)
+
+    def _deregister_module_and_optimizer_hooks(self) -> None:
+        super()._deregister_module_and_optimizer_hooks()
+        for state in _states(self._root_mod):
+            _register(state, state._pre_forward, state._post_forward)
+
+
+def _states(root: nn.Module) -> list[FSDPState]:
+    """Return FSDP's state of each unit under ``root``, once each."""
+    return list(dict.fromkeys(m._get_fsdp_state() for m in root.modules() if isinstance(m, FSDPModule)))
+
+
+def _register(state: FSDPState, pre_forward: Any, post_forward: Any) -> None:
+    """Let these two run around the unit's forward, in place of what runs now."""
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    modules: Sequence[nn.Module] = list(state._modules)
+    if len(modules) > 1:
+        handle = _register_group_forward_hooks(
+            state._modules, pre_forward, post_forward, state._modules_to_run_forward, state._cast_output_dtype
+        )
+        state._pre_forward_hook_handle = state._post_forward_hook_handle = handle
+        return
+    state._pre_forward_hook_handle = modules[0].register_forward_pre_hook(pre_forward, prepend=True, with_kwargs=True)
+    state._post_forward_hook_handle = modules[0].register_forward_hook(post_forward, prepend=False)
+
+
+def measure_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    forward_backward: Callable[[Callable[[], None]], object],
+    update: Callable[[], object],
+    fake: FakeTensorMode | None = None,
+    device_type: str = "cpu",
+) -> dict[Place, TensorBytes]:
+    """Run one step and return the peak of tensors at each of its places.
+
+    Args:
+        model: the root FSDP module.
+        optimizer: whose state is on the device; it should exist already, as it does in every step but the first.
+        forward_backward: runs the micro-batches; calls its argument before each.
+        update: changes the parameters. It runs outside of ``fake``, since optimizers read their step counters.
+        fake: the mode of the model's fake tensors; None for real ones.
+        device_type: where tensors are counted.
+    """
+    tracker = _PlaceTracker(model, optimizer, device_type)
+    mode: AbstractContextManager[object] = fake or nullcontext()
+    with mode, tracker:
+        forward_backward(tracker.reset_mod_stats)
+    tracker.place = ("update", None)
+    with tracker:
+        update()
+    return {place: _by_kind(peak) for place, peak in tracker.peaks.items()}
+
+
+def _by_kind(snapshot: dict[Any, int]) -> TensorBytes:
+    found = TensorBytes()
+    for kind, count in snapshot.items():
+        found = found.plus(TensorBytes(**{_KINDS[kind]: count}))
+    return found
+
+
+def fake_mode() -> FakeTensorMode:
+    """Return a mode under which tensors have shapes, dtypes and a place, but no memory."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def simulated_ranks(world_size: int, shard_degree: int = 0, replicate_degree: int = 1) -> Iterator[Ranks]:
+    """Be rank 0 (the fullest) of ``world_size`` ranks that are not there: their collectives do nothing.
+
+    The device is the CPU: without a CUDA build of torch no fake tensor can be on a GPU.
+
+    Raises:
+        PlanError: if this process is one of several real ranks.
+    """
+    if dist.is_initialized():
+        raise PlanError("plan.simulate: this process has a process group open; simulate in one of its own.")
+    replicate, shard = degrees(shard_degree, replicate_degree, world_size)
+    dist.init_process_group("fake", rank=0, world_size=world_size)
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        shape, names = ((shard,), (SHARD,)) if replicate == 1 else ((replicate, shard), (REPLICATE, SHARD))
+        yield Ranks(init_device_mesh("cpu", shape, mesh_dim_names=names), group, group, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+        gc.collect()  # modules, hooks and mesh refer to each other
