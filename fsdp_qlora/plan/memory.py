@@ -197,7 +197,15 @@ class MemoryModel:
         }
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
         bytes_ = BytesPerRank(
-            packed, statistics, base, adapters, gradients, optimizer, kept + layer, logits, max(head, again, at_layer)
+            packed,
+            statistics,
+            base,
+            adapters,
+            gradients,
+            optimizer,
+            kept + max(layer, edge),
+            logits,
+            max(head, again, at_layer),
         )
         return MemoryPlan(bytes_, moments, self._host(settings))
 
