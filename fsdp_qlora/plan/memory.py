@@ -181,6 +181,9 @@ class MemoryModel:
         fixed = self.fixed
         kept = self._kept_for_backward(settings)
         layer = self._layer(settings)
+        last = (
+            0 if settings.checkpointing or settings.offload_activations else self._saved(self.activations[-1], settings)
+        )
         logits = self._logits(settings)
         edge = 5 * settings.tokens * self.shapes.hidden_size * settings.itemsize  # final norm, its copies, gradient
         head, again = self._gathered_head(settings)
@@ -191,7 +194,7 @@ class MemoryModel:
         on_device = 0 if settings.offload_parameters else sum(fixed)
         moments = {
             "first_layer": on_device + gradients + self._gathered_first(settings),
-            "head": on_device + gradients + kept + edge + max(logits + head, again),
+            "head": on_device + gradients + kept + last + edge + max(logits + head, again),
             "layer_backward": on_device + gradients + kept + layer + at_layer,
             "update": 0 if settings.offload_parameters else sum(fixed) + 3 * fixed[3],
         }
@@ -203,7 +206,7 @@ class MemoryModel:
             adapters,
             gradients,
             optimizer,
-            kept + max(layer, edge),
+            kept + max(layer, last + edge),
             logits,
             max(head, again, at_layer),
         )
@@ -315,7 +318,8 @@ class MemoryModel:
         hidden = self.shapes.hidden_size
         rows = min(HEAD_SLICE_WEIGHTS // hidden, self.shapes.vocab_size)
         slope = settings.tokens * hidden * (FLOAT32 + settings.itemsize)  # added up over the slices, then rounded
-        return chunk * rows * FLOAT32 * LOGIT_COPIES + rows * hidden * settings.itemsize + slope
+        dense = 2 * rows * hidden * settings.itemsize  # a slice is freed when the next one is there
+        return chunk * rows * FLOAT32 * LOGIT_COPIES + dense + slope
 
     def _largest_slice(self, shard_size: int) -> int:
         """Return the most elements of one tensor of the files that this rank reads."""
