@@ -125,7 +125,8 @@ def _assumed(device: dict[str, Any]) -> str:
 
 def _print_search(found: dict[str, Any], config: RunConfig) -> None:
     length = found["max_length"]
-    header = ["checkpointing", "offload", f"rows of {length}", "planned peak", "longest row", "most tokens", "tokens/s"]
+    header = ["checkpointing", "offload", f"rows of {length}", "planned peak", "host memory", "longest row"]
+    header += ["most tokens", "tokens/s"]
     lines = []
     for tried in found["tried"]:
         speed = tried["tokens_per_second"]
@@ -135,6 +136,7 @@ def _print_search(found: dict[str, Any], config: RunConfig) -> None:
                 tried["offload"],
                 str(tried["micro_batch_size"]) if tried["fits"] else "does not fit",
                 megabytes(tried["peak_bytes"]),
+                megabytes(tried["host_bytes"]) if tried["host_bytes"] else "",
                 str(tried["longest"]),
                 str(tried["tokens"]),
                 "" if speed is None else f"{speed:.0f}",
@@ -146,3 +148,6 @@ def _print_search(found: dict[str, Any], config: RunConfig) -> None:
         print(f"Nothing fits, not even one row of {length} tokens: more ranks, a shorter length, quant.embeddings=nf4.")
     else:
         print(f"The cheapest that fits: {' '.join(found['overrides'])}")
+    if found["fastest"] is not None and found["fastest"] != found["best"]:
+        host = megabytes(found["fastest"]["host_bytes"])
+        print(f"The fastest by the estimate: {' '.join(found['fastest_overrides'])} ({host} of host memory per rank)")

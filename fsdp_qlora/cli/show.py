@@ -137,8 +137,8 @@ def _rank_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     rows = [(f"{name} per rank", ", ".join(show(r) for r in ranks)) for name, _, show in each]
-    rows[0] = (
-        rows[0][0],
-        f"{rows[0][1]} ({summary['memory_kind']}; planned {megabytes(summary['planned_bytes_per_rank'])} of tensors)",
-    )
+    measured, planned = max(r["peak_memory_bytes"] for r in ranks), summary["planned_bytes_per_rank"]
+    rows[0] = (rows[0][0], f"{rows[0][1]} ({summary['memory_kind']})")
+    share = f", {100 * planned / measured:.0f} % of the largest measured" if measured else ""
+    rows.insert(1, ("planned peak per rank", f"{megabytes(planned)} of tensors{share}"))
     return rows

@@ -66,7 +66,8 @@ def layer_activations(
         times = shapes.experts_per_token if group[0].count > 1 else 1
         saved = _group(parent, group, adapted, eager)
         elements += times * saved
-        transient = max(transient, times * group[-1].in_features)
+        # experts: the sorted copy, the outputs and the weighed ones beside those kept
+        transient = max(transient, times * (3 * group[-1].out_features if times > 1 else group[-1].in_features))
         if is_attention(parent):
             width = max(width, group[-1].in_features)
             attending += saved
@@ -87,8 +88,8 @@ def layer_activations(
 def _group(parent: str, group: list[LinearShape], adapted: frozenset[str], eager: bool) -> int:
     """Return the elements that the linears of one module keep for each token."""
     *front, last = group
-    if last.count > 1:  # experts sort their tokens into a copy and weigh their outputs
-        return sum(x.in_features + x.out_features for x in group) + last.in_features
+    if last.count > 1:  # no adapters, so no inputs; the outputs are kept, as each is weighed
+        return sum(x.out_features for x in group) + last.in_features
     elements = sum(x.out_features for x in front)
     if front and any(x.name in adapted for x in front):
         elements += front[0].in_features

@@ -183,6 +183,9 @@ class MemoryModel:
         fixed = self.fixed
         kept = self._kept_for_backward(settings)
         layer = self._layer(settings)
+        last = (
+            0 if settings.checkpointing or settings.offload_activations else self._saved(self.activations[-1], settings)
+        )
         logits = self._logits(settings)
         edge = 5 * settings.tokens * self.shapes.hidden_size * settings.itemsize  # final norm, its copies, gradient
         head, again = self._gathered_head(settings)
@@ -193,13 +196,21 @@ class MemoryModel:
         on_device = 0 if settings.offload_parameters else sum(fixed)
         moments = {
             "first_layer": on_device + gradients + self._gathered_first(settings),
-            "head": on_device + gradients + kept + edge + max(logits + head, again),
+            "head": on_device + gradients + kept + last + edge + max(logits + head, again),
             "layer_backward": on_device + gradients + kept + layer + at_layer,
             "update": 0 if settings.offload_parameters else sum(fixed) + 3 * fixed[3],
         }
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
         bytes_ = BytesPerRank(
-            packed, statistics, base, adapters, gradients, optimizer, kept + layer, logits, max(head, again, at_layer)
+            packed,
+            statistics,
+            base,
+            adapters,
+            gradients,
+            optimizer,
+            kept + max(layer, last + edge),
+            logits,
+            max(head, again, at_layer),
         )
         return MemoryPlan(bytes_, moments, self._host(settings))
 
@@ -309,7 +320,8 @@ class MemoryModel:
         hidden = self.shapes.hidden_size
         rows = min(HEAD_SLICE_WEIGHTS // hidden, self.shapes.vocab_size)
         slope = settings.tokens * hidden * (FLOAT32 + settings.itemsize)  # added up over the slices, then rounded
-        return chunk * rows * FLOAT32 * LOGIT_COPIES + rows * hidden * settings.itemsize + slope
+        dense = 2 * rows * hidden * settings.itemsize  # a slice is freed when the next one is there
+        return chunk * rows * FLOAT32 * LOGIT_COPIES + dense + slope
 
     def _largest_slice(self, shard_size: int) -> int:
         """Return the most elements that this rank reads at a time: a chunk of a weight, a share of what is kept."""

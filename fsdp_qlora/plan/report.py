@@ -12,7 +12,7 @@ from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect, find_
 from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.memory import StorageSettings
 from fsdp_qlora.plan.plan import TrainPlan, parse_bytes, reserve_bytes
-from fsdp_qlora.plan.search import Found, best, search
+from fsdp_qlora.plan.search import Found, best, fastest, search
 from fsdp_qlora.plan.timing import StepTime, flops_per_token, step_time
 
 
@@ -107,13 +107,15 @@ def _search(
     capacity = parse_bytes(gpu)
     budget = capacity - reserve_bytes(0, gpu)
     found = search(plan.memory, plan.settings, plan.batch, budget, shapes.max_positions, speed)
-    chosen = best(found)
+    chosen, quickest = best(found), fastest(found)
     return {
         "budget_bytes": budget,
         "max_length": plan.settings.max_length,
         "tried": [asdict(f) for f in found],
         "best": None if chosen is None else asdict(chosen),
         "overrides": [] if chosen is None else _overrides(chosen, plan),
+        "fastest": None if quickest is None else asdict(quickest),
+        "fastest_overrides": [] if quickest is None else _overrides(quickest, plan),
     }
 
 

@@ -12,11 +12,13 @@ SETTINGS = (
     ("none", "none"),
     ("full", "none"),
     ("full", "activations"),
+    ("none", "activations"),
     ("none", "params"),
     ("full", "params"),
     ("full", "all"),
+    ("none", "all"),
 )
-"""(checkpointing, offload), cheapest first. Offload of activations is of what checkpointing keeps, so not without."""
+"""(checkpointing, offload), cheapest first; without checkpointing, offload moves all that layers save."""
 MAX_ROWS = 1024
 SHORTEST = 256
 
@@ -33,6 +35,8 @@ class Found:
     """Most rows of the length asked for, a power of two; 0 = not one."""
     peak_bytes: int
     """Planned peak with that many rows (or with one that does not fit)."""
+    host_bytes: int
+    """Offloaded to host memory then."""
     longest: int
     """Longest sequence of one row: a power of two up to the model's own limit, 0 = none."""
     tokens: int
@@ -65,8 +69,13 @@ def search(
 
 
 def best(found: list[Found]) -> Found | None:
-    """Return the cheapest setting that fits."""
+    """Return the first setting that fits, in the order of `SETTINGS`."""
     return next((f for f in found if f.fits), None)
+
+
+def fastest(found: list[Found]) -> Found | None:
+    """Return the setting that fits with most tokens a second by the estimate, if there is one."""
+    return max((f for f in found if f.tokens_per_second), key=lambda f: f.tokens_per_second or 0.0, default=None)
 
 
 def _one(
@@ -108,12 +117,14 @@ def _one(
     lengths = _powers(SHORTEST, max_positions or asked)
     by_length = {length: most_rows(length) for length in lengths}
     chosen = settings_of(max(1, rows), asked)
+    planned = memory.plan(chosen)
     return Found(
         checkpointing=checkpointing,
         offload=offload,
         fits=rows > 0,
         micro_batch_size=rows,
-        peak_bytes=memory.plan(chosen).peak,
+        peak_bytes=planned.peak,
+        host_bytes=planned.host.offloaded_parameters + planned.host.offloaded_activations,
         longest=max((length for length, n in by_length.items() if n), default=0),
         tokens=max([n * length for length, n in by_length.items()] + [rows * asked]),
         tokens_per_second=speed(chosen, chosen.accumulation_steps) if speed and rows else None,

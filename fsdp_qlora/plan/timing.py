@@ -116,7 +116,7 @@ def step_time(
     compute = token * settings.tokens
     gathered = memory.gathered_bytes(settings)
     gather = gathered / link.rate if settings.shard_size > 1 else 0.0
-    dequantize = _dequantized_bytes(plan, settings) / (device.bandwidth * 1e9)
+    dequantize = _dequantized_bytes(plan, shapes, settings) / (device.bandwidth * 1e9)
     copies = _copied_bytes(plan, settings) / (device.host * 1e9 * LINK_SHARE)
     largest = max(unit.gathered for unit in (*memory.layers, *memory.edges))
     exposed = largest * (settings.shard_size - 1) / settings.shard_size / link.rate
@@ -133,9 +133,10 @@ def step_time(
     )  # fmt: skip
 
 
-def _dequantized_bytes(plan: TrainPlan, settings: StorageSettings) -> float:
+def _dequantized_bytes(plan: TrainPlan, shapes: ModelShapes, settings: StorageSettings) -> float:
     """Return the bytes read and written: half a byte and an element a weight, 2 or 3 times a micro-batch."""
-    weights = sum(x.numel for x in plan.quantized) if settings.quantized else 0
+    inside = {x.name for x in shapes.linears}  # of an embedding only some rows are dequantized
+    weights = sum(x.numel for x in plan.quantized if x.name in inside)
     return weights * (0.5 + settings.itemsize) * (3 if settings.checkpointing else 2)
 
 

@@ -28,7 +28,6 @@ COMPOSED = {
     "eval of nothing": (["train.eval_every=5"], ["train.eval_every", "data.eval"]),
     "not available": (["train.compile=true"], ["train.compile", "not available"]),
     "search without a memory": (["plan.search=true"], ["plan.search", "plan.gpu"]),
-    "planned only": (["fsdp.offload=params", "model.name=x", "data.train=y"], ["fsdp.offload", "planned"]),
     "no equals sign": (["quickstart"], ["quickstart", "key=value"]),
     "unknown experiment": (["experiment=quickstrt"], ["experiment", "Did you mean 'quickstart'?"]),
     "run name that climbs": (["run.name=../x"], ["run.name"]),

@@ -24,7 +24,7 @@ from fsdp_qlora.plan.known import SHAPES, known_config, known_models
 from fsdp_qlora.plan.layout import num_rows, quantized_linears, target_linears
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.plan.report import report
-from fsdp_qlora.plan.search import best, search
+from fsdp_qlora.plan.search import best, fastest, search
 from fsdp_qlora.plan.timing import flops_per_token, step_time
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
@@ -124,7 +124,7 @@ def test_an_experiment_fits_the_hardware_in_its_name(name):
     assert find_device(config.plan.device).memory == config.plan.gpu
     found = report(config, plan, shapes)
     assert found["fits"], found
-    assert plan.peak <= sum(found["bytes_per_rank"].values()) + plan.host.total
+    assert found["peak_planned_bytes"] == max(found["bytes_at_moment"].values()) <= plan.bytes.total
     assert found["time"]["step_seconds"] > 0
     # what is stored is known to the byte: 8,452 bytes for 16,384 weights, and the rest in 16 bits
     rows = {x.name: x.rows for x in plan.quantized}
@@ -219,7 +219,9 @@ def test_search_finds_the_largest_that_fits_and_the_cheapest_first():
     assert peak(16, **one) > several
     more = found[1].micro_batch_size
     assert more > 8 and peak(more, checkpointing=True, **one) <= several < peak(2 * more, checkpointing=True, **one)
-    assert best(found) is found[0]
+    assert best(found) is found[0] and fastest(found) is None
+    timed = search(plan.memory, plan.settings, plan.batch, several, 0, lambda s, _: 2.0 if s.checkpointing else 1.0)
+    assert best(timed) is timed[0] and fastest(timed) is timed[1]
     tight = search(plan.memory, plan.settings, plan.batch, peak(1) - 1, shapes.max_positions)
     assert not tight[0].fits and best(tight).checkpointing == "full"
     assert best(search(plan.memory, plan.settings, plan.batch, 1, shapes.max_positions)) is None
