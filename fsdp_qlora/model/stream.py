@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import all_gather, gather_json
+from fsdp_qlora.dist.reduce import all_gather, gather_json, on_every
 from fsdp_qlora.errors import ModelError, NumericsError
 from fsdp_qlora.model.skeleton import restore_buffers
 from fsdp_qlora.model.weights import SafetensorsFolder, TensorEntry
@@ -28,6 +28,8 @@ from fsdp_qlora.quant.formats import one_thread, to_rows
 from fsdp_qlora.quant.linear import STATISTICS, QuantLinear, local_tensor
 from fsdp_qlora.quant.packing import num_rows, raw_bytes
 
+_PIECE = 256 * ROW_WEIGHTS
+"""Elements read at a time: whole rows, so that no slice exists as floats at once."""
 Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
 
@@ -57,7 +59,8 @@ def stream_weights(
     ``base`` is the transformers model inside ``model``. Adapters are left for `initialize_adapters`.
 
     Raises:
-        ModelError: if a tensor is missing, has the wrong shape, or holds a value that is not a finite number.
+        FsdpQloraError: on every rank alike, if on any a tensor is missing, has the wrong shape, or holds a value that
+            is not a finite number (code 2), or a file cannot be read (code 74).
         NumericsError: if a planned linear was not filled or the tie of head and embedding was lost.
     """
     started = time.perf_counter()
@@ -66,10 +69,11 @@ def stream_weights(
     restore_buffers(base, ranks.device)
     quantized = [(n.removesuffix(".base_layer"), m) for n, m in base.named_modules() if isinstance(m, QuantLinear)]
     kept = [(_file_name(n), p) for n, p in base.named_parameters() if not _is_ours(n, p, base)]
-    entries = [source.find(f"{n}.weight", m.shape) for n, m in quantized]
-    kept_entries = [source.find(name, tuple(p.shape)) for name, p in kept]
+    wanted = [(f"{n}.weight", m.shape) for n, m in quantized] + [(name, tuple(p.shape)) for name, p in kept]
+    found = on_every(lambda: [source.find(name, shape) for name, shape in wanted], ranks)
+    entries, kept_entries = found[: len(quantized)], found[len(quantized) :]
     total = len(entries) + len(kept)
-    with one_thread(), torch.no_grad():
+    with torch.no_grad():
         for done, ((_, module), entry) in enumerate(zip(quantized, entries, strict=True)):
             _fill_quantized(module, entry, source, ranks)
             if progress:
@@ -120,9 +124,14 @@ def stream_linear(module: QuantLinear, read: Callable[[int, int], torch.Tensor],
     """
     numel = module.in_features * module.out_features
     first, last = _rows_of(module.packed, ranks)
-    weights = read(min(first * ROW_WEIGHTS, numel), min(last * ROW_WEIGHTS, numel))
+    start, stop = min(first * ROW_WEIGHTS, numel), min(last * ROW_WEIGHTS, numel)
     quant_format = module.quant_format
-    codes, absmax = quant_format.quantize_blocks(weights.to(ranks.device))
+
+    def quantize_mine() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [quant_format.quantize_blocks(read(a, b).to(ranks.device)) for a, b in _pieces(start, stop)]
+
+    parts = on_every(quantize_mine, ranks)
+    codes, absmax = (torch.cat(part) for part in zip(*parts, strict=True))
     offset = None
     if quant_format.double_quant:
         offset = _mean_over_ranks(absmax, numel, isinstance(module.packed, DTensor), ranks)
@@ -144,20 +153,32 @@ def _rows_of(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:
 def _mean_over_ranks(absmax: torch.Tensor, numel: int, sharded: bool, ranks: Ranks) -> torch.Tensor:
     """Return the mean of the whole tensor's absmax, computed alike on every rank (sums depend on their order)."""
     if not sharded:
-        return absmax.mean()
+        with one_thread():
+            return absmax.mean()
     rows_each = row_range(num_rows(numel), 0, ranks.shard_size)[1]
     padded = torch.zeros(rows_each * (ROW_WEIGHTS // 64), dtype=torch.float32, device=absmax.device)
     padded[: absmax.numel()] = absmax
-    return torch.cat(all_gather(padded, ranks.shard_group))[: num_blocks(numel)].mean()
+    with one_thread():
+        return torch.cat(all_gather(padded, ranks.shard_group))[: num_blocks(numel)].mean()
+
+
+def _pieces(start: int, stop: int) -> list[tuple[int, int]]:
+    """Cut a range of elements into such as are read at a time; an empty range is one piece."""
+    return [(a, min(a + _PIECE, stop)) for a in range(start, stop, _PIECE)] or [(start, stop)]
 
 
 def _fill_kept(parameter: torch.Tensor, entry: TensorEntry, source: SafetensorsFolder, ranks: Ranks) -> None:
     first, last = _rows_of(parameter, ranks)
     width = prod(entry.shape[1:])
-    values = source.read(entry, first * width, last * width)
-    _require_finite(values, entry)
-    local = local_tensor(parameter)
-    local.copy_(values.view(local.shape))
+    local = local_tensor(parameter).view(-1)
+
+    def fill_mine() -> None:
+        for a, b in _pieces(first * width, last * width):
+            values = source.read(entry, a, b)
+            _require_finite(values, entry)
+            local[a - first * width : b - first * width] = values
+
+    on_every(fill_mine, ranks)
 
 
 def fill_slice(parameter: torch.Tensor, whole: torch.Tensor, shard_rank: int, shard_size: int) -> None:
@@ -167,7 +188,8 @@ def fill_slice(parameter: torch.Tensor, whole: torch.Tensor, shard_rank: int, sh
 
 
 def _require_finite(values: torch.Tensor, entry: TensorEntry) -> None:
-    if not bool(torch.isfinite(values).all()):
+    # The smallest and the largest: NaN comes through both, and no tensor of booleans is made.
+    if values.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
         raise ModelError(f"{entry.file}: tensor {entry.name} holds values that are not finite numbers.")
 
 
