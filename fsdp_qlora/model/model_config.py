@@ -58,7 +58,9 @@ def _merged(config: PreTrainedConfig, overrides: Mapping[str, Any], prefix: str)
     values = config.to_dict()
     for key, value in _current_spelling(values, overrides).items():
         if key not in values:
-            raise ModelError(f"model.config_overrides.{prefix}{key}: {type(config).__name__} has no such key.{nearest(key, values)}")
+            raise ModelError(
+                f"model.config_overrides.{prefix}{key}: {type(config).__name__} has no such key.{nearest(key, values)}"
+            )
         inner = getattr(config, key, None)
         if isinstance(inner, PreTrainedConfig) and isinstance(value, Mapping):
             values[key] = _merged(inner, value, f"{prefix}{key}.")
