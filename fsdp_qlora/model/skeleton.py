@@ -63,17 +63,16 @@ class _TerminalBar(tqdm):
 
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=_DOWNLOAD_PATTERNS, tqdm_class=_TerminalBar)
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    except Exception as error:  # the hub's, or those of whichever HTTP library it stands on
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
         raise ModelError(
             f"model.name: {name} is no folder here and the hub did not give it{offline}: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         ) from error
 
 

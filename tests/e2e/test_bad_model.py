@@ -73,12 +73,12 @@ class _HubRequest(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if body:
-            self.wfile.write(data[: len(data) // 2])
             if "safetensors" in self.path:
-                for _ in range(4):  # no longer than huggingface_hub waits for a byte
-                    self.wfile.flush()
+                for part in range(4):  # in pieces: huggingface_hub waits 10 s for the next byte
+                    self.wfile.write(data[part : part + 1])
                     time.sleep(self.server.seconds / 4)
-            self.wfile.write(data[len(data) // 2 :])
+                data = data[4:]
+            self.wfile.write(data)
 
 
 @pytest.fixture
