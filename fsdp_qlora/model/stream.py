@@ -28,7 +28,7 @@ from fsdp_qlora.quant.formats import one_thread, to_rows
 from fsdp_qlora.quant.linear import STATISTICS, QuantLinear, local_tensor
 from fsdp_qlora.quant.packing import num_rows, raw_bytes
 
-_PIECE = 256 * ROW_WEIGHTS
+_PIECE = 64 * ROW_WEIGHTS
 """Elements read at a time: whole rows, so that no slice exists as floats at once."""
 Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
