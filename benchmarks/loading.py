@@ -4,7 +4,7 @@ A Llama of 1.1 billion random bf16 weights (the shape of TinyLlama) in files of 
 NF4 with double quantization, by 1, 2 and 4 ranks of ours (skeleton, swap, head, adapters, shard, `stream_weights`), and
 by two processes that each call `from_pretrained`, by turns; its files are in the page cache. Every rank is a fresh
 process. Its time runs from the group's last barrier until all its weights are there; its growth is `ru_maxrss` at the
-end over its resident memory after imports and group creation. Threads: cores / ranks.
+end over its resident memory after imports and group creation. Threads: cores / ranks (ours loads with one in any case).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def report(ours: dict[int, list[Found]], peer: list[Found], rounds: int) -> str:
         )
         share = 1 / num_ranks + 0.1
         misses += [f"bytes at {num_ranks}"] * (read > share) + [f"memory at {num_ranks}"] * (growth / alone > share)
-        misses += [f"growth over plan at {num_ranks}"] * (growth > allowed)
+        misses += [f"growth over plan at {num_ranks}"] * any(r["growth"] > allowed for ranks in found for r in ranks)
     time_ratio, growth_ratio = (_worst(ours[PEER_RANKS], k) / _worst(peer, k) for k in ("seconds", "growth"))
     misses += ["time beside the peer"] * (time_ratio > 0.5) + ["growth beside the peer"] * (growth_ratio > 0.25)
     table = "\n".join(rows)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from benchmarks.loading import FILE_BYTES, SHAPE
 from fsdp_qlora.api import build_sharded
+from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
 from fsdp_qlora.dist.process import Placement, process_group, set_threads
@@ -56,6 +57,7 @@ def _resident() -> int:
 
 def be_rank(way: str, folder: Path) -> dict[str, Any]:
     """Load in one way as one rank of several; return seconds, growth and, of ours, the bytes read and planned."""
+    quieten()
     placement, cpu = Placement.from_env(), torch.device("cpu")
     set_threads(0, placement.local_world_size)
     with process_group(cpu, placement, 600) as group:

@@ -73,7 +73,7 @@ def stream_weights(
     found = on_every(lambda: [source.find(name, shape) for name, shape in wanted], ranks)
     entries, kept_entries = found[: len(quantized)], found[len(quantized) :]
     total = len(entries) + len(kept)
-    with torch.no_grad():
+    with one_thread(), torch.no_grad():
         for done, ((_, module), entry) in enumerate(zip(quantized, entries, strict=True)):
             _fill_quantized(module, entry, source, ranks)
             if progress:
@@ -153,13 +153,11 @@ def _rows_of(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:
 def _mean_over_ranks(absmax: torch.Tensor, numel: int, sharded: bool, ranks: Ranks) -> torch.Tensor:
     """Return the mean of the whole tensor's absmax, computed alike on every rank (sums depend on their order)."""
     if not sharded:
-        with one_thread():
-            return absmax.mean()
+        return absmax.mean()
     rows_each = row_range(num_rows(numel), 0, ranks.shard_size)[1]
     padded = torch.zeros(rows_each * (ROW_WEIGHTS // 64), dtype=torch.float32, device=absmax.device)
     padded[: absmax.numel()] = absmax
-    with one_thread():
-        return torch.cat(all_gather(padded, ranks.shard_group))[: num_blocks(numel)].mean()
+    return torch.cat(all_gather(padded, ranks.shard_group))[: num_blocks(numel)].mean()
 
 
 def _pieces(start: int, stop: int) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ from fsdp_qlora.quant.packing import (
     values_to_rows,
 )
 
-_CPU_WEIGHTS = 8 * ROW_WEIGHTS
+_CPU_WEIGHTS = 16 * ROW_WEIGHTS
 """Weights quantized at a time on a CPU: bitsandbytes makes several float32 copies there. In its caches they take half
 the time, and they stay small."""
 
