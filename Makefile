@@ -51,6 +51,7 @@ soak: $(READY) ## kill and resume 50 times (about 6 minutes); writes docs/soak.m
 bench: assets $(PEERS_READY) ## the benchmarks, beside peers in the same run; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.checkpoint $(ARGS)
 	$(BIN)/python -m benchmarks.data $(ARGS)
+	$(BIN)/python -m benchmarks.loading $(ARGS)
 
 lint: $(DEV_READY) ## ruff, pyright, the layer contract, the size rules
 	$(BIN)/ruff format --check .

@@ -17,10 +17,12 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fsdp_qlora.config.rules import check
-from fsdp_qlora.config.schema import LoraSettings, RunConfig
+from fsdp_qlora.config.schema import LoraSettings, ModelSettings, RunConfig
 from fsdp_qlora.data.prepare import PreparedData, prepare_data
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
+from fsdp_qlora.dist.nodes import once_per_node
 from fsdp_qlora.dist.process import Placement, choose_device, device_types, process_group, set_threads, use_device
+from fsdp_qlora.dist.reduce import any_rank, on_every
 from fsdp_qlora.dist.watch import Phases
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.export.adapter import load_adapter, read_adapter_config, start_from_adapter
@@ -46,6 +48,7 @@ from fsdp_qlora.model.skeleton import (
     build_skeleton,
     build_tokenizer,
     decoder_layers,
+    needs_hub,
     read_shapes,
     resolve_folder,
 )
@@ -134,19 +137,15 @@ def prepare(config: RunConfig, world: World | None = None, progress: Progress | 
     """
     check(config)
     world = world or open_world(config)
-    folder = resolve_folder(config.model.name, config.model.revision)
-    tokenizer = _tokenizer(config, folder)
+    ranks = world.ranks
+    folder = _find_model(config.model, world)
+    resolved = _with_attention(config, ranks.device)
+    base, source, shapes, plan, tokenizer = on_every(lambda: _open_model(resolved, folder, ranks.size), ranks)
     data = None
     if config.data.train is not None:
         mine = world.placement.local_rank == 0
         data = prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), mine)
-    resolved = _with_attention(config, world.ranks.device)
     world.phases.enter("loading the model")
-    base = _skeleton(resolved, folder)
-    shapes = read_shapes(base)
-    plan = make_plan(resolved, shapes, world.ranks.size)
-    source = SafetensorsFolder(folder)
-    source.arrange(arrangement(base, source.entries))
     model = build_sharded(config, base, shapes, plan, world.ranks)
     shards_on = torch.device("cpu") if config.fsdp.offloads_parameters else world.ranks.device
     report = stream_weights(model, model.base, source, world.ranks, progress, shards_on)
@@ -159,6 +158,33 @@ def prepare(config: RunConfig, world: World | None = None, progress: Progress | 
         config, plan, model, tokenizer, world.ranks, folder, shapes, report, data, world.threads, world.phases,
         world.stack,
     )  # fmt: skip
+
+
+def _find_model(model: ModelSettings, world: World) -> Path:
+    """Return the base model's folder; one process of each node downloads it where it is on the hub."""
+    ranks = world.ranks
+    if not any_rank(needs_hub(model.name), ranks):
+        return on_every(lambda: resolve_folder(model.name, model.revision), ranks)
+
+    def download() -> str:
+        return str(resolve_folder(model.name, model.revision))
+
+    def say(line: str) -> None:
+        if ranks.is_main:
+            print(f"{model.name}: {line}", flush=True)
+
+    return Path(once_per_node(download, ranks, world.placement.local_rank, say))
+
+
+def _open_model(
+    config: RunConfig, folder: Path, num_ranks: int
+) -> tuple[PreTrainedModel, SafetensorsFolder, ModelShapes, TrainPlan, PreTrainedTokenizerBase]:
+    """Open all of a model but its weights: what is wrong with it shows before the data are tokenized."""
+    base = _skeleton(config, folder)
+    source = SafetensorsFolder(folder)
+    source.arrange(arrangement(base, source.entries))
+    shapes = read_shapes(base)
+    return base, source, shapes, make_plan(config, shapes, num_ranks), _tokenizer(config, folder)
 
 
 def load_for_inference(config: RunConfig, adapter: Path | None = None, world: World | None = None) -> Prepared:
@@ -233,8 +259,9 @@ def _skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
     model = config.model
     require_readable(folder, config.quant)
     return build_skeleton(
-        folder, model_dtype(config.precision.name), model.attn_implementation, model.trust_remote_code
-    )
+        folder, model_dtype(config.precision.name), model.attn_implementation, model.trust_remote_code,
+        model.config_overrides,
+    )  # fmt: skip
 
 
 def build_sharded(

@@ -12,6 +12,8 @@ class FsdpQloraError(Exception):
     """An error with a message for the person who runs us; ``exit_code`` is the process's."""
 
     exit_code = 1
+    alike = False
+    """Whether every rank raises the same; then rank 0 alone says so."""
 
 
 class ConfigError(FsdpQloraError):
@@ -58,7 +60,7 @@ def raise_alike(verdict: dict[str, Any]) -> None:
     """Raise on this rank what rank 0 met: ``verdict`` has ``code`` and ``message`` if it failed."""
     if "code" in verdict:
         error = FsdpQloraError(verdict["message"])
-        error.exit_code = verdict["code"]
+        error.exit_code, error.alike = verdict["code"], True
         raise error
 
 

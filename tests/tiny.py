@@ -115,3 +115,13 @@ def write_chat_rows(file: Path, count: int = 48) -> Path:
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def poison(folder: Path, name: str, index: tuple[int, ...], value: float = float("nan")) -> None:
+    """Write ``value`` into one element of a tensor of the model in ``folder`` (one file)."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name][index] = value
+    save_file(tensors, file, metadata={"format": "pt"})

@@ -32,7 +32,8 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
 from fsdp_qlora.track.run_folder import read_config
 
-_MAPPINGS = ("data.columns",)
+_MAPPINGS = ("data.columns", "model.config_overrides")
+"""Settings that are mappings with free keys."""
 VERBATIM = frozenset(
     {
         "prompt",
@@ -139,6 +140,8 @@ def split(arguments: Sequence[str]) -> CommandLine:
                 flags.extend(typing.cast(list[str], [v]) if (v := next(rest, None)) else [])
         elif equals and key.lstrip("+") in VERBATIM:
             verbatim[key.lstrip("+")] = _verbatim(key.lstrip("+"), value)
+        elif equals and _mapping(key.lstrip("+")):
+            overrides.append(f"++{argument.lstrip('+')}")  # Hydra lets no plain override add a key, here neither
         elif equals or argument.startswith("~"):
             overrides.append(argument)
         else:
@@ -261,7 +264,7 @@ def _override_problems(parsed: Override, config_dir: str | None) -> typing.Itera
                 word = str(choice)
                 yield f"{key}: {word!r} is not one of {', '.join(options)}.{nearest(word, options)}"
         return
-    if key not in known_keys():
+    if key not in known_keys() and not _mapping(key):
         yield f"{key}: there is no such key.{nearest(key, [*known_keys(), EXPERIMENT])}"
         return
     if parsed.is_delete():
@@ -273,11 +276,19 @@ def _override_problems(parsed: Override, config_dir: str | None) -> typing.Itera
             yield f"{key}: {error}"
 
 
+def _mapping(key: str) -> str | None:
+    """Return the setting with free keys that ``key`` is, or lies in."""
+    return next((name for name in _MAPPINGS if key == name or key.startswith(f"{name}.")), None)
+
+
 def _kind_of(key: str) -> Any:
     kind: Any = RunConfig
-    for part in key.split("."):
+    mapping = _mapping(key)
+    for part in (mapping or key).split("."):
         kind = field_types(kind)[part]
-    return kind
+    if mapping is None or key == mapping:
+        return kind
+    return typing.get_args(kind)[1] if key.count(".") == mapping.count(".") + 1 else Any
 
 
 def group_options(group: str, config_dir: str | None = None) -> list[str]:

@@ -37,6 +37,8 @@ def _rank(config: RunConfig, world: World, signals: StopSignals) -> int:
         folder.write_exit(error.exit_code, world.ranks.rank, str(error))
         raise
     except Exception as error:
+        if _failed_elsewhere(folder):  # an echo: the others have left, and one of them has said why
+            raise SystemExit(1) from error
         folder.write_exit(1, world.ranks.rank, f"{type(error).__name__}: {error}")
         raise
 

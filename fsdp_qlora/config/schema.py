@@ -34,6 +34,9 @@ class ModelSettings:
     """Attention; ``auto`` takes sdpa on an accelerator and eager on a CPU, where bf16 sdpa is slower."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
+    config_overrides: dict[str, Any] = field(default_factory=dict)
+    """Values that replace those of the model's config.json (``rope_theta``, ``rope_scaling`` and the like); a key that
+    the model's config does not have is refused."""
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.errors import FsdpQloraError, StorageError, raise_alike
+
+_T = TypeVar("_T")
 
 
 def all_sum(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> list[float]:
@@ -63,6 +65,28 @@ def on_main(work: Callable[[], Any], ranks: Ranks) -> Any:
     verdict = gather_json(verdict, ranks)[0]
     raise_alike(verdict)
     return verdict["result"]
+
+
+def on_every(work: Callable[[], _T], ranks: Ranks) -> _T:
+    """Do something on every rank; each returns its own result, or all raise what the first failing rank met.
+
+    Raises:
+        FsdpQloraError: on every rank alike, with that rank's message and exit code; an `OSError` becomes code 74.
+    """
+    verdict: dict[str, Any] = {}
+    result: Any = None
+    try:
+        result = work()
+    except FsdpQloraError as error:
+        verdict = {"code": error.exit_code, "message": str(error)}
+    except OSError as error:
+        verdict = {"code": StorageError.exit_code, "message": str(error)}
+    if any_rank(bool(verdict), ranks):
+        found = gather_json(verdict, ranks)
+        rank = next(rank for rank, verdict in enumerate(found) if verdict)
+        where = f"rank {rank}: " if not all(found) else ""
+        raise_alike({**found[rank], "message": where + found[rank]["message"]})
+    return result
 
 
 def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:

@@ -52,7 +52,7 @@ class Watch:
         self._board: Any = None
         self._shown = -1
         if ranks.size > 1:
-            self._board = _open_board(ranks)
+            self._board = open_board(ranks)
 
     def start(self, failed_elsewhere: Callable[[], bool], hung: Callable[[str], None]) -> None:
         """Start watching.
@@ -104,7 +104,8 @@ class Watch:
         return f"{'; '.join(missing)}; the other ranks waited {waited:.0f} s." if missing else None
 
 
-def _open_board(ranks: Ranks) -> Any:
+def open_board(ranks: Ranks) -> Any:
+    """Open a TCPStore on rank 0, apart from the process group's own. A collective: every rank calls it."""
     store_class = cast(Any, dist).TCPStore  # public, though the type checker does not see it exported
     host = os.environ.get("MASTER_ADDR", "localhost")
     if ranks.is_main:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import guard_torch_init_functions
 from transformers.pytorch_utils import Conv1D
 
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.model.model_config import load_config, not_buildable
 from fsdp_qlora.plan.layout import LinearShape, ModelShapes
 from fsdp_qlora.quant.matrices import QuantMatrices
 
 _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def needs_hub(name: str) -> bool:
+    """Whether a model's name is that of no folder here but of one on the hub."""
+    folder = Path(name).expanduser()
+    return not (folder.is_dir() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1)
 
 
 def resolve_folder(name: str, revision: str | None = None) -> Path:
@@ -35,7 +43,7 @@ def resolve_folder(name: str, revision: str | None = None) -> Path:
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.name: {name} has no config.json: it is not a transformers model folder.")
         return folder.absolute()
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if not needs_hub(name):
         raise ModelError(f"model.name: there is no folder {name}.{_embedded_hint(name)}")
     return _download(name, revision)
 
@@ -48,37 +56,48 @@ def _embedded_hint(name: str) -> str:
     return ""
 
 
+class _TerminalBar(tqdm):
+    """The hub's progress bar, where somebody sees it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": None})
+
+
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOAD_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=_DOWNLOAD_PATTERNS, tqdm_class=_TerminalBar)
+        )
+    except Exception as error:  # the hub's, or those of whichever HTTP library it stands on
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
         raise ModelError(
             f"model.name: {name} is no folder here and the hub did not give it{offline}: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         ) from error
 
 
 def build_skeleton(
-    folder: Path, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    trust_remote_code: bool = False,
+    config_overrides: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Build the causal language model of ``folder`` on meta: shapes and code, no memory.
 
     Raises:
-        ModelError: if the architecture is unknown or needs code that is not trusted.
+        ModelError: if the architecture is unknown, needs code that is not trusted, or an override does not go with it.
     """
+    config = load_config(folder, trust_remote_code, config_overrides)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             )
     except (ValueError, KeyError, OSError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model.name: {folder} cannot be built: {first}") from error
+        raise not_buildable(folder, error) from error
     model.requires_grad_(False)
     return model.eval()
 
@@ -91,7 +110,9 @@ def build_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrained
     """
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except Exception as error:  # of no special kind where tokenizer.json is damaged
+        if "trust_remote_code" in str(error):
+            raise not_buildable(folder, error) from error
         raise ModelError(f"model.name: {folder} has no usable tokenizer: {error}") from error
 
 

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import all_gather, gather_json
+from fsdp_qlora.dist.reduce import all_gather, gather_json, on_every
 from fsdp_qlora.errors import ModelError, NumericsError
 from fsdp_qlora.model.prequantized import PackedWeight, fill_packed, find_kept, find_weight
 from fsdp_qlora.model.skeleton import restore_buffers
@@ -62,7 +63,8 @@ def stream_weights(
     allocated on ``shards_on`` (None: on the ranks' device; the CPU where `shard_model` offloads them).
 
     Raises:
-        ModelError: if a tensor is missing, has the wrong shape, or holds a value that is not a finite number.
+        FsdpQloraError: on every rank alike, if on any a tensor is missing, has the wrong shape, or holds a value that
+            is not a finite number (code 2), or a file cannot be read (code 74).
         NumericsError: if a planned linear was not filled or the tie of head and embedding was lost.
     """
     started = time.perf_counter()
@@ -71,13 +73,14 @@ def stream_weights(
     restore_buffers(base, ranks.device)
     quantized = [m for m in base.modules() if isinstance(m, QuantMatrices)]
     kept = [(_file_name(n), p) for n, p in base.named_parameters() if not _is_ours(n, p, base)]
-    entries = [find_weight(source, m) for m in quantized]
-    kept_entries = [find_kept(source, name, tuple(p.shape)) for name, p in kept]
+    entries = on_every(lambda: [find_weight(source, m) for m in quantized], ranks)
+    kept_entries = on_every(lambda: [find_kept(source, name, tuple(p.shape)) for name, p in kept], ranks)
     total = len(entries) + len(kept)
     with one_thread(), torch.no_grad():
         for done, (module, entry) in enumerate(zip(quantized, entries, strict=True)):
             if isinstance(entry, PackedWeight):
-                fill_packed(module, entry, source, _rows_of(module.packed, ranks), ranks.device)
+                rows = _rows_of(module.packed, ranks)
+                on_every(partial(fill_packed, module, entry, source, rows, ranks.device), ranks)
             else:
                 _fill_quantized(module, entry, source, ranks)
             if progress:
@@ -151,10 +154,14 @@ def stream_linear(module: QuantMatrices, read: Callable[[int, int], torch.Tensor
     first, last = _rows_of(module.packed, ranks)
     packed = local_tensor(module.packed)
     absmax = torch.zeros(last - first, ROW_BLOCKS, dtype=torch.float32, device=ranks.device)
-    for start, stop, begin, end in _chunks(module, first, last):
-        codes, found = module.quant_format.quantize_blocks(read(begin, end).to(ranks.device))
-        packed[start - first : stop - first].copy_(bytes_to_rows(codes, stop - start))
-        absmax[start - first : stop - first].view(-1)[: found.numel()] = found
+
+    def quantize_mine() -> None:
+        for start, stop, begin, end in _chunks(module, first, last):
+            codes, found = module.quant_format.quantize_blocks(read(begin, end).to(ranks.device))
+            packed[start - first : stop - first].copy_(bytes_to_rows(codes, stop - start))
+            absmax[start - first : stop - first].view(-1)[: found.numel()] = found
+
+    on_every(quantize_mine, ranks)
     if module.nested is None:
         local_tensor(module.absmax).copy_(float_to_bits(absmax))
     else:
@@ -217,13 +224,24 @@ def _rows_of(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:
     return start, stop
 
 
+def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut a range of elements into such as are read at a time."""
+    size = CHUNK_ROWS * ROW_WEIGHTS
+    return ((a, min(a + size, stop)) for a in range(start, stop, size))
+
+
 def _fill_kept(parameter: torch.Tensor, entry: StoredTensor, source: SafetensorsFolder, ranks: Ranks) -> None:
     first, last = _rows_of(parameter, ranks)
     width = prod(entry.shape[1:])
-    values = source.read(entry, first * width, last * width)
-    _require_finite(values, entry)
-    local = local_tensor(parameter)
-    local.copy_(values.view(local.shape))
+    local = local_tensor(parameter).view(-1)
+
+    def fill_mine() -> None:
+        for a, b in _pieces(first * width, last * width):
+            values = source.read(entry, a, b)
+            _require_finite(values, entry)
+            local[a - first * width : b - first * width] = values
+
+    on_every(fill_mine, ranks)
 
 
 def fill_slice(parameter: torch.Tensor, whole: torch.Tensor, shard_rank: int, shard_size: int) -> None:
@@ -233,7 +251,8 @@ def fill_slice(parameter: torch.Tensor, whole: torch.Tensor, shard_rank: int, sh
 
 
 def _require_finite(values: torch.Tensor, entry: StoredTensor) -> None:
-    if not bool(torch.isfinite(values).all()):
+    # The smallest and the largest: NaN comes through both, and no tensor of booleans is made.
+    if values.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
         raise ModelError(f"{entry.file}: tensor {entry.name} holds values that are not finite numbers.")
 
 

@@ -22,7 +22,7 @@ from fsdp_qlora.quant.packing import from_bytes
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _SAMPLES, _SAMPLE_BYTES = 16, 65536
-_INDEX = "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -88,25 +88,58 @@ class SafetensorsFolder:
         """Read the headers of all safetensors files of ``folder``.
 
         Raises:
-            ModelError: if there are none, one is missing, or one is damaged.
+            ModelError: if there are none, one is missing, cut short or damaged, or they differ from the index.
         """
         self.folder, self.bytes_read = folder, 0
         self.entries: dict[str, TensorEntry] = {}
         self.arranged: dict[str, tuple[TensorEntry, ...]] = {}
         """Tensors of the model that the files hold under other names, or in parts."""
-        self.total_bytes = 0
-        for file in self._files():
+        self.total_bytes = self._tensor_bytes = 0
+        index = self._read_index()
+        for file in self._files(index):
             self._read_header(file)
+        if index is not None:
+            self._compare(index)
 
-    def _files(self) -> list[Path]:
-        index = self.folder / _INDEX
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise ModelError(f"{index} is not a safetensors index: {error}") from error
+    def _read_index(self) -> dict[str, Any] | None:
+        file = self.folder / _INDEX
+        if not file.is_file():
+            return None
+        try:
+            index: dict[str, Any] = json.loads(file.read_text())
+            names = set(index["weight_map"].values())
             if outside := [n for n in names if Path(n).name != n]:
-                raise ModelError(f"{index} names a file outside its folder: {outside[0]}")
+                raise ModelError(f"{file} names a file outside its folder: {outside[0]}")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{file} is not a safetensors index: {type(error).__name__}: {error}") from error
+        return index
+
+    def _compare(self, index: dict[str, Any]) -> None:
+        """Check that the files hold what the index says: each tensor in its file, and as many bytes."""
+        for name, file in index["weight_map"].items():
+            entry = self.entries.get(name)
+            if entry is None or entry.file.name != file:
+                there = "in no file" if entry is None else f"in {entry.file.name}"
+                raise ModelError(
+                    f"{self.folder / _INDEX}: says that tensor {name} is in {file}, but it is {there}: "
+                    "index and files are not of one download."
+                )
+        stated = (index.get("metadata") or {}).get("total_size")
+        if stated is not None and int(stated) != self._tensor_bytes:
+            sizes = ", ".join(
+                f"{f.name} {f.stat().st_size}" for f in dict.fromkeys(e.file for e in self.entries.values())
+            )
+            raise ModelError(
+                f"{self.folder / _INDEX}: says that the tensors take {stated} bytes (metadata.total_size), the files "
+                f"hold {self._tensor_bytes}. The files' sizes: {sizes}. Download what differs anew; if the files are "
+                "right, correct or remove total_size."
+            )
+
+    def _files(self, index: dict[str, Any] | None) -> list[Path]:
+        if index is not None:
+            names = sorted(set(index["weight_map"].values()))
+        elif (self.folder / _SINGLE).is_file():
+            names = [_SINGLE]
         else:
             names = sorted(file.name for file in self.folder.glob("*.safetensors"))
             if not names:
@@ -116,7 +149,10 @@ class SafetensorsFolder:
                 )
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
-            raise ModelError(f"{self.folder}: {len(missing)} of {len(names)} weight files are missing: {missing[0]}")
+            raise ModelError(
+                f"{self.folder}: {len(missing)} of {len(names)} weight files are missing: {', '.join(missing[:5])}"
+                f"{' ...' if len(missing) > 5 else ''}"
+            )
         return [self.folder / name for name in names]
 
     def _read_header(self, file: Path) -> None:
@@ -130,11 +166,13 @@ class SafetensorsFolder:
         self.total_bytes += size
         try:
             table: dict[str, Any] = json.loads(header)
-        except ValueError as error:
-            raise ModelError(f"{file} is damaged: its header is not JSON ({error}).") from error
-        table.pop("__metadata__", None)
-        for name, info in table.items():
-            self._add(file, size, 8 + length, name, info)
+            table.pop("__metadata__", None)
+            for name, info in table.items():
+                self._add(file, size, 8 + length, name, info)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{file} is damaged: its header cannot be read ({type(error).__name__}: {error})."
+            ) from error
 
     def _add(self, file: Path, size: int, start: int, name: str, info: dict[str, Any]) -> None:
         begin, end = info["data_offsets"]
@@ -145,6 +183,7 @@ class SafetensorsFolder:
         entry = TensorEntry(name, file, info["dtype"], tuple(info["shape"]), start + begin, end - begin)
         if entry.dtype in _DTYPES and entry.numel * _DTYPES[entry.dtype].itemsize != end - begin:
             raise ModelError(f"{file} is damaged: tensor {name} {entry.shape} {entry.dtype} has {end - begin} bytes.")
+        self._tensor_bytes += end - begin
         self.entries[name] = entry
 
     def arrange(self, names: Mapping[str, Sequence[str]]) -> None:

@@ -22,8 +22,8 @@ ROW_WEIGHTS = BLOCK_WEIGHTS * ROW_BLOCKS
 """Weights in a row of the packed storage."""
 ROW_BYTES = ROW_WEIGHTS // 2
 """Bytes of 4-bit codes in a row."""
-CHUNK_ROWS = 512
-"""Rows that are read and quantized at a time: weights of 16 MiB in bf16."""
+CHUNK_ROWS = 64
+"""Rows that are read and quantized at a time: weights of 2 MiB in bf16."""
 HEAD_SLICE_WEIGHTS = 2**26
 """Weights of a 4-bit head that are dense at the same time (128 MiB in bf16)."""
 

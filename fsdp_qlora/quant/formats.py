@@ -18,7 +18,7 @@ import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 import torch
 from bitsandbytes.functional import create_dynamic_map
 
-from fsdp_qlora.plan.layout import BLOCK_WEIGHTS, ROW_BLOCKS, num_blocks, num_rows
+from fsdp_qlora.plan.layout import BLOCK_WEIGHTS, ROW_BLOCKS, ROW_WEIGHTS, num_blocks, num_rows
 from fsdp_qlora.quant.packing import (
     bits_to_float,
     bytes_to_rows,
@@ -26,6 +26,10 @@ from fsdp_qlora.quant.packing import (
     rows_to_bytes,
     values_to_rows,
 )
+
+_CPU_WEIGHTS = 16 * ROW_WEIGHTS
+"""Weights quantized at a time on a CPU: bitsandbytes makes several float32 copies there. In its caches they take half
+the time, and they stay small."""
 
 
 @cache
@@ -70,6 +74,11 @@ class QuantFormat:
         if weights.numel() == 0:
             empty = torch.empty(0, device=weights.device)
             return empty.to(torch.uint8), empty.float()
+        size = _CPU_WEIGHTS if weights.device.type == "cpu" else weights.numel()
+        parts = [self._quantize_piece(piece) for piece in weights.split(size)]
+        return torch.cat([codes for codes, _ in parts]), torch.cat([absmax for _, absmax in parts])
+
+    def _quantize_piece(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(weights, self.block_size, self.name, torch.uint8)
         return codes.reshape(-1), absmax
 

@@ -85,7 +85,7 @@ def _ended_for_good() -> dict[str, Any] | None:
 
 def guarded(work: Callable[[], int]) -> int:
     """Run a verb; turn what escapes into a message and an exit code."""
-    expected = True
+    expected, quiet = True, False
     try:
         if (before := _ended_for_good()) is not None:
             code, message = before["code"], before["message"]
@@ -93,6 +93,7 @@ def guarded(work: Callable[[], int]) -> int:
             code, message = work(), ""
     except FsdpQloraError as error:
         code, message = error.exit_code, str(error)
+        quiet = error.alike and os.environ.get("RANK", "0") != "0"
     except OSError as error:
         if error.errno not in _STORAGE_ERRORS:
             traceback.print_exc()
@@ -106,7 +107,7 @@ def guarded(work: Callable[[], int]) -> int:
         if not others_failed():
             traceback.print_exc()
     first = tell_launcher(code, message, expected)
-    if message and not has_launcher():
+    if message and not quiet and not has_launcher():
         print(f"{_where()}{message}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         if code not in (0, STOPPED_EXIT_CODE):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.errors import ModelError
+from fsdp_qlora.errors import FsdpQloraError
 from fsdp_qlora.quant.linear import STATISTICS, QuantLinear, local_tensor
 from fsdp_qlora.quant.packing import raw_bytes
 from tests import tiny
@@ -85,7 +85,7 @@ def test_what_was_left_in_16_bit_is_quantized_as_usual(pool, tiny_model, tmp_pat
 def _refused(ranks: Ranks, folder: str) -> str:
     try:
         build(ranks, folder)
-    except ModelError as error:
+    except FsdpQloraError as error:
         return str(error)
     return ""
 

@@ -1,0 +1,119 @@
+"""What a model's config.json may be, and what `model.config_overrides` makes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fsdp_qlora.cli.compose import compose_config
+from fsdp_qlora.errors import ConfigError, ModelError
+from fsdp_qlora.model.model_config import load_config
+from fsdp_qlora.model.skeleton import build_skeleton, build_tokenizer, restore_buffers
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def _write(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | changes).items() if v is not None}))
+
+
+UNUSABLE = {
+    "unknown architecture": ({"model_type": "nosuch"}, "model type `nosuch`"),
+    "no architecture": ({"model_type": None}, "Unrecognized model"),
+    "no language model": ({"model_type": "vit"}, "AutoModelForCausalLM"),
+    "code of its own": (
+        {"model_type": "nosuch", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}},
+        "model.trust_remote_code=true",
+    ),
+    "a text for a number": ({"hidden_size": "wide"}, "hidden_size"),
+    "heads that do not divide": ({"hidden_size": 130}, "130"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_what_cannot_be_built_is_refused_in_one_line(folder, case):
+    changes, words = UNUSABLE[case]
+    _write(folder, **changes)
+    with pytest.raises(ModelError) as refusal:
+        build_skeleton(folder, torch.bfloat16, "eager")
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_damaged_json_is_refused(folder):
+    (folder / "config.json").write_text("{broken")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        build_skeleton(folder, torch.bfloat16, "eager")
+    (folder / "tokenizer.json").write_text("{broken")
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        build_tokenizer(folder)
+
+
+def _frequencies(folder: Path, overrides: dict) -> torch.Tensor:
+    model = build_skeleton(folder, torch.float32, "eager", config_overrides=overrides).to_empty(device="cpu")
+    restore_buffers(model, torch.device("cpu"))
+    return model.get_submodule("model.rotary_emb").get_buffer("inv_freq").clone()
+
+
+def test_rope_in_any_spelling_reaches_the_frequencies(folder):
+    plain = _frequencies(folder, {})
+    exponents = torch.arange(0, 32, 2) / 32
+    other = 1.0 / 5e5**exponents
+    for overrides in ({"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5}}):
+        torch.testing.assert_close(_frequencies(folder, overrides), other)
+    for name in ("rope_scaling", "rope_parameters"):
+        for word in ("rope_type", "type"):
+            torch.testing.assert_close(_frequencies(folder, {name: {word: "linear", "factor": 4.0}}), plain / 4)
+    both = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    torch.testing.assert_close(_frequencies(folder, both), other / 2)
+
+
+def test_other_keys_and_what_is_refused(folder):
+    assert load_config(folder, overrides={"rms_norm_eps": 1e-3}).rms_norm_eps == 1e-3
+    assert load_config(folder, overrides={}).rms_norm_eps == load_config(folder).rms_norm_eps
+    for overrides, words in {
+        "rms_norm_epsilon": ({"rms_norm_epsilon": 1e-3}, "no such key. Did you mean 'rms_norm_eps'?"),
+        "type": ({"num_hidden_layers": "two"}, "model.config_overrides: .*num_hidden_layers"),
+        "pair": ({"hidden_size": 130}, "model.config_overrides: .*130"),
+        "rope": ({"rope_scaling": {"rope_type": "bogus"}}, "bogus"),
+    }.values():
+        with pytest.raises(ModelError, match=words):
+            build_skeleton(folder, torch.bfloat16, "eager", config_overrides=overrides)
+
+
+def test_parts_of_a_composite_config(tmp_path):
+    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 64}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    changed = load_config(tmp_path, overrides={"text_config": {"rms_norm_eps": 0.5}})
+    assert changed.text_config.rms_norm_eps == 0.5 and changed.text_config.hidden_size == 64
+    with pytest.raises(ModelError, match=r"text_config\.hiden_size: Gemma3TextConfig has no such key"):
+        load_config(tmp_path, overrides={"text_config": {"hiden_size": 1}})
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["model.config_overrides.rope_theta=1e6"], {"rope_theta": 1e6}),
+    (["+model.config_overrides.rope_theta=1e6", "model.config_overrides.a=[1,b]"], {"rope_theta": 1e6, "a": [1, "b"]}),
+    (["model.config_overrides={rope_scaling: {rope_type: linear, factor: 2}}"],
+     {"rope_scaling": {"rope_type": "linear", "factor": 2}}),
+    (["model.config_overrides.rope_scaling.factor=2.5"], {"rope_scaling": {"factor": 2.5}}),
+    ([], {}),
+])  # fmt: skip
+def test_on_the_command_line(words, expected):
+    config = compose_config("plan", ["model.name=x", *words])
+    assert config.model.config_overrides == expected
+
+
+def test_columns_on_the_command_line():
+    words = ["model.name=x", "data.train=x.jsonl", "data.columns.messages=dialogue"]
+    assert compose_config("prepare", words).data.columns == {"messages": "dialogue"}
+    with pytest.raises(ConfigError, match=r"data\.columns\.messages: expected text"):
+        compose_config("prepare", [*words[:2], "data.columns.messages=[a]"])
+    with pytest.raises(ConfigError, match=r"model\.config_overrides: expected a mapping"):
+        compose_config("plan", ["model.name=x", "model.config_overrides=3"])
