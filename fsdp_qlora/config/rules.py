@@ -27,7 +27,6 @@ def _positive(config: RunConfig) -> Iterator[str]:
         "train.eval_batch_size": config.train.eval_batch_size,
         "train.logits_chunk": config.train.logits_chunk,
         "fsdp.replicate_degree": config.fsdp.replicate_degree,
-        "fsdp.prefetch": config.fsdp.prefetch,
         "launcher.timeout_seconds": config.launcher.timeout_seconds,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "optim.eps": config.optim.eps,

@@ -142,7 +142,7 @@ class FsdpSettings:
     """What is kept in host memory: parameters with their gradients and optimizer states, what the decoder layers keep
     for backward, or both. Pinned on an accelerator; on a CPU there is nothing to gain."""
     prefetch: int = 1
-    """Decoder layers that are gathered ahead of the one that computes."""
+    """Decoder layers that are gathered ahead of the one that computes; 0 = none in backward, to hold one less."""
 
     @property
     def offloads_parameters(self) -> bool:

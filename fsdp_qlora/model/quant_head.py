@@ -6,8 +6,6 @@ running maximum and sum, as in online softmax, https://arxiv.org/abs/1805.02867)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import gcd
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.model.head import logit_settings
-from fsdp_qlora.plan.layout import HEAD_SLICE_WEIGHTS, ROW_WEIGHTS, LinearShape, ModelShapes
+from fsdp_qlora.plan.layout import LinearShape, ModelShapes
 from fsdp_qlora.quant.embedding import QuantEmbedding
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.matrices import QuantMatrices, frozen
@@ -47,23 +45,15 @@ class QuantLossHead(nn.Module):
         assert found is not None
         return found
 
-    def slices(self) -> Iterator[tuple[int, int]]:
-        """Yield ``(start, stop)`` of slices of the vocabulary that fall on packed rows."""
-        vocab, hidden = self.source.shape
-        step = ROW_WEIGHTS // gcd(ROW_WEIGHTS, hidden)
-        size = max(step, HEAD_SLICE_WEIGHTS // hidden // step * step)
-        for start in range(0, vocab, size):
-            yield start, min(start + size, vocab)
-
     def dense(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return weight ``[stop - start, hidden]`` and bias of a slice."""
         bias = None if self.bias is None else self.bias[start:stop]
-        return self.source.dequantize_rows(start, stop, dtype), bias
+        return self.source.rows_of(self.source.quantized(), start, stop, dtype), bias
 
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits ``[..., vocab]``; with ``labels`` int64 ``[tokens]``, the float32 losses ``[tokens]``."""
         if labels is None:
-            return torch.cat([F.linear(input, *self.dense(a, b, input.dtype)) for a, b in self.slices()], dim=-1)
+            return torch.cat([F.linear(input, *self.dense(a, b, input.dtype)) for a, b in self.source.slices()], dim=-1)
         return _SlicedCrossEntropy.apply(input, labels, self)  # type: ignore[return-value]
 
     def logits(self, hidden: torch.Tensor, dense: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
@@ -80,7 +70,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         chunks = [slice(i, i + head.chunk) for i in range(0, labels.numel(), head.chunk)]
         largest = torch.full(labels.shape, -torch.inf, dtype=torch.float32, device=hidden.device)
         total, target = torch.zeros_like(largest), torch.zeros_like(largest)
-        for start, stop in head.slices():
+        for start, stop in head.source.slices():
             dense = head.dense(start, stop, hidden.dtype)
             for part in chunks:
                 logits = head.logits(hidden[part], dense)
@@ -106,7 +96,7 @@ def _gradient(
 ) -> torch.Tensor:
     """Return d loss / d hidden, ``[tokens, hidden]``: (softmax - one-hot) @ weight, added up over the slices."""
     grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    for start, stop in head.slices():
+    for start, stop in head.source.slices():
         dense = head.dense(start, stop, hidden.dtype)
         for part in chunks:
             logits = head.logits(hidden[part], dense)

@@ -68,12 +68,16 @@ def shard_model(
 def set_prefetch(layers: Sequence[nn.Module], depth: int) -> None:
     """Let each layer, once gathered, start gathering the next ``depth`` ones, in forward and in backward.
 
-    ``layers`` are sharded units in the order of forward. A depth of 1 is what FSDP does by itself.
+    ``layers`` are sharded units in the order of forward. A depth of 1 is what FSDP does by itself; with 0 a layer waits
+    for its own gather, and no second one is held.
     """
     if depth == 1:
         return
     units: list[FSDPModule] = [layer for layer in layers if isinstance(layer, FSDPModule)]
     for place, unit in enumerate(units):
+        if depth == 0:  # an empty list would mean FSDP's default; a unit that is gathered already is nothing to gather
+            unit.set_modules_to_backward_prefetch([unit])
+            continue
         unit.set_modules_to_forward_prefetch(units[place + 1 : place + 1 + depth])
         unit.set_modules_to_backward_prefetch(units[max(0, place - depth) : place][::-1])
 

@@ -24,8 +24,10 @@ ROW_BYTES = ROW_WEIGHTS // 2
 """Bytes of 4-bit codes in a row."""
 CHUNK_ROWS = 64
 """Rows that are read and quantized at a time: weights of 2 MiB in bf16."""
-HEAD_SLICE_WEIGHTS = 2**26
-"""Weights of a 4-bit head that are dense at the same time (128 MiB in bf16)."""
+SLICE_WEIGHTS = 2**26
+"""Weights of a 4-bit head, or of a very large linear, that are dense at the same time (128 MiB in bf16)."""
+WHOLE_WEIGHTS = 2**28
+"""A linear of up to so many weights (512 MiB in bf16) is dequantized whole; larger ones slice by slice."""
 
 
 def num_rows(numel: int) -> int:

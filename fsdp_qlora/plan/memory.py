@@ -21,10 +21,11 @@ from math import prod
 from fsdp_qlora.plan.activations import FLOAT32, LayerActivations, layer_activations
 from fsdp_qlora.plan.layout import (
     CHUNK_ROWS,
-    HEAD_SLICE_WEIGHTS,
     ROW_BLOCKS,
     ROW_BYTES,
     ROW_WEIGHTS,
+    SLICE_WEIGHTS,
+    WHOLE_WEIGHTS,
     LinearShape,
     ModelShapes,
     row_range,
@@ -166,7 +167,9 @@ class MemoryModel:
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.parameter: x.rows for x in quantized}
         self.transposed = {x.parameter for x in quantized if x.transposed}
-        self.dense = max((x.numel_each for x in quantized if x.name not in edges), default=0)
+        dense = (min(x.numel_each, 2 * SLICE_WEIGHTS) if x.numel_each > WHOLE_WEIGHTS else x.numel_each
+                 for x in quantized if x.name not in edges)  # fmt: skip
+        self.dense = max(dense, default=0)
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
@@ -275,7 +278,7 @@ class MemoryModel:
             return largest  # FSDP copies the unit also on one rank
         if units is self.layers and not settings.reshard_after_forward:
             return sum(unit.gathered for unit in units) + largest
-        return largest * (1 + max(1, settings.prefetch))
+        return largest * (1 + settings.prefetch)
 
     def _gathered_head(self, settings: StorageSettings) -> tuple[int, int]:
         """Return what is gathered while logits exist, and while the head is gathered again for backward."""
@@ -318,7 +321,7 @@ class MemoryModel:
         if not settings.quantized_embeddings:
             return chunk * self.shapes.vocab_size * FLOAT32 * LOGIT_COPIES
         hidden = self.shapes.hidden_size
-        rows = min(HEAD_SLICE_WEIGHTS // hidden, self.shapes.vocab_size)
+        rows = min(SLICE_WEIGHTS // hidden, self.shapes.vocab_size)
         slope = settings.tokens * hidden * (FLOAT32 + settings.itemsize)  # added up over the slices, then rounded
         dense = 2 * rows * hidden * settings.itemsize  # a slice is freed when the next one is there
         return chunk * rows * FLOAT32 * LOGIT_COPIES + dense + slope

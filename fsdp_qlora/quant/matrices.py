@@ -8,13 +8,13 @@ inside backward, so autograd keeps nothing full-size.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from fsdp_qlora.plan.layout import ROW_BLOCKS, ROW_WEIGHTS, LinearShape, num_rows
+from fsdp_qlora.plan.layout import ROW_BLOCKS, ROW_WEIGHTS, SLICE_WEIGHTS, WHOLE_WEIGHTS, LinearShape, num_rows
 from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, dequantize
 from fsdp_qlora.quant.packing import ROW_ELEMENTS, STORAGE_DTYPE
 
@@ -30,14 +30,21 @@ class _QuantMatmul(torch.autograd.Function):
         # FSDP frees and refills the storage of the gathered parameters: saving them costs nothing between the passes.
         ctx.save_for_backward(*parts)
         ctx.owner, ctx.index = owner, index
-        return x @ owner.dequantize(x.dtype, index).t()
+        return owner.multiply(x, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         owner, (grad,), parts = ctx.owner, grads, ctx.saved_tensors  # once: checkpointing forbids a second look
         quantized = owner.select(ctx.index, *parts)
-        weight = dequantize(quantized, owner.quant_format, owner.shape, grad.dtype)
-        return (grad @ weight, None, None, *(None for _ in parts))
+        if owner.numel <= WHOLE_WEIGHTS:
+            found = grad @ dequantize(quantized, owner.quant_format, owner.shape, grad.dtype)
+        else:
+            flat = grad.flatten(0, -2)
+            found = flat.new_zeros(flat.shape[0], owner.in_features)
+            for start, stop in owner.slices():
+                found.addmm_(flat[:, start:stop], owner.rows_of(quantized, start, stop, grad.dtype))
+            found = found.view(*grad.shape[:-1], owner.in_features)
+        return (found, None, None, *(None for _ in parts))
 
 
 class QuantMatrices(nn.Module):
@@ -103,9 +110,26 @@ class QuantMatrices(nn.Module):
         with torch.no_grad():
             return dequantize(self.quantized(index), self.quant_format, self.shape, dtype)
 
-    def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return rows ``[start, stop)`` of the first matrix; ``start`` must fall on a packed row."""
-        first, whole = start * self.in_features // ROW_WEIGHTS, self.quantized()
+    def slices(self) -> Iterator[tuple[int, int]]:
+        """Yield ``(start, stop)`` of slices of a matrix's rows that begin on packed rows."""
+        step = ROW_WEIGHTS // gcd(ROW_WEIGHTS, self.in_features)
+        size = max(step, SLICE_WEIGHTS // self.in_features // step * step)
+        for start in range(0, self.out_features, size):
+            yield start, min(start + size, self.out_features)
+
+    def multiply(self, x: torch.Tensor, index: int = 0) -> torch.Tensor:
+        """Return ``x @ matrix.T``; of a very large matrix, one slice is dense at a time."""
+        if self.numel <= WHOLE_WEIGHTS:
+            return x @ self.dequantize(x.dtype, index).t()
+        quantized = self.quantized(index)
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        for start, stop in self.slices():
+            out[..., start:stop] = x @ self.rows_of(quantized, start, stop, x.dtype).t()
+        return out
+
+    def rows_of(self, whole: QuantizedTensor, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return rows ``[start, stop)`` of a matrix in ``dtype``; ``start`` must fall on a packed row."""
+        first = start * self.in_features // ROW_WEIGHTS
         rows = slice(first, first + num_rows((stop - start) * self.in_features))
         nested = None if whole.nested is None else whole.nested[rows]
         part = QuantizedTensor(whole.packed[rows], whole.absmax[rows], nested, whole.offset)
@@ -116,7 +140,8 @@ class QuantMatrices(nn.Module):
         """Return ``x @ matrix.T``: ``[..., in_features]`` -> ``[..., out_features]``."""
         if torch.is_grad_enabled() and x.requires_grad:
             return _QuantMatmul.apply(x, self, index, *self.parts())  # type: ignore[return-value]
-        return F.linear(x, self.dequantize(x.dtype, index))
+        with torch.no_grad():
+            return self.multiply(x, index)
 
     @torch.no_grad()
     def fill(self, quantized: QuantizedTensor) -> None:

@@ -88,7 +88,7 @@ def test_every_offload_changes_no_bit(
     _compare(pool, model, chat_rows, tmp_path, num_ranks, offloads, layout, replicate_degree=replicas, **groups)
 
 
-@pytest.mark.parametrize("depth", [3, *(pytest.param(depth, marks=pytest.mark.full) for depth in (2, 9))])
+@pytest.mark.parametrize("depth", [0, 3, *(pytest.param(depth, marks=pytest.mark.full) for depth in (2, 9))])
 def test_prefetch_changes_no_bit(pool, model, chat_rows, tmp_path, depth):
     _compare(pool, model, chat_rows, tmp_path, 2, [{"prefetch": depth}], checkpointing="none")
 
@@ -104,6 +104,7 @@ def _ahead(ranks: Ranks, folder: str, depth: int) -> list[tuple[list[int], list[
 
 def test_prefetch_names_the_layers_that_come_next(pool, model):
     assert pool.run(1, _ahead, str(model), 1)[0] == [([], [])] * 5
+    assert pool.run(1, _ahead, str(model), 0)[0] == [([], [n]) for n in range(5)]  # itself: nothing more to gather
     assert pool.run(1, _ahead, str(model), 2)[0] == [
         ([1, 2], []), ([2, 3], [0]), ([3, 4], [1, 0]), ([4], [2, 1]), ([], [3, 2]),
     ]  # fmt: skip

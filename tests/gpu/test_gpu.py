@@ -21,7 +21,7 @@ from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.schema import DataSettings, LoraSettings, OptimSettings, PrecisionSettings, RunConfig
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
 from fsdp_qlora.dist.process import Placement, choose_device, memory_peak, process_group, use_device
-from fsdp_qlora.model.causal import IGNORE, CausalModel, install_loss_head
+from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters, seed_of, trainable_parameters
 from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, shard_model, synchronize_gradients
@@ -29,6 +29,7 @@ from fsdp_qlora.model.skeleton import attention_for, build_skeleton, read_shapes
 from fsdp_qlora.model.stream import stream_weights, verify_gather
 from fsdp_qlora.model.weights import SafetensorsFolder
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
+from fsdp_qlora.plan.batch import IGNORE, supervised_positions
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, dequantize, quantize
 from fsdp_qlora.quant.linear import STATISTICS, QuantLinear, local_tensor
@@ -158,6 +159,10 @@ class Rows:
     labels: torch.Tensor
     weight: float = 1.0
     position_ids: torch.Tensor | None = None
+
+    @property
+    def supervised(self) -> torch.Tensor:
+        return supervised_positions(self.labels)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def train(folder: Path, offload: str, checkpointing: str, prefetch: int = 1) -> 
     with world(DEVICE) as ranks:
         base = build_skeleton(folder, model_dtype("bf16"), "eager")
         plan = make_plan(config, read_shapes(base), 1)
-        model = build_sharded(config, base, plan, ranks)
+        model = build_sharded(config, base, shapes, plan, ranks)
         shards_on = torch.device("cpu") if config.fsdp.offloads_parameters else ranks.device
         stream_weights(model, base, SafetensorsFolder(folder), ranks, shards_on=shards_on)
         initialize_adapters(model, 0)

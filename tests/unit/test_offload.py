@@ -223,7 +223,7 @@ def test_the_plan_counts_host_memory_apart(checkpointing):
 
 
 def test_settings_are_checked():
-    with pytest.raises(ConfigError, match=r"fsdp\.prefetch: must be above 0"):
-        compose_config("train", ["fsdp.prefetch=0"])
+    with pytest.raises(ConfigError, match=r"fsdp\.prefetch: must not be negative"):
+        compose_config("train", ["fsdp.prefetch=-1"])
     with pytest.raises(ConfigError, match=r"fsdp\.offload"):
         compose_config("train", ["fsdp.offload=disk"])
