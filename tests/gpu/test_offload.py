@@ -74,7 +74,8 @@ def train(folder: Path, offload: str, checkpointing: str, prefetch: int = 1) -> 
     )  # fmt: skip
     with world(DEVICE) as ranks:
         base = build_skeleton(folder, model_dtype("bf16"), "eager")
-        plan = make_plan(config, read_shapes(base), 1)
+        shapes = read_shapes(base)
+        plan = make_plan(config, shapes, 1)
         model = build_sharded(config, base, shapes, plan, ranks)
         shards_on = torch.device("cpu") if config.fsdp.offloads_parameters else ranks.device
         stream_weights(model, base, SafetensorsFolder(folder), ranks, shards_on=shards_on)
