@@ -36,7 +36,7 @@ def run(config: RunConfig) -> int:
             found["simulation"] = simulation.to_dict()
         print(json.dumps(found, indent=2))
         return 0
-    rows = [*_bytes(found, config), *_work(found, plan, config), *_time(found)]
+    rows = [*_bytes(found, config), *_fates(found), *_work(found, plan, config), *_time(found)]
     if simulation is not None:
         rows += simulation.rows(plan)
     print_table(f"plan for {config.model.name}", rows)
@@ -70,6 +70,13 @@ def _bytes(found: dict[str, Any], config: RunConfig) -> Rows:
     parts = ", ".join(f"{megabytes(count)} {kind.replace('_', ' ')}" for kind, count in host.items() if count)
     rows.append(("host memory per rank", f"{megabytes(sum(host.values()))}: {parts}"))
     return rows
+
+
+def _fates(found: dict[str, Any]) -> Rows:
+    return [
+        (f"{fate}: {sum(names.values())}", ", ".join(f"{name} ({count})" for name, count in names.items()) or "none")
+        for fate, names in found["fates"].items()
+    ]
 
 
 def _work(found: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect, find_device, find_interconnect
+from fsdp_qlora.plan.fates import fates
 from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.memory import StorageSettings
 from fsdp_qlora.plan.plan import TrainPlan, parse_bytes, reserve_bytes
@@ -28,6 +29,7 @@ def report(
     gpu = config.plan.gpu or (device.memory if device else None)
     flops = flops_per_token(plan, shapes)
     found = plan.to_dict(gpu, simulated_bytes) | {
+        "fates": fates(plan, shapes),
         "gpu_bytes": parse_bytes(gpu) if gpu else None,
         "gathered_bytes_per_micro_batch": plan.memory.gathered_bytes(plan.settings),
         "gathered_bytes_per_step": plan.memory.gathered_bytes(plan.settings) * plan.batch.accumulation_steps,

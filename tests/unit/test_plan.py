@@ -20,6 +20,7 @@ from fsdp_qlora.model.lora import attach_lora
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.plan.activations import layer_activations
 from fsdp_qlora.plan.devices import DEVICES, INTERCONNECTS, find_device, find_interconnect
+from fsdp_qlora.plan.fates import fates
 from fsdp_qlora.plan.known import SHAPES, known_config, known_models
 from fsdp_qlora.plan.layout import num_rows, quantized_linears, target_linears
 from fsdp_qlora.plan.plan import make_plan
@@ -150,6 +151,15 @@ def test_405b_on_eight_cards_of_80_gb():
     _, _, kept = planned("experiment=llama3_405b_8x80gb", "fsdp.offload=none")
     assert kept.peak <= 50e9
     assert kept.peak - plan.peak == 124 * inputs
+
+
+def test_every_parameter_has_one_fate():
+    _, shapes, plan = planned("experiment=qwen3_30b_a3b_1x24gb")
+    found = fates(plan, shapes)
+    assert found["4-bit"]["model.layers.*.mlp.experts.gate_up_proj"] == 48
+    assert found["kept"]["model.layers.*.mlp.gate.weight"] == 48
+    assert found["trained"]["model.layers.*.self_attn.q_proj.lora_A.weight"] == 48
+    assert sum(found["4-bit"].values()) + sum(found["kept"].values()) == len(shapes.parameters)
 
 
 def test_what_does_not_fit_is_said():
