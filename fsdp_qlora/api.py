@@ -24,7 +24,7 @@ from fsdp_qlora.dist.nodes import once_per_node
 from fsdp_qlora.dist.process import Placement, choose_device, device_types, process_group, set_threads, use_device
 from fsdp_qlora.dist.reduce import any_rank, on_every
 from fsdp_qlora.dist.watch import Phases
-from fsdp_qlora.errors import DataError
+from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.export.adapter import load_adapter, read_adapter_config, start_from_adapter
 from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
@@ -51,6 +51,7 @@ from fsdp_qlora.model.skeleton import (
     needs_hub,
     read_shapes,
     resolve_folder,
+    task_type,
 )
 from fsdp_qlora.model.stream import LoadReport, Progress, stream_weights, verify_gather
 from fsdp_qlora.model.weights import SafetensorsFolder
@@ -184,6 +185,11 @@ def _open_model(
     source = SafetensorsFolder(folder)
     source.arrange(arrangement(base, source.entries))
     shapes = read_shapes(base)
+    if config.data.train is not None and task_type(base) != "CAUSAL_LM":
+        raise ModelError(
+            f"model.name: a {type(base).__name__} is no causal language model, and objective=sft trains only those. It "
+            "can be planned and loaded, and trained by a loop of your own (`prepare` without data)."
+        )
     return base, source, shapes, make_plan(config, shapes, num_ranks), _tokenizer(config, folder)
 
 
@@ -275,9 +281,10 @@ def build_sharded(
     """Swap, adapt and shard a meta model as planned; the order is the point (see docs/architecture.md)."""
     if plan.quantized and config.quant.name != "none":
         _quantize(base, plan, QuantFormat(config.quant.name, config.quant.double_quant), shapes, config)
-    install_loss_head(base, config.train.logits_chunk)
-    lora = config.lora
-    model = CausalModel(attach_lora(base, plan.targets, lora.r, lora.alpha, lora.dropout, lora.variant))
+    task, lora = task_type(base), config.lora
+    if task == "CAUSAL_LM":
+        install_loss_head(base, config.train.logits_chunk)
+    model = CausalModel(attach_lora(base, plan.targets, lora.r, lora.alpha, lora.dropout, lora.variant, task))
     units = [[base.get_submodule(name) for name in unit] for unit in plan.units]
     if config.train.activation_checkpointing == "full":
         checkpoint_activations(base)
@@ -290,6 +297,7 @@ def build_sharded(
     skip_gather_in_backward(base.get_input_embeddings(), base.get_output_embeddings())
     register_fsdp_forward_method(model, "generate")
     register_fsdp_forward_method(model, "logits")
+    register_fsdp_forward_method(model, "outputs")
     require_sharded(model, ranks)
     return model
 

@@ -11,7 +11,13 @@ import bitsandbytes
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+)
 
 from fsdp_qlora.data.loader import Batch
 from fsdp_qlora.model.lora import initialize_adapters
@@ -45,16 +51,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": SMALL | MOE | {"decoder_sparse_step": 1, "norm_topk_prob": True},
 }
 """Model type -> settings of a model of two layers; the same settings mean what they mean in each."""
-TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
+OTHERS: dict[str, dict[str, Any]] = {
+    "t5": {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0,
+           "dropout_rate": 0.0},
+    "bert": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "max_position_embeddings": 256, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+             "architectures": ["BertForMaskedLM"]},
+}  # fmt: skip
+"""Encoder-decoders and encoders; an objective of their own trains them."""
+AUTO: dict[str, Any] = {"t5": AutoModelForSeq2SeqLM, "bert": AutoModelForMaskedLM}
 
 
 def write_family(folder: Path, family: str) -> Path:
     """Write a tiny model of ``family`` with random bf16 weights, and its tokenizer."""
     vocab = tiny.make_tokenizer(folder)
-    settings = {"vocab_size": vocab, "bos_token_id": 1, "eos_token_id": 2, **FAMILIES[family]}
+    settings = {"vocab_size": vocab, "bos_token_id": 1, "eos_token_id": 2, **(FAMILIES | OTHERS)[family]}
     config = AutoConfig.for_model(family, **settings)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AUTO.get(family, AutoModelForCausalLM).from_config(config, dtype=torch.bfloat16)
     for parameter in model.parameters():  # larger than the usual 0.02, so that every part of the model matters
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.08)
@@ -71,7 +85,8 @@ def reference(folder: Path, targets: list[str], r: int, alpha: float, seed: int 
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    base = AutoModelForCausalLM.from_pretrained(
+    family = AutoConfig.from_pretrained(folder).model_type
+    base = AUTO.get(family, AutoModelForCausalLM).from_pretrained(
         folder, quantization_config=quant, dtype=torch.bfloat16, attn_implementation="eager"
     )
     for module in base.modules():
@@ -87,7 +102,7 @@ def reference(folder: Path, targets: list[str], r: int, alpha: float, seed: int 
                     expert.copy_(bitsandbytes.functional.dequantize_4bit(codes, state))
     base.requires_grad_(False)
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=targets,  # type: ignore[arg-type]
+        task_type=None if family in AUTO else "CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=targets,  # type: ignore[arg-type]
         fan_in_fan_out=False,
     )  # fmt: skip
     model = get_peft_model(base, config)

@@ -71,6 +71,10 @@ class CausalModel(nn.Module):
         places = {} if position_ids is None else {"position_ids": position_ids}
         return self.model(input_ids=input_ids, use_cache=False, **places).logits
 
+    def outputs(self, **inputs: Any) -> Any:
+        """Return the transformers model's own outputs: the way of encoder-decoders and masked language models."""
+        return self.model(**inputs)
+
     def generate(self, **settings: Any) -> torch.Tensor:
         """Generate as transformers does; under FSDP all ranks call it together."""
         with self._inputs_on(self.device):

@@ -51,11 +51,12 @@ class QuantLoraLinear(nn.Module, LoraLayer):
 
 
 def lora_config(
-    target_modules: Sequence[str], r: int, alpha: float, dropout: float = 0.0, variant: str = "lora"
-) -> LoraConfig:
+    target_modules: Sequence[str], r: int, alpha: float, dropout: float = 0.0, variant: str = "lora",
+    task_type: str | None = "CAUSAL_LM",
+) -> LoraConfig:  # fmt: skip
     """Return PEFT's config for the adapters."""
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,  # type: ignore[arg-type]
         target_modules=list(target_modules),
         r=r,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
@@ -66,10 +67,10 @@ def lora_config(
 
 def attach_lora(
     model: PreTrainedModel, target_modules: Sequence[str], r: int, alpha: float, dropout: float = 0.0,
-    variant: str = "lora",
+    variant: str = "lora", task_type: str | None = "CAUSAL_LM",
 ) -> PeftModel:  # fmt: skip
     """Add LoRA adapters (float32, on meta) to the named linears of a meta model and freeze all else."""
-    config = lora_config(target_modules, r, alpha, dropout, variant)
+    config = lora_config(target_modules, r, alpha, dropout, variant, task_type)
     config._register_custom_module({QuantLinear: QuantLoraLinear})
     with warnings.catch_warnings():
         # peft warns of a tied embedding that it would have to untie to merge; we neither target nor merge it here

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import guard_torch_init_functions
 from transformers.pytorch_utils import Conv1D
 
@@ -85,7 +92,9 @@ def build_skeleton(
     trust_remote_code: bool = False,
     config_overrides: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Build the causal language model of ``folder`` on meta: shapes and code, no memory.
+    """Build the language model of ``folder`` on meta: shapes and code, no memory.
+
+    An encoder-decoder or a masked language model where its config says so, else a causal one.
 
     Raises:
         ModelError: if the architecture is unknown, needs code that is not trusted, or an override does not go with it.
@@ -93,13 +102,26 @@ def build_skeleton(
     config = load_config(folder, trust_remote_code, config_overrides)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = _auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             )
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise not_buildable(folder, error) from error
     model.requires_grad_(False)
     return model.eval()
+
+
+def _auto_class(config: Any) -> Any:
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
+    names = getattr(config, "architectures", None) or []
+    return AutoModelForMaskedLM if names and names[0].endswith("ForMaskedLM") else AutoModelForCausalLM
+
+
+def task_type(model: PreTrainedModel) -> str | None:
+    """Return what PEFT calls the model's task: ``CAUSAL_LM``, ``SEQ_2_SEQ_LM``, or None for a masked one."""
+    found = _auto_class(model.config)
+    return {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSeq2SeqLM: "SEQ_2_SEQ_LM"}.get(found)
 
 
 def build_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -125,10 +147,18 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     layers = decoder_layers(model)
     if not isinstance(head, nn.Linear) or embedding is None or not layers:
-        raise ModelError(f"{type(model).__name__}: no embedding, linear head and decoder layers: not a causal LM?")
+        raise ModelError(
+            f"{type(model).__name__}: no embedding, linear head and repeated layers: not a language model?"
+        )
     names = {module: name for name, module in model.named_modules()}
     config = model.config.get_text_config()
-    linears = tuple(x for name, m in model.named_modules() if m is not head for x in _linears(name, m))
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())  # T5's wo: its code looks at the weight's dtype
+    linears = tuple(
+        x
+        for name, m in model.named_modules()
+        if m is not head and kept.isdisjoint(name.split("."))
+        for x in _linears(name, m)
+    )
     return ModelShapes(
         parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
         linears=linears,
@@ -139,6 +169,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         hidden_size=config.hidden_size,
         vocab_size=head.out_features,
         num_attention_heads=config.num_attention_heads,
+        edges_apart=task_type(model) == "CAUSAL_LM",
         max_positions=getattr(config, "max_position_embeddings", None) or 0,
         experts_per_token=getattr(config, "num_experts_per_tok", None) or 0,
     )
@@ -159,9 +190,11 @@ def _linears(name: str, module: nn.Module) -> Iterator[LinearShape]:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the modules that transformers says must not be split across devices."""
+    """Return the layers: what transformers says must not be split across devices, but for what holds the embedding."""
     classes = set(model._no_split_modules or [])  # read only; spelt so by transformers since v4
-    return [module for module in model.modules() if type(module).__name__ in classes]
+    table = model.get_input_embeddings()
+    found = [module for module in model.modules() if type(module).__name__ in classes]
+    return [module for module in found if all(inner is not table for inner in module.modules())]
 
 
 def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:

@@ -109,6 +109,9 @@ class ModelShapes:
     hidden_size: int
     vocab_size: int
     num_attention_heads: int
+    edges_apart: bool = True
+    """Whether embedding and head are units of their own; in an encoder-decoder, or where a head does more than
+    multiply, they belong to the root."""
     max_positions: int = 0
     """Longest sequence that the model is made for; 0 = not known."""
     experts_per_token: int = 0
@@ -165,5 +168,7 @@ def fsdp_units(shapes: ModelShapes) -> tuple[tuple[str, ...], ...]:
 
     What belongs to no unit here (the final norm) is in the root unit.
     """
+    if not shapes.edges_apart:
+        return tuple((layer,) for layer in shapes.layers)
     edges = ((shapes.embedding, shapes.head),) if shapes.tied else ((shapes.embedding,), (shapes.head,))
     return tuple((layer,) for layer in shapes.layers) + edges

@@ -130,6 +130,8 @@ def _quantized(config: RunConfig, shapes: ModelShapes) -> tuple[LinearShape, ...
     Raises:
         PlanError: if much of the decoder layers would stay in 16 bit without having been allowed to.
     """
+    if config.quant.embeddings != "none" and not shapes.edges_apart:
+        raise PlanError("quant.embeddings: only those of causal language models can be quantized; set it to none.")
     if config.quant.name == "none":
         return ()
     inside = quantized_linears(shapes)

@@ -10,6 +10,7 @@ from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.loader import Cut, Loader, TokenRows
 from fsdp_qlora.data.prepare import prepare_data
 from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.dist.reduce import all_sum
 from fsdp_qlora.model.stream import resident_bytes
 from fsdp_qlora.quant.matrices import QuantMatrices
 from tests.build import build, losses, run_fit
@@ -103,3 +104,61 @@ def test_quantized_embedding_and_head_give_the_losses_of_dense_ones_with_the_sam
     assert abs(found[0] - wanted[0]) / wanted[0] < 1e-4
     assert max(abs(a - b) / b for a, b in zip(found, wanted, strict=True)) < 5e-3
     assert wanted[0] - wanted[-1] > 0.01
+
+
+def _masked_or_paired(family: str, vocab: int) -> tuple[dict, torch.Tensor]:
+    """Return inputs and labels of four rows: pairs for an encoder-decoder, every third token hidden for an encoder."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(5, vocab, (4, 12), generator=generator)
+    if family == "t5":
+        labels = torch.randint(5, vocab, (4, 8), generator=generator)
+        return {"input_ids": ids, "decoder_input_ids": torch.roll(labels, 1, dims=1)}, labels
+    labels = torch.where(torch.arange(12) % 3 == 0, ids, -100)
+    return {"input_ids": torch.where(labels == -100, ids, 3)}, labels
+
+
+def _own_loop(run, parameters, inputs, labels, rows, num_targets, total):
+    """Train three steps on ``rows`` by plain transformers outputs; return the losses over all ranks' rows."""
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.0)
+    found = []
+    for _ in range(3):
+        logits = run(**{k: v[rows] for k, v in inputs.items()}).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[rows].flatten(), reduction="sum")
+        (loss / num_targets).backward()
+        found.append(total(float(loss.detach())) / num_targets)
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+def _trained_otherwise(ranks: Ranks, folder: str, family: str) -> tuple[list[float], list[str]]:
+    prepared = build(ranks, folder, quant={"allow_16bit": True})
+    inputs, labels = _masked_or_paired(family, prepared.shapes.vocab_size)
+    parameters = [p for p in prepared.model.parameters() if p.requires_grad]
+    total = lambda value: all_sum([value], ranks)[0]  # noqa: E731
+    rows = slice(ranks.rank, None, ranks.size)
+    prepared.model.train()
+    count = int((labels != -100).sum())
+    return _own_loop(prepared.model.outputs, parameters, inputs, labels, rows, count, total), list(
+        prepared.plan.targets
+    )
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_encoder_decoders_and_encoders_load_and_train_as_upstream_does(pool, tmp_path, family):
+    folder = write_family(tmp_path / "model", family)
+    (one, targets), two = (pool.run(n, _trained_otherwise, str(folder), family)[0] for n in (1, 2))
+    model = reference(folder, targets, r=4, alpha=8).train()
+    inputs, labels = _masked_or_paired(family, model.config.vocab_size)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    count = int((labels != -100).sum())
+    wanted = _own_loop(model, parameters, inputs, labels, slice(None), count, float)
+    assert wanted[0] - wanted[-1] > 0.01
+    assert max(abs(a - b) / b for a, b in zip(one, wanted, strict=True)) < 1e-2
+    assert max(abs(a - b) / b for a, b in zip(two[0], one, strict=True)) < 5e-3
+
+
+def test_what_the_objective_cannot_train_is_said(pool, chat_rows, tmp_path):
+    folder = write_family(tmp_path / "model", "t5")
+    with pytest.raises(Exception, match="no causal language model, and objective=sft trains only those"):
+        pool.run(1, run_fit, str(folder), str(tmp_path), "no", _groups(chat_rows))
