@@ -9,6 +9,7 @@ from tests.build import losses, run_fit
 pytestmark = pytest.mark.launch
 
 
+@pytest.mark.full
 def test_training_from_an_exported_base_gives_the_same_losses(cli, pool, tiny_model, chat_rows, tmp_path):
     settings = ("what=base-4bit", f"model.name={tiny_model}", "export.to=base", "quant.double_quant=false")
     exported = cli("export", *settings, "launcher.device=cpu")

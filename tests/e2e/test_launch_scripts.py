@@ -309,6 +309,7 @@ def test_two_nodes_train_together(tiny_run, cli_env, tmp_path):
     assert [x["rank"] for x in summary["ranks"]] == [0, 1]
 
 
+@pytest.mark.full
 @pytest.mark.launch
 def test_usr1_saves_and_queues_the_job_again(cluster, tiny_run, cli_env):
     """The heart of slurm.sbatch with the real torchrun: USR1 -> a checkpoint and code 75 -> scontrol requeue."""

@@ -51,6 +51,7 @@ def test_a_killed_rank_is_started_again_and_nothing_differs(cli_env, tiny_run, t
     assert essence(metrics(tmp_path / "outputs/tiny")) == essence(metrics(whole / "outputs/tiny"))
 
 
+@pytest.mark.full
 def test_what_would_fail_again_is_not_started_again(cli, tiny_run, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("not json\n")

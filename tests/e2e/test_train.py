@@ -194,6 +194,7 @@ def test_plan_and_hydras_own_flags(cli, tiny_run):
     assert helped.returncode == 0 and "fsdp-qlora train" in helped.stdout
 
 
+@pytest.mark.full
 def test_multirun_gives_each_job_a_folder(cli, tiny_run, tmp_path):
     result = cli("train", "-m", *tiny_run, "train.max_steps=1", "lora.r=2,4")
     assert result.returncode == 0, result.stderr + result.stdout

@@ -92,6 +92,7 @@ def test_a_model_that_does_not_extrapolate_is_simulated_whole(tmp_path: Path, mo
     assert found.depths == (3,) and found.checked is None
 
 
+@pytest.mark.full
 def test_layers_of_several_kinds_are_cut_in_proportion(tmp_path: Path) -> None:
     """Gemma 3: five layers of six look at a window; the lists in the config that follow the layers are cut too."""
     folder = write_config(
