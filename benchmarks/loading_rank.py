@@ -74,8 +74,9 @@ def be_rank(way: str, folder: Path) -> dict[str, Any]:
 def _ours(folder: Path, ranks: Ranks) -> tuple[Any, dict[str, Any]]:
     config = from_dict({"model": {"name": str(folder), "attn_implementation": "eager"}})
     base = build_skeleton(folder, torch.bfloat16, "eager")
-    plan = make_plan(config, read_shapes(base), ranks.size)
-    model = build_sharded(config, base, plan, ranks)
+    shapes = read_shapes(base)
+    plan = make_plan(config, shapes, ranks.size)
+    model = build_sharded(config, base, shapes, plan, ranks)
     report = stream_weights(model, model.base, SafetensorsFolder(folder), ranks)
     planned = plan.bytes.base_packed + plan.bytes.base_statistics + plan.bytes.base_kept
     return model, {"read": report.bytes_read, "files": report.file_bytes, "planned": planned}
