@@ -55,7 +55,7 @@ from fsdp_qlora.model.skeleton import (
 )
 from fsdp_qlora.model.stream import LoadReport, Progress, stream_weights, verify_gather
 from fsdp_qlora.model.weights import SafetensorsFolder
-from fsdp_qlora.plan.layout import ModelShapes, quantized_linears
+from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
@@ -279,8 +279,8 @@ def build_sharded(
     host: torch.device = HOST,
 ) -> CausalModel:
     """Swap, adapt and shard a meta model as planned; the order is the point (see docs/architecture.md)."""
-    if plan.quantized and config.quant.name != "none":
-        _quantize(base, plan, QuantFormat(config.quant.name, config.quant.double_quant), shapes, config)
+    if config.quant.name != "none":
+        _quantize(base, plan, shapes, QuantFormat(config.quant.name, config.quant.double_quant))
     task, lora = task_type(base), config.lora
     if task == "CAUSAL_LM":
         install_loss_head(base, config.train.logits_chunk)
@@ -302,15 +302,12 @@ def build_sharded(
     return model
 
 
-def _quantize(
-    base: PreTrainedModel, plan: TrainPlan, quant_format: QuantFormat, shapes: ModelShapes, config: RunConfig
-) -> None:
+def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, quant_format: QuantFormat) -> None:
     """Put 4-bit modules in the place of what is planned to be 4-bit."""
-    inside = quantized_linears(shapes)
-    swap_linears(base, inside, quant_format)
-    if any(x.stacked for x in inside):
+    swap_linears(base, plan.quantized, quant_format)
+    if any(x.stacked for x in plan.quantized):
         use_quantized_experts(base)
-    if config.quant.embeddings != "none":
+    if plan.quantized_edges:
         quantize_edges(base, shapes, quant_format)
 
 

@@ -7,7 +7,6 @@ from math import ceil
 
 import numpy as np
 
-from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.pack import best_fit_decreasing
 
 _BINS, _BAR = 12, 40
@@ -39,10 +38,3 @@ def packing_efficiency(lengths: np.ndarray, capacity: int) -> tuple[int, float]:
     """Return the packed sequences that the rows would make, and the share of their room that would hold tokens."""
     num = len(best_fit_decreasing(lengths, capacity))
     return num, float(lengths.sum()) / (num * capacity)
-
-
-def padding_share(rows: TokenRows, batch: int) -> float:
-    """Return the share of padding in micro-batches of ``batch`` rows of like length, as the loader cuts them."""
-    lengths = np.sort(rows.lengths)
-    padded = sum(int(lengths[i : i + batch].max()) * len(lengths[i : i + batch]) for i in range(0, len(lengths), batch))
-    return 1 - float(lengths.sum()) / padded
