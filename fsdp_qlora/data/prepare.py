@@ -149,7 +149,13 @@ def _streamed(
     """Prepare the rows of the evaluation as always, and of the training only what reads them."""
     sources = names_of(data.train)
     files = [line for name in sources for line in stated(name)]
-    key = hashlib.sha256(json.dumps([_key(replace(data, train=[]), seed, tokenizer), sources, files]).encode())
+    parts = [
+        _key(replace(data, train=[]), seed, tokenizer),
+        sources,
+        files,
+        data.shuffle_window,
+    ]  # it decides the order
+    key = hashlib.sha256(json.dumps(parts).encode())
     stream = Stream(
         sources, data.weights, data.shuffle_window, seed, _reader(data), tokenizer, _fit(data),
         data.on_bad_row == "skip",

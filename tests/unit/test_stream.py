@@ -74,6 +74,16 @@ def test_a_resume_at_any_position_goes_on_where_it_was(tmp_path, tokenizer, file
     assert late.rows_at(0) == before[0]  # back again, as after a rollback
 
 
+def test_what_decides_the_order_decides_the_key_that_a_resume_compares(tmp_path, tokenizer, files):
+    def key(**settings):
+        data = DataSettings(train=files, streaming=True, **settings)
+        return prepare_data(data, 3, tokenizer, tmp_path / "cache").key
+
+    assert key() == key()
+    others = [key(shuffle_window=10), key(weights=[0.5, 0.5]), key(max_length=8)]
+    assert len({key(), *others}) == 4
+
+
 def test_shares_are_exact_to_one_row_at_any_position(tmp_path, tokenizer, files):
     stream = _stream(tmp_path, tokenizer, files, weights=[0.75, 0.25])
     rows = stream.rows()
