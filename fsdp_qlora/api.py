@@ -21,17 +21,28 @@ from fsdp_qlora.config.schema import LoraSettings, ModelSettings, RunConfig
 from fsdp_qlora.data.prepare import PreparedData, prepare_data
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
 from fsdp_qlora.dist.nodes import once_per_node
-from fsdp_qlora.dist.process import Placement, choose_device, device_types, process_group, set_threads, use_device
-from fsdp_qlora.dist.reduce import any_rank, on_every
+from fsdp_qlora.dist.process import (
+    Placement,
+    choose_device,
+    device_types,
+    keep_freed_memory,
+    memory_of,
+    process_group,
+    set_threads,
+    use_device,
+)
+from fsdp_qlora.dist.reduce import all_max, any_rank, on_every
 from fsdp_qlora.dist.watch import Phases
 from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.export.adapter import load_adapter, read_adapter_config, start_from_adapter
 from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
+from fsdp_qlora.model.compile import COMPILED_TYPES, can_compile, compile_layers
 from fsdp_qlora.model.conversions import arrangement
 from fsdp_qlora.model.experts import use_quantized_experts
 from fsdp_qlora.model.known import config_for_plan
-from fsdp_qlora.model.lora import attach_lora, initialize_adapters
+from fsdp_qlora.model.lora import attach_lora, initialize_adapters, use_fused_products
+from fsdp_qlora.model.model_config import load_config
 from fsdp_qlora.model.offload import HOST, offload_activations
 from fsdp_qlora.model.prequantized import require_readable
 from fsdp_qlora.model.quant_head import quantize_edges
@@ -42,6 +53,7 @@ from fsdp_qlora.model.shard import (
     set_prefetch,
     shard_model,
     skip_gather_in_backward,
+    stay_gathered,
 )
 from fsdp_qlora.model.skeleton import (
     attention_for,
@@ -55,8 +67,12 @@ from fsdp_qlora.model.skeleton import (
 )
 from fsdp_qlora.model.stream import LoadReport, Progress, stream_weights, verify_gather
 from fsdp_qlora.model.weights import SafetensorsFolder
+from fsdp_qlora.plan.batch import num_steps
+from fsdp_qlora.plan.choices import Compilation, Work, choose_compilation, decided, tensor_budget
+from fsdp_qlora.plan.devices import find_device
 from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
+from fsdp_qlora.plan.sizes import parse_bytes
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
 
@@ -82,6 +98,8 @@ class Prepared:
     data: PreparedData | None
     threads: int
     phases: Phases
+    choices: dict[str, str] = field(default_factory=dict)
+    """What the plan and the device decided of what was left to them (``auto``), by key, and why."""
     _stack: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -118,6 +136,8 @@ def open_world(config: RunConfig) -> World:
     device = choose_device(config.launcher.device, placement)
     use_device(device)
     threads = set_threads(config.launcher.threads_per_rank, placement.local_world_size)
+    if device.type == "cpu":
+        keep_freed_memory()
     stack = ExitStack()
     group = stack.enter_context(process_group(device, placement, config.launcher.timeout_seconds))
     ranks = build_ranks(group, device, config.fsdp.shard_degree, config.fsdp.replicate_degree)
@@ -131,23 +151,30 @@ def _abandon() -> None:
         torch.distributed.destroy_process_group()
 
 
-def prepare(config: RunConfig, world: World | None = None, progress: Progress | None = None) -> Prepared:
+def prepare(
+    config: RunConfig, world: World | None = None, progress: Progress | None = None, training: bool = True
+) -> Prepared:
     """Build, quantize, adapt, shard and fill the model; tokenize the data if any are named.
 
-    Call it under torchrun on every rank, or on one process. Close the result when done with it.
+    Call it under torchrun on every rank, or on one process. Close the result when done with it. Without ``training``
+    nothing is done that only pays in training (compiled layers).
     """
     check(config)
     world = world or open_world(config)
     ranks = world.ranks
     folder = _find_model(config.model, world)
-    resolved = _with_attention(config, ranks.device)
-    base, source, shapes, plan, tokenizer = on_every(lambda: _open_model(resolved, folder, ranks.size), ranks)
+    budget = _budget(world)
+    resolved, base, source, shapes, plan, tokenizer = on_every(
+        lambda: _open_model(config, folder, ranks, budget), ranks
+    )
     data = None
     if config.data.train is not None:
         mine = world.placement.local_rank == 0
         data = prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), mine)
     world.phases.enter("loading the model")
-    model = build_sharded(config, base, shapes, plan, world.ranks)
+    compilation = _compilation(config, base, plan, data, ranks.device) if training else Compilation(False, "no training")
+    resolved = replace(resolved, train=replace(resolved.train, compile="true" if compilation.on else "false"))
+    model = build_sharded(resolved, base, shapes, plan, world.ranks)
     shards_on = torch.device("cpu") if config.fsdp.offloads_parameters else world.ranks.device
     report = stream_weights(model, model.base, source, world.ranks, progress, shards_on)
     initialize_adapters(model, config.run.seed, world.ranks.shard_rank, world.ranks.shard_size)
@@ -157,8 +184,33 @@ def prepare(config: RunConfig, world: World | None = None, progress: Progress | 
     verify_gather(model, world.ranks)
     return Prepared(
         config, plan, model, tokenizer, world.ranks, folder, shapes, report, data, world.threads, world.phases,
+        {**plan.choices, "model.attn_implementation": resolved.model.attn_implementation,
+         "train.compile": f"{'true' if compilation.on else 'false'} ({compilation.why})"},
         world.stack,
     )  # fmt: skip
+
+
+def _budget(world: World) -> int:
+    """Return the bytes that a rank's tensors may take: of the rank that has least, so that all plan alike."""
+    device = world.ranks.device
+    capacity = memory_of(device, world.placement.local_world_size)
+    return tensor_budget(int(-all_max(-float(capacity), world.ranks)), device.type != "cpu")
+
+
+def _compilation(
+    config: RunConfig, base: PreTrainedModel, plan: TrainPlan, data: PreparedData | None, device: torch.device
+) -> Compilation:
+    """Decide ``train.compile``."""
+    train, settings = config.train, plan.settings
+    rows = len(data.train) if data is not None and data.train is not None else 0
+    steps = num_steps(train.max_steps, train.num_epochs, rows, train.global_batch_size)
+    weights = sum(x.numel_each for x in plan.quantized)
+    length = settings.max_length
+    if data is not None and data.train is not None and not config.data.packing:
+        length = min(length, data.train_counts.tokens // max(1, rows))
+    work = Work(plan.batch.accumulation_steps, plan.batch.micro_batch_size * length, weights)
+    known = base.config.model_type in COMPILED_TYPES and plan.quantized != ()
+    return choose_compilation(config, work, steps, device.type, known and can_compile(device))
 
 
 def _find_model(model: ModelSettings, world: World) -> Path:
@@ -178,9 +230,10 @@ def _find_model(model: ModelSettings, world: World) -> Path:
 
 
 def _open_model(
-    config: RunConfig, folder: Path, num_ranks: int
-) -> tuple[PreTrainedModel, SafetensorsFolder, ModelShapes, TrainPlan, PreTrainedTokenizerBase]:
+    config: RunConfig, folder: Path, ranks: Ranks, budget: int
+) -> tuple[RunConfig, PreTrainedModel, SafetensorsFolder, ModelShapes, TrainPlan, PreTrainedTokenizerBase]:
     """Open all of a model but its weights: what is wrong with it shows before the data are tokenized."""
+    config = _with_attention(config, ranks.device, folder)
     base = _skeleton(config, folder)
     source = SafetensorsFolder(folder)
     source.arrange(arrangement(base, source.entries))
@@ -190,7 +243,8 @@ def _open_model(
             f"model.name: a {type(base).__name__} is no causal language model, and objective=sft trains only those. It "
             "can be planned and loaded, and trained by a loop of your own (`prepare` without data)."
         )
-    return base, source, shapes, make_plan(config, shapes, num_ranks), _tokenizer(config, folder)
+    plan = make_plan(config, shapes, ranks.size, budget)
+    return decided(config, plan.settings), base, source, shapes, plan, _tokenizer(config, folder)
 
 
 def load_for_inference(config: RunConfig, adapter: Path | None = None, world: World | None = None) -> Prepared:
@@ -212,7 +266,7 @@ def load_for_inference(config: RunConfig, adapter: Path | None = None, world: Wo
             target_modules=targets if isinstance(targets, str) else sorted(targets or []),
         )
         config = replace(config, model=replace(config.model, name=name), lora=lora)
-    prepared = prepare(config, world)
+    prepared = prepare(config, world, training=False)
     if adapter is not None:
         load_adapter(adapter, prepared.model, prepared.ranks.shard_rank, prepared.ranks.shard_size)
     prepared.model.eval()
@@ -238,8 +292,23 @@ def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
 
 def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
     """Plan a run from the model's config alone: no weights, no process group, no network."""
+    return planned(config, world_size)[2]
+
+
+def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedModel, TrainPlan]:
+    """Return the settings with every ``auto`` decided, the meta model and the plan, from the model's config alone."""
     config, base = planned_skeleton(config)
-    return make_plan(config, read_shapes(base), world_size)
+    plan = make_plan(config, read_shapes(base), world_size, planned_budget(config, world_size))
+    return decided(config, plan.settings), base, plan
+
+
+def planned_budget(config: RunConfig, world_size: int) -> int:
+    """Return the bytes that tensors may take on the planned device, or on this machine's where none is named."""
+    if config.plan.gpu or config.plan.device:
+        capacity = config.plan.gpu or find_device(config.plan.device or "").memory
+        return tensor_budget(parse_bytes(capacity), True)
+    kind = next(iter(device_types()))
+    return tensor_budget(memory_of(torch.device(kind), world_size), kind != "cpu")
 
 
 def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
@@ -251,13 +320,16 @@ def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
     check(config)
     source = config_for_plan(config.model.name, config.model.revision)
     device = "cuda" if config.plan.gpu or config.plan.device else next(iter(device_types()))
-    config = _with_attention(config, torch.device(device))
+    config = _with_attention(config, torch.device(device), source)
     return config, _skeleton(config, source)
 
 
-def _with_attention(config: RunConfig, device: torch.device) -> RunConfig:
-    """Return the settings with ``auto`` attention replaced by what it means on ``device``."""
-    attention = attention_for(device, config.model.attn_implementation)
+def _with_attention(config: RunConfig, device: torch.device, source: Path) -> RunConfig:
+    """Return the settings with ``auto`` attention replaced by what it means on ``device`` for the model in ``source``."""
+    model = config.model
+    model_config = load_config(source, model.trust_remote_code, model.config_overrides)
+    asked = "eager" if config.debug.name == "plain" and model.attn_implementation == "auto" else model.attn_implementation
+    attention = attention_for(device, asked, model_config)
     return replace(config, model=replace(config.model, attn_implementation=attention))
 
 
@@ -278,21 +350,31 @@ def build_sharded(
     ranks: Ranks,
     host: torch.device = HOST,
 ) -> CausalModel:
-    """Swap, adapt and shard a meta model as planned; the order is the point (see docs/architecture.md)."""
+    """Swap, adapt and shard a meta model as planned; the order is the point (see docs/architecture.md).
+
+    ``config`` has every ``auto`` decided (`decided`, `prepare`); what is left at ``auto`` is not done.
+    """
     if config.quant.name != "none":
-        _quantize(base, plan, shapes, QuantFormat(config.quant.name, config.quant.double_quant))
+        quant_format = QuantFormat(config.quant.name, config.quant.double_quant)
+        _quantize(base, plan, shapes, quant_format, config.quant.cache_dequantized == "true")
     task, lora = task_type(base), config.lora
     if task == "CAUSAL_LM":
         install_loss_head(base, config.train.logits_chunk)
     model = CausalModel(attach_lora(base, plan.targets, lora.r, lora.alpha, lora.dropout, lora.variant, task))
+    if config.debug.name != "plain":
+        use_fused_products(model)
     units = [[base.get_submodule(name) for name in unit] for unit in plan.units]
-    if config.train.activation_checkpointing == "full":
-        checkpoint_activations(base)
+    if (kind := config.train.activation_checkpointing) in ("selective", "full"):
+        checkpoint_activations(base, kind)
     layers, fsdp = decoder_layers(base), config.fsdp
+    if config.train.compile == "true":
+        compile_layers(layers, dynamic=not config.data.packing)
     if fsdp.offloads_activations:
         offload_activations(layers, ranks.device, host=host)
     policy = mixed_precision(config.precision.name)
-    shard_model(model, units, ranks, policy, fsdp.reshard_after_forward, fsdp.offloads_parameters)
+    shard_model(model, units, ranks, policy, offload_parameters=fsdp.offloads_parameters)
+    if fsdp.reshard_after_forward == "false":
+        stay_gathered(layers)
     set_prefetch(layers, fsdp.prefetch)
     skip_gather_in_backward(base.get_input_embeddings(), base.get_output_embeddings())
     register_fsdp_forward_method(model, "generate")
@@ -302,9 +384,11 @@ def build_sharded(
     return model
 
 
-def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, quant_format: QuantFormat) -> None:
+def _quantize(
+    base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, quant_format: QuantFormat, cache: bool
+) -> None:
     """Put 4-bit modules in the place of what is planned to be 4-bit."""
-    swap_linears(base, plan.quantized, quant_format)
+    swap_linears(base, plan.quantized, quant_format, cache)
     if any(x.stacked for x in plan.quantized):
         use_quantized_experts(base)
     if plan.quantized_edges:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fsdp_qlora.api import planned_skeleton
+from fsdp_qlora.api import planned
 from fsdp_qlora.cli.launcher import ranks_to_start
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.model.skeleton import read_shapes
-from fsdp_qlora.plan.plan import TrainPlan, make_plan
+from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.report import report
 from fsdp_qlora.simulate.step import simulate
 from fsdp_qlora.track.console import megabytes, print_columns, print_table
@@ -26,9 +26,8 @@ _MOMENTS = {
 def run(config: RunConfig) -> int:
     """Print the plan as a table or as JSON; return the exit code."""
     world_size = config.plan.world_size or ranks_to_start(config)
-    counted, base = planned_skeleton(config)
+    counted, base, plan = planned(config, world_size)
     shapes = read_shapes(base)
-    plan = make_plan(counted, shapes, world_size)
     simulation = simulate(config, world_size) if config.plan.simulate else None
     found = report(counted, plan, shapes, None if simulation is None else simulation.peak_bytes)
     if config.plan.json:
@@ -93,7 +92,7 @@ def _work(found: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
             f"{batch['micro_batch_rows']} x {batch['max_length']} tokens, {batch['micro_batches_per_rank']} on each "
             f"rank; {batch['tokens_per_step']:,} tokens",
         ),
-        ("saving memory", f"checkpointing {config.train.activation_checkpointing}, offload {config.fsdp.offload}"),
+        ("saving memory", f"checkpointing {plan.settings.checkpointing}, offload {config.fsdp.offload}"),
         (
             "gathered per rank",
             f"{megabytes(gathered)} a micro-batch, {megabytes(found['gathered_bytes_per_step'])} a step",

@@ -201,9 +201,15 @@ def _edges(config: RunConfig) -> Iterator[str]:
         yield f"quant.embeddings: {kind} goes with quant={kind}, not {config.quant.name}."
 
 
-def _not_built(config: RunConfig) -> Iterator[str]:
-    if config.train.compile == "true":
-        yield "train.compile: true is not available in this version; leave it at auto, which runs without."
+def _fast_paths(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    if config.quant.cache_dequantized == "true" and train.activation_checkpointing in ("selective", "full"):
+        yield (
+            "quant.cache_dequantized: true keeps dense weights until backward, where activation_checkpointing="
+            f"{train.activation_checkpointing} makes them again; set one of the two to auto."
+        )
+    if train.compile == "true" and config.fsdp.offloads_activations:
+        yield "train.compile: compiled layers keep activations out of sight of fsdp.offload; set it to false."
 
 
 def _plan(config: RunConfig) -> Iterator[str]:
@@ -238,7 +244,7 @@ RULES: tuple[Rule, ...] = (
     _resume,
     _quantization,
     _edges,
-    _not_built,
+    _fast_paths,
     _plan,
     _prompts,
 )

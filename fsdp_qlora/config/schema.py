@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Switch = Literal["auto", "true", "false"]
+"""``auto``: the plan decides, and says so."""
+Checkpointing = Literal["auto", "none", "selective", "full"]
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -30,8 +34,8 @@ class ModelSettings:
     """Hub name (``Qwen/Qwen3-8B``) or a folder with config.json and safetensors."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention; ``auto`` takes sdpa on an accelerator and eager on a CPU, where bf16 sdpa is slower."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention", "blockwise"] = "auto"
+    """Attention. ``blockwise`` is ours for CPUs; ``auto`` takes the fastest that the device and the model allow."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
     config_overrides: dict[str, Any] = field(default_factory=dict)
@@ -106,6 +110,9 @@ class QuantSettings:
     """Weights that share one statistic."""
     embeddings: Literal["none", "nf4"] = "none"
     """Quantize embedding and head too: rows are dequantized as they are looked up, the head slice by slice."""
+    cache_dequantized: Switch = "auto"
+    """Keep each dense weight from forward to backward instead of dequantizing it twice: as much memory as the model has
+    in 16 bit. ``auto``: where that fits."""
     allow_16bit: bool = False
     """Go on where more than 10 % of the decoder layers' weights cannot be quantized and stay in 16 bit."""
 
@@ -136,8 +143,9 @@ class FsdpSettings:
     """Ranks that share one copy of the parameters; 0 = all ranks divided by ``replicate_degree``."""
     replicate_degree: int = 1
     """Number of such copies (hybrid sharding)."""
-    reshard_after_forward: bool = True
-    """Free a unit's gathered parameters between forward and backward."""
+    reshard_after_forward: Switch = "auto"
+    """Free a layer's gathered parameters between forward and backward. ``false`` gathers each layer once a step and
+    holds all of them; ``auto`` does so where that fits."""
     offload: Literal["none", "params", "activations", "all"] = "none"
     """What is kept in host memory: parameters with their gradients and optimizer states, what the decoder layers keep
     for backward, or both. Pinned on an accelerator; on a CPU there is nothing to gain."""
@@ -195,10 +203,11 @@ class TrainSettings:
     """A loss above this many times the mean of the last 16 counts as a spike; 0 = never."""
     max_bad_steps: int = 5
     """Bad steps in a row after which ``skip`` and ``rollback`` stop, too."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """Recompute each decoder layer in backward instead of keeping its activations."""
-    compile: Literal["auto", "true", "false"] = "auto"
-    """torch.compile each decoder layer. ``auto`` and ``false`` run without; ``true`` is refused in this version."""
+    activation_checkpointing: Checkpointing = "auto"
+    """Recompute decoder layers in backward: ``none``; ``selective`` all but their matrix products and attention, whose
+    results are kept; ``full`` all. ``auto`` takes the first of these that fits."""
+    compile: Switch = "auto"
+    """torch.compile the decoder layers. ``auto`` does so where the run is long enough to win back the compilation."""
     logits_chunk: int = 256
     """Supervised tokens whose logits exist at the same time."""
     sample_prompts: list[str] = field(default_factory=list)
@@ -307,8 +316,9 @@ class LauncherSettings:
 class DebugSettings:
     """Switches for looking closer."""
 
-    name: Literal["off", "anomaly"] = "off"
-    """``anomaly`` runs autograd's anomaly detection (slow): names the operation that made a NaN."""
+    name: Literal["off", "anomaly", "plain"] = "off"
+    """``plain`` runs without fused products, blockwise attention, compiled layers, and what ``auto`` keeps in memory to
+    save time: the numbers are the same within rounding. ``anomaly`` runs autograd's anomaly detection (slow): names the operation that made a NaN."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Every function takes its group explicitly, so that tests can run on sub-groups o
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 from collections.abc import Iterator
@@ -106,6 +107,29 @@ def process_group(device: torch.device, placement: Placement, timeout_seconds: i
     finally:
         if dist.is_initialized():  # else it was left at exit, after an error
             dist.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees instead of giving it back to the kernel and asking for it again.
+
+    glibc returns large blocks at once; a training step then spends much of its time in page faults. The parameters are
+    those of mallopt(3): M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1). Nothing happens with another C library.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(-3, 2**30)
+        libc.mallopt(-1, 2**31 - 1)
+
+
+def memory_of(device: torch.device, local_world_size: int) -> int:
+    """Return the bytes of memory that a rank has: its accelerator's, or its part of the machine's (or the container's)."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            total = min(total, int(text))
+    return total // local_world_size
 
 
 def memory_peak(device: torch.device) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from fsdp_qlora.model.compile import uncompiled
 from fsdp_qlora.model.head import LossHead
 from fsdp_qlora.model.quant_head import QuantLossHead, configure_loss_head
 from fsdp_qlora.plan.batch import supervised_positions
@@ -55,7 +56,8 @@ class CausalModel(nn.Module):
         """
         base = self.base
         places = {} if position_ids is None else {"position_ids": position_ids}
-        hidden = base.get_decoder()(input_ids=input_ids, use_cache=False, **places).last_hidden_state
+        with nullcontext() if self.training else uncompiled():
+            hidden = base.get_decoder()(input_ids=input_ids, use_cache=False, **places).last_hidden_state
         if supervised is None:
             supervised = supervised_positions(labels)
         head = base.get_output_embeddings()
@@ -69,7 +71,8 @@ class CausalModel(nn.Module):
         Not for a backward: a sharded head is not gathered for it.
         """
         places = {} if position_ids is None else {"position_ids": position_ids}
-        return self.model(input_ids=input_ids, use_cache=False, **places).logits
+        with uncompiled():
+            return self.model(input_ids=input_ids, use_cache=False, **places).logits
 
     def outputs(self, **inputs: Any) -> Any:
         """Return the transformers model's own outputs: the way of encoder-decoders and masked language models."""
@@ -77,7 +80,7 @@ class CausalModel(nn.Module):
 
     def generate(self, **settings: Any) -> torch.Tensor:
         """Generate as transformers does; under FSDP all ranks call it together."""
-        with self._inputs_on(self.device):
+        with self._inputs_on(self.device), uncompiled():
             return self.model.generate(**settings)  # type: ignore[operator]
 
     @contextmanager

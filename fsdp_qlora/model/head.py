@@ -54,6 +54,52 @@ class LossHead(nn.Linear):
         return losses
 
 
+CACHED_BYTES = 3 * 2**20
+"""Of float32 logits that a CPU works on at a time: in its caches the passes over them cost little."""
+
+
+def rows_at_a_time(vocab_size: int, device: torch.device) -> int:
+    """Return how many rows of logits are float32 at the same time: all of a chunk on an accelerator."""
+    return max(1, CACHED_BYTES // (4 * vocab_size)) if device.type == "cpu" else 2**31
+
+
+def token_losses(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None, wants_grad: bool
+) -> torch.Tensor:
+    """Return the cross entropy of each row, float32 ``[rows]``; with ``wants_grad`` its gradient replaces the logits.
+
+    Args:
+        logits: ``[rows, vocab]``, as the head's product gives them; all else is computed in float32.
+        targets: int64 ``[rows]``.
+        scale: factor on the logits.
+        softcap: see `LossHead`.
+        wants_grad: whether ``logits`` become (softmax - one-hot) times what scale and cap add.
+    """
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    size = rows_at_a_time(logits.shape[1], logits.device)
+    for raw, target, loss in zip(logits.split(size), targets[:, None].split(size), losses.split(size), strict=True):
+        values = raw.float() if raw.dtype != torch.float32 else raw.clone()
+        if scale != 1.0:
+            values *= scale
+        capped = None
+        if softcap is not None:
+            capped = torch.tanh_(values.div_(softcap))  # in (-1, 1)
+            values = capped * softcap
+        top = values.amax(dim=-1, keepdim=True)
+        chosen = values.gather(1, target) - top
+        values.sub_(top).exp_()
+        total = values.sum(dim=-1, keepdim=True)
+        loss.copy_((total.log() - chosen).squeeze(1))
+        if wants_grad:
+            values.div_(total).scatter_add_(1, target, torch.full_like(top, -1.0))
+            if capped is not None:
+                values.mul_(capped.square_().neg_().add_(1))
+            if scale != 1.0:
+                values *= scale
+            raw.copy_(values)
+    return losses
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Per-token cross entropy of ``hidden @ weight.T`` (frozen weight) against labels."""
 
@@ -73,17 +119,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if wants_grad else None
         for start in range(0, labels.numel(), chunk):
             part = slice(start, start + chunk)
-            raw = torch.nn.functional.linear(hidden[part], weight, bias).float() * scale
-            logits = raw if softcap is None else softcap * torch.tanh(raw / softcap)
-            target = labels[part, None]
-            log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
-            losses[part] = (log_sum - logits.gather(1, target)).squeeze(1)
+            logits = torch.nn.functional.linear(hidden[part], weight, bias)
+            losses[part] = token_losses(logits, labels[part], scale, softcap, wants_grad)
             if grad is not None:
-                slope = torch.exp(logits - log_sum)
-                slope.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-                if softcap is not None:
-                    slope *= 1 - (logits / softcap) ** 2
-                grad[part] = (slope * scale).to(weight.dtype) @ weight
+                torch.mm(logits, weight, out=grad[part])
         if grad is not None:
             ctx.save_for_backward(grad)
         return losses

@@ -48,12 +48,12 @@ class QuantLossHead(nn.Module):
     def dense(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return weight ``[stop - start, hidden]`` and bias of a slice."""
         bias = None if self.bias is None else self.bias[start:stop]
-        return self.source.rows_of(self.source.quantized(), start, stop, dtype), bias
+        return self.source.matrix().rows(start, stop, dtype), bias
 
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits ``[..., vocab]``; with ``labels`` int64 ``[tokens]``, the float32 losses ``[tokens]``."""
         if labels is None:
-            return torch.cat([F.linear(input, *self.dense(a, b, input.dtype)) for a, b in self.source.slices()], dim=-1)
+            return torch.cat([F.linear(input, *self.dense(a, b, input.dtype)) for a, b in self.source.matrix().slices()], dim=-1)
         return _SlicedCrossEntropy.apply(input, labels, self)  # type: ignore[return-value]
 
     def logits(self, hidden: torch.Tensor, dense: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
@@ -70,7 +70,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         chunks = [slice(i, i + head.chunk) for i in range(0, labels.numel(), head.chunk)]
         largest = torch.full(labels.shape, -torch.inf, dtype=torch.float32, device=hidden.device)
         total, target = torch.zeros_like(largest), torch.zeros_like(largest)
-        for start, stop in head.source.slices():
+        for start, stop in head.source.matrix().slices():
             dense = head.dense(start, stop, hidden.dtype)
             for part in chunks:
                 logits = head.logits(hidden[part], dense)
@@ -96,7 +96,7 @@ def _gradient(
 ) -> torch.Tensor:
     """Return d loss / d hidden, ``[tokens, hidden]``: (softmax - one-hot) @ weight, added up over the slices."""
     grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    for start, stop in head.source.slices():
+    for start, stop in head.source.matrix().slices():
         dense = head.dense(start, stop, hidden.dtype)
         for part in chunks:
             logits = head.logits(hidden[part], dense)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -120,6 +120,26 @@ def require_sharded(model: nn.Module, ranks: Ranks) -> None:
 
 
 def synchronize_gradients(model: nn.Module, enabled: bool) -> None:
-    """Let the next backward reduce gradients over the ranks, or keep adding them up locally."""
+    """Let the next backward reduce gradients over the ranks, or keep adding them up locally.
+
+    Until then layers that stay gathered between forward and backward stay so from one micro-batch to the next.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
+    for unit in _gathered_units(model):
+        unit.set_reshard_after_backward(enabled, recurse=False)
+
+
+_GATHERED = "fsdp_qlora_stays_gathered"
+
+
+def stay_gathered(layers: Iterable[nn.Module]) -> None:
+    """Hold ``layers``' parameters, once gathered, for the rest of the step: they are gathered once."""
+    for layer in layers:
+        if isinstance(layer, FSDPModule):
+            layer.set_reshard_after_forward(False, recurse=False)
+            setattr(layer, _GATHERED, True)
+
+
+def _gathered_units(model: nn.Module) -> list[FSDPModule]:
+    return [m for m in model.modules() if isinstance(m, FSDPModule) and getattr(m, _GATHERED, False)]

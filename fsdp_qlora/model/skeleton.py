@@ -20,8 +20,10 @@ from transformers import (
 )
 from transformers.initialization import guard_torch_init_functions
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_flash_attn_2_available
 
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.model.attention import BLOCKWISE
 from fsdp_qlora.model.model_config import load_config, not_buildable
 from fsdp_qlora.plan.layout import LinearShape, ModelShapes
 from fsdp_qlora.quant.matrices import QuantMatrices
@@ -218,12 +220,25 @@ def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
                 raise ModelError(f"{type(module).__name__} ({name}): buffer {key} cannot be made after loading.")
 
 
-def attention_for(device: torch.device, asked: str) -> str:
-    """Return the attention implementation: the one asked for, or the faster one of this device for ``auto``."""
+_SINKS = ("gpt_oss",)
+"""Models whose attention adds sinks to the scores."""
+
+
+def attention_for(device: torch.device, asked: str, model_config: Any) -> str:
+    """Return the attention implementation: the one asked for, or for ``auto`` the fastest one that computes the same.
+
+    On an accelerator that is flash attention where the package is installed, else sdpa; on a CPU `blockwise`, for causal
+    models without soft caps, sinks or dropout in their attention.
+    """
     if asked != "auto":
         return asked
-    # bf16 sdpa on a CPU takes longer than two GEMMs and a softmax.
-    return "eager" if device.type == "cpu" else "sdpa"
+    text = model_config.get_text_config()
+    special = any(getattr(text, key, None) for key in ("attn_logit_softcapping", "attention_dropout", "attn_pdrop"))
+    if device.type != "cpu":
+        flash = device.type == "cuda" and is_flash_attn_2_available() and not special
+        return "flash_attention_2" if flash else "sdpa"
+    causal = _auto_class(model_config) is AutoModelForCausalLM and text.model_type not in _SINKS
+    return BLOCKWISE if causal and not special else "eager"
 
 
 def end_of_turn_ids(model_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

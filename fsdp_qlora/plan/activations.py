@@ -1,12 +1,14 @@
 """What a decoder layer keeps for backward, by arithmetic over its linears: the upper case, all tokens supervised.
 
-What autograd saves in transformers' decoder layers with our 4-bit linears (which save no input of their own):
+What autograd saves in transformers' decoder layers with our 4-bit linears (which save their input where they have an
+adapter, and nothing else):
 
 - each norm: its input in float32 (transformers' RMSNorm computes in float32);
 - each group of linears with one parent (attention, MLP): the input they share, for the adapters' A; the outputs of all
   but the last, which feed attention or the activation function; the input of the last; in an MLP also the activation
   function's output;
-- eager attention: keys and values repeated for each head, the float32 softmax and its copy;
+- eager attention: keys and values repeated for each head, the float32 softmax and its copy; blockwise attention: the
+  probabilities of short sequences;
 - experts: the same once for each expert that a token goes through.
 """
 
@@ -18,6 +20,10 @@ from dataclasses import dataclass
 from fsdp_qlora.plan.layout import LinearShape, ModelShapes
 
 FLOAT32 = 4
+QUERY_BLOCK = 128
+"""Queries (of one head) whose scores exist at the same time in blockwise attention."""
+KEPT_SCORES_LENGTH = 1024
+"""Up to so many tokens blockwise attention keeps its probabilities for backward; of longer ones it makes them again."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +34,16 @@ class LayerActivations:
     """Kept between the (re)computed forward and backward."""
     transient: int
     """More than that, for a moment in backward: the gradients of the widest intermediate."""
-    scores: int
-    """For each token and each position it sees: saved by eager attention, 0 for the others."""
     attention_saved: int
     """The part of ``saved`` that is still there when attention is differentiated."""
     attention_scores: int
     """As ``scores``, at that moment: the softmax, its gradient and the scores' gradient, all float32."""
     attention_width: int
     """Elements of the attention's output (heads x head size), for counting operations."""
+    chosen: int
+    """The part of ``saved`` that selective checkpointing keeps: what products and attention gave."""
+    blocks: int
+    """For each position that a token may see: a block of blockwise attention's scores, with slope and copy."""
 
 
 def is_attention(parent: str) -> bool:
@@ -44,7 +52,7 @@ def is_attention(parent: str) -> bool:
 
 
 def layer_activations(
-    shapes: ModelShapes, layer: str, adapted: frozenset[str], itemsize: int, r: int, dropout: bool, eager: bool
+    shapes: ModelShapes, layer: str, adapted: frozenset[str], itemsize: int, dropout: bool, attention: str
 ) -> LayerActivations:
     """Return what the decoder layer named ``layer`` keeps for each token.
 
@@ -53,10 +61,10 @@ def layer_activations(
         layer: name of the layer.
         adapted: names of the linears with an adapter.
         itemsize: bytes of an activation.
-        r: rank of the adapters.
         dropout: whether the adapters drop some of their input (each then keeps its own, and a mask).
-        eager: whether attention scores are kept.
+        attention: its implementation; ``eager`` keeps the scores, ``blockwise`` does of short sequences.
     """
+    eager, blockwise = attention == "eager", attention == "blockwise"
     inside = [x for x in shapes.linears if x.name.startswith(layer + ".")]
     groups: dict[str, list[LinearShape]] = {}
     for x in inside:
@@ -71,18 +79,36 @@ def layer_activations(
         if is_attention(parent):
             width = max(width, group[-1].in_features)
             attending += saved
-    extra = sum(r for x in inside if x.name in adapted) * itemsize
+    extra = 0
     if dropout:
-        extra += sum(x.in_features for x in inside if x.name in adapted) * (itemsize + 1)
+        extra = sum(x.in_features for x in inside if x.name in adapted) * (itemsize + 1)
     heads = shapes.num_attention_heads if eager else 0
     return LayerActivations(
         saved=elements * itemsize + _norms(shapes, layer, inside) + extra,
         transient=(transient + shapes.hidden_size) * itemsize,
-        scores=heads * (itemsize + FLOAT32),
         attention_saved=(attending + shapes.hidden_size) * itemsize + shapes.hidden_size * FLOAT32,
         attention_scores=heads * 3 * FLOAT32,
         attention_width=width,
+        chosen=(sum(shapes.experts_per_token * x.out_features if x.count > 1 else x.out_features for x in inside) + width)
+        * itemsize,
+        blocks=3 * shapes.num_attention_heads * QUERY_BLOCK * itemsize if blockwise else 0,
     )
+
+
+def kept_scores(shapes: ModelShapes, attention: str, itemsize: int, length: int) -> int:
+    """Return the bytes of probabilities that attention keeps for a token of a sequence of ``length``.
+
+    Eager attention keeps them in float32 and in the activations' dtype, for all positions; blockwise attention those of
+    each block of queries with the keys up to its end.
+    """
+    heads = shapes.num_attention_heads
+    if attention == "eager":
+        return heads * (itemsize + FLOAT32) * length
+    if attention == "blockwise" and length <= KEPT_SCORES_LENGTH:
+        blocks, rest = divmod(length, QUERY_BLOCK)
+        seen = QUERY_BLOCK * QUERY_BLOCK * blocks * (blocks + 1) // 2 + rest * length
+        return -(-heads * itemsize * seen // length)
+    return 0
 
 
 def _group(parent: str, group: list[LinearShape], adapted: frozenset[str], eager: bool) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 
-from fsdp_qlora.plan.activations import FLOAT32, LayerActivations, layer_activations
+from fsdp_qlora.plan.activations import FLOAT32, LayerActivations, kept_scores, layer_activations
 from fsdp_qlora.plan.layout import (
     CHUNK_ROWS,
     ROW_BLOCKS,
@@ -31,8 +31,12 @@ from fsdp_qlora.plan.layout import (
     row_range,
 )
 
-LOGIT_COPIES = 4
-"""Float32 tensors ``[chunk, vocab]`` of the chunked cross entropy at once: two of this chunk, two of the last."""
+LOGIT_COPIES = 2
+"""Tensors ``[chunk, vocab]`` of the chunked cross entropy at once: this chunk's and the last one's."""
+SLICE_COPIES = 4
+"""Float32 tensors of the sliced cross entropy at once: two of this slice, two of the last."""
+FLOAT_LOGITS_BYTES = 64 * 2**20
+"""Of a chunk's logits that are float32 at the same time (`model/head.py`)."""
 FILE_ITEMSIZE = 2
 """Bytes of an element in the model's files (bf16)."""
 LAYERS_ON_DEVICE = 2
@@ -103,8 +107,10 @@ class StorageSettings:
     """Float32 states per trainable element."""
     micro_batch_size: int
     max_length: int
-    checkpointing: bool
-    eager_attention: bool
+    checkpointing: str
+    """``none``, ``selective`` or ``full``."""
+    attention: str
+    """Its implementation: ``eager`` and ``blockwise`` keep scores, the others do not."""
     logits_chunk: int
     quantized_embeddings: bool = False
     offload_parameters: bool = False
@@ -114,6 +120,8 @@ class StorageSettings:
     prefetch: int = 1
     """Units that are gathered ahead."""
     reshard_after_forward: bool = True
+    cache_dequantized: bool = False
+    """Dense weights are kept from forward to backward."""
     accumulation_steps: int = 1
     dropout: bool = False
 
@@ -152,7 +160,8 @@ class MemoryModel:
         quantized: what is stored in 4-bit.
         targets: linears with an adapter.
         settings: what `plan` may be given differently: ``micro_batch_size``, ``max_length``, ``checkpointing``,
-            ``logits_chunk``, ``offload_*``, ``prefetch``, ``reshard_after_forward`` and ``accumulation_steps``.
+            ``logits_chunk``, ``offload_*``, ``prefetch``, ``reshard_after_forward``, ``cache_dequantized`` and
+            ``accumulation_steps``.
     """
 
     def __init__(
@@ -170,13 +179,14 @@ class MemoryModel:
         dense = (min(x.numel_each, 2 * SLICE_WEIGHTS) if x.numel_each > WHOLE_WEIGHTS else x.numel_each
                  for x in quantized if x.name not in edges)  # fmt: skip
         self.dense = max(dense, default=0)
+        self.all_dense = sum(x.numel for x in quantized if x.name not in edges and x.numel_each <= WHOLE_WEIGHTS)
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
         adapted = frozenset(x.name for x in self.targets)
         self.activations: tuple[LayerActivations, ...] = tuple(
             layer_activations(
-                shapes, layer, adapted, settings.itemsize, settings.r, settings.dropout, settings.eager_attention
+                shapes, layer, adapted, settings.itemsize, settings.dropout, settings.attention
             )
             for layer in shapes.layers
         )
@@ -186,9 +196,8 @@ class MemoryModel:
         fixed = self.fixed
         kept = self._kept_for_backward(settings)
         layer = self._layer(settings)
-        last = (
-            0 if settings.checkpointing or settings.offload_activations else self._saved(self.activations[-1], settings)
-        )
+        whole = settings.checkpointing == "none" and not settings.offload_activations
+        last = self._saved(self.activations[-1], settings) if whole else 0
         logits = self._logits(settings)
         edge = 5 * settings.tokens * self.shapes.hidden_size * settings.itemsize  # final norm, its copies, gradient
         head, again = self._gathered_head(settings)
@@ -218,11 +227,14 @@ class MemoryModel:
         return MemoryPlan(bytes_, moments, self._host(settings))
 
     def gathered_bytes(self, settings: StorageSettings) -> int:
-        """Return the bytes that a rank receives for one micro-batch, forward and backward."""
-        passes = 2 if settings.reshard_after_forward else 1
+        """Return the bytes that a rank receives for one micro-batch, forward and backward.
+
+        Layers that stay gathered are received once a step: of that, a micro-batch's share.
+        """
         edges = self.edges[0].gathered + (0 if self.shapes.tied else 2 * self.edges[1].gathered)
-        whole = passes * sum(unit.gathered for unit in self.layers) + edges
-        return whole * (settings.shard_size - 1) // settings.shard_size
+        layers = sum(unit.gathered for unit in self.layers)
+        layers = 2 * layers if settings.reshard_after_forward else layers // settings.accumulation_steps
+        return (layers + edges) * (settings.shard_size - 1) // settings.shard_size
 
     def trainable(self) -> int:
         """Return the number of adapter elements."""
@@ -297,34 +309,49 @@ class MemoryModel:
     def _kept_for_backward(self, settings: StorageSettings) -> int:
         """Return what forward leaves on the device: a layer's input each, or all that the layers saved."""
         edge = settings.tokens * self.shapes.hidden_size * settings.itemsize
-        if settings.checkpointing:
-            each = [edge] * len(self.layers)
-        else:
+        if settings.checkpointing == "none":
             each = [self._saved(layer, settings) for layer in self.activations[:-1]]
+        else:
+            each = [edge + self._chosen(layer, settings) for layer in self.activations]
         on_device = each[-LAYERS_ON_DEVICE:] if settings.offload_activations else each
-        return sum(on_device) + (0 if settings.checkpointing else edge)
+        dense = self.all_dense * settings.itemsize if settings.cache_dequantized else 0
+        return sum(on_device) + dense + (edge if settings.checkpointing == "none" else 0)
+
+    def _chosen(self, layer: LayerActivations, settings: StorageSettings) -> int:
+        """Return what of a layer's products selective checkpointing keeps."""
+        if settings.checkpointing != "selective":
+            return 0
+        # eager attention is no product that is kept; blockwise attention is, with the probabilities that it kept
+        scores = self._scores(settings) if settings.attention != "eager" else 0
+        return settings.tokens * (layer.chosen + scores)
+
+    def _scores(self, settings: StorageSettings) -> int:
+        return kept_scores(self.shapes, settings.attention, settings.itemsize, settings.max_length)
 
     def _layer(self, settings: StorageSettings) -> int:
         """Return what the layer in backward adds: all that it saved, and a moment's gradients."""
 
         def moments(layer: LayerActivations) -> int:
             in_attention = layer.attention_saved + layer.attention_scores * settings.max_length
-            return max(self._saved(layer, settings) + layer.transient * settings.tokens, in_attention * settings.tokens)
+            blocks = layer.blocks * settings.max_length * settings.micro_batch_size
+            again = self._saved(layer, settings) - self._chosen(layer, settings)
+            return max(again + max(layer.transient * settings.tokens, blocks), in_attention * settings.tokens)
 
         return max(map(moments, self.activations), default=0)
 
     def _saved(self, layer: LayerActivations, settings: StorageSettings) -> int:
-        return settings.tokens * (layer.saved + layer.scores * settings.max_length)
+        return settings.tokens * (layer.saved + self._scores(settings))
 
     def _logits(self, settings: StorageSettings) -> int:
         chunk = min(settings.logits_chunk, settings.tokens)
         if not settings.quantized_embeddings:
-            return chunk * self.shapes.vocab_size * FLOAT32 * LOGIT_COPIES
+            logits = chunk * self.shapes.vocab_size
+            return LOGIT_COPIES * (logits * settings.itemsize + min(logits * FLOAT32, FLOAT_LOGITS_BYTES))
         hidden = self.shapes.hidden_size
         rows = min(SLICE_WEIGHTS // hidden, self.shapes.vocab_size)
         slope = settings.tokens * hidden * (FLOAT32 + settings.itemsize)  # added up over the slices, then rounded
         dense = 2 * rows * hidden * settings.itemsize  # a slice is freed when the next one is there
-        return chunk * rows * FLOAT32 * LOGIT_COPIES + dense + slope
+        return chunk * rows * FLOAT32 * SLICE_COPIES + dense + slope
 
     def _largest_slice(self, shard_size: int) -> int:
         """Return the most elements that this rank reads at a time: a chunk of a weight, a share of what is kept."""
@@ -339,7 +366,8 @@ class MemoryModel:
 
     def _host(self, settings: StorageSettings) -> HostBytes:
         edge = settings.tokens * self.shapes.hidden_size * settings.itemsize
-        each = [edge if settings.checkpointing else self._saved(layer, settings) for layer in self.activations]
+        none = settings.checkpointing == "none"
+        each = [self._saved(x, settings) if none else edge + self._chosen(x, settings) for x in self.activations]
         offloaded = sum(each) if settings.offload_activations else 0
         parameters = sum(self.fixed) + self.fixed[3] if settings.offload_parameters else 0  # and the gradients
         return HostBytes(self.largest_slice * FILE_ITEMSIZE, parameters, offloaded)

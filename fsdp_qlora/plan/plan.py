@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.errors import ConfigError, PlanError
+from fsdp_qlora.errors import PlanError
 from fsdp_qlora.plan.batch import BatchPlan
+from fsdp_qlora.plan.choices import choose
 from fsdp_qlora.plan.layout import (
     LinearShape,
     ModelShapes,
@@ -19,11 +19,11 @@ from fsdp_qlora.plan.layout import (
     target_linears,
 )
 from fsdp_qlora.plan.memory import BytesPerRank, HostBytes, MemoryModel, StorageSettings
+from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 
 _OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}
 _MOST_KEPT = 0.1
 """Share of the decoder layers' weights that may stay in 16 bit without a word."""
-_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class TrainPlan:
     base_parameters: int
     memory: MemoryModel
     settings: StorageSettings
+    choices: dict[str, str]
+    """What ``auto`` became, by the setting's key, and why."""
 
     @property
     def peak(self) -> int:
@@ -87,10 +89,18 @@ class TrainPlan:
         }
 
 
-def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int) -> TrainPlan:
+def make_plan(
+    config: RunConfig, shapes: ModelShapes, world_size: int, budget: int | None = None
+) -> TrainPlan:
     """Decide what is quantized, trained and sharded, and what it weighs.
 
     ``model.attn_implementation=auto`` counts as one that keeps no attention scores.
+
+    Args:
+        config: the settings.
+        shapes: the model.
+        world_size: ranks.
+        budget: bytes that a rank's tensors may take; None where that is not known, and then ``auto`` saves memory.
 
     Raises:
         PlanError: if a target module matches nothing, or the ranks cannot be laid out as asked.
@@ -105,6 +115,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int) -> TrainP
     settings = storage_settings(config, batch, shard_degree(config, world_size))
     edges = quantized_edges(shapes) if config.quant.embeddings != "none" else ()
     memory = MemoryModel(shapes, quantized + edges, [by_name[name] for name in targets], settings)
+    settings, choices = choose(config, memory, settings, budget)
     planned = memory.plan(settings)
     return TrainPlan(
         world_size=world_size,
@@ -121,6 +132,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int) -> TrainP
         base_parameters=sum(prod(shape) for shape in shapes.parameters.values()),
         memory=memory,
         settings=settings,
+        choices=choices,
     )
 
 
@@ -176,36 +188,15 @@ def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> St
         optimizer_states=_OPTIMIZER_STATES[config.optim.name],
         micro_batch_size=batch.micro_batch_size,
         max_length=config.data.max_length,
-        checkpointing=config.train.activation_checkpointing == "full",
-        eager_attention=config.model.attn_implementation == "eager",
+        checkpointing=config.train.activation_checkpointing.replace("auto", "none"),
+        attention=config.model.attn_implementation,
         logits_chunk=config.train.logits_chunk,
         quantized_embeddings=config.quant.embeddings != "none",
         offload_parameters=config.fsdp.offloads_parameters,
         offload_activations=config.fsdp.offloads_activations,
         prefetch=config.fsdp.prefetch,
-        reshard_after_forward=config.fsdp.reshard_after_forward,
+        reshard_after_forward=config.fsdp.reshard_after_forward != "false",
+        cache_dequantized=config.quant.cache_dequantized == "true",
         accumulation_steps=batch.accumulation_steps,
         dropout=config.lora.dropout > 0,
     )
-
-
-def parse_bytes(text: str, key: str = "plan.gpu") -> int:
-    """Return the bytes of ``24GiB``, ``80GB`` or a plain number; ``key`` is the setting that holds it.
-
-    Raises:
-        ConfigError: if it is none of these.
-    """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]I?)?B?\s*", text.upper())
-    try:
-        return int(float(match[1]) * _UNITS[match[2] or ""]) if match else _no_amount(text, key)
-    except ValueError:
-        return _no_amount(text, key)
-
-
-def _no_amount(text: str, key: str) -> int:
-    raise ConfigError(f"{key}: {text!r} is no amount of memory; write it as 24GiB or 80GB.")
-
-
-def reserve_bytes(peak: int, gpu: str | None) -> int:
-    """Return what is kept free for the framework: the larger of 1.5 GiB and 6 % of the device (or of the peak)."""
-    return max(int(1.5 * 2**30), int(0.06 * (parse_bytes(gpu) if gpu else peak)))

@@ -12,8 +12,9 @@ from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect, find_
 from fsdp_qlora.plan.fates import fates
 from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.memory import StorageSettings
-from fsdp_qlora.plan.plan import TrainPlan, parse_bytes, reserve_bytes
+from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.search import Found, best, fastest, search
+from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.plan.timing import StepTime, flops_per_token, step_time
 
 
@@ -94,7 +95,7 @@ def advice(plan: TrainPlan, time: StepTime, config: RunConfig, gpu: str | None) 
         f"train.micro_batch_size={rows} (of {length} tokens) or as many tokens by data.packing balances them; "
         f"it holds {held}. The global batch is then at least {rows * plan.world_size} rows."
     ]
-    if config.fsdp.reshard_after_forward:
+    if plan.settings.reshard_after_forward:
         kept = plan.memory.plan(replace(plan.settings, reshard_after_forward=False)).peak
         if gpu is not None and kept + reserve_bytes(kept, gpu) <= parse_bytes(gpu):
             lines.append(

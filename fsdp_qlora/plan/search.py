@@ -10,6 +10,7 @@ from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
 
 SETTINGS = (
     ("none", "none"),
+    ("selective", "none"),
     ("full", "none"),
     ("full", "activations"),
     ("none", "activations"),
@@ -95,7 +96,8 @@ def _one(
             base,
             micro_batch_size=rows,
             max_length=length,
-            checkpointing=checkpointing == "full",
+            checkpointing=checkpointing,
+            cache_dequantized=base.cache_dequantized and checkpointing == "none",
             offload_parameters=offload in ("params", "all"),
             offload_activations=offload in ("activations", "all"),
             accumulation_steps=_turns(batch, rows),

@@ -86,7 +86,7 @@ def flops_per_token(plan: TrainPlan, shapes: ModelShapes, settings: StorageSetti
     return Flops(
         forward=2 * (weights + head + adapters) + attention,
         backward=2 * (weights + head) + 4 * adapters + 2.5 * attention,
-        recompute=2 * (weights + adapters) + attention if settings.checkpointing else 0,
+        recompute=2 * (weights + adapters) + attention if settings.checkpointing == "full" else 0,
     )
 
 
@@ -134,10 +134,11 @@ def step_time(
 
 
 def _dequantized_bytes(plan: TrainPlan, shapes: ModelShapes, settings: StorageSettings) -> float:
-    """Return the bytes read and written: half a byte and an element a weight, 2 or 3 times a micro-batch."""
+    """Return the bytes read and written: half a byte and an element a weight, each time it is used."""
     inside = {x.name for x in shapes.linears}  # of an embedding only some rows are dequantized
     weights = sum(x.numel for x in plan.quantized if x.name in inside)
-    return weights * (0.5 + settings.itemsize) * (3 if settings.checkpointing else 2)
+    times = 3 if settings.checkpointing == "full" else 1 if settings.cache_dequantized else 2
+    return weights * (0.5 + settings.itemsize) * times
 
 
 def _copied_bytes(plan: TrainPlan, settings: StorageSettings) -> int:

@@ -14,18 +14,20 @@ from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.matrices import QuantMatrices
 
 
-def swap_linears(model: nn.Module, linears: Iterable[LinearShape], quant_format: QuantFormat) -> list[str]:
+def swap_linears(
+    model: nn.Module, linears: Iterable[LinearShape], quant_format: QuantFormat, cache_dequantized: bool = False
+) -> list[str]:
     """Put a `QuantLinear` on meta in the place of each linear, `QuantMatrices` in that of stacked ones.
 
-    Return the names swapped.
+    Return the names swapped. With ``cache_dequantized`` dense matrices are kept from forward to backward.
 
     Raises:
         PlanError: if one is no linear layer of ``model``, or is not on the meta device (its weight would be lost).
     """
-    return [_swap(model, x, quant_format) for x in linears]
+    return [_swap(model, x, quant_format, cache_dequantized) for x in linears]
 
 
-def _swap(model: nn.Module, linear: LinearShape, quant_format: QuantFormat) -> str:
+def _swap(model: nn.Module, linear: LinearShape, quant_format: QuantFormat, cache_dequantized: bool) -> str:
     parent_name, _, child = linear.name.rpartition(".")
     parent = model.get_submodule(parent_name)
     found = getattr(parent, child)
@@ -40,6 +42,6 @@ def _swap(model: nn.Module, linear: LinearShape, quant_format: QuantFormat) -> s
     else:
         bias = getattr(found, "bias", None) is not None
         made = QuantLinear(linear.in_features, linear.out_features, quant_format, bias, weight.dtype)
-    made.stored = linear
+    made.stored, made.cache_dequantized = linear, cache_dequantized
     setattr(parent, child, made)
     return linear.name

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fsdp_qlora.api import build_sharded, planned_skeleton
+from fsdp_qlora.api import build_sharded, planned, planned_skeleton
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.dist.mesh import Ranks
@@ -118,12 +118,13 @@ def simulate(config: RunConfig, world_size: int) -> Simulation:
     _make_tables(config)
     fsdp = config.fsdp
     with simulated_ranks(world_size, fsdp.shard_degree, fsdp.replicate_degree) as ranks:
-        resolved, base = planned_skeleton(config)
+        resolved, base, _ = planned(config, world_size)
+        resolved = replace(resolved, train=replace(resolved.train, compile="false"))  # the tracker sees operations
         full = counts_of(layer_kinds(base, read_shapes(base)))
         if sum(full) <= WHOLE_LAYERS:
             return _whole(_simulate_cut(resolved, base, ranks), started)
         needed, check = cut_counts(full)
-        cuts = [_shallow(config, counts, ranks) for counts in (*needed, check)]
+        cuts = [_shallow(resolved, counts, ranks) for counts in (*needed, check)]
         place, peak = _highest(places := extrapolate(cuts[:-1], full))
         predicted = _highest(extrapolate(cuts[:-1], check))[1].total
         error = relative_error(predicted, cuts[-1].total, needed[0], check, full, peak.total)

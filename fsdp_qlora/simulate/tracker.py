@@ -25,8 +25,11 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState, _register
 
 from fsdp_qlora.dist.mesh import REPLICATE, SHARD, Ranks, degrees
 from fsdp_qlora.errors import PlanError
+from fsdp_qlora.model import attention
+from fsdp_qlora.quant import products
 
 T = TypeVar("T")
+OUR_OPS = products.BODIES | attention.BODIES
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,9 @@ class _PlaceTracker(FSDPMemTracker):
         # Half of all calls ask a fake tensor for its device; the way through both modes takes as long as an operation.
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device
+        if (body := OUR_OPS.get(func)) is not None:  # an op of ours: what it does inside takes memory, too
+            with self:
+                return body(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _update_peak_stats(self, peak_state: Any) -> None:

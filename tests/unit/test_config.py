@@ -11,6 +11,7 @@ import yaml
 
 from fsdp_qlora.cli.compose import compose_config, conf_dir, group_options, GROUPS  # isort: skip
 from fsdp_qlora.config.convert import from_dict, known_keys, to_dict
+from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
 
@@ -71,10 +72,17 @@ def test_own_yaml_folder(tmp_path):
 
 
 def test_a_choice_that_looks_like_a_bool():
-    for choice in ("auto", "false"):
+    for choice in ("auto", "false", "true"):
         assert compose_config("train", [f"train.compile={choice}"]).train.compile == choice
-    with pytest.raises(ConfigError, match="not available in this version"):
-        compose_config("train", ["train.compile=true"])
+
+
+def test_fast_paths_that_exclude_each_other_are_refused():
+    pairs = (["quant.cache_dequantized=true", "train.activation_checkpointing=full"], "quant.cache_dequantized"), (
+        ["train.compile=true", "fsdp.offload=activations"], "train.compile",
+    )  # fmt: skip
+    for overrides, key in pairs:
+        with pytest.raises(ConfigError, match=key):
+            check(compose_config("train", overrides))
 
 
 def test_all_failures_at_once():

@@ -79,7 +79,8 @@ def test_forward_keeps_nothing_full_size_for_backward():
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         layer(torch.randn(2, 512, dtype=torch.bfloat16, requires_grad=True))
-    assert kept and all(t.untyped_storage().data_ptr() in {p.data_ptr() for p in layer.parameters()} for t in kept)
+    held = {t.data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    assert kept and all(t.untyped_storage().data_ptr() in held for t in kept)
 
 
 def test_gradients_after_an_evaluation_equal_those_without():

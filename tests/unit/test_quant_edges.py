@@ -47,7 +47,7 @@ def test_an_embedding_whose_rows_share_blocks_is_refused():
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_sliced_head_has_the_dense_heads_losses_gradients_and_logits(monkeypatch, softcap, bias):
-    monkeypatch.setattr("fsdp_qlora.quant.matrices.SLICE_WEIGHTS", 300 * HIDDEN)  # four slices
+    monkeypatch.setattr("fsdp_qlora.quant.matrix.SLICE_WEIGHTS", 300 * HIDDEN)  # four slices
     matrices = _filled(QuantMatrices, QuantFormat(), in_features=HIDDEN, out_features=VOCAB)
     generator = torch.Generator().manual_seed(2)
     shift = torch.nn.Parameter(torch.randn(VOCAB, generator=generator), requires_grad=False) if bias else None
@@ -60,7 +60,7 @@ def test_the_sliced_head_has_the_dense_heads_losses_gradients_and_logits(monkeyp
     head.logit_scale = dense.logit_scale = 0.5
     head.softcap = dense.softcap = softcap
     head.chunk = 7
-    assert len(list(matrices.slices())) == 4
+    assert len(list(matrices.matrix().slices())) == 4
     hidden = torch.randn(40, HIDDEN, generator=generator)
     labels = torch.randint(0, VOCAB, (40,), generator=generator)
     found = []
@@ -80,8 +80,8 @@ def test_a_very_large_matrix_is_multiplied_slice_by_slice(monkeypatch, double_qu
     x = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(4))
     found = []
     for whole in (2**28, 1000):
-        monkeypatch.setattr("fsdp_qlora.quant.matrices.WHOLE_WEIGHTS", whole)
-        monkeypatch.setattr("fsdp_qlora.quant.matrices.SLICE_WEIGHTS", 300 * HIDDEN)
+        monkeypatch.setattr("fsdp_qlora.quant.matrix.WHOLE_WEIGHTS", whole)
+        monkeypatch.setattr("fsdp_qlora.quant.matrix.SLICE_WEIGHTS", 300 * HIDDEN)
         y = x.clone().requires_grad_()
         out = matrices.matmul(y)
         out.square().sum().backward()

@@ -1,0 +1,47 @@
+"""`torch.compile` by decoder layer: one compilation serves all layers, and FSDP's hooks stay outside of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+COMPILED_TYPES = frozenset(
+    ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox"]
+)
+"""Families whose layers are known to be one graph (`tests/unit/test_compile.py`): those that ``auto`` compiles."""
+
+
+def compile_layers(layers: Sequence[nn.Module], dynamic: bool) -> None:
+    """Compile each of ``layers`` when it first runs; call it before `fully_shard`.
+
+    A layer is one graph (``fullgraph``): one that breaks in parts is an error and not slow code. All share the code that
+    was compiled for the first, but for the first layer itself where nothing before it is trained.
+
+    Args:
+        layers: decoder layers.
+        dynamic: whether batches differ in length; one compilation then serves all lengths.
+    """
+    # FSDP2 warns that a compiled layer's output is a view; transformers' models never write into it
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    for layer in layers:
+        layer.compile(fullgraph=True, dynamic=dynamic)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled layers as they were written: for evaluation and generation, whose shapes would cost compilations."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether what `torch.compile` needs is here: a C++ compiler for a CPU, Triton for an accelerator."""
+    if device.type == "cpu":
+        return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
+    return torch.utils._triton.has_triton() if hasattr(torch.utils, "_triton") else False

@@ -1,0 +1,134 @@
+"""What ``auto`` means: of the settings that change speed and memory but no number, the fastest that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
+from fsdp_qlora.plan.sizes import reserve_bytes
+
+_Ladder = tuple[tuple[str, bool, bool], ...]
+LADDER: _Ladder = (
+    ("none", False, True),
+    ("none", False, False),
+    ("none", True, True),
+    ("none", True, False),
+    ("selective", False, False),
+    ("selective", True, False),
+    ("full", False, False),
+    ("full", True, False),
+)
+"""(checkpointing, reshard after forward, cache dequantized), fastest first: computing a layer again costs most, then
+gathering it again, then dequantizing it again (`benchmarks/auto.py` holds the order against measured times)."""
+_KEYS = ("train.activation_checkpointing", "fsdp.reshard_after_forward", "quant.cache_dequantized")
+
+
+def choose(
+    config: RunConfig, memory: MemoryModel, settings: StorageSettings, budget: int | None
+) -> tuple[StorageSettings, dict[str, str]]:
+    """Return the settings with every ``auto`` decided, and what was decided by key.
+
+    Args:
+        config: the settings as asked for.
+        memory: the model's bytes.
+        settings: storage, with what was asked for in it.
+        budget: bytes that tensors may take; None takes what holds least without computing anything twice.
+    """
+    asked: tuple[str, ...] = (
+        config.train.activation_checkpointing, config.fsdp.reshard_after_forward, config.quant.cache_dequantized,
+    )  # fmt: skip
+    if config.debug.name == "plain":
+        asked = tuple(a if a != "auto" else b for a, b in zip(asked, ("none", "true", "false"), strict=True))
+    candidates = list(_candidates(asked, memory, settings))
+    if budget is None:
+        chosen = replace(settings, cache_dequantized=asked[2] == "true")
+        why = "the memory is not known"
+    else:
+        fitting = [c for c in candidates if memory.plan(c).peak <= budget]
+        chosen = fitting[0] if fitting else candidates[-1]
+        why = f"fits in {budget / 1e9:.1f} GB" if fitting else f"nothing fits in {budget / 1e9:.1f} GB"
+    found = (chosen.checkpointing, _word(chosen.reshard_after_forward), _word(chosen.cache_dequantized))
+    return chosen, {key: f"{value} ({why})" for key, value, a in zip(_KEYS, found, asked, strict=True) if a == "auto"}
+
+
+def decided(config: RunConfig, settings: StorageSettings) -> RunConfig:
+    """Return ``config`` with what `choose` decided in the place of every ``auto`` that it decides."""
+    return replace(
+        config,
+        train=replace(config.train, activation_checkpointing=settings.checkpointing),
+        fsdp=replace(config.fsdp, reshard_after_forward=_word(settings.reshard_after_forward)),
+        quant=replace(config.quant, cache_dequantized=_word(settings.cache_dequantized)),
+    )
+
+
+def tensor_budget(capacity: int, is_accelerator: bool) -> int:
+    """Return the bytes of ``capacity`` that tensors may take: less the reserve, on a CPU 60 % (others live there, too)."""
+    return capacity - reserve_bytes(0, str(capacity)) if is_accelerator else int(0.6 * capacity)
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """Whether to compile the layers, and why."""
+
+    on: bool
+    why: str
+
+
+def choose_compilation(config: RunConfig, plan: Work, num_steps: int, device_type: str, possible: bool) -> Compilation:
+    """Decide ``train.compile=auto``: whether the run is long enough to win back the compilation.
+
+    Args:
+        config: the settings.
+        plan: its micro-batches of a rank and their tokens, and the weights that a token meets.
+        num_steps: optimizer steps of the run.
+        device_type: what computes.
+        possible: whether a compiler is there and the model's layers are known to be one graph each.
+    """
+    if config.train.compile != "auto":
+        return Compilation(config.train.compile == "true", "as asked")
+    if not possible or config.fsdp.offloads_activations:
+        return Compilation(False, "not possible here")
+    rate, gain, cost = COMPILATION["cpu" if device_type == "cpu" else "accelerator"]
+    tokens = num_steps * plan.turns * plan.tokens
+    seconds = 4 * plan.weights * tokens / rate
+    won = gain * seconds
+    why = f"about {won:.0f} s to win of {seconds:.0f}, {cost:.0f} s to compile"
+    return Compilation(won > cost, why)
+
+
+COMPILATION = {"cpu": (1.2e11, 0.08, 60.0), "accelerator": (2e14, 0.12, 60.0)}
+"""(operations a second of a rank, share of a step that compiled layers save, seconds that compiling takes): the CPU's as
+measured in docs/performance.md, an accelerator's assumed."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What of a plan decides how long a run takes."""
+
+    turns: int
+    """Micro-batches of a rank in a step."""
+    tokens: int
+    """Of a micro-batch."""
+    weights: int
+    """That a token is multiplied with."""
+
+
+def _candidates(
+    asked: tuple[str, ...], memory: MemoryModel, settings: StorageSettings
+) -> Iterator[StorageSettings]:
+    """Yield the rungs of the ladder that go with what was asked for."""
+    for rung in LADDER:
+        words = (rung[0], _word(rung[1]), _word(rung[2]))
+        if any(a not in ("auto", word) for a, word in zip(asked, words, strict=True)):
+            continue
+        if asked[1] == "auto" and settings.shard_size == 1 and not rung[1]:
+            continue  # a single rank has nothing to gather
+        if rung[2] and not memory.all_dense:
+            continue
+        yield replace(settings, checkpointing=rung[0], reshard_after_forward=rung[1], cache_dequantized=rung[2])
+
+
+def _word(value: bool) -> str:
+    return "true" if value else "false"

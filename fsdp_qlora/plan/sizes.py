@@ -1,0 +1,31 @@
+"""Amounts of memory as people write them, and what of it is kept free."""
+
+from __future__ import annotations
+
+import re
+
+from fsdp_qlora.errors import ConfigError
+
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_bytes(text: str, key: str = "plan.gpu") -> int:
+    """Return the bytes of ``24GiB``, ``80GB`` or a plain number; ``key`` is the setting that holds it.
+
+    Raises:
+        ConfigError: if it is none of these.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]I?)?B?\s*", text.upper())
+    try:
+        return int(float(match[1]) * _UNITS[match[2] or ""]) if match else _no_amount(text, key)
+    except ValueError:
+        return _no_amount(text, key)
+
+
+def _no_amount(text: str, key: str) -> int:
+    raise ConfigError(f"{key}: {text!r} is no amount of memory; write it as 24GiB or 80GB.")
+
+
+def reserve_bytes(peak: int, gpu: str | None) -> int:
+    """Return what is kept free for the framework: the larger of 1.5 GiB and 6 % of the device (or of the peak)."""
+    return max(int(1.5 * 2**30), int(0.06 * (parse_bytes(gpu) if gpu else peak)))

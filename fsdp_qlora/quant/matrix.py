@@ -1,0 +1,73 @@
+"""`Matrix`: one frozen matrix ``[out_features, in_features]`` as it is while it computes, in 4-bit or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+
+from fsdp_qlora.plan.layout import ROW_WEIGHTS, SLICE_WEIGHTS, WHOLE_WEIGHTS, num_rows
+from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, dequantize
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix and how to multiply with it. Nothing here is differentiated: the matrix is frozen."""
+
+    out_features: int
+    in_features: int
+    quantized: QuantizedTensor | None
+    quant_format: QuantFormat
+    dense: torch.Tensor | None = None
+    """``[out_features, in_features]``, where it was dequantized already; ``quantized`` is None then."""
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return rows ``[start, stop)`` in ``dtype``; ``start`` must fall on a packed row, see `slices`."""
+        if self.quantized is None:
+            assert self.dense is not None
+            return self.dense[start:stop]
+        whole, part = self.quantized, self.quantized
+        if (start, stop) != (0, self.out_features):
+            first = start * self.in_features // ROW_WEIGHTS
+            rows = slice(first, first + num_rows((stop - start) * self.in_features))
+            nested = None if whole.nested is None else whole.nested[rows]
+            part = QuantizedTensor(whole.packed[rows], whole.absmax[rows], nested, whole.offset)
+        return dequantize(part, self.quant_format, (stop - start, self.in_features), dtype)
+
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return all of it in ``dtype``."""
+        return self.rows(0, self.out_features, dtype)
+
+    def slices(self) -> Iterator[tuple[int, int]]:
+        """Yield ``(start, stop)`` of slices of its rows that begin on packed rows."""
+        step = ROW_WEIGHTS // gcd(ROW_WEIGHTS, self.in_features)
+        size = max(step, SLICE_WEIGHTS // self.in_features // step * step)
+        for start in range(0, self.out_features, size):
+            yield start, min(start + size, self.out_features)
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """Yield what is dense at a time: all of it, or of a very large matrix its `slices`."""
+        if self.out_features * self.in_features <= WHOLE_WEIGHTS:
+            yield 0, self.out_features
+        else:
+            yield from self.slices()
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x @ matrix.T``: ``[tokens, in_features]`` -> ``[tokens, out_features]``."""
+        pieces = list(self._pieces())
+        if len(pieces) == 1:
+            return x @ self.whole(x.dtype).t()
+        out = x.new_empty(x.shape[0], self.out_features)
+        for start, stop in pieces:
+            out[:, start:stop] = x @ self.rows(start, stop, x.dtype).t()
+        return out
+
+    def apply_transposed(self, grad: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Return ``grad @ matrix`` ``[tokens, in_features]``, added to ``into`` (in place) where that is given."""
+        for start, stop in self._pieces():
+            part, dense = grad[:, start:stop], self.rows(start, stop, grad.dtype)
+            into = part @ dense if into is None else into.addmm_(part, dense)
+        assert into is not None
+        return into

@@ -1,0 +1,211 @@
+"""``fsdp_qlora::linears``: one input times several frozen matrices, each with its low-rank adapter; one op of torch.
+
+    out_i = x @ W_i.T + scaling_i * (x @ A_i.T) @ B_i.T
+
+(QLoRA, Dettmers et al., 2023, https://arxiv.org/abs/2305.14314, equation 5.) What is gained over separate modules:
+
+- for backward only ``x`` is kept, once for all; the low-rank product is made again, it costs next to nothing;
+- the A of all matrices are stacked, so that there is one low-rank product of ``x``, and one of its gradient;
+- the low-rank part is added into the base's product by the multiplication itself, and so are the gradients of ``x``:
+  no pass over activations just to add;
+- a frozen weight has no gradient, and none is computed; ``x``'s is not where nothing before it is trained.
+
+It is an op, so `torch.compile` and selective checkpointing see one thing that they need not
+look into, with a fake implementation that gives shapes. Simulated steps look into `BODIES`, for the dense weights inside are
+what a step's memory is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor
+from fsdp_qlora.quant.matrix import Matrix
+from fsdp_qlora.quant.ops import register
+
+DENSE = "dense"
+"""Format of matrices that are dense already: ``packed`` are the matrices, and there are no statistics."""
+
+
+def _matrices(
+    in_features: int, out_features: Sequence[int], packed: Sequence[Tensor], absmax: Sequence[Tensor],
+    nested: Sequence[Tensor], offset: Sequence[Tensor], name: str, block_size: int,
+) -> list[Matrix]:  # fmt: skip
+    if name == DENSE:
+        return [Matrix(out, in_features, None, QuantFormat(), dense) for out, dense in zip(out_features, packed)]
+    quant_format = QuantFormat(name, bool(nested), block_size)  # type: ignore[arg-type]
+    found = []
+    for i, out in enumerate(out_features):
+        second = (nested[i], offset[i]) if nested else (None, None)
+        found.append(Matrix(out, in_features, QuantizedTensor(packed[i], absmax[i], *second), quant_format))
+    return found
+
+
+def _linears(
+    x: Tensor, down: list[Tensor], up: list[Tensor], scalings: list[float], packed: list[Tensor], absmax: list[Tensor],
+    nested: list[Tensor], offset: list[Tensor], out_features: list[int], name: str, block_size: int,
+) -> list[Tensor]:  # fmt: skip
+    flat = x.reshape(-1, x.shape[-1])
+    matrices = _matrices(flat.shape[1], out_features, packed, absmax, nested, offset, name, block_size)
+    outs = [matrix.apply(flat) for matrix in matrices]
+    if down:
+        low = (flat @ _stack(down).t()).split([a.shape[0] for a in down], dim=1)
+        for out, part, b, scaling in zip(outs, low, up, scalings, strict=True):
+            out.addmm_(part, b.t(), alpha=scaling)
+    return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
+
+
+def _linears_backward(
+    grads: list[Tensor | None], x: Tensor | None, down: list[Tensor], up: list[Tensor], scalings: list[float],
+    packed: list[Tensor], absmax: list[Tensor], nested: list[Tensor], offset: list[Tensor], out_features: list[int],
+    in_features: int, name: str, block_size: int, wants_x: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    """Return the gradients of x (empty where not wanted), of each A and of each B. Without adapters ``x`` is None."""
+    used = next(g for g in grads if g is not None)  # None: of an output that nobody used
+    shape = (*used.shape[:-1], in_features)
+    found = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
+    grad_x = None
+    if wants_x:
+        matrices = _matrices(in_features, out_features, packed, absmax, nested, offset, name, block_size)
+        for matrix, grad in zip(matrices, found, strict=True):
+            if grad is not None:
+                grad_x = matrix.apply_transposed(grad, grad_x)
+    if x is None:
+        return used.new_empty(0) if grad_x is None else grad_x.view(shape), [], []
+    flat = x.reshape(-1, in_features)
+    ranks, stacked = [a.shape[0] for a in down], _stack(down)
+    low = (flat @ stacked.t()).split(ranks, dim=1)
+    grad_low = flat.new_zeros(flat.shape[0], sum(ranks))
+    grad_up = []
+    for grad, part, into, b, scaling in zip(found, low, grad_low.split(ranks, dim=1), up, scalings, strict=True):
+        if grad is None:
+            grad_up.append(torch.zeros_like(b))
+            continue
+        into.copy_(grad @ b).mul_(scaling)
+        grad_up.append((grad.t() @ part).mul_(scaling))
+    grad_down = (grad_low.t() @ flat).split(ranks)
+    if grad_x is not None:
+        grad_x.addmm_(grad_low, stacked)
+    return flat.new_empty(0) if grad_x is None else grad_x.view(shape), [g.clone() for g in grad_down], grad_up
+
+
+def _stack(down: list[Tensor]) -> Tensor:
+    return down[0] if len(down) == 1 else torch.cat(down)
+
+
+class _Linears(torch.autograd.Function):
+    """`linears` with its gradients; a plain function of torch, since those of `torch.library` take ten times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: tuple[Any, ...], x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        scalings, lengths, out_features, name, block_size = spec
+        # FSDP frees and refills the storage of the gathered parameters: saving them costs nothing between the passes.
+        ctx.save_for_backward(*([x] if lengths[0] else []), *rest)
+        ctx.spec, ctx.in_features = spec, x.shape[-1]
+        down, up, *frozen = _cut(rest, lengths)
+        return tuple(ops.linears(x, down, up, scalings, *frozen, out_features, name, block_size))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        scalings, lengths, out_features, name, block_size = ctx.spec
+        saved = list(ctx.saved_tensors)  # once: checkpointing forbids a second look
+        x = saved.pop(0) if lengths[0] else None
+        down, up, *frozen = _cut(saved, lengths)
+        wants_x = ctx.needs_input_grad[1]
+        grad_x, grad_down, grad_up = ops.linears_backward(
+            list(grads), x, down, up, scalings, *frozen, out_features, ctx.in_features, name, block_size, wants_x
+        )
+        return None, grad_x if wants_x else None, *grad_down, *grad_up, *[None] * sum(lengths[2:])
+
+
+def _cut(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
+    """Return ``tensors`` as lists of these lengths."""
+    found, place = [], 0
+    for length in lengths:
+        found.append(list(tensors[place : place + length]))
+        place += length
+    return found
+
+
+def _dense(
+    packed: Tensor, absmax: Tensor, nested: list[Tensor], offset: list[Tensor], out_features: int, in_features: int,
+    name: str, block_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return _matrices(in_features, [out_features], [packed], [absmax], nested, offset, name, block_size)[0].whole(dtype)
+
+
+def densify(matrix: Matrix, dtype: torch.dtype) -> Matrix:
+    """Return ``matrix`` dequantized to ``dtype``: its backward then need not dequantize it again."""
+    found = matrix.quantized
+    assert found is not None
+    nested = [] if found.nested is None else [found.nested]
+    offset = [] if found.offset is None else [found.offset]
+    out, into, quant_format = matrix.out_features, matrix.in_features, matrix.quant_format
+    made = ops.dense(found.packed, found.absmax, nested, offset, out, into, quant_format.name, quant_format.block_size, dtype)
+    return Matrix(out, into, None, quant_format, made)
+
+
+def multiply(
+    x: Tensor, matrices: Sequence[Matrix], down: Sequence[Tensor] = (), up: Sequence[Tensor] = (),
+    scalings: Sequence[float] = (),
+) -> list[Tensor]:  # fmt: skip
+    """Return ``x`` times each of ``matrices``, with its adapter where adapters are given.
+
+    Args:
+        x: ``[..., in_features]``.
+        matrices: of the same ``in_features`` and format; they get no gradient.
+        down: each A, ``[r, in_features]``, in ``x``'s dtype.
+        up: each B, ``[out_features, r]``.
+        scalings: factor on each adapter's product.
+
+    Returns:
+        ``[..., out_features]`` for each.
+    """
+    out_features = [m.out_features for m in matrices]
+    if matrices[0].quantized is None:
+        frozen: list[list[Tensor]] = [[m.dense for m in matrices if m.dense is not None], [], [], []]
+        name, block_size = DENSE, 0
+    else:
+        quantized = [m.quantized for m in matrices if m.quantized is not None]
+        nested = [q.nested for q in quantized if q.nested is not None]
+        offset = [q.offset for q in quantized if q.offset is not None]
+        frozen = [[q.packed for q in quantized], [q.absmax for q in quantized], nested, offset]
+        name, block_size = matrices[0].quant_format.name, matrices[0].quant_format.block_size
+    parts = [list(down), list(up), *frozen]
+    spec = (list(scalings), [len(part) for part in parts], out_features, name, block_size)
+    return list(_Linears.apply(spec, x, *(t for part in parts for t in part)))  # type: ignore[arg-type]
+
+
+def _fake_linears(
+    x: Tensor, down: Any, up: Any, scalings: Any, packed: Any, absmax: Any, nested: Any, offset: Any,
+    out_features: list[int], name: str, block_size: int,
+) -> list[Tensor]:  # fmt: skip
+    return [x.new_empty(*x.shape[:-1], out) for out in out_features]
+
+
+def _fake_linears_backward(
+    grads: list[Tensor | None], x: Any, down: list[Tensor], up: list[Tensor], scalings: Any, packed: Any, absmax: Any,
+    nested: Any, offset: Any, out_features: Any, in_features: int, name: str, block_size: int, wants_x: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    used = next(g for g in grads if g is not None)
+    grad_x = used.new_empty((*used.shape[:-1], in_features) if wants_x else 0)
+    return grad_x, [a.new_empty(a.shape) for a in down], [b.new_empty(b.shape) for b in up]
+
+
+def _fake_dense(
+    packed: Tensor, absmax: Any, nested: Any, offset: Any, out_features: int, in_features: int, name: str,
+    block_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return packed.new_empty(out_features, in_features, dtype=dtype)
+
+
+ops = torch.ops.fsdp_qlora
+BODIES: dict[Any, Callable[..., Any]] = register(
+    {"linears": (_linears, _fake_linears), "linears_backward": (_linears_backward, _fake_linears_backward),
+     "dense": (_dense, _fake_dense)}
+)  # fmt: skip
+"""The functions that the ops stand for, by op: simulated steps look into them."""
