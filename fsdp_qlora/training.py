@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ from fsdp_qlora.model.shard import synchronize_gradients
 from fsdp_qlora.model.weights import file_digests
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule
+from fsdp_qlora.profiling import Profiling
 from fsdp_qlora.summary import summarize
 from fsdp_qlora.track.console import ConsoleProgress
-from fsdp_qlora.track.meter import Meter
 from fsdp_qlora.track.run_folder import RunFolder, versions, write_json
 from fsdp_qlora.track.tracker import JsonLines, Sink, Tracker
 from fsdp_qlora.track.wandb import WandbSink
@@ -74,7 +74,7 @@ class Training:
         self.schedule = build_schedule(self.config.schedule, self.num_steps)
         self.objective = OBJECTIVES[self.config.objective.name]
         self.checkpointer = self._checkpointer()
-        self.progress, self.meter = Progress(), Meter()
+        self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
         base = file_digests(prepared.folder)
         self.identity = identity_of(to_dict(self.config), base, data_key(prepared.data.key, self.config.data))
 
@@ -210,11 +210,12 @@ class Training:
             finish=self.finish,
             stop_requested=lambda: signals.requested or self.checkpointer.gave_up,
             peak_memory=lambda: memory_peak(self.ranks.device)[0],
+            around_step=self.profiling.profiler.around_step if self.profiling.profiler else nullcontext,
         )
         try:
             return train_loop(
                 self.model, self.optimizer, self.schedule, self.config.optim.lr, self.progress, due, settings, hooks,
-                self._recovery(), tracker, self.meter,
+                self._recovery(), tracker, self.profiling.meter,
             )  # fmt: skip
         finally:
             self.batches.batch_at.close()
@@ -289,12 +290,14 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
             return FitResult(False, {})
         with _tracker(training, folder) as tracker:
             finished = training.run(tracker, signals)
+        profile = training.profiling.finish()
         if not finished:
             return FitResult(False, {})
         size = training.export(folder.adapter)
         summary = summarize(
-            prepared, training.progress, training.meter, training.batches.num_rows, before, training.answers(), size
-        )
+            prepared, training.progress, training.profiling.meter, training.batches.num_rows, before,
+            training.answers(), size,
+        ) | ({"profile": profile} if profile else {})  # fmt: skip
     on_main(lambda: folder.write_summary(summary), prepared.ranks)
     return FitResult(True, summary)
 

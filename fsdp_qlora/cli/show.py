@@ -11,11 +11,13 @@ from math import exp
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from fsdp_qlora.api import Prepared
 from fsdp_qlora.data.samples import segments
 from fsdp_qlora.track.console import megabytes, print_table
+from fsdp_qlora.track.phases import PHASES, WAITING
 from fsdp_qlora.track.run_folder import RunFolder
 
 _SHOWN = 160
@@ -122,6 +124,34 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         )
     )
     print_table(f"{folder.path.name}: done", rows)
+    if "profile" in summary:
+        print_profile(summary["profile"])
+
+
+def print_profile(profile: dict[str, Any]) -> None:
+    """Print where the recorded steps' time went on rank 0, and on the slowest rank if that is another."""
+    ranks = profile["ranks"]
+    steps = ranks[0]["steps"]
+    table = Table(title=f"seconds of a step (mean of steps {steps[0]} to {steps[-1]})", title_justify="left")
+    table.add_column("phase", style="bold", no_wrap=True)
+    for rank in ranks:
+        table.add_column(f"rank {rank['rank']}", justify="right", no_wrap=True)
+    table.add_column("what")
+    for phase, what in PHASES.items():
+        cells = [_of_step(rank, rank["phases"][phase]) for rank in ranks]
+        table.add_row(phase, *cells, what, end_section=phase == WAITING)
+    table.add_row("step", *[_of_step(rank, rank["step_seconds"]) for rank in ranks], "sum of these rows")
+    Console(highlight=False).print(table)
+    for rank in ranks:
+        waiting, least = rank["waiting"], len(ranks) > 1 and rank["rank"] == profile["slowest_rank"]
+        print(
+            f"rank {rank['rank']}{' (waits least: the slowest)' if least else ''}: of the waiting "
+            f"{waiting['in_collectives']:.4f} s while a collective was under way; {profile['folder']}/{rank['trace']}"
+        )
+
+
+def _of_step(rank: dict[str, Any], seconds: float) -> str:
+    return f"{seconds:.4f} {100 * seconds / rank['step_seconds']:5.1f} %"
 
 
 def _rank_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

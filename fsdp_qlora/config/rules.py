@@ -33,6 +33,7 @@ def _positive(config: RunConfig) -> Iterator[str]:
         "train.max_bad_steps": config.train.max_bad_steps,
         "generate.max_new_tokens": config.generate.max_new_tokens,
         "train.sample_tokens": config.train.sample_tokens,
+        "debug.record_steps": config.debug.record_steps,
     }.items():
         if not value > 0:
             yield f"{key}: must be above 0, got {value}."
@@ -65,6 +66,7 @@ def _not_negative(config: RunConfig) -> Iterator[str]:
         "run.seed": config.run.seed,
         "plan.world_size": config.plan.world_size,
         "generate.temperature": config.generate.temperature,
+        "debug.warmup_steps": config.debug.warmup_steps,
     }.items():
         if value < 0:
             yield f"{key}: must not be negative, got {value}."
@@ -187,6 +189,15 @@ def _resume(config: RunConfig) -> Iterator[str]:
         yield f"train.spike_factor: must be above 1 (or 0 for never), got {config.train.spike_factor}."
 
 
+def _debug(config: RunConfig) -> Iterator[str]:
+    steps, debug = config.train.max_steps, config.debug
+    if debug.name == "profile" and 0 < steps <= debug.warmup_steps:
+        yield (
+            f"debug.warmup_steps: {debug.warmup_steps} leave none of train.max_steps={steps} to record; raise "
+            "train.max_steps or lower debug.warmup_steps."
+        )
+
+
 def _quantization(config: RunConfig) -> Iterator[str]:
     if config.quant.block_size != 64:
         yield (
@@ -242,6 +253,7 @@ RULES: tuple[Rule, ...] = (
     _length,
     _names,
     _resume,
+    _debug,
     _quantization,
     _edges,
     _fast_paths,

@@ -1,13 +1,16 @@
 """`RunConfig` and its groups: every setting of a run, its type, its default and what it means.
 
 Frozen dataclasses of plain values; nothing here imports torch, hydra or omegaconf. Each group is one folder of
-``conf/``. The string under a field is its documentation, and `fsdp-qlora VERB --help` shows the composed values.
+``conf/``; those of single verbs are in `fsdp_qlora.config.verbs`. The string under a field is its documentation, and
+`fsdp-qlora VERB --help` shows the composed values.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
 
 Switch = Literal["auto", "true", "false"]
 """``auto``: the plan decides, and says so."""
@@ -316,61 +319,15 @@ class LauncherSettings:
 class DebugSettings:
     """Switches for looking closer."""
 
-    name: Literal["off", "anomaly", "plain"] = "off"
+    name: Literal["off", "anomaly", "plain", "profile"] = "off"
     """``plain`` runs without fused products, blockwise attention, compiled layers, and what ``auto`` keeps in memory to
-    save time: the numbers are the same within rounding. ``anomaly`` runs autograd's anomaly detection (slow): names the operation that made a NaN."""
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """The `plan` verb."""
-
-    json: bool = False
-    """Print JSON instead of a table."""
-    world_size: int = 0
-    """Ranks to plan for; 0 = as many as `train` would start."""
-    gpu: str | None = None
-    """Memory of one device (``24GiB``): answers whether the plan fits."""
-    device: str | None = None
-    """Name of a device (``rtx4090``, ``h100``; a wrong one lists all): its memory where ``gpu`` is not given, and the
-    time of a step."""
-    interconnect: str | None = None
-    """Name of an interconnect (``pcie4_no_p2p``, ``nvlink4``; a wrong one lists all) or a rate (``12GB/s``); null takes
-    the device's usual one."""
-    simulate: bool = False
-    """Also run one step of the real code on tensors without memory, and count what it would allocate."""
-    search: bool = False
-    """Search the largest micro-batch x sequence length and the cheapest checkpointing and offload that fit."""
-
-
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """The `evaluate` verb."""
-
-    json: str | None = None
-    """File for ``{eval_loss, eval_perplexity, target_tokens}``."""
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    """The `generate` verb."""
-
-    max_new_tokens: int = 256
-    """Longest answer."""
-    temperature: float = 0.0
-    """0 = greedy, the same answer every time."""
-    top_p: float = 1.0
-    """Nucleus sampling, when the temperature is above 0."""
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """The `export` verb."""
-
-    checkpoint: str | None = None
-    """Checkpoint folder to export; null takes the newest complete one of the run."""
-    to: str | None = None
-    """Folder to write; null takes ``<run folder>/adapter`` for an adapter."""
+    save time: the numbers are the same within rounding. ``anomaly`` runs autograd's anomaly detection (slow): names the
+    operation that made a NaN. ``profile`` records some steps with torch's profiler, and says where their time went and
+    which share of it the matrix products need."""
+    warmup_steps: int = 2
+    """``profile``: steps of this start before the first that is recorded."""
+    record_steps: int = 3
+    """``profile``: steps that are recorded."""
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,30 @@ DEVICES = {
     "mi300x": Device("192GB", 1307, 5300, "xgmi3", 64),
 }
 
+DRIVER_NAMES = {
+    "NVIDIA GeForce RTX 3060": "rtx3060",
+    "NVIDIA GeForce RTX 3090": "rtx3090",
+    "NVIDIA GeForce RTX 4060 Ti": "rtx4060ti",
+    "NVIDIA GeForce RTX 4070 Ti": "rtx4070ti",
+    "NVIDIA GeForce RTX 4080": "rtx4080",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA GeForce RTX 5090": "rtx5090",
+    "NVIDIA RTX A6000": "a6000",
+    "NVIDIA L4": "l4",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA A10G": "a10g",
+    "NVIDIA A100-SXM4-40GB": "a100_40",
+    "NVIDIA A100-PCIE-40GB": "a100_40",
+    "NVIDIA A100-SXM4-80GB": "a100_80",
+    "NVIDIA A100 80GB PCIe": "a100_80",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "AMD Instinct MI300X": "mi300x",
+}
+"""What drivers call the devices, to the letter. Relations with other peaks are not here: laptop chips, the H100 on
+PCIe, parts of a card (MIG)."""
+
 INTERCONNECTS = {
     x.name: x
     for x in (
@@ -101,6 +125,12 @@ def find_device(name: str) -> Device:
         if key.replace("_", "") == known.replace("_", ""):
             return device
     raise ConfigError(f"plan.device: {name!r} is not known.{_nearest(key, list(DEVICES))}")
+
+
+def device_of_driver(name: str) -> Device | None:
+    """Return the device that a driver calls ``name``, or None: the peaks of a near relation would be wrong."""
+    known = DRIVER_NAMES.get(name)
+    return None if known is None else DEVICES[known]
 
 
 def find_interconnect(name: str) -> Interconnect:

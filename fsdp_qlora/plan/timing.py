@@ -26,7 +26,7 @@ from math import ceil
 from typing import Any
 
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect
-from fsdp_qlora.plan.layout import ModelShapes
+from fsdp_qlora.plan.layout import LinearShape, ModelShapes
 from fsdp_qlora.plan.memory import FLOAT32, StorageSettings
 from fsdp_qlora.plan.plan import TrainPlan
 
@@ -74,20 +74,40 @@ class StepTime:
 def flops_per_token(plan: TrainPlan, shapes: ModelShapes, settings: StorageSettings | None = None) -> Flops:
     """Return the operations that one token takes at the settings' full length."""
     settings = settings or plan.settings
-    inner = {x.name for x in plan.quantized} or {x.name for x in shapes.linears}
-    weights = sum(
-        x.numel_each * (min(shapes.experts_per_token, x.count) if x.count > 1 else 1)
-        for x in shapes.linears
-        if x.name in inner
-    )
-    head = shapes.vocab_size * shapes.hidden_size
-    adapters = plan.trainable_parameters
-    attention = sum(2 * layer.attention_width * settings.max_length for layer in plan.memory.activations)
+    weights = sum(x.numel_each * times for x, times in linears_of_token(plan, shapes))
+    head, adapters = shapes.vocab_size * shapes.hidden_size, plan.trainable_parameters
+    attention = _attention(plan, settings.max_length)
     return Flops(
         forward=2 * (weights + head + adapters) + attention,
         backward=2 * (weights + head) + 4 * adapters + 2.5 * attention,
         recompute=2 * (weights + adapters) + attention if settings.checkpointing == "full" else 0,
     )
+
+
+def linears_of_token(plan: TrainPlan, shapes: ModelShapes) -> list[tuple[LinearShape, int]]:
+    """Return the linears of the decoder layers that a token goes through, with how many of their matrices."""
+    inner = {x.name for x in plan.quantized} or {x.name for x in shapes.linears}
+    return [
+        (x, min(shapes.experts_per_token, x.count) if x.count > 1 else 1) for x in shapes.linears if x.name in inner
+    ]
+
+
+def _attention(plan: TrainPlan, length: float) -> float:
+    """Return S of a token in a sequence of that length."""
+    return sum(2 * layer.attention_width * length for layer in plan.memory.activations)
+
+
+def model_flops(plan: TrainPlan, shapes: ModelShapes, tokens: float, targets: float, rows: float) -> float:
+    """Return the operations that real tokens need: what is computed twice does not count, nor does padding.
+
+    The head works on ``targets``, the supervised tokens, alone. Attention is taken at the mean length of the ``rows``,
+    and its backward at 2 S: the half S more is scores computed again.
+    """
+    token = flops_per_token(plan, shapes)
+    attention = _attention(plan, plan.settings.max_length)
+    head = 4 * shapes.vocab_size * shapes.hidden_size
+    each = token.forward + token.backward - 3.5 * attention - head + 3 * _attention(plan, tokens / max(1, rows))
+    return tokens * each + targets * head
 
 
 def step_time(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
+from torch.profiler import record_function
 
 from fsdp_qlora.errors import NonFiniteError
 from fsdp_qlora.optim.schedules import Schedule
+from fsdp_qlora.scopes import DATA
 from fsdp_qlora.track.meter import Meter
 from fsdp_qlora.train.evaluate import Evaluation
 from fsdp_qlora.train.progress import Progress
@@ -89,6 +92,8 @@ class LoopHooks:
     stop_requested: Callable[[], bool]
     """Whether this rank has a reason to stop; the step makes it a decision of all."""
     peak_memory: Callable[[], int]
+    around_step: Callable[[int], AbstractContextManager[object]] = nullcontext
+    """Context of each step and the wait for its batch, by the step's number (a profiler)."""
 
 
 def train_loop(
@@ -110,21 +115,24 @@ def train_loop(
     if is_due and progress.evaluated_step < progress.step:  # else the checkpoint was made after this evaluation
         record_evaluation(hooks.evaluate(), progress, tracker)
     while progress.step < due.num_steps and progress.position < due.last_position:
-        batch, lr = hooks.batch_at(progress.position), peak_lr * schedule(progress.step)
-        try:
-            with meter.step():
-                outcome = train_step(
-                    model, batch, optimizer, lr, progress.step + 1, hooks.stop_requested(), settings,
-                    progress.spike_above(due.spike_factor),
-                )  # fmt: skip
-        except NonFiniteError as error:
-            recovery(error, batch, progress, tracker)
-            continue
+        lr = peak_lr * schedule(progress.step)
+        with hooks.around_step(progress.step + 1):
+            with meter.waiting(), record_function(DATA):
+                batch = hooks.batch_at(progress.position)
+            try:
+                with meter.step():
+                    outcome = train_step(
+                        model, batch, optimizer, lr, progress.step + 1, hooks.stop_requested(), settings,
+                        progress.spike_above(due.spike_factor),
+                    )  # fmt: skip
+            except NonFiniteError as error:
+                recovery(error, batch, progress, tracker)
+                continue
         recovery.went_well()
         if (stall := hooks.save_stall()) is not None:  # of the checkpoint of the step before
             tracker.log(progress.step, {"checkpoint_stall_seconds": stall})
         progress.advance(batch.num_rows, batch.num_tokens, batch.num_targets, outcome.loss)
-        meter.count(batch.num_tokens)
+        meter.count(batch.num_tokens, batch.num_targets, batch.num_rows)
         step = progress.step
         if due.log(step):
             values = {"loss": outcome.loss, "grad_norm": outcome.grad_norm, "lr": lr}

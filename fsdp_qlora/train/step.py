@@ -10,10 +10,12 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import all_sum
 from fsdp_qlora.errors import LossSpikeError, NonFiniteError
+from fsdp_qlora.scopes import OPTIMIZER
 from fsdp_qlora.train.objectives import MicroBatch, Objective
 
 
@@ -137,9 +139,9 @@ def train_step(
     settings.enter(f"step {number}, update")
     for check in settings.after_backward:
         check(number)
-    loss_total, squares, stops = all_sum(
-        [float(loss_sum), optimizer.grad_square_sum() / ranks.num_replicas, float(stop)], ranks
-    )
+    with record_function(OPTIMIZER):
+        own_squares = optimizer.grad_square_sum() / ranks.num_replicas
+    loss_total, squares, stops = all_sum([float(loss_sum), own_squares, float(stop)], ranks)
     loss_mean, grad_norm = loss_total / max(1, batch.num_targets), math.sqrt(max(0.0, squares))
     if math.isnan(squares) or not math.isfinite(loss_mean) or not math.isfinite(grad_norm):
         raise NonFiniteError(
@@ -151,5 +153,6 @@ def train_step(
         )
     settings.before_update()
     limit = settings.max_grad_norm
-    optimizer.step(lr, min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0)
+    with record_function(OPTIMIZER):
+        optimizer.step(lr, min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0)
     return StepOutcome(loss_mean, grad_norm, stops > 0)
