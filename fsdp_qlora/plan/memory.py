@@ -220,8 +220,8 @@ class MemoryModel:
             "update": 0 if settings.offload_parameters else sum(fixed) + 3 * fixed[3],
         }
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
-        if settings.adapter_copies > 1:  # reduced as one tensor beside them, when all else of a step is gone
-            gradients *= 2
+        if settings.adapter_copies > 1:  # reduced as one tensor beside them, with a count each (`model/replicated.py`),
+            gradients = 2 * gradients + FLOAT32 * 2 * len(self.targets)  # when all else of a step is gone
         bytes_ = BytesPerRank(
             packed,
             statistics,
