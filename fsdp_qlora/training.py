@@ -29,7 +29,7 @@ from fsdp_qlora.export.serve import answer
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.diagnose import locate_nonfinite
 from fsdp_qlora.model.lora import lora_config, seed_of, trainable_parameters
-from fsdp_qlora.model.shard import synchronize_gradients
+from fsdp_qlora.model.shard import release_gathered, synchronize_gradients
 from fsdp_qlora.model.weights import file_digests
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule
@@ -178,7 +178,10 @@ class Training:
             torch.manual_seed(seed_of(self.config.run.seed, step, micro_batch.number))
             self.objective(self.model, micro_batch, self.ranks.device)
 
-        return locate_nonfinite(self.model, self.ranks, micro_batches, run)
+        try:
+            return locate_nonfinite(self.model, self.ranks, micro_batches, run)
+        finally:
+            release_gathered(self.model)
 
     def _restore(self) -> None:
         """Go back to the newest checkpoint."""

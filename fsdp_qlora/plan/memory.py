@@ -185,9 +185,7 @@ class MemoryModel:
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
         adapted = frozenset(x.name for x in self.targets)
         self.activations: tuple[LayerActivations, ...] = tuple(
-            layer_activations(
-                shapes, layer, adapted, settings.itemsize, settings.dropout, settings.attention
-            )
+            layer_activations(shapes, layer, adapted, settings.itemsize, settings.dropout, settings.attention)
             for layer in shapes.layers
         )
 

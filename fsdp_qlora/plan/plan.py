@@ -89,9 +89,7 @@ class TrainPlan:
         }
 
 
-def make_plan(
-    config: RunConfig, shapes: ModelShapes, world_size: int, budget: int | None = None
-) -> TrainPlan:
+def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: int | None = None) -> TrainPlan:
     """Decide what is quantized, trained and sharded, and what it weighs.
 
     ``model.attn_implementation=auto`` counts as one that keeps no attention scores.
