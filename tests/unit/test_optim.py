@@ -17,6 +17,7 @@ from fsdp_qlora.config.convert import field_types, from_dict, to_dict
 from fsdp_qlora.config.rules import failures
 from fsdp_qlora.config.schema import OptimSettings, RunConfig
 from fsdp_qlora.errors import ConfigError, PlanError
+from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.optim.blockwise import absmax_of_elements, borders_coincide, fit_blocks, quantize_state, table_shape
 from fsdp_qlora.optim.bnb import BlockwiseOptimizer
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
@@ -24,6 +25,7 @@ from fsdp_qlora.optim.state import Blocks, LocalOptimizer, parts_of
 from fsdp_qlora.plan.layout import row_range
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.plan.states import keeps_8bit, state_bytes
+from fsdp_qlora.planning import planned_skeleton
 from fsdp_qlora.simulate.step import simulate
 from tests.build import config_of
 
@@ -236,9 +238,6 @@ def test_an_unknown_optimizer_is_named_with_the_nearest():
 
 
 def test_a_pattern_that_matches_nothing_is_named(tiny_model):
-    from fsdp_qlora.api import planned_skeleton
-    from fsdp_qlora.model.skeleton import read_shapes
-
     patterns = ["*.q_proj.*", "q_proj", "*.w_proj.*"]
     config, base = planned_skeleton(config_of(str(tiny_model), optim={"name": "adamw_8bit"}))
     shapes = read_shapes(base)
@@ -259,9 +258,6 @@ def test_settings_that_an_optimizer_does_not_read_block_no_resume():
     "name", [n if n in ("adamw_8bit", "adafactor") else pytest.param(n, marks=pytest.mark.full) for n in OPTIMIZERS]
 )
 def test_a_step_can_be_simulated(tiny_model, name):
-    from fsdp_qlora.api import planned_skeleton
-    from fsdp_qlora.model.skeleton import read_shapes
-
     config = config_of(str(tiny_model), optim={"name": name}, lora={"r": 32})
     found = simulate(config, 2)
     planned = make_plan(config, read_shapes(planned_skeleton(config)[1]), 2).bytes.optimizer
