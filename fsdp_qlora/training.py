@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from fsdp_qlora.api import Prepared, debug_context
 from fsdp_qlora.batches import build_batches, data_key
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
-from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of
+from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of, optimizer_shapes
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.retention import Retention
 from fsdp_qlora.claim import claim
@@ -71,6 +72,8 @@ class Training:
         self.batches = build_batches(prepared, folder.bad_rows)
         self.num_steps = self.batches.num_steps
         self.optimizer = ShardedOptimizer(trainable_parameters(self.model), self.config.optim)
+        if self.ranks.is_main and self.optimizer.notice:
+            print(f"fsdp-qlora: {self.optimizer.notice}", file=sys.stderr, flush=True)
         self.schedule = build_schedule(self.config.schedule, self.num_steps)
         self.objective = OBJECTIVES[self.config.objective.name]
         self.checkpointer = self._checkpointer()
@@ -90,8 +93,9 @@ class Training:
 
     def _load(self, folder: Path, manifest: Manifest) -> None:
         self.progress.restore(manifest.progress)
-        self.optimizer.prepare_state(manifest.step)
-        self.checkpointer.load(folder, manifest, self._tensors())
+        state = self.optimizer.load_state(manifest.step, optimizer_shapes(manifest.tensors))
+        self.checkpointer.load(folder, manifest, checkpoint_tensors(self.optimizer.parameters.items(), state))
+        state.finish()
 
     def _checkpointer(self) -> Checkpointer:
         settings = self.config.checkpoint

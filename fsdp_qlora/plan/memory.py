@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 
+from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.plan.activations import FLOAT32, LayerActivations, kept_scores, layer_activations
 from fsdp_qlora.plan.layout import (
     CHUNK_ROWS,
@@ -30,6 +31,7 @@ from fsdp_qlora.plan.layout import (
     ModelShapes,
     row_range,
 )
+from fsdp_qlora.plan.states import state_bytes
 
 LOGIT_COPIES = 2
 """Tensors ``[chunk, vocab]`` of the chunked cross entropy at once: this chunk's and the last one's."""
@@ -103,8 +105,7 @@ class StorageSettings:
     itemsize: int
     """Bytes of an unquantized base element and of an activation: 2 (bf16) or 4 (fp32)."""
     r: int
-    optimizer_states: int
-    """Float32 states per trainable element."""
+    optim: OptimSettings
     micro_batch_size: int
     max_length: int
     checkpointing: str
@@ -150,6 +151,13 @@ def statistics_bytes(rows: int, double_quant: bool) -> int:
 def lora_shapes(linear: LinearShape, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the shapes of A and B; of stacked matrices, those of all."""
     return (linear.count * r, linear.in_features), (linear.out_features, linear.count * r)
+
+
+def lora_parameters(linear: LinearShape, r: int) -> dict[str, tuple[int, int]]:
+    """Return name in PEFT's file -> shape of A and B."""
+    a, b = lora_shapes(linear, r)
+    prefix = f"base_model.model.{linear.name}"
+    return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
 
 
 class MemoryModel:
@@ -255,7 +263,11 @@ class MemoryModel:
             statistics_bytes(rows, settings.double_quant),
             kept * settings.itemsize,
             adapters,
-            adapters * settings.optimizer_states,
+            sum(
+                state_bytes(settings.optim, name, shape, num_ranks=shard)
+                for x in self.targets
+                for name, shape in lora_parameters(x, settings.r).items()
+            ),
         )
 
     def _gradients(self, settings: StorageSettings) -> int:
