@@ -38,7 +38,7 @@ from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.compile import compile_layers
 from fsdp_qlora.model.conversions import arrangement
 from fsdp_qlora.model.experts import use_quantized_experts
-from fsdp_qlora.model.lora import attach_lora, initialize_adapters, use_fused_products
+from fsdp_qlora.model.lora import attach_lora, initialize_adapters, trainable_parameters, use_fused_products
 from fsdp_qlora.model.offload import HOST, offload_activations
 from fsdp_qlora.model.quant_head import quantize_edges
 from fsdp_qlora.model.shard import (
@@ -289,15 +289,15 @@ def build_sharded(
     if fsdp.offloads_activations:
         offload_activations(layers, ranks.device, host=host)
     policy = mixed_precision(config.precision.name)
-    shard_model(model, units, ranks, policy, offload_parameters=fsdp.offloads_parameters)
+    replicated = [p for _, p in trainable_parameters(model)] if fsdp.adapters == "replicated" else []
+    shard_model(model, units, ranks, policy, offload_parameters=fsdp.offloads_parameters, replicated=replicated)
     if fsdp.reshard_after_forward == "false":
         stay_gathered(layers)
     set_prefetch(layers, fsdp.prefetch)
     skip_gather_in_backward(base.get_input_embeddings(), base.get_output_embeddings())
-    register_fsdp_forward_method(model, "generate")
-    register_fsdp_forward_method(model, "logits")
-    register_fsdp_forward_method(model, "outputs")
-    require_sharded(model, ranks)
+    for method in ("generate", "logits", "outputs"):
+        register_fsdp_forward_method(model, method)
+    require_sharded(model, ranks, fsdp.adapters == "replicated")
     return model
 
 

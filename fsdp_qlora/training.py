@@ -30,6 +30,7 @@ from fsdp_qlora.export.serve import answer
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.diagnose import locate_nonfinite
 from fsdp_qlora.model.lora import lora_config, seed_of, trainable_parameters
+from fsdp_qlora.model.replicated import ReplicatedGradients, require_equal_copies
 from fsdp_qlora.model.shard import release_gathered, synchronize_gradients
 from fsdp_qlora.model.weights import file_digests
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
@@ -74,6 +75,7 @@ class Training:
         self.optimizer = ShardedOptimizer(trainable_parameters(self.model), self.config.optim)
         if self.ranks.is_main and self.optimizer.notice:
             print(f"fsdp-qlora: {self.optimizer.notice}", file=sys.stderr, flush=True)
+        self.reduce_replicated = ReplicatedGradients(self.optimizer.parameters.items(), self.ranks)
         self.schedule = build_schedule(self.config.schedule, self.num_steps)
         self.objective = OBJECTIVES[self.config.objective.name]
         self.checkpointer = self._checkpointer()
@@ -128,6 +130,7 @@ class Training:
     def export(self, folder: Path) -> int:
         """Write the adapter as PEFT does. Every rank calls it, rank 0 writes; return the bytes of its weights."""
         self.prepared.phases.enter("writing the adapter")
+        require_equal_copies(self.optimizer.parameters.items(), self.ranks)
         tensors = gather_adapter(self.model)
         return on_main(lambda: self._write_adapter(folder, tensors, self.progress.to_dict()), self.ranks)
 
@@ -207,7 +210,7 @@ class Training:
             synchronize=synchronize_gradients, seed_of=seed_of, around=debug_context(self.config),
             enter=self.prepared.phases.enter,
             before_update=self.checkpointer.before_update,
-            after_backward=(FirstGradients(self.model, self.ranks),),
+            after_backward=(self.reduce_replicated, FirstGradients(self.model, self.ranks)),
         )  # fmt: skip
         hooks = LoopHooks(
             batch_at=self.batches.batch_at,

@@ -233,6 +233,21 @@ def _fast_paths(config: RunConfig) -> Iterator[str]:
         yield "train.compile: compiled layers keep activations out of sight of fsdp.offload; set it to false."
 
 
+def _replicated(config: RunConfig) -> Iterator[str]:
+    if config.fsdp.adapters != "replicated":
+        return
+    if config.fsdp.offloads_parameters:
+        yield (
+            f"fsdp.adapters: replicated adapters stay on the device, and fsdp.offload={config.fsdp.offload} keeps what "
+            "is trained in host memory; set adapters=sharded, or offload=none or activations."
+        )
+    if config.quant.name == "none" and config.precision.name == "bf16":
+        yield (
+            "fsdp.adapters: replicated adapters are float32, and without quantization they run in PEFT's own layer, "
+            "which would compute in float32, too; set adapters=sharded, or precision=fp32."
+        )
+
+
 def _plan(config: RunConfig) -> Iterator[str]:
     if config.plan.simulate and config.fsdp.offloads_parameters:
         yield (
@@ -268,6 +283,7 @@ RULES: tuple[Rule, ...] = (
     _quantization,
     _edges,
     _fast_paths,
+    _replicated,
     _plan,
     _prompts,
 )

@@ -155,6 +155,9 @@ class FsdpSettings:
     for backward, or both. Pinned on an accelerator; on a CPU there is nothing to gain."""
     prefetch: int = 1
     """Decoder layers that are gathered ahead of the one that computes; 0 = none in backward, to hold one less."""
+    adapters: Literal["sharded", "replicated"] = "sharded"
+    """``replicated``: every rank holds the adapters, their gradients and optimizer states whole. They are then gathered
+    with no layer, and their gradients are reduced once a step, all as one: fewer and smaller messages, more memory."""
 
     @property
     def offloads_parameters(self) -> bool:

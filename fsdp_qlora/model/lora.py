@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fsdp_qlora.errors import NumericsError
-from fsdp_qlora.plan.layout import row_range
+from fsdp_qlora.model.stream import fill_slice
 from fsdp_qlora.quant.linear import QuantLinear, local_tensor
 from fsdp_qlora.quant.products import multiply
 
@@ -59,17 +59,17 @@ class QuantLoraLinear(nn.Module, LoraLayer):
             return out
         for name in self.active_adapters:
             if name in self.lora_A:
-                down = self.lora_A[name]
-                dtype = cast(torch.Tensor, down.weight).dtype
-                low = down(self.lora_dropout[name](x.to(dtype)))
-                out = out + self.lora_B[name](low).to(out.dtype) * self.scaling[name]
+                # Adapters that FSDP does not gather (fsdp.adapters=replicated) come in float32.
+                down, up = (cast(torch.Tensor, m[name].weight).to(x.dtype) for m in (self.lora_A, self.lora_B))
+                low = nn.functional.linear(self.lora_dropout[name](x), down)
+                out = out + nn.functional.linear(low, up) * self.scaling[name]
         return out
 
 
 def products(layers: Sequence[QuantLoraLinear], x: torch.Tensor) -> list[torch.Tensor]:
     """Return ``x`` times each layer's matrix and adapter, without biases; one op."""
-    down = [cast(torch.Tensor, layer.lora_A[ADAPTER].weight).to(x.dtype) for layer in layers]
-    up = [cast(torch.Tensor, layer.lora_B[ADAPTER].weight).to(x.dtype) for layer in layers]
+    down = [cast(torch.Tensor, layer.lora_A[ADAPTER].weight) for layer in layers]
+    up = [cast(torch.Tensor, layer.lora_B[ADAPTER].weight) for layer in layers]
     matrices = [cast(QuantLinear, layer.base_layer).for_product(x) for layer in layers]
     return multiply(x, matrices, down, up, [layer.scaling[ADAPTER] for layer in layers])
 
@@ -174,17 +174,15 @@ def initialize_adapters(model: nn.Module, seed: int, shard_rank: int = 0, shard_
     Each tensor is drawn whole on the CPU and sliced, so the values do not depend on the number of ranks.
     """
     for name, parameter in trainable_parameters(model):
-        local = local_tensor(parameter)
         if ".lora_B." in name:
-            local.zero_()
+            local_tensor(parameter).zero_()
             continue
         if ".lora_A." not in name:
             raise NumericsError(f"{name}: no initialisation is known for this trainable parameter.")
         generator = torch.Generator().manual_seed(seed_of(seed, name))
         bound = parameter.shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5)), PEFT's and nn.Linear's own
         whole = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-        start, stop = row_range(parameter.shape[0], shard_rank, shard_size)
-        local.copy_(whole[start:stop])
+        fill_slice(parameter, whole, shard_rank, shard_size)
 
 
 def seed_of(*parts: object) -> int:

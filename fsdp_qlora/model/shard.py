@@ -39,11 +39,15 @@ def shard_model(
     policy: MixedPrecisionPolicy,
     reshard_after_forward: bool = True,
     offload_parameters: bool = False,
+    replicated: Iterable[nn.Parameter] = (),
 ) -> None:
     """Shard ``model`` in place: each unit, then the model itself as the root.
 
     Adapters must be attached before: what is attached later would be neither sharded nor reduced. With
     ``offload_parameters`` shards, gradients and optimizer states are kept in (pinned) host memory.
+
+    Parameters in ``replicated`` stay whole on every rank, as they are. FSDP does not reduce their gradients;
+    `fsdp_qlora.model.replicated.ReplicatedGradients` does.
 
     Raises:
         PlanError: if the policy would cast packed bytes as if they were numbers.
@@ -51,12 +55,16 @@ def shard_model(
     _refuse_casting(model, policy)
     pinned = ranks.device.type != "cpu"  # pinning takes an accelerator
     offload = CPUOffloadPolicy(pin_memory=pinned) if offload_parameters else OffloadPolicy()
+    ignored = set(replicated)
     for unit in units:
         fully_shard(
             list(unit), mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward,
-            offload_policy=offload,
+            offload_policy=offload, ignored_params=ignored,
         )  # fmt: skip
-    fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False, offload_policy=offload)
+    fully_shard(
+        model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False, offload_policy=offload,
+        ignored_params=ignored,
+    )  # fmt: skip
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is a sum over target tokens divided by their global count; FSDP must only add. The order of
@@ -104,8 +112,8 @@ def _refuse_casting(model: nn.Module, policy: MixedPrecisionPolicy) -> None:
             )
 
 
-def require_sharded(model: nn.Module, ranks: Ranks) -> None:
-    """Check that every trainable parameter is a float32 DTensor on our mesh.
+def require_sharded(model: nn.Module, ranks: Ranks, replicated: bool = False) -> None:
+    """Check that every trainable parameter is a float32 DTensor on our mesh; where ``replicated``, a whole float32 one.
 
     Raises:
         NumericsError: naming the first that is not: each rank would train its own copy of it.
@@ -113,7 +121,9 @@ def require_sharded(model: nn.Module, ranks: Ranks) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if not isinstance(parameter, DTensor) or parameter.device_mesh != ranks.mesh:
+        if replicated and isinstance(parameter, DTensor):
+            raise NumericsError(f"{name} is trained and sharded, but fsdp.adapters=replicated keeps adapters whole.")
+        if not replicated and (not isinstance(parameter, DTensor) or parameter.device_mesh != ranks.mesh):
             raise NumericsError(f"{name} is trained but not sharded: attach adapters before shard_model().")
         if parameter.dtype != torch.float32:
             raise NumericsError(f"{name} is trained in {parameter.dtype}; adapters are kept in float32.")

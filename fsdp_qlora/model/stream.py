@@ -245,9 +245,12 @@ def _fill_kept(parameter: torch.Tensor, entry: StoredTensor, source: Safetensors
 
 
 def fill_slice(parameter: torch.Tensor, whole: torch.Tensor, shard_rank: int, shard_size: int) -> None:
-    """Write this rank's dim-0 rows of ``whole`` into ``parameter`` (call under ``torch.no_grad``)."""
+    """Write this rank's dim-0 rows of ``whole`` into ``parameter``, all of them where it is not sharded.
+
+    Call it under ``torch.no_grad``.
+    """
     start, stop = row_range(whole.shape[0], shard_rank, shard_size)
-    local_tensor(parameter).copy_(whole[start:stop])
+    local_tensor(parameter).copy_(whole[start:stop] if isinstance(parameter, DTensor) else whole)
 
 
 def _require_finite(values: torch.Tensor, entry: StoredTensor) -> None:

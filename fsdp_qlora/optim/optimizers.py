@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.config.schema import OptimSettings
+from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.optim.adafactor import ShardedAdafactor
 from fsdp_qlora.optim.bnb import UPDATES, BlockwiseOptimizer
 from fsdp_qlora.optim.state import (
@@ -52,11 +54,17 @@ class ShardedOptimizer:
         plain = "adamw_8bit" if self.settings.name.endswith("_8bit") else "adamw"
         return f"optim={self.settings.name}: the optimizer is on the CPU, where nothing is paged; it is {plain} there."
 
-    def grad_square_sum(self) -> float:
-        """Return the sum of squares of this rank's shard of the gradient, added in float64."""
-        grads = [local_of(p.grad) for p in self.parameters.values() if p.grad is not None]
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads if grad.numel()]
-        return float(torch.stack(norms).square().sum()) if norms else 0.0
+    def grad_square_sum(self, ranks: Ranks) -> float:
+        """Return this rank's part of the gradient's sum of squares, added in float64; the parts of all add up to it."""
+        total = 0.0
+        for whole, copies in ((False, ranks.num_replicas), (True, ranks.size)):
+            chosen = [
+                p.grad for p in self.parameters.values() if isinstance(p, DTensor) != whole and p.grad is not None
+            ]
+            grads = [grad for grad in map(local_of, chosen) if grad.numel()]
+            norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+            total += float(torch.stack(norms).square().sum()) / copies if norms else 0.0
+        return total
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float = 1.0) -> None:

@@ -125,6 +125,13 @@ class StorageSettings:
     """Dense weights are kept from forward to backward."""
     accumulation_steps: int = 1
     dropout: bool = False
+    adapter_copies: int = 0
+    """Ranks that each hold the adapters whole (``fsdp.adapters=replicated``); 0 where they are sharded."""
+
+    @property
+    def adapter_shards(self) -> int:
+        """Ranks that share one copy of the adapters, their gradients and their optimizer states."""
+        return 1 if self.adapter_copies else self.shard_size
 
     @property
     def tokens(self) -> int:
@@ -219,6 +226,8 @@ class MemoryModel:
             "update": 0 if settings.offload_parameters else sum(fixed) + 3 * fixed[3],
         }
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
+        if settings.adapter_copies > 1:  # reduced as one tensor beside them, when all else of a step is gone
+            gradients *= 2
         bytes_ = BytesPerRank(
             packed,
             statistics,
@@ -255,9 +264,7 @@ class MemoryModel:
             for name, shape in self.shapes.parameters.items()
             if name not in self.packed
         )
-        adapters = FLOAT32 * sum(
-            _share(shape[0], shard) * shape[1] for x in self.targets for shape in lora_shapes(x, settings.r)
-        )
+        adapters = FLOAT32 * self._held(settings)
         return (
             rows * ROW_BYTES,
             statistics_bytes(rows, settings.double_quant),
@@ -270,14 +277,17 @@ class MemoryModel:
             ),
         )
 
+    def _held(self, settings: StorageSettings) -> int:
+        """Return the adapter elements that this rank holds."""
+        shards = settings.adapter_shards
+        return sum(_share(s[0], shards) * s[1] for x in self.targets for s in lora_shapes(x, settings.r))
+
     def _gradients(self, settings: StorageSettings) -> int:
         """Return the adapters' float32 gradients: whole while micro-batches add up, this rank's share otherwise."""
-        if settings.accumulation_steps > 1:
+        if settings.accumulation_steps > 1 or settings.adapter_copies:
             return FLOAT32 * self.trainable()
-        shard = settings.shard_size
-        sharded = sum(_share(s[0], shard) * s[1] for x in self.targets for s in lora_shapes(x, settings.r))
-        one_unit = max((unit.adapters for unit in self.layers), default=0) if shard > 1 else 0
-        return FLOAT32 * ((0 if settings.offload_parameters else sharded) + one_unit)
+        one_unit = max((unit.adapters for unit in self.layers), default=0) if settings.shard_size > 1 else 0
+        return FLOAT32 * ((0 if settings.offload_parameters else self._held(settings)) + one_unit)
 
     def _unit(self, prefix: str) -> Unit:
         total = 0
@@ -291,7 +301,7 @@ class MemoryModel:
         lora = sum(
             prod(s) for x in self.targets if x.name.startswith(prefix + ".") for s in lora_shapes(x, self.settings.r)
         )
-        return Unit(prefix, total + lora * self.settings.itemsize, lora)
+        return Unit(prefix, total + (0 if self.settings.adapter_copies else lora * self.settings.itemsize), lora)
 
     def _gathered(self, units: Sequence[Unit], settings: StorageSettings) -> int:
         """Return what is gathered while one of ``units`` computes: it, and the buffers of those on their way."""
@@ -350,7 +360,10 @@ class MemoryModel:
         return max(map(moments, self.activations), default=0)
 
     def _saved(self, layer: LayerActivations, settings: StorageSettings) -> int:
-        return settings.tokens * (layer.saved + self._scores(settings))
+        saved = settings.tokens * (layer.saved + self._scores(settings))
+        if settings.adapter_copies and settings.dropout and settings.itemsize < FLOAT32:  # what they were cast to
+            saved += max((unit.adapters for unit in self.layers), default=0) * settings.itemsize
+        return saved
 
     def _logits(self, settings: StorageSettings) -> int:
         chunk = min(settings.logits_chunk, settings.tokens)

@@ -206,4 +206,5 @@ def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> St
         cache_dequantized=config.quant.cache_dequantized == "true",
         accumulation_steps=batch.accumulation_steps,
         dropout=config.lora.dropout > 0,
+        adapter_copies=batch.num_ranks if config.fsdp.adapters == "replicated" else 0,
     )

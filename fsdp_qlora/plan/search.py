@@ -66,7 +66,8 @@ def search(
         max_positions: longest sequence of the model; 0 = the length asked for.
         speed: (settings, micro-batches of a rank) -> tokens a second.
     """
-    return [_one(memory, base, batch, budget, max_positions, speed, *setting) for setting in SETTINGS]
+    possible = [s for s in SETTINGS if not base.adapter_copies or s[1] in ("none", "activations")]
+    return [_one(memory, base, batch, budget, max_positions, speed, *setting) for setting in possible]
 
 
 def best(found: list[Found]) -> Found | None:

@@ -16,7 +16,8 @@ A micro-batch takes
 
 as the next unit arrives while one computes; the last term is the unit that nothing overlaps with. Without prefetching
 (``fsdp.prefetch=0``) it is their sum. A step is that for each micro-batch of a rank, and one reduction of the adapters'
-gradients.
+gradients: 1/N of its bytes stay here where each of N ranks keeps its share; where all keep all of them
+(``fsdp.adapters=replicated``), the sums are sent round as well.
 """
 
 from __future__ import annotations
@@ -143,8 +144,8 @@ def step_time(
     moving = gather + copies if link.over_host_bus else max(gather, copies)
     working = compute + dequantize
     micro_batch = max(working, moving) + exposed if prefetch else working + moving
-    share = (settings.shard_size - 1) / settings.shard_size
-    reduce = FLOAT32 * plan.trainable_parameters * share / link.rate
+    ranks, ways = (settings.adapter_copies, 2) if settings.adapter_copies else (settings.shard_size, 1)
+    reduce = ways * FLOAT32 * plan.trainable_parameters * (ranks - 1) / ranks / link.rate
     step = turns * micro_batch + reduce
     return StepTime(
         gathered, gather, compute, dequantize, copies, micro_batch, reduce, step,

@@ -107,11 +107,14 @@ class _Linears(torch.autograd.Function):
     def forward(ctx: Any, spec: tuple[Any, ...], x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         scalings, lengths, out_features, name, block_size = spec
         # FSDP frees and refills the storage of the gathered parameters: saving them costs nothing between the passes.
+        # Nor does saving those that are whole in float32, where copies in x's dtype would stay until backward.
         ctx.save_for_backward(*([x] if lengths[0] else []), *rest)
         ctx.set_materialize_grads(False)
-        ctx.spec, ctx.in_features = spec, x.shape[-1]
+        ctx.spec, ctx.in_features, ctx.dtype = spec, x.shape[-1], x.dtype
         down, up, *frozen = _cut(rest, lengths)
-        return tuple(ops.linears(x, down, up, scalings, *frozen, out_features, name, block_size))
+        return tuple(
+            ops.linears(x, _as(down, x.dtype), _as(up, x.dtype), scalings, *frozen, out_features, name, block_size)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -121,13 +124,21 @@ class _Linears(torch.autograd.Function):
         down, up, *frozen = _cut(saved, lengths)
         wants_x = ctx.needs_input_grad[1]
         grad_x, grad_down, grad_up = ops.linears_backward(
-            list(grads), x, down, up, scalings, *frozen, out_features, ctx.in_features, name, block_size, wants_x
-        )
+            list(grads), x, _as(down, ctx.dtype), _as(up, ctx.dtype), scalings, *frozen, out_features, ctx.in_features,
+            name, block_size, wants_x,
+        )  # fmt: skip
         # an adapter whose product nobody used has no gradient, and not one of zeros: that is how a dead one is found
+        used = [grad is not None for grad in grads]
         adapters = [
-            None if g is None else a for half in (grad_down, grad_up) for g, a in zip(grads, half, strict=bool(half))
+            found.to(own.dtype) if exists else None
+            for gradients, parameters in ((grad_down, down), (grad_up, up))
+            for found, own, exists in zip(gradients, parameters, used, strict=bool(parameters))
         ]
         return None, grad_x if wants_x else None, *adapters, *[None] * sum(lengths[2:])
+
+
+def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [t.to(dtype) for t in tensors]
 
 
 def _cut(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
@@ -168,8 +179,8 @@ def multiply(
     Args:
         x: ``[..., in_features]``.
         matrices: of the same ``in_features`` and format; they get no gradient.
-        down: each A, ``[r, in_features]``, in ``x``'s dtype.
-        up: each B, ``[out_features, r]``.
+        down: each A, ``[r, in_features]``, in ``x``'s dtype or in one that is cast to it.
+        up: each B, ``[out_features, r]``, likewise.
         scalings: factor on each adapter's product.
 
     Returns:

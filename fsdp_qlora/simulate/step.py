@@ -21,6 +21,7 @@ from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.model.causal import CausalModel
 from fsdp_qlora.model.lora import seed_of, trainable_parameters
+from fsdp_qlora.model.replicated import ReplicatedGradients
 from fsdp_qlora.model.shard import synchronize_gradients
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
@@ -181,7 +182,11 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> Cut
 def step_runner(
     config: RunConfig, model: CausalModel, batch: Batch, ranks: Ranks
 ) -> Callable[[Callable[[], None]], object]:
-    """Return what runs a batch forward and backward as `train` does; its argument is called before each micro-batch."""
+    """Return what runs a batch forward and backward as `train` does; its argument is called before each micro-batch.
+
+    Make it while no unit is gathered.
+    """
+    reduce_replicated = ReplicatedGradients(trainable_parameters(model), ranks)
 
     def run(before_each: Callable[[], None]) -> object:
         settings = StepSettings(
@@ -191,7 +196,9 @@ def step_runner(
         )  # fmt: skip
         model.train()
         with torch.random.fork_rng(devices=[]):
-            return forward_backward(model, batch, 1, settings)
+            loss = forward_backward(model, batch, 1, settings)
+            reduce_replicated()
+            return loss
 
     return run
 

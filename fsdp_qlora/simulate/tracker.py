@@ -22,6 +22,8 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefT
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState, _register_group_forward_hooks
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from fsdp_qlora.dist.mesh import REPLICATE, SHARD, Ranks, degrees
 from fsdp_qlora.errors import PlanError
@@ -87,6 +89,8 @@ class _PlaceTracker(FSDPMemTracker):
         self.place: Place = ("forward", model)
         self._highest: dict[Place, int] = {}
         self._device_type = device_type
+        self._whole = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        self._gradient_hooks: list[RemovableHandle] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Half of all calls ask a fake tensor for its device; the way through both modes takes as long as an operation.
@@ -145,9 +149,24 @@ class _PlaceTracker(FSDPMemTracker):
             group.post_backward = self._fsdp_param_group_post_backward(module, group.post_backward)  # type: ignore
         for buffer in self._root_mod.buffers():
             self._update_and_maybe_create_winfos(buffer, _FSDPRefType.BUFFER)
+        self._instrument_whole_parameters()
+
+    def _instrument_whole_parameters(self) -> None:
+        """Count what FSDP was told to leave alone, and its gradients: torch's tracker asks FSDP for its parameters."""
+
+        def note_gradient(parameter: torch.Tensor) -> None:
+            if parameter.grad is not None:
+                self._update_and_maybe_create_winfos(parameter.grad, _FSDPRefType.SHARDED_GRAD)
+
+        for parameter in self._whole:
+            self._update_and_maybe_create_winfos(parameter, _FSDPRefType.SHARDED_PARAM)
+            note_gradient(parameter)
+            self._gradient_hooks.append(parameter.register_post_accumulate_grad_hook(note_gradient))
 
     def _deregister_module_and_optimizer_hooks(self) -> None:
         super()._deregister_module_and_optimizer_hooks()
+        while self._gradient_hooks:
+            self._gradient_hooks.pop().remove()
         for state in _states(self._root_mod):
             _register(state, state._pre_forward, state._post_forward)
 

@@ -22,8 +22,8 @@ from fsdp_qlora.train.objectives import MicroBatch, Objective
 class Optimizer(Protocol):
     """What a step needs of an optimizer."""
 
-    def grad_square_sum(self) -> float:
-        """Return the sum of squares of this rank's shard of the gradient."""
+    def grad_square_sum(self, ranks: Ranks) -> float:
+        """Return this rank's part of the gradient's sum of squares: no element counts more than once over all ranks."""
         ...
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
@@ -90,7 +90,7 @@ class StepSettings:
     before_update: Callable[[], None] = _nothing
     """Called before the parameters and the optimizer's state change."""
     after_backward: Sequence[Callable[[int], None]] = field(default_factory=tuple)
-    """Checks on the reduced gradients, called with the step's number."""
+    """Called with the step's number: what FSDP leaves to be reduced, then checks on the reduced gradients."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class StepOutcome:
 def forward_backward(model: nn.Module, batch: StepBatch, number: int, settings: StepSettings) -> torch.Tensor:
     """Run this rank's micro-batches of step ``number``; return its sum of losses, float64 ``[]``.
 
-    Leaves the gradients, reduced over the ranks, on the parameters.
+    Leaves the gradients on the parameters, those of sharded ones reduced over the ranks.
     """
     last = len(batch.micro_batches) - 1
     loss_sum = torch.zeros((), dtype=torch.float64, device=settings.ranks.device)
@@ -140,7 +140,7 @@ def train_step(
     for check in settings.after_backward:
         check(number)
     with record_function(OPTIMIZER):
-        own_squares = optimizer.grad_square_sum() / ranks.num_replicas
+        own_squares = optimizer.grad_square_sum(ranks)
     loss_total, squares, stops = all_sum([float(loss_sum), own_squares, float(stop)], ranks)
     loss_mean, grad_norm = loss_total / max(1, batch.num_targets), math.sqrt(max(0.0, squares))
     if math.isnan(squares) or not math.isfinite(loss_mean) or not math.isfinite(grad_norm):
