@@ -271,7 +271,7 @@ class MemoryModel:
             kept * settings.itemsize,
             adapters,
             sum(
-                state_bytes(settings.optim, name, shape, num_ranks=shard)
+                state_bytes(settings.optim, name, shape, num_ranks=settings.adapter_shards)
                 for x in self.targets
                 for name, shape in lora_parameters(x, settings.r).items()
             ),

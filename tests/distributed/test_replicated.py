@@ -246,7 +246,7 @@ def _held(ranks: Ranks, model: str, settings: dict[str, Any]) -> dict[str, Any]:
     held = {
         "adapters": sum(p.nbytes for p in named.values()),
         "flat": sum(storages.values()) - (4 * len(named) if ranks.size > 1 else 0),  # less the counts that go along
-        "optimizer": optimizer.state_bytes() - 4 * len(named),  # less AdamW's step counters
+        "optimizer": optimizer.state_bytes(),
     }
     return {"held": held, "planned": plan.bytes, "unit": plan.memory.layers[0].gathered, "gathered": gathered}
 
