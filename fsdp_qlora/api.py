@@ -24,31 +24,25 @@ from fsdp_qlora.dist.nodes import once_per_node
 from fsdp_qlora.dist.process import (
     Placement,
     choose_device,
-    device_types,
     keep_freed_memory,
-    memory_of,
     process_group,
     set_threads,
     use_device,
 )
-from fsdp_qlora.dist.reduce import all_max, any_rank, on_every
+from fsdp_qlora.dist.reduce import any_rank, on_every
 from fsdp_qlora.dist.watch import Phases
 from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.export.adapter import load_adapter, read_adapter_config, start_from_adapter
 from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
-from fsdp_qlora.model.compile import COMPILED_TYPES, can_compile, compile_layers
+from fsdp_qlora.model.compile import compile_layers
 from fsdp_qlora.model.conversions import arrangement
 from fsdp_qlora.model.experts import use_quantized_experts
-from fsdp_qlora.model.known import config_for_plan
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters, trainable_parameters, use_fused_products
-from fsdp_qlora.model.model_config import load_config
 from fsdp_qlora.model.offload import HOST, offload_activations
-from fsdp_qlora.model.prequantized import require_readable
 from fsdp_qlora.model.quant_head import quantize_edges
 from fsdp_qlora.model.shard import (
     mixed_precision,
-    model_dtype,
     require_sharded,
     set_prefetch,
     shard_model,
@@ -56,8 +50,6 @@ from fsdp_qlora.model.shard import (
     stay_gathered,
 )
 from fsdp_qlora.model.skeleton import (
-    attention_for,
-    build_skeleton,
     build_tokenizer,
     decoder_layers,
     needs_hub,
@@ -67,12 +59,10 @@ from fsdp_qlora.model.skeleton import (
 )
 from fsdp_qlora.model.stream import LoadReport, Progress, stream_weights, verify_gather
 from fsdp_qlora.model.weights import SafetensorsFolder
-from fsdp_qlora.plan.batch import num_steps
-from fsdp_qlora.plan.choices import Compilation, Work, choose_compilation, decided, tensor_budget
-from fsdp_qlora.plan.devices import find_device
+from fsdp_qlora.plan.choices import Compilation, decided
 from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
-from fsdp_qlora.plan.sizes import parse_bytes
+from fsdp_qlora.planning import compilation_for, rank_budget, skeleton, with_attention
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
 
@@ -163,7 +153,7 @@ def prepare(
     world = world or open_world(config)
     ranks = world.ranks
     folder = _find_model(config.model, world)
-    budget = _budget(world)
+    budget = rank_budget(world.ranks, world.placement)
     resolved, base, source, shapes, plan, tokenizer = on_every(
         lambda: _open_model(config, folder, ranks, budget), ranks
     )
@@ -172,7 +162,9 @@ def prepare(
         mine = world.placement.local_rank == 0
         data = prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), mine)
     world.phases.enter("loading the model")
-    compilation = _compilation(config, base, plan, data, ranks.device) if training else Compilation(False, "no training")
+    compilation = (
+        compilation_for(config, base, plan, data, ranks.device) if training else Compilation(False, "no training")
+    )
     resolved = replace(resolved, train=replace(resolved.train, compile="true" if compilation.on else "false"))
     model = build_sharded(resolved, base, shapes, plan, world.ranks)
     shards_on = torch.device("cpu") if config.fsdp.offloads_parameters else world.ranks.device
@@ -188,29 +180,6 @@ def prepare(
          "train.compile": f"{'true' if compilation.on else 'false'} ({compilation.why})"},
         world.stack,
     )  # fmt: skip
-
-
-def _budget(world: World) -> int:
-    """Return the bytes that a rank's tensors may take: of the rank that has least, so that all plan alike."""
-    device = world.ranks.device
-    capacity = memory_of(device, world.placement.local_world_size)
-    return tensor_budget(int(-all_max(-float(capacity), world.ranks)), device.type != "cpu")
-
-
-def _compilation(
-    config: RunConfig, base: PreTrainedModel, plan: TrainPlan, data: PreparedData | None, device: torch.device
-) -> Compilation:
-    """Decide ``train.compile``."""
-    train, settings = config.train, plan.settings
-    rows = len(data.train) if data is not None and data.train is not None else 0
-    steps = num_steps(train.max_steps, train.num_epochs, rows, train.global_batch_size)
-    weights = sum(x.numel_each for x in plan.quantized)
-    length = settings.max_length
-    if data is not None and data.train is not None and not config.data.packing:
-        length = min(length, data.train_counts.tokens // max(1, rows))
-    work = Work(plan.batch.accumulation_steps, plan.batch.micro_batch_size * length, weights)
-    known = base.config.model_type in COMPILED_TYPES and plan.quantized != ()
-    return choose_compilation(config, work, steps, device.type, known and can_compile(device))
 
 
 def _find_model(model: ModelSettings, world: World) -> Path:
@@ -233,8 +202,8 @@ def _open_model(
     config: RunConfig, folder: Path, ranks: Ranks, budget: int
 ) -> tuple[RunConfig, PreTrainedModel, SafetensorsFolder, ModelShapes, TrainPlan, PreTrainedTokenizerBase]:
     """Open all of a model but its weights: what is wrong with it shows before the data are tokenized."""
-    config = _with_attention(config, ranks.device, folder)
-    base = _skeleton(config, folder)
+    config = with_attention(config, ranks.device, folder)
+    base = skeleton(config, folder)
     source = SafetensorsFolder(folder)
     source.arrange(arrangement(base, source.entries))
     shapes = read_shapes(base)
@@ -288,58 +257,6 @@ def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
         except OSError as error:
             raise DataError(f"data.template: {config.data.template} cannot be read: {error.strerror}.") from error
     return tokenizer
-
-
-def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
-    """Plan a run from the model's config alone: no weights, no process group, no network."""
-    return planned(config, world_size)[2]
-
-
-def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedModel, TrainPlan]:
-    """Return the settings with every ``auto`` decided, the meta model and the plan, from the model's config alone."""
-    config, base = planned_skeleton(config)
-    plan = make_plan(config, read_shapes(base), world_size, planned_budget(config, world_size))
-    return decided(config, plan.settings), base, plan
-
-
-def planned_budget(config: RunConfig, world_size: int) -> int:
-    """Return the bytes that tensors may take on the planned device, or on this machine's where none is named."""
-    if config.plan.gpu or config.plan.device:
-        capacity = config.plan.gpu or find_device(config.plan.device or "").memory
-        return tensor_budget(parse_bytes(capacity), True)
-    kind = next(iter(device_types()))
-    return tensor_budget(memory_of(torch.device(kind), world_size), kind != "cpu")
-
-
-def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
-    """Return the settings as they mean on the planned device (a GPU where one is named), and the meta model.
-
-    Raises:
-        ModelError: if the model is no folder, not in the hub's cache, and not one of those known by name.
-    """
-    check(config)
-    source = config_for_plan(config.model.name, config.model.revision)
-    device = "cuda" if config.plan.gpu or config.plan.device else next(iter(device_types()))
-    config = _with_attention(config, torch.device(device), source)
-    return config, _skeleton(config, source)
-
-
-def _with_attention(config: RunConfig, device: torch.device, source: Path) -> RunConfig:
-    """Return the settings with ``auto`` attention replaced by what it means on ``device`` for the model in ``source``."""
-    model = config.model
-    model_config = load_config(source, model.trust_remote_code, model.config_overrides)
-    asked = "eager" if config.debug.name == "plain" and model.attn_implementation == "auto" else model.attn_implementation
-    attention = attention_for(device, asked, model_config)
-    return replace(config, model=replace(config.model, attn_implementation=attention))
-
-
-def _skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
-    model = config.model
-    require_readable(folder, config.quant)
-    return build_skeleton(
-        folder, model_dtype(config.precision.name), model.attn_implementation, model.trust_remote_code,
-        model.config_overrides,
-    )  # fmt: skip
 
 
 def build_sharded(

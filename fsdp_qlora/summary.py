@@ -40,6 +40,7 @@ def summarize(
         "adapter_bytes": adapter_bytes,
         "model_file_bytes": prepared.load.file_bytes,
         "memory_kind": kind,
+        "auto": prepared.choices,
         "planned_bytes_per_rank": prepared.plan.peak,
         "device": str(ranks.device),
         "threads_per_rank": prepared.threads,

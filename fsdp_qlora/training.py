@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from fsdp_qlora.api import Prepared, debug_context
 from fsdp_qlora.batches import build_batches, data_key
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
-from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of
+from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of, optimizer_shapes
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.retention import Retention
 from fsdp_qlora.claim import claim
@@ -30,7 +31,7 @@ from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.diagnose import locate_nonfinite
 from fsdp_qlora.model.lora import lora_config, seed_of, trainable_parameters
 from fsdp_qlora.model.replicated import ReplicatedGradients, require_equal_copies
-from fsdp_qlora.model.shard import synchronize_gradients
+from fsdp_qlora.model.shard import release_gathered, synchronize_gradients
 from fsdp_qlora.model.weights import file_digests
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule
@@ -72,6 +73,8 @@ class Training:
         self.batches = build_batches(prepared, folder.bad_rows)
         self.num_steps = self.batches.num_steps
         self.optimizer = ShardedOptimizer(trainable_parameters(self.model), self.config.optim)
+        if self.ranks.is_main and self.optimizer.notice:
+            print(f"fsdp-qlora: {self.optimizer.notice}", file=sys.stderr, flush=True)
         self.reduce_replicated = ReplicatedGradients(self.optimizer.parameters.items(), self.ranks)
         self.schedule = build_schedule(self.config.schedule, self.num_steps)
         self.objective = OBJECTIVES[self.config.objective.name]
@@ -92,8 +95,9 @@ class Training:
 
     def _load(self, folder: Path, manifest: Manifest) -> None:
         self.progress.restore(manifest.progress)
-        self.optimizer.prepare_state(manifest.step)
-        self.checkpointer.load(folder, manifest, self._tensors())
+        state = self.optimizer.load_state(manifest.step, optimizer_shapes(manifest.tensors))
+        self.checkpointer.load(folder, manifest, checkpoint_tensors(self.optimizer.parameters.items(), state))
+        state.finish()
 
     def _checkpointer(self) -> Checkpointer:
         settings = self.config.checkpoint
@@ -181,7 +185,10 @@ class Training:
             torch.manual_seed(seed_of(self.config.run.seed, step, micro_batch.number))
             self.objective(self.model, micro_batch, self.ranks.device)
 
-        return locate_nonfinite(self.model, self.ranks, micro_batches, run)
+        try:
+            return locate_nonfinite(self.model, self.ranks, micro_batches, run)
+        finally:
+            release_gathered(self.model)
 
     def _restore(self) -> None:
         """Go back to the newest checkpoint."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -31,14 +31,23 @@ NEVER_BLOCKS = frozenset(
     }
 )
 """Settings of the blocking groups that may differ on a resume (the base model itself goes by its files)."""
+_READ_BY = {
+    "optim.beta3": ("ademamix_8bit",),
+    "optim.alpha": ("ademamix_8bit",),
+    "optim.t_alpha": ("ademamix_8bit",),
+    "optim.t_beta3": ("ademamix_8bit",),
+    "optim.override_32bit": ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit"),
+}
+"""Settings that only some optimizers read; with another they block nothing, and are not in its checkpoints."""
 BLOCKING_GROUPS = ("model", "quant", "lora", "precision", "train", "optim", "schedule", "objective")
 
 DATA_KEY = "data"
 """Stands for sources, tokenizer, chat template and the settings of the data group together."""
+_OPTIM = "optim."
 
 
 class StatefulOptimizer(Protocol):
-    """An optimizer whose state is tensors shaped as the parameters."""
+    """An optimizer whose state is tensors."""
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Return ``<parameter>.<state>`` -> tensor."""
@@ -50,7 +59,12 @@ def checkpoint_tensors(
 ) -> dict[str, torch.Tensor]:
     """Return ``model.<name>`` and ``optim.<name>.<state>`` of what is trained; the frozen base is never written."""
     tensors: dict[str, torch.Tensor] = {f"model.{name}": p.detach() for name, p in parameters}
-    return tensors | {f"optim.{name}": t for name, t in optimizer.state_tensors().items()}
+    return tensors | {_OPTIM + name: t for name, t in optimizer.state_tensors().items()}
+
+
+def optimizer_shapes(tensors: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Return the shapes of the optimizer's state among those of a checkpoint, by ``<name>.<state>``."""
+    return {name.removeprefix(_OPTIM): shape for name, shape in tensors.items() if name.startswith(_OPTIM)}
 
 
 def blocking_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +72,8 @@ def blocking_settings(config: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"run.seed": config["run"]["seed"]}
     for group in BLOCKING_GROUPS:
         for key, value in config[group].items():
-            if f"{group}.{key}" not in NEVER_BLOCKS:
+            read_by = _READ_BY.get(f"{group}.{key}")
+            if f"{group}.{key}" not in NEVER_BLOCKS and (read_by is None or config["optim"]["name"] in read_by):
                 found[f"{group}.{key}"] = value
     return found
 

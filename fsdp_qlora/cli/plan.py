@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fsdp_qlora.api import planned
 from fsdp_qlora.cli.launcher import ranks_to_start
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.report import report
+from fsdp_qlora.planning import planned
 from fsdp_qlora.simulate.step import simulate
 from fsdp_qlora.track.console import megabytes, print_columns, print_table
 

@@ -52,6 +52,7 @@ def print_start(prepared: Prepared, note: str) -> None:
         f"global batch {plan.batch.global_batch_size} rows = micro-batches of {plan.batch.micro_batch_size} x "
         f"{plan.batch.accumulation_steps} per rank; planned peak {megabytes(plan.peak)} of tensors per rank"
     )
+    print("auto: " + "; ".join(f"{key}={value}" for key, value in prepared.choices.items()))
     if data is not None and data.stream is not None:
         print(
             f"data: streamed, {config.data.shuffle_window} rows shuffled at a time; {data.eval_counts.kept} held out",

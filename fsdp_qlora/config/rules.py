@@ -63,6 +63,9 @@ def _not_negative(config: RunConfig) -> Iterator[str]:
         "launcher.shutdown_seconds": config.launcher.shutdown_seconds,
         "optim.lr": config.optim.lr,
         "optim.weight_decay": config.optim.weight_decay,
+        "optim.alpha": config.optim.alpha,
+        "optim.t_alpha": config.optim.t_alpha,
+        "optim.t_beta3": config.optim.t_beta3,
         "run.seed": config.run.seed,
         "plan.world_size": config.plan.world_size,
         "generate.temperature": config.generate.temperature,
@@ -78,6 +81,7 @@ def _shares(config: RunConfig) -> Iterator[str]:
         "lora.dropout": config.lora.dropout,
         "optim.beta1": config.optim.beta1,
         "optim.beta2": config.optim.beta2,
+        "optim.beta3": config.optim.beta3,
         "schedule.warmup_ratio": config.schedule.warmup_ratio,
     }.items():
         if not 0 <= value < 1:
@@ -96,6 +100,12 @@ def _finite(config: RunConfig) -> Iterator[str]:
         for key, value in vars(getattr(config, group)).items():
             if isinstance(value, float) and not math.isfinite(value):
                 yield f"{group}.{key}: must be a finite number, got {value}."
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    optim = config.optim
+    if optim.name == "ademamix_8bit" and optim.t_beta3 and not (optim.beta1 > 0 and optim.beta3 > 0):
+        yield "optim.t_beta3: beta3 rises from beta1 on a scale of half-lives, so both must be above 0."
 
 
 def _batches(config: RunConfig) -> Iterator[str]:
@@ -260,6 +270,7 @@ RULES: tuple[Rule, ...] = (
     _positive,
     _not_negative,
     _shares,
+    _optimizer,
     _batches,
     _packing,
     _layout,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
 
 Switch = Literal["auto", "true", "false"]
@@ -222,40 +223,6 @@ class TrainSettings:
     """Also answer them at every evaluation; the answers go to ``answers.jsonl``."""
     sample_tokens: int = 48
     """Longest such answer, in tokens."""
-
-
-@dataclass(frozen=True)
-class OptimSettings:
-    """The optimizer."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or plain SGD with momentum."""
-    lr: float = 2e-4
-    """Peak learning rate."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    beta1: float = 0.9
-    """First-moment decay (AdamW), momentum (SGD)."""
-    beta2: float = 0.999
-    """Second-moment decay (AdamW)."""
-    eps: float = 1e-8
-    """Added to the root of the second moment (AdamW)."""
-
-
-@dataclass(frozen=True)
-class ScheduleSettings:
-    """The learning rate over the steps."""
-
-    name: Literal["linear", "cosine", "constant", "wsd"] = "linear"
-    """Decay to ``min_lr_ratio``: linearly, as a cosine, never, or only at the end (warm-up-stable-decay)."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
-    warmup_ratio: float = 0.03
-    """Warm-up as a share of all steps, when ``warmup_steps`` is 0."""
-    decay_ratio: float = 0.2
-    """Share of the steps that decay (``wsd``)."""
-    min_lr_ratio: float = 0.0
-    """Last learning rate as a share of the peak."""
 
 
 @dataclass(frozen=True)

@@ -84,18 +84,14 @@ class _Heads:
         self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
 
     def block(self, of: Tensor, start: int, stop: int) -> Tensor:
-        """Return a block of ``[rows, key heads, group, length, size]`` as ``[rows x key heads, group x block, size]``."""
+        """Return a block of ``[rows, key heads, group, length, size]``, ``[rows x key heads, group x block, size]``."""
         return of[:, :, :, start:stop].reshape(self.rows * self.key_heads, self.group * (stop - start), of.shape[-1])
 
     def unblock(self, block: Tensor, into: Tensor, start: int, stop: int) -> None:
         """Write what `block` gave into ``into``."""
-        into[:, :, :, start:stop] = block.view(
-            self.rows, self.key_heads, self.group, stop - start, block.shape[-1]
-        )
+        into[:, :, :, start:stop] = block.view(self.rows, self.key_heads, self.group, stop - start, block.shape[-1])
 
-    def probabilities(
-        self, start: int, stop: int, first: int, last: int, mask: Tensor | None, causal: bool
-    ) -> Tensor:
+    def probabilities(self, start: int, stop: int, first: int, last: int, mask: Tensor | None, causal: bool) -> Tensor:
         """Return the softmax of a block's scores, ``[rows x key heads, group x block, last - first]``."""
         scores = torch.bmm(self.block(self.query, start, stop), self.key[:, first:last].transpose(1, 2))
         if causal:
@@ -121,7 +117,8 @@ def _attention(
     heads = _Heads(query, key, value, scale)
     out = query.new_empty(heads.rows, heads.length, heads.key_heads, heads.group, value.shape[-1])
     laid = out.permute(0, 2, 3, 1, 4)
-    kept, place = query.new_empty(_kept_scores(*query.shape[:3], keep)), 0
+    rows, heads_of_queries, length, _ = query.shape
+    kept, place = query.new_empty(_kept_scores(rows, heads_of_queries, length, keep)), 0
     for start, stop, first, last in _blocks(heads.length, heads.keys, mask, causal):
         scores = heads.probabilities(start, stop, first, last, mask, causal)
         heads.unblock(torch.bmm(scores, heads.value[:, first:last]), laid, start, stop)
@@ -210,7 +207,7 @@ def _every_key(function: Callable[..., Any], place: int) -> Callable[..., Any]:
     """Return ``function`` without its mask: a simulated step has no numbers to tell which keys a mask hides."""
 
     def called(*arguments: Any) -> Any:
-        return function(*arguments[:place], None, *arguments[place + 1 :])
+        return function(*(None if i == place else a for i, a in enumerate(arguments)))
 
     return called
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from fsdp_qlora.model.compile import uncompiled
 from fsdp_qlora.model.head import LossHead
 from fsdp_qlora.model.quant_head import QuantLossHead, configure_loss_head
+from fsdp_qlora.model.shard import release_gathered
 from fsdp_qlora.plan.batch import supervised_positions
 
 
@@ -56,7 +57,7 @@ class CausalModel(nn.Module):
         """
         base = self.base
         places = {} if position_ids is None else {"position_ids": position_ids}
-        with nullcontext() if self.training else uncompiled():
+        with nullcontext() if self.training and torch.is_grad_enabled() else self._without_backward():
             hidden = base.get_decoder()(input_ids=input_ids, use_cache=False, **places).last_hidden_state
         if supervised is None:
             supervised = supervised_positions(labels)
@@ -71,7 +72,7 @@ class CausalModel(nn.Module):
         Not for a backward: a sharded head is not gathered for it.
         """
         places = {} if position_ids is None else {"position_ids": position_ids}
-        with uncompiled():
+        with self._without_backward():
             return self.model(input_ids=input_ids, use_cache=False, **places).logits
 
     def outputs(self, **inputs: Any) -> Any:
@@ -80,8 +81,17 @@ class CausalModel(nn.Module):
 
     def generate(self, **settings: Any) -> torch.Tensor:
         """Generate as transformers does; under FSDP all ranks call it together."""
-        with self._inputs_on(self.device), uncompiled():
+        with self._inputs_on(self.device), self._without_backward():
             return self.model.generate(**settings)  # type: ignore[operator]
+
+    @contextmanager
+    def _without_backward(self) -> Iterator[None]:
+        """Run what no backward follows: layers as they are written, and nothing left gathered behind."""
+        try:
+            with uncompiled():
+                yield
+        finally:
+            release_gathered(self)
 
     @contextmanager
     def _inputs_on(self, device: torch.device) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import warnings
@@ -20,8 +21,8 @@ COMPILED_TYPES = frozenset(
 def compile_layers(layers: Sequence[nn.Module], dynamic: bool) -> None:
     """Compile each of ``layers`` when it first runs; call it before `fully_shard`.
 
-    A layer is one graph (``fullgraph``): one that breaks in parts is an error and not slow code. All share the code that
-    was compiled for the first, but for the first layer itself where nothing before it is trained.
+    A layer is one graph (``fullgraph``): one that breaks in parts is an error and not slow code. All share the code
+    that was compiled for the second; the first, whose input needs no gradient, has its own.
 
     Args:
         layers: decoder layers.
@@ -44,4 +45,4 @@ def can_compile(device: torch.device) -> bool:
     """Whether what `torch.compile` needs is here: a C++ compiler for a CPU, Triton for an accelerator."""
     if device.type == "cpu":
         return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
-    return torch.utils._triton.has_triton() if hasattr(torch.utils, "_triton") else False
+    return importlib.util.find_spec("triton") is not None

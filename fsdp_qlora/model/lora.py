@@ -104,7 +104,7 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def use_fused_products(model: nn.Module) -> list[SharedInput]:
-    """Let adapted linears make their product with base and adapter as one, and those that read one input theirs together.
+    """Let adapted linears make one product of base and adapter, and those that read one input theirs together.
 
     Return the groups of the latter. Adapters with dropout stay as they are: it comes between the two products.
     """

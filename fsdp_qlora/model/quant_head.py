@@ -53,7 +53,9 @@ class QuantLossHead(nn.Module):
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits ``[..., vocab]``; with ``labels`` int64 ``[tokens]``, the float32 losses ``[tokens]``."""
         if labels is None:
-            return torch.cat([F.linear(input, *self.dense(a, b, input.dtype)) for a, b in self.source.matrix().slices()], dim=-1)
+            return torch.cat(
+                [F.linear(input, *self.dense(a, b, input.dtype)) for a, b in self.source.matrix().slices()], dim=-1
+            )
         return _SlicedCrossEntropy.apply(input, labels, self)  # type: ignore[return-value]
 
     def logits(self, hidden: torch.Tensor, dense: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:

@@ -151,5 +151,11 @@ def stay_gathered(layers: Iterable[nn.Module]) -> None:
             setattr(layer, _GATHERED, True)
 
 
+def release_gathered(model: nn.Module) -> None:
+    """Free what `stay_gathered` holds: after a forward that no backward follows, which would do it."""
+    for unit in _gathered_units(model):
+        unit.reshard()
+
+
 def _gathered_units(model: nn.Module) -> list[FSDPModule]:
     return [m for m in model.modules() if isinstance(m, FSDPModule) and getattr(m, _GATHERED, False)]

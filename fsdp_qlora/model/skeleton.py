@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.initialization import guard_torch_init_functions
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.attention import BLOCKWISE
@@ -227,8 +227,8 @@ _SINKS = ("gpt_oss",)
 def attention_for(device: torch.device, asked: str, model_config: Any) -> str:
     """Return the attention implementation: the one asked for, or for ``auto`` the fastest one that computes the same.
 
-    On an accelerator that is flash attention where the package is installed, else sdpa; on a CPU `blockwise`, for causal
-    models without soft caps, sinks or dropout in their attention.
+    On an accelerator that is flash attention where the package is installed, else sdpa; on a CPU `blockwise`, for
+    causal models without soft caps, sinks or dropout in their attention.
     """
     if asked != "auto":
         return asked

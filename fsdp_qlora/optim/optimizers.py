@@ -1,12 +1,13 @@
 """Optimizers on the local shards of DTensors.
 
-Element-wise optimizers do the same on a shard as on the whole, so torch's own run on the plain local tensors; their
-state is presented as DTensors again where it is saved.
+Element-wise optimizers do the same on a shard as on the whole, so torch's own run on the plain local tensors; those of
+bitsandbytes know no DTensor either (`bnb.py`), and adafactor is ours (`adafactor.py`). Their state is presented as
+DTensors again where it is saved (`state.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,22 +16,43 @@ from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.optim.adafactor import ShardedAdafactor
+from fsdp_qlora.optim.bnb import UPDATES, BlockwiseOptimizer
+from fsdp_qlora.optim.state import (
+    Blocks,
+    Layout,
+    Leaf,
+    LocalOptimizer,
+    Part,
+    StateLoad,
+    local_of,
+    parts_of,
+    present,
+)
 
 
 class ShardedOptimizer:
-    """A torch optimizer over this rank's shards of the trainable parameters."""
+    """An optimizer over this rank's shards of the trainable parameters."""
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimSettings) -> None:
         """Build the optimizer; ``parameters`` are ``(name, DTensor parameter)`` as a checkpoint should name them."""
         self.parameters = dict(parameters)
         self.settings = settings
-        self._leaves = {name: nn.Parameter(_local(p)) for name, p in self.parameters.items()}
-        self._optimizer = _build(list(self._leaves.values()), settings)
+        self._leaves = [Leaf(n, nn.Parameter(local_of(p)), Layout.of(p)) for n, p in self.parameters.items()]
+        self._optimizer = _build(self._leaves, settings)
 
     @property
     def inner(self) -> torch.optim.Optimizer:
         """The torch optimizer that runs on the local shards."""
         return self._optimizer
+
+    @property
+    def notice(self) -> str | None:
+        """What a person should know who asked for this optimizer on this device; None where there is nothing."""
+        if not self.settings.name.startswith("paged_") or self._leaves[0].local.device.type != "cpu":
+            return None
+        plain = "adamw_8bit" if self.settings.name.endswith("_8bit") else "adamw"
+        return f"optim={self.settings.name}: the optimizer is on the CPU, where nothing is paged; it is {plain} there."
 
     def grad_square_sum(self, ranks: Ranks) -> float:
         """Return this rank's part of the gradient's sum of squares, added in float64; the parts of all add up to it."""
@@ -39,7 +61,7 @@ class ShardedOptimizer:
             chosen = [
                 p.grad for p in self.parameters.values() if isinstance(p, DTensor) != whole and p.grad is not None
             ]
-            grads = [grad for grad in map(_local, chosen) if grad.numel()]
+            grads = [grad for grad in map(local_of, chosen) if grad.numel()]
             norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
             total += float(torch.stack(norms).square().sum()) / copies if norms else 0.0
         return total
@@ -47,13 +69,13 @@ class ShardedOptimizer:
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """Update the parameters with learning rate ``lr`` and gradients times ``grad_scale``; drop the gradients."""
-        for name, parameter in self.parameters.items():
-            leaf = self._leaves[name]
+        for leaf in self._leaves:
+            parameter = self.parameters[leaf.name]
             # FSDP lays its shards anew when it first runs, so the leaf looks where the shard is now.
-            leaf.data = _local(parameter)
-            leaf.grad = None if parameter.grad is None else _local(parameter.grad)
-            if leaf.grad is not None and grad_scale != 1.0:
-                leaf.grad.mul_(grad_scale)
+            leaf.local.data = local_of(parameter)
+            leaf.local.grad = None if parameter.grad is None else local_of(parameter.grad)
+            if leaf.local.grad is not None and grad_scale != 1.0:
+                leaf.local.grad.mul_(grad_scale)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
@@ -61,59 +83,72 @@ class ShardedOptimizer:
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        for name, parameter in self.parameters.items():
-            parameter.grad = None
-            self._leaves[name].grad = None
+        for leaf in self._leaves:
+            self.parameters[leaf.name].grad = leaf.local.grad = None
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the per-element state as DTensors, ``<parameter>.<state>`` -> tensor; empty before the first step.
+        """Return the state as DTensors, ``<parameter>.<state>`` -> tensor; empty before the first step.
 
-        Scalar step counters are not here: every one equals the run's own step.
+        Scalar step counters are not here: every one equals the run's own step. 8-bit states are codes and, under
+        ``<state>_absmax``, the table of their blocks (`blockwise.py`).
         """
         found: dict[str, torch.Tensor] = {}
-        for name, parameter in self.parameters.items():
-            for key, value in self._optimizer.state.get(self._leaves[name], {}).items():
-                if isinstance(value, torch.Tensor) and value.shape == self._leaves[name].shape and key != "step":
-                    found[f"{name}.{key}"] = _as_sharded(value, parameter)
+        for leaf, part in parts_of(self._leaves, self._optimizer):
+            found |= present(leaf, part)
         return found
 
     def prepare_state(self, step: int) -> None:
-        """Create the state as after ``step`` updates, filled with zeros, for a checkpoint to be loaded into."""
-        for leaf in self._leaves.values():
-            self._optimizer.state[leaf] = _empty_state(self.settings, leaf, step)
+        """Create the state as after ``step`` updates, filled with zeros."""
+        for leaf in self._leaves:
+            self._optimizer.state[leaf.local] = self._optimizer.new_state(leaf, step)
+
+    def load_state(self, step: int, saved: Mapping[str, Sequence[int]]) -> StateLoad:
+        """Return what a checkpoint of ``step`` is loaded into; its ``finish`` brings that into the optimizer.
+
+        Args:
+            step: updates that were made.
+            saved: shapes of the saved state, by the names of `state_tensors`.
+        """
+        self.prepare_state(step)
+        return StateLoad(self._leaves, self._optimizer, saved)
 
     def state_bytes(self) -> int:
-        """Return the bytes of state this rank holds."""
+        """Return the bytes of state this rank holds, without the step counters (`plan/states.py` counts the same)."""
         states: list[dict[str, Any]] = list(self._optimizer.state.values())
-        return sum(v.numel() * v.element_size() for s in states for v in s.values() if isinstance(v, torch.Tensor))
+        tensors = [v for s in states for v in s.values() if isinstance(v, torch.Tensor) and v.dim()]
+        return sum(v.numel() * v.element_size() for v in tensors)
 
 
-def _build(leaves: list[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
-    if settings.name == "adamw":
-        return torch.optim.AdamW(
-            leaves, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
-            weight_decay=settings.weight_decay, fused=False, foreach=True,
-        )  # fmt: skip
-    return torch.optim.SGD(leaves, lr=settings.lr, momentum=settings.beta1, weight_decay=settings.weight_decay)
-
-
-def _empty_state(settings: OptimSettings, leaf: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
-    if settings.name == "adamw":
+class _AdamW(LocalOptimizer, torch.optim.AdamW):
+    def new_state(self, leaf: Leaf, step: int) -> dict[str, Any]:
         return {
             "step": torch.tensor(float(step)),
-            "exp_avg": torch.zeros_like(leaf),
-            "exp_avg_sq": torch.zeros_like(leaf),
+            "exp_avg": torch.zeros_like(leaf.local),
+            "exp_avg_sq": torch.zeros_like(leaf.local),
         }
-    return {"momentum_buffer": torch.zeros_like(leaf)} if settings.beta1 else {}
+
+    def parts(self, leaf: Leaf) -> list[Part | Blocks]:
+        return [Part(name, self.state[leaf.local][name], leaf.layout.shape) for name in ("exp_avg", "exp_avg_sq")]
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+class _SGD(LocalOptimizer, torch.optim.SGD):
+    def new_state(self, leaf: Leaf, step: int) -> dict[str, Any]:
+        return {"momentum_buffer": torch.zeros_like(leaf.local)} if self.param_groups[0]["momentum"] else {}
+
+    def parts(self, leaf: Leaf) -> list[Part | Blocks]:
+        found = self.state[leaf.local].get("momentum_buffer")
+        return [] if found is None else [Part("momentum_buffer", found, leaf.layout.shape)]
 
 
-def _as_sharded(local: torch.Tensor, like: nn.Parameter) -> torch.Tensor:
-    if not isinstance(like, DTensor):
-        return local
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+def _build(leaves: list[Leaf], settings: OptimSettings) -> LocalOptimizer:
+    local = [leaf.local for leaf in leaves]
+    if settings.name in UPDATES:
+        return BlockwiseOptimizer(leaves, settings)
+    if settings.name == "adafactor":
+        return ShardedAdafactor(leaves, settings)
+    if settings.name == "adamw":
+        return _AdamW(
+            local, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
+            weight_decay=settings.weight_decay, fused=False, foreach=True,
+        )  # fmt: skip
+    return _SGD(local, lr=settings.lr, momentum=settings.beta1, weight_decay=settings.weight_decay)

@@ -89,7 +89,9 @@ def layer_activations(
         attention_saved=(attending + shapes.hidden_size) * itemsize + shapes.hidden_size * FLOAT32,
         attention_scores=heads * 3 * FLOAT32,
         attention_width=width,
-        chosen=(sum(shapes.experts_per_token * x.out_features if x.count > 1 else x.out_features for x in inside) + width)
+        chosen=(
+            sum(shapes.experts_per_token * x.out_features if x.count > 1 else x.out_features for x in inside) + width
+        )
         * itemsize,
         blocks=3 * shapes.num_attention_heads * QUERY_BLOCK * itemsize if blockwise else 0,
     )

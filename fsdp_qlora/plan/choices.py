@@ -64,7 +64,7 @@ def decided(config: RunConfig, settings: StorageSettings) -> RunConfig:
 
 
 def tensor_budget(capacity: int, is_accelerator: bool) -> int:
-    """Return the bytes of ``capacity`` that tensors may take: less the reserve, on a CPU 60 % (others live there, too)."""
+    """Return the bytes of ``capacity`` that tensors may take: less the reserve, on a CPU (others live there) 60 %."""
     return capacity - reserve_bytes(0, str(capacity)) if is_accelerator else int(0.6 * capacity)
 
 
@@ -99,8 +99,8 @@ def choose_compilation(config: RunConfig, plan: Work, num_steps: int, device_typ
 
 
 COMPILATION = {"cpu": (1.2e11, 0.08, 60.0), "accelerator": (2e14, 0.12, 60.0)}
-"""(operations a second of a rank, share of a step that compiled layers save, seconds that compiling takes): the CPU's as
-measured in docs/performance.md, an accelerator's assumed."""
+"""(operations a second of a rank, share of a step that compiled layers save, seconds that compiling takes): the CPU's
+as measured in docs/performance.md, an accelerator's assumed."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,7 @@ class Work:
     """That a token is multiplied with."""
 
 
-def _candidates(
-    asked: tuple[str, ...], memory: MemoryModel, settings: StorageSettings
-) -> Iterator[StorageSettings]:
+def _candidates(asked: tuple[str, ...], memory: MemoryModel, settings: StorageSettings) -> Iterator[StorageSettings]:
     """Yield the rungs of the ladder that go with what was asked for."""
     for rung in LADDER:
         words = (rung[0], _word(rung[1]), _word(rung[2]))

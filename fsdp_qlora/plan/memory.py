@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 
+from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.plan.activations import FLOAT32, LayerActivations, kept_scores, layer_activations
 from fsdp_qlora.plan.layout import (
     CHUNK_ROWS,
@@ -30,6 +31,7 @@ from fsdp_qlora.plan.layout import (
     ModelShapes,
     row_range,
 )
+from fsdp_qlora.plan.states import state_bytes
 
 LOGIT_COPIES = 2
 """Tensors ``[chunk, vocab]`` of the chunked cross entropy at once: this chunk's and the last one's."""
@@ -103,8 +105,7 @@ class StorageSettings:
     itemsize: int
     """Bytes of an unquantized base element and of an activation: 2 (bf16) or 4 (fp32)."""
     r: int
-    optimizer_states: int
-    """Float32 states per trainable element."""
+    optim: OptimSettings
     micro_batch_size: int
     max_length: int
     checkpointing: str
@@ -159,6 +160,13 @@ def lora_shapes(linear: LinearShape, r: int) -> tuple[tuple[int, int], tuple[int
     return (linear.count * r, linear.in_features), (linear.out_features, linear.count * r)
 
 
+def lora_parameters(linear: LinearShape, r: int) -> dict[str, tuple[int, int]]:
+    """Return name in PEFT's file -> shape of A and B."""
+    a, b = lora_shapes(linear, r)
+    prefix = f"base_model.model.{linear.name}"
+    return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
+
+
 class MemoryModel:
     """A model's fixed bytes, computed once; `plan` then answers for any batch and setting of storage.
 
@@ -192,9 +200,7 @@ class MemoryModel:
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
         adapted = frozenset(x.name for x in self.targets)
         self.activations: tuple[LayerActivations, ...] = tuple(
-            layer_activations(
-                shapes, layer, adapted, settings.itemsize, settings.dropout, settings.attention
-            )
+            layer_activations(shapes, layer, adapted, settings.itemsize, settings.dropout, settings.attention)
             for layer in shapes.layers
         )
 
@@ -264,7 +270,11 @@ class MemoryModel:
             statistics_bytes(rows, settings.double_quant),
             kept * settings.itemsize,
             adapters,
-            adapters * settings.optimizer_states,
+            sum(
+                state_bytes(settings.optim, name, shape, num_ranks=settings.adapter_shards)
+                for x in self.targets
+                for name, shape in lora_parameters(x, settings.r).items()
+            ),
         )
 
     def _held(self, settings: StorageSettings) -> int:

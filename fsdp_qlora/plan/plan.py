@@ -18,10 +18,10 @@ from fsdp_qlora.plan.layout import (
     quantized_linears,
     target_linears,
 )
-from fsdp_qlora.plan.memory import BytesPerRank, HostBytes, MemoryModel, StorageSettings
+from fsdp_qlora.plan.memory import BytesPerRank, HostBytes, MemoryModel, StorageSettings, lora_parameters
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
+from fsdp_qlora.plan.states import unmatched
 
-_OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}
 _MOST_KEPT = 0.1
 """Share of the decoder layers' weights that may stay in 16 bit without a word."""
 
@@ -89,9 +89,7 @@ class TrainPlan:
         }
 
 
-def make_plan(
-    config: RunConfig, shapes: ModelShapes, world_size: int, budget: int | None = None
-) -> TrainPlan:
+def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: int | None = None) -> TrainPlan:
     """Decide what is quantized, trained and sharded, and what it weighs.
 
     ``model.attn_implementation=auto`` counts as one that keeps no attention scores.
@@ -103,10 +101,11 @@ def make_plan(
         budget: bytes that a rank's tensors may take; None where that is not known, and then ``auto`` saves memory.
 
     Raises:
-        PlanError: if a target module matches nothing, or the ranks cannot be laid out as asked.
+        PlanError: if a target module or a pattern of names matches nothing, or the ranks cannot be laid out as asked.
     """
     targets = target_linears(shapes, config.lora.target_modules)
     by_name = {x.name: x for x in shapes.linears}
+    _require_matches(config, [name for t in targets for name in lora_parameters(by_name[t], config.lora.r)])
     quantized = _quantized(config, shapes)
     rows = config.train.micro_batch_size
     if config.train.micro_batch_tokens:  # the worst case: all rows as long as they may be
@@ -134,6 +133,14 @@ def make_plan(
         settings=settings,
         choices=choices,
     )
+
+
+def _require_matches(config: RunConfig, trained: list[str]) -> None:
+    if odd := unmatched(config.optim.override_32bit, trained):
+        raise PlanError(
+            f"optim.override_32bit: {', '.join(map(repr, odd))} matches none of the {len(trained)} trained parameters; "
+            f"they are named like {trained[0]!r}, and a pattern has to match the whole name (*.q_proj.*)."
+        )
 
 
 def _quantized(config: RunConfig, shapes: ModelShapes) -> tuple[LinearShape, ...]:
@@ -185,7 +192,7 @@ def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> St
         double_quant=config.quant.double_quant,
         itemsize=2 if config.precision.name == "bf16" else 4,
         r=config.lora.r,
-        optimizer_states=_OPTIMIZER_STATES[config.optim.name],
+        optim=config.optim,
         micro_batch_size=batch.micro_batch_size,
         max_length=config.data.max_length,
         checkpointing=config.train.activation_checkpointing.replace("auto", "none"),

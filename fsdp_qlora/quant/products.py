@@ -11,8 +11,8 @@
 - a frozen weight has no gradient, and none is computed; ``x``'s is not where nothing before it is trained.
 
 It is an op, so `torch.compile` and selective checkpointing see one thing that they need not
-look into, with a fake implementation that gives shapes. Simulated steps look into `BODIES`, for the dense weights inside are
-what a step's memory is made of.
+look into, with a fake implementation that gives shapes. Simulated steps look into `BODIES`, for the dense weights
+inside are what a step's memory is made of.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def _matrices(
     nested: Sequence[Tensor], offset: Sequence[Tensor], name: str, block_size: int,
 ) -> list[Matrix]:  # fmt: skip
     if name == DENSE:
-        return [Matrix(out, in_features, None, QuantFormat(), dense) for out, dense in zip(out_features, packed)]
+        return [
+            Matrix(out, in_features, None, QuantFormat(), dense)
+            for out, dense in zip(out_features, packed, strict=True)
+        ]
     quant_format = QuantFormat(name, bool(nested), block_size)  # type: ignore[arg-type]
     found = []
     for i, out in enumerate(out_features):
@@ -98,7 +101,7 @@ def _stack(down: list[Tensor]) -> Tensor:
 
 
 class _Linears(torch.autograd.Function):
-    """`linears` with its gradients; a plain function of torch, since those of `torch.library` take ten times as long."""
+    """`linears` with its gradients; an `autograd.Function`, for `torch.library.register_autograd` is slow on lists."""
 
     @staticmethod
     def forward(ctx: Any, spec: tuple[Any, ...], x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -106,6 +109,7 @@ class _Linears(torch.autograd.Function):
         # FSDP frees and refills the storage of the gathered parameters: saving them costs nothing between the passes.
         # Nor does saving those that are whole in float32, where copies in x's dtype would stay until backward.
         ctx.save_for_backward(*([x] if lengths[0] else []), *rest)
+        ctx.set_materialize_grads(False)
         ctx.spec, ctx.in_features, ctx.dtype = spec, x.shape[-1], x.dtype
         down, up, *frozen = _cut(rest, lengths)
         return tuple(
@@ -123,8 +127,14 @@ class _Linears(torch.autograd.Function):
             list(grads), x, _as(down, ctx.dtype), _as(up, ctx.dtype), scalings, *frozen, out_features, ctx.in_features,
             name, block_size, wants_x,
         )  # fmt: skip
-        grad_low = [grad.to(a.dtype) for grad, a in zip((*grad_down, *grad_up), (*down, *up), strict=True)]
-        return None, grad_x if wants_x else None, *grad_low, *[None] * sum(lengths[2:])
+        # an adapter whose product nobody used has no gradient, and not one of zeros: that is how a dead one is found
+        used = [grad is not None for grad in grads]
+        adapters = [
+            found.to(own.dtype) if exists else None
+            for gradients, parameters in ((grad_down, down), (grad_up, up))
+            for found, own, exists in zip(gradients, parameters, used, strict=bool(parameters))
+        ]
+        return None, grad_x if wants_x else None, *adapters, *[None] * sum(lengths[2:])
 
 
 def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -154,7 +164,9 @@ def densify(matrix: Matrix, dtype: torch.dtype) -> Matrix:
     nested = [] if found.nested is None else [found.nested]
     offset = [] if found.offset is None else [found.offset]
     out, into, quant_format = matrix.out_features, matrix.in_features, matrix.quant_format
-    made = ops.dense(found.packed, found.absmax, nested, offset, out, into, quant_format.name, quant_format.block_size, dtype)
+    made = ops.dense(
+        found.packed, found.absmax, nested, offset, out, into, quant_format.name, quant_format.block_size, dtype
+    )
     return Matrix(out, into, None, quant_format, made)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fsdp_qlora.api import build_sharded, planned, planned_skeleton
+from fsdp_qlora.api import build_sharded
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.dist.mesh import Ranks
@@ -27,6 +27,7 @@ from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
+from fsdp_qlora.planning import planned, planned_skeleton
 from fsdp_qlora.quant.experts import spread_evenly
 from fsdp_qlora.quant.formats import QuantFormat, dequantize, quantize
 from fsdp_qlora.simulate.depth import (

@@ -246,7 +246,7 @@ def _held(ranks: Ranks, model: str, settings: dict[str, Any]) -> dict[str, Any]:
     held = {
         "adapters": sum(p.nbytes for p in named.values()),
         "gradients": sum(storages.values()),  # with several ranks one flat tensor, with counts at its end
-        "optimizer": optimizer.state_bytes() - 4 * len(named),  # less AdamW's step counters
+        "optimizer": optimizer.state_bytes(),
     }
     return {"held": held, "planned": plan.bytes, "unit": plan.memory.layers[0].gathered, "gathered": gathered}
 

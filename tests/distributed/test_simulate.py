@@ -85,6 +85,8 @@ def test_simulated_peak_of_waiting_gradients(pool: Pool, tmp_path: Path) -> None
         {"data": {"max_length": 64, "packing": True}},
         {"fsdp": {"reshard_after_forward": False}},
         {"optim": {"name": "sgd", "lr": 1e-3}},
+        {"optim": {"name": "adamw_8bit"}, "lora": {"r": 32}},
+        {"optim": {"name": "adafactor"}, "lora": {"r": 32}},
         {"fsdp": {"adapters": "replicated"}},
     ],
     ids=str,

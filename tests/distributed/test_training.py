@@ -196,7 +196,7 @@ def _poisoned(ranks: Ranks, folder: str, rows: str, root: str) -> str:
     before = {n: p.full_tensor().clone() for n, p in trainable_parameters(prepared.model)}
     if ranks.rank == ranks.size - 1:
         layer = prepared.model.base.get_submodule("model.layers.1.self_attn.q_proj")
-        layer.lora_A["default"].register_forward_hook(lambda m, a, out: out * float("nan"))
+        layer.register_forward_hook(lambda m, a, out: out * float("nan"))
     try:
         fit(prepared)
     except NonFiniteError as error:

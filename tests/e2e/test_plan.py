@@ -28,7 +28,7 @@ def test_an_experiment_is_planned_as_json_and_searched(cli, tmp_path):
     assert found["reserve_bytes"] == int(1.5 * 2**30)
     assert found["device"]["interconnect"] == "pcie4_no_p2p" and found["time"]["gather_seconds"] > 0
     tried = found["search"]["tried"]
-    assert [t["checkpointing"] for t in tried[:2]] == ["none", "full"] and not tried[0]["fits"]
+    assert [t["checkpointing"] for t in tried[:3]] == ["none", "selective", "full"] and not tried[0]["fits"]
     assert "fsdp.offload=activations" in found["search"]["overrides"]
 
 

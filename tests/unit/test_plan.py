@@ -11,7 +11,6 @@ import socket
 import pytest
 import torch
 
-from fsdp_qlora.api import planned_skeleton
 from fsdp_qlora.cli.compose import compose_config, conf_dir
 from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.errors import ConfigError, ModelError
@@ -27,6 +26,7 @@ from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.plan.report import report
 from fsdp_qlora.plan.search import best, fastest, search
 from fsdp_qlora.plan.timing import flops_per_token, step_time
+from fsdp_qlora.planning import planned_skeleton
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
 

@@ -1,0 +1,76 @@
+"""The batches that all ways of `benchmarks.step` train on: rows of exactly so many tokens of real conversations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from fsdp_qlora.api import cache_folder
+from fsdp_qlora.config.schema import DataSettings
+from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.data.prepare import prepare_data
+from fsdp_qlora.model.skeleton import build_tokenizer
+
+
+class Rows:
+    """``count`` rows of ``length`` tokens with their labels."""
+
+    def __init__(self, file: Path) -> None:
+        found = json.loads(file.read_text())
+        self._ids, self._labels = torch.tensor(found["ids"]), torch.tensor(found["labels"])
+        self.length = self._ids.shape[1]
+
+    def of(self, step: int, rank: int, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return input_ids and labels, int64 ``[1, length]``, of one rank's step."""
+        row = (step * num_ranks + rank) % self._ids.shape[0]
+        return self._ids[row : row + 1], self._labels[row : row + 1]
+
+    def lists(self) -> list[tuple[list[int], list[int]]]:
+        """Return (input_ids, labels) of every row."""
+        return list(zip(self._ids.tolist(), self._labels.tolist(), strict=True))
+
+    def supervised(self) -> float:
+        """Return the share of positions whose next token is learned."""
+        return float((self._labels[:, 1:] != -100).float().mean())
+
+
+def write_rows(file: Path, length: int, count: int = 24, vocab_size: int | None = None) -> None:
+    """Lay real conversations end to end in rows of ``length`` tokens; ids beyond ``vocab_size`` wrap around."""
+    folder = cache_folder() / "embedded"
+    tokenizer = build_tokenizer(folder / "smollm2-135m-instruct", False)
+    settings = DataSettings(train=str(folder / "alpaca_en_demo.jsonl"), max_length=4096)
+    data = prepare_data(settings, 0, tokenizer, cache_folder())
+    assert data.train is not None
+    rows = TokenRows(data.train)
+    ids: list[int] = []
+    labels: list[int] = []
+    number = 0
+    while len(ids) < length * count:
+        batch = rows.collate([number % len(rows)], 0)
+        ids += batch.input_ids[0].tolist()
+        labels += batch.labels[0].tolist()
+        number += 1
+    if vocab_size is not None:
+        ids = [i % vocab_size for i in ids]
+        labels = [label if label < 0 else label % vocab_size for label in labels]
+    cut = [slice(i * length, (i + 1) * length) for i in range(count)]
+    file.write_text(json.dumps({"ids": [ids[c] for c in cut], "labels": [labels[c] for c in cut]}))
+
+
+def small_model(folder: Path, layers: int, vocabulary: int) -> Path:
+    """Save a random bf16 Llama as wide as SmolLM2-135M, untied, if it is not there; return its folder."""
+    if folder.is_dir():
+        return folder
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "num_hidden_layers": layers, "vocab_size": vocabulary, "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(cache_folder() / "embedded" / "smollm2-135m-instruct").save_pretrained(folder)
+    return folder

@@ -1,0 +1,94 @@
+"""Every fast path gives what the plain path gives (`debug=plain`), and keeps what it says it keeps."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fsdp_qlora.dist.mesh import Ranks
+from tests.build import build, losses, norms, run_fit
+from tests.pool import Pool
+
+PLAIN = {"debug": {"name": "plain"}}
+FAST: dict[str, dict[str, dict[str, Any]]] = {
+    "as auto decides": {},
+    "products together": {"quant": {"cache_dequantized": "false"}, "fsdp": {"reshard_after_forward": "true"}},
+    "dense weights kept": {"quant": {"cache_dequantized": "true"}, "fsdp": {"reshard_after_forward": "true"}},
+    "layers stay gathered": {"quant": {"cache_dequantized": "false"}, "fsdp": {"reshard_after_forward": "false"}},
+    "selective": {"train": {"activation_checkpointing": "selective"}},
+    "full": {"train": {"activation_checkpointing": "full"}},
+    "compiled": {"train": {"compile": "true"}},
+    "compiled, full": {"train": {"compile": "true", "activation_checkpointing": "full"}},
+    "compiled, selective": {"train": {"compile": "true", "activation_checkpointing": "selective"}},
+}
+KINDS: dict[str, dict[str, dict[str, Any]]] = {
+    "nf4": {},
+    "nf4 without double quantization": {"quant": {"double_quant": False}},
+    "fp4": {"quant": {"name": "fp4"}},
+    "bf16 base": {"quant": {"name": "none"}},
+    "dropout": {"lora": {"dropout": 0.1}},
+    "packed": {"data": {"packing": True}, "model": {"attn_implementation": "auto"}},
+}
+QUICK = {("as auto decides", "nf4"), ("selective", "nf4"), ("compiled", "packed"), ("full", "fp4")}
+
+
+def _merged(*parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for group, values in part.items():
+            found[group] = {**found.get(group, {}), **values}
+    return found
+
+
+def _train(pool: Pool, num_ranks: int, folder: Path, rows: Path, root: Path, groups: Any) -> list[dict[str, Any]]:
+    common = {
+        "data": {"train": str(rows), "max_length": 96}, "precision": {"name": "fp32"}, "schedule": {"name": "constant"},
+        "train": {"max_steps": 3, "global_batch_size": 6, "micro_batch_size": 2},
+    }  # fmt: skip
+    name = f"run{sum(1 for _ in root.iterdir())}"
+    return pool.run(num_ranks, run_fit, str(folder), str(root), name, _merged(common, groups))[0]["metrics"]
+
+
+CASES = [
+    pytest.param(fast, kind, marks=() if (fast, kind) in QUICK else pytest.mark.full)
+    for fast, kind in itertools.product(FAST, KINDS)
+    if not (kind in ("bf16 base",) and fast == "dense weights kept")
+]
+
+
+@pytest.mark.parametrize(("fast", "kind"), CASES)
+def test_a_fast_path_gives_what_the_plain_path_gives(pool, tiny_model, chat_rows, tmp_path, fast, kind):
+    """With accumulation (three micro-batches, so on two ranks one of weight zero), in fp32."""
+    plain = _train(pool, 1, tiny_model, chat_rows, tmp_path, _merged(PLAIN, KINDS[kind]))
+    for num_ranks in (1, 2):
+        found = _train(pool, num_ranks, tiny_model, chat_rows, tmp_path, _merged(FAST[fast], KINDS[kind]))
+        # compiled layers sum in another order; so does attention by blocks
+        assert losses(found) == pytest.approx(losses(plain), rel=1e-5)
+        assert norms(found) == pytest.approx(norms(plain), rel=3e-4)
+
+
+def _choices(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[dict[str, str], str, bool]:
+    prepared = build(ranks, folder, **groups)
+    layer = prepared.model.base.get_submodule(prepared.shapes.layers[0])
+    return prepared.choices, prepared.plan.settings.checkpointing, layer._compiled_call_impl is not None
+
+
+def test_auto_is_said_and_done(pool: Pool, tiny_model: Path, chat_rows: Path) -> None:
+    groups = {"data": {"train": str(chat_rows)}}
+    choices, checkpointing, compiled = pool.run(2, _choices, str(tiny_model), groups)[0]
+    assert set(choices) == {
+        "train.activation_checkpointing", "fsdp.reshard_after_forward", "quant.cache_dequantized",
+        "model.attn_implementation", "train.compile",
+    }  # fmt: skip
+    assert checkpointing == "none" and choices["model.attn_implementation"] == "blockwise"
+    assert choices["fsdp.reshard_after_forward"].startswith("false (fits")
+    assert not compiled and choices["train.compile"].startswith("false (about 0 s to win")
+    asked = {**groups, "train": {"compile": "true", "activation_checkpointing": "full"}}
+    choices, checkpointing, compiled = pool.run(2, _choices, str(tiny_model), asked)[0]
+    assert compiled and checkpointing == "full" and choices["train.compile"] == "true (as asked)"
+    assert "train.activation_checkpointing" not in choices
+    plain, _, compiled = pool.run(2, _choices, str(tiny_model), _merged(groups, PLAIN))[0]
+    assert plain["model.attn_implementation"] == "eager" and not compiled

@@ -1,0 +1,91 @@
+"""A decoder layer is one graph, one compilation serves all layers and lengths, and it computes what eager layers do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fsdp_qlora.model.compile import COMPILED_TYPES, compile_layers, uncompiled
+from fsdp_qlora.model.lora import attach_lora, initialize_adapters, trainable_parameters, use_fused_products
+from fsdp_qlora.model.model_config import load_config
+from fsdp_qlora.model.skeleton import attention_for, build_skeleton, decoder_layers, read_shapes, restore_buffers
+from fsdp_qlora.plan.layout import quantized_linears, target_linears
+from fsdp_qlora.quant.formats import QuantFormat, quantize
+from fsdp_qlora.quant.matrices import QuantMatrices
+from fsdp_qlora.quant.swap import swap_linears
+from tests.families import FAMILIES, write_family
+
+
+def _model(folder, dtype=torch.float32):
+    """Return a small model with random 4-bit weights and adapters, and its layers."""
+    attention = attention_for(torch.device("cpu"), "auto", load_config(folder))
+    base = build_skeleton(folder, dtype, attention)
+    shapes = read_shapes(base)
+    swap_linears(base, quantized_linears(shapes), QuantFormat())
+    model = attach_lora(base, target_linears(shapes, "all-linear"), r=4, alpha=8)
+    use_fused_products(model)
+    layers = decoder_layers(base)
+    return model, base, layers
+
+
+def _fill(model, base):
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if parameter.is_floating_point() and "packed" not in name:
+                value = torch.randn(parameter.shape, generator=generator) * 0.05
+                parameter.copy_(value + 1.0 if parameter.dim() == 1 else value)
+    for module in base.modules():
+        if isinstance(module, QuantMatrices):
+            module.fill(quantize(torch.randn(module.shape, generator=generator) * 0.05, module.quant_format))
+    restore_buffers(base, torch.device("cpu"))
+    initialize_adapters(model, 0)
+    for name, parameter in trainable_parameters(model):
+        if ".lora_B." in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    model.train()
+
+
+def _step(model, base, length):
+    ids = torch.arange(2 * length).remainder(200).view(2, length)
+    out = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    out.float().square().mean().backward()
+    grads = [p.grad.clone() for _, p in trainable_parameters(model)]
+    for _, p in trainable_parameters(model):
+        p.grad = None
+    return out.detach(), grads
+
+
+def _compare(folder):
+    model, base, layers = _model(folder)
+    plain = []
+    for compiled in (False, True):
+        if compiled:
+            torch._dynamo.reset()
+            compile_layers(layers, dynamic=True)
+        _fill(model, base) if not compiled else None
+        found = [_step(model, base, 24)]
+        if compiled:  # another length, and all layers: nothing is compiled again
+            with torch.compiler.set_stance("fail_on_recompile"):
+                found.append(_step(model, base, 40))
+        else:
+            found.append(_step(model, base, 40))
+        plain.append(found)
+    for (a, ga), (b, gb) in zip(*plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
+        for x, y in zip(ga, gb, strict=True):
+            assert (x - y).norm() <= 2e-3 * y.norm() + 1e-6
+    return base
+
+
+def test_layers_are_one_graph_compiled_once_and_compute_the_same(tiny_model):
+    base = _compare(tiny_model)
+    with uncompiled(), torch.no_grad():  # evaluation takes no compilation
+        base.get_decoder()(input_ids=torch.zeros(1, 9, dtype=torch.long), use_cache=False)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", sorted(COMPILED_TYPES & set(FAMILIES)))
+def test_each_family_that_auto_compiles(family, tmp_path):
+    _compare(write_family(tmp_path / "model", family))
