@@ -2,8 +2,8 @@
 
 Each way to train (`benchmarks/step_ways.py`) is started once, every rank a process of its own; then all train some
 steps by turns, round after round, on the same batches: rows of real conversations laid end to end, one row a rank and
-step, with the masks of assistant-only training. Reported are medians over the rounds of tokens a second (the slowest rank
-counts), their spread, seconds from start to the end of the first step, and memory growth: `ru_maxrss` at the end over
+step, with the masks of assistant-only training. Reported are medians over the rounds of tokens a second (the slowest
+rank counts), their spread, seconds from start to the end of the first step, and memory growth: `ru_maxrss` at the end over
 that after the imports.
 
 Parts: ``peers`` (SmolLM2-135M, 2 ranks and 1), ``growth`` (ranks, length, layers, rank of the adapters, vocabulary),
@@ -31,7 +31,8 @@ from benchmarks.step_ways import Spec
 from fsdp_qlora.api import cache_folder
 
 Found = dict[str, Any]
-FAST = {"train": {"compile": "true"}, "data": {"packing": True}}
+FAST = {"train": {"compile": "true"}, "data": {"packing": True}, "fsdp": {"adapters": "replicated"}}
+"""What a long run on full rows would use: compiled layers, adapters whole on every rank."""
 OFF = {"train": {"compile": "false"}, "data": {"packing": True}}
 
 

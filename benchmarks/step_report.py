@@ -59,7 +59,11 @@ def _peers(rows: list[Found], folder: Path) -> str:
     text += _table(["ranks", "tokens/s of", "over those of", "ratio", "aimed at", "reached"], goals)
     first = next(r for r in rows if r["way"] == "ours" and r["ranks"] == 2)
     text += f"\nOurs read {first['read'] / 1e6:.0f} MB a rank and gathers {first['gathered'] / 1e6:.0f} MB a rank and "
-    text += "step. What `auto` chose: " + "; ".join(f"`{k}` {v}" for k, v in first["choices"].items()) + ".\n"
+    text += (
+        "step. It is run with `train.compile=true fsdp.adapters=replicated data.packing=true`. What `auto` chose: "
+        + "; ".join(f"`{k}` {v}" for k, v in first["choices"].items())
+        + ".\n"
+    )
     _bars(rows, folder / "step_peers.svg")
     return text + "\n![tokens a second](step_peers.svg)\n"
 

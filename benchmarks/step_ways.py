@@ -50,6 +50,7 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
     from fsdp_qlora.config.convert import from_dict
     from fsdp_qlora.data.loader import Batch, MicroBatch
     from fsdp_qlora.model.lora import seed_of, trainable_parameters
+    from fsdp_qlora.model.replicated import ReplicatedGradients
     from fsdp_qlora.model.shard import synchronize_gradients
     from fsdp_qlora.optim.optimizers import ShardedOptimizer
     from fsdp_qlora.train.objectives import OBJECTIVES
@@ -73,6 +74,7 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
     settings = StepSettings(
         objective=OBJECTIVES["sft"], ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,
         seed_of=seed_of, around=contextlib.nullcontext,
+        after_backward=(ReplicatedGradients(optimizer.parameters.items(), ranks),),
     )  # fmt: skip
     prepared.model.train()
     number = 0
