@@ -3,8 +3,8 @@
 Each way to train (`benchmarks/step_ways.py`) is started once, every rank a process of its own; then all train some
 steps by turns, round after round, on the same batches: rows of real conversations laid end to end, one row a rank and
 step, with the masks of assistant-only training. Reported are medians over the rounds of tokens a second (the slowest
-rank counts), their spread, seconds from start to the end of the first step, and memory growth: `ru_maxrss` at the end over
-that after the imports.
+rank counts), their spread, seconds from start to the end of the first step, and memory growth: `ru_maxrss` at the end
+over that after the imports.
 
 Parts: ``peers`` (SmolLM2-135M, 2 ranks and 1), ``growth`` (ranks, length, layers, rank of the adapters, vocabulary),
 ``start`` (a model of 1.1 billion weights), ``auto`` (every combination of what ``auto`` decides).
