@@ -105,11 +105,20 @@ def _auto(rows: list[Found], folder: Path) -> str:
     return text + "\n`auto` chose: " + "; ".join(f"`{k}` {v}" for k, v in chosen["choices"].items()) + ".\n"
 
 
-WRITERS = {"peers": _peers, "growth": _growth, "start": _start, "auto": _auto}
+def _large(rows: list[Found], folder: Path) -> str:
+    table = [
+        [r["way"], f"{r['tokens_per_second']:.0f}", f"{r['step_seconds']:.3f}", f"{r['device_peak_bytes'] / 2**30:.2f}"]
+        for r in rows
+    ]
+    return _table(["way", "tokens/s", "s/step", "peak on the device, GiB"], table)
+
+
+WRITERS = {"peers": _peers, "growth": _growth, "start": _start, "auto": _auto, "large": _large}
 TITLES = {
     "peers": "Beside its peers (SmolLM2-135M-Instruct, NF4 base, r 16 on all linears)",
     "growth": "How it grows",
     "start": "From start to first step (1.1 billion weights)",
+    "large": "8 billion weights on one device",
     "auto": "What `auto` chooses, beside every combination",
 }
 
