@@ -8,8 +8,8 @@ over that after the imports.
 
 Parts: ``peers`` (SmolLM2-135M, 2 ranks and 1), ``growth`` (ranks, length, layers, rank of the adapters, vocabulary),
 ``start`` (a model of 1.1 billion weights), ``auto`` (every combination of what ``auto`` decides), ``large`` (for a GPU,
-one rank: a Llama of 8 billion random weights, packed rows of 2,048 tokens, two a step; ``--small`` tries the script with
-a tiny model on a CPU).
+one rank: a Llama of 8 billion random weights, packed rows of 2,048 tokens, two a step; ``--small`` tries the script on
+a CPU with a tiny model).
 
 TRL's SFTTrainer also computes entropy and token accuracy in each step; that is part of what it does. Its base, and the
 bare loop's, is whole on every rank (DDP); ours is sharded.
