@@ -28,8 +28,12 @@ from fsdp_qlora.plan.plan import make_plan
 
 
 def make_model(folder: Path) -> None:
-    """Write the model file by file, so that no more than one file is in memory."""
-    config = LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    """Write the model that is loaded."""
+    write_random(folder, LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"], dtype="bfloat16"))
+
+
+def write_random(folder: Path, config: LlamaConfig) -> None:
+    """Write a random model file by file, so that no more than one file is in memory."""
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}

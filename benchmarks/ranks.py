@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def machine() -> dict[str, Any]:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "device": name, "cores": os.cpu_count(), "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"), "versions": {n: version(n) for n in LIBRARIES},
+        "date": time.strftime("%Y-%m-%d"), "versions": {n: version(n) for n in LIBRARIES if find_spec(n) is not None},
     }  # fmt: skip
 
 

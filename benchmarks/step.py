@@ -2,12 +2,14 @@
 
 Each way to train (`benchmarks/step_ways.py`) is started once, every rank a process of its own; then all train some
 steps by turns, round after round, on the same batches: rows of real conversations laid end to end, one row a rank and
-step, with the masks of assistant-only training. Reported are medians over the rounds of tokens a second (the slowest rank
-counts), their spread, seconds from start to the end of the first step, and memory growth: `ru_maxrss` at the end over
-that after the imports.
+step, with the masks of assistant-only training. Reported are medians over the rounds of tokens a second (the slowest
+rank counts), their spread, seconds from start to the end of the first step, and memory growth: `ru_maxrss` at the end
+over that after the imports.
 
 Parts: ``peers`` (SmolLM2-135M, 2 ranks and 1), ``growth`` (ranks, length, layers, rank of the adapters, vocabulary),
-``start`` (a model of 1.1 billion weights), ``auto`` (every combination of what ``auto`` decides).
+``start`` (a model of 1.1 billion weights), ``auto`` (every combination of what ``auto`` decides), ``large`` (for a GPU,
+one rank: a Llama of 8 billion random weights, packed rows of 2,048 tokens, two a step; ``--small`` tries the script on
+a CPU with a tiny model).
 
 TRL's SFTTrainer also computes entropy and token accuracy in each step; that is part of what it does. Its base, and the
 bare loop's, is whole on every rank (DDP); ours is sharded.
@@ -26,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ranks import Way, machine
-from benchmarks.step_rows import small_model, write_rows
+from benchmarks.step_rows import random_llama, small_model, write_rows
 from benchmarks.step_ways import Spec
 from fsdp_qlora.api import cache_folder
 
 Found = dict[str, Any]
-FAST = {"train": {"compile": "true"}, "data": {"packing": True}}
+FAST = {"train": {"compile": "true"}, "data": {"packing": True}, "fsdp": {"adapters": "replicated"}}
+"""What a long run on full rows would use: compiled layers, adapters whole on every rank."""
 OFF = {"train": {"compile": "false"}, "data": {"packing": True}}
 
 
@@ -43,11 +46,14 @@ def measure(specs: Mapping[str, Spec], num_ranks: int, length: int, rounds: int,
         live[name] = Way(spec, num_ranks, logs)
         live[name].steps(1)
     speeds: dict[str, list[float]] = {name: [] for name in live}
+    device_peak: dict[str, int] = {}
     growth: dict[str, float] = {}
     for number in range(rounds):
         for name, way in live.items():
             answers = way.steps(steps)
-            speeds[name].append(num_ranks * length * steps / max(a["seconds"] for a in answers))
+            tokens = num_ranks * length * specs[name].batch * steps
+            speeds[name].append(tokens / max(a["seconds"] for a in answers))
+            device_peak[name] = max(a.get("device_peak", 0) for a in answers)
             growth[name] = max(a["growth"] for a in answers)
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     rows = []
@@ -56,7 +62,8 @@ def measure(specs: Mapping[str, Spec], num_ranks: int, length: int, rounds: int,
             {
                 "way": name, "ranks": num_ranks, "length": length, "tokens_per_second": statistics.median(speeds[name]),
                 "lowest": min(speeds[name]), "highest": max(speeds[name]),
-                "step_seconds": num_ranks * length / statistics.median(speeds[name]),
+                "step_seconds": num_ranks * length * way.spec.batch / statistics.median(speeds[name]),
+                "device_peak_bytes": device_peak[name],
                 "first_step_seconds": max(a["first_step"] for a in way.first), "growth_bytes": growth[name],
                 "spec": dataclasses.asdict(way.spec), **{k: way.first[0].get(k) for k in KNOWN},
             }
@@ -134,6 +141,28 @@ def start(scratch: Path, options: argparse.Namespace) -> list[Found]:
     return [row for name, spec in ways.items() for row in measure({name: spec}, 2, 128, 1, 1, scratch)]
 
 
+def large(scratch: Path, options: argparse.Namespace) -> list[Found]:
+    """Compare on the work of an 8B model with TRL and our own trainer on a bf16 base."""
+    length, batch = (64, 2) if options.small else (2048, 2)
+    folder = random_llama(scratch / "llama", small=options.small)
+    rows = scratch / "rows.json"
+    write_rows(rows, length, 8, 4096 if options.small else None)
+    common = {"model": str(folder), "rows": str(rows), "batch": batch}
+    full = {"data": {"packing": True}, "train": {"compile": "false" if options.small else "auto"}}
+    ways = {
+        "ours": Spec("ours", **common, overrides=full),
+        "ours, bf16 base": Spec("ours", **common, overrides={**full, "quant": {"name": "none"}}),
+        "TRL": Spec("trl", **common),
+        "matrix products alone": Spec("roofline", **common),
+    }
+    chosen = {name: ways[name] for name in options.ways or ways}
+    return [
+        row
+        for name, spec in chosen.items()  # one after the other: two do not fit on the device
+        for row in measure({name: spec}, 1, length, options.rounds, options.steps, scratch)
+    ]
+
+
 def auto(scratch: Path, options: argparse.Namespace) -> list[Found]:
     """Try every combination of what ``auto`` decides, and what it decides."""
     model = str(cache_folder() / "embedded" / "smollm2-135m-instruct")
@@ -158,7 +187,7 @@ COMBINATIONS = [
     for compiled in (("true", "false") if checkpointing == "none" else ("false",))
 ]
 PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Found]]] = {
-    "peers": peers, "growth": growth, "start": start, "auto": auto,
+    "peers": peers, "growth": growth, "start": start, "auto": auto, "large": large,
 }  # fmt: skip
 
 
@@ -167,12 +196,16 @@ def main() -> None:
     from benchmarks.step_report import write_report
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", default=["peers", "growth", "start", "auto"], help=", ".join(PARTS))
+    parser.add_argument("--small", action="store_true", help="large: a tiny model")
+    parser.add_argument("--ways", nargs="*", help="large: only these")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row (peers, auto)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of each way in a round")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+    if unknown := set(options.parts) - PARTS.keys():
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     for part in options.parts:
         with tempfile.TemporaryDirectory() as scratch:
             found = PARTS[part](Path(scratch), options)

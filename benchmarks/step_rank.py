@@ -36,9 +36,14 @@ def main() -> None:
             started = time.perf_counter()
             for _ in range(int(line)):
                 step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             seconds = time.perf_counter() - started
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            print(json.dumps({"seconds": seconds, "growth": peak - baseline}), file=answers, flush=True)
+            found = {"seconds": seconds, "growth": peak - baseline}
+            if torch.cuda.is_available():
+                found["device_peak"] = torch.cuda.max_memory_allocated()
+            print(json.dumps(found), file=answers, flush=True)
         if spec.way == "trl":
             os._exit(0)  # its loop waits in a thread for a next step
 

@@ -59,7 +59,11 @@ def _peers(rows: list[Found], folder: Path) -> str:
     text += _table(["ranks", "tokens/s of", "over those of", "ratio", "aimed at", "reached"], goals)
     first = next(r for r in rows if r["way"] == "ours" and r["ranks"] == 2)
     text += f"\nOurs read {first['read'] / 1e6:.0f} MB a rank and gathers {first['gathered'] / 1e6:.0f} MB a rank and "
-    text += "step. What `auto` chose: " + "; ".join(f"`{k}` {v}" for k, v in first["choices"].items()) + ".\n"
+    text += (
+        "step. It is run with `train.compile=true fsdp.adapters=replicated data.packing=true`. What `auto` chose: "
+        + "; ".join(f"`{k}` {v}" for k, v in first["choices"].items())
+        + ".\n"
+    )
     _bars(rows, folder / "step_peers.svg")
     return text + "\n![tokens a second](step_peers.svg)\n"
 
@@ -101,11 +105,20 @@ def _auto(rows: list[Found], folder: Path) -> str:
     return text + "\n`auto` chose: " + "; ".join(f"`{k}` {v}" for k, v in chosen["choices"].items()) + ".\n"
 
 
-WRITERS = {"peers": _peers, "growth": _growth, "start": _start, "auto": _auto}
+def _large(rows: list[Found], folder: Path) -> str:
+    table = [
+        [r["way"], f"{r['tokens_per_second']:.0f}", f"{r['step_seconds']:.3f}", f"{r['device_peak_bytes'] / 2**30:.2f}"]
+        for r in rows
+    ]
+    return _table(["way", "tokens/s", "s/step", "peak on the device, GiB"], table)
+
+
+WRITERS = {"peers": _peers, "growth": _growth, "start": _start, "auto": _auto, "large": _large}
 TITLES = {
     "peers": "Beside its peers (SmolLM2-135M-Instruct, NF4 base, r 16 on all linears)",
     "growth": "How it grows",
     "start": "From start to first step (1.1 billion weights)",
+    "large": "8 billion weights on one device",
     "auto": "What `auto` chooses, beside every combination",
 }
 

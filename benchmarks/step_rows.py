@@ -22,10 +22,11 @@ class Rows:
         self._ids, self._labels = torch.tensor(found["ids"]), torch.tensor(found["labels"])
         self.length = self._ids.shape[1]
 
-    def of(self, step: int, rank: int, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return input_ids and labels, int64 ``[1, length]``, of one rank's step."""
-        row = (step * num_ranks + rank) % self._ids.shape[0]
-        return self._ids[row : row + 1], self._labels[row : row + 1]
+    def of(self, step: int, rank: int, num_ranks: int, count: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return input_ids and labels, int64 ``[count, length]``, of one rank's step."""
+        first = (step * num_ranks + rank) * count
+        chosen = torch.arange(first, first + count) % self._ids.shape[0]
+        return self._ids[chosen], self._labels[chosen]
 
     def lists(self) -> list[tuple[list[int], list[int]]]:
         """Return (input_ids, labels) of every row."""
@@ -72,5 +73,24 @@ def small_model(folder: Path, layers: int, vocabulary: int) -> Path:
         "tie_word_embeddings": False,
     }  # fmt: skip
     LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(cache_folder() / "embedded" / "smollm2-135m-instruct").save_pretrained(folder)
+    return folder
+
+
+def random_llama(folder: Path, small: bool) -> Path:
+    """Write a Llama of 8 billion random bf16 weights (or a tiny one), file by file, with a tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig
+
+    from benchmarks.loading_rank import write_random
+
+    shape = {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+    }  # fmt: skip
+    if small:
+        shape |= {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4,
+                  "num_key_value_heads": 2, "vocab_size": 4096}  # fmt: skip
+    folder.mkdir()
+    write_random(folder, LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16"))
     AutoTokenizer.from_pretrained(cache_folder() / "embedded" / "smollm2-135m-instruct").save_pretrained(folder)
     return folder

@@ -41,6 +41,8 @@ class Spec:
     """Of ours: settings by group."""
     attention: str = "sdpa"
     """Of the bare loop."""
+    batch: int = 1
+    """Rows of a rank's step."""
 
 
 @contextlib.contextmanager
@@ -50,6 +52,7 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
     from fsdp_qlora.config.convert import from_dict
     from fsdp_qlora.data.loader import Batch, MicroBatch
     from fsdp_qlora.model.lora import seed_of, trainable_parameters
+    from fsdp_qlora.model.replicated import ReplicatedGradients
     from fsdp_qlora.model.shard import synchronize_gradients
     from fsdp_qlora.optim.optimizers import ShardedOptimizer
     from fsdp_qlora.train.objectives import OBJECTIVES
@@ -61,7 +64,7 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
         "lora": {"r": spec.r, "alpha": 2 * spec.r},
         "train": {
             "activation_checkpointing": "full" if spec.checkpointing else "none",
-            "global_batch_size": placement.world_size, "micro_batch_size": 1, "max_steps": 1000,
+            "global_batch_size": spec.batch * placement.world_size, "micro_batch_size": spec.batch, "max_steps": 1000,
         },
     }  # fmt: skip
     for group, settings in spec.overrides.items():
@@ -73,14 +76,16 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
     settings = StepSettings(
         objective=OBJECTIVES["sft"], ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,
         seed_of=seed_of, around=contextlib.nullcontext,
+        after_backward=(ReplicatedGradients(optimizer.parameters.items(), ranks),),
     )  # fmt: skip
     prepared.model.train()
     number = 0
 
     def step() -> None:
         nonlocal number
-        ids, labels = rows.of(number, ranks.rank, ranks.size)
-        targets = sum(int((rows.of(number, r, ranks.size)[1][:, 1:] != -100).sum()) for r in range(ranks.size))
+        ids, labels = rows.of(number, ranks.rank, ranks.size, spec.batch)
+        everywhere = [rows.of(number, r, ranks.size, spec.batch)[1] for r in range(ranks.size)]
+        targets = sum(int((found[:, 1:] != -100).sum()) for found in everywhere)
         batch = Batch([MicroBatch(ranks.rank, ids, labels)], ranks.size, ids.numel() * ranks.size, targets)
         number += 1
         train_step(prepared.model, batch, optimizer, 2e-4, number, False, settings)
@@ -104,6 +109,10 @@ def _peft(spec: Spec, attention: str) -> Any:
     return get_peft_model(model, config)
 
 
+def _device() -> torch.device:
+    return torch.device("cuda", Placement.from_env().local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def _base(spec: Spec, attention: str) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -113,14 +122,15 @@ def _base(spec: Spec, attention: str) -> Any:
     )  # fmt: skip
     return AutoModelForCausalLM.from_pretrained(
         spec.model, quantization_config=quantization, dtype=torch.bfloat16, attn_implementation=attention,
-        device_map={"": "cpu"},
+        device_map={"": str(_device())},
     )  # fmt: skip
 
 
 @contextlib.contextmanager
 def bare(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper, dict[str, Any]]]:
     """Train with transformers, PEFT, DDP and torch's AdamW in a plain loop."""
-    torch.distributed.init_process_group("gloo")
+    device = _device()
+    torch.distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
     model = _peft(spec, spec.attention)
     model.train()
     if spec.checkpointing:
@@ -133,9 +143,9 @@ def bare(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
 
     def step() -> None:
         nonlocal number
-        ids, labels = rows.of(number, placement.rank, placement.world_size)
+        ids, labels = rows.of(number, placement.rank, placement.world_size, spec.batch)
         number += 1
-        wrapped(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+        wrapped(input_ids=ids.to(device), labels=labels.to(device), use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -192,8 +202,9 @@ def trl(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper,
     dataset = Dataset.from_list([{"input_ids": a, "labels": b} for a, b in rows.lists()])
     with tempfile.TemporaryDirectory() as scratch:
         settings = SFTConfig(
-            output_dir=scratch, report_to=[], use_cpu=True, bf16=True, max_length=None, max_steps=100_000,
-            per_device_train_batch_size=1, gradient_checkpointing=spec.checkpointing, learning_rate=2e-4,
+            output_dir=scratch, report_to=[], use_cpu=_device().type == "cpu", bf16=True, max_length=None,
+            max_steps=100_000,
+            per_device_train_batch_size=spec.batch, gradient_checkpointing=spec.checkpointing, learning_rate=2e-4,
             save_strategy="no", logging_strategy="no", disable_tqdm=True, optim="adamw_torch",
         )  # fmt: skip
         lora = LoraConfig(r=spec.r, lora_alpha=2 * spec.r, target_modules=LINEARS, task_type="CAUSAL_LM")
@@ -230,14 +241,15 @@ def roofline(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Ste
         for name, m in model.named_modules()
         if isinstance(m, torch.nn.Linear) and name != "lm_head"
     ]
-    weights = [torch.randn(shape).bfloat16() for shape in shapes]
-    head = torch.randn(config.vocab_size, config.hidden_size).bfloat16()
-    inputs = {n: torch.randn(rows.length, n).bfloat16() for shape in shapes for n in shape}
+    kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": _device()}
+    weights = [torch.randn(shape, **kind) for shape in shapes]
+    head = torch.randn(config.vocab_size, config.hidden_size, **kind)
+    inputs = {n: torch.randn(spec.batch * rows.length, n, **kind) for shape in shapes for n in shape}
     number = 0
 
     def step() -> None:
         nonlocal number
-        _, labels = rows.of(number, placement.rank, placement.world_size)
+        _, labels = rows.of(number, placement.rank, placement.world_size, spec.batch)
         number += 1
         for weight in weights:
             out, into = weight.shape

@@ -286,6 +286,7 @@ def build_sharded(
     layers, fsdp = decoder_layers(base), config.fsdp
     if config.train.compile == "true":
         compile_layers(layers, dynamic=not config.data.packing)
+        model.compiled = True
     if fsdp.offloads_activations:
         offload_activations(layers, ranks.device, host=host)
     policy = mixed_precision(config.precision.name)

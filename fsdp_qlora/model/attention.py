@@ -12,6 +12,8 @@ It is an op with a fake implementation, known to transformers by name through it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,6 +27,22 @@ from fsdp_qlora.quant.ops import register
 
 BLOCKWISE = "blockwise"
 """Name in transformers' attention interface."""
+
+
+_ONLY_CAUSAL: ContextVar[bool] = ContextVar("only causal masks", default=False)
+
+
+@contextmanager
+def only_causal_masks() -> Iterator[None]:
+    """Take every mask for a causal one: for a simulated step.
+
+    transformers leaves a mask out where positions do not restart; it cannot see that on tensors without numbers.
+    """
+    token = _ONLY_CAUSAL.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_CAUSAL.reset(token)
 
 
 def blockwise_forward(
@@ -52,6 +70,8 @@ def blockwise_forward(
             raise ModelError(f"model.attn_implementation: blockwise has no {name}, which this model needs; use eager.")
     if dropout:
         raise ModelError("model.attn_implementation: blockwise has no attention dropout; use eager.")
+    if _ONLY_CAUSAL.get():
+        attention_mask = None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     length = query.shape[2]

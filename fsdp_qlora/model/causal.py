@@ -30,6 +30,8 @@ class CausalModel(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.model = model
+        self.compiled = False
+        """Whether its layers are (`compile_layers`)."""
 
     @property
     def base(self) -> PreTrainedModel:
@@ -88,7 +90,7 @@ class CausalModel(nn.Module):
     def _without_backward(self) -> Iterator[None]:
         """Run what no backward follows: layers as they are written, and nothing left gathered behind."""
         try:
-            with uncompiled():
+            with uncompiled() if self.compiled else nullcontext():  # importing the compiler takes seconds
                 yield
         finally:
             release_gathered(self)

@@ -19,6 +19,7 @@ from fsdp_qlora.api import build_sharded
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.model.attention import only_causal_masks
 from fsdp_qlora.model.causal import CausalModel
 from fsdp_qlora.model.lora import seed_of, trainable_parameters
 from fsdp_qlora.model.replicated import ReplicatedGradients
@@ -172,10 +173,12 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> Cut
     optimizer = ShardedOptimizer(trainable_parameters(model), config.optim)
     optimizer.prepare_state(step=1)  # as in every step after the first
     batch = worst_batch(plan, config.data.max_length, shapes, config.data.packing or config.data.padding_free)
-    peaks = measure_step(
-        model, optimizer.inner, step_runner(config, model, batch, ranks), lambda: optimizer.step(1e-6, 0.5), fake,
-        ranks.device.type,
-    )  # fmt: skip
+    restarting = config.data.packing or config.data.padding_free
+    with nullcontext() if restarting else only_causal_masks():
+        peaks = measure_step(
+            model, optimizer.inner, step_runner(config, model, batch, ranks), lambda: optimizer.step(1e-6, 0.5), fake,
+            ranks.device.type,
+        )  # fmt: skip
     return Cut(counts_of(kinds), _by_name(peaks, base, shapes, kinds))
 
 

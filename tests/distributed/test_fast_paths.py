@@ -72,8 +72,7 @@ def test_a_fast_path_gives_what_the_plain_path_gives(pool, tiny_model, chat_rows
 
 def _choices(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[dict[str, str], str, bool]:
     prepared = build(ranks, folder, **groups)
-    layer = prepared.model.base.get_submodule(prepared.shapes.layers[0])
-    return prepared.choices, prepared.plan.settings.checkpointing, layer._compiled_call_impl is not None
+    return prepared.choices, prepared.plan.settings.checkpointing, prepared.model.compiled
 
 
 def test_auto_is_said_and_done(pool: Pool, tiny_model: Path, chat_rows: Path) -> None:

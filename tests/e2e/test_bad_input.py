@@ -26,7 +26,10 @@ COMPOSED = {
     "wrong choice": (["lora.variant=loar"], ["lora.variant", "Did you mean 'lora'?"]),
     "impossible pair": (["train.global_batch_size=2", "train.micro_batch_size=4"], ["train.micro_batch_size"]),
     "eval of nothing": (["train.eval_every=5"], ["train.eval_every", "data.eval"]),
-    "not available": (["train.compile=true"], ["train.compile", "not available"]),
+    "excluding each other": (
+        ["quant.cache_dequantized=true", "train.activation_checkpointing=full"],
+        ["quant.cache_dequantized", "activation_checkpointing=full"],
+    ),
     "search without a memory": (["plan.search=true"], ["plan.search", "plan.gpu"]),
     "no equals sign": (["quickstart"], ["quickstart", "key=value"]),
     "unknown experiment": (["experiment=quickstrt"], ["experiment", "Did you mean 'quickstart'?"]),

@@ -121,3 +121,16 @@ def test_library_run(num_ranks: int, tiny_model: Path, chat_rows: Path, cli_env:
         assert f"rank {rank['rank']}: read {rank['bytes_read']:,} bytes" in output
     assert f"held-out loss {summary['eval_loss_before']:.4f} -> {summary['eval_loss_after']:.4f}" in output
     require_adapter(tmp_path / "out" / "adapter", tiny_model)
+
+
+@pytest.mark.launch
+def test_the_steps_benchmark_runs_at_a_small_size(cli_env, real_model, tmp_path):
+    """As it would on a GPU; TRL is not there in `make test`."""
+    command = [sys.executable, "-m", "benchmarks.step", "large", "--small", "--rounds", "1", "--out", str(tmp_path)]
+    command += ["--ways", "ours", "ours, bf16 base", "matrix products alone"]
+    env = {**cli_env, "FSDP_QLORA_CACHE": str(real_model.parent.parent)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = {r["way"]: r for r in json.loads((tmp_path / "step_large.json").read_text())["rows"]}
+    assert len(rows) == 3 and all(r["tokens_per_second"] > 0 for r in rows.values())
+    assert "| ours |" in (tmp_path / "step.md").read_text()
