@@ -147,6 +147,20 @@ def test_one_kind_of_adapters_goes_on_from_the_other(pool, tiny_model, chat_rows
     _resume(pool, tiny_model, chat_rows, tmp_path, (saved, 2, "shard"), [(saved, 2, "shard"), (other, 1, "shard")])
 
 
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adafactor"])
+@pytest.mark.parametrize("adapters", ["sharded", "replicated"])
+def test_states_of_other_optimizers_go_along(pool, tiny_model, chat_rows, tmp_path, optim, adapters):
+    """Their statistics are of rows, columns and blocks: cut elsewhere where every rank has all of them."""
+    optims = {"optim": {"name": optim, "lr": 2e-3}}
+    wanted = _train(pool, 2, tiny_model, tmp_path, _groups(chat_rows, adapters, **optims))
+    for kind, steps in ((adapters, 2), ("replicated" if adapters == "sharded" else "sharded", 4)):
+        groups = _groups(chat_rows, kind, **optims, run={"name": "both"}, train={"max_steps": steps})
+        pool.run(2, run_fit, str(tiny_model), str(tmp_path), "both", groups)
+    lines = metrics(tmp_path / "both")
+    assert max(_apart(losses(lines), wanted[0])) < 1e-5
+    assert max(_apart(norms(lines), wanted[1])) < 1e-4
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("saved", ["sharded", "replicated"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
