@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -29,7 +28,8 @@ BLOCKWISE = "blockwise"
 """Name in transformers' attention interface."""
 
 
-_ONLY_CAUSAL: ContextVar[bool] = ContextVar("only causal masks", default=False)
+_simulated = {"only causal": False}
+"""A plain value: the compiler cannot look into a context variable."""
 
 
 @contextmanager
@@ -38,11 +38,11 @@ def only_causal_masks() -> Iterator[None]:
 
     transformers leaves a mask out where positions do not restart; it cannot see that on tensors without numbers.
     """
-    token = _ONLY_CAUSAL.set(True)
+    _simulated["only causal"] = True
     try:
         yield
     finally:
-        _ONLY_CAUSAL.reset(token)
+        _simulated["only causal"] = False
 
 
 def blockwise_forward(
@@ -70,7 +70,7 @@ def blockwise_forward(
             raise ModelError(f"model.attn_implementation: blockwise has no {name}, which this model needs; use eager.")
     if dropout:
         raise ModelError("model.attn_implementation: blockwise has no attention dropout; use eager.")
-    if _ONLY_CAUSAL.get():
+    if _simulated["only causal"]:
         attention_mask = None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
