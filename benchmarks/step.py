@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ranks import Way, machine
-from benchmarks.step_rows import random_llama, small_model, write_rows
+from benchmarks.step_rows import random_llama, save_tokenizer, small_model, write_rows
 from benchmarks.step_ways import Spec
 from fsdp_qlora.api import cache_folder
 
@@ -136,6 +136,7 @@ def start(scratch: Path, options: argparse.Namespace) -> list[Found]:
     folder, rows = scratch / "llama", scratch / "rows.json"
     folder.mkdir()
     make_model(folder)
+    save_tokenizer(folder)
     write_rows(rows, 128, 8, 32000)
     ways = {
         name: Spec(name, str(folder), str(rows), overrides=OFF if name == "ours" else {}) for name in ("ours", "trl")

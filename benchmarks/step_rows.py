@@ -64,7 +64,7 @@ def small_model(folder: Path, layers: int, vocabulary: int) -> Path:
     """Save a random bf16 Llama as wide as SmolLM2-135M, untied, if it is not there; return its folder."""
     if folder.is_dir():
         return folder
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     shape = {
@@ -73,13 +73,18 @@ def small_model(folder: Path, layers: int, vocabulary: int) -> Path:
         "tie_word_embeddings": False,
     }  # fmt: skip
     LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(cache_folder() / "embedded" / "smollm2-135m-instruct").save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Put the embedded model's tokenizer beside a random model."""
+    build_tokenizer(cache_folder() / "embedded" / "smollm2-135m-instruct", False).save_pretrained(folder)
 
 
 def random_llama(folder: Path, small: bool) -> Path:
     """Write a Llama of 8 billion random bf16 weights (or a tiny one), file by file, with a tokenizer."""
-    from transformers import AutoTokenizer, LlamaConfig
+    from transformers import LlamaConfig
 
     from benchmarks.loading_rank import write_random
 
@@ -92,5 +97,5 @@ def random_llama(folder: Path, small: bool) -> Path:
                   "num_key_value_heads": 2, "vocab_size": 4096}  # fmt: skip
     folder.mkdir()
     write_random(folder, LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16"))
-    AutoTokenizer.from_pretrained(cache_folder() / "embedded" / "smollm2-135m-instruct").save_pretrained(folder)
+    save_tokenizer(folder)
     return folder

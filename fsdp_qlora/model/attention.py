@@ -111,8 +111,10 @@ class _Heads:
         """Write what `block` gave into ``into``."""
         into[:, :, :, start:stop] = block.view(self.rows, self.key_heads, self.group, stop - start, block.shape[-1])
 
-    def probabilities(self, start: int, stop: int, first: int, last: int, mask: Tensor | None, causal: bool) -> Tensor:
-        """Return the softmax of a block's scores, ``[rows x key heads, group x block, last - first]``."""
+    def probabilities(
+        self, start: int, stop: int, first: int, last: int, mask: Tensor | None, causal: bool, out: Tensor | None = None
+    ) -> Tensor:
+        """Return the softmax of a block's scores, ``[rows x key heads, group x block, last - first]``, in ``out``."""
         scores = torch.bmm(self.block(self.query, start, stop), self.key[:, first:last].transpose(1, 2))
         if causal:
             hidden = torch.ones(stop - start, stop - start, dtype=torch.bool, device=scores.device).triu_(1)
@@ -121,7 +123,7 @@ class _Heads:
         elif mask is not None:
             by_row = scores.view(self.rows, -1, stop - start, last - first)
             by_row.masked_fill_(~mask[:, :, start:stop, first:last], torch.finfo(scores.dtype).min)
-        return torch.softmax(scores, dim=-1)
+        return torch.softmax(scores, dim=-1) if out is None else torch.softmax(scores, -1, out=out.view_as(scores))
 
 
 def _kept_scores(rows: int, heads: int, length: int, keep: bool) -> int:
@@ -140,11 +142,11 @@ def _attention(
     rows, heads_of_queries, length, _ = query.shape
     kept, place = query.new_empty(_kept_scores(rows, heads_of_queries, length, keep)), 0
     for start, stop, first, last in _blocks(heads.length, heads.keys, mask, causal):
-        scores = heads.probabilities(start, stop, first, last, mask, causal)
+        size = rows * heads_of_queries * (stop - start) * (last - first) if keep else 0
+        own = kept[place : place + size] if keep else None
+        scores = heads.probabilities(start, stop, first, last, mask, causal, own)
         heads.unblock(torch.bmm(scores, heads.value[:, first:last]), laid, start, stop)
-        if keep:
-            kept[place : place + scores.numel()] = scores.view(-1)
-            place += scores.numel()
+        place += size
     return out.flatten(2, 3), kept
 
 
