@@ -28,8 +28,14 @@ def compile_layers(layers: Sequence[nn.Module], dynamic: bool) -> None:
         layers: decoder layers.
         dynamic: whether batches differ in length; one compilation then serves all lengths.
     """
+    from torch._dynamo import config as dynamo_config  # here: it imports the whole compiler
+
     # FSDP2 warns that a compiled layer's output is a view; transformers' models never write into it
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    # A checkpointed layer hands products from one linear to the next (`SharedInput`) and is left as it was found:
+    # the recomputation is of the graph and has nothing to hand on
+    dynamo_config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    torch.compiler.reset()  # an earlier model's layers in this process would count against the number of recompilations
     for layer in layers:
         layer.compile(fullgraph=True, dynamic=dynamic)
 

@@ -65,12 +65,12 @@ def _compare(folder):
             torch._dynamo.reset()
             compile_layers(layers, dynamic=True)
         _fill(model, base) if not compiled else None
-        found = [_step(model, base, 24)]
+        found = [_step(model, base, 40)]  # both lengths exceed every sliding window, so both come with masks
         if compiled:  # another length, and all layers: nothing is compiled again
             with torch.compiler.set_stance("fail_on_recompile"):
-                found.append(_step(model, base, 40))
+                found.append(_step(model, base, 56))
         else:
-            found.append(_step(model, base, 40))
+            found.append(_step(model, base, 56))
         plain.append(found)
     for (a, ga), (b, gb) in zip(*plain, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
