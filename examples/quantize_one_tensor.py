@@ -10,7 +10,7 @@ import bitsandbytes.functional as bnb
 import torch
 
 from fsdp_qlora import QuantFormat, dequantize, quantize
-from fsdp_qlora.plan.layout import ROW_WEIGHTS, row_range
+from fsdp_qlora.plan.rows import ROW_WEIGHTS, row_range
 
 NUM_RANKS = 3
 

@@ -14,7 +14,7 @@ from fsdp_qlora.dist.mesh import Ranks, build_ranks
 from fsdp_qlora.dist.process import Placement, process_group
 from fsdp_qlora.dist.reduce import all_sum, gather_json
 from fsdp_qlora.model.shard import mixed_precision
-from fsdp_qlora.plan.layout import ROW_WEIGHTS, row_range
+from fsdp_qlora.plan.rows import ROW_WEIGHTS, row_range
 from fsdp_qlora.quant.formats import to_rows
 
 WIDTH, NUM_BLOCKS, BATCH = 1024, 4, 8  # BATCH: examples in a step, over all ranks

@@ -271,9 +271,7 @@ def build_sharded(
 
     ``config`` has every ``auto`` decided (`decided`, `prepare`); what is left at ``auto`` is not done.
     """
-    if config.quant.name != "none":
-        quant_format = QuantFormat(config.quant.name, config.quant.double_quant)
-        _quantize(base, plan, shapes, quant_format, config.quant.cache_dequantized == "true")
+    _quantize(base, plan, shapes, config.quant.cache_dequantized == "true")
     task, lora = task_type(base), config.lora
     if task == "CAUSAL_LM":
         install_loss_head(base, config.train.logits_chunk)
@@ -302,15 +300,13 @@ def build_sharded(
     return model
 
 
-def _quantize(
-    base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, quant_format: QuantFormat, cache: bool
-) -> None:
-    """Put 4-bit modules in the place of what is planned to be 4-bit."""
-    swap_linears(base, plan.quantized, quant_format, cache)
+def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache: bool) -> None:
+    """Put modules with packed parameters in the place of what is planned to be quantized."""
+    swap_linears(base, plan.quantized, cache_dequantized=cache)
     if any(x.stacked for x in plan.quantized):
         use_quantized_experts(base)
     if plan.quantized_edges:
-        quantize_edges(base, shapes, quant_format)
+        quantize_edges(base, shapes, QuantFormat.of(plan.quantized_edges[0].layout))
 
 
 def debug_context(config: RunConfig) -> Callable[[], Any]:

@@ -76,15 +76,19 @@ def write_family(folder: Path, family: str) -> Path:
     return folder
 
 
-def reference(folder: Path, targets: list[str], r: int, alpha: float, seed: int = 0) -> nn.Module:
-    """Return transformers' 4-bit model with PEFT's adapters, initialised as ours are.
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+)
 
-    bitsandbytes leaves stacked expert weights in 16 bit: they are passed through its quantization, one by one.
+
+def reference(
+    folder: Path, targets: list[str], r: int, alpha: float, seed: int = 0, quant: BitsAndBytesConfig = NF4
+) -> nn.Module:
+    """Return transformers' quantized model with PEFT's adapters, initialised as ours are.
+
+    bitsandbytes leaves stacked expert weights in 16 bit: they are passed through its quantization, one by one. Its int8
+    layers multiply dequantized weights while they train on a CPU: `reference_losses` keeps them from that.
     """
-    quant = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
     family = AutoConfig.from_pretrained(folder).model_type
     base = AUTO.get(family, AutoModelForCausalLM).from_pretrained(
         folder, quantization_config=quant, dtype=torch.bfloat16, attn_implementation="eager"
@@ -118,6 +122,9 @@ def reference_losses(model: nn.Module, batches: Iterator[Batch], lr: float) -> l
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     found = []
     model.train()
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            module.eval()
     for batch in batches:
         total = 0.0
         for m in batch.micro_batches:

@@ -252,6 +252,16 @@ def _problems(line: CommandLine) -> typing.Iterator[str]:
         yield from _override_problems(parsed, line.config_dir)
 
 
+REFUSED = {
+    (
+        "precision",
+        "fp16",
+    ): " Numbers above 65504 are infinite in float16, and the activations of many models, trained in "
+    "bfloat16, are; it would take a loss scale, too. Set precision=bf16, or fp32 on GPUs without bfloat16."
+}
+"""Options that people ask for and that are left out for a reason."""
+
+
 def _override_problems(parsed: Override, config_dir: str | None) -> typing.Iterator[str]:
     key = parsed.key_or_group
     if key.startswith("hydra"):
@@ -262,7 +272,8 @@ def _override_problems(parsed: Override, config_dir: str | None) -> typing.Itera
         for choice in choices:
             if choice is not None and choice not in options:
                 word = str(choice)
-                yield f"{key}: {word!r} is not one of {', '.join(options)}.{nearest(word, options)}"
+                why = REFUSED.get((key, word)) or nearest(word, options)
+                yield f"{key}: {word!r} is not one of {', '.join(options)}.{why}"
         return
     if key not in known_keys() and not _mapping(key):
         yield f"{key}: there is no such key.{nearest(key, [*known_keys(), EXPERIMENT])}"

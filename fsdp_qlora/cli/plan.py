@@ -9,6 +9,7 @@ from fsdp_qlora.cli.launcher import ranks_to_start
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.plan.plan import TrainPlan
+from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.plan.report import report
 from fsdp_qlora.planning import planned
 from fsdp_qlora.simulate.step import simulate
@@ -84,7 +85,7 @@ def _work(found: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
     return [
         ("ranks", f"{plan.world_size}, {plan.shard_size} of which share one copy of the base"),
         ("FSDP units", str(found["fsdp_units"])),
-        ("4-bit linears", f"{len(plan.quantized)} ({config.quant.name}); embedding and head {config.quant.embeddings}"),
+        ("quantized linears", f"{describe(plan.quantized)}; embedding and head {config.quant.embeddings}"),
         ("trainable parameters", f"{plan.trainable_parameters:,} of {plan.base_parameters:,}"),
         (
             "batch",

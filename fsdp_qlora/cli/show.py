@@ -16,6 +16,7 @@ from rich.text import Text
 
 from fsdp_qlora.api import Prepared
 from fsdp_qlora.data.samples import segments
+from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.track.console import megabytes, print_table
 from fsdp_qlora.track.phases import PHASES, WAITING
 from fsdp_qlora.track.run_folder import RunFolder
@@ -39,13 +40,13 @@ def print_start(prepared: Prepared, note: str) -> None:
     plan, config, data = prepared.plan, prepared.config, prepared.data
     if note:
         print(note)
-    quant = config.quant.name + ("+double quantization" if config.quant.double_quant and plan.quantized else "")
+    quant = describe(plan.quantized)
     if prepared.load.stored:
         quant += f" ({prepared.load.stored} of them read as stored)"
     print(
         f"{prepared.ranks.size} rank(s) on {prepared.ranks.device.type} ({prepared.threads} thread(s) each), "
         f"shard {plan.shard_size} x replicate {prepared.ranks.num_replicas}; {config.model.name}: "
-        f"{plan.base_parameters / 1e6:.1f} M parameters, {len(plan.quantized)} linears in {quant}, "
+        f"{plan.base_parameters / 1e6:.1f} M parameters, quantized linears: {quant}, "
         f"{plan.trainable_parameters / 1e6:.2f} M trainable; loaded in {prepared.load.seconds:.1f} s"
     )
     print(

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 from fsdp_qlora.config.convert import known_keys, nearest
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import BLOCK_SIZES, QuantName, RunConfig
 from fsdp_qlora.errors import ConfigError
 
 Rule = Callable[[RunConfig], Iterator[str]]
@@ -70,6 +71,7 @@ def _not_negative(config: RunConfig) -> Iterator[str]:
         "plan.world_size": config.plan.world_size,
         "generate.temperature": config.generate.temperature,
         "debug.warmup_steps": config.debug.warmup_steps,
+        "quant.llm_int8_threshold": config.quant.llm_int8_threshold,
     }.items():
         if value < 0:
             yield f"{key}: must not be negative, got {value}."
@@ -96,7 +98,7 @@ def _shares(config: RunConfig) -> Iterator[str]:
 
 
 def _finite(config: RunConfig) -> Iterator[str]:
-    for group in ("optim", "lora", "schedule", "train", "data"):
+    for group in ("optim", "lora", "schedule", "train", "data", "quant"):
         for key, value in vars(getattr(config, group)).items():
             if isinstance(value, float) and not math.isfinite(value):
                 yield f"{group}.{key}: must be a finite number, got {value}."
@@ -209,17 +211,24 @@ def _debug(config: RunConfig) -> Iterator[str]:
 
 
 def _quantization(config: RunConfig) -> Iterator[str]:
-    if config.quant.block_size != 64:
+    quant = config.quant
+    if quant.block_size not in BLOCK_SIZES:
+        yield f"quant.block_size: must be one of {', '.join(map(str, BLOCK_SIZES))}, got {quant.block_size}."
+    kinds = {quant.name, quant.embeddings, *quant.overrides.values()}
+    for pattern, kind in quant.overrides.items():
+        if kind not in get_args(QuantName):
+            known = get_args(QuantName)
+            yield f"quant.overrides: {pattern}: {kind!r} is not one of {', '.join(known)}.{nearest(kind, known)}"
+    if "int8" in kinds and not kinds & {"nf4", "fp4"} and quant.double_quant:
         yield (
-            f"quant.block_size: only 64 is available in this version, got {config.quant.block_size}: shards are cut "
-            "on borders of 256 blocks of 64 weights."
+            "quant.double_quant: int8 has one statistic a row, which is not quantized again; set it to false (as "
+            "quant=int8 does)."
         )
-
-
-def _edges(config: RunConfig) -> Iterator[str]:
-    kind = config.quant.embeddings
-    if kind not in ("none", config.quant.name):
-        yield f"quant.embeddings: {kind} goes with quant={kind}, not {config.quant.name}."
+    if quant.cache_dequantized == "true" and not kinds & {"nf4", "fp4"}:
+        yield (
+            f"quant.cache_dequantized: there is nothing to dequantize in forward with quant={quant.name}; set it to "
+            "auto."
+        )
 
 
 def _fast_paths(config: RunConfig) -> Iterator[str]:
@@ -241,7 +250,7 @@ def _replicated(config: RunConfig) -> Iterator[str]:
             f"fsdp.adapters: replicated adapters stay on the device, and fsdp.offload={config.fsdp.offload} keeps what "
             "is trained in host memory; set adapters=sharded, or offload=none or activations."
         )
-    if config.quant.name == "none" and config.precision.name == "bf16":
+    if "none" in (config.quant.name, *config.quant.overrides.values()) and config.precision.name == "bf16":
         yield (
             "fsdp.adapters: replicated adapters are float32, and without quantization they run in PEFT's own layer, "
             "which would compute in float32, too; set adapters=sharded, or precision=fp32."
@@ -281,7 +290,6 @@ RULES: tuple[Rule, ...] = (
     _resume,
     _debug,
     _quantization,
-    _edges,
     _fast_paths,
     _replicated,
     _plan,
@@ -301,8 +309,8 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
             yield "model.name: not set. what=base-4bit stores this model in 4-bit."
         if not config.export.to:
             yield "export.to: not set. Give the folder that what=base-4bit writes."
-        if config.quant.name == "none":
-            yield "quant: none has no 4-bit form to export; choose nf4 or fp4."
+        if config.quant.name not in ("nf4", "fp4") or config.quant.overrides:
+            yield "quant: what=base-4bit stores all linears in one 4-bit format; choose nf4 or fp4, without overrides."
         if config.export.checkpoint:
             yield "export.checkpoint: holds an adapter; leave it out, or set what=adapter."
     if verb == "generate":

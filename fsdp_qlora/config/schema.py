@@ -15,6 +15,9 @@ from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSe
 
 Switch = Literal["auto", "true", "false"]
 """``auto``: the plan decides, and says so."""
+QuantName = Literal["nf4", "fp4", "int8", "none"]
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+"""Numbers of weights that may share one statistic: bitsandbytes' own, from 64 on (of 32 a nested block parts a row)."""
 Checkpointing = Literal["auto", "none", "selective", "full"]
 
 
@@ -106,13 +109,19 @@ class DataSettings:
 class QuantSettings:
     """How the frozen base is stored."""
 
-    name: Literal["nf4", "fp4", "none"] = "nf4"
-    """4-bit NormalFloat, 4-bit float, or ``none`` (bf16 base, plain LoRA)."""
+    name: QuantName = "nf4"
+    """4-bit NormalFloat, 4-bit float, ``int8`` (LLM.int8), or ``none`` (bf16 base, plain LoRA)."""
     double_quant: bool = True
-    """Quantize the block statistics too (QLoRA's double quantization)."""
+    """Quantize the block statistics too (QLoRA's double quantization; 4-bit only)."""
     block_size: int = 64
-    """Weights that share one statistic."""
-    embeddings: Literal["none", "nf4"] = "none"
+    """Weights that share one statistic (4-bit only): 64, 128, 256, 512, 1024, 2048 or 4096."""
+    llm_int8_threshold: float = 6.0
+    """int8 only: columns of the input that hold a value of at least this magnitude are multiplied without quantizing
+    them (LLM.int8's outliers). 0 quantizes all."""
+    overrides: dict[str, str] = field(default_factory=dict)
+    """Pattern of module names -> format, for some linears of the decoder layers; ``none`` leaves them in 16 bit. A
+    pattern matches the whole name, a later one wins: ``{*.down_proj: int8, model.layers.0.*: none}``."""
+    embeddings: QuantName = "none"
     """Quantize embedding and head too: rows are dequantized as they are looked up, the head slice by slice."""
     cache_dequantized: Switch = "auto"
     """Keep each dense weight from forward to backward instead of dequantizing it twice: as much memory as the model has

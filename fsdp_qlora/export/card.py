@@ -15,6 +15,8 @@ def model_card(config: dict[str, Any], facts: dict[str, Any]) -> str:
     """
     quant, lora, train, optim = config["quant"], config["lora"], config["train"], config["optim"]
     double = ", double quantization" if quant["double_quant"] and quant["name"] != "none" else ""
+    if quant["overrides"]:
+        double += "".join(f", {pattern} in {name}" for pattern, name in quant["overrides"].items())
     data = config["data"]["train"]
     sources = ", ".join(data) if isinstance(data, list) else str(data)
     return f"""---

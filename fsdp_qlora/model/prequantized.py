@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from fsdp_qlora.config.schema import QuantSettings
+from fsdp_qlora.config.schema import BLOCK_SIZES, QuantSettings
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.weights import SafetensorsFolder, StoredTensor, TensorEntry
-from fsdp_qlora.plan.layout import BLOCK_WEIGHTS, ROW_BLOCKS, ROW_BYTES, num_blocks, num_rows
+from fsdp_qlora.plan.rows import ROW_BLOCKS, ROW_BYTES
 from fsdp_qlora.quant.bnb_state import STATE_SUFFIX, nested_quant_map, quant_map
-from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor
+from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, nested_of_rows
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.packing import bytes_to_rows, float_to_bits, values_to_rows
 
@@ -39,7 +39,7 @@ class PackedWeight:
     absmax: TensorEntry
     """uint8 ``[blocks]`` (double quantization) or float32 ``[blocks]``."""
     nested: TensorEntry | None
-    """float32 ``[rows]``; None without double quantization."""
+    """float32 ``[ceil(blocks / 256)]``; None without double quantization."""
     offset: float
     """Mean of the absmax; 0 without double quantization."""
 
@@ -100,7 +100,9 @@ def _require_format(name: str, double_quant: bool, settings: QuantSettings | Qua
 
 
 def _spell(name: str, double_quant: bool) -> str:
-    return "16 bit" if name == "none" else f"{name} {'with' if double_quant else 'without'} double quantization"
+    if name in ("none", "int8"):
+        return "16 bit" if name == "none" else name
+    return f"{name} {'with' if double_quant else 'without'} double quantization"
 
 
 def packed_format(source: SafetensorsFolder, name: str) -> str | None:
@@ -152,16 +154,23 @@ def find_weight(source: SafetensorsFolder, module: QuantMatrices) -> StoredTenso
     state = _read_state(source, state_entry)
     double_quant = "nested_blocksize" in state or f"{name}.nested_absmax" in source.entries
     _require_format(kind, double_quant, module.quant_format, f"{state_entry.file}: {name}")
-    _require_state(state, state_entry, {"quant_type": kind, "blocksize": BLOCK_WEIGHTS, "shape": list(module.shape)})
+    quant_format = module.quant_format
+    if (found := state.get("blocksize")) in BLOCK_SIZES and found != quant_format.block_size:
+        raise ModelError(
+            f"{state_entry.file}: {name} is stored in blocks of {found}, the settings ask for "
+            f"{quant_format.block_size}; set quant.block_size={found}."
+        )
+    shape = list(module.shape)
+    _require_state(state, state_entry, {"quant_type": kind, "blocksize": quant_format.block_size, "shape": shape})
     numel = prod(module.shape)
     codes = _entry(source, name, None, (numel + 1) // 2)
-    blocks = num_blocks(numel)
+    blocks = quant_format.num_statistics(*module.shape)
     _require_map(source, f"{name}.quant_map", quant_map(kind))
     if not double_quant:
         return PackedWeight(codes, _entry(source, f"{name}.absmax", "F32", 4 * blocks), None, 0.0)
     _require_state(state, state_entry, {"nested_blocksize": ROW_BLOCKS, "nested_dtype": "float32"})
     _require_map(source, f"{name}.nested_quant_map", nested_quant_map())
-    nested = _entry(source, f"{name}.nested_absmax", "F32", 4 * num_rows(numel))
+    nested = _entry(source, f"{name}.nested_absmax", "F32", 4 * -(-blocks // ROW_BLOCKS))
     return PackedWeight(codes, _entry(source, f"{name}.absmax", "U8", blocks), nested, _offset(state, state_entry))
 
 
@@ -220,18 +229,21 @@ def fill_packed(
     first, last = rows
     count = last - first
     codes = source.read_bytes(weight.codes, *_within(first, last, ROW_BYTES, weight.codes.num_bytes))
-    blocks = _within(first, last, ROW_BLOCKS, num_blocks(prod(module.shape)))
+    quant_format = module.quant_format
+    columns, together = quant_format.row_statistics, quant_format.nested_rows
+    blocks = _within(first, last, columns, quant_format.num_statistics(*module.shape))
     nested = offset = None
     if weight.nested is None:
         absmax = float_to_bits(_finite(source.read_entry(weight.absmax, *blocks), weight.absmax))
     else:
         absmax = source.read_bytes(weight.absmax, *blocks)
-        bits = float_to_bits(_finite(source.read_entry(weight.nested, first, last), weight.nested))
-        nested = values_to_rows(bits, count, 1).to(device)
+        found = _finite(source.read_entry(weight.nested, first // together, -(-last // together)), weight.nested)
+        of_rows = nested_of_rows(quant_format, found, first, last)
+        nested = values_to_rows(float_to_bits(of_rows), count, 1).to(device)
         offset = torch.tensor(weight.offset, dtype=torch.float32, device=device)
     module.fill(
         QuantizedTensor(
-            bytes_to_rows(codes, count).to(device), values_to_rows(absmax, count, ROW_BLOCKS).to(device), nested, offset
+            bytes_to_rows(codes, count).to(device), values_to_rows(absmax, count, columns).to(device), nested, offset
         )
     )
 

@@ -25,10 +25,10 @@ from fsdp_qlora.errors import ModelError, NumericsError
 from fsdp_qlora.model.prequantized import PackedWeight, fill_packed, find_kept, find_weight
 from fsdp_qlora.model.skeleton import restore_buffers
 from fsdp_qlora.model.weights import SafetensorsFolder, StoredTensor
-from fsdp_qlora.plan.layout import CHUNK_ROWS, ROW_BLOCKS, ROW_WEIGHTS, num_blocks, row_range
-from fsdp_qlora.quant.formats import one_thread
+from fsdp_qlora.plan.rows import CHUNK_WEIGHTS, row_range
+from fsdp_qlora.quant.formats import nested_of_rows, one_thread
 from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices, local_tensor
-from fsdp_qlora.quant.packing import bytes_to_rows, float_to_bits, raw_bytes, values_to_rows
+from fsdp_qlora.quant.packing import float_to_bits, raw_bytes, values_to_rows
 
 Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
@@ -153,12 +153,13 @@ def stream_linear(module: QuantMatrices, read: Callable[[int, int], torch.Tensor
     """
     first, last = _rows_of(module.packed, ranks)
     packed = local_tensor(module.packed)
-    absmax = torch.zeros(last - first, ROW_BLOCKS, dtype=torch.float32, device=ranks.device)
+    quant_format = module.quant_format
+    absmax = torch.zeros(last - first, quant_format.row_statistics, dtype=torch.float32, device=ranks.device)
 
     def quantize_mine() -> None:
         for start, stop, begin, end in _chunks(module, first, last):
-            codes, found = module.quant_format.quantize_blocks(read(begin, end).to(ranks.device))
-            packed[start - first : stop - first].copy_(bytes_to_rows(codes, stop - start))
+            codes, found = quant_format.quantize_run(read(begin, end).to(ranks.device), module.in_features)
+            packed[start - first : stop - first].copy_(quant_format.pack(codes, stop - start))
             absmax[start - first : stop - first].view(-1)[: found.numel()] = found
 
     on_every(quantize_mine, ranks)
@@ -177,37 +178,47 @@ def _overlaps(module: QuantMatrices, first: int, last: int) -> Iterator[tuple[in
 
 def _chunks(module: QuantMatrices, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield ``(start row, stop row, first element, last element)`` of bounded pieces, none across two matrices."""
+    weights = module.quant_format.row_weights(module.in_features)
+    size = max(1, CHUNK_WEIGHTS // weights)
     for index, low, high in _overlaps(module, first, last):
         base, shift = index * module.rows_each, index * module.numel
-        for start in range(low, high, CHUNK_ROWS):
-            stop = min(start + CHUNK_ROWS, high)
-            begin, end = ((row - base) * ROW_WEIGHTS for row in (start, stop))
+        for start in range(low, high, size):
+            stop = min(start + size, high)
+            begin, end = ((row - base) * weights for row in (start, stop))
             yield start, stop, shift + min(begin, module.numel), shift + min(end, module.numel)
 
 
 def _nest(module: QuantMatrices, absmax: torch.Tensor, first: int, last: int, ranks: Ranks) -> None:
-    """Quantize the statistics of this rank's rows, each matrix with the mean of its own."""
-    blocks = num_blocks(module.numel)
-    everywhere = _of_all_ranks(module, absmax, ranks)
-    offsets = torch.stack([matrix[:blocks].mean() for matrix in everywhere.view(module.count, -1)])
+    """Quantize the statistics of this rank's rows, each matrix with the mean of its own.
+
+    A nested block that spans several rows is quantized by each rank that has one of them, from the same values.
+    """
+    quant_format = module.quant_format
+    columns, together = quant_format.row_statistics, quant_format.nested_rows
+    blocks = quant_format.num_statistics(module.out_features, module.in_features)
+    everywhere = _of_all_ranks(module, absmax, ranks).view(module.count, -1)
+    offsets = torch.stack([matrix[:blocks].mean() for matrix in everywhere])
     assert isinstance(module.offset, torch.Tensor) and module.nested is not None
     module.offset.copy_(offsets)
     coded, nested = local_tensor(module.absmax), local_tensor(module.nested)
     for index, start, stop in _overlaps(module, first, last):
-        rest = blocks - (start - index * module.rows_each) * ROW_BLOCKS  # the last row may hold fewer
-        own = absmax[start - first : stop - first].view(-1)[:rest]
-        codes, found = module.quant_format.nest(own, offsets[index])
+        base = index * module.rows_each
+        low, high = (start - base) // together * together, -(-(stop - base) // together) * together
+        own = everywhere[index, low * columns : min(high * columns, blocks)]  # the last row may hold fewer
+        codes, found = quant_format.nest(own, offsets[index])
+        mine = codes[(start - base - low) * columns :][: (stop - start) * columns]
+        of_rows = nested_of_rows(quant_format, found, start - base, stop - base)
         rows = slice(start - first, stop - first)
-        coded[rows].copy_(values_to_rows(codes, stop - start, ROW_BLOCKS))
-        nested[rows].copy_(values_to_rows(float_to_bits(found), stop - start, 1))
+        coded[rows].copy_(values_to_rows(mine, stop - start, columns))
+        nested[rows].copy_(values_to_rows(float_to_bits(of_rows), stop - start, 1))
 
 
 def _of_all_ranks(module: QuantMatrices, absmax: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Return the float32 absmax ``[rows, 256]`` of all rows: a mean depends on the order of what it is of."""
+    """Return the float32 absmax ``[rows, statistics]`` of all rows: a mean depends on the order of what it is of."""
     rows = module.packed.shape[0]
     if not isinstance(module.packed, DTensor):
         return absmax
-    padded = torch.zeros(row_range(rows, 0, ranks.shard_size)[1], ROW_BLOCKS, device=absmax.device)
+    padded = torch.zeros(row_range(rows, 0, ranks.shard_size)[1], absmax.shape[1], device=absmax.device)
     padded[: absmax.shape[0]] = absmax
     return torch.cat(all_gather(padded, ranks.shard_group))[:rows]
 
@@ -226,8 +237,7 @@ def _rows_of(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:
 
 def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Cut a range of elements into such as are read at a time."""
-    size = CHUNK_ROWS * ROW_WEIGHTS
-    return ((a, min(a + size, stop)) for a in range(start, stop, size))
+    return ((a, min(a + CHUNK_WEIGHTS, stop)) for a in range(start, stop, CHUNK_WEIGHTS))
 
 
 def _fill_kept(parameter: torch.Tensor, entry: StoredTensor, source: SafetensorsFolder, ranks: Ranks) -> None:

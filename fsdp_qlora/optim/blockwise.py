@@ -14,7 +14,7 @@ from math import prod
 import torch
 from bitsandbytes import functional
 
-from fsdp_qlora.plan.layout import row_range
+from fsdp_qlora.plan.rows import row_range
 from fsdp_qlora.plan.states import BLOCK_SIZE, num_blocks
 
 

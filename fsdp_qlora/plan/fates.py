@@ -1,4 +1,4 @@
-"""What becomes of each parameter: stored in 4-bit, kept as it is, or trained."""
+"""What becomes of each parameter: stored quantized, kept as it is, or trained."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fsdp_qlora.plan.plan import TrainPlan
 
 
 def fates(plan: TrainPlan, shapes: ModelShapes) -> dict[str, dict[str, int]]:
-    """Return ``{"4-bit" | "kept" | "trained": {name: how many}}``; a layer's number in a name is written ``*``."""
+    """Return ``{"quantized" | "kept" | "trained": {name: how many}}``; a layer's number in a name is written ``*``."""
     packed = {x.parameter for x in (*plan.quantized, *plan.quantized_edges)}
     adapters = (f"{name}.lora_{part}.weight" for name in plan.targets for part in "AB")
     return {
-        "4-bit": _alike(name for name in shapes.parameters if name in packed),
+        "quantized": _alike(name for name in shapes.parameters if name in packed),
         "kept": _alike(name for name in shapes.parameters if name not in packed),
         "trained": _alike(adapters),
     }

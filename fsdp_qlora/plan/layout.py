@@ -1,8 +1,6 @@
-"""Which linears are quantized and trained, which modules are FSDP units, and how packed weights are cut into rows.
+"""Which linears are quantized, in which format, which are trained, and which modules are FSDP units.
 
-Arithmetic only: shapes come in, names and numbers go out. The layout of a 4-bit weight is *block-aligned*: its flat
-weights are laid in rows of 16,384 = 64 x 256, one nested quantization block, so every dim-0 split by FSDP falls on
-whole blocks and each rank can read and quantize just its rows. See docs/architecture.md.
+Arithmetic only: shapes come in, names and numbers go out.
 """
 
 from __future__ import annotations
@@ -13,37 +11,12 @@ from dataclasses import dataclass
 from math import prod
 
 from fsdp_qlora.errors import PlanError
+from fsdp_qlora.plan.rows import NF4, QuantLayout
 
-BLOCK_WEIGHTS = 64
-"""Weights that share one absmax."""
-ROW_BLOCKS = 256
-"""Blocks in a row; also bitsandbytes' nested block (absmax values that share one nested absmax)."""
-ROW_WEIGHTS = BLOCK_WEIGHTS * ROW_BLOCKS
-"""Weights in a row of the packed storage."""
-ROW_BYTES = ROW_WEIGHTS // 2
-"""Bytes of 4-bit codes in a row."""
-CHUNK_ROWS = 64
-"""Rows that are read and quantized at a time: weights of 2 MiB in bf16."""
 SLICE_WEIGHTS = 2**26
-"""Weights of a 4-bit head, or of a very large linear, that are dense at the same time (128 MiB in bf16)."""
+"""Weights of a quantized head, or of a very large linear, that are dense at the same time (128 MiB in bf16)."""
 WHOLE_WEIGHTS = 2**28
 """A linear of up to so many weights (512 MiB in bf16) is dequantized whole; larger ones slice by slice."""
-
-
-def num_rows(numel: int) -> int:
-    """Return the rows of packed storage that ``numel`` weights take."""
-    return -(-numel // ROW_WEIGHTS)
-
-
-def num_blocks(numel: int) -> int:
-    """Return the number of quantization blocks (absmax values) of ``numel`` weights."""
-    return -(-numel // BLOCK_WEIGHTS)
-
-
-def row_range(rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
-    """Return ``(start, stop)`` of the rows that ``rank`` holds: dim-0 sharding as in `torch.chunk` and FSDP2."""
-    chunk = -(-rows // num_ranks)
-    return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
 
 
 @dataclass(frozen=True)
@@ -61,6 +34,8 @@ class LinearShape:
     """Whether files hold ``[in_features, out_features]`` (GPT-2's Conv1D)."""
     stacked: bool = False
     """Whether it is a 3-D parameter and not a layer: it takes no adapter here."""
+    layout: QuantLayout = NF4
+    """How it is stored where it is quantized."""
 
     @property
     def numel_each(self) -> int:
@@ -75,7 +50,12 @@ class LinearShape:
     @property
     def rows(self) -> int:
         """Rows of packed storage; each of the stacked matrices starts on one of its own."""
-        return self.count * num_rows(self.numel_each)
+        return self.count * self.layout.num_rows(self.out_features, self.in_features)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of codes in a row of packed storage."""
+        return self.layout.row_bytes(self.in_features)
 
     @property
     def parameter(self) -> str:
@@ -123,12 +103,12 @@ class ModelShapes:
 
 
 def quantized_linears(shapes: ModelShapes) -> tuple[LinearShape, ...]:
-    """Return the linears that are stored in 4-bit: all inside the decoder layers."""
+    """Return the linears that can be quantized: all inside the decoder layers."""
     return tuple(x for x in shapes.linears if any(x.name.startswith(layer + ".") for layer in shapes.layers))
 
 
 def quantized_edges(shapes: ModelShapes) -> tuple[LinearShape, ...]:
-    """Return embedding and head as what is stored of them in 4-bit: one table where they are tied, else two."""
+    """Return embedding and head as what is stored of them quantized: one table where they are tied, else two."""
     names = (shapes.embedding,) if shapes.tied else (shapes.embedding, shapes.head)
     return tuple(LinearShape(name, shapes.vocab_size, shapes.hidden_size) for name in names)
 

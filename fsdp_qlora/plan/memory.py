@@ -20,17 +20,8 @@ from math import prod
 
 from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.plan.activations import FLOAT32, LayerActivations, kept_scores, layer_activations
-from fsdp_qlora.plan.layout import (
-    CHUNK_ROWS,
-    ROW_BLOCKS,
-    ROW_BYTES,
-    ROW_WEIGHTS,
-    SLICE_WEIGHTS,
-    WHOLE_WEIGHTS,
-    LinearShape,
-    ModelShapes,
-    row_range,
-)
+from fsdp_qlora.plan.layout import SLICE_WEIGHTS, WHOLE_WEIGHTS, LinearShape, ModelShapes
+from fsdp_qlora.plan.rows import CHUNK_WEIGHTS, row_range
 from fsdp_qlora.plan.states import state_bytes
 
 LOGIT_COPIES = 2
@@ -100,8 +91,6 @@ class StorageSettings:
     """What decides the bytes."""
 
     shard_size: int
-    quantized: bool
-    double_quant: bool
     itemsize: int
     """Bytes of an unquantized base element and of an activation: 2 (bf16) or 4 (fp32)."""
     r: int
@@ -150,11 +139,6 @@ class Unit:
     """Elements of its adapters."""
 
 
-def statistics_bytes(rows: int, double_quant: bool) -> int:
-    """Return the bytes of statistics of packed rows: uint8 and one float32 a row, or a float32 a block."""
-    return rows * (ROW_BLOCKS + FLOAT32 if double_quant else ROW_BLOCKS * FLOAT32)
-
-
 def lora_shapes(linear: LinearShape, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the shapes of A and B; of stacked matrices, those of all."""
     return (linear.count * r, linear.in_features), (linear.out_features, linear.count * r)
@@ -172,7 +156,7 @@ class MemoryModel:
 
     Args:
         shapes: the model.
-        quantized: what is stored in 4-bit.
+        quantized: what is stored quantized.
         targets: linears with an adapter.
         settings: what `plan` may be given differently: ``micro_batch_size``, ``max_length``, ``checkpointing``,
             ``logits_chunk``, ``offload_*``, ``prefetch``, ``reshard_after_forward``, ``cache_dequantized`` and
@@ -189,12 +173,12 @@ class MemoryModel:
         self.shapes, self.settings = shapes, settings
         self.targets = tuple(targets)
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
-        self.packed = {x.parameter: x.rows for x in quantized}
-        self.transposed = {x.parameter for x in quantized if x.transposed}
+        self.packed = {x.parameter: x for x in quantized}
         dense = (min(x.numel_each, 2 * SLICE_WEIGHTS) if x.numel_each > WHOLE_WEIGHTS else x.numel_each
                  for x in quantized if x.name not in edges)  # fmt: skip
         self.dense = max(dense, default=0)
-        self.all_dense = sum(x.numel for x in quantized if x.name not in edges and x.numel_each <= WHOLE_WEIGHTS)
+        kept_dense = (x for x in quantized if x.name not in edges and not x.layout.is_int8)
+        self.all_dense = sum(x.numel for x in kept_dense if x.numel_each <= WHOLE_WEIGHTS)
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
@@ -258,7 +242,7 @@ class MemoryModel:
     def _fixed(self, settings: StorageSettings) -> tuple[int, int, int, int, int]:
         """Return this rank's packed bytes, statistics, kept weights, adapters and optimizer states."""
         shard = settings.shard_size
-        rows = sum(_share(n, shard) for n in self.packed.values())
+        rows = [(x, _share(x.rows, shard)) for x in self.packed.values()]
         kept = sum(
             _share(shape[0] if shape else 1, shard) * prod(shape[1:])
             for name, shape in self.shapes.parameters.items()
@@ -266,8 +250,8 @@ class MemoryModel:
         )
         adapters = FLOAT32 * self._held(settings)
         return (
-            rows * ROW_BYTES,
-            statistics_bytes(rows, settings.double_quant),
+            sum(mine * x.row_bytes for x, mine in rows),
+            sum(mine * x.layout.statistics_bytes for x, mine in rows),
             kept * settings.itemsize,
             adapters,
             sum(
@@ -293,11 +277,11 @@ class MemoryModel:
         total = 0
         for name, shape in self.shapes.parameters.items():
             if name.startswith(prefix + "."):
-                rows = self.packed.get(name)
-                if rows is None:
+                packed = self.packed.get(name)
+                if packed is None:
                     total += prod(shape) * self.settings.itemsize
                 else:
-                    total += rows * ROW_BYTES + statistics_bytes(rows, self.settings.double_quant)
+                    total += packed.rows * (packed.row_bytes + packed.layout.statistics_bytes)
         lora = sum(
             prod(s) for x in self.targets if x.name.startswith(prefix + ".") for s in lora_shapes(x, self.settings.r)
         )
@@ -380,8 +364,9 @@ class MemoryModel:
         """Return the most elements that this rank reads at a time: a chunk of a weight, a share of what is kept."""
         largest = 0
         for name, shape in self.shapes.parameters.items():
-            if name in self.packed:
-                whole = prod(shape) if name in self.transposed else CHUNK_ROWS * ROW_WEIGHTS
+            if (packed := self.packed.get(name)) is not None:
+                chunk = max(CHUNK_WEIGHTS, packed.layout.row_weights(packed.in_features))
+                whole = prod(shape) if packed.transposed else chunk
                 largest = max(largest, min(whole, prod(shape)))
             else:
                 largest = max(largest, _share(shape[0] if shape else 1, shard_size) * prod(shape[1:]))

@@ -10,20 +10,11 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.plan.batch import BatchPlan
 from fsdp_qlora.plan.choices import choose
-from fsdp_qlora.plan.layout import (
-    LinearShape,
-    ModelShapes,
-    fsdp_units,
-    quantized_edges,
-    quantized_linears,
-    target_linears,
-)
+from fsdp_qlora.plan.layout import LinearShape, ModelShapes, fsdp_units, target_linears
 from fsdp_qlora.plan.memory import BytesPerRank, HostBytes, MemoryModel, StorageSettings, lora_parameters
+from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.plan.states import unmatched
-
-_MOST_KEPT = 0.1
-"""Share of the decoder layers' weights that may stay in 16 bit without a word."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +24,9 @@ class TrainPlan:
     world_size: int
     shard_size: int
     quantized: tuple[LinearShape, ...]
-    """Weights of the decoder layers stored in 4-bit; empty with ``quant=none``."""
+    """Weights of the decoder layers stored quantized, each with its layout; empty with ``quant=none``."""
     quantized_edges: tuple[LinearShape, ...]
-    """Embedding and head, where they are stored in 4-bit: one table when they are tied."""
+    """Embedding and head, where they are stored quantized: one table when they are tied."""
     targets: tuple[str, ...]
     """Linears that get an adapter."""
     units: tuple[tuple[str, ...], ...]
@@ -106,13 +97,12 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     targets = target_linears(shapes, config.lora.target_modules)
     by_name = {x.name: x for x in shapes.linears}
     _require_matches(config, [name for t in targets for name in lora_parameters(by_name[t], config.lora.r)])
-    quantized = _quantized(config, shapes)
+    quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
     rows = config.train.micro_batch_size
     if config.train.micro_batch_tokens:  # the worst case: all rows as long as they may be
         rows = max(1, config.train.micro_batch_tokens // config.data.max_length)
     batch = BatchPlan(config.train.global_batch_size, rows, world_size)
     settings = storage_settings(config, batch, shard_degree(config, world_size))
-    edges = quantized_edges(shapes) if config.quant.embeddings != "none" else ()
     memory = MemoryModel(shapes, quantized + edges, [by_name[name] for name in targets], settings)
     settings, choices = choose(config, memory, settings, budget)
     planned = memory.plan(settings)
@@ -143,34 +133,6 @@ def _require_matches(config: RunConfig, trained: list[str]) -> None:
         )
 
 
-def _quantized(config: RunConfig, shapes: ModelShapes) -> tuple[LinearShape, ...]:
-    """Return the weights of the decoder layers that are stored in 4-bit.
-
-    Raises:
-        PlanError: if much of the decoder layers would stay in 16 bit without having been allowed to.
-    """
-    if config.quant.embeddings != "none" and not shapes.edges_apart:
-        raise PlanError("quant.embeddings: only those of causal language models can be quantized; set it to none.")
-    if config.quant.name == "none":
-        return ()
-    inside = quantized_linears(shapes)
-    packed = {x.parameter for x in inside}
-    kept = {
-        name: prod(shape)
-        for name, shape in shapes.parameters.items()
-        if name not in packed and any(name.startswith(layer + ".") for layer in shapes.layers)
-    }
-    share = sum(kept.values()) / max(1, sum(kept.values()) + sum(x.numel for x in inside))
-    if share > _MOST_KEPT and not config.quant.allow_16bit:
-        largest = max(kept, key=lambda name: kept[name])
-        raise PlanError(
-            f"quant: {100 * share:.0f} % of the decoder layers' weights would stay in 16 bit, the largest {largest} "
-            f"{list(shapes.parameters[largest])}: this kind of layer cannot be quantized here. quant.allow_16bit=true "
-            "goes on all the same."
-        )
-    return inside
-
-
 def shard_degree(config: RunConfig, world_size: int) -> int:
     """Return the ranks that share one copy of the base.
 
@@ -188,8 +150,6 @@ def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> St
     """Return what of the settings decides the bytes."""
     return StorageSettings(
         shard_size=shard_size,
-        quantized=config.quant.name != "none",
-        double_quant=config.quant.double_quant,
         itemsize=2 if config.precision.name == "bf16" else 4,
         r=config.lora.r,
         optim=config.optim,

@@ -12,7 +12,7 @@ from math import prod
 
 from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.plan.activations import FLOAT32
-from fsdp_qlora.plan.layout import row_range
+from fsdp_qlora.plan.rows import row_range
 
 BLOCK_SIZE = 256
 """Elements of an 8-bit state that share one float32 absmax (bitsandbytes' block of optimizer states)."""

@@ -27,7 +27,7 @@ from math import ceil
 from typing import Any
 
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect
-from fsdp_qlora.plan.layout import LinearShape, ModelShapes
+from fsdp_qlora.plan.layout import LinearShape, ModelShapes, quantized_linears
 from fsdp_qlora.plan.memory import FLOAT32, StorageSettings
 from fsdp_qlora.plan.plan import TrainPlan
 
@@ -87,10 +87,8 @@ def flops_per_token(plan: TrainPlan, shapes: ModelShapes, settings: StorageSetti
 
 def linears_of_token(plan: TrainPlan, shapes: ModelShapes) -> list[tuple[LinearShape, int]]:
     """Return the linears of the decoder layers that a token goes through, with how many of their matrices."""
-    inner = {x.name for x in plan.quantized} or {x.name for x in shapes.linears}
-    return [
-        (x, min(shapes.experts_per_token, x.count) if x.count > 1 else 1) for x in shapes.linears if x.name in inner
-    ]
+    inner = quantized_linears(shapes) or shapes.linears
+    return [(x, min(shapes.experts_per_token, x.count) if x.count > 1 else 1) for x in inner]
 
 
 def _attention(plan: TrainPlan, length: float) -> float:
@@ -155,11 +153,14 @@ def step_time(
 
 
 def _dequantized_bytes(plan: TrainPlan, shapes: ModelShapes, settings: StorageSettings) -> float:
-    """Return the bytes read and written: half a byte and an element a weight, each time it is used."""
+    """Return the bytes read and written: the codes and an element a weight, each time it is used."""
     inside = {x.name for x in shapes.linears}  # of an embedding only some rows are dequantized
-    weights = sum(x.numel for x in plan.quantized if x.name in inside)
     times = 3 if settings.checkpointing == "full" else 1 if settings.cache_dequantized else 2
-    return weights * (0.5 + settings.itemsize) * times
+    total = 0.0
+    for x in plan.quantized:
+        if x.name in inside:  # int8 is dense in backward only
+            total += x.numel * ((1 + settings.itemsize) if x.layout.is_int8 else (0.5 + settings.itemsize) * times)
+    return total
 
 
 def _copied_bytes(plan: TrainPlan, settings: StorageSettings) -> int:

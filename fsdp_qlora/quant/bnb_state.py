@@ -13,7 +13,7 @@ from math import prod
 import torch
 from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
 
-from fsdp_qlora.plan.layout import ROW_BLOCKS, num_blocks
+from fsdp_qlora.plan.rows import ROW_BLOCKS, num_blocks
 from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor
 from fsdp_qlora.quant.packing import bits_to_float, rows_to_bytes
 
@@ -46,10 +46,10 @@ def bnb_tensors(
         dtype: of the weight before it was quantized; bitsandbytes dequantizes to it.
     """
     numel = prod(shape)
-    absmax = quantized.absmax.reshape(-1)[: num_blocks(numel)].cpu()
+    absmax = quantized.absmax.reshape(-1)[: num_blocks(numel, quant_format.block_size)].cpu()
     offset = inner = None
     if quantized.nested is not None and quantized.offset is not None:
-        nested = bits_to_float(quantized.nested).reshape(-1).cpu()
+        nested = bits_to_float(quantized.nested).reshape(-1)[:: quant_format.nested_rows].cpu()
         inner = QuantState(absmax=nested, blocksize=ROW_BLOCKS, code=nested_quant_map(), dtype=torch.float32)
         offset = quantized.offset.cpu()
     else:

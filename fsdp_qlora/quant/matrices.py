@@ -1,4 +1,4 @@
-"""`QuantMatrices`: frozen 4-bit matrices whose bytes and statistics are plain parameters that FSDP2 can shard.
+"""`QuantMatrices`: frozen quantized matrices whose bytes and statistics are plain parameters that FSDP2 can shard.
 
 What a linear layer, the stacked experts of a layer, an embedding and an output head have in common. There is no
 ``.weight``: nothing of upstream can mistake packed bytes for numbers. A matrix is dequantized inside forward and again
@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fsdp_qlora.plan.layout import ROW_BLOCKS, WHOLE_WEIGHTS, LinearShape, num_rows
+from fsdp_qlora.plan.layout import WHOLE_WEIGHTS, LinearShape
+from fsdp_qlora.plan.rows import BLOCK_WEIGHTS
 from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor
 from fsdp_qlora.quant.matrix import Matrix
-from fsdp_qlora.quant.packing import ROW_ELEMENTS, STORAGE_DTYPE
 from fsdp_qlora.quant.products import densify, multiply
 
 STATISTICS = ("absmax", "nested")
@@ -23,9 +23,10 @@ STATISTICS = ("absmax", "nested")
 class QuantMatrices(nn.Module):
     """``count`` frozen matrices ``[out_features, in_features]`` in ``quant_format``, each from a row of its own on.
 
-    Parameters (all frozen), with R = ceil(out_features * in_features / 16384): ``packed`` bfloat16
-    ``[count * R, 4096]``, ``absmax`` ``[count * R, 256]``, ``nested`` int32 ``[count * R, 1]`` (double quantization
-    only). ``offset`` is a float32 buffer ``[count]``.
+    Parameters (all frozen) of a 4-bit format, with R = ceil(out_features * in_features / 16384): ``packed`` bfloat16
+    ``[count * R, 4096]``, ``absmax`` ``[count * R, 16384 / block_size]``, ``nested`` int32 ``[count * R, 1]`` (double
+    quantization only). ``offset`` is a float32 buffer ``[count]``. Of int8, with R = out_features: ``packed`` int8
+    ``[count * R, in_features]`` and ``absmax`` int32 ``[count * R, 1]``, the bits of each row's.
     """
 
     def __init__(
@@ -43,10 +44,13 @@ class QuantMatrices(nn.Module):
         """Whether the dense matrix is kept from forward to backward; by default backward dequantizes it again."""
         self.stored: LinearShape | None = None
         """What it stands for in the unquantized model and its files; None where it was made by hand."""
-        self.rows_each = num_rows(in_features * out_features)
-        rows = count * self.rows_each
-        self.packed = frozen(torch.empty(rows, ROW_ELEMENTS, dtype=STORAGE_DTYPE, device=device))
-        self.absmax = frozen(torch.empty(rows, ROW_BLOCKS, dtype=quant_format.absmax_dtype, device=device))
+        self.rows_each = quant_format.num_rows(out_features, in_features)
+        rows, dtype = count * self.rows_each, quant_format.storage_dtype
+        width = quant_format.row_bytes(in_features) // dtype.itemsize
+        self.packed = frozen(torch.empty(rows, width, dtype=dtype, device=device))
+        self.absmax = frozen(
+            torch.empty(rows, quant_format.row_statistics, dtype=quant_format.absmax_dtype, device=device)
+        )
         self.nested = None
         offset = None
         if quant_format.double_quant:
@@ -85,6 +89,7 @@ class QuantMatrices(nn.Module):
         """Return the matrix as `multiply` should have it for ``x``: dense, where backward is to find it so."""
         matrix = self.matrix(index)
         keep = self.cache_dequantized and self.training and torch.is_grad_enabled() and self.numel <= WHOLE_WEIGHTS
+        keep = keep and not self.quant_format.is_int8  # that is multiplied in 8 bit, and dense in backward only
         return densify(matrix, x.dtype) if keep else matrix
 
     @torch.no_grad()
@@ -101,6 +106,10 @@ class QuantMatrices(nn.Module):
         """Show shape and format, as `nn.Linear` shows its shape."""
         kind = f"{self.quant_format.name}{'+dq' if self.quant_format.double_quant else ''}"
         many = f"count={self.count}, " if self.count > 1 else ""
+        if self.quant_format.block_size != BLOCK_WEIGHTS:
+            kind += f", block_size={self.quant_format.block_size}"
+        if self.quant_format.threshold:
+            kind += f", threshold={self.quant_format.threshold:g}"
         return f"{many}in_features={self.in_features}, out_features={self.out_features}, {kind}"
 
 

@@ -1,4 +1,4 @@
-"""`Matrix`: one frozen matrix ``[out_features, in_features]`` as it is while it computes, in 4-bit or dense."""
+"""`Matrix`: one frozen matrix ``[out_features, in_features]`` as it is while it computes, quantized or dense."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from math import gcd
 
 import torch
 
-from fsdp_qlora.plan.layout import ROW_WEIGHTS, SLICE_WEIGHTS, WHOLE_WEIGHTS, num_rows
-from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, dequantize
+from fsdp_qlora.plan.layout import SLICE_WEIGHTS, WHOLE_WEIGHTS
+from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, dequantize, multiply_int8
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Matrix:
             return self.dense[start:stop]
         whole, part = self.quantized, self.quantized
         if (start, stop) != (0, self.out_features):
-            first = start * self.in_features // ROW_WEIGHTS
-            rows = slice(first, first + num_rows((stop - start) * self.in_features))
+            first = start * self.in_features // self._row_weights
+            rows = slice(first, first + self.quant_format.num_rows(stop - start, self.in_features))
             nested = None if whole.nested is None else whole.nested[rows]
             part = QuantizedTensor(whole.packed[rows], whole.absmax[rows], nested, whole.offset)
         return dequantize(part, self.quant_format, (stop - start, self.in_features), dtype)
@@ -42,10 +42,14 @@ class Matrix:
 
     def slices(self) -> Iterator[tuple[int, int]]:
         """Yield ``(start, stop)`` of slices of its rows that begin on packed rows."""
-        step = ROW_WEIGHTS // gcd(ROW_WEIGHTS, self.in_features)
+        step = self._row_weights // gcd(self._row_weights, self.in_features)
         size = max(step, SLICE_WEIGHTS // self.in_features // step * step)
         for start in range(0, self.out_features, size):
             yield start, min(start + size, self.out_features)
+
+    @property
+    def _row_weights(self) -> int:
+        return self.quant_format.row_weights(self.in_features)
 
     def _pieces(self) -> Iterator[tuple[int, int]]:
         """Yield what is dense at a time: all of it, or of a very large matrix its `slices`."""
@@ -55,7 +59,9 @@ class Matrix:
             yield from self.slices()
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x @ matrix.T``: ``[tokens, in_features]`` -> ``[tokens, out_features]``."""
+        """Return ``x @ matrix.T``: ``[tokens, in_features]`` -> ``[tokens, out_features]``; of int8 in 8 bit."""
+        if self.quantized is not None and self.quant_format.is_int8:
+            return multiply_int8(x, self.quantized, self.quant_format.threshold)
         pieces = list(self._pieces())
         if len(pieces) == 1:
             return x @ self.whole(x.dtype).t()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fsdp_qlora.plan.layout import ROW_BYTES, num_rows
+from fsdp_qlora.plan.rows import ROW_BYTES, num_rows
 
 STORAGE_DTYPE = torch.bfloat16
 """Dtype that packed weights pretend to have."""

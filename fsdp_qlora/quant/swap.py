@@ -1,4 +1,4 @@
-"""Replace what is planned to be 4-bit in a meta model by modules that hold packed parameters."""
+"""Replace what is planned to be quantized in a meta model by modules that hold packed parameters."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from fsdp_qlora.quant.matrices import QuantMatrices
 
 
 def swap_linears(
-    model: nn.Module, linears: Iterable[LinearShape], quant_format: QuantFormat, cache_dequantized: bool = False
-) -> list[str]:
+    model: nn.Module, linears: Iterable[LinearShape], quant_format: QuantFormat | None = None,
+    cache_dequantized: bool = False,
+) -> list[str]:  # fmt: skip
     """Put a `QuantLinear` on meta in the place of each linear, `QuantMatrices` in that of stacked ones.
 
-    Return the names swapped. With ``cache_dequantized`` dense matrices are kept from forward to backward.
+    All are made in ``quant_format``, or each as it is planned; with ``cache_dequantized`` dense matrices are kept from
+    forward to backward. Return the names swapped.
 
     Raises:
         PlanError: if one is no linear layer of ``model``, or is not on the meta device (its weight would be lost).
     """
-    return [_swap(model, x, quant_format, cache_dequantized) for x in linears]
+    return [_swap(model, x, quant_format or QuantFormat.of(x.layout), cache_dequantized) for x in linears]
 
 
 def _swap(model: nn.Module, linear: LinearShape, quant_format: QuantFormat, cache_dequantized: bool) -> str:

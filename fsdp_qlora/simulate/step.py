@@ -28,6 +28,7 @@ from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
+from fsdp_qlora.plan.quantized import layout_of
 from fsdp_qlora.planning import planned, planned_skeleton
 from fsdp_qlora.quant.experts import spread_evenly
 from fsdp_qlora.quant.formats import QuantFormat, dequantize, quantize
@@ -122,7 +123,11 @@ def simulate(config: RunConfig, world_size: int) -> Simulation:
     fsdp = config.fsdp
     with simulated_ranks(world_size, fsdp.shard_degree, fsdp.replicate_degree) as ranks:
         resolved, base, _ = planned(config, world_size)
-        resolved = replace(resolved, train=replace(resolved.train, compile="false"))  # the tracker sees operations
+        resolved = replace(
+            resolved,
+            train=replace(resolved.train, compile="false"),  # the tracker sees operations
+            quant=replace(resolved.quant, llm_int8_threshold=0.0),  # which columns it takes depends on numbers
+        )
         full = counts_of(layer_kinds(base, read_shapes(base)))
         if sum(full) <= WHOLE_LAYERS:
             return _whole(_simulate_cut(resolved, base, ranks), started)
@@ -148,8 +153,9 @@ def _highest(places: dict[str, TensorBytes]) -> tuple[str, TensorBytes]:
 
 def _make_tables(config: RunConfig) -> None:
     """Dequantize one real block: the code tables that are kept from then on must not be fake tensors."""
-    if config.quant.name != "none":
-        quant_format = QuantFormat(config.quant.name, config.quant.double_quant)
+    quant = config.quant
+    for name in {quant.name, quant.embeddings, *quant.overrides.values()} - {"none", "int8"}:
+        quant_format = QuantFormat.of(layout_of(quant, name))
         dequantize(quantize(torch.zeros(64), quant_format), quant_format, (64,), torch.float32)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.errors import NumericsError, PlanError
-from fsdp_qlora.plan.layout import num_blocks
+from fsdp_qlora.plan.rows import num_blocks
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.linear import QuantLinear, local_tensor
 from fsdp_qlora.quant.packing import ROW_ELEMENTS, bits_to_float, raw_bytes, rows_to_bytes

@@ -19,9 +19,9 @@ from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.model.lora import trainable_parameters
 from fsdp_qlora.optim.blockwise import borders_coincide
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.plan.layout import row_range
 from fsdp_qlora.plan.memory import lora_parameters
 from fsdp_qlora.plan.plan import make_plan
+from fsdp_qlora.plan.rows import row_range
 from fsdp_qlora.plan.states import keeps_8bit
 from tests.build import build, essence, losses, metrics, run_fit
 from tests.unit.test_optim import IN_8_BIT, OPTIMIZERS, gradients, parameters, settings_of

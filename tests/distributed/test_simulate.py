@@ -57,10 +57,11 @@ def require_alike(pool: Pool, folder: Path, groups: dict[str, Any], ranks: int =
 MANY_TOKENS = {"data": {"max_length": 128}, "train": {"global_batch_size": 4, "micro_batch_size": 2}}
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_simulated_peak_is_the_real_one(pool: Pool, tiny_model: Path, checkpointing: str) -> None:
+@pytest.mark.parametrize(("checkpointing", "quant"), [("none", "nf4"), ("full", "nf4"), ("full", "int8")])
+def test_simulated_peak_is_the_real_one(pool: Pool, tiny_model: Path, checkpointing: str, quant: str) -> None:
     train = {**MANY_TOKENS["train"], "activation_checkpointing": checkpointing}
-    require_alike(pool, tiny_model, {**MANY_TOKENS, "train": train})
+    groups = {"quant": {"name": quant, "double_quant": quant == "nf4"}}
+    require_alike(pool, tiny_model, {**MANY_TOKENS, **groups, "train": train})
 
 
 def test_simulated_peak_of_waiting_gradients(pool: Pool, tmp_path: Path) -> None:
@@ -85,6 +86,8 @@ def test_simulated_peak_of_waiting_gradients(pool: Pool, tmp_path: Path) -> None
         {"data": {"max_length": 64, "packing": True}},
         {"fsdp": {"reshard_after_forward": False}},
         {"quant": {"cache_dequantized": "true"}},
+        {"quant": {"block_size": 1024, "embeddings": "int8"}},
+        {"quant": {"overrides": {"*.down_proj": "int8", "*.0.self_attn.*": "none"}}},
         {"train": {"activation_checkpointing": "selective"}},
         {"data": {"max_length": 1200}, "train": {"global_batch_size": 2, "micro_batch_size": 1}},
         {"debug": {"name": "plain"}},

@@ -22,8 +22,8 @@ from fsdp_qlora.optim.blockwise import absmax_of_elements, borders_coincide, fit
 from fsdp_qlora.optim.bnb import BlockwiseOptimizer
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.state import Blocks, LocalOptimizer, parts_of
-from fsdp_qlora.plan.layout import row_range
 from fsdp_qlora.plan.plan import make_plan
+from fsdp_qlora.plan.rows import row_range
 from fsdp_qlora.plan.states import keeps_8bit, state_bytes
 from fsdp_qlora.planning import planned_skeleton
 from fsdp_qlora.simulate.step import simulate

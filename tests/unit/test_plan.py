@@ -21,9 +21,10 @@ from fsdp_qlora.plan.activations import kept_scores, layer_activations
 from fsdp_qlora.plan.devices import DEVICES, INTERCONNECTS, find_device, find_interconnect
 from fsdp_qlora.plan.fates import fates
 from fsdp_qlora.plan.known import SHAPES, known_config, known_models
-from fsdp_qlora.plan.layout import num_rows, quantized_linears, target_linears
+from fsdp_qlora.plan.layout import quantized_linears, target_linears
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.plan.report import report
+from fsdp_qlora.plan.rows import num_rows
 from fsdp_qlora.plan.search import best, fastest, search
 from fsdp_qlora.plan.timing import flops_per_token, step_time
 from fsdp_qlora.planning import planned_skeleton
@@ -156,10 +157,10 @@ def test_405b_on_eight_cards_of_80_gb():
 def test_every_parameter_has_one_fate():
     _, shapes, plan = planned("experiment=qwen3_30b_a3b_1x24gb")
     found = fates(plan, shapes)
-    assert found["4-bit"]["model.layers.*.mlp.experts.gate_up_proj"] == 48
+    assert found["quantized"]["model.layers.*.mlp.experts.gate_up_proj"] == 48
     assert found["kept"]["model.layers.*.mlp.gate.weight"] == 48
     assert found["trained"]["model.layers.*.self_attn.q_proj.lora_A.weight"] == 48
-    assert sum(found["4-bit"].values()) + sum(found["kept"].values()) == len(shapes.parameters)
+    assert sum(found["quantized"].values()) + sum(found["kept"].values()) == len(shapes.parameters)
 
 
 def test_what_does_not_fit_is_said():

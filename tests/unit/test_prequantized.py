@@ -127,7 +127,7 @@ STATE = "quant_state.bitsandbytes__nf4"
 
 
 @pytest.mark.parametrize(("edit", "said"), [
-    (_state(blocksize=128), "blocksize is 128, not 64"),
+    (_state(blocksize=128), "set quant.block_size=128"),
     (_state(nested_blocksize=1024), "nested_blocksize is 1024, not 256"),
     (_state(quant_type="fp4"), "quant_type is fp4, not nf4"),
     (_state(shape=[128, 64]), r"shape is \[128, 64\], not \[128, 128\]"),

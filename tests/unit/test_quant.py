@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from fsdp_qlora.plan.layout import ROW_WEIGHTS, num_blocks, num_rows, row_range
+from fsdp_qlora.config.schema import BLOCK_SIZES
+from fsdp_qlora.plan.rows import ROW_WEIGHTS, num_blocks, num_rows, row_range
 from fsdp_qlora.quant.formats import QuantFormat, dequantize, one_thread, quantize, to_rows
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.packing import bits_to_float, rows_to_bytes
@@ -47,8 +50,36 @@ def test_dequantize_equals_bitsandbytes(shape, name, double_quant):
     weight = torch.randn(shape)
     quant_format = QuantFormat(name, double_quant)
     with one_thread():
-        expected = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, compress_statistics=double_quant, quant_type=name))
+        codes, state = bnb.quantize_4bit(weight, compress_statistics=double_quant, quant_type=name)
+        state.shape = torch.Size([1, weight.numel()])
+        expected = bnb.dequantize_4bit(codes, state).view(shape)
     assert torch.equal(dequantize(quantize(weight, quant_format), quant_format, shape, torch.float32), expected)
+
+
+@pytest.mark.parametrize("shape", [(576, 1536), (100, 334), (640, 640), (40, 96)], ids=str)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_block_sizes_equal_bitsandbytes(shape, double_quant, block_size):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(7)).bfloat16()
+    quant_format = QuantFormat("nf4", double_quant, block_size)
+    with one_thread():
+        codes, state = bnb.quantize_4bit(
+            weight, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
+        )
+        state.shape = torch.Size([1, weight.numel()])  # of rows that blocks cross, its CPU kernel makes other numbers
+        expected = bnb.dequantize_4bit(codes, state).view(shape)
+    assert (expected - weight).abs().max() < 0.7
+    found = quantize(weight, quant_format)
+    assert torch.equal(rows_to_bytes(found.packed, weight.numel()), codes.reshape(-1))
+    assert torch.equal(dequantize(found, quant_format, shape, torch.bfloat16), expected)
+    # a slice that begins within a nested block has all that it needs
+    layer = QuantLinear(shape[1], shape[0], quant_format, device="cpu")
+    layer.fill(found)
+    matrix = layer.matrix()
+    step = ROW_WEIGHTS // gcd(ROW_WEIGHTS, shape[1])
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        assert torch.equal(matrix.rows(start, stop, torch.bfloat16), expected[start:stop])
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,0 +1,98 @@
+"""In which format each weight is stored: `quant` of the settings, with what `quant.overrides` says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from math import prod
+
+from fsdp_qlora.config.schema import QuantSettings
+from fsdp_qlora.errors import PlanError
+from fsdp_qlora.plan.layout import LinearShape, ModelShapes, endings, quantized_edges, quantized_linears
+from fsdp_qlora.plan.rows import QuantLayout
+
+_MOST_KEPT = 0.1
+"""Share of the decoder layers' weights that may stay in 16 bit without a word."""
+
+
+def layout_of(settings: QuantSettings, name: str | None = None) -> QuantLayout:
+    """Return the layout of the format ``name``, by default the settings' own; never of ``none``."""
+    name = settings.name if name is None else name
+    assert name != "none"
+    return QuantLayout(name, settings.double_quant, settings.block_size, settings.llm_int8_threshold)  # type: ignore[arg-type]
+
+
+def chosen_linears(settings: QuantSettings, shapes: ModelShapes) -> tuple[LinearShape, ...]:
+    """Return the weights of the decoder layers that are stored quantized, each with its layout.
+
+    Raises:
+        PlanError: if a pattern matches nothing, or much of the decoder layers would stay in 16 bit unasked.
+    """
+    inside = quantized_linears(shapes)
+    formats = {x.name: settings.name for x in inside} | _overridden(settings.overrides, [x.name for x in inside])
+    chosen = tuple(replace(x, layout=layout_of(settings, formats[x.name])) for x in inside if formats[x.name] != "none")
+    if chosen and not settings.allow_16bit:
+        _require_most(shapes, {x.parameter for x in inside})
+    return chosen
+
+
+def chosen_edges(settings: QuantSettings, shapes: ModelShapes) -> tuple[LinearShape, ...]:
+    """Return embedding and head as far as they are stored quantized.
+
+    Raises:
+        PlanError: if they are to be, and the model has none apart from all else.
+    """
+    if settings.embeddings == "none":
+        return ()
+    if not shapes.edges_apart:
+        raise PlanError("quant.embeddings: only those of causal language models can be quantized; set it to none.")
+    return tuple(replace(x, layout=layout_of(settings, settings.embeddings)) for x in quantized_edges(shapes))
+
+
+def _overridden(overrides: Mapping[str, str], names: list[str]) -> dict[str, str]:
+    """Return name -> format of what a pattern matches; a later pattern wins."""
+    found: dict[str, str] = {}
+    for pattern, kind in overrides.items():
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            raise PlanError(
+                f"quant.overrides: {pattern!r} matches none of the {len(names)} linears of the decoder layers; a "
+                f"pattern has to match the whole name, such as *.{endings(names)[0]} or {names[0]} (this model has "
+                f"{', '.join(endings(names))})."
+            )
+        found |= dict.fromkeys(matched, kind)
+    return found
+
+
+def _require_most(shapes: ModelShapes, can: set[str]) -> None:
+    kept = {
+        name: prod(shape)
+        for name, shape in shapes.parameters.items()
+        if name not in can and any(name.startswith(layer + ".") for layer in shapes.layers)
+    }
+    share = sum(kept.values()) / max(1, sum(kept.values()) + sum(prod(shapes.parameters[name]) for name in can))
+    if share > _MOST_KEPT:
+        largest = max(kept, key=lambda name: kept[name])
+        raise PlanError(
+            f"quant: {100 * share:.0f} % of the decoder layers' weights would stay in 16 bit, the largest {largest} "
+            f"{list(shapes.parameters[largest])}: this kind of layer cannot be quantized here. quant.allow_16bit=true "
+            "goes on all the same."
+        )
+
+
+def describe(linears: tuple[LinearShape, ...]) -> str:
+    """Return how many weights are stored in which format: ``24 int8, 186 nf4 with double quantization``."""
+    counts: dict[str, int] = {}
+    for x in linears:
+        layout = x.layout
+        words = layout.name + (" with double quantization" if layout.double_quant else "")
+        if layout.is_int8:
+            words += f" (threshold {layout.threshold:g})" if layout.threshold else " (no threshold)"
+        elif layout.block_size != QuantLayout().block_size:
+            words += f" in blocks of {layout.block_size}"
+        counts[words] = counts.get(words, 0) + 1
+    return ", ".join(f"{count} {words}" for words, count in counts.items()) or "none"
+
+
+__all__ = ["chosen_edges", "chosen_linears", "describe", "layout_of"]
