@@ -42,6 +42,8 @@ from fsdp_qlora.model.lora import attach_lora, initialize_adapters, trainable_pa
 from fsdp_qlora.model.offload import HOST, offload_activations
 from fsdp_qlora.model.quant_head import quantize_edges
 from fsdp_qlora.model.shard import (
+    host_modules,
+    keep_on_host,
     mixed_precision,
     require_sharded,
     set_prefetch,
@@ -168,7 +170,8 @@ def prepare(
     resolved = replace(resolved, train=replace(resolved.train, compile="true" if compilation.on else "false"))
     model = build_sharded(resolved, base, shapes, plan, world.ranks)
     shards_on = torch.device("cpu") if config.fsdp.offloads_parameters else world.ranks.device
-    report = stream_weights(model, model.base, source, world.ranks, progress, shards_on)
+    on_host = host_modules(model.base, plan.offloaded)
+    report = stream_weights(model, model.base, source, world.ranks, progress, shards_on, on_host)
     initialize_adapters(model, config.run.seed, world.ranks.shard_rank, world.ranks.shard_size)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, world.ranks)
@@ -289,7 +292,9 @@ def build_sharded(
         offload_activations(layers, ranks.device, host=host)
     policy = mixed_precision(config.precision.name)
     replicated = [p for _, p in trainable_parameters(model)] if fsdp.adapters == "replicated" else []
-    shard_model(model, units, ranks, policy, offload_parameters=fsdp.offloads_parameters, replicated=replicated)
+    on_host = host_modules(base, plan.offloaded)
+    keep_on_host(on_host)
+    shard_model(model, units, ranks, policy, True, fsdp.offloads_parameters, replicated, on_host)
     if fsdp.reshard_after_forward == "false":
         stay_gathered(layers)
     set_prefetch(layers, fsdp.prefetch)

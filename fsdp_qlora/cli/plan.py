@@ -93,7 +93,11 @@ def _work(found: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
             f"{batch['micro_batch_rows']} x {batch['max_length']} tokens, {batch['micro_batches_per_rank']} on each "
             f"rank; {batch['tokens_per_step']:,} tokens",
         ),
-        ("saving memory", f"checkpointing {plan.settings.checkpointing}, offload {config.fsdp.offload}"),
+        (
+            "saving memory",
+            f"checkpointing {plan.settings.checkpointing}, offload {config.fsdp.offload}"
+            + (f", {len(plan.offloaded)} parameters in host memory" if plan.offloaded else ""),
+        ),
         (
             "gathered per rank",
             f"{megabytes(gathered)} a micro-batch, {megabytes(found['gathered_bytes_per_step'])} a step",

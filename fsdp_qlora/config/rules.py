@@ -240,6 +240,8 @@ def _fast_paths(config: RunConfig) -> Iterator[str]:
         )
     if train.compile == "true" and config.fsdp.offloads_activations:
         yield "train.compile: compiled layers keep activations out of sight of fsdp.offload; set it to false."
+    if train.compile == "true" and config.fsdp.offload_modules:
+        yield "train.compile: a compiled layer cannot bring in fsdp.offload_modules; set it to false."
 
 
 def _replicated(config: RunConfig) -> Iterator[str]:
@@ -258,10 +260,11 @@ def _replicated(config: RunConfig) -> Iterator[str]:
 
 
 def _plan(config: RunConfig) -> Iterator[str]:
-    if config.plan.simulate and config.fsdp.offloads_parameters:
+    if config.plan.simulate and (config.fsdp.offloads_parameters or config.fsdp.offload_modules):
+        which = "offload_modules" if config.fsdp.offload_modules else f"offload={config.fsdp.offload}"
         yield (
             "plan.simulate: the simulated device is a CPU, where shards in host memory cannot be told apart; plan "
-            f"fsdp.offload={config.fsdp.offload} without it."
+            f"fsdp.{which} without it."
         )
     if config.plan.search and config.plan.gpu is None and config.plan.device is None:
         yield "plan.search: needs the memory to fit; set plan.gpu=24GiB or plan.device=rtx4090."

@@ -162,6 +162,10 @@ class FsdpSettings:
     offload: Literal["none", "params", "activations", "all"] = "none"
     """What is kept in host memory: parameters with their gradients and optimizer states, what the decoder layers keep
     for backward, or both. Pinned on an accelerator; on a CPU there is nothing to gain."""
+    offload_modules: list[str] = field(default_factory=list)
+    """Modules whose unquantized weights are kept in host memory, in float32 and sharded, and brought in when needed:
+    ``head``, ``embeddings``, ``norms``, or patterns of names (``model.layers.0.*``). Other than with
+    ``offload=params``, what is trained stays on the device. No loss changes."""
     prefetch: int = 1
     """Decoder layers that are gathered ahead of the one that computes; 0 = none in backward, to hold one less."""
     adapters: Literal["sharded", "replicated"] = "sharded"

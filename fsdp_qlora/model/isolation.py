@@ -83,6 +83,7 @@ def _backward_drift(model: CausalModel, ids: torch.Tensor, ranks: Ranks) -> tupl
     for a, b in zip(packed, alone, strict=True):
         squares += torch.stack([(a - b).double().square().sum(), b.double().square().sum()]).to(ranks.device)
     dist.all_reduce(squares, group=ranks.group)
-    dtype = next((p.dtype for p in model.base.parameters() if p.dtype in _BACKWARD_LIMIT), torch.bfloat16)
+    with torch.no_grad():
+        dtype = model.logits(ids[:1]).dtype
     gap, size = squares.sqrt().tolist()
     return gap / max(size, 1e-30), _BACKWARD_LIMIT[dtype]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -40,6 +40,7 @@ def shard_model(
     reshard_after_forward: bool = True,
     offload_parameters: bool = False,
     replicated: Iterable[nn.Parameter] = (),
+    on_host: Iterable[nn.Module] = (),
 ) -> None:
     """Shard ``model`` in place: each unit, then the model itself as the root.
 
@@ -49,17 +50,23 @@ def shard_model(
     Parameters in ``replicated`` stay whole on every rank, as they are. FSDP does not reduce their gradients;
     `fsdp_qlora.model.replicated.ReplicatedGradients` does.
 
+    The shards of modules in ``on_host`` (units, or parts of units that then become units) are kept in host memory; see
+    `keep_on_host`.
+
     Raises:
         PlanError: if the policy would cast packed bytes as if they were numbers.
     """
     _refuse_casting(model, policy)
     pinned = ranks.device.type != "cpu"  # pinning takes an accelerator
-    offload = CPUOffloadPolicy(pin_memory=pinned) if offload_parameters else OffloadPolicy()
-    ignored = set(replicated)
-    for unit in units:
+    to_host = CPUOffloadPolicy(pin_memory=pinned)
+    offload = to_host if offload_parameters else OffloadPolicy()
+    ignored, apart = set(replicated), set(on_host)
+    whole_units = {module for unit in units for module in unit}
+    inside = [[module] for module in model.modules() if module in apart and module not in whole_units]
+    for unit in (*inside, *units):
         fully_shard(
             list(unit), mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward,
-            offload_policy=offload, ignored_params=ignored,
+            offload_policy=to_host if apart.intersection(unit) else offload, ignored_params=ignored,
         )  # fmt: skip
     fully_shard(
         model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False, offload_policy=offload,
@@ -71,6 +78,25 @@ def shard_model(
             # these two lines matters: without the first, gloo lacks the operation that the second asks for.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def host_modules(base: nn.Module, names: Collection[str]) -> list[nn.Module]:
+    """Return the modules of ``base`` that own the parameters ``names`` (as they are called without adapters)."""
+    found = []
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        module = base.get_submodule(owner)
+        found.append(getattr(module, "base_layer", module))  # beneath its adapter
+    return found
+
+
+def keep_on_host(modules: Iterable[nn.Module]) -> None:
+    """Make the frozen weights of ``modules``, on meta, float32: they are rounded when they are gathered.
+
+    A value that the files hold in bfloat16 comes out as it went in, so no result changes.
+    """
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.float()
 
 
 def set_prefetch(layers: Sequence[nn.Module], depth: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -30,6 +30,7 @@ from fsdp_qlora.quant.formats import nested_of_rows, one_thread
 from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices, local_tensor
 from fsdp_qlora.quant.packing import float_to_bits, raw_bytes, values_to_rows
 
+HOST = torch.device("cpu")
 Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
 
@@ -56,11 +57,13 @@ def stream_weights(
     ranks: Ranks,
     progress: Progress | None = None,
     shards_on: torch.device | None = None,
+    on_host: Iterable[nn.Module] = (),
 ) -> LoadReport:
     """Materialise ``model`` (sharded, on meta) and fill the base's parameters from ``source``.
 
     ``base`` is the transformers model inside ``model``. Adapters are left for `initialize_adapters`. Shards are
-    allocated on ``shards_on`` (None: on the ranks' device; the CPU where `shard_model` offloads them).
+    allocated on ``shards_on`` (None: on the ranks' device; the CPU where `shard_model` offloads them); those of the
+    modules ``on_host`` on the CPU.
 
     Raises:
         FsdpQloraError: on every rank alike, if on any a tensor is missing, has the wrong shape, or holds a value that
@@ -69,7 +72,7 @@ def stream_weights(
     """
     started = time.perf_counter()
     tied = _shares_weight(base)
-    _allocate(model, shards_on or ranks.device, ranks.device)
+    _allocate(model, shards_on or ranks.device, ranks.device, on_host)
     restore_buffers(base, ranks.device)
     quantized = [m for m in base.modules() if isinstance(m, QuantMatrices)]
     kept = [(_file_name(n), p) for n, p in base.named_parameters() if not _is_ours(n, p, base)]
@@ -96,9 +99,15 @@ def stream_weights(
     return LoadReport(source.bytes_read, source.total_bytes, size, time.perf_counter() - started, stored)
 
 
-def _allocate(model: nn.Module, shards_on: torch.device, device: torch.device) -> None:
-    """Allocate parameters on ``shards_on`` and buffers on ``device``: FSDP moves the former to compute, never these."""
+def _allocate(model: nn.Module, shards_on: torch.device, device: torch.device, on_host: Iterable[nn.Module]) -> None:
+    """Allocate parameters on ``shards_on``, those of ``on_host`` on the host, and buffers on ``device``.
+
+    FSDP moves the former to compute, never buffers.
+    """
     model.to_empty(device=shards_on)
+    if shards_on != HOST:
+        for module in on_host:
+            module.to_empty(device=HOST, recurse=False)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.device.type != device.type:

@@ -88,7 +88,7 @@ def choose_compilation(config: RunConfig, plan: Work, num_steps: int, device_typ
     """
     if config.train.compile != "auto":
         return Compilation(config.train.compile == "true", "as asked")
-    if not possible or config.fsdp.offloads_activations:
+    if not possible or config.fsdp.offloads_activations or config.fsdp.offload_modules:
         return Compilation(False, "not possible here")
     rate, gain, cost = COMPILATION["cpu" if device_type == "cpu" else "accelerator"]
     tokens = num_steps * plan.turns * plan.tokens

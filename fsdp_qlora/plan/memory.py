@@ -158,6 +158,7 @@ class MemoryModel:
         shapes: the model.
         quantized: what is stored quantized.
         targets: linears with an adapter.
+        offloaded: parameters that are kept in host memory in float32.
         settings: what `plan` may be given differently: ``micro_batch_size``, ``max_length``, ``checkpointing``,
             ``logits_chunk``, ``offload_*``, ``prefetch``, ``reshard_after_forward``, ``cache_dequantized`` and
             ``accumulation_steps``.
@@ -169,8 +170,9 @@ class MemoryModel:
         quantized: Iterable[LinearShape],
         targets: Iterable[LinearShape],
         settings: StorageSettings,
+        offloaded: frozenset[str] = frozenset(),
     ) -> None:
-        self.shapes, self.settings = shapes, settings
+        self.shapes, self.settings, self.offloaded = shapes, settings, offloaded
         self.targets = tuple(targets)
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.parameter: x for x in quantized}
@@ -179,6 +181,11 @@ class MemoryModel:
         self.dense = max(dense, default=0)
         kept_dense = (x for x in quantized if x.name not in edges and not x.layout.is_int8)
         self.all_dense = sum(x.numel for x in kept_dense if x.numel_each <= WHOLE_WEIGHTS)
+        self.host_shards = [
+            FLOAT32 * _share(shape[0], settings.shard_size) * prod(shape[1:])
+            for name, shape in shapes.parameters.items()
+            if name in offloaded
+        ]
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
@@ -202,7 +209,7 @@ class MemoryModel:
         if self.shapes.tied:  # the embedding's unit is freed after all of backward
             at_layer += self.edges[0].gathered
         gradients = self._gradients(settings)
-        on_device = 0 if settings.offload_parameters else sum(fixed)
+        on_device = (0 if settings.offload_parameters else sum(fixed)) + max(self.host_shards, default=0)
         moments = {
             "first_layer": on_device + gradients + self._gathered_first(settings),
             "head": on_device + gradients + kept + last + edge + max(logits + head, again),
@@ -246,7 +253,7 @@ class MemoryModel:
         kept = sum(
             _share(shape[0] if shape else 1, shard) * prod(shape[1:])
             for name, shape in self.shapes.parameters.items()
-            if name not in self.packed
+            if name not in self.packed and name not in self.offloaded
         )
         adapters = FLOAT32 * self._held(settings)
         return (
@@ -378,6 +385,7 @@ class MemoryModel:
         each = [self._saved(x, settings) if none else edge + self._chosen(x, settings) for x in self.activations]
         offloaded = sum(each) if settings.offload_activations else 0
         parameters = sum(self.fixed) + self.fixed[3] if settings.offload_parameters else 0  # and the gradients
+        parameters += sum(self.host_shards)
         return HostBytes(self.largest_slice * FILE_ITEMSIZE, parameters, offloaded)
 
 

@@ -12,6 +12,7 @@ from fsdp_qlora.plan.batch import BatchPlan
 from fsdp_qlora.plan.choices import choose
 from fsdp_qlora.plan.layout import LinearShape, ModelShapes, fsdp_units, target_linears
 from fsdp_qlora.plan.memory import BytesPerRank, HostBytes, MemoryModel, StorageSettings, lora_parameters
+from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.plan.states import unmatched
@@ -29,6 +30,8 @@ class TrainPlan:
     """Embedding and head, where they are stored quantized: one table when they are tied."""
     targets: tuple[str, ...]
     """Linears that get an adapter."""
+    offloaded: frozenset[str]
+    """Unquantized parameters that are kept in host memory in float32."""
     units: tuple[tuple[str, ...], ...]
     """FSDP units, as tuples of module names."""
     batch: BatchPlan
@@ -103,7 +106,11 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         rows = max(1, config.train.micro_batch_tokens // config.data.max_length)
     batch = BatchPlan(config.train.global_batch_size, rows, world_size)
     settings = storage_settings(config, batch, shard_degree(config, world_size))
-    memory = MemoryModel(shapes, quantized + edges, [by_name[name] for name in targets], settings)
+    stored = (*quantized, *edges)
+    offloaded = offloaded_parameters(
+        config.fsdp.offload_modules, shapes, {x.parameter for x in stored}, {x.name for x in stored}
+    )
+    memory = MemoryModel(shapes, stored, [by_name[name] for name in targets], settings, offloaded)
     settings, choices = choose(config, memory, settings, budget)
     planned = memory.plan(settings)
     return TrainPlan(
@@ -119,6 +126,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         host=planned.host,
         trainable_parameters=memory.trainable(),
         base_parameters=sum(prod(shape) for shape in shapes.parameters.values()),
+        offloaded=offloaded,
         memory=memory,
         settings=settings,
         choices=choices,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from fsdp_qlora.dist.mesh import Ranks
 from tests.build import build, essence, run_fit
+from tests.pool import RankError
 from tests.tiny import make_model
 
 WHERE = ("params", "activations", "all")
@@ -49,8 +51,8 @@ def _compare(pool, model, rows, root, num_ranks, others, layout="shard", **group
         _AS_IT_IS[key] = _train(*run, "as-it-is", layout, **_groups(**groups))
     lines, adapter = _AS_IT_IS[key]
     assert len({line["loss"] for line in lines if "loss" in line}) == 2
-    for other in others:
-        found_lines, found = _train(*run, "-".join(map(str, other.values())), layout, **_groups(**groups, **other))
+    for number, other in enumerate(others):
+        found_lines, found = _train(*run, f"other{number}", layout, **_groups(**groups, **other))
         assert found_lines == lines
         assert found.keys() == adapter.keys()
         assert all(torch.equal(found[name], adapter[name]) for name in adapter)
@@ -70,6 +72,61 @@ def test_offload_with_hybrid_sharding_changes_no_bit(pool, model, chat_rows, tmp
     # Answers too: transformers synchronises them over all ranks there are, so here, where all four take part.
     groups = {"replicate_degree": 2, "checkpointing": "full", "prompts": ("the quick",)}
     _compare(pool, model, chat_rows, tmp_path, 4, other, "hybrid", **groups)
+
+
+MODULES = (["head", "embeddings", "norms"], ["*.layers.[0-2].*"])
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "checkpointing", "offload"),
+    [
+        (2, "full", "none"),
+        (2, "none", "all"),
+        *(
+            pytest.param(num_ranks, checkpointing, offload, marks=pytest.mark.full)
+            for num_ranks in (1, 2, 3)
+            for checkpointing in ("none", "selective", "full")
+            for offload in ("none", *WHERE)
+        ),
+    ],
+)
+def test_modules_on_the_host_change_no_bit(pool, model, chat_rows, tmp_path, num_ranks, checkpointing, offload):
+    others = [{"offload": offload, "offload_modules": modules} for modules in MODULES]
+    _compare(pool, model, chat_rows, tmp_path, num_ranks, others, checkpointing=checkpointing)
+
+
+def _on_host(ranks: Ranks, folder: str, modules: list[str]) -> dict[str, int]:
+    """Return planned and held bytes of what stays in host memory, and how many parameters that are."""
+    prepared = build(ranks, folder, fsdp={"offload_modules": modules})
+    held = {
+        name: parameter.to_local().nbytes
+        for name, parameter in prepared.model.named_parameters()
+        if parameter.dtype == torch.float32 and not parameter.requires_grad
+    }
+    assert all(p.to_local().device.type == "cpu" for n, p in prepared.model.named_parameters() if n in held)
+    return {
+        "planned": prepared.plan.host.offloaded_parameters, "held": sum(held.values()), "parameters": len(held),
+        "planned_parameters": len(prepared.plan.offloaded), "kept": prepared.plan.bytes.base_kept,
+    }  # fmt: skip
+
+
+def test_what_is_planned_in_host_memory_is_there(pool, tmp_path):
+    folder = make_model(tmp_path / "untied", tie_word_embeddings=False)
+    for num_ranks in (1, 2, 3):
+        found = pool.run(num_ranks, _on_host, str(folder), ["head", "*.norm", "*.0.*"])[0]
+        assert found["planned"] == found["held"] > 0
+        assert found["parameters"] == found["planned_parameters"] == 4
+        without = pool.run(num_ranks, _on_host, str(folder), [])[0]
+        assert without["held"] == 0 < found["held"] // 2 == without["kept"] - found["kept"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "said"),
+    [(["haed"], "'haed' matches no module"), (["*.q_proj"], "all that '*.q_proj' matches is quantized")],
+)
+def test_modules_that_cannot_stay_on_the_host_are_refused(pool, tiny_model, modules, said):
+    with pytest.raises(RankError, match=re.escape(f"fsdp.offload_modules: {said}")):
+        pool.run(2, _on_host, str(tiny_model), modules)
 
 
 @pytest.mark.full

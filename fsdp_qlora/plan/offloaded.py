@@ -1,0 +1,63 @@
+"""`fsdp.offload_modules`: which unquantized parameters are kept in host memory and brought in when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+
+from fsdp_qlora.errors import PlanError
+from fsdp_qlora.plan.layout import ModelShapes
+
+NORMS = "*norm*"
+"""What the word ``norms`` stands for."""
+
+
+def offloaded_parameters(
+    patterns: Sequence[str], shapes: ModelShapes, packed: Collection[str], quantized: Collection[str]
+) -> frozenset[str]:
+    """Return the names of the parameters that stay in host memory.
+
+    Args:
+        patterns: of module names; a module's own parameters and those of all inside it count. ``head``,
+            ``embeddings`` and ``norms`` stand for those modules.
+        shapes: the model.
+        packed: names of the parameters that are stored quantized.
+        quantized: names of the modules that hold them; what else they hold (a bias) stays with them.
+
+    Raises:
+        PlanError: if a pattern matches nothing, or only what is quantized, or what this model cannot part with.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = _matched(pattern, shapes)
+        if not matched:
+            raise PlanError(
+                f"fsdp.offload_modules: {pattern!r} matches no module of this model; give head, embeddings, norms or a "
+                f"pattern that matches a whole name, such as {shapes.embedding} or *.{NORMS.strip('*')}."
+            )
+        whole = {name for name in matched if name not in packed and name.rpartition(".")[0] not in quantized}
+        if not whole:
+            raise PlanError(
+                f"fsdp.offload_modules: all that {pattern!r} matches is quantized, and such weights are multiplied "
+                "with their adapters as one; fsdp.offload=params keeps all shards in host memory."
+            )
+        found |= whole
+    edges = (f"{shapes.embedding}.", f"{shapes.head}.")
+    if not shapes.edges_apart and (bound := sorted(name for name in found if name.startswith(edges))):
+        raise PlanError(
+            f"fsdp.offload_modules: {bound[0]} is shared by several modules of this model and stays on the device."
+        )
+    return frozenset(found)
+
+
+def _matched(pattern: str, shapes: ModelShapes) -> set[str]:
+    head = shapes.embedding if shapes.tied else shapes.head
+    pattern = {"head": head, "embeddings": shapes.embedding, "norms": NORMS}.get(pattern, pattern)
+    if shapes.tied and fnmatchcase(shapes.head, pattern):
+        pattern = head
+    found = set()
+    for name in shapes.parameters:
+        parts = name.split(".")[:-1]
+        if any(fnmatchcase(".".join(parts[:depth]), pattern) for depth in range(1, len(parts) + 1)):
+            found.add(name)
+    return found
