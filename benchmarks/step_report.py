@@ -95,13 +95,14 @@ def _start(rows: list[Found], folder: Path) -> str:
 
 def _auto(rows: list[Found], folder: Path) -> str:
     chosen, *tried = sorted(rows, key=lambda r: r["way"] != "auto")
-    tried.sort(key=lambda r: -r["tokens_per_second"])
+    tried.sort(key=lambda r: -r["of_auto"])
     table = [
         [r["way"], f"{r['tokens_per_second']:.0f} ({r['lowest']:.0f} to {r['highest']:.0f})",
-         f"{r['growth_bytes'] / 1e6:.0f}"]
+         f"{r['of_auto']:.2f}", f"{r['growth_bytes'] / 1e6:.0f}"]
         for r in (chosen, *tried)
     ]  # fmt: skip
-    text = _table(["setting", "tokens/s (lowest to highest)", "memory growth, MB"], table)
+    header = ["setting", "tokens/s (lowest to highest)", "of `auto` by turns with it", "memory growth, MB"]
+    text = _table(header, table)
     return text + "\n`auto` chose: " + "; ".join(f"`{k}` {v}" for k, v in chosen["choices"].items()) + ".\n"
 
 

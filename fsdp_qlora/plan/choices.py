@@ -125,6 +125,8 @@ def _candidates(asked: tuple[str, ...], memory: MemoryModel, settings: StorageSe
             continue  # a single rank has nothing to gather
         if rung[2] and not memory.all_dense:
             continue
+        if rung[0] == "selective" and memory.offloaded_inside:
+            continue
         yield replace(settings, checkpointing=rung[0], reshard_after_forward=rung[1], cache_dequantized=rung[2])
 
 

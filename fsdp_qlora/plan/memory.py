@@ -173,6 +173,7 @@ class MemoryModel:
         offloaded: frozenset[str] = frozenset(),
     ) -> None:
         self.shapes, self.settings, self.offloaded = shapes, settings, offloaded
+        self.offloaded_inside = any(name.startswith(layer + ".") for name in offloaded for layer in shapes.layers)
         self.targets = tuple(targets)
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.parameter: x for x in quantized}

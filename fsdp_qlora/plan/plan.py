@@ -111,6 +111,11 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         config.fsdp.offload_modules, shapes, {x.parameter for x in stored}, {x.name for x in stored}
     )
     memory = MemoryModel(shapes, stored, [by_name[name] for name in targets], settings, offloaded)
+    if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
+        raise PlanError(
+            "train.activation_checkpointing: selective cannot go with fsdp.offload_modules inside decoder layers (what "
+            "is recomputed would have to be brought in again, which torch does not follow); set it to full or none."
+        )
     settings, choices = choose(config, memory, settings, budget)
     planned = memory.plan(settings)
     return TrainPlan(

@@ -85,7 +85,7 @@ MODULES = (["head", "embeddings", "norms"], ["*.layers.[0-2].*"])
         *(
             pytest.param(num_ranks, checkpointing, offload, marks=pytest.mark.full)
             for num_ranks in (1, 2, 3)
-            for checkpointing in ("none", "selective", "full")
+            for checkpointing in ("none", "full")
             for offload in ("none", *WHERE)
         ),
     ],
@@ -95,9 +95,16 @@ def test_modules_on_the_host_change_no_bit(pool, model, chat_rows, tmp_path, num
     _compare(pool, model, chat_rows, tmp_path, num_ranks, others, checkpointing=checkpointing)
 
 
-def _on_host(ranks: Ranks, folder: str, modules: list[str]) -> dict[str, int]:
+def test_selective_checkpointing_goes_with_the_head_alone(pool, model, chat_rows, tmp_path):
+    _compare(pool, model, chat_rows, tmp_path, 2, [{"offload_modules": ["head"]}], checkpointing="selective")
+    with pytest.raises(RankError, match="selective cannot go with fsdp.offload_modules"):
+        pool.run(2, _on_host, str(model), ["norms"], "selective")
+
+
+def _on_host(ranks: Ranks, folder: str, modules: list[str], checkpointing: str = "auto") -> dict[str, int]:
     """Return planned and held bytes of what stays in host memory, and how many parameters that are."""
-    prepared = build(ranks, folder, fsdp={"offload_modules": modules})
+    train = {"activation_checkpointing": checkpointing}
+    prepared = build(ranks, folder, fsdp={"offload_modules": modules}, train=train)
     held = {
         name: parameter.to_local().nbytes
         for name, parameter in prepared.model.named_parameters()
