@@ -65,6 +65,7 @@ from fsdp_qlora.plan.choices import Compilation, decided
 from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.planning import compilation_for, rank_budget, skeleton, with_attention
+from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
 
@@ -216,6 +217,8 @@ def _open_model(
             "can be planned and loaded, and trained by a loop of your own (`prepare` without data)."
         )
     plan = make_plan(config, shapes, ranks.size, budget)
+    if plan.quantized or plan.quantized_edges:
+        bitsandbytes_backend(ranks.device)
     return decided(config, plan.settings), base, source, shapes, plan, _tokenizer(config, folder)
 
 

@@ -12,7 +12,7 @@ from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.process import Placement, device_types, memory_of
+from fsdp_qlora.dist.process import ACCELERATORS, Placement, device_types, memory_of
 from fsdp_qlora.dist.reduce import all_max
 from fsdp_qlora.model.compile import COMPILED_TYPES, can_compile
 from fsdp_qlora.model.known import config_for_plan
@@ -56,7 +56,7 @@ def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
     """
     check(config)
     source = config_for_plan(config.model.name, config.model.revision)
-    device = "cuda" if config.plan.gpu or config.plan.device else next(iter(device_types()))
+    device = ACCELERATORS[0] if config.plan.gpu or config.plan.device else next(iter(device_types()))
     config = with_attention(config, torch.device(device), source)
     return config, skeleton(config, source)
 

@@ -76,7 +76,9 @@ class Profiling:
 
 def known_device(device: torch.device) -> Device | None:
     """Return what is known of the GPU that this rank has; None on a CPU and where its name is not one we know."""
-    return device_of_driver(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if device.type == "cpu":
+        return None
+    return device_of_driver(torch.get_device_module(device).get_device_name(device))
 
 
 def usual_tokens(prepared: Prepared) -> int:

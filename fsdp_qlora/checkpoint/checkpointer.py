@@ -83,7 +83,7 @@ class Checkpointer:
         self.retention = retention or Retention()
         self._asynchronous, self._write_adapter, self._say = asynchronous, write_adapter, say
         self._background = replace(ranks, group=ranks.background, device=torch.device("cpu"))
-        pinned = ranks.device.type == "cuda"
+        pinned = ranks.device.type != "cpu"
         self._stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned

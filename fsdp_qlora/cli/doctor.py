@@ -10,6 +10,8 @@ import torch
 
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.process import Placement, choose_device, device_types
+from fsdp_qlora.errors import PlanError
+from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.track.console import megabytes, print_table
 from fsdp_qlora.track.run_folder import versions
 
@@ -18,6 +20,7 @@ def run(config: RunConfig) -> int:
     """Print devices, versions, memory and the launcher's environment; return the exit code."""
     placement = Placement.from_env()
     rows = [(name, value) for name, value in versions().items()]
+    rows.append(("quantization", _quantization()))
     rows += [(f"{kind} devices", str(count) if count else "yes") for kind, count in device_types().items()]
     rows.append(("device of a run", str(choose_device(config.launcher.device, placement))))
     rows.append(("cores", str(len(os.sched_getaffinity(0)))))
@@ -27,3 +30,10 @@ def run(config: RunConfig) -> int:
     rows.append(("free disk here", megabytes(shutil.disk_usage(".").free)))
     print_table("doctor", rows)
     return 0
+
+
+def _quantization() -> str:
+    try:
+        return bitsandbytes_backend(torch.device(next(iter(device_types()))))
+    except PlanError as error:
+        return str(error)

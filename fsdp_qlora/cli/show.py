@@ -17,6 +17,7 @@ from rich.text import Text
 from fsdp_qlora.api import Prepared
 from fsdp_qlora.data.samples import segments
 from fsdp_qlora.plan.quantized import describe
+from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.track.console import megabytes, print_table
 from fsdp_qlora.track.phases import PHASES, WAITING
 from fsdp_qlora.track.run_folder import RunFolder
@@ -41,6 +42,8 @@ def print_start(prepared: Prepared, note: str) -> None:
     if note:
         print(note)
     quant = describe(plan.quantized)
+    if plan.quantized:
+        quant += f" by {bitsandbytes_backend(prepared.ranks.device)}"
     if prepared.load.stored:
         quant += f" ({prepared.load.stored} of them read as stored)"
     print(

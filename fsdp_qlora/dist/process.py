@@ -40,10 +40,14 @@ class Placement:
         )
 
 
+ACCELERATORS = ("cuda", "xpu")
+"""torch's device types that we choose among; AMD's (ROCm) are ``cuda``, too."""
+
+
 def device_types() -> dict[str, int]:
     """Return the accelerators that are there and how many of each, cpu last (as 0 = any number of ranks)."""
     found: dict[str, int] = {}
-    for name in ("cuda", "xpu"):
+    for name in ACCELERATORS:
         backend = getattr(torch, name)
         if backend.is_available():
             found[name] = backend.device_count()

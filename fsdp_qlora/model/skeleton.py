@@ -235,7 +235,7 @@ def attention_for(device: torch.device, asked: str, model_config: Any) -> str:
     text = model_config.get_text_config()
     special = any(getattr(text, key, None) for key in ("attn_logit_softcapping", "attention_dropout", "attn_pdrop"))
     if device.type != "cpu":
-        flash = device.type == "cuda" and is_flash_attn_2_available() and not special
+        flash = is_flash_attn_2_available() and not special
         return "flash_attention_2" if flash else "sdpa"
     causal = _auto_class(model_config) is AutoModelForCausalLM and text.model_type not in _SINKS
     return BLOCKWISE if causal and not special else "eager"
