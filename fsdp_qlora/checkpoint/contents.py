@@ -24,6 +24,8 @@ NEVER_BLOCKS = frozenset(
         "train.sample_tokens",
         "train.sample_at_eval",
         "train.activation_checkpointing",
+        "train.compile",
+        "quant.cache_dequantized",
         "train.logits_chunk",
         "model.name",
         "model.revision",
