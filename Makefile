@@ -36,7 +36,7 @@ assets: $(READY) ## fetch and convert the embedded model and data (once; kept in
 train: assets ## fine-tune the embedded model on the embedded data with 2 ranks (about 5 minutes on 2 cores)
 	$(BIN)/fsdp-qlora train experiment=quickstart $(ARGS)
 
-test: assets ## the tests (at most 10 minutes on 2 cores)
+test: assets ## the tests (10 to 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not full and not gpu" $(ARGS)
 
 test-full: assets $(BENCH_READY) ## the whole matrices (at most 75 minutes on 2 cores)

@@ -32,7 +32,7 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
 from fsdp_qlora.track.run_folder import read_config
 
-_MAPPINGS = ("data.columns", "model.config_overrides")
+_MAPPINGS = ("data.columns", "model.config_overrides", "quant.overrides")
 """Settings that are mappings with free keys."""
 VERBATIM = frozenset(
     {

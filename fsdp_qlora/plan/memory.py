@@ -26,8 +26,8 @@ from fsdp_qlora.plan.states import state_bytes
 
 LOGIT_COPIES = 2
 """Tensors ``[chunk, vocab]`` of the chunked cross entropy at once: this chunk's and the last one's."""
-SLICE_COPIES = 4
-"""Float32 tensors of the sliced cross entropy at once: two of this slice, two of the last."""
+SLICE_COPIES = 5
+"""Float32 tensors of the sliced cross entropy at once: of this slice three, of the last two."""
 FLOAT_LOGITS_BYTES = 64 * 2**20
 """Of a chunk's logits that are float32 at the same time (`model/head.py`)."""
 FILE_ITEMSIZE = 2
@@ -211,10 +211,11 @@ class MemoryModel:
             at_layer += self.edges[0].gathered
         gradients = self._gradients(settings)
         on_device = (0 if settings.offload_parameters else sum(fixed)) + max(self.host_shards, default=0)
+        held = on_device + gradients + kept
         moments = {
             "first_layer": on_device + gradients + self._gathered_first(settings),
-            "head": on_device + gradients + kept + last + edge + max(logits + head, again),
-            "layer_backward": on_device + gradients + kept + layer + at_layer,
+            "head": held + self._held_layers(settings) + last + edge + max(logits + head, again),
+            "layer_backward": held + layer + at_layer,
             "update": 0 if settings.offload_parameters else sum(fixed) + 3 * fixed[3],
         }
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
@@ -301,8 +302,13 @@ class MemoryModel:
         if settings.shard_size == 1:
             return largest  # FSDP copies the unit also on one rank
         if units is self.layers and not settings.reshard_after_forward:
-            return sum(unit.gathered for unit in units) + largest
+            return self._held_layers(settings) + largest
         return largest * (1 + settings.prefetch)
+
+    def _held_layers(self, settings: StorageSettings) -> int:
+        """Return what layers hold that stay gathered from forward to backward."""
+        stay = settings.shard_size > 1 and not settings.reshard_after_forward
+        return sum(unit.gathered for unit in self.layers) if stay else 0
 
     def _gathered_head(self, settings: StorageSettings) -> tuple[int, int]:
         """Return what is gathered while logits exist, and while the head is gathered again for backward."""

@@ -132,7 +132,7 @@ def _same_in_pieces(ranks: Ranks, folder: str) -> bool:
 
     whole = {n: t.clone() for n, t in _local_tensors(ranks, folder).items()}
     with (
-        mock.patch("fsdp_qlora.model.stream.CHUNK_ROWS", 1),
+        mock.patch("fsdp_qlora.model.stream.CHUNK_WEIGHTS", 1),
         mock.patch("fsdp_qlora.quant.formats._CPU_WEIGHTS", 16384),
     ):
         pieces = _local_tensors(ranks, folder)

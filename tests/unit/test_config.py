@@ -98,3 +98,14 @@ def test_nothing_heavy_is_imported_by_composing():
         "print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'wandb') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_formats_by_pattern_come_through_the_command_line_and_back(tmp_path):
+    """Patterns have dots and stars, which are no path of keys."""
+    wanted = {"*.down_proj": "int8", "model.layers.0.*": "none"}
+    text = "quant.overrides={*.down_proj:int8,model.layers.0.*:none}"
+    config = compose_config("train", ["model.name=x", "data.train=y", text])
+    assert config.quant.overrides == wanted
+    saved = tmp_path / "config.yaml"
+    saved.write_text(yaml.safe_dump(to_dict(config)))
+    assert compose_config("train", [f"run_from={saved}"]).quant.overrides == wanted
