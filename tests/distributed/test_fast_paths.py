@@ -28,11 +28,12 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "nf4": {},
     "nf4 without double quantization": {"quant": {"double_quant": False}},
     "fp4": {"quant": {"name": "fp4"}},
+    "int8": {"quant": {"name": "int8", "double_quant": False}},
     "bf16 base": {"quant": {"name": "none"}},
     "dropout": {"lora": {"dropout": 0.1}},
     "packed": {"data": {"packing": True}, "model": {"attn_implementation": "auto"}},
 }
-UNCOMPARED = {("dense weights kept", "bf16 base"), ("compiled", "dropout")}
+UNCOMPARED = {("dense weights kept", "bf16 base"), ("dense weights kept", "int8"), ("compiled", "dropout")}
 """What cannot be: nothing to dequantize, and compiled layers, which draw other numbers for dropout."""
 COMPILED_KINDS = ("nf4", "packed")
 """With what checkpointing is compiled; the other kinds are compiled without it."""
@@ -71,8 +72,9 @@ def test_a_fast_path_gives_what_the_plain_path_gives(pool, tiny_model, chat_rows
     for num_ranks in (1, 2) if one_too else (2,):
         found = _train(pool, num_ranks, tiny_model, chat_rows, tmp_path, _merged(FAST[fast], KINDS[kind]))
         # compiled layers sum in another order; so does attention by blocks
-        assert losses(found) == pytest.approx(losses(plain), rel=1e-5)
-        assert norms(found) == pytest.approx(norms(plain), rel=3e-4)
+        near = 1 if kind != "int8" else 30  # the last bit of an input decides how some of them are rounded to 8 bits
+        assert losses(found) == pytest.approx(losses(plain), rel=near * 1e-5)
+        assert norms(found) == pytest.approx(norms(plain), rel=near * 3e-4)
 
 
 def _choices(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[dict[str, str], str, bool]:
