@@ -56,12 +56,13 @@ def _compare(
     pool, model: Path, rows: Path, root: Path, ranks: Sequence[tuple[int, str]], **groups: dict[str, Any]
 ) -> None:
     """Compare replicated adapters on ``ranks`` with sharded ones on the first number of them."""
-    hybrid = {"fsdp": {"replicate_degree": 2}}
+    hybrid = {"replicate_degree": 2}
     first, layout = ranks[0]
     wanted = _train(pool, first, model, root, _groups(rows, "sharded", **groups), layout)
     assert len(wanted[0]) == STEPS["max_steps"] and wanted[0][0] - wanted[0][-1] > 1e-2
     for num_ranks, layout in ranks:
-        settings = _groups(rows, "replicated", **groups, **(hybrid if layout == "hybrid" else {}))
+        more = {**groups.get("fsdp", {}), **(hybrid if layout == "hybrid" else {})}
+        settings = _groups(rows, "replicated", **{**groups, "fsdp": more})
         found = _train(pool, num_ranks, model, root, settings, layout)
         if settings["precision"]["name"] == "fp32":
             assert max(_apart(found[0], wanted[0])) < 1e-5
