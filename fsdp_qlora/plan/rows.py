@@ -10,7 +10,7 @@ See docs/architecture.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 BLOCK_WEIGHTS = 64
@@ -55,12 +55,16 @@ class QuantLayout:
     threshold: float = 0.0
     """Inputs from this magnitude on are multiplied without quantizing their columns (int8 only; 0 = none are)."""
 
+    key: str = field(init=False, default="", repr=False)
+    """Name and threshold as one word, which compiled code takes for a constant (it would make the float an input)."""
+
     def __post_init__(self) -> None:
         if self.name == "int8":
             object.__setattr__(self, "double_quant", False)
             object.__setattr__(self, "block_size", BLOCK_WEIGHTS)
         else:
             object.__setattr__(self, "threshold", 0.0)
+        object.__setattr__(self, "key", f"{self.name}>{self.threshold!r}" if self.threshold else self.name)
 
     @property
     def is_int8(self) -> bool:

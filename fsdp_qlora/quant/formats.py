@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 
@@ -59,7 +59,7 @@ class QuantFormat(QuantLayout):
     @classmethod
     def of(cls, layout: QuantLayout) -> QuantFormat:
         """Return the format of a planned layout."""
-        return cls(**asdict(layout))
+        return cls(layout.name, layout.double_quant, layout.block_size, layout.threshold)
 
     @property
     def absmax_dtype(self) -> torch.dtype:

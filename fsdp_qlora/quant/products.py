@@ -36,14 +36,15 @@ DENSE = "dense"
 
 def _matrices(
     in_features: int, out_features: Sequence[int], packed: Sequence[Tensor], absmax: Sequence[Tensor],
-    nested: Sequence[Tensor], offset: Sequence[Tensor], name: str, block_size: int, threshold: float,
+    nested: Sequence[Tensor], offset: Sequence[Tensor], name: str, block_size: int,
 ) -> list[Matrix]:  # fmt: skip
     if name == DENSE:
         return [
             Matrix(out, in_features, None, QuantFormat(), dense)
             for out, dense in zip(out_features, packed, strict=True)
         ]
-    quant_format = QuantFormat(name, bool(nested), block_size, threshold)  # type: ignore[arg-type]
+    kind, _, threshold = name.partition(">")  # `QuantLayout.key`
+    quant_format = QuantFormat(kind, bool(nested), block_size, float(threshold or 0))  # type: ignore[arg-type]
     found = []
     for i, out in enumerate(out_features):
         second = (nested[i], offset[i]) if nested else (None, None)
@@ -53,10 +54,10 @@ def _matrices(
 
 def _linears(
     x: Tensor, down: list[Tensor], up: list[Tensor], scalings: list[float], packed: list[Tensor], absmax: list[Tensor],
-    nested: list[Tensor], offset: list[Tensor], out_features: list[int], name: str, block_size: int, threshold: float,
+    nested: list[Tensor], offset: list[Tensor], out_features: list[int], name: str, block_size: int,
 ) -> list[Tensor]:  # fmt: skip
     flat = x.reshape(-1, x.shape[-1])
-    matrices = _matrices(flat.shape[1], out_features, packed, absmax, nested, offset, name, block_size, threshold)
+    matrices = _matrices(flat.shape[1], out_features, packed, absmax, nested, offset, name, block_size)
     outs = [matrix.apply(flat) for matrix in matrices]
     if down:
         low = (flat @ _stack(down).t()).split([a.shape[0] for a in down], dim=1)
@@ -76,7 +77,7 @@ def _linears_backward(
     found = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
     grad_x = None
     if wants_x:
-        matrices = _matrices(in_features, out_features, packed, absmax, nested, offset, name, block_size, 0.0)
+        matrices = _matrices(in_features, out_features, packed, absmax, nested, offset, name, block_size)
         for matrix, grad in zip(matrices, found, strict=True):
             if grad is not None:
                 grad_x = matrix.apply_transposed(grad, grad_x)
@@ -108,7 +109,7 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: tuple[Any, ...], x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        scalings, lengths, out_features, name, block_size, threshold = spec
+        scalings, lengths, out_features, name, block_size = spec
         # FSDP frees and refills the storage of the gathered parameters: saving them costs nothing between the passes.
         # Nor does saving those that are whole in float32, where copies in x's dtype would stay until backward.
         ctx.save_for_backward(*([x] if lengths[0] else []), *rest)
@@ -116,11 +117,11 @@ class _Linears(torch.autograd.Function):
         ctx.spec, ctx.in_features, ctx.dtype = spec, x.shape[-1], x.dtype
         down, up, *frozen = _cut(rest, lengths)
         low = _as(down, x.dtype), _as(up, x.dtype)
-        return tuple(ops.linears(x, *low, scalings, *frozen, out_features, name, block_size, threshold))
+        return tuple(ops.linears(x, *low, scalings, *frozen, out_features, name, block_size))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        scalings, lengths, out_features, name, block_size, _ = ctx.spec
+        scalings, lengths, out_features, name, block_size = ctx.spec
         saved = list(ctx.saved_tensors)  # once: checkpointing forbids a second look
         x = saved.pop(0) if lengths[0] else None
         down, up, *frozen = _cut(saved, lengths)
@@ -156,9 +157,7 @@ def _dense(
     packed: Tensor, absmax: Tensor, nested: list[Tensor], offset: list[Tensor], out_features: int, in_features: int,
     name: str, block_size: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    return _matrices(in_features, [out_features], [packed], [absmax], nested, offset, name, block_size, 0.0)[0].whole(
-        dtype
-    )
+    return _matrices(in_features, [out_features], [packed], [absmax], nested, offset, name, block_size)[0].whole(dtype)
 
 
 def densify(matrix: Matrix, dtype: torch.dtype) -> Matrix:
@@ -193,22 +192,22 @@ def multiply(
     out_features = [m.out_features for m in matrices]
     if matrices[0].quantized is None:
         frozen: list[list[Tensor]] = [[m.dense for m in matrices if m.dense is not None], [], [], []]
-        name, block_size, threshold = DENSE, 0, 0.0
+        name, block_size = DENSE, 0
     else:
         quantized = [m.quantized for m in matrices if m.quantized is not None]
         nested = [q.nested for q in quantized if q.nested is not None]
         offset = [q.offset for q in quantized if q.offset is not None]
         frozen = [[q.packed for q in quantized], [q.absmax for q in quantized], nested, offset]
         quant_format = matrices[0].quant_format
-        name, block_size, threshold = quant_format.name, quant_format.block_size, quant_format.threshold
+        name, block_size = quant_format.key, quant_format.block_size
     parts = [list(down), list(up), *frozen]
-    spec = (list(scalings), [len(part) for part in parts], out_features, name, block_size, threshold)
+    spec = (list(scalings), [len(part) for part in parts], out_features, name, block_size)
     return list(_Linears.apply(spec, x, *(t for part in parts for t in part)))  # type: ignore[arg-type]
 
 
 def _fake_linears(
     x: Tensor, down: Any, up: Any, scalings: Any, packed: Any, absmax: Any, nested: Any, offset: Any,
-    out_features: list[int], name: str, block_size: int, threshold: float,
+    out_features: list[int], name: str, block_size: int,
 ) -> list[Tensor]:  # fmt: skip
     return [x.new_empty(*x.shape[:-1], out) for out in out_features]
 

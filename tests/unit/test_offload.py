@@ -183,7 +183,7 @@ def test_a_write_into_a_saved_tensor_is_an_error():
 def test_shards_and_buffers_are_allocated_where_they_are_used():
     model = nn.Sequential(nn.Linear(2, 2, device="meta"), nn.BatchNorm1d(2, device="meta"))
     model.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
-    _allocate(model, torch.device("cpu"), torch.device("meta"))
+    _allocate(model, torch.device("cpu"), torch.device("meta"), ())
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert {b.device.type for b in model.buffers()} == {"meta"}
     assert "table" not in model.state_dict() and "1.running_mean" in model.state_dict()

@@ -96,7 +96,7 @@ def test_shapes_on_fake_tensors_are_the_real_ones():
     x = torch.randn(2, 5, INTO)
     with torch.no_grad():
         adapters = (down[:1], up[:1], [2.0])
-        torch.library.opcheck(ops.linears.default, (x, *adapters, *frozen, [SIZES[0]], "nf4", 64, 0.0))
+        torch.library.opcheck(ops.linears.default, (x, *adapters, *frozen, [SIZES[0]], "nf4", 64))
         grads = ([torch.randn(2, 5, SIZES[0])], x, *adapters, *frozen, [SIZES[0]], INTO, "nf4", 64, True)
         torch.library.opcheck(ops.linears_backward.default, grads)
         dense = (q.packed, q.absmax, [q.nested], [q.offset], SIZES[0], INTO, "nf4", 64, torch.bfloat16)
