@@ -170,7 +170,7 @@ def prepare(
     )
     resolved = replace(resolved, train=replace(resolved.train, compile="true" if compilation.on else "false"))
     model = build_sharded(resolved, base, shapes, plan, world.ranks)
-    shards_on = torch.device("cpu") if config.fsdp.offloads_parameters else world.ranks.device
+    shards_on = HOST if config.fsdp.offloads_parameters else world.ranks.device
     on_host = host_modules(model.base, plan.offloaded)
     report = stream_weights(model, model.base, source, world.ranks, progress, shards_on, on_host)
     initialize_adapters(model, config.run.seed, world.ranks.shard_rank, world.ranks.shard_size)

@@ -252,13 +252,11 @@ def _problems(line: CommandLine) -> typing.Iterator[str]:
         yield from _override_problems(parsed, line.config_dir)
 
 
-REFUSED = {
-    (
-        "precision",
-        "fp16",
-    ): " Numbers above 65504 are infinite in float16, and the activations of many models, trained in "
-    "bfloat16, are; it would take a loss scale, too. Set precision=bf16, or fp32 on GPUs without bfloat16."
-}
+_FP16 = (
+    " Numbers above 65504 are infinite in float16, and the activations of many models, trained in bfloat16, are; it "
+    "would take a loss scale, too. Set precision=bf16, or fp32 on GPUs without bfloat16."
+)
+REFUSED = {("precision", "fp16"): _FP16}
 """Options that people ask for and that are left out for a reason."""
 
 

@@ -14,9 +14,8 @@ def model_card(config: dict[str, Any], facts: dict[str, Any]) -> str:
             ``eval_loss_after`` (either loss may be None), ``versions``.
     """
     quant, lora, train, optim = config["quant"], config["lora"], config["train"], config["optim"]
-    double = ", double quantization" if quant["double_quant"] and quant["name"] != "none" else ""
-    if quant["overrides"]:
-        double += "".join(f", {pattern} in {name}" for pattern, name in quant["overrides"].items())
+    stored = quant["name"] + (", double quantization" if quant["double_quant"] and quant["name"] != "none" else "")
+    stored += "".join(f", {pattern} in {name}" for pattern, name in quant["overrides"].items())
     data = config["data"]["train"]
     sources = ", ".join(data) if isinstance(data, list) else str(data)
     return f"""---
@@ -33,7 +32,7 @@ A LoRA adapter, trained with fsdp_qlora.
 | | |
 |---|---|
 | Base model | `{facts["base_model"]}` |
-| Base precision in training | {quant["name"]}{double}, compute in {config["precision"]["name"]} |
+| Base precision in training | {stored}, compute in {config["precision"]["name"]} |
 | Data | {sources} ({facts["train_rows"]} sequences) |
 | LoRA | {lora["variant"]}, r={lora["r"]}, alpha={lora["alpha"]}, dropout={lora["dropout"]} |
 | Adapted modules | {lora["target_modules"]} |

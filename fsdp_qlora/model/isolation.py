@@ -33,8 +33,8 @@ def require_isolation(model: CausalModel, ranks: Ranks, vocab_size: int, attenti
     was_training = model.training
     model.eval()  # dropout would hide what is looked for
     try:
-        leak = _forward_leak(model, ids)
-        drift, limit = _backward_drift(model, ids, ranks)
+        leak, dtype = _forward_leak(model, ids)
+        drift, limit = _backward_drift(model, ids, ranks), _BACKWARD_LIMIT[dtype]
     finally:
         model.train(was_training)
         for _, parameter in trainable_parameters(model):
@@ -53,14 +53,15 @@ def _packed(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-def _forward_leak(model: CausalModel, ids: torch.Tensor) -> float:
-    """Return how far the second row's logits move when the first one is another, relative to their largest."""
-    seen = [model.logits(*_packed(first, ids[2]))[:, _LENGTH:].float() for first in (ids[0], ids[1])]
-    return float((seen[0] - seen[1]).abs().max() / seen[0].abs().max())
+def _forward_leak(model: CausalModel, ids: torch.Tensor) -> tuple[float, torch.dtype]:
+    """Return how far the second row's logits move when the first one is another (relative), and their dtype."""
+    seen = [model.logits(*_packed(first, ids[2]))[:, _LENGTH:] for first in (ids[0], ids[1])]
+    one, other = (logits.float() for logits in seen)
+    return float((one - other).abs().max() / one.abs().max()), seen[0].dtype
 
 
-def _backward_drift(model: CausalModel, ids: torch.Tensor, ranks: Ranks) -> tuple[float, float]:
-    """Return how far a packed gradient is from the sum of the two alone (relative), and the limit for it."""
+def _backward_drift(model: CausalModel, ids: torch.Tensor, ranks: Ranks) -> float:
+    """Return how far a packed gradient is from the sum of the two alone (relative)."""
 
     def labels(rows: torch.Tensor) -> torch.Tensor:
         marked = rows.clone()
@@ -83,7 +84,5 @@ def _backward_drift(model: CausalModel, ids: torch.Tensor, ranks: Ranks) -> tupl
     for a, b in zip(packed, alone, strict=True):
         squares += torch.stack([(a - b).double().square().sum(), b.double().square().sum()]).to(ranks.device)
     dist.all_reduce(squares, group=ranks.group)
-    with torch.no_grad():
-        dtype = model.logits(ids[:1]).dtype
     gap, size = squares.sqrt().tolist()
-    return gap / max(size, 1e-30), _BACKWARD_LIMIT[dtype]
+    return gap / max(size, 1e-30)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import all_gather, gather_json, on_every
 from fsdp_qlora.errors import ModelError, NumericsError
+from fsdp_qlora.model.offload import HOST
 from fsdp_qlora.model.prequantized import PackedWeight, fill_packed, find_kept, find_weight
 from fsdp_qlora.model.skeleton import restore_buffers
 from fsdp_qlora.model.weights import SafetensorsFolder, StoredTensor
@@ -30,7 +31,6 @@ from fsdp_qlora.quant.formats import nested_of_rows, one_thread
 from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices, local_tensor
 from fsdp_qlora.quant.packing import float_to_bits, raw_bytes, values_to_rows
 
-HOST = torch.device("cpu")
 Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
 

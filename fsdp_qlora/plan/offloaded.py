@@ -8,9 +8,6 @@ from fnmatch import fnmatchcase
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.plan.layout import ModelShapes
 
-NORMS = "*norm*"
-"""What the word ``norms`` stands for."""
-
 
 def offloaded_parameters(
     patterns: Sequence[str], shapes: ModelShapes, packed: Collection[str], quantized: Collection[str]
@@ -33,7 +30,7 @@ def offloaded_parameters(
         if not matched:
             raise PlanError(
                 f"fsdp.offload_modules: {pattern!r} matches no module of this model; give head, embeddings, norms or a "
-                f"pattern that matches a whole name, such as {shapes.embedding} or *.{NORMS.strip('*')}."
+                f"pattern that matches a whole name, such as {shapes.embedding} or *.norm."
             )
         whole = {name for name in matched if name not in packed and name.rpartition(".")[0] not in quantized}
         if not whole:
@@ -52,7 +49,7 @@ def offloaded_parameters(
 
 def _matched(pattern: str, shapes: ModelShapes) -> set[str]:
     head = shapes.embedding if shapes.tied else shapes.head
-    pattern = {"head": head, "embeddings": shapes.embedding, "norms": NORMS}.get(pattern, pattern)
+    pattern = {"head": head, "embeddings": shapes.embedding, "norms": "*norm*"}.get(pattern, pattern)
     if shapes.tied and fnmatchcase(shapes.head, pattern):
         pattern = head
     found = set()

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
+from typing import cast
 
 from fsdp_qlora.config.schema import QuantSettings
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.plan.layout import LinearShape, ModelShapes, endings, quantized_edges, quantized_linears
-from fsdp_qlora.plan.rows import QuantLayout
+from fsdp_qlora.plan.rows import BLOCK_WEIGHTS, FormatName, QuantLayout
 
 _MOST_KEPT = 0.1
 """Share of the decoder layers' weights that may stay in 16 bit without a word."""
@@ -20,7 +21,8 @@ def layout_of(settings: QuantSettings, name: str | None = None) -> QuantLayout:
     """Return the layout of the format ``name``, by default the settings' own; never of ``none``."""
     name = settings.name if name is None else name
     assert name != "none"
-    return QuantLayout(name, settings.double_quant, settings.block_size, settings.llm_int8_threshold)  # type: ignore[arg-type]
+    kind = cast(FormatName, name)  # those of overrides are checked text (`config/rules.py`): OmegaConf has no Literal
+    return QuantLayout(kind, settings.double_quant, settings.block_size, settings.llm_int8_threshold)
 
 
 def chosen_linears(settings: QuantSettings, shapes: ModelShapes) -> tuple[LinearShape, ...]:
@@ -89,10 +91,7 @@ def describe(linears: tuple[LinearShape, ...]) -> str:
         words = layout.name + (" with double quantization" if layout.double_quant else "")
         if layout.is_int8:
             words += f" (threshold {layout.threshold:g})" if layout.threshold else " (no threshold)"
-        elif layout.block_size != QuantLayout().block_size:
+        elif layout.block_size != BLOCK_WEIGHTS:
             words += f" in blocks of {layout.block_size}"
         counts[words] = counts.get(words, 0) + 1
     return ", ".join(f"{count} {words}" for words, count in counts.items()) or "none"
-
-
-__all__ = ["chosen_edges", "chosen_linears", "describe", "layout_of"]

@@ -11,8 +11,9 @@ See docs/architecture.md.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self, cast
 
+FormatName = Literal["nf4", "fp4", "int8"]
 BLOCK_WEIGHTS = 64
 """Weights that share one absmax, by default."""
 ROW_BLOCKS = 256
@@ -21,10 +22,8 @@ ROW_WEIGHTS = BLOCK_WEIGHTS * ROW_BLOCKS
 """Weights in a row of 4-bit storage."""
 ROW_BYTES = ROW_WEIGHTS // 2
 """Bytes of 4-bit codes in a row."""
-CHUNK_ROWS = 64
-"""Rows of 4-bit storage that are read and quantized at a time: weights of 2 MiB in bf16."""
-CHUNK_WEIGHTS = CHUNK_ROWS * ROW_WEIGHTS
-"""The same as a number of weights."""
+CHUNK_WEIGHTS = 64 * ROW_WEIGHTS
+"""Weights that are read and quantized at a time: 2 MiB in bf16."""
 
 
 def num_rows(numel: int) -> int:
@@ -47,7 +46,7 @@ def row_range(rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
 class QuantLayout:
     """A format of quantized weights and what follows from it for their storage."""
 
-    name: Literal["nf4", "fp4", "int8"] = "nf4"
+    name: FormatName = "nf4"
     double_quant: bool = True
     """Whether the statistics are quantized too (4-bit only)."""
     block_size: int = BLOCK_WEIGHTS
@@ -65,6 +64,12 @@ class QuantLayout:
         else:
             object.__setattr__(self, "threshold", 0.0)
         object.__setattr__(self, "key", f"{self.name}>{self.threshold!r}" if self.threshold else self.name)
+
+    @classmethod
+    def of_key(cls, key: str, double_quant: bool, block_size: int) -> Self:
+        """Return the layout that has this ``key``."""
+        name, _, threshold = key.partition(">")
+        return cls(cast(FormatName, name), double_quant, block_size, float(threshold or 0))
 
     @property
     def is_int8(self) -> bool:

@@ -13,7 +13,7 @@ from math import prod
 import torch
 from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
 
-from fsdp_qlora.plan.rows import ROW_BLOCKS, num_blocks
+from fsdp_qlora.plan.rows import ROW_BLOCKS
 from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor
 from fsdp_qlora.quant.packing import bits_to_float, rows_to_bytes
 
@@ -46,7 +46,7 @@ def bnb_tensors(
         dtype: of the weight before it was quantized; bitsandbytes dequantizes to it.
     """
     numel = prod(shape)
-    absmax = quantized.absmax.reshape(-1)[: num_blocks(numel, quant_format.block_size)].cpu()
+    absmax = quantized.absmax.reshape(-1)[: quant_format.num_statistics(1, numel)].cpu()
     offset = inner = None
     if quantized.nested is not None and quantized.offset is not None:
         nested = bits_to_float(quantized.nested).reshape(-1)[:: quant_format.nested_rows].cpu()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fsdp_qlora.plan.rows import ROW_BYTES, num_rows
+from fsdp_qlora.plan.rows import ROW_BYTES
 
 STORAGE_DTYPE = torch.bfloat16
 """Dtype that packed weights pretend to have."""
@@ -63,7 +63,6 @@ __all__ = [
     "bytes_to_rows",
     "float_to_bits",
     "from_bytes",
-    "num_rows",
     "raw_bytes",
     "rows_to_bytes",
     "values_to_rows",

@@ -43,8 +43,7 @@ def _matrices(
             Matrix(out, in_features, None, QuantFormat(), dense)
             for out, dense in zip(out_features, packed, strict=True)
         ]
-    kind, _, threshold = name.partition(">")  # `QuantLayout.key`
-    quant_format = QuantFormat(kind, bool(nested), block_size, float(threshold or 0))  # type: ignore[arg-type]
+    quant_format = QuantFormat.of_key(name, bool(nested), block_size)
     found = []
     for i, out in enumerate(out_features):
         second = (nested[i], offset[i]) if nested else (None, None)
