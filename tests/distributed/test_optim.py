@@ -211,7 +211,8 @@ def _first_losses(ranks: Ranks, folder: str, root: str, groups: dict[str, dict])
 
 @pytest.mark.parametrize("names", [("adamw", "lion_8bit"), pytest.param(OPTIMIZERS, marks=FULL)], ids=len)
 def test_optimizers_begin_alike_and_end_apart(pool, tiny_model, chat_rows, tmp_path, names):
-    groups = {name: _groups(chat_rows, name, 4) for name in names}
+    # In bf16 the kernels' last bits would move adapters to other bf16 values, and the losses by 1e-5.
+    groups = {name: _groups(chat_rows, name, 4, precision={"name": "fp32"}) for name in names}
     found = pool.run(2, _first_losses, str(tiny_model), str(tmp_path), groups)[0]
     assert len({values[0] for values in found.values()}) == 1
     assert all(values[3] < values[0] for values in found.values())
