@@ -27,6 +27,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.ranks import Way, machine
 from benchmarks.step_rows import random_llama, save_tokenizer, small_model, write_rows
 from benchmarks.step_ways import Spec
@@ -72,8 +74,8 @@ def measure(specs: Mapping[str, Spec], num_ranks: int, length: int, rounds: int,
     return rows
 
 
-KNOWN = ("read", "gathered", "planned", "choices")
-"""What only ours knows: bytes read, bytes gathered a step, planned peak, what ``auto`` became."""
+KNOWN = ("read", "gathered", "planned", "step_flops", "choices")
+"""What only ours knows: bytes read, bytes gathered a step, planned peak, operations of a step, what ``auto`` became."""
 
 
 def peers(scratch: Path, options: argparse.Namespace) -> list[Found]:
@@ -148,19 +150,28 @@ def start(scratch: Path, options: argparse.Namespace) -> list[Found]:
 
 
 def large(scratch: Path, options: argparse.Namespace) -> list[Found]:
-    """Compare on the work of an 8B model with TRL and our own trainer on a bf16 base."""
+    """Compare on the work of an 8B model with TRL (FSDP2, and not) and our own trainer on a bf16 base."""
     length, batch = (64, 2) if options.small else (2048, 2)
     folder = random_llama(scratch / "llama", small=options.small)
     rows = scratch / "rows.json"
     write_rows(rows, length, 8, 4096 if options.small else None)
     common = {"model": str(folder), "rows": str(rows), "batch": batch}
     full = {"data": {"packing": True}, "train": {"compile": "false" if options.small else "auto"}}
+    lean = {**full, "quant": {"cache_dequantized": "false"}, "fsdp": {"offload": "activations"}}
     ways = {
         "ours": Spec("ours", **common, overrides=full),
         "ours, bf16 base": Spec("ours", **common, overrides={**full, "quant": {"name": "none"}}),
+        "ours, full checkpointing": Spec("ours", **common, overrides=full, checkpointing=True),
+        "ours, least memory": Spec("ours", **common, overrides=lean, checkpointing=True),
+        "TRL, FSDP2": Spec("trl", **common, fsdp=True),
+        "TRL, FSDP2, full checkpointing": Spec("trl", **common, fsdp=True, checkpointing=True),
         "TRL": Spec("trl", **common),
+        "TRL, full checkpointing": Spec("trl", **common, checkpointing=True),
         "matrix products alone": Spec("roofline", **common),
     }
+    if not torch.cuda.is_available() and not options.ways:
+        print("without an accelerator there is no FSDP2 of accelerate's: those ways are left out", file=sys.stderr)
+        ways = {name: spec for name, spec in ways.items() if not spec.fsdp}
     chosen = {name: ways[name] for name in options.ways or ways}
     return [
         row

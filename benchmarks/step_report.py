@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.plan.devices import device_of_driver
+
 Found = dict[str, Any]
 GOALS = [
     (2, "ours", "TRL", 2.5),
@@ -27,7 +29,7 @@ def write_report(folder: Path) -> str:
     for name, found in parts.items():
         versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
         text += f"\n## {TITLES[name]}\n\n{found['date']}, {found['cores']} cores of {found['device']}; {versions}.\n\n"
-        text += WRITERS[name](found["rows"], folder)
+        text += WRITERS[name]([{**row, "device": found["device"]} for row in found["rows"]], folder)
     (folder / "step.md").write_text(text)
     return text
 
@@ -107,11 +109,19 @@ def _auto(rows: list[Found], folder: Path) -> str:
 
 
 def _large(rows: list[Found], folder: Path) -> str:
-    table = [
-        [r["way"], f"{r['tokens_per_second']:.0f}", f"{r['step_seconds']:.3f}", f"{r['device_peak_bytes'] / 2**30:.2f}"]
-        for r in rows
-    ]
-    return _table(["way", "tokens/s", "s/step", "peak on the device, GiB"], table)
+    """MFU is that of the model's own operations: what is computed twice does not count."""
+    device = device_of_driver(rows[0]["device"])
+    flops = next((r["step_flops"] for r in rows if r.get("step_flops")), None)
+    table = []
+    for r in rows:
+        share = flops / r["step_seconds"] / (device.teraflops * 1e12) if flops and device else None
+        table.append(
+            [
+                r["way"], f"{r['tokens_per_second']:.0f}", f"{r['step_seconds']:.3f}",
+                "-" if share is None else f"{share:.2f}", f"{r['device_peak_bytes'] / 2**30:.2f}",
+            ]
+        )  # fmt: skip
+    return _table(["way", "tokens/s", "s/step", "MFU", "peak on the device, GiB"], table)
 
 
 WRITERS = {"peers": _peers, "growth": _growth, "start": _start, "auto": _auto, "large": _large}

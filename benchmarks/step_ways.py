@@ -43,6 +43,8 @@ class Spec:
     """Of the bare loop."""
     batch: int = 1
     """Rows of a rank's step."""
+    fsdp: bool = False
+    """Of TRL: shard by accelerate's FSDP2, which takes an accelerator."""
 
 
 @contextlib.contextmanager
@@ -55,6 +57,7 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
     from fsdp_qlora.model.replicated import ReplicatedGradients
     from fsdp_qlora.model.shard import synchronize_gradients
     from fsdp_qlora.optim.optimizers import ShardedOptimizer
+    from fsdp_qlora.plan.timing import model_flops
     from fsdp_qlora.train.objectives import OBJECTIVES
     from fsdp_qlora.train.step import StepSettings, train_step
 
@@ -91,7 +94,13 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
         train_step(prepared.model, batch, optimizer, 2e-4, number, False, settings)
 
     gathered = prepared.plan.memory.gathered_bytes(prepared.plan.settings) * prepared.plan.batch.accumulation_steps
-    known = {"read": prepared.load.bytes_read, "gathered": gathered, "planned": prepared.plan.peak}
+    tokens = spec.batch * rows.length * ranks.size
+    known = {
+        "read": prepared.load.bytes_read, "gathered": gathered, "planned": prepared.plan.peak,
+        "step_flops": model_flops(
+            prepared.plan, prepared.shapes, tokens, tokens * rows.supervised(), spec.batch * ranks.size
+        ),
+    }  # fmt: skip
     try:
         yield step, {**known, "choices": prepared.choices}
     finally:
@@ -119,6 +128,7 @@ def _base(spec: Spec, attention: str) -> Any:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16 if spec.fsdp else torch.uint8,  # FSDP shards floating numbers only
     )  # fmt: skip
     return AutoModelForCausalLM.from_pretrained(
         spec.model, quantization_config=quantization, dtype=torch.bfloat16, attn_implementation=attention,
@@ -192,20 +202,27 @@ class Turns:
 
 @contextlib.contextmanager
 def trl(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper, dict[str, Any]]]:
-    """Train with TRL's SFTTrainer, as its documentation shows; on a CPU accelerate makes it DDP."""
+    """Train with TRL's SFTTrainer, as its documentation shows: DDP, or with ``spec.fsdp`` accelerate's FSDP2."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    if spec.fsdp and _device().type == "cpu":
+        raise SystemExit("accelerate shards on accelerators only: on a CPU it makes DDP of TRL's FSDP2.")
     model = _base(spec, "sdpa")
+    sharded: dict[str, Any] = {
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "reshard_after_forward": True, "activation_checkpointing": spec.checkpointing},
+    }
     dataset = Dataset.from_list([{"input_ids": a, "labels": b} for a, b in rows.lists()])
     with tempfile.TemporaryDirectory() as scratch:
         settings = SFTConfig(
             output_dir=scratch, report_to=[], use_cpu=_device().type == "cpu", bf16=True, max_length=None,
             max_steps=100_000,
-            per_device_train_batch_size=spec.batch, gradient_checkpointing=spec.checkpointing, learning_rate=2e-4,
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, optim="adamw_torch",
+            per_device_train_batch_size=spec.batch, learning_rate=2e-4, save_strategy="no",
+            gradient_checkpointing=spec.checkpointing and not spec.fsdp, logging_strategy="no", disable_tqdm=True,
+            optim="adamw_torch", **(sharded if spec.fsdp else {}),
         )  # fmt: skip
         lora = LoraConfig(r=spec.r, lora_alpha=2 * spec.r, target_modules=LINEARS, task_type="CAUSAL_LM")
 
