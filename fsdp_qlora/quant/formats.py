@@ -21,6 +21,7 @@ from bitsandbytes.functional import create_dynamic_map
 
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.plan.rows import ROW_BLOCKS, ROW_WEIGHTS, QuantLayout
+from fsdp_qlora.quant.lookup import quantize_nf4
 from fsdp_qlora.quant.packing import (
     STORAGE_DTYPE,
     bits_to_float,
@@ -106,6 +107,11 @@ class QuantFormat(QuantLayout):
         return torch.cat([codes for codes, _ in parts]), torch.cat([absmax for _, absmax in parts])
 
     def _quantize_piece(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        whole_blocks = weights.numel() % self.block_size == 0
+        if self.name == "nf4" and weights.dtype == torch.bfloat16 and weights.device.type == "cpu" and whole_blocks:
+            found = quantize_nf4(weights, self.block_size)
+            if found is not None:
+                return found
         codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(weights, self.block_size, self.name, torch.uint8)
         return codes.reshape(-1), absmax
 
