@@ -140,7 +140,10 @@ def start(scratch: Path, options: argparse.Namespace) -> list[Found]:
     make_model(folder)
     save_tokenizer(folder)
     write_rows(rows, 128, 8, 32000)
-    lean = {**OFF, "quant": {"cache_dequantized": "false"}, "fsdp": {"reshard_after_forward": "true"}}
+    lean = {
+        **OFF, "quant": {"cache_dequantized": "false"}, "fsdp": {"reshard_after_forward": "true"},
+        "launcher": {"keep_freed_memory": False},
+    }  # fmt: skip
     ways = {
         "ours": Spec("ours", str(folder), str(rows), overrides=lean),
         "ours, as auto decides": Spec("ours", str(folder), str(rows), overrides=OFF),

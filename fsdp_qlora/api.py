@@ -130,7 +130,7 @@ def open_world(config: RunConfig) -> World:
     use_device(device)
     threads = set_threads(config.launcher.threads_per_rank, placement.local_world_size)
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(config.launcher.keep_freed_memory)
     stack = ExitStack()
     group = stack.enter_context(process_group(device, placement, config.launcher.timeout_seconds))
     ranks = build_ranks(group, device, config.fsdp.shard_degree, config.fsdp.replicate_degree)

@@ -296,6 +296,8 @@ class LauncherSettings:
     """CPU threads of a rank; 0 = cores / ranks on this node."""
     device: Literal["auto", "cpu", "cuda", "xpu"] = "auto"
     """Device type; ``auto`` takes cuda, then xpu, then cpu."""
+    keep_freed_memory: bool = True
+    """On a CPU: ranks keep the memory that they free, which is faster; else they grow to little more than planned."""
 
 
 @dataclass(frozen=True)

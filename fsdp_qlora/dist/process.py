@@ -113,16 +113,23 @@ def process_group(device: torch.device, placement: Placement, timeout_seconds: i
             dist.destroy_process_group()
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep what it frees instead of giving it back to the kernel and asking for it again.
+RETURNED_BYTES = 16 * 2**20
+"""Blocks of at least this size are given back to the kernel at once, where freed memory is not kept."""
 
-    glibc returns large blocks at once; a training step then spends much of its time in page faults. The parameters are
-    those of mallopt(3): M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1). Nothing happens with another C library.
+
+def keep_freed_memory(keep: bool) -> None:
+    """Let this process keep what it frees, or give large blocks back to the kernel.
+
+    A step frees and takes the same blocks again and again, and spends much of its time in page faults where each comes
+    from the kernel; but where blocks of many sizes are kept, a process grows to two or three times what it uses. The
+    parameters are those of mallopt(3): M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1). Nothing happens with another C
+    library than glibc.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(-3, 2**30)
-        libc.mallopt(-1, 2**31 - 1)
+        libc.mallopt(-3, 2**30 if keep else RETURNED_BYTES)
+        if keep:
+            libc.mallopt(-1, 2**31 - 1)
 
 
 def memory_of(device: torch.device, local_world_size: int) -> int:
