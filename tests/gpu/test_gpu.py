@@ -24,6 +24,7 @@ from fsdp_qlora.dist.process import Placement, choose_device, memory_peak, proce
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters, seed_of, trainable_parameters
+from fsdp_qlora.model.model_config import load_config
 from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, shard_model, synchronize_gradients
 from fsdp_qlora.model.skeleton import attention_for, build_skeleton, read_shapes
 from fsdp_qlora.model.stream import stream_weights, verify_gather
@@ -206,7 +207,7 @@ def llama(tmp_path: Path) -> Path:
 def make_real(folder: Path, config: RunConfig, ranks: Ranks) -> CausalModel:
     """The stages of `fsdp_qlora.prepare`, one by one."""
     precision = config.precision.name
-    base = build_skeleton(folder, model_dtype(precision), attention_for(ranks.device, "auto"))
+    base = build_skeleton(folder, model_dtype(precision), attention_for(ranks.device, "auto", load_config(folder)))
     plan = make_plan(config, read_shapes(base), ranks.size)
     swapped = swap_linears(base, plan.quantized, QuantFormat())
     assert len(swapped) == 14
