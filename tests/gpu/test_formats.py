@@ -26,7 +26,7 @@ def test_int8_is_linear8bitlt(threshold):
     ours = QuantLinear(256, 512, QuantFormat("int8", threshold=threshold), device=DEVICE)
     ours.fill(quantize(weight.to(DEVICE), ours.quant_format))
     theirs = bnb.nn.Linear8bitLt(256, 512, bias=False, has_fp16_weights=False, threshold=threshold)
-    theirs.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    theirs.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)  # type: ignore[call-arg]
     theirs = theirs.to(DEVICE).eval()
     x = _draw(2, 3, 32, 256)
     x[0, 5, 7] = 20.0

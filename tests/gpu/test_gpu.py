@@ -140,14 +140,14 @@ def test_every_bit_pattern_survives_the_gather(precision):
         shard_model(model, [[layer] for layer in model], ranks, mixed_precision(precision))
         model.to_empty(device=ranks.device)
         for layer in model:
-            layer.fill(moved(written, str(ranks.device)))
+            layer.fill(moved(written, str(ranks.device)))  # type: ignore[operator]
         for layer in model:
-            layer.unshard()
+            layer.unshard()  # type: ignore[operator]
             for name in ("packed", *STATISTICS):
                 gathered = getattr(layer, name)
                 assert gathered.device.type == DEVICE
                 assert torch.equal(raw_bytes(gathered).cpu(), raw_bytes(getattr(written, name))), name
-            layer.reshard()
+            layer.reshard()  # type: ignore[operator]
             assert torch.equal(raw_bytes(local_tensor(layer.packed)).cpu(), raw_bytes(patterns))
 
 
