@@ -34,10 +34,12 @@ from fsdp_qlora.dist.watch import Phases
 from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.export.adapter import load_adapter, read_adapter_config, start_from_adapter
 from fsdp_qlora.model.activations import checkpoint_activations
+from fsdp_qlora.model.around_head import after_head
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.compile import compile_layers
 from fsdp_qlora.model.conversions import arrangement
 from fsdp_qlora.model.experts import use_quantized_experts
+from fsdp_qlora.model.inventory import take_stock
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters, trainable_parameters, use_fused_products
 from fsdp_qlora.model.offload import HOST, offload_activations
 from fsdp_qlora.model.quant_head import quantize_edges
@@ -50,6 +52,7 @@ from fsdp_qlora.model.shard import (
     shard_model,
     skip_gather_in_backward,
     stay_gathered,
+    untie_across,
 )
 from fsdp_qlora.model.skeleton import (
     build_tokenizer,
@@ -59,7 +62,7 @@ from fsdp_qlora.model.skeleton import (
     resolve_folder,
     task_type,
 )
-from fsdp_qlora.model.stream import LoadReport, Progress, stream_weights, verify_gather
+from fsdp_qlora.model.stream import LoadReport, Progress, stream_weights, verify_buffers, verify_gather
 from fsdp_qlora.model.weights import SafetensorsFolder
 from fsdp_qlora.plan.choices import Compilation, decided
 from fsdp_qlora.plan.layout import ModelShapes
@@ -157,33 +160,87 @@ def prepare(
     ranks = world.ranks
     folder = _find_model(config.model, world)
     budget = rank_budget(world.ranks, world.placement)
-    resolved, base, source, shapes, plan, tokenizer = on_every(
-        lambda: _open_model(config, folder, ranks, budget), ranks
-    )
+    opened, tokenizer = on_every(lambda: _open_with_tokenizer(config, folder, ranks, budget), ranks)
+    plan = opened.plan
     data = None
     if config.data.train is not None:
         mine = world.placement.local_rank == 0
         data = prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), mine)
     world.phases.enter("loading the model")
     compilation = (
-        compilation_for(config, base, plan, data, ranks.device) if training else Compilation(False, "no training")
+        compilation_for(config, opened.base, plan, data, ranks.device)
+        if training
+        else Compilation(False, "no training")
     )
-    resolved = replace(resolved, train=replace(resolved.train, compile="true" if compilation.on else "false"))
-    model = build_sharded(resolved, base, shapes, plan, world.ranks)
-    shards_on = HOST if config.fsdp.offloads_parameters else world.ranks.device
-    on_host = host_modules(model.base, plan.offloaded)
-    report = stream_weights(model, model.base, source, world.ranks, progress, shards_on, on_host)
-    initialize_adapters(model, config.run.seed, world.ranks.shard_rank, world.ranks.shard_size)
+    model, report = load_model(opened.compiled(compilation.on), ranks, progress)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, world.ranks)
     world.phases.enter("comparing what the ranks gather")
     verify_gather(model, world.ranks)
+    verify_buffers(model, world.ranks)
     return Prepared(
-        config, plan, model, tokenizer, world.ranks, folder, shapes, report, data, world.threads, world.phases,
-        {**plan.choices, "model.attn_implementation": resolved.model.attn_implementation,
+        config, plan, model, tokenizer, world.ranks, folder, opened.shapes, report, data, world.threads, world.phases,
+        {**plan.choices, "model.attn_implementation": opened.config.model.attn_implementation,
          "train.compile": f"{'true' if compilation.on else 'false'} ({compilation.why})"},
         world.stack,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """All of a model but its weights."""
+
+    config: RunConfig
+    """The settings with every ``auto`` decided."""
+    base: PreTrainedModel
+    """On meta, as transformers builds it."""
+    source: SafetensorsFolder
+    shapes: ModelShapes
+    plan: TrainPlan
+
+    def compiled(self, on: bool) -> OpenedModel:
+        """Return the same with ``train.compile`` decided."""
+        train = replace(self.config.train, compile="true" if on else "false")
+        return replace(self, config=replace(self.config, train=train))
+
+
+def open_model(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> OpenedModel:
+    """Open all of a model but its weights; what is wrong with it shows here, before anything long is done.
+
+    Raises:
+        ModelError: if it cannot be built, or its files do not hold what it needs.
+        PlanError: if the settings do not go with it.
+    """
+    config = with_attention(config, ranks.device, folder)
+    base = skeleton(config, folder)
+    source = SafetensorsFolder(folder)
+    source.arrange(arrangement(base, source.entries))
+    stock = take_stock(base, source)
+    if (line := stock.describe()) and ranks.is_main:
+        print(f"{config.model.name}: {line}", flush=True)
+    shapes = read_shapes(base)
+    if config.data.train is not None and task_type(base) != "CAUSAL_LM":
+        raise ModelError(
+            f"model.name: a {type(base).__name__} is no causal language model, and objective=sft trains only those. It "
+            "can be planned and loaded, and trained by a loop of your own (`prepare` without data)."
+        )
+    plan = make_plan(config, shapes, ranks.size, budget)
+    if plan.quantized or plan.quantized_edges:
+        bitsandbytes_backend(ranks.device)
+    return OpenedModel(decided(config, plan.settings), base, source, shapes, plan)
+
+
+def load_model(
+    opened: OpenedModel, ranks: Ranks, progress: Progress | None = None
+) -> tuple[CausalModel, LoadReport]:
+    """Quantize, adapt and shard an opened model, load its weights and initialise its adapters."""
+    config = opened.config
+    model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks)
+    shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
+    on_host = host_modules(model.base, opened.plan.offloaded)
+    report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host)
+    initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size)
+    return model, report
 
 
 def _find_model(model: ModelSettings, world: World) -> Path:
@@ -202,24 +259,10 @@ def _find_model(model: ModelSettings, world: World) -> Path:
     return Path(once_per_node(download, ranks, world.placement.local_rank, say))
 
 
-def _open_model(
+def _open_with_tokenizer(
     config: RunConfig, folder: Path, ranks: Ranks, budget: int
-) -> tuple[RunConfig, PreTrainedModel, SafetensorsFolder, ModelShapes, TrainPlan, PreTrainedTokenizerBase]:
-    """Open all of a model but its weights: what is wrong with it shows before the data are tokenized."""
-    config = with_attention(config, ranks.device, folder)
-    base = skeleton(config, folder)
-    source = SafetensorsFolder(folder)
-    source.arrange(arrangement(base, source.entries))
-    shapes = read_shapes(base)
-    if config.data.train is not None and task_type(base) != "CAUSAL_LM":
-        raise ModelError(
-            f"model.name: a {type(base).__name__} is no causal language model, and objective=sft trains only those. It "
-            "can be planned and loaded, and trained by a loop of your own (`prepare` without data)."
-        )
-    plan = make_plan(config, shapes, ranks.size, budget)
-    if plan.quantized or plan.quantized_edges:
-        bitsandbytes_backend(ranks.device)
-    return decided(config, plan.settings), base, source, shapes, plan, _tokenizer(config, folder)
+) -> tuple[OpenedModel, PreTrainedTokenizerBase]:
+    return open_model(config, folder, ranks, budget), _tokenizer(config, folder)
 
 
 def load_for_inference(config: RunConfig, adapter: Path | None = None, world: World | None = None) -> Prepared:
@@ -277,10 +320,12 @@ def build_sharded(
 
     ``config`` has every ``auto`` decided (`decided`, `prepare`); what is left at ``auto`` is not done.
     """
-    _quantize(base, plan, shapes, config.quant.cache_dequantized == "true")
     task, lora = task_type(base), config.lora
-    if task == "CAUSAL_LM":
-        install_loss_head(base, config.train.logits_chunk)
+    after = after_head(base) if task == "CAUSAL_LM" else None
+    whole = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
+    _quantize(base, plan, shapes, config.quant.cache_dequantized == "true")
+    if after is not None:
+        install_loss_head(base, after, config.train.logits_chunk)
     model = CausalModel(attach_lora(base, plan.targets, lora.r, lora.alpha, lora.dropout, lora.variant, task))
     if config.debug.name != "plain":
         use_fused_products(model)
@@ -293,11 +338,12 @@ def build_sharded(
         model.compiled = True
     if fsdp.offloads_activations:
         offload_activations(layers, ranks.device, host=host)
+    untie_across(base, units)
     policy = mixed_precision(config.precision.name)
     replicated = [p for _, p in trainable_parameters(model)] if fsdp.adapters == "replicated" else []
     on_host = host_modules(base, plan.offloaded)
     keep_on_host(on_host)
-    shard_model(model, units, ranks, policy, True, fsdp.offloads_parameters, replicated, on_host)
+    shard_model(model, units, ranks, policy, True, fsdp.offloads_parameters, [*replicated, *whole], on_host)
     if fsdp.reshard_after_forward == "false":
         stay_gathered(layers)
     set_prefetch(layers, fsdp.prefetch)

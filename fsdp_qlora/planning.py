@@ -19,7 +19,8 @@ from fsdp_qlora.model.known import config_for_plan
 from fsdp_qlora.model.model_config import load_config
 from fsdp_qlora.model.prequantized import require_readable
 from fsdp_qlora.model.shard import model_dtype
-from fsdp_qlora.model.skeleton import attention_for, build_skeleton, read_shapes
+from fsdp_qlora.model.attention_choice import EAGER, attention_candidates
+from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.plan.batch import num_steps
 from fsdp_qlora.plan.choices import Compilation, Work, choose_compilation, decided, tensor_budget
 from fsdp_qlora.plan.devices import find_device
@@ -62,13 +63,21 @@ def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
 
 
 def with_attention(config: RunConfig, device: torch.device, source: Path) -> RunConfig:
-    """Return the settings with ``auto`` attention replaced by what it means for this device and model."""
-    model = config.model
+    """Return the settings with ``auto`` attention replaced by the first candidate for this device and model."""
+    return replace_attention(config, attentions_for(config, device, source)[0])
+
+
+def attentions_for(config: RunConfig, device: torch.device, source: Path) -> tuple[str, ...]:
+    """Return the attention implementations that may be tried, the preferred one first."""
+    model, asked = config.model, config.model.attn_implementation
+    if config.debug.name == "plain" and asked == "auto":
+        asked = EAGER
     model_config = load_config(source, model.trust_remote_code, model.config_overrides)
-    asked = (
-        "eager" if config.debug.name == "plain" and model.attn_implementation == "auto" else model.attn_implementation
-    )
-    attention = attention_for(device, asked, model_config)
+    return attention_candidates(device, asked, model_config, model_dtype(config.precision.name))
+
+
+def replace_attention(config: RunConfig, attention: str) -> RunConfig:
+    """Return the settings with this attention implementation."""
     return replace(config, model=replace(config.model, attn_implementation=attention))
 
 

@@ -28,6 +28,12 @@ BLOCKWISE = "blockwise"
 """Name in transformers' attention interface."""
 
 
+_HARMLESS = frozenset(
+    ["sliding_window", "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states",
+     "output_router_logits", "logits_to_keep", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
+     "max_length_k"]
+)  # fmt: skip
+"""What attention functions are given that changes nothing here: windows and boundaries are in the mask already."""
 _simulated = {"only causal": False}
 """A plain value: the compiler cannot look into a context variable."""
 
@@ -65,9 +71,11 @@ def blockwise_forward(
     Returns:
         ``[rows, queries, heads, value size]``, and no scores.
     """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
+    for name, asked in kwargs.items():
+        if asked is not None and asked is not False and name not in _HARMLESS:
             raise ModelError(f"model.attn_implementation: blockwise has no {name}, which this model needs; use eager.")
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise ModelError("model.attn_implementation: blockwise takes no scores in masks; use eager.")
     if dropout:
         raise ModelError("model.attn_implementation: blockwise has no attention dropout; use eager.")
     if _simulated["only causal"]:

@@ -1,7 +1,7 @@
 """`CausalModel`: the module that FSDP makes its root and the loop calls.
 
-It runs the decoder, keeps the supervised positions, and asks the head for their losses; so all logits never exist, for
-any transformers causal LM, without touching its code.
+It runs upstream's forward up to the head, keeps the supervised positions, and asks the head for their losses; so all
+logits never exist, for any transformers causal LM, without touching its code.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from fsdp_qlora.model.around_head import AfterHead, head_input
 from fsdp_qlora.model.compile import uncompiled
 from fsdp_qlora.model.head import LossHead
 from fsdp_qlora.model.quant_head import QuantLossHead, configure_loss_head
@@ -60,7 +61,7 @@ class CausalModel(nn.Module):
         base = self.base
         places = {} if position_ids is None else {"position_ids": position_ids}
         with nullcontext() if self.training and torch.is_grad_enabled() else self._without_backward():
-            hidden = base.get_decoder()(input_ids=input_ids, use_cache=False, **places).last_hidden_state
+            hidden = head_input(base, input_ids=input_ids, use_cache=False, **places)
         if supervised is None:
             supervised = supervised_positions(labels)
         head = base.get_output_embeddings()
@@ -114,11 +115,14 @@ class CausalModel(nn.Module):
             handle.remove()
 
 
-def install_loss_head(model: PreTrainedModel, chunk: int) -> None:
-    """Replace the output head by a `LossHead` that shares its weight; a 4-bit head is one already."""
+def install_loss_head(model: PreTrainedModel, after: AfterHead, chunk: int) -> None:
+    """Replace the output head by a `LossHead` that shares its weight; a 4-bit head is one already.
+
+    ``after`` is what `after_head` found while the head was still upstream's own.
+    """
     head = model.get_output_embeddings()
     if isinstance(head, QuantLossHead):
-        configure_loss_head(head, model.config.get_text_config(), chunk)
+        configure_loss_head(head, after, chunk)
         return
     assert isinstance(head, nn.Linear)
-    model.set_output_embeddings(LossHead.from_linear(head, model.config.get_text_config(), chunk))
+    model.set_output_embeddings(LossHead.from_linear(head, after, chunk))

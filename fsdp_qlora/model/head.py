@@ -7,17 +7,13 @@ what is kept is one ``[tokens, hidden]`` tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-
-def logit_settings(model_config: Any) -> tuple[float, float | None]:
-    """Return the factor on the logits (Cohere, Granite) and their soft cap (Gemma 2), as the model's config says."""
-    scale = getattr(model_config, "logit_scale", None) or 1.0
-    scale /= getattr(model_config, "logits_scaling", None) or 1.0
-    return scale, getattr(model_config, "final_logit_softcapping", None)
+from fsdp_qlora.model.around_head import AfterHead
 
 
 class LossHead(nn.Linear):
@@ -26,19 +22,22 @@ class LossHead(nn.Linear):
     Attributes:
         logit_scale: factor on the logits (Cohere, Granite).
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2); None = not.
+        code: upstream's code after the head, ``[tokens, vocab]`` -> ``[tokens, columns]``; scale and cap are then 1 and
+            None. See `fsdp_qlora.model.around_head`.
         chunk: tokens whose logits exist at the same time.
     """
 
     logit_scale: float = 1.0
     softcap: float | None = None
+    code: Callable[[torch.Tensor], torch.Tensor] | None = None
     chunk: int = 256
 
     @staticmethod
-    def from_linear(linear: nn.Linear, model_config: Any, chunk: int) -> LossHead:
+    def from_linear(linear: nn.Linear, after: AfterHead, chunk: int) -> LossHead:
         """Wrap a head, sharing its weight and bias (a tie with the embedding stays)."""
         head = LossHead(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         head.weight, head.bias, head.chunk = linear.weight, linear.bias, chunk
-        head.logit_scale, head.softcap = logit_settings(model_config)
+        head.logit_scale, head.softcap, head.code = after.scale, after.softcap, after.code
         return head
 
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -49,7 +48,7 @@ class LossHead(nn.Linear):
         if labels is None:
             return super().forward(input)
         losses: torch.Tensor = _ChunkedCrossEntropy.apply(
-            input, self.weight, self.bias, labels, self.chunk, self.logit_scale, self.softcap
+            input, self.weight, self.bias, labels, self.chunk, self.logit_scale, self.softcap, self.code
         )  # type: ignore[assignment]
         return losses
 
@@ -100,6 +99,24 @@ def token_losses(
     return losses
 
 
+def token_losses_by_code(
+    logits: torch.Tensor, targets: torch.Tensor, code: Callable[[torch.Tensor], torch.Tensor], wants_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cross entropy of what ``code`` makes of the logits, float32 ``[rows]``, and its gradient.
+
+    Args:
+        logits: ``[rows, vocab]``, as the head's product gives them.
+        targets: int64 ``[rows]``.
+        code: upstream's code after the head; it may change columns, not rows.
+        wants_grad: whether the gradient is that of ``logits``; else the logits are returned in its place.
+    """
+    with torch.set_grad_enabled(wants_grad):
+        raw = logits.detach().requires_grad_(wants_grad)
+        losses = torch.nn.functional.cross_entropy(code(raw).float(), targets, reduction="none")
+        grad = torch.autograd.grad(losses.sum(), raw)[0] if wants_grad else logits
+    return losses.detach(), grad
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Per-token cross entropy of ``hidden @ weight.T`` (frozen weight) against labels."""
 
@@ -113,6 +130,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk: int,
         scale: float,
         softcap: float | None,
+        code: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> torch.Tensor:
         wants_grad = ctx.needs_input_grad[0]
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
@@ -120,7 +138,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, labels.numel(), chunk):
             part = slice(start, start + chunk)
             logits = torch.nn.functional.linear(hidden[part], weight, bias)
-            losses[part] = token_losses(logits, labels[part], scale, softcap, wants_grad)
+            if code is None:
+                losses[part] = token_losses(logits, labels[part], scale, softcap, wants_grad)
+            else:
+                losses[part], logits = token_losses_by_code(logits, labels[part], code, wants_grad)
             if grad is not None:
                 torch.mm(logits, weight, out=grad[part])
         if grad is not None:
@@ -130,4 +151,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
-        return (grad_hidden * grads[0].unsqueeze(1).to(grad_hidden.dtype), None, None, None, None, None, None)
+        return (grad_hidden * grads[0].unsqueeze(1).to(grad_hidden.dtype), None, None, None, None, None, None, None)

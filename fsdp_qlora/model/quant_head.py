@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.model.head import logit_settings
+from fsdp_qlora.model.around_head import AfterHead
 from fsdp_qlora.plan.layout import LinearShape, ModelShapes
 from fsdp_qlora.quant.embedding import QuantEmbedding
 from fsdp_qlora.quant.formats import QuantFormat
@@ -138,7 +138,16 @@ def quantize_edges(model: PreTrainedModel, shapes: ModelShapes, quant_format: Qu
     model.set_output_embeddings(QuantLossHead(own, embedding if shapes.tied else None, bias))
 
 
-def configure_loss_head(head: QuantLossHead, model_config: Any, chunk: int) -> None:
-    """Give the head the logits' scale and cap, and the size of its chunks."""
-    head.logit_scale, head.softcap = logit_settings(model_config)
+def configure_loss_head(head: QuantLossHead, after: AfterHead, chunk: int) -> None:
+    """Give the head the logits' scale and cap, and the size of its chunks.
+
+    Raises:
+        PlanError: if upstream does more with the logits, which takes all of a token's at once.
+    """
+    if after.code is not None:
+        raise PlanError(
+            "quant.embeddings: this model does more with its logits than scale and cap them, which takes them whole, "
+            "and a quantized head makes them a slice at a time. Set quant.embeddings=none."
+        )
+    head.logit_scale, head.softcap = after.scale, after.softcap
     head.chunk = chunk

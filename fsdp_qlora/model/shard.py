@@ -80,6 +80,21 @@ def shard_model(
             module.set_gradient_divide_factor(1.0)
 
 
+def untie_across(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> None:
+    """Give each unit a frozen meta parameter of its own where several units share one: FSDP shards none twice.
+
+    (BERT's head and the module around it share a bias.) They are loaded from one tensor and never change. What one unit
+    holds alone, such as the weight of a tied embedding and head, stays shared.
+    """
+    unit_of = {inner: i for i, unit in enumerate(units) for module in unit for inner in module.modules()}
+    owners: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        mine = unit_of.get(module, -1)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if owners.setdefault(parameter, mine) != mine and not parameter.requires_grad:
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter), requires_grad=False))
+
+
 def host_modules(base: nn.Module, names: Collection[str]) -> list[nn.Module]:
     """Return the modules of ``base`` that own the parameters ``names`` (as they are called without adapters)."""
     found = []

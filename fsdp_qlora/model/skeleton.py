@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.initialization import guard_torch_init_functions
-from transformers.pytorch_utils import Conv1D
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.model.attention import BLOCKWISE
+from fsdp_qlora.model.attention import BLOCKWISE  # noqa: F401 - registers it
+from fsdp_qlora.model.construct import float32_parameters, keep_in_float32, parameters_on_meta, unmade_buffers
+from fsdp_qlora.model.linears import is_plain_linear, replaceable_linears
 from fsdp_qlora.model.model_config import load_config, not_buildable
-from fsdp_qlora.plan.layout import LinearShape, ModelShapes
-from fsdp_qlora.quant.matrices import QuantMatrices
+from fsdp_qlora.model.peft_names import names_taken_for_experts
+from fsdp_qlora.plan.layout import ModelShapes
 
 _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -103,12 +102,15 @@ def build_skeleton(
     """
     config = load_config(folder, trust_remote_code, config_overrides)
     try:
-        with torch.device("meta"):
+        with parameters_on_meta():
             model = _auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             )
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise not_buildable(folder, error) from error
+    if unmade := unmade_buffers(model):
+        raise ModelError(f"{type(model).__name__}: buffer {unmade[0]} is in no file and made by nothing.")
+    keep_in_float32(model, dtype)
     model.requires_grad_(False)
     return model.eval()
 
@@ -124,6 +126,12 @@ def task_type(model: PreTrainedModel) -> str | None:
     """Return what PEFT calls the model's task: ``CAUSAL_LM``, ``SEQ_2_SEQ_LM``, or None for a masked one."""
     found = _auto_class(model.config)
     return {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSeq2SeqLM: "SEQ_2_SEQ_LM"}.get(found)
+
+
+def _longest_list(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of the longest list of modules of one class: the layers, where transformers does not say."""
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+    return max(lists, key=lambda layers: (len(layers), sum(p.numel() for x in layers for p in x.parameters())), default=[])
 
 
 def build_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -148,19 +156,16 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     layers = decoder_layers(model)
-    if not isinstance(head, nn.Linear) or embedding is None or not layers:
+    if not isinstance(head, nn.Linear) or not is_plain_linear(head) or not hasattr(embedding, "weight") or not layers:
         raise ModelError(
-            f"{type(model).__name__}: no embedding, linear head and repeated layers: not a language model?"
+            f"{type(model).__name__}: no embedding, linear head and repeated layers: not a language model that can be "
+            "trained here."
         )
+    _refuse_shared(model, layers)
     names = {module: name for name, module in model.named_modules()}
     config = model.config.get_text_config()
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())  # T5's wo: its code looks at the weight's dtype
-    linears = tuple(
-        x
-        for name, m in model.named_modules()
-        if m is not head and kept.isdisjoint(name.split("."))
-        for x in _linears(name, m)
-    )
+    linears = tuple(x for x in replaceable_linears(model) if x.name != names[head])
+    taken = names_taken_for_experts(model.config)
     return ModelShapes(
         parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
         linears=linears,
@@ -168,77 +173,51 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         embedding=names[embedding],
         head=names[head],
         tied=head.weight is embedding.weight,
-        hidden_size=config.hidden_size,
+        hidden_size=embedding.weight.shape[1],
         vocab_size=head.out_features,
-        num_attention_heads=config.num_attention_heads,
+        num_attention_heads=_number(config, "num_attention_heads"),
         edges_apart=task_type(model) == "CAUSAL_LM",
-        max_positions=getattr(config, "max_position_embeddings", None) or 0,
-        experts_per_token=getattr(config, "num_experts_per_tok", None) or 0,
+        max_positions=_number(config, "max_position_embeddings"),
+        experts_per_token=_number(config, "num_experts_per_tok"),
+        not_adapted=frozenset(x.name for x in linears if not x.stacked and x.name.rpartition(".")[2] in taken),
+        float32=frozenset(float32_parameters(model)),
     )
 
 
-def _linears(name: str, module: nn.Module) -> Iterator[LinearShape]:
-    """Yield what of a module can be stored in 4-bit: its weight, or the stacked weights of its experts."""
-    if isinstance(module, nn.Linear):
-        yield LinearShape(name, module.out_features, module.in_features, module.bias is not None)
-    elif isinstance(module, Conv1D):
-        yield LinearShape(name, module.nf, module.nx, True, transposed=True)
-    elif getattr(module, "has_gate", None) is not None and not (module.is_transposed or module.has_bias):
-        for key in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
-            weight = getattr(module, key, None)
-            if isinstance(weight, nn.Parameter) and weight.dim() == 3:
-                count, rows, columns = weight.shape
-                yield LinearShape(f"{name}.{key}", rows, columns, count=count, stacked=True)
+def _refuse_shared(model: PreTrainedModel, layers: list[nn.Module]) -> None:
+    """Refuse layers that have weights in common: each layer is sharded, gathered and freed by itself."""
+    owner: dict[nn.Parameter, nn.Module] = {}
+    for layer in layers:
+        for parameter in layer.parameters():
+            if owner.setdefault(parameter, layer) is not layer:
+                raise ModelError(f"{type(model).__name__}: its layers share weights, and such layers cannot be sharded.")
+
+
+def _number(config: Any, key: str) -> int:
+    """Return a setting that is one number, 0 where there is none (or one for each layer)."""
+    try:
+        value = getattr(config, key, None)
+    except AttributeError:  # transformers refuses to give one number for what differs from layer to layer
+        return 0
+    return value if isinstance(value, int) else 0
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the layers: what transformers says must not be split across devices, but for what holds the embedding."""
+    """Return the layers that text runs through: what transformers says must not be split across devices.
+
+    Not what holds the embedding, nor, in a causal model that also sees or hears, the layers that only images or sound
+    run through.
+    """
     classes = set(model._no_split_modules or [])  # read only; spelt so by transformers since v4
     table = model.get_input_embeddings()
-    found = [module for module in model.modules() if type(module).__name__ in classes]
-    return [module for module in found if all(inner is not table for inner in module.modules())]
-
-
-def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Fill the non-persistent buffers (rotary frequencies) after ``to_empty``: no file holds them.
-
-    Uses transformers' own initialisation of the module that owns each buffer.
-
-    Raises:
-        ModelError: if a buffer is of a module that transformers does not initialise.
-    """
-    for name, module in model.named_modules():
-        buffers = {k: b for k, b in module.named_buffers(recurse=False) if k in module._non_persistent_buffers_set}
-        if not buffers or isinstance(module, QuantMatrices):  # the latter is filled with its weight
-            continue
-        with torch.no_grad(), guard_torch_init_functions():
-            for buffer in buffers.values():
-                buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer.zero_()
-            model._init_weights(module)
-        for key, buffer in buffers.items():
-            if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
-                raise ModelError(f"{type(module).__name__} ({name}): buffer {key} cannot be made after loading.")
-
-
-_SINKS = ("gpt_oss",)
-"""Models whose attention adds sinks to the scores."""
-
-
-def attention_for(device: torch.device, asked: str, model_config: Any) -> str:
-    """Return the attention implementation: the one asked for, or for ``auto`` the fastest one that computes the same.
-
-    On an accelerator that is flash attention where the package is installed, else sdpa; on a CPU `blockwise`, for
-    causal models without soft caps, sinks or dropout in their attention.
-    """
-    if asked != "auto":
-        return asked
-    text = model_config.get_text_config()
-    special = any(getattr(text, key, None) for key in ("attn_logit_softcapping", "attention_dropout", "attn_pdrop"))
-    if device.type != "cpu":
-        flash = is_flash_attn_2_available() and not special
-        return "flash_attention_2" if flash else "sdpa"
-    causal = _auto_class(model_config) is AutoModelForCausalLM and text.model_type not in _SINKS
-    return BLOCKWISE if causal and not special else "eager"
+    found = [module for module in model.modules() if type(module).__name__ in classes] or _longest_list(model)
+    found = [module for module in found if all(inner is not table for inner in module.modules())]
+    inside = {inner for module in found for inner in module.modules() if inner is not module}
+    found = [module for module in found if module not in inside]
+    if task_type(model) == "CAUSAL_LM" and hasattr(model, "get_decoder"):
+        within = set(model.get_decoder().modules())
+        found = [module for module in found if module in within] or found
+    return found
 
 
 def end_of_turn_ids(model_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

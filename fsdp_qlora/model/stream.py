@@ -24,7 +24,7 @@ from fsdp_qlora.dist.reduce import all_gather, gather_json, on_every
 from fsdp_qlora.errors import ModelError, NumericsError
 from fsdp_qlora.model.offload import HOST
 from fsdp_qlora.model.prequantized import PackedWeight, fill_packed, find_kept, find_weight
-from fsdp_qlora.model.skeleton import restore_buffers
+from fsdp_qlora.model.construct import persistent_buffers, to_empty_but_buffers
 from fsdp_qlora.model.weights import SafetensorsFolder, StoredTensor
 from fsdp_qlora.plan.rows import CHUNK_WEIGHTS, row_range
 from fsdp_qlora.quant.formats import nested_of_rows, one_thread
@@ -73,7 +73,7 @@ def stream_weights(
     started = time.perf_counter()
     tied = _shares_weight(base)
     _allocate(model, shards_on or ranks.device, ranks.device, on_host)
-    restore_buffers(base, ranks.device)
+    on_every(lambda: _fill_buffers(base, source), ranks)
     quantized = [m for m in base.modules() if isinstance(m, QuantMatrices)]
     kept = [(_file_name(n), p) for n, p in base.named_parameters() if not _is_ours(n, p, base)]
     entries = on_every(lambda: [find_weight(source, m) for m in quantized], ranks)
@@ -100,18 +100,25 @@ def stream_weights(
 
 
 def _allocate(model: nn.Module, shards_on: torch.device, device: torch.device, on_host: Iterable[nn.Module]) -> None:
-    """Allocate parameters on ``shards_on``, those of ``on_host`` on the host, and buffers on ``device``.
+    """Allocate sharded parameters on ``shards_on``, those of ``on_host`` on the host, whole ones on ``device``.
 
-    FSDP moves the former to compute, never buffers.
+    FSDP moves its own to compute, but neither buffers, which stay as they were constructed, nor what it does not shard.
     """
-    model.to_empty(device=shards_on)
+    to_empty_but_buffers(model, shards_on, device)
     if shards_on != HOST:
         for module in on_host:
             module.to_empty(device=HOST, recurse=False)
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.device.type != device.type:
-                setattr(module, name, torch.empty_like(buffer, device=device))
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor) and not parameter.requires_grad and parameter.device.type != device.type:
+            parameter.data = torch.empty_like(parameter, device=device)
+
+
+def _fill_buffers(base: PreTrainedModel, source: SafetensorsFolder) -> None:
+    """Load the buffers that the files hold, whole on every rank; the others keep what upstream's constructor made."""
+    for name, buffer in persistent_buffers(base).items():
+        stored = _file_name(name)
+        if source.has(stored):
+            buffer.copy_(source.read_buffer(stored, tuple(buffer.shape)))
 
 
 def _shares_weight(base: PreTrainedModel) -> bool:
@@ -311,6 +318,19 @@ def verify_gather(model: nn.Module, ranks: Ranks) -> None:
         unit.reshard()
 
 
+def verify_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Check that every rank holds the same buffers, bit for bit.
+
+    Raises:
+        NumericsError: naming the first that differs, and the rank.
+    """
+    mine = {name: _sha256(buffer) for name, buffer in model.named_buffers() if buffer.numel()}
+    first, *others = gather_json(mine, ranks)
+    for rank, digests in enumerate(others, start=1):
+        for name in (n for n in first if digests.get(n) != first[n]):
+            raise NumericsError(f"{name}: this buffer has another value on rank {rank} than on rank 0.")
+
+
 def _quantized_inside(unit: nn.Module) -> dict[str, QuantMatrices]:
     return {name: m for name, m in unit.named_modules() if isinstance(m, QuantMatrices)}
 
@@ -341,5 +361,6 @@ __all__ = [
     "resident_bytes",
     "stream_linear",
     "stream_weights",
+    "verify_buffers",
     "verify_gather",
 ]

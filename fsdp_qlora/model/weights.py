@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,9 +17,14 @@ from typing import Any, cast
 import torch
 
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.model.conversions import Arrangement, Conversion
 from fsdp_qlora.quant.packing import from_bytes
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_BUFFER_DTYPES = _DTYPES | {
+    "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _SAMPLES, _SAMPLE_BYTES = 16, 65536
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -50,6 +55,8 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     parts: tuple[TensorEntry, ...]
+    make: Callable[[], torch.Tensor] | None = None
+    """What makes it of whole tensors of the files, where it is no stretch of them."""
 
     @property
     def numel(self) -> int:
@@ -62,6 +69,11 @@ class StoredTensor:
         return self.parts[0].file
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of ``folder``, without hidden ones (``._*`` that macOS leaves behind)."""
+    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
+
+
 def file_digests(folder: Path) -> dict[str, str]:
     """Return what identifies a model's weight files without reading them whole: size, and a digest of samples.
 
@@ -69,7 +81,7 @@ def file_digests(folder: Path) -> dict[str, str]:
     headers.
     """
     found: dict[str, str] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         size, digest = file.stat().st_size, hashlib.sha256()
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -94,8 +106,13 @@ class SafetensorsFolder:
         self.entries: dict[str, TensorEntry] = {}
         self.arranged: dict[str, tuple[TensorEntry, ...]] = {}
         """Tensors of the model that the files hold under other names, or in parts."""
+        self.converted: Mapping[str, Conversion] = {}
+        """Tensors of the model that upstream's code makes of those of the files."""
+        self._same_as: dict[str, str] = {}
+        self._last: tuple[Conversion | None, dict[str, torch.Tensor]] = (None, {})
         self.total_bytes = self._tensor_bytes = 0
-        index = self._read_index()
+        # where both are there transformers takes the single file: the index is of an older download
+        index = None if (folder / _SINGLE).is_file() else self._read_index()
         for file in self._files(index):
             self._read_header(file)
         if index is not None:
@@ -141,7 +158,7 @@ class SafetensorsFolder:
         elif (self.folder / _SINGLE).is_file():
             names = [_SINGLE]
         else:
-            names = sorted(file.name for file in self.folder.glob("*.safetensors"))
+            names = [file.name for file in weight_files(self.folder)]
             if not names:
                 raise ModelError(
                     f"{self.folder} has no *.safetensors file. Pickled weights (.bin) are not read; convert them with "
@@ -186,9 +203,71 @@ class SafetensorsFolder:
         self._tensor_bytes += end - begin
         self.entries[name] = entry
 
-    def arrange(self, names: Mapping[str, Sequence[str]]) -> None:
-        """Say which of the files' tensors, laid end to end, make up a tensor of the model."""
-        self.arranged = {name: tuple(self.entries[part] for part in parts) for name, parts in names.items()}
+    def arrange(self, arrangement: Arrangement) -> None:
+        """Say which of the files' tensors, laid end to end or converted, make up a tensor of the model."""
+        self.arranged = {n: tuple(self.entries[p] for p in parts) for n, parts in arrangement.end_to_end.items()}
+        self.converted = arrangement.converted
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of the model comes out of the files."""
+        return name in self.entries or name in self.arranged or name in self.converted
+
+    def used(self) -> set[str]:
+        """Return the names of the files' tensors that are found under other names or converted."""
+        converted = {name for conversion in self.converted.values() for name, _ in conversion.parts}
+        return converted | {part.name for parts in self.arranged.values() for part in parts}
+
+    def _convert(self, name: str) -> torch.Tensor:
+        conversion = self.converted[name]
+        if self._last[0] is not conversion:
+            self._last = (conversion, conversion.run(self._read_whole))
+        return self._last[1][self._same_as.get(name, name)]
+
+    def _read_whole(self, name: str) -> torch.Tensor:
+        entry = self.entries[name]
+        if entry.dtype not in _BUFFER_DTYPES:
+            raise ModelError(f"{entry.file}: tensor {name} is {entry.dtype}, which cannot be read.")
+        return from_bytes(self.read_bytes(entry, 0, entry.num_bytes), _BUFFER_DTYPES[entry.dtype]).view(entry.shape)
+
+    def alias(self, name: str, other: str) -> None:
+        """Let what is found as ``other`` be found as ``name``, too."""
+        if other in self.converted:
+            self.converted = {**self.converted, name: self.converted[other]}
+            self._same_as[name] = other
+        else:
+            self.arranged[name] = self.arranged.get(other) or (self.entries[other],)
+
+    def looks_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape, dtype and, in 16 stretches of up to 64 KiB, the same bytes."""
+        if one in self.converted or other in self.converted:
+            return one in self.converted and self.converted[one] is self.converted.get(other)
+        pair = [self.arranged.get(name) or (self.entries[name],) for name in (one, other)]
+        if len(pair[0]) != len(pair[1]):
+            return False
+        for a, b in zip(*pair, strict=True):
+            if (a.dtype, a.shape) != (b.dtype, b.shape):
+                return False
+            for part in range(_SAMPLES):
+                start = a.num_bytes * part // _SAMPLES
+                stop = min(start + _SAMPLE_BYTES, a.num_bytes)
+                if not torch.equal(self.read_bytes(a, start, stop), self.read_bytes(b, start, stop)):
+                    return False
+        return True
+
+    def read_buffer(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return a whole tensor of any number type, in its own dtype, on the CPU.
+
+        Raises:
+            ModelError: if it has another shape, or a type that no buffer has.
+        """
+        if name in self.converted:
+            found = self._convert(name)
+        else:
+            (entry,) = self.arranged.get(name) or (self.entries[name],)
+            found = self._read_whole(entry.name)
+        if tuple(found.shape) != shape:
+            raise ModelError(f"{self.folder}: tensor {name} is {list(found.shape)}, the model needs {list(shape)}.")
+        return found
 
     def find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         """Return where a tensor of that shape lies.
@@ -196,6 +275,8 @@ class SafetensorsFolder:
         Raises:
             ModelError: if it is missing, has another shape, or is not bf16, fp16 or fp32.
         """
+        if name in self.converted:
+            return self._find_converted(name, shape)
         parts = self.arranged.get(name)
         if parts is None and name in self.entries:
             parts = (self.entries[name],)
@@ -212,8 +293,21 @@ class SafetensorsFolder:
                 )
         return StoredTensor(name, shape, parts)
 
+    def _find_converted(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        parts = tuple(self.entries[part] for part, _ in self.converted[name].parts)
+
+        def make() -> torch.Tensor:
+            found = self._convert(name)
+            if tuple(found.shape) != shape:
+                raise ModelError(f"{parts[0].file}: {name} comes out as {list(found.shape)}, not {list(shape)}.")
+            return found
+
+        return StoredTensor(name, shape, parts, make)
+
     def read(self, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
         """Return the flat elements ``[start, stop)`` of a tensor, in its own dtype, on the CPU."""
+        if tensor.make is not None:
+            return tensor.make().reshape(-1)[start:stop]
         pieces, first = [], 0
         for part in tensor.parts:
             low, high = max(start - first, 0), min(stop - first, part.numel)

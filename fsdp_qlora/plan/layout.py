@@ -96,6 +96,10 @@ class ModelShapes:
     """Longest sequence that the model is made for; 0 = not known."""
     experts_per_token: int = 0
     """Experts that each token goes through; 0 = none."""
+    not_adapted: frozenset[str] = frozenset()
+    """Linears that take no adapter, for plain PEFT could not load it onto them."""
+    float32: frozenset[str] = frozenset()
+    """Parameters that upstream keeps in float32 in a 16-bit model: whole on every rank, for FSDP would round them."""
 
     def numel(self, prefix: str) -> int:
         """Return the number of parameters under the module ``prefix``."""
@@ -121,12 +125,23 @@ def target_linears(shapes: ModelShapes, target_modules: str | Sequence[str]) -> 
     Raises:
         PlanError: if an item matches no linear; it lists the names there are.
     """
-    candidates = [x.name for x in quantized_linears(shapes) if not x.stacked]
+    linears = [x.name for x in quantized_linears(shapes) if not x.stacked]
+    candidates = [name for name in linears if name not in shapes.not_adapted]
+    if not candidates:
+        raise PlanError(
+            "lora.target_modules: this model's decoder layers have no linear layer that can take an adapter: all have a "
+            "forward of their own, or other code reads their weights."
+        )
     if target_modules == "all-linear":
         return tuple(candidates)
     items = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     for item in items:
         if not any(_matches(name, item) for name in candidates):
+            if any(_matches(name, item) for name in linears):
+                raise PlanError(
+                    f"lora.target_modules: in this mixture of experts plain PEFT takes {item!r} for the experts' "
+                    "stacked weights and could not load the adapter. Leave it out (all-linear does)."
+                )
             raise PlanError(
                 f"lora.target_modules: {item!r} matches none of the model's {len(candidates)} linears; "
                 f"this model has {', '.join(endings(candidates))} (or all-linear)."

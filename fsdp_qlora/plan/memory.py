@@ -255,13 +255,14 @@ class MemoryModel:
         kept = sum(
             _share(shape[0] if shape else 1, shard) * prod(shape[1:])
             for name, shape in self.shapes.parameters.items()
-            if name not in self.packed and name not in self.offloaded
+            if name not in self.packed and name not in self.offloaded and name not in self.shapes.float32
         )
+        whole = FLOAT32 * sum(prod(self.shapes.parameters[name]) for name in self.shapes.float32)
         adapters = FLOAT32 * self._held(settings)
         return (
             sum(mine * x.row_bytes for x, mine in rows),
             sum(mine * x.layout.statistics_bytes for x, mine in rows),
-            kept * settings.itemsize,
+            kept * settings.itemsize + whole,
             adapters,
             sum(
                 state_bytes(settings.optim, name, shape, num_ranks=settings.adapter_shards)
@@ -285,7 +286,7 @@ class MemoryModel:
     def _unit(self, prefix: str) -> Unit:
         total = 0
         for name, shape in self.shapes.parameters.items():
-            if name.startswith(prefix + "."):
+            if name.startswith(prefix + ".") and name not in self.shapes.float32:
                 packed = self.packed.get(name)
                 if packed is None:
                     total += prod(shape) * self.settings.itemsize

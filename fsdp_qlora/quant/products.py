@@ -62,7 +62,8 @@ def _linears(
         low = (flat @ _stack(down).t()).split([a.shape[0] for a in down], dim=1)
         for out, part, b, scaling in zip(outs, low, up, scalings, strict=True):
             out.addmm_(part, b.t(), alpha=scaling)
-    return [out.view(*x.shape[:-1], out.shape[1]) for out in outs]
+    # not as views: upstream may change a product in place (clip_qkv, parallel layers), and autograd forbids that of views
+    return [torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[1])) for out in outs]
 
 
 def _linears_backward(

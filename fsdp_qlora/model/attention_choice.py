@@ -1,0 +1,51 @@
+"""Which attention implementation a model runs with: those that its class says it can, the fastest first.
+
+Flags of a class are a claim, not a proof: a class with attention code of its own may ignore the setting and apply no
+causal mask at all. So ``auto`` is a list of candidates, and the check at the start takes the first that computes what
+upstream's eager attention does (`fsdp_qlora.checks.twin`); a plan, which runs nothing, takes the first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from fsdp_qlora.model.attention import BLOCKWISE
+
+EAGER = "eager"
+
+
+def attention_candidates(device: torch.device, asked: str, model_config: Any, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the attention implementations to try, in this order; the one asked for where that is not ``auto``.
+
+    On an accelerator flash attention (in 16 bits, where the package is installed) and sdpa, on a CPU `blockwise`, each
+    only where the class claims it and no setting of the config is beyond it; eager always comes last.
+    """
+    if asked != "auto":
+        return (asked,)
+    text, kind = model_config.get_text_config(), _model_class(model_config)
+    if kind is None:  # an encoder, an encoder-decoder, or code of the folder's own
+        return (EAGER,) if device.type == "cpu" else ("sdpa", EAGER)
+    capped = any(getattr(text, key, None) for key in ("attn_logit_softcapping", "attention_logit_cap"))
+    dropping = any(getattr(text, key, None) for key in ("attention_dropout", "attn_pdrop"))
+    found = []
+    if device.type == "cpu":
+        if kind._supports_attention_backend and not capped and not dropping:
+            found.append(BLOCKWISE)
+    else:
+        if kind._supports_flash_attn and is_flash_attn_2_available() and dtype.itemsize == 2 and not capped:
+            found.append("flash_attention_2")
+        if kind._supports_sdpa and not capped:
+            found.append("sdpa")
+    return (*found, EAGER)
+
+
+def _model_class(model_config: Any) -> Any:
+    """Return transformers' class of a causal language model with this config, None where it has none."""
+    if getattr(model_config, "is_encoder_decoder", False) or type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    names = getattr(model_config, "architectures", None) or [""]
+    return None if names[0].endswith("ForMaskedLM") else MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]

@@ -1,0 +1,117 @@
+"""Run upstream's constructor so that parameters take no memory and buffers are real.
+
+A buffer that no file holds (rotary frequencies, causal masks, position tables) is what upstream's constructor and
+``_init_weights`` make of it: it is kept from there, never made again or guessed. Parameters go to the meta device;
+``torch.empty``, which allocates the large ones, gives meta tensors at once, so that a model of any size can be built
+within a few hundred MB of address space.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+
+from fsdp_qlora.quant.matrices import QuantMatrices
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Sends ``torch.empty`` without a device to meta."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    if parameter is None or parameter.is_meta:
+        return None  # as it is
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Let every module that is constructed have its parameters on meta and its buffers on the CPU."""
+    hook = register_module_parameter_registration_hook(_to_meta)
+    try:
+        with _EmptyOnMeta():
+            yield
+    finally:
+        hook.remove()
+
+
+def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the meta parameters and buffers that upstream keeps in float32 that dtype, as ``from_pretrained`` does.
+
+    ``from_config`` does not look at ``_keep_in_fp32_modules_strict``. (The list without ``strict`` is for float16.)
+    """
+    patterns = sorted(model._keep_in_fp32_modules_strict or ())
+    if not patterns or dtype not in (torch.float16, torch.bfloat16):
+        return
+    matching, _, _ = build_glob_alternation(list(patterns))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if matching.search(name) and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for name, buffer in persistent_buffers(model).items():
+        if matching.search(name) and buffer.is_floating_point():
+            buffer.data = buffer.data.float()
+
+
+def float32_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the frozen parameters that stay in float32 in a 16-bit model, by name; none of a float32 model.
+
+    FSDP would round them when it gathers them, so they are kept whole on every rank. They are few and small.
+    """
+    floating = {n: p for n, p in model.named_parameters() if p.is_floating_point() and not p.requires_grad}
+    if all(p.dtype == torch.float32 for p in floating.values()):
+        return {}
+    return {n: p for n, p in floating.items() if p.dtype == torch.float32}
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that ``state_dict`` holds and files may change, by name."""
+    return {
+        f"{prefix}{'.' if prefix else ''}{name}": buffer
+        for prefix, module in model.named_modules()
+        if not isinstance(module, QuantMatrices)
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def to_empty_but_buffers(model: nn.Module, shards_on: torch.device, device: torch.device) -> None:
+    """Allocate the parameters of ``model``, on meta, on ``shards_on``; its buffers keep their values, on ``device``.
+
+    Only buffers that are on meta, too (those of our own layers, which are filled with their weights), are left empty.
+    """
+    buffers = [(m, n, b) for m in model.modules() for n, b in list(m.named_buffers(recurse=False))]
+    model.to_empty(device=shards_on)
+    for module, name, buffer in buffers:
+        made = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+        module._buffers[name] = made
+
+
+def unmade_buffers(model: nn.Module) -> list[str]:
+    """Return the names of buffers that upstream's constructor left without values (``torch.empty``)."""
+    return [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if not isinstance(module, QuantMatrices)
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_meta and name in module._non_persistent_buffers_set
+    ]
+
+
+def matches_any(name: str, patterns: set[str] | list[str] | None) -> bool:
+    """Whether one of upstream's regular expressions is found in ``name``."""
+    return any(re.search(pattern, name) for pattern in patterns or ())

@@ -1,0 +1,210 @@
+"""A model's config made small: every switch kept, every size shrunk.
+
+The twin check (`checks` of a run's start) compares our way with upstream's own code on a model of the run's own class
+and settings. What decides which code runs (layer types, biases, activations, rope types, scales, tie) stays as it is;
+what only decides how much of it there is (widths, heads, experts, vocabulary, layers, windows, positions) becomes so
+small that rows of some 64 tokens cross every window and chunk, and that a step takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+HIDDEN, HEADS, HEAD_DIM = 64, 4, 16
+VOCAB, EXPERTS, LAYERS, WINDOW, POSITIONS = 128, 8, 8, 16, 128
+"""Sizes of a cut model: `LAYERS` at most, the others where the model has more."""
+
+_HIDDEN = r"(hidden_size|n_embd|d_model|emb_dim|embedding_dim)$"
+_LAYERS = r"(num_hidden_layers|n_layers?|num_layers|num_blocks|num_(de|en)coder_layers|(de|en)coder_layers)$"
+_VOCAB = r".*vocab_size(_per_layer_input|_base)?$|vocab_size_per_layer_input$|.*hash_byte_group_vocab$"
+_HEADS = r"(.*_)?(attention_heads|num_heads|n_heads?|n_heads)$"
+_KV_HEADS = r"(.*_)?(key_value_heads|kv_heads|num_query_groups)$"
+_HEAD_DIM = r"(swa_)?(head_dim|dim_head|kv_channels|attention_head_size|d_head|d_kv|v_head_dim|qk_nope_head_dim)$"
+_ROPE_DIM = r"(qk_rope_head_dim|rotary_dim)$"
+_EXPERTS = r"(num_experts|n_routed_experts|num_local_experts|moe_num_experts|zero_expert_num)$"
+_TOP_K = r"(num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts)$"
+_GROUPS = r"(n_group|num_expert_group)$"
+_WINDOW = (
+    r"(sliding_window(_size)?|attention_window_size|attention_chunk_size|window_size|local_attention|keep_window_size"
+    r"|(mamba_)?chunk_size|index_topk|index_block_size|local_attention_window_len|rel_extent|block_size)$"
+)
+_POSITIONS = r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|max_target_positions)$"
+_WIDTH = (
+    r"(.*intermediate_size.*|.*ffn_dim|ffn_hidden_size|expert_ffn_hidden_size|dim_ff|dff|d_inner|ffn_dim|lru_width"
+    r"|attention_hidden_size|embedding_size|(in|out)put_embedding_size|hidden_size_per_layer_input|(kv|q|o)_lora_rank"
+    r"|router_hidden_size|feed_forward_size|word_embed_proj_dim|shared_expert.*_size|backbone_hidden_size"
+    r"|ple_embed_dim|hc_lowrank|attention_head_dim|gated_norm_rank|adapter_rank|.*time_step_rank|mamba_dt_rank"
+    r"|pronunciation_embed_dim|shape_embed_dim|mamba_d_ssm|laurel_rank|prompt_mid_dim)$"
+)
+_STATE = r"(mamba_d_state|ssm_state_size|state_size)$"
+_INNER_DIM = (
+    r"(linear_(key|value)_head_dim|linear_head_dim|index_head_dim|mamba_d_head|mamba_head_?dim|mamba_headdim)$"
+)
+_INNER_HEADS = r"(linear_num_(key|value)_heads|linear_num_heads|index_n_heads|mamba_n_heads|mamba_num_heads)$"
+
+
+def cut_config(config: PreTrainedConfig, num_layers: int = 0) -> PreTrainedConfig:
+    """Return ``config`` with small sizes; ``num_layers`` as given, else as many as its lists have kinds of layers.
+
+    Raises:
+        ValueError: or whatever upstream's config class raises where it does not take the small sizes.
+    """
+    values = config.to_dict()
+    _cut(values, num_layers)
+    return type(config).from_dict(values)
+
+
+def _cut(values: dict[str, Any], num_layers: int) -> None:
+    """Shrink the sizes in ``values`` in place; configs inside it likewise."""
+    for key, value in values.items():
+        if isinstance(value, dict) and key.endswith(("_config", "encoder", "decoder")):
+            _cut(value, num_layers)
+    layers = next((v for k, v in values.items() if re.match(_LAYERS, k) and isinstance(v, int)), 0)
+    kept = _kept_layers(values, layers, num_layers)
+    apart = _apart(values)
+    values.pop("per_layer_config", None)
+    hidden = next((v for k, v in values.items() if re.match(_HIDDEN, k) and isinstance(v, int)), 0)
+    before = dict(values)
+    for key, value in before.items():
+        if isinstance(value, list) and layers and len(value) == layers:
+            values[key] = [value[i] for i in kept]
+    for key, value in before.items():
+        values[key] = _cut_value(key, values[key], before, hidden, layers, len(kept))
+    _keep_products(values, before, hidden)
+    _keep_sums(values, before)
+    if apart:
+        values["per_layer_config"] = {
+            str(place): {k: _cut_apart(k, v, before, values) for k, v in apart[old].items()}
+            for place, old in enumerate(kept)
+            if old in apart
+        }
+    _cut_rope(values)
+
+
+def _kept_layers(values: Mapping[str, Any], layers: int, asked: int) -> list[int]:
+    """Return which layers stay: the first of each kind that the lists tell apart, or the first ``asked``."""
+    lists = [v for v in values.values() if isinstance(v, list) and layers and len(v) == layers]
+    if apart := _apart(values):
+        lists.append([sorted(apart.get(i, {}).items()) for i in range(layers)])
+    if not lists:
+        return list(range(min(layers, asked or 2)))
+    kinds = [repr([each[i] for each in lists]) for i in range(layers)]
+    first = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())[:LAYERS]
+    rest = [i for i in range(layers) if i not in first]
+    return sorted(first + rest[: max(0, (asked or 2) - len(first))])
+
+
+def _cut_value(key: str, value: Any, before: Mapping[str, Any], hidden: int, layers: int, kept: int) -> Any:  # noqa: PLR0911, PLR0912
+    if isinstance(value, list) and re.match(_WIDTH, key) and all(isinstance(v, int) for v in value):
+        return [_width(v, hidden) for v in value]
+    if isinstance(value, list) and re.match(_HEADS + "|" + r".*_heads_per_layer$", key):
+        return [HEADS * 2 if v == max(value) and v != min(value) else HEADS for v in value]
+    if "dropout" in key or "pdrop" in key:
+        return 0.0 if isinstance(value, float) else value
+    if key.endswith("_token_id") or key.endswith("_token_index"):
+        return _token(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        return value
+    for pattern, size in (
+        (_HIDDEN, HIDDEN), (_VOCAB, VOCAB), (_HEADS, HEADS), (_HEAD_DIM, HEAD_DIM), (_ROPE_DIM, HEAD_DIM // 2),
+        (_EXPERTS, EXPERTS), (_TOP_K, 2), (_GROUPS, 2), (_WINDOW, WINDOW), (_POSITIONS, POSITIONS), (_STATE, 16),
+        (_INNER_DIM, HEAD_DIM), (_INNER_HEADS, HEADS),
+    ):  # fmt: skip
+        if re.match(pattern, key):
+            return min(value, size)
+    if re.match(_LAYERS, key):
+        return kept if value == layers else min(value, kept)
+    if re.match(_KV_HEADS, key):
+        heads = next((v for k, v in before.items() if re.match(_HEADS, k) and isinstance(v, int)), value)
+        return min(value, HEADS if value >= heads else 2)
+    if key in ("topk_group", "index_topk_blocks"):
+        return 1
+    if re.match(_WIDTH, key):
+        return _width(value, hidden)
+    if key == "original_max_position_embeddings":
+        return POSITIONS // 4
+    if key == "max_window_layers":
+        return min(value, kept if value >= layers else max(1, kept // 2))
+    if key == "num_kv_shared_layers":
+        return min(value, kept - 1 if layers <= value else round(value * kept / layers))
+    return value
+
+
+def _width(value: int, hidden: int) -> int:
+    """Return a width that stands to the small hidden size about as the large one does to the large, by sixteens."""
+    return min(value, max(1, round(value * HIDDEN / max(1, hidden) / 16)) * 16)
+
+
+def _token(value: Any) -> Any:
+    """Return token ids that a small vocabulary has; different ids stay different where they can."""
+    if isinstance(value, list):
+        return [_token(v) for v in value]
+    return value % VOCAB if isinstance(value, int) and value >= VOCAB else value
+
+
+def _apart(values: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return what single layers have otherwise than the rest, by their index."""
+    return {int(index): settings for index, settings in (values.get("per_layer_config") or {}).items()}
+
+
+def _cut_apart(key: str, value: Any, before: Mapping[str, Any], small: Mapping[str, Any]) -> Any:
+    """Return a layer's own size: as much larger or smaller than the others' as it was, by a factor of two at most."""
+    if not isinstance(value, int) or not isinstance(small.get(key), int) or value == before[key]:
+        return small.get(key, value)
+    return small[key] * 2 if value > before[key] else max(1, small[key] // 2)
+
+
+def _keep_products(values: dict[str, Any], before: Mapping[str, Any], hidden: int) -> None:
+    """Where heads x head size made up a width before (Mamba's inner width), let them do so again."""
+    expand = next((before[k] for k in ("mamba_expand", "expand") if isinstance(before.get(k), int)), 1)
+    for heads_key, dim_key in _head_pairs(before):
+        product = before[heads_key] * before[dim_key]
+        for width, small in ((before.get("mamba_d_ssm"), values.get("mamba_d_ssm")), (expand * hidden, expand * HIDDEN)):
+            if width and small and product == width:
+                values[heads_key] = max(1, small // values[dim_key])
+                break
+
+
+def _keep_sums(values: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Where a head's size is that of its rotated part, or the sum of both parts, let it be so again."""
+    rope, nope = (before.get(key) for key in ("qk_rope_head_dim", "qk_nope_head_dim"))
+    if rope is None:
+        return
+    for key in ("head_dim", "qk_head_dim"):
+        if before.get(key) == rope:
+            values[key] = values["qk_rope_head_dim"]
+        elif nope is not None and before.get(key) == rope + nope:
+            values[key] = values["qk_rope_head_dim"] + values["qk_nope_head_dim"]
+
+
+def _head_pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for heads, dim in (
+        ("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim"), ("num_heads", "head_dim"),
+        ("n_mamba_heads", "mamba_headdim"),
+    ):  # fmt: skip
+        if isinstance(values.get(heads), int) and isinstance(values.get(dim), int):
+            yield heads, dim
+
+
+def _cut_rope(values: dict[str, Any]) -> None:
+    """Shrink the numbers that belong to a head's size or to the trained length in the rope settings."""
+    rope = values.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    parts = [v for v in rope.values() if isinstance(v, dict)] or [rope]
+    for part in parts:
+        size = values.get("qk_rope_head_dim") or values.get("head_dim") or HEAD_DIM
+        half = int(size * (part.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0)) // 2
+        for key in ("short_factor", "long_factor"):
+            if isinstance(part.get(key), Sequence):
+                part[key] = list(part[key])[:half]
+        if isinstance(part.get("mrope_section"), list):
+            sections = part["mrope_section"]
+            small = [max(1, x * half // sum(sections)) for x in sections]
+            part["mrope_section"] = [half - sum(small[1:]), *small[1:]]
+        if part.get("original_max_position_embeddings"):
+            part["original_max_position_embeddings"] = POSITIONS // 4
