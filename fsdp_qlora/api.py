@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fsdp_qlora.checks.remember import recall, remember, twin_key
+from fsdp_qlora.checks.twin import Verdict, check_twin
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import LoraSettings, ModelSettings, RunConfig
 from fsdp_qlora.data.prepare import PreparedData, prepare_data
@@ -24,6 +26,7 @@ from fsdp_qlora.dist.nodes import once_per_node
 from fsdp_qlora.dist.process import (
     Placement,
     choose_device,
+    device_name,
     keep_freed_memory,
     process_group,
     set_threads,
@@ -35,6 +38,7 @@ from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.export.adapter import load_adapter, read_adapter_config, start_from_adapter
 from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.around_head import after_head
+from fsdp_qlora.model.attention_choice import code_files
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.compile import compile_layers
 from fsdp_qlora.model.conversions import arrangement
@@ -57,17 +61,25 @@ from fsdp_qlora.model.shard import (
 from fsdp_qlora.model.skeleton import (
     build_tokenizer,
     decoder_layers,
+    is_causal,
     needs_hub,
     read_shapes,
     resolve_folder,
     task_type,
 )
 from fsdp_qlora.model.stream import LoadReport, Progress, stream_weights, verify_buffers, verify_gather
+from fsdp_qlora.model.model_config import load_config
 from fsdp_qlora.model.weights import SafetensorsFolder
 from fsdp_qlora.plan.choices import Compilation, decided
 from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
-from fsdp_qlora.planning import compilation_for, rank_budget, skeleton, with_attention
+from fsdp_qlora.planning import (
+    attentions_for,
+    compilation_for,
+    rank_budget,
+    replace_attention,
+    skeleton,
+)
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
@@ -160,7 +172,10 @@ def prepare(
     ranks = world.ranks
     folder = _find_model(config.model, world)
     budget = rank_budget(world.ranks, world.placement)
-    opened, tokenizer = on_every(lambda: _open_with_tokenizer(config, folder, ranks, budget), ranks)
+    world.phases.enter("comparing a small twin of the model with upstream's code")
+    verdict = check_model(config, folder, ranks)
+    config_checked = replace_attention(config, verdict.attention)
+    opened, tokenizer = on_every(lambda: _open_with_tokenizer(config_checked, folder, ranks, budget), ranks)
     plan = opened.plan
     data = None
     if config.data.train is not None:
@@ -180,7 +195,8 @@ def prepare(
     verify_buffers(model, world.ranks)
     return Prepared(
         config, plan, model, tokenizer, world.ranks, folder, opened.shapes, report, data, world.threads, world.phases,
-        {**plan.choices, "model.attn_implementation": opened.config.model.attn_implementation,
+        {**plan.choices, "model.attn_implementation": _told(verdict),
+         "model.check": "off: nothing was compared" if config.model.check == "off" else "equal to upstream's own code",
          "train.compile": f"{'true' if compilation.on else 'false'} ({compilation.why})"},
         world.stack,
     )  # fmt: skip
@@ -204,14 +220,47 @@ class OpenedModel:
         return replace(self, config=replace(self.config, train=train))
 
 
+def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
+    """Compare a small twin of the model with upstream's code, or recall that it was; return which attention equals it.
+
+    Raises:
+        ModelError: on every rank alike, if none does.
+    """
+    model = config.model
+    model_config = on_every(lambda: load_config(folder, model.trust_remote_code, model.config_overrides), ranks)
+    candidates = on_every(lambda: attentions_for(config, ranks.device, folder), ranks)
+    if model.check == "off" or not is_causal(model_config):
+        return Verdict(candidates[0])
+    code = code_files(model_config, folder, model.trust_remote_code)
+    key = twin_key(config, model_config, code, candidates, device_name(ranks.device), ranks.size)
+    kept = cache_folder() / "checks"
+    known = recall(kept, key) if model.check == "auto" else None
+    if not any_rank(known is None, ranks) and known is not None:
+        return known
+
+    def build(settings: RunConfig, twin: Path) -> tuple[CausalModel, OpenedModel]:
+        opened = on_every(lambda: open_model(settings, twin, ranks, None), ranks)
+        return load_model(opened.compiled(False), ranks)[0], opened
+
+    own_code = folder if model.trust_remote_code and any(folder.glob("*.py")) else None
+    verdict = check_twin(config, model_config, own_code, candidates, ranks, build)
+    remember(kept, key, verdict)
+    return verdict
+
+
+def _told(verdict: Verdict) -> str:
+    """Return the attention and why those that are preferred fell, in a line."""
+    fell = "; ".join(f"{attention} fell: {why}" for attention, why in verdict.fell.items())
+    return f"{verdict.attention} ({fell})" if fell else verdict.attention
+
+
 def open_model(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> OpenedModel:
-    """Open all of a model but its weights; what is wrong with it shows here, before anything long is done.
+    """Open all of a model but its weights (attention decided); what is wrong with it shows here, before anything long is done.
 
     Raises:
         ModelError: if it cannot be built, or its files do not hold what it needs.
         PlanError: if the settings do not go with it.
     """
-    config = with_attention(config, ranks.device, folder)
     base = skeleton(config, folder)
     source = SafetensorsFolder(folder)
     source.arrange(arrangement(base, source.entries))

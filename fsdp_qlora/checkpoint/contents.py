@@ -30,6 +30,7 @@ NEVER_BLOCKS = frozenset(
         "model.name",
         "model.revision",
         "model.trust_remote_code",
+        "model.check",
     }
 )
 """Settings of the blocking groups that may differ on a resume (the base model itself goes by its files)."""

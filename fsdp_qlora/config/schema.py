@@ -45,6 +45,9 @@ class ModelSettings:
     """Attention. ``blockwise`` is ours for CPUs; ``auto`` takes the fastest that the device and the model allow."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
+    check: Literal["auto", "always", "off"] = "auto"
+    """Before the first step, compare a small twin of the model with upstream's own code; ``auto`` takes a remembered
+    result, ``always`` compares anew, ``off`` trains unchecked."""
     config_overrides: dict[str, Any] = field(default_factory=dict)
     """Values that replace those of the model's config.json (``rope_theta``, ``rope_scaling`` and the like); a key that
     the model's config does not have is refused."""

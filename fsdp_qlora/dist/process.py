@@ -80,6 +80,13 @@ def use_device(device: torch.device) -> None:
         torch.accelerator.set_device_index(device.index)
 
 
+def device_name(device: torch.device) -> str:
+    """Return a device's kind and, of an accelerator, its model."""
+    if device.type == "cpu":
+        return "cpu"
+    return f"{device.type} {torch.get_device_module(device).get_device_name(device)}"
+
+
 def set_threads(asked: int, local_world_size: int) -> int:
     """Set and return the number of CPU threads of this rank: ``asked``, or its share of the cores when 0."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

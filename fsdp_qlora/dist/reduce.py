@@ -96,6 +96,16 @@ def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Ten
     return parts
 
 
+def from_main(data: bytes, ranks: Ranks) -> bytes:
+    """Return rank 0's ``data`` on every rank."""
+    own = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8).to(ranks.device)
+    size = torch.tensor([len(data)], device=ranks.device)
+    dist.broadcast(size, group_src=0, group=ranks.group)
+    sent = own[: len(data)] if ranks.is_main else torch.empty(int(size), dtype=torch.uint8, device=ranks.device)
+    dist.broadcast(sent, group_src=0, group=ranks.group)
+    return sent.cpu().numpy().tobytes()
+
+
 def barrier(ranks: Ranks) -> None:
     """Wait until every rank is here."""
     all_sum([0.0], ranks)

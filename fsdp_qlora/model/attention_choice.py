@@ -7,6 +7,8 @@ upstream's eager attention does (`fsdp_qlora.checks.twin`); a plan, which runs n
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,14 @@ def attention_candidates(device: torch.device, asked: str, model_config: Any, dt
         if kind._supports_sdpa and not capped:
             found.append("sdpa")
     return (*found, EAGER)
+
+
+def code_files(model_config: Any, folder: Path, trust_remote_code: bool) -> list[Path]:
+    """Return the files that hold the model's own code: upstream's module, and the folder's where it is trusted."""
+    found = sorted(folder.glob("*.py")) if trust_remote_code and folder.is_dir() else []
+    kind = _model_class(model_config)
+    module = sys.modules.get(kind.__module__) if kind is not None else None
+    return [*found, Path(module.__file__)] if module is not None and module.__file__ else found
 
 
 def _model_class(model_config: Any) -> Any:

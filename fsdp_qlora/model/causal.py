@@ -40,6 +40,11 @@ class CausalModel(nn.Module):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
 
     @property
+    def peft(self) -> PeftModel | None:
+        """PEFT's model around the transformers model, where there are adapters."""
+        return self.model if isinstance(self.model, PeftModel) else None
+
+    @property
     def device(self) -> torch.device:
         """Where it computes; its shards may lie in host memory."""
         parameter = next(self.parameters())

@@ -103,7 +103,7 @@ def _cut_value(key: str, value: Any, before: Mapping[str, Any], hidden: int, lay
         return [_width(v, hidden) for v in value]
     if isinstance(value, list) and re.match(_HEADS + "|" + r".*_heads_per_layer$", key):
         return [HEADS * 2 if v == max(value) and v != min(value) else HEADS for v in value]
-    if "dropout" in key or "pdrop" in key:
+    if "dropout" in key or "pdrop" in key or "jitter" in key:
         return 0.0 if isinstance(value, float) else value
     if key.endswith("_token_id") or key.endswith("_token_index"):
         return _token(value)

@@ -122,6 +122,11 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForMaskedLM if names and names[0].endswith("ForMaskedLM") else AutoModelForCausalLM
 
 
+def is_causal(model_config: Any) -> bool:
+    """Whether a config is that of a causal language model, and not of an encoder-decoder or a masked one."""
+    return _auto_class(model_config) is AutoModelForCausalLM
+
+
 def task_type(model: PreTrainedModel) -> str | None:
     """Return what PEFT calls the model's task: ``CAUSAL_LM``, ``SEQ_2_SEQ_LM``, or None for a masked one."""
     found = _auto_class(model.config)

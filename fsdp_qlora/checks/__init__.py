@@ -1,0 +1,1 @@
+"""What is watched: does this run compute what the model's authors wrote."""

@@ -1,0 +1,152 @@
+"""Upstream's own side of the twin check: stock transformers, bitsandbytes' quantization, PEFT's adapters, eager, whole.
+
+Nothing here is ours but the order of the calls: what is compared with it must not be our own second path.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from fsdp_qlora.plan.layout import LinearShape
+
+MATRIX_STD, NOISE = 0.08, 0.05
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a model gives for some rows."""
+
+    losses: list[torch.Tensor]
+    """Of each row's tokens after the first, float32."""
+    gradients: dict[str, torch.Tensor]
+    """Of each adapter parameter by its name in PEFT's file; empty where none were asked for."""
+
+
+def write_model(folder: Path, config: PreTrainedConfig, code: Path | None = None) -> PreTrainedModel:
+    """Save a float32 model of ``config`` in which every parameter and saved buffer matters; return it.
+
+    Args:
+        folder: where to.
+        config: of a model small enough to be made in an instant.
+        code: folder with the model's own code, where it brings some that is trusted.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=code is not None
+        )
+        _randomize(model)
+    model.save_pretrained(folder)
+    for file in code.glob("*.py") if code is not None else ():
+        shutil.copy(file, folder / file.name)
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def _randomize(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=MATRIX_STD)
+        elif parameter.is_floating_point():
+            parameter.add_(torch.randn_like(parameter), alpha=NOISE)
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point():
+            buffer.add_(torch.randn_like(buffer), alpha=2 * NOISE)
+
+
+def load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
+    """Return upstream's model of ``folder`` with eager attention, frozen."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
+    )
+    return model.to(device).requires_grad_(False)
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, quantized: Iterable[LinearShape]) -> None:
+    """Send weights through bitsandbytes' 4-bit quantization and back, each matrix by itself."""
+    for linear in quantized:
+        parameter, layout = model.get_parameter(linear.parameter), linear.layout
+        for matrix in parameter if linear.stacked else [parameter]:
+            whole = (matrix.t() if linear.transposed else matrix).contiguous()
+            codes, state = bitsandbytes.functional.quantize_4bit(
+                whole, blocksize=layout.block_size, quant_type=layout.name, compress_statistics=layout.double_quant
+            )
+            rounded = bitsandbytes.functional.dequantize_4bit(codes, state)
+            matrix.copy_(rounded.t() if linear.transposed else rounded)
+
+
+def adapt(
+    model: PreTrainedModel, targets: Sequence[str], values: Mapping[str, torch.Tensor], r: int, alpha: float, rslora: bool
+) -> nn.Module:  # fmt: skip
+    """Put PEFT's adapters with these values on ``model``."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=list(targets), use_rslora=rslora  # type: ignore[arg-type]
+    )
+    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in _adapters(peft_model).items():
+            parameter.data = values[name].to(parameter.device, torch.float32).clone()
+    return peft_model
+
+
+def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def compute(model: nn.Module, rows: Sequence[torch.Tensor], gradients: bool = True) -> Computed:
+    """Return losses and gradients of each row by itself, never padded and never packed.
+
+    Args:
+        model: upstream's, with adapters, in the mode to compute in.
+        rows: int64 ``[length]`` each.
+        gradients: whether to compute those of the sum of all losses.
+    """
+    losses = []
+    for row in rows:
+        with torch.set_grad_enabled(gradients):
+            logits = model(input_ids=row[None], use_cache=False).logits[0].float()
+            found = nn.functional.cross_entropy(logits[:-1], row[1:], reduction="none")
+            if gradients:
+                found.sum().backward()
+        losses.append(found.detach())
+    made = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in _adapters(model).items()}
+    return Computed(losses, made if gradients else {})
+
+
+@torch.no_grad()
+def is_random(model: nn.Module, row: torch.Tensor) -> bool:
+    """Whether ``model`` draws random numbers in training mode, with all its dropout off."""
+    model.train()
+    first, second = (model(input_ids=row[None], use_cache=False).logits for _ in range(2))
+    return not torch.equal(first, second)
+
+
+def outputs_of(run: Callable[[], Any], names: Mapping[nn.Module, str]) -> dict[str, torch.Tensor]:
+    """Return what each module gives while ``run`` is called, in the order in which they finish, by name."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, torch.Tensor) and first.is_floating_point():
+            found.setdefault(names[module], first.detach().float().reshape(-1).clone())
+
+    hooks = [module.register_forward_hook(keep) for module in names]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

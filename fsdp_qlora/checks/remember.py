@@ -1,0 +1,102 @@
+"""Results of the twin check, kept by what they depend on: a second start takes none of its seconds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+import fsdp_qlora
+from fsdp_qlora.checks.twin import Verdict
+from fsdp_qlora.config.schema import RunConfig
+
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "flash-attn", "triton")
+_GROUPS = ("quant", "lora", "precision", "train", "fsdp", "debug")
+_NO_MATTER = {
+    "lora": ("init_from", "dropout"),
+    "train": ("max_steps", "num_epochs", "global_batch_size", "log_every", "eval_every", "eval_batch_size",
+              "early_stopping_patience", "on_nonfinite", "spike_factor", "max_bad_steps", "sample_prompts",
+              "sample_tokens", "sample_at_eval", "compile"),
+}  # fmt: skip
+"""Settings that the check does not look at."""
+
+
+def twin_key(
+    config: RunConfig, model_config: PreTrainedConfig, code: Iterable[Path], candidates: Iterable[str], device: str,
+    num_ranks: int,
+) -> str:  # fmt: skip
+    """Return the digest of all that a result depends on.
+
+    Args:
+        config: the run's settings.
+        model_config: the model's.
+        code: files of the model's own code: upstream's module, or the folder's.
+        candidates: attention implementations that would be tried.
+        device: kind and name of the device.
+        num_ranks: ranks that share the model.
+    """
+    settings = asdict(config)
+    chosen: dict[str, Any] = {
+        group: {k: v for k, v in settings[group].items() if k not in _NO_MATTER.get(group, ())} for group in _GROUPS
+    }
+    own = model_config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+        own.pop(key, None)
+    everything = {
+        "settings": chosen,
+        "packed": [config.data.packing, config.data.padding_free],
+        "config": own,
+        "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(code)],
+        "candidates": list(candidates),
+        "device": device,
+        "ranks": num_ranks,
+        "versions": [_version(name) for name in _LIBRARIES],
+        "fsdp_qlora": _own_source(),
+    }
+    return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def recall(folder: Path, key: str) -> Verdict | None:
+    """Return the result that was kept under ``key``; None where there is none, or it cannot be read."""
+    try:
+        kept = json.loads((folder / f"{key}.json").read_text())
+        return Verdict(str(kept["attention"]), {str(k): str(v) for k, v in kept["fell"].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def remember(folder: Path, key: str, verdict: Verdict) -> None:
+    """Keep a result; where the folder cannot be written the next start checks again."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as staging:
+            json.dump(asdict(verdict), staging)
+        os.replace(staging.name, folder / f"{key}.json")  # noqa: PTH105
+    except OSError:
+        return
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return f"no {name}"
+
+
+@cache
+def _own_source() -> str:
+    digest = hashlib.sha256()
+    root = Path(fsdp_qlora.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,374 @@
+"""The twin check: before the first step our way is compared with upstream's own code, on a small twin of the model.
+
+The twin has the class, the code and every switch of the run's model and small sizes (`model/cut.py`). It is written by
+upstream's ``save_pretrained``, read by our loader, sharded over the run's own mesh, quantized, adapted and run as the
+run's settings say; upstream's side is stock transformers, bitsandbytes and PEFT in float32 with eager attention
+(`reference.py`). Losses of every token and all gradients must agree, padded and packed, and a later token must not
+change an earlier loss.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedConfig
+
+from fsdp_qlora.checks import reference
+from fsdp_qlora.checks.reference import Computed
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.dist.reduce import all_max, any_rank, from_main, gather_json
+from fsdp_qlora.errors import FsdpQloraError, ModelError
+from fsdp_qlora.model.causal import CausalModel
+from fsdp_qlora.model.cut import cut_config
+from fsdp_qlora.model.lora import trainable_parameters
+from fsdp_qlora.model.replicated import ReplicatedGradients
+from fsdp_qlora.plan.plan import TrainPlan
+from fsdp_qlora.plan.rows import row_range
+from fsdp_qlora.quant.formats import one_thread
+from fsdp_qlora.quant.matrices import local_tensor
+
+LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
+"""Largest relative difference in float32: of a token's loss (to the mean loss), of all gradients together."""
+ONE_LIMIT = 1e-3
+"""Largest relative difference of one parameter's gradient, where it is not a tiny part of all."""
+BF16_FACTOR, BF16_FLOOR = 2.0, 1e-3
+"""In bf16 our distance from upstream's float32 may be so many times upstream's own bf16 distance."""
+LENGTHS = (64, 41)
+"""Of the twin's rows: longer than its windows and chunks, and uneven, so that one is padded."""
+PACKED = ((24, 40), (31, 33))
+"""Of the rows that share a sequence, by sequence."""
+CHANGED = 37
+"""Place of the token that is changed to see whether earlier losses depend on it."""
+
+
+class Opened(Protocol):
+    """What of an opened model the check needs."""
+
+    @property
+    def plan(self) -> TrainPlan:
+        """What is quantized and what is trained."""
+        ...
+
+
+Build = Callable[[RunConfig, Path], tuple[CausalModel, Opened]]
+"""Builds and loads our model of a folder with these settings, as a run does. Every rank calls it."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the check found."""
+
+    attention: str
+    """The attention implementation that computes what upstream does."""
+    fell: dict[str, str] = field(default_factory=dict)
+    """Those tried before it, and how they differ."""
+
+
+class _NoTwin(Exception):  # noqa: N818 - an outcome, told by name
+    """The model cannot be made small, or upstream's own code does not run on it."""
+
+
+def check_twin(
+    config: RunConfig, model_config: PreTrainedConfig, code: Path | None, candidates: Sequence[str], ranks: Ranks,
+    build: Build,
+) -> Verdict:  # fmt: skip
+    """Compare and return the first of the attention ``candidates`` that equals upstream. Every rank calls it.
+
+    Args:
+        config: the run's settings.
+        model_config: the model's.
+        code: folder with the model's own code, where it brings some that is trusted.
+        candidates: attention implementations in the order of preference.
+        ranks: the run's.
+        build: builds our side.
+
+    Raises:
+        ModelError: on every rank alike, if none is equal: what differs, where first, by how much, and what to set.
+    """
+    fell: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="fsdp-qlora-twin-") as scratch:
+        folder = Path(scratch)
+        try:
+            _write(folder, model_config, code, ranks)
+        except _NoTwin as error:
+            raise ModelError(
+                f"model.check: this model cannot be compared with its own upstream code, for it cannot be made small "
+                f"({error}). model.check=off trains it unchecked."
+            ) from error
+        for attention in candidates:
+            twin = _Twin(_settings(config, folder, attention), folder, ranks, build)
+            problem = twin.problem()
+            if problem is None:
+                return Verdict(attention, fell)
+            fell[attention] = problem
+    raise ModelError(_message(config, model_config, fell))
+
+
+def _message(config: RunConfig, model_config: PreTrainedConfig, fell: dict[str, str]) -> str:
+    lines = "; ".join(f"{attention}: {problem}" for attention, problem in fell.items())
+    tries = [] if "eager" in fell else ["model.attn_implementation=eager"]
+    tries += [] if config.debug.name == "plain" else ["debug=plain"]
+    advice = f" Try {' or '.join(tries)};" if tries else ""
+    return (
+        f"model.check: training {model_config.model_type} here would not compute what its own code in transformers "
+        f"does ({lines}).{advice} model.check=off trains it all the same."
+    )
+
+
+def _write(folder: Path, model_config: PreTrainedConfig, code: Path | None, ranks: Ranks) -> None:
+    """Let rank 0 write the small model, and every rank have a copy of its files."""
+    problem, files = "", {}
+    if ranks.is_main:
+        try:
+            files = _written(folder, model_config, code)
+        except Exception as error:  # upstream's constructors and forwards raise anything
+            problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    problem, sizes = gather_json([problem, {name: len(data) for name, data in files.items()}], ranks)[0]
+    if problem:
+        raise _NoTwin(problem)
+    received = from_main(b"".join(files.values()), ranks)
+    for name, size in sizes.items():
+        if not ranks.is_main:
+            (folder / name).write_bytes(received[:size])
+        received = received[size:]
+
+
+def _written(folder: Path, model_config: PreTrainedConfig, code: Path | None) -> dict[str, bytes]:
+    model = reference.write_model(folder, cut_config(model_config), code)
+    with torch.no_grad():
+        logits = model(input_ids=torch.zeros(1, LENGTHS[0], dtype=torch.long), use_cache=False).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("upstream's own code gives values that are not finite")
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+def _settings(config: RunConfig, folder: Path, attention: str) -> RunConfig:
+    """Return the run's settings for its twin: the same paths through the code, small sizes, nothing random."""
+    precision = "fp32" if not attention.startswith("flash") else "bf16"
+    quant = config.quant
+    if quant.name == "int8":  # rounds activations, too: compared elsewhere (tests/distributed/test_formats.py)
+        quant = replace(quant, name="nf4")
+    if quant.embeddings == "int8":
+        quant = replace(quant, embeddings="nf4")
+    targets = config.lora.target_modules
+    if isinstance(targets, list | tuple) and any("." in name for name in targets):
+        targets = "all-linear"  # names of layers that the twin may not have
+    data = replace(config.data, train=None, eval=None, max_length=LENGTHS[0])
+    return replace(
+        config,
+        model=replace(config.model, name=str(folder), revision=None, attn_implementation=attention, config_overrides={}),
+        data=data,
+        quant=replace(quant, allow_16bit=True, overrides={}),
+        lora=replace(config.lora, r=min(4, config.lora.r), dropout=0.0, init_from=None, target_modules=targets),
+        precision=replace(config.precision, name=precision),
+        train=replace(
+            config.train, micro_batch_size=min(2, config.train.micro_batch_size), micro_batch_tokens=0, logits_chunk=16,
+            compile="false",
+        ),
+        fsdp=replace(config.fsdp, offload_modules=[]),
+    )  # fmt: skip
+
+
+class _Twin:
+    """Our small model and upstream's, side by side."""
+
+    def __init__(self, config: RunConfig, folder: Path, ranks: Ranks, build: Build) -> None:
+        self.config, self.folder, self.ranks, self._build = config, folder, ranks, build
+
+    def problem(self) -> str | None:
+        """Return how our way differs from upstream's, None where it does not; the same on every rank."""
+        problem: str | None = None
+        try:
+            self.model, opened = self._build(self.config, self.folder)
+            self.plan = opened.plan
+        except FsdpQloraError as error:
+            if error.exit_code != ModelError.exit_code or not str(error).startswith("model.attn_implementation"):
+                raise
+            problem = str(error)
+        if any_rank(problem is not None, self.ranks):
+            return problem or "refused on another rank"
+        try:
+            problem = self._compare()
+        except FsdpQloraError as error:
+            problem = str(error)
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        return problem
+
+    def _compare(self) -> str | None:
+        values = self._adapter_values()
+        rows = self._rows()
+        if problem := self._sees_the_future(rows):
+            return problem
+        wanted, random = self._reference(torch.float32, values, rows)
+        mine = self._ours(rows, train=not random)
+        if self.config.precision.name == "bf16":
+            theirs, _ = self._reference(torch.bfloat16, values, rows)
+            return _bf16_problem(mine, theirs, wanted, self.ranks)
+        return self._losses_differ(mine, wanted) or self._gradients_differ(mine, wanted)
+
+    @property
+    def _packs(self) -> bool:
+        return self.config.data.packing or self.config.data.padding_free
+
+    def _rows(self) -> list[torch.Tensor]:
+        """Return the rows: as many sequences as a micro-batch has, up to two; packed ones hold two rows each."""
+        sequences = 1 if self.config.train.micro_batch_size == 1 else 2
+        lengths = [n for pair in PACKED[:sequences] for n in pair] if self._packs else list(LENGTHS[:sequences])
+        head = self.model.base.get_output_embeddings()
+        top = min(int(head.out_features) if isinstance(head, nn.Linear) else head.source.out_features, 96)  # type: ignore[union-attr]
+        generator = torch.Generator().manual_seed(1)
+        return [torch.randint(4, top, (n,), generator=generator).to(self.ranks.device) for n in lengths]
+
+    @torch.no_grad()
+    def _adapter_values(self) -> dict[str, torch.Tensor]:
+        """Give our adapters values of which every one matters (B is zero at the start); return them whole."""
+        found = {}
+        ranks, whole = self.ranks, self.config.fsdp.adapters == "replicated"
+        for number, (name, parameter) in enumerate(trainable_parameters(self.model)):
+            generator = torch.Generator().manual_seed(number)
+            value = torch.randn(parameter.shape, generator=generator) * 0.1
+            rows = slice(None) if whole else slice(*row_range(parameter.shape[0], ranks.shard_rank, ranks.shard_size))
+            local_tensor(parameter).copy_(value[rows])
+            found[name] = value
+        return found
+
+    def _reference(
+        self, dtype: torch.dtype, values: dict[str, torch.Tensor], rows: list[torch.Tensor]
+    ) -> tuple[Computed, bool]:
+        """Return what upstream gives, and whether its training mode is random (PhiMoE's router): then as in evaluation."""
+        model = reference.load(self.folder, dtype, self.ranks.device, self.config.model.trust_remote_code)
+        with one_thread():
+            reference.round_weights(model, (*self.plan.quantized, *self.plan.quantized_edges))
+        lora = self.config.lora
+        adapted = reference.adapt(model, self.plan.targets, values, lora.r, lora.alpha, lora.variant == "rslora")
+        random = reference.is_random(adapted, rows[0])
+        return reference.compute(adapted.train(not random), rows), random
+
+    def _ours(self, rows: list[torch.Tensor], train: bool) -> Computed:
+        losses = self._losses(rows, gradients=True, train=train)
+        ReplicatedGradients(trainable_parameters(self.model), self.ranks)()
+        gradients = {}
+        for name, parameter in trainable_parameters(self.model):
+            own = parameter.grad
+            local = local_tensor(parameter)
+            gradients[name] = torch.zeros_like(local) if own is None else local_tensor(own) / self.ranks.size
+            parameter.grad = None
+        return Computed(losses, gradients)
+
+    def _losses(
+        self, rows: list[torch.Tensor], gradients: bool = False, train: bool = False
+    ) -> list[torch.Tensor]:
+        """Return our losses of each row's tokens, run in one micro-batch, padded or packed as the run's rows are."""
+        ids, labels, positions = _packed(rows) if self._packs else _padded(rows)
+        self.model.train(train)
+        with torch.set_grad_enabled(gradients):
+            found = self.model(ids, labels, positions)
+            if gradients:
+                found.sum().backward()
+        return list(found.detach().split([len(row) - 1 for row in rows]))
+
+    def _losses_differ(self, mine: Computed, wanted: Computed) -> str | None:
+        gap = max(float((a - b).abs().max()) for a, b in zip(mine.losses, wanted.losses, strict=True))
+        size = float(torch.cat(wanted.losses).mean())
+        worst = all_max(gap / size if gap == gap else float("inf"), self.ranks)
+        if worst <= LOSS_LIMIT:
+            return None
+        return f"a token's loss is off by {worst:.1e} of the mean loss{self._first_difference()}"
+
+    def _gradients_differ(self, mine: Computed, wanted: Computed) -> str | None:
+        ranks = self.ranks
+        whole = self.config.fsdp.adapters == "replicated"
+        squares = torch.zeros(len(wanted.gradients), 2, dtype=torch.float64, device=ranks.device)
+        for i, (name, theirs) in enumerate(wanted.gradients.items()):
+            rows = slice(None) if whole else slice(*row_range(theirs.shape[0], ranks.shard_rank, ranks.shard_size))
+            gap = mine.gradients[name].to(ranks.device) - theirs[rows]
+            squares[i, 0], squares[i, 1] = gap.double().square().sum(), theirs[rows].double().square().sum()
+        dist.all_reduce(squares, group=ranks.group)
+        gaps, sizes = squares.sqrt().unbind(1)
+        total = float(squares[:, 1].sum().sqrt())
+        together = float(squares[:, 0].sum().sqrt()) / max(total, 1e-30)
+        each = gaps / torch.clamp(sizes, min=1e-2 * total)
+        worst = int(each.argmax())
+        if together <= GRADIENT_LIMIT and float(each[worst]) <= ONE_LIMIT:
+            return None
+        name = list(wanted.gradients)[worst]
+        return f"gradients are off by {together:.1e}, most that of {name} by {float(gaps[worst] / sizes[worst]):.1e}"
+
+    def _sees_the_future(self, rows: list[torch.Tensor]) -> str | None:
+        changed = [row.clone() for row in rows]
+        place = min(CHANGED, len(rows[0]) - 2)
+        changed[0][place] = changed[0][place] % 90 + 5
+        if bool(changed[0][place] == rows[0][place]):
+            changed[0][place] += 1
+        before = self._losses(rows)
+        after = self._losses(changed)
+        gap = float((after[0][: place - 1] - before[0][: place - 1]).abs().max())
+        others = [float((a - b).abs().max()) for a, b in zip(after[1:], before[1:], strict=True)] or [0.0]
+        size = float(torch.cat(before).mean())
+        if all_max(gap / size, self.ranks) > LOSS_LIMIT:
+            return "tokens see later ones, so that the next token would be learned by copying it"
+        if all_max(max(others) / size, self.ranks) > LOSS_LIMIT:
+            return "rows see each other"
+        return None
+
+    def _first_difference(self) -> str:
+        """Return the first module, in the order of forward, whose output is not upstream's, as part of a sentence."""
+        row = self._rows()[0]
+        theirs = reference.load(self.folder, torch.float32, self.ranks.device, self.config.model.trust_remote_code)
+        with one_thread():
+            reference.round_weights(theirs, (*self.plan.quantized, *self.plan.quantized_edges))
+        ours = self.model.base
+        names = {module: name for name, module in theirs.named_modules() if name}
+        own = {module: name.replace(".base_layer", "") for name, module in ours.named_modules() if name}
+        self.model.eval()
+        theirs.eval()
+        wanted = reference.outputs_of(lambda: theirs(input_ids=row[None], use_cache=False), names)
+        inside = {module: name for module, name in own.items() if name in wanted}
+        with self.model.peft.disable_adapter() if self.model.peft is not None else nullcontext():
+            found = reference.outputs_of(lambda: self.model.logits(row[None]), inside)
+        for name, output in wanted.items():
+            mine = found.get(name)
+            if mine is None or mine.shape != output.shape:
+                continue
+            gap = float((mine - output).abs().max() / output.abs().max().clamp(min=1e-12))
+            if not gap <= 1e-4:
+                return f"; first in {name} ({type(theirs.get_submodule(name)).__name__}), whose output is off by {gap:.1e}"
+        return ""
+
+
+def _bf16_problem(mine: Computed, theirs: Computed, wanted: Computed, ranks: Ranks) -> str | None:
+    """Compare in bf16: our distance from upstream's float32 beside upstream's own."""
+
+    def distance(found: Computed) -> float:
+        gap = torch.cat(found.losses) - torch.cat(wanted.losses)
+        return float(gap.square().mean().sqrt() / torch.cat(wanted.losses).mean())
+
+    own, allowed = all_max(distance(mine), ranks), BF16_FACTOR * distance(theirs) + BF16_FLOOR
+    return None if own <= allowed else f"losses are {own:.1e} from float32's, where upstream's in bf16 are {allowed:.1e}"
+
+
+def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, None]:
+    longest = max(len(row) for row in rows)
+    ids = torch.stack([nn.functional.pad(row, (0, longest - len(row)), value=3) for row in rows])
+    labels = torch.stack([nn.functional.pad(row, (0, longest - len(row)), value=-100) for row in rows])
+    return ids, labels, None
+
+
+def _packed(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lay the rows in pairs, each pair in one sequence; a row's first token is no target."""
+    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    ids = torch.stack([torch.cat(pair) for pair in pairs])
+    firsts = [nn.functional.pad(row[1:], (1, 0), value=-100) for row in rows]
+    labels = torch.stack([torch.cat(pair) for pair in zip(firsts[::2], firsts[1::2], strict=True)])
+    positions = torch.stack([torch.cat([torch.arange(len(row)) for row in pair]) for pair in pairs])
+    return ids, labels, positions.to(ids.device)
