@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.loading import FILE_BYTES, SHAPE
-from fsdp_qlora.api import build_sharded
+from fsdp_qlora.building import build_sharded
 from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.dist.mesh import Ranks, build_ranks

@@ -14,12 +14,12 @@ from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.process import ACCELERATORS, Placement, device_types, memory_of
 from fsdp_qlora.dist.reduce import all_max
+from fsdp_qlora.model.attention_choice import EAGER, attention_candidates
 from fsdp_qlora.model.compile import COMPILED_TYPES, can_compile
 from fsdp_qlora.model.known import config_for_plan
 from fsdp_qlora.model.model_config import load_config
 from fsdp_qlora.model.prequantized import require_readable
 from fsdp_qlora.model.shard import model_dtype
-from fsdp_qlora.model.attention_choice import EAGER, attention_candidates
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.plan.batch import num_steps
 from fsdp_qlora.plan.choices import Compilation, Work, choose_compilation, decided, tensor_budget

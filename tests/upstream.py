@@ -13,6 +13,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.dist.reduce import from_main, gather_json
+
 
 def write_random(folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
     """Save a model of ``config`` in which every parameter and every persistent buffer matters."""
@@ -20,6 +23,29 @@ def write_random(folder: Path, config: PreTrainedConfig, dtype: torch.dtype = to
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     randomize(model)
     model.save_pretrained(folder)
+    return folder
+
+
+def write_everywhere(ranks: Ranks, folder: Path, config: PreTrainedConfig) -> Path:
+    """Save a random model on every rank; transformers' ``save_pretrained`` writes on the first one alone."""
+    files: dict[str, bytes] = {}
+    problem = ""
+    if ranks.is_main:
+        try:
+            write_random(folder, config)
+            model = load(folder, torch.float32)
+            logits = model(input_ids=torch.full((1, 48), 5), use_cache=False).logits
+            assert bool(torch.isfinite(logits).all()), "values that are not finite"
+            files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+    problem, sizes = gather_json([problem, {name: len(data) for name, data in files.items()}], ranks)[0]
+    if problem:
+        raise ValueError(problem)
+    received = from_main(b"".join(files.values()), ranks)
+    for name, size in sizes.items():
+        (folder / name).write_bytes(received[:size])
+        received = received[size:]
     return folder
 
 

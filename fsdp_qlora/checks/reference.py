@@ -70,7 +70,8 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_co
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
     )
-    return model.to(device).requires_grad_(False)
+    model.requires_grad_(False)
+    return model.to(device)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -88,11 +89,15 @@ def round_weights(model: nn.Module, quantized: Iterable[LinearShape]) -> None:
 
 
 def adapt(
-    model: PreTrainedModel, targets: Sequence[str], values: Mapping[str, torch.Tensor], r: int, alpha: float, rslora: bool
-) -> nn.Module:  # fmt: skip
+    model: PreTrainedModel, targets: Sequence[str], values: Mapping[str, torch.Tensor], r: int, alpha: Any, rslora: bool
+) -> nn.Module:
     """Put PEFT's adapters with these values on ``model``."""
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=list(targets), use_rslora=rslora  # type: ignore[arg-type]
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,
+        target_modules=list(targets),
+        use_rslora=rslora,  # type: ignore[arg-type]
     )
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     with torch.no_grad():

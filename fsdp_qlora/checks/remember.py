@@ -15,7 +15,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-import fsdp_qlora
 from fsdp_qlora.checks.twin import Verdict
 from fsdp_qlora.config.schema import RunConfig
 
@@ -95,7 +94,7 @@ def _version(name: str) -> str:
 @cache
 def _own_source() -> str:
     digest = hashlib.sha256()
-    root = Path(fsdp_qlora.__file__).parent
+    root = Path(__file__).parents[1]
     for file in sorted(root.rglob("*.py")):
         digest.update(str(file.relative_to(root)).encode())
         digest.update(file.read_bytes())

@@ -9,6 +9,7 @@ change an earlier loss.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -165,7 +166,9 @@ def _settings(config: RunConfig, folder: Path, attention: str) -> RunConfig:
     data = replace(config.data, train=None, eval=None, max_length=LENGTHS[0])
     return replace(
         config,
-        model=replace(config.model, name=str(folder), revision=None, attn_implementation=attention, config_overrides={}),
+        model=replace(
+            config.model, name=str(folder), revision=None, attn_implementation=attention, config_overrides={}
+        ),
         data=data,
         quant=replace(quant, allow_16bit=True, overrides={}),
         lora=replace(config.lora, r=min(4, config.lora.r), dropout=0.0, init_from=None, target_modules=targets),
@@ -245,7 +248,7 @@ class _Twin:
     def _reference(
         self, dtype: torch.dtype, values: dict[str, torch.Tensor], rows: list[torch.Tensor]
     ) -> tuple[Computed, bool]:
-        """Return what upstream gives, and whether its training mode is random (PhiMoE's router): then as in evaluation."""
+        """Return what upstream gives; where its training mode is random (PhiMoE's router), evaluation mode's, and True."""
         model = reference.load(self.folder, dtype, self.ranks.device, self.config.model.trust_remote_code)
         with one_thread():
             reference.round_weights(model, (*self.plan.quantized, *self.plan.quantized_edges))
@@ -265,9 +268,7 @@ class _Twin:
             parameter.grad = None
         return Computed(losses, gradients)
 
-    def _losses(
-        self, rows: list[torch.Tensor], gradients: bool = False, train: bool = False
-    ) -> list[torch.Tensor]:
+    def _losses(self, rows: list[torch.Tensor], gradients: bool = False, train: bool = False) -> list[torch.Tensor]:
         """Return our losses of each row's tokens, run in one micro-batch, padded or packed as the run's rows are."""
         ids, labels, positions = _packed(rows) if self._packs else _padded(rows)
         self.model.train(train)
@@ -280,7 +281,7 @@ class _Twin:
     def _losses_differ(self, mine: Computed, wanted: Computed) -> str | None:
         gap = max(float((a - b).abs().max()) for a, b in zip(mine.losses, wanted.losses, strict=True))
         size = float(torch.cat(wanted.losses).mean())
-        worst = all_max(gap / size if gap == gap else float("inf"), self.ranks)
+        worst = all_max(float("inf") if math.isnan(gap) else gap / size, self.ranks)
         if worst <= LOSS_LIMIT:
             return None
         return f"a token's loss is off by {worst:.1e} of the mean loss{self._first_difference()}"
@@ -328,8 +329,10 @@ class _Twin:
         with one_thread():
             reference.round_weights(theirs, (*self.plan.quantized, *self.plan.quantized_edges))
         ours = self.model.base
-        names = {module: name for name, module in theirs.named_modules() if name}
-        own = {module: name.replace(".base_layer", "") for name, module in ours.named_modules() if name}
+        names: dict[nn.Module, str] = {module: name for name, module in theirs.named_modules() if name}
+        own: dict[nn.Module, str] = {
+            module: name.replace(".base_layer", "") for name, module in ours.named_modules() if name
+        }
         self.model.eval()
         theirs.eval()
         wanted = reference.outputs_of(lambda: theirs(input_ids=row[None], use_cache=False), names)
@@ -342,7 +345,9 @@ class _Twin:
                 continue
             gap = float((mine - output).abs().max() / output.abs().max().clamp(min=1e-12))
             if not gap <= 1e-4:
-                return f"; first in {name} ({type(theirs.get_submodule(name)).__name__}), whose output is off by {gap:.1e}"
+                return (
+                    f"; first in {name} ({type(theirs.get_submodule(name)).__name__}), whose output is off by {gap:.1e}"
+                )
         return ""
 
 
@@ -354,7 +359,9 @@ def _bf16_problem(mine: Computed, theirs: Computed, wanted: Computed, ranks: Ran
         return float(gap.square().mean().sqrt() / torch.cat(wanted.losses).mean())
 
     own, allowed = all_max(distance(mine), ranks), BF16_FACTOR * distance(theirs) + BF16_FLOOR
-    return None if own <= allowed else f"losses are {own:.1e} from float32's, where upstream's in bf16 are {allowed:.1e}"
+    return (
+        None if own <= allowed else f"losses are {own:.1e} from float32's, where upstream's in bf16 are {allowed:.1e}"
+    )
 
 
 def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, None]:

@@ -95,8 +95,10 @@ def head_input(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
     Raises:
         ModelError: if ``forward`` ends without calling the head.
     """
+    head = model.get_output_embeddings()
+    assert head is not None
     try:
-        _with(model, {_head_name(model): _Stop(model.get_output_embeddings())}).forward(**inputs)
+        _with(model, {_head_name(model): _Stop(head)}).forward(**inputs)
     except _Reached as reached:
         return reached.hidden
     raise ModelError(f"{type(model).__name__}: its forward does not call the output head; its loss cannot be computed.")

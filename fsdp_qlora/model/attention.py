@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.plan.activations import KEPT_SCORES_LENGTH, QUERY_BLOCK
+from fsdp_qlora.quant.gemm import matmul
 from fsdp_qlora.quant.ops import register
 
 BLOCKWISE = "blockwise"
@@ -123,7 +124,7 @@ class _Heads:
         self, start: int, stop: int, first: int, last: int, mask: Tensor | None, causal: bool, out: Tensor | None = None
     ) -> Tensor:
         """Return the softmax of a block's scores, ``[rows x key heads, group x block, last - first]``, in ``out``."""
-        scores = torch.bmm(self.block(self.query, start, stop), self.key[:, first:last].transpose(1, 2))
+        scores = matmul(self.block(self.query, start, stop), self.key[:, first:last].transpose(1, 2))
         if causal:
             hidden = torch.ones(stop - start, stop - start, dtype=torch.bool, device=scores.device).triu_(1)
             own = scores.view(-1, stop - start, last - first)[..., start - first :]
@@ -153,7 +154,7 @@ def _attention(
         size = rows * heads_of_queries * (stop - start) * (last - first) if keep else 0
         own = kept[place : place + size] if keep else None
         scores = heads.probabilities(start, stop, first, last, mask, causal, own)
-        heads.unblock(torch.bmm(scores, heads.value[:, first:last]), laid, start, stop)
+        heads.unblock(matmul(scores, heads.value[:, first:last]), laid, start, stop)
         place += size
     return out.flatten(2, 3), kept
 
@@ -180,11 +181,11 @@ def _attention_backward(
             place += size
         else:
             scores = heads.probabilities(start, stop, first, last, mask, causal)
-        grad_value[:, first:last] += torch.bmm(scores.transpose(1, 2), part)
-        slope = torch.bmm(part, heads.value[:, first:last].transpose(1, 2))
+        grad_value[:, first:last] += matmul(scores.transpose(1, 2), part)
+        slope = matmul(part, heads.value[:, first:last].transpose(1, 2))
         slope.sub_(heads.block(dots, start, stop)).mul_(scores)
-        heads.unblock(torch.bmm(slope, heads.key[:, first:last]), grad_query, start, stop)
-        grad_key[:, first:last] += torch.bmm(slope.transpose(1, 2), heads.block(heads.query, start, stop))
+        heads.unblock(matmul(slope, heads.key[:, first:last]), grad_query, start, stop)
+        grad_key[:, first:last] += matmul(slope.transpose(1, 2), heads.block(heads.query, start, stop))
     return (
         grad_query.mul_(scale).view(query.shape),
         grad_key.to(key.dtype).view(key.shape),

@@ -42,7 +42,7 @@ def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parame
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Let every module that is constructed have its parameters on meta and its buffers on the CPU."""
-    hook = register_module_parameter_registration_hook(_to_meta)
+    hook = register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type] - its result counts
     try:
         with _EmptyOnMeta():
             yield

@@ -41,9 +41,7 @@ _WIDTH = (
     r"|pronunciation_embed_dim|shape_embed_dim|mamba_d_ssm|laurel_rank|prompt_mid_dim)$"
 )
 _STATE = r"(mamba_d_state|ssm_state_size|state_size)$"
-_INNER_DIM = (
-    r"(linear_(key|value)_head_dim|linear_head_dim|index_head_dim|mamba_d_head|mamba_head_?dim|mamba_headdim)$"
-)
+_INNER_DIM = r"(linear_(key|value)_head_dim|linear_head_dim|index_head_dim|mamba_d_head|mamba_head_?dim|mamba_headdim)$"
 _INNER_HEADS = r"(linear_num_(key|value)_heads|linear_num_heads|index_n_heads|mamba_n_heads|mamba_num_heads)$"
 
 
@@ -72,7 +70,7 @@ def _cut(values: dict[str, Any], num_layers: int) -> None:
     for key, value in before.items():
         if isinstance(value, list) and layers and len(value) == layers:
             values[key] = [value[i] for i in kept]
-    for key, value in before.items():
+    for key in before:
         values[key] = _cut_value(key, values[key], before, hidden, layers, len(kept))
     _keep_products(values, before, hidden)
     _keep_sums(values, before)
@@ -163,7 +161,10 @@ def _keep_products(values: dict[str, Any], before: Mapping[str, Any], hidden: in
     expand = next((before[k] for k in ("mamba_expand", "expand") if isinstance(before.get(k), int)), 1)
     for heads_key, dim_key in _head_pairs(before):
         product = before[heads_key] * before[dim_key]
-        for width, small in ((before.get("mamba_d_ssm"), values.get("mamba_d_ssm")), (expand * hidden, expand * HIDDEN)):
+        for width, small in (
+            (before.get("mamba_d_ssm"), values.get("mamba_d_ssm")),
+            (expand * hidden, expand * HIDDEN),
+        ):
             if width and small and product == width:
                 values[heads_key] = max(1, small // values[dim_key])
                 break

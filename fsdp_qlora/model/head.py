@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fsdp_qlora.model.around_head import AfterHead
+from fsdp_qlora.quant.gemm import matmul, product_into
 
 
 class LossHead(nn.Linear):
@@ -137,13 +138,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if wants_grad else None
         for start in range(0, labels.numel(), chunk):
             part = slice(start, start + chunk)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias)
+            logits = matmul(hidden[part], weight.t())
+            if bias is not None:
+                logits += bias
             if code is None:
                 losses[part] = token_losses(logits, labels[part], scale, softcap, wants_grad)
             else:
                 losses[part], logits = token_losses_by_code(logits, labels[part], code, wants_grad)
             if grad is not None:
-                torch.mm(logits, weight, out=grad[part])
+                product_into(grad[part], logits, weight)
         if grad is not None:
             ctx.save_for_backward(grad)
         return losses

@@ -73,7 +73,7 @@ def take_stock(model: PreTrainedModel, source: SafetensorsFolder) -> Inventory:
         raise ModelError(
             f"{source.folder}: no tensor {_some(refused)} among its {len(source.entries)} tensors"
             f"{f' ({len(refused)} are missing)' if len(refused) > 1 else ''}; {type(model).__name__} needs "
-            f"{'it' if len(refused) == 1 else 'them'}. Download the model anew, or use the config that it was saved with."
+            f"{'it' if len(refused) == 1 else 'them'}. Download the model anew, with its own config.json."
         )
     used = source.used() | names
     left = [n for n in source.entries if n not in used and not _is_statistic(n, used)]

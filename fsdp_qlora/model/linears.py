@@ -29,7 +29,7 @@ def is_plain_linear(module: nn.Module | None) -> bool:
 
 def replaceable_linears(model: PreTrainedModel) -> Iterator[LinearShape]:
     """Yield what of ``model`` can be stored quantized, in the order of its modules; a head may be among it."""
-    read = {name for name in _read_by_others(model)}
+    read = set(_read_by_others(model))
     for name, module in model.named_modules():
         if name in read:
             continue
@@ -81,7 +81,9 @@ def _read_by_others(model: PreTrainedModel) -> dict[str, str]:
     """Return the names of linears whose weight or bias the code of a module around them reads: name -> that class."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     found: dict[str, str] = {
-        name: "upstream" for name in linears if _in_float32(model.get_submodule(name), model)  # type: ignore[arg-type]
+        name: "upstream"
+        for name in linears
+        if _in_float32(model.get_submodule(name), model)  # type: ignore[arg-type]
     }
     for owner, module in model.named_modules():
         children = _children_read(type(module)) if owner else frozenset()

@@ -19,5 +19,5 @@ def names_taken_for_experts(model_config: Any) -> frozenset[str]:
     model_type = getattr(model_config, "model_type", None)
     if model_type is None or get_checkpoint_conversion_mapping(model_type) is None:
         return frozenset()
-    pattern = _MODEL_TO_CONVERSION_PATTERN.get(model_type)
-    return frozenset(_MOE_TARGET_MODULE_MAPPING.get(pattern, ()))
+    pattern = str(_MODEL_TO_CONVERSION_PATTERN.get(model_type))
+    return frozenset(_MOE_TARGET_MODULE_MAPPING.get(pattern, {}))

@@ -136,7 +136,9 @@ def task_type(model: PreTrainedModel) -> str | None:
 def _longest_list(model: nn.Module) -> list[nn.Module]:
     """Return the modules of the longest list of modules of one class: the layers, where transformers does not say."""
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    return max(lists, key=lambda layers: (len(layers), sum(p.numel() for x in layers for p in x.parameters())), default=[])
+    return max(
+        lists, key=lambda layers: (len(layers), sum(p.numel() for x in layers for p in x.parameters())), default=[]
+    )
 
 
 def build_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -178,7 +180,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         embedding=names[embedding],
         head=names[head],
         tied=head.weight is embedding.weight,
-        hidden_size=embedding.weight.shape[1],
+        hidden_size=int(embedding.weight.shape[1]),  # type: ignore[index]
         vocab_size=head.out_features,
         num_attention_heads=_number(config, "num_attention_heads"),
         edges_apart=task_type(model) == "CAUSAL_LM",
@@ -195,7 +197,9 @@ def _refuse_shared(model: PreTrainedModel, layers: list[nn.Module]) -> None:
     for layer in layers:
         for parameter in layer.parameters():
             if owner.setdefault(parameter, layer) is not layer:
-                raise ModelError(f"{type(model).__name__}: its layers share weights, and such layers cannot be sharded.")
+                raise ModelError(
+                    f"{type(model).__name__}: its layers share weights, and such layers cannot be sharded."
+                )
 
 
 def _number(config: Any, key: str) -> int:

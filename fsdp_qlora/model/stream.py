@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import all_gather, gather_json, on_every
 from fsdp_qlora.errors import ModelError, NumericsError
+from fsdp_qlora.model.construct import persistent_buffers, to_empty_but_buffers
 from fsdp_qlora.model.offload import HOST
 from fsdp_qlora.model.prequantized import PackedWeight, fill_packed, find_kept, find_weight
-from fsdp_qlora.model.construct import persistent_buffers, to_empty_but_buffers
 from fsdp_qlora.model.weights import SafetensorsFolder, StoredTensor
 from fsdp_qlora.plan.rows import CHUNK_WEIGHTS, row_range
 from fsdp_qlora.quant.formats import nested_of_rows, one_thread

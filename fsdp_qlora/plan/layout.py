@@ -101,6 +101,11 @@ class ModelShapes:
     float32: frozenset[str] = frozenset()
     """Parameters that upstream keeps in float32 in a 16-bit model: whole on every rank, for FSDP would round them."""
 
+    @property
+    def float32_bytes(self) -> int:
+        """Bytes of the parameters that every rank holds whole in float32."""
+        return 4 * sum(prod(self.parameters[name]) for name in self.float32)
+
     def numel(self, prefix: str) -> int:
         """Return the number of parameters under the module ``prefix``."""
         return sum(prod(s) for name, s in self.parameters.items() if name.startswith(prefix + "."))
@@ -129,8 +134,8 @@ def target_linears(shapes: ModelShapes, target_modules: str | Sequence[str]) -> 
     candidates = [name for name in linears if name not in shapes.not_adapted]
     if not candidates:
         raise PlanError(
-            "lora.target_modules: this model's decoder layers have no linear layer that can take an adapter: all have a "
-            "forward of their own, or other code reads their weights."
+            "lora.target_modules: this model's decoder layers have no linear layer that can take an adapter: all have "
+            "a forward of their own, or other code reads their weights."
         )
     if target_modules == "all-linear":
         return tuple(candidates)

@@ -257,12 +257,11 @@ class MemoryModel:
             for name, shape in self.shapes.parameters.items()
             if name not in self.packed and name not in self.offloaded and name not in self.shapes.float32
         )
-        whole = FLOAT32 * sum(prod(self.shapes.parameters[name]) for name in self.shapes.float32)
         adapters = FLOAT32 * self._held(settings)
         return (
             sum(mine * x.row_bytes for x, mine in rows),
             sum(mine * x.layout.statistics_bytes for x, mine in rows),
-            kept * settings.itemsize + whole,
+            kept * settings.itemsize + self.shapes.float32_bytes,
             adapters,
             sum(
                 state_bytes(settings.optim, name, shape, num_ranks=settings.adapter_shards)

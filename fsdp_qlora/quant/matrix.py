@@ -10,6 +10,7 @@ import torch
 
 from fsdp_qlora.plan.layout import SLICE_WEIGHTS, WHOLE_WEIGHTS
 from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, dequantize, multiply_int8
+from fsdp_qlora.quant.gemm import add_product, matmul
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,16 @@ class Matrix:
             return multiply_int8(x, self.quantized, self.quant_format.threshold)
         pieces = list(self._pieces())
         if len(pieces) == 1:
-            return x @ self.whole(x.dtype).t()
+            return matmul(x, self.whole(x.dtype).t())
         out = x.new_empty(x.shape[0], self.out_features)
         for start, stop in pieces:
-            out[:, start:stop] = x @ self.rows(start, stop, x.dtype).t()
+            out[:, start:stop] = matmul(x, self.rows(start, stop, x.dtype).t())
         return out
 
     def apply_transposed(self, grad: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``grad @ matrix`` ``[tokens, in_features]``, added to ``into`` (in place) where that is given."""
         for start, stop in self._pieces():
             part, dense = grad[:, start:stop], self.rows(start, stop, grad.dtype)
-            into = part @ dense if into is None else into.addmm_(part, dense)
+            into = matmul(part, dense) if into is None else add_product(into, part, dense)
         assert into is not None
         return into

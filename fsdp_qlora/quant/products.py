@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor
+from fsdp_qlora.quant.gemm import add_product, matmul
 from fsdp_qlora.quant.matrix import Matrix
 from fsdp_qlora.quant.ops import register
 
@@ -59,10 +60,10 @@ def _linears(
     matrices = _matrices(flat.shape[1], out_features, packed, absmax, nested, offset, name, block_size)
     outs = [matrix.apply(flat) for matrix in matrices]
     if down:
-        low = (flat @ _stack(down).t()).split([a.shape[0] for a in down], dim=1)
+        low = matmul(flat, _stack(down).t()).split([a.shape[0] for a in down], dim=1)
         for out, part, b, scaling in zip(outs, low, up, scalings, strict=True):
-            out.addmm_(part, b.t(), alpha=scaling)
-    # not as views: upstream may change a product in place (clip_qkv, parallel layers), and autograd forbids that of views
+            add_product(out, part, b.t(), scaling)
+    # no views: upstream may change a product in place (clip_qkv, parallel layers), which autograd forbids for those
     return [torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[1])) for out in outs]
 
 
@@ -85,18 +86,18 @@ def _linears_backward(
         return used.new_empty(0) if grad_x is None else grad_x.view(shape), [], []
     flat = x.reshape(-1, in_features)
     ranks, stacked = [a.shape[0] for a in down], _stack(down)
-    low = (flat @ stacked.t()).split(ranks, dim=1)
+    low = matmul(flat, stacked.t()).split(ranks, dim=1)
     grad_low = flat.new_zeros(flat.shape[0], sum(ranks))
     grad_up = []
     for grad, part, into, b, scaling in zip(found, low, grad_low.split(ranks, dim=1), up, scalings, strict=True):
         if grad is None:
             grad_up.append(torch.zeros_like(b))
             continue
-        into.copy_(grad @ b).mul_(scaling)
-        grad_up.append((grad.t() @ part).mul_(scaling))
-    grad_down = (grad_low.t() @ flat).split(ranks)
+        into.copy_(matmul(grad, b)).mul_(scaling)
+        grad_up.append(matmul(grad.t(), part).mul_(scaling))
+    grad_down = matmul(grad_low.t(), flat).split(ranks)
     if grad_x is not None:
-        grad_x.addmm_(grad_low, stacked)
+        add_product(grad_x, grad_low, stacked)
     return flat.new_empty(0) if grad_x is None else grad_x.view(shape), [g.clone() for g in grad_down], grad_up
 
 

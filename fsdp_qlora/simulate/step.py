@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fsdp_qlora.api import build_sharded
+from fsdp_qlora.building import build_sharded
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.dist.mesh import Ranks

@@ -21,12 +21,13 @@ from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.schema import DataSettings, LoraSettings, OptimSettings, PrecisionSettings, RunConfig
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
 from fsdp_qlora.dist.process import Placement, choose_device, memory_peak, process_group, use_device
+from fsdp_qlora.model.attention_choice import attention_candidates
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters, seed_of, trainable_parameters
 from fsdp_qlora.model.model_config import load_config
 from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, shard_model, synchronize_gradients
-from fsdp_qlora.model.skeleton import attention_for, build_skeleton, read_shapes
+from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.model.stream import stream_weights, verify_gather
 from fsdp_qlora.model.weights import SafetensorsFolder
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
@@ -207,11 +208,13 @@ def llama(tmp_path: Path) -> Path:
 def make_real(folder: Path, config: RunConfig, ranks: Ranks) -> CausalModel:
     """The stages of `fsdp_qlora.prepare`, one by one."""
     precision = config.precision.name
-    base = build_skeleton(folder, model_dtype(precision), attention_for(ranks.device, "auto", load_config(folder)))
+    dtype = model_dtype(precision)
+    base = build_skeleton(folder, dtype, attention_candidates(ranks.device, "auto", load_config(folder), dtype)[0])
+    after = after_head(base)
     plan = make_plan(config, read_shapes(base), ranks.size)
     swapped = swap_linears(base, plan.quantized, QuantFormat())
     assert len(swapped) == 14
-    install_loss_head(base, chunk=32)
+    install_loss_head(base, after, chunk=32)
     model = CausalModel(attach_lora(base, plan.targets, config.lora.r, config.lora.alpha))
     units = [[base.get_submodule(name) for name in unit] for unit in plan.units]
     shard_model(model, units, ranks, mixed_precision(precision))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fsdp_qlora.api import build_sharded
+from fsdp_qlora.building import build_sharded
 from fsdp_qlora.config.schema import (
     DataSettings,
     FsdpSettings,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fsdp_qlora.model.attention_choice import attention_candidates
 from fsdp_qlora.model.compile import COMPILED_TYPES, compile_layers, uncompiled
+from fsdp_qlora.model.construct import to_empty_but_buffers
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters, trainable_parameters, use_fused_products
 from fsdp_qlora.model.model_config import load_config
-from fsdp_qlora.model.skeleton import attention_for, build_skeleton, decoder_layers, read_shapes, restore_buffers
+from fsdp_qlora.model.skeleton import build_skeleton, decoder_layers, read_shapes
 from fsdp_qlora.plan.layout import quantized_linears, target_linears
 from fsdp_qlora.quant.formats import QuantFormat, quantize
 from fsdp_qlora.quant.matrices import QuantMatrices
@@ -18,7 +20,7 @@ from tests.families import FAMILIES, write_family
 
 def _model(folder, dtype=torch.float32):
     """Return a small model with random 4-bit weights and adapters, and its layers."""
-    attention = attention_for(torch.device("cpu"), "auto", load_config(folder))
+    attention = attention_candidates(torch.device("cpu"), "auto", load_config(folder), dtype)[0]
     base = build_skeleton(folder, dtype, attention)
     shapes = read_shapes(base)
     swap_linears(base, quantized_linears(shapes), QuantFormat())
@@ -29,7 +31,7 @@ def _model(folder, dtype=torch.float32):
 
 
 def _fill(model, base):
-    model.to_empty(device="cpu")
+    to_empty_but_buffers(model, torch.device("cpu"), torch.device("cpu"))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in base.named_parameters():
@@ -39,7 +41,6 @@ def _fill(model, base):
     for module in base.modules():
         if isinstance(module, QuantMatrices):
             module.fill(quantize(torch.randn(module.shape, generator=generator) * 0.05, module.quant_format))
-    restore_buffers(base, torch.device("cpu"))
     initialize_adapters(model, 0)
     for name, parameter in trainable_parameters(model):
         if ".lora_B." in name:

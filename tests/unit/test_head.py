@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
+from fsdp_qlora.model.around_head import AfterHead
 from fsdp_qlora.model.head import LossHead
 
 
@@ -18,8 +17,7 @@ from fsdp_qlora.model.head import LossHead
 def test_equals_cross_entropy_of_all_logits(chunk, softcap, scale, bias):
     torch.manual_seed(0)
     linear = nn.Linear(16, 50, bias=bias).requires_grad_(False)
-    config = SimpleNamespace(final_logit_softcapping=softcap, logit_scale=scale)
-    head = LossHead.from_linear(linear, config, chunk)
+    head = LossHead.from_linear(linear, AfterHead(scale, softcap), chunk)
     assert head.weight is linear.weight
     hidden, labels = torch.randn(20, 16, requires_grad=True), torch.randint(0, 50, (20,))
     twin = hidden.detach().clone().requires_grad_()
@@ -34,14 +32,14 @@ def test_equals_cross_entropy_of_all_logits(chunk, softcap, scale, bias):
 
 
 def test_no_supervised_token_gives_an_empty_loss_that_can_go_backward():
-    head = LossHead.from_linear(nn.Linear(4, 9).requires_grad_(False), SimpleNamespace(), 8)
+    head = LossHead.from_linear(nn.Linear(4, 9).requires_grad_(False), AfterHead(), 8)
     hidden = torch.randn(0, 4, requires_grad=True)
     head(hidden, labels=torch.zeros(0, dtype=torch.long)).sum().backward()
     assert hidden.grad.shape == (0, 4)
 
 
 def test_never_holds_all_logits():
-    head = LossHead.from_linear(nn.Linear(8, 1000).requires_grad_(False), SimpleNamespace(), 4)
+    head = LossHead.from_linear(nn.Linear(8, 1000).requires_grad_(False), AfterHead(), 4)
     sizes = []
 
     class Spy(torch.utils._python_dispatch.TorchDispatchMode):

@@ -12,7 +12,7 @@ import torch
 from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.model.model_config import load_config
-from fsdp_qlora.model.skeleton import build_skeleton, build_tokenizer, restore_buffers
+from fsdp_qlora.model.skeleton import build_skeleton, build_tokenizer
 
 
 @pytest.fixture
@@ -57,8 +57,7 @@ def test_damaged_json_is_refused(folder):
 
 
 def _frequencies(folder: Path, overrides: dict) -> torch.Tensor:
-    model = build_skeleton(folder, torch.float32, "eager", config_overrides=overrides).to_empty(device="cpu")
-    restore_buffers(model, torch.device("cpu"))
+    model = build_skeleton(folder, torch.float32, "eager", config_overrides=overrides)
     return model.get_submodule("model.rotary_emb").get_buffer("inv_freq").clone()
 
 

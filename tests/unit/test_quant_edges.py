@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.errors import ModelError, PlanError
+from fsdp_qlora.model.around_head import AfterHead
 from fsdp_qlora.model.conversions import arrangement
 from fsdp_qlora.model.head import LossHead
 from fsdp_qlora.model.quant_head import QuantLossHead
@@ -56,7 +57,7 @@ def test_the_sliced_head_has_the_dense_heads_losses_gradients_and_logits(monkeyp
     linear.weight = torch.nn.Parameter(matrices.dequantize(torch.float32), requires_grad=False)
     if bias:
         linear.bias = shift
-    dense = LossHead.from_linear(linear, None, 7)
+    dense = LossHead.from_linear(linear, AfterHead(), 7)
     head.logit_scale = dense.logit_scale = 0.5
     head.softcap = dense.softcap = softcap
     head.chunk = 7

@@ -1,0 +1,212 @@
+"""A model from its folder to its shards: checked against upstream, opened, quantized, adapted, sharded, filled."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import PreTrainedModel
+
+from fsdp_qlora.checks.remember import recall, remember, twin_key
+from fsdp_qlora.checks.twin import Verdict, check_twin
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.dist.process import (
+    device_name,
+)
+from fsdp_qlora.dist.reduce import any_rank, on_every
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.model.activations import checkpoint_activations
+from fsdp_qlora.model.around_head import after_head
+from fsdp_qlora.model.attention_choice import code_files
+from fsdp_qlora.model.causal import CausalModel, install_loss_head
+from fsdp_qlora.model.compile import compile_layers
+from fsdp_qlora.model.conversions import arrangement
+from fsdp_qlora.model.experts import use_quantized_experts
+from fsdp_qlora.model.inventory import take_stock
+from fsdp_qlora.model.lora import attach_lora, initialize_adapters, trainable_parameters, use_fused_products
+from fsdp_qlora.model.model_config import load_config
+from fsdp_qlora.model.offload import HOST, offload_activations
+from fsdp_qlora.model.quant_head import quantize_edges
+from fsdp_qlora.model.shard import (
+    host_modules,
+    keep_on_host,
+    mixed_precision,
+    require_sharded,
+    set_prefetch,
+    shard_model,
+    skip_gather_in_backward,
+    stay_gathered,
+    untie_across,
+)
+from fsdp_qlora.model.skeleton import (
+    decoder_layers,
+    is_causal,
+    read_shapes,
+    task_type,
+)
+from fsdp_qlora.model.stream import LoadReport, Progress, stream_weights
+from fsdp_qlora.model.weights import SafetensorsFolder
+from fsdp_qlora.plan.choices import decided
+from fsdp_qlora.plan.layout import ModelShapes
+from fsdp_qlora.plan.plan import TrainPlan, make_plan
+from fsdp_qlora.planning import (
+    attentions_for,
+    skeleton,
+)
+from fsdp_qlora.quant.backend import bitsandbytes_backend
+from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.quant.swap import swap_linears
+
+
+def cache_folder() -> Path:
+    """Return where prepared data and the embedded model are kept: $FSDP_QLORA_CACHE or ~/.cache/fsdp_qlora."""
+    return Path(os.environ.get("FSDP_QLORA_CACHE", "~/.cache/fsdp_qlora")).expanduser()
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """All of a model but its weights."""
+
+    config: RunConfig
+    """The settings with every ``auto`` decided."""
+    base: PreTrainedModel
+    """On meta, as transformers builds it."""
+    source: SafetensorsFolder
+    shapes: ModelShapes
+    plan: TrainPlan
+
+    def compiled(self, on: bool) -> OpenedModel:
+        """Return the same with ``train.compile`` decided."""
+        train = replace(self.config.train, compile="true" if on else "false")
+        return replace(self, config=replace(self.config, train=train))
+
+
+def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
+    """Compare a small twin of the model with upstream's code, or recall that it was; return which attention equals it.
+
+    Raises:
+        ModelError: on every rank alike, if none does.
+    """
+    model = config.model
+    model_config = on_every(lambda: load_config(folder, model.trust_remote_code, model.config_overrides), ranks)
+    candidates = on_every(lambda: attentions_for(config, ranks.device, folder), ranks)
+    if model.check == "off" or not is_causal(model_config):
+        return Verdict(candidates[0])
+    code = code_files(model_config, folder, model.trust_remote_code)
+    key = twin_key(config, model_config, code, candidates, device_name(ranks.device), ranks.size)
+    kept = cache_folder() / "checks"
+    known = recall(kept, key) if model.check == "auto" else None
+    if not any_rank(known is None, ranks) and known is not None:
+        return known
+
+    def build(settings: RunConfig, twin: Path) -> tuple[CausalModel, OpenedModel]:
+        opened = on_every(lambda: open_model(settings, twin, ranks, None), ranks)
+        return load_model(opened.compiled(False), ranks)[0], opened
+
+    own_code = folder if model.trust_remote_code and any(folder.glob("*.py")) else None
+    verdict = check_twin(config, model_config, own_code, candidates, ranks, build)
+    remember(kept, key, verdict)
+    return verdict
+
+
+def told(verdict: Verdict) -> str:
+    """Return the attention and why those that are preferred fell, in a line."""
+    fell = "; ".join(f"{attention} fell: {why}" for attention, why in verdict.fell.items())
+    return f"{verdict.attention} ({fell})" if fell else verdict.attention
+
+
+def open_model(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> OpenedModel:
+    """Open all of a model but its weights; what is wrong with it shows here, before anything long is done.
+
+    ``config`` has its attention decided (`check_model`).
+
+    Raises:
+        ModelError: if it cannot be built, or its files do not hold what it needs.
+        PlanError: if the settings do not go with it.
+    """
+    base = skeleton(config, folder)
+    source = SafetensorsFolder(folder)
+    source.arrange(arrangement(base, source.entries))
+    stock = take_stock(base, source)
+    if (line := stock.describe()) and ranks.is_main:
+        print(f"{config.model.name}: {line}", flush=True)
+    shapes = read_shapes(base)
+    if config.data.train is not None and task_type(base) != "CAUSAL_LM":
+        raise ModelError(
+            f"model.name: a {type(base).__name__} is no causal language model, and objective=sft trains only those. It "
+            "can be planned and loaded, and trained by a loop of your own (`prepare` without data)."
+        )
+    plan = make_plan(config, shapes, ranks.size, budget)
+    if plan.quantized or plan.quantized_edges:
+        bitsandbytes_backend(ranks.device)
+    return OpenedModel(decided(config, plan.settings), base, source, shapes, plan)
+
+
+def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = None) -> tuple[CausalModel, LoadReport]:
+    """Quantize, adapt and shard an opened model, load its weights and initialise its adapters."""
+    config = opened.config
+    model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks)
+    shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
+    on_host = host_modules(model.base, opened.plan.offloaded)
+    report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host)
+    initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size)
+    return model, report
+
+
+def build_sharded(
+    config: RunConfig,
+    base: PreTrainedModel,
+    shapes: ModelShapes,
+    plan: TrainPlan,
+    ranks: Ranks,
+    host: torch.device = HOST,
+) -> CausalModel:
+    """Swap, adapt and shard a meta model as planned; the order is the point (see docs/architecture.md).
+
+    ``config`` has every ``auto`` decided (`decided`, `prepare`); what is left at ``auto`` is not done.
+    """
+    task, lora = task_type(base), config.lora
+    after = after_head(base) if task == "CAUSAL_LM" else None
+    whole = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
+    _quantize(base, plan, shapes, config.quant.cache_dequantized == "true")
+    if after is not None:
+        install_loss_head(base, after, config.train.logits_chunk)
+    model = CausalModel(attach_lora(base, plan.targets, lora.r, lora.alpha, lora.dropout, lora.variant, task))
+    if config.debug.name != "plain":
+        use_fused_products(model)
+    units = [[base.get_submodule(name) for name in unit] for unit in plan.units]
+    if (kind := config.train.activation_checkpointing) in ("selective", "full"):
+        checkpoint_activations(base, kind)
+    layers, fsdp = decoder_layers(base), config.fsdp
+    if config.train.compile == "true":
+        compile_layers(layers, dynamic=not config.data.packing)
+        model.compiled = True
+    if fsdp.offloads_activations:
+        offload_activations(layers, ranks.device, host=host)
+    untie_across(base, units)
+    policy = mixed_precision(config.precision.name)
+    replicated = [p for _, p in trainable_parameters(model)] if fsdp.adapters == "replicated" else []
+    on_host = host_modules(base, plan.offloaded)
+    keep_on_host(on_host)
+    shard_model(model, units, ranks, policy, True, fsdp.offloads_parameters, [*replicated, *whole], on_host)
+    if fsdp.reshard_after_forward == "false":
+        stay_gathered(layers)
+    set_prefetch(layers, fsdp.prefetch)
+    skip_gather_in_backward(base.get_input_embeddings(), base.get_output_embeddings())
+    for method in ("generate", "logits", "outputs"):
+        register_fsdp_forward_method(model, method)
+    require_sharded(model, ranks, fsdp.adapters == "replicated")
+    return model
+
+
+def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache: bool) -> None:
+    """Put modules with packed parameters in the place of what is planned to be quantized."""
+    swap_linears(base, plan.quantized, cache_dequantized=cache)
+    if any(x.stacked for x in plan.quantized):
+        use_quantized_experts(base)
+    if plan.quantized_edges:
+        quantize_edges(base, shapes, QuantFormat.of(plan.quantized_edges[0].layout))
