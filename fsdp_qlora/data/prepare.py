@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.mix import draw, mixture_counts
-from fsdp_qlora.data.sources import Row, fingerprint, names_of, read_source, stated
+from fsdp_qlora.data.readers import Row
+from fsdp_qlora.data.sources import fingerprint, names_of, read_source, stated
 from fsdp_qlora.data.stream import Stream
 from fsdp_qlora.data.tokens import Counts, Fit, ReadRow, Tokenized, reader, tokenize, write_bad_rows
 from fsdp_qlora.errors import DataError
@@ -171,7 +172,7 @@ def _streamed(
 
 
 def _reader(data: DataSettings) -> ReadRow:
-    return reader(data.format, data.columns, _function(data))
+    return reader(data.format, data.columns, _function(data), frozenset(data.ignore_keys))
 
 
 def _fit(data: DataSettings) -> Fit:
