@@ -1,0 +1,169 @@
+"""Which characters of a rendered conversation are learned.
+
+An answer's span is what the template writes for it. To see what that is, the conversation is rendered a second time
+with a placeholder for the answer: what both texts share is the template's, what differs is the answer::
+
+    with the answer       ... <|im_start|>assistant⏎ <think>⏎six sevens⏎</think>⏎⏎42  <|im_end|>⏎
+    with a placeholder    ... <|im_start|>assistant⏎ @@@@@@@@                         <|im_end|>⏎
+                          shared                  the answer                       shared
+
+The span starts where the model starts to speak, which is after the generation prompt if the text begins with it, and
+ends with the marker by which the template ends the turn. Nothing is assumed about either: a template may strip the
+answer, open it with a prompt of its own, or have a marker that the tokenizer knows nothing of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fsdp_qlora.data.messages import Message
+from fsdp_qlora.data.template import ChatTemplate, Conversation
+from fsdp_qlora.errors import DataError
+
+Span = tuple[int, int]
+
+_LENGTH = 8  # of the placeholder: some templates cut off a character or more
+
+_ONLY_LAST = (
+    "data.train_on=last learns the last answer of each row alone; data.template=FILE takes another template, one that "
+    "only appends"
+)
+
+
+def learned_spans(conversation: Conversation, turns: list[int]) -> list[Span]:
+    """Return the characters of the conversation's text that are learned, for each of ``turns``, counted from 0.
+
+    Raises:
+        DataError: if an answer cannot be told from the rest, or its turn has no end.
+    """
+    return [_span(conversation, turn) for turn in turns]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Where a text holds an answer: it starts where the model starts to speak; the words are the answer's own."""
+
+    text: str
+    start: int
+    words: Span
+    ends: list[int]
+    """Where the turn may be said to end, last first."""
+
+
+def _span(conversation: Conversation, turn: int) -> Span:
+    alone = _find(conversation, turn, conversation.up_to(turn), [])
+    if not alone.ends:
+        raise DataError(
+            f"the chat template writes nothing after an answer (message {turn + 1}), so the model would never learn to "
+            "stop; data.template=FILE takes a template that ends each turn, with the tokenizer's end token for example"
+        )
+    text = conversation.text
+    for end in alone.ends:
+        if text.startswith(alone.text[:end]):
+            return alone.start, end
+    return _within(conversation, turn, alone)
+
+
+def _within(conversation: Conversation, turn: int, alone: _Answer) -> Span:
+    """Return the span of an answer that the template writes otherwise, or with another end, once others follow."""
+    text = conversation.text
+    if not text.startswith(alone.text[: _starts_at(conversation, turn, alone)]):
+        raise DataError(
+            "the chat template rewrites earlier turns when later ones are added, so the model will not see the text "
+            f"before this answer (message {turn + 1}) as it stands here; {_ONLY_LAST}"
+        )
+    answer = _find(conversation, turn, text, conversation.messages[turn + 1 :])
+    if text[slice(*answer.words)] != alone.text[slice(*alone.words)]:
+        raise DataError(
+            f"the chat template drops or changes a part of this answer (message {turn + 1}) when later turns are "
+            f"added, its reasoning for example, so that part cannot be learned here; {_ONLY_LAST}"
+        )
+    after = alone.words[1]
+    for end in alone.ends:
+        if text.startswith(alone.text[after:end], answer.words[1]):
+            return answer.start, answer.words[1] + end - after
+    raise DataError(
+        f"the chat template ends this turn (message {turn + 1}) only where no other follows, so the model would not "
+        f"learn to stop here; {_ONLY_LAST}"
+    )
+
+
+def _starts_at(conversation: Conversation, turn: int, alone: _Answer) -> int:
+    """Return where the message ``turn`` starts in a text that ends with it; what it starts with may be its own."""
+    try:
+        before = conversation.render(conversation.messages[:turn]) if turn else ""
+    except DataError:
+        return alone.start
+    return min(len(before), alone.start) if alone.text.startswith(before) else alone.start
+
+
+def _find(conversation: Conversation, turn: int, text: str, later: list[Message]) -> _Answer:
+    """Return where ``text`` holds the answer ``turn``, with the messages ``later`` after it."""
+    before = conversation.messages[:turn]
+    mark = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in text)  # for private use
+    try:
+        other = conversation.render([*before, {"role": "assistant", "content": mark * _LENGTH}, *later])
+    except DataError as error:
+        raise DataError(f"message {turn + 1} cannot be told apart: with another text in its place, {error}") from error
+    head, found, _ = other.partition(mark)
+    tail = other.rpartition(mark)[2]
+    if not found:
+        raise DataError(
+            f"the chat template does not write the content of the assistant's messages (message {turn + 1}), so there "
+            "is nothing to learn; data.template=FILE takes another one"
+        )
+    start = _shared_start(text, head)
+    stop = max(start, len(text) - _shared_start(text[::-1], tail[::-1]))
+    ends = _ends(text, (start, stop), tail, conversation.template)
+    return _Answer(text, _speaks_from(conversation, turn, text, start), (start, stop), ends)
+
+
+def _speaks_from(conversation: Conversation, turn: int, text: str, start: int) -> int:
+    """Return where the model starts to speak, if the template writes the answer from ``start`` on."""
+    before = conversation.messages[:turn]
+    if not before:
+        prompt = conversation.template.generation_prompt(conversation.example)
+        at = text.rfind(prompt, 0, start + len(prompt)) if prompt else -1
+        return at + len(prompt) if 0 <= at < start else start
+    try:
+        prompt = conversation.render(before, prompt=True)
+        if not text.startswith(prompt):
+            return start
+        if prompt != conversation.render(before):
+            return len(prompt)
+    except DataError:
+        return start  # a template may refuse a conversation that ends here
+    # No generation prompt: the template's words before the answer (ASSISTANT:) are not the model's, but a space is.
+    return start if text[len(prompt) : start].strip() else len(prompt)
+
+
+def _ends(text: str, words: Span, tail: str, template: ChatTemplate) -> list[int]:
+    """Return where the turn ends whose answer lies at ``words``, if the template writes ``tail`` after an answer.
+
+    The marker is the first special token of the tail with those right behind it (all or some of them: a template may
+    end the whole conversation with another one), or else all of the tail but the line breaks at its end.
+    """
+    start, stop = words
+    if text.endswith(tail) and tail.strip():
+        ends: list[int] = []
+        for token in template.special_token.finditer(tail):
+            if ends and token.start() != ends[-1]:
+                break
+            ends.append(token.end())
+        return [stop + end for end in reversed(ends or [len(tail.rstrip())])]
+    whole = text.rstrip()  # a turn of its own kind, as calls of tools are, or an answer that brings its end along
+    return [len(whole)] if len(whole) > start and template.ends_with_special_token(whole) else []
+
+
+def _shared_start(one: str, other: str) -> int:
+    """Return how many characters two texts have in common at their start."""
+    if one.startswith(other):
+        return len(other)
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # one[:low] is shared
+        middle = (low + high + 1) // 2
+        if one.startswith(other[low:middle], low):
+            low = middle
+        else:
+            high = middle - 1
+    return low
