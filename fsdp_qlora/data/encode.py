@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.data.chat import Example
 from fsdp_qlora.data.messages import require_unicode
-from fsdp_qlora.data.spans import Span, learned_spans
+from fsdp_qlora.data.spans import Span, learned_spans, require_end
 from fsdp_qlora.data.template import ChatTemplate
 from fsdp_qlora.errors import DataError
 
@@ -150,6 +150,8 @@ def _chat_text(example: Example, template: ChatTemplate, train_on: TrainOn) -> _
                 f"message {min(example.not_learned) + 1} says that it is not to be learned, and data.train_on=all "
                 "learns everything; data.ignore_keys names keys to leave out"
             )
+        if turns:
+            require_end(conversation, turns[-1])
         return _Text(conversation.text, False, None)
     turns = turns[-1:] if train_on == "last" else turns
     turns = [turn for turn in turns if turn not in example.not_learned]

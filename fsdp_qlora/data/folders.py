@@ -83,11 +83,23 @@ def files_of(folder: Path, split: str | None, kind: Callable[[str], str | None])
         return _of_saved_splits(folder, split or "train")
     if split is None and (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return list(_saved(folder))
-    below = (path for path in folder.rglob("*") if kind(path.name) is not None and is_data(path, folder))
-    files = rows_or_texts(sorted(path for path in below if path.is_file()), lambda name: kind(name) == "text")
+    files = rows_or_texts(_below(folder, kind), lambda name: kind(name) == "text")
     if not files:
         raise DataError(f"data: the folder {folder} holds no data: no JSONL, JSON, CSV, Parquet, Arrow or text file.")
     return _of_split(folder, files, split)
+
+
+def left_out(folder: Path, split: str | None, kind: Callable[[str], str | None]) -> list[Path]:
+    """Return files of a folder that could be data and are not read: texts beside rows, and other splits."""
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return []
+    read = set(files_of(folder, split, kind))
+    return [path for path in _below(folder, kind) if path not in read]
+
+
+def _below(folder: Path, kind: Callable[[str], str | None]) -> list[Path]:
+    paths = (path for path in folder.rglob("*") if kind(path.name) is not None and is_data(path, folder))
+    return sorted(path for path in paths if path.is_file())
 
 
 def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:

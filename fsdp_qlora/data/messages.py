@@ -63,7 +63,12 @@ def read_turn(turn: Any, ignored: frozenset[str] = frozenset()) -> Turn:
     turn = decoded(turn)
     if not isinstance(turn, Mapping):
         raise TypeError(f"expected a message {{...}}, got {type(turn).__name__}")
-    sharegpt = "role" not in turn and "from" in turn
+    if not {"role", "from"} & turn.keys():
+        raise DataError(
+            f"a turn has the keys {', '.join(map(str, turn))}, and neither role and content nor from and value; "
+            "data.row_function can rename them"
+        )
+    sharegpt = "role" not in turn
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     role = _sharegpt_role(turn["from"]) if sharegpt else _role(turn["role"])
     extra = {

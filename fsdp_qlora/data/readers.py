@@ -67,6 +67,8 @@ def _rows(name: str) -> Iterator[Row]:
     kind = kind_of(name)
     if kind is None:
         raise DataError(f"data: {name}: unknown kind of file; known are {', '.join(KINDS)}.")
+    if "://" not in name:
+        _require_content(Path(name))
     with cast(Any, fsspec.open(name, "rb", compression="infer")) as opened:
         stream = io.BufferedReader(opened) if name.endswith(".zst") else opened  # zstd's own has no lines
         if kind in ("parquet", "arrow"):
@@ -79,6 +81,18 @@ def _rows(name: str) -> Iterator[Row]:
                 yield row if row.values is None else Row(row.where, {"text": row.values["line"]})
         else:
             yield from _json(name, kind, stream)
+
+
+def _require_content(file: Path) -> None:
+    """Refuse a file that only stands for another, or whose text is not in UTF-8 throughout."""
+    with file.open("rb") as stream:
+        start = stream.read(64)
+    if start.startswith(b"version https://git-lfs.github.com/"):
+        raise DataError(
+            f"data: {file} is not the file itself but a pointer of Git LFS; `git lfs pull` fetches the file."
+        )
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"data: {file} is text in UTF-16; save it as UTF-8.")
 
 
 def _lines(name: str, stream: Any) -> Iterator[Row]:
@@ -102,6 +116,9 @@ def _json(name: str, kind: str, stream: Any) -> Iterator[Row]:
         if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
             yield from _json_array(name, data.decode("utf-8-sig", "surrogateescape"))
             return
+        if (row := _one_object(name, data)) is not None:
+            yield row
+            return
         stream = io.BytesIO(data)
     parse = _Parser()
     for row in _lines(name, stream):
@@ -114,6 +131,15 @@ def _json(name: str, kind: str, stream: Any) -> Iterator[Row]:
             yield Row(row.where, None, f"not valid JSON: {error.msg} at column {error.colno}")
         except RecursionError:
             yield Row(row.where, None, "not valid JSON: nested too deeply")
+
+
+def _one_object(name: str, data: bytes) -> Row | None:
+    """Return the row of a file that is one object, as it may be over many lines; None where it is anything else."""
+    text = data.decode("utf-8-sig", "surrogateescape").strip()
+    try:
+        return _Parser().row(f"{name}, row 1", text, 0)[0] if "\n" in text else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _json_array(name: str, text: str) -> Iterator[Row]:

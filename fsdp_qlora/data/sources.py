@@ -6,16 +6,22 @@ import glob
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from fsdp_qlora.data.folders import files_of, is_data, rows_or_texts
+from fsdp_qlora.data.folders import files_of, is_data, left_out, rows_or_texts
 from fsdp_qlora.data.readers import COMPRESSED, KINDS, Row, first_line, kind_of, read_file
 from fsdp_qlora.data.tables import without_nulls
 from fsdp_qlora.errors import DataError
 
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
 _HUB_SPLIT = "train"
 _GLOB = "*?["
+_MEDIA = {"Image", "Audio", "Video", "Pdf", "Nifti", "Mesh"}
+"""Features of `datasets` that need libraries of their own to be decoded."""
 
 
 def names_of(value: str | Iterable[str]) -> list[str]:
@@ -60,6 +66,22 @@ def expand(name: str) -> list[str]:
             known = f"{', '.join(KINDS)}, also with {', '.join(COMPRESSED)}"
             raise DataError(f"data: {file}: unknown kind of file; known are {known}.")
     return files
+
+
+def not_read(names: Iterable[str]) -> list[str]:
+    """Return a line for each folder with files that could be data and are not read."""
+    lines = []
+    for name in names:
+        folder, split = _folder_split(name) or (Path(name).expanduser(), None)
+        if "://" in name or not folder.is_dir():
+            continue
+        files = [str(file.relative_to(folder)) for file in left_out(folder, split, kind_of)]
+        if files:
+            more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+            lines.append(
+                f"data: {name}: not read, as texts beside rows or files of other splits: {', '.join(files[:3])}{more}"
+            )
+    return lines
 
 
 def _matches(pattern: Path) -> list[str]:
@@ -161,13 +183,19 @@ def hub_refusal(name: str, error: Exception) -> DataError:
 
 
 def _hub(name: str) -> Iterator[Row]:
-    """Yield the rows of a hub data set, streamed."""
     from datasets import load_dataset
 
     repo, config, split = hub_parts(name)
     try:
-        rows = load_dataset(repo, config, split=split, streaming=True)
-        for number, values in enumerate(cast(Iterable[dict[str, Any]], rows), start=1):
-            yield Row(f"{name}, row {number}", {key: without_nulls(value) for key, value in values.items()})
+        yield from streamed_rows(load_dataset(repo, config, split=split, streaming=True), name)
     except Exception as error:  # `datasets`, the hub's client and every format have errors of their own
         raise hub_refusal(name, error) from error
+
+
+def streamed_rows(rows: IterableDataset, name: str) -> Iterator[Row]:
+    """Yield the rows of a stream of `datasets`; columns of images, sounds and films are not decoded but left out."""
+    media = {column: kind for column, kind in (rows.features or {}).items() if type(kind).__name__ in _MEDIA}
+    for column, kind in media.items():
+        rows = rows.cast_column(column, replace(kind, decode=False)).remove_columns(column)
+    for number, values in enumerate(cast(Iterable[dict[str, Any]], rows), start=1):
+        yield Row(f"{name}, row {number}", {key: without_nulls(value) for key, value in values.items()})

@@ -39,6 +39,27 @@ def learned_spans(conversation: Conversation, turns: list[int]) -> list[Span]:
     return [_span(conversation, turn) for turn in turns]
 
 
+def require_end(conversation: Conversation, turn: int) -> None:
+    """Refuse a template that writes nothing after the answer ``turn``.
+
+    Raises:
+        DataError: if it does; an answer that cannot be told from the rest is let pass.
+    """
+    try:
+        answer = _find(conversation, turn, conversation.up_to(turn), [])
+    except DataError:
+        return
+    if not answer.ends:
+        raise _endless(turn)
+
+
+def _endless(turn: int) -> DataError:
+    return DataError(
+        f"the chat template writes nothing after an answer (message {turn + 1}), so the model would never learn to "
+        "stop; data.template=FILE takes a template that ends each turn, with the tokenizer's end token for example"
+    )
+
+
 @dataclass(frozen=True)
 class _Answer:
     """Where a text holds an answer: it starts where the model starts to speak; the words are the answer's own."""
@@ -53,10 +74,7 @@ class _Answer:
 def _span(conversation: Conversation, turn: int) -> Span:
     alone = _find(conversation, turn, conversation.up_to(turn), [])
     if not alone.ends:
-        raise DataError(
-            f"the chat template writes nothing after an answer (message {turn + 1}), so the model would never learn to "
-            "stop; data.template=FILE takes a template that ends each turn, with the tokenizer's end token for example"
-        )
+        raise _endless(turn)
     text = conversation.text
     for end in alone.ends:
         if text.startswith(alone.text[:end]):

@@ -233,5 +233,4 @@ def _all_cores() -> Iterator[None]:
 
 def write_bad_rows(bad: list[dict[str, str]], file: Path) -> None:
     """Write one JSON object a line for each row that was passed over."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad)
-    file.write_bytes(text.encode("utf-8", "backslashreplace"))  # half a character becomes JSON's own \\udc80
+    file.write_text("".join(json.dumps(row) + "\n" for row in bad), encoding="ascii")  # whatever the locale is

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Image
 
-from fsdp_qlora.data.sources import expand, hub_parts, hub_refusal, is_file, read_source
+from fsdp_qlora.data.sources import expand, hub_parts, hub_refusal, is_file, not_read, read_source, streamed_rows
 from fsdp_qlora.errors import DataError
 
 ROW = json.dumps({"text": "a row"}) + "\n"
@@ -152,3 +152,40 @@ def test_a_hub_data_set_that_needs_a_configuration_says_how_to_name_one():
     said = str(hub_refusal("openai/gsm8k:test", raised))
     assert "openai/gsm8k/CONFIG:test" in said and "['main', 'socratic']" in said
     assert "configuration main," in str(hub_refusal("openai/gsm8k/main", ConnectionError("no network")))
+
+
+def test_what_could_be_data_and_is_not_read_is_said(tmp_path):
+    _write(tmp_path, "rows.jsonl", "README.md", ".hidden.jsonl", "notes.txt", *(f"{n}.md" for n in range(4)))
+    (line,) = not_read([str(tmp_path), "owner/name", str(tmp_path / "rows.jsonl"), "s3://bucket/rows"])
+    assert line.endswith("0.md, 1.md, 2.md and 2 more") and str(tmp_path) in line
+    _write(tmp_path / "split", "train.jsonl", "test.jsonl")
+    assert not_read([f"{tmp_path}/split"])[0].endswith(": test.jsonl")
+    assert not_read([f"{tmp_path}/split:test"])[0].endswith(": train.jsonl")
+    _write(tmp_path / "clean", "a.jsonl", "b.jsonl", "LICENSE.txt")
+    assert not_read([f"{tmp_path}/clean"]) == []
+
+
+def test_images_of_a_streamed_data_set_are_not_decoded():
+    columns = {"text": ["a", "b"], "scan": [b"no image", None], "extra": [{"a": 1}, {"b": 2}]}
+    rows = Dataset.from_dict(columns).cast_column("scan", Image()).to_iterable_dataset()
+    with pytest.raises(Exception, match="image"):
+        list(rows)
+    found = [row.values for row in streamed_rows(rows, "owner/name")]
+    assert found == [{"text": "a", "extra": {"a": 1}}, {"text": "b", "extra": {"b": 2}}]
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "a pointer of Git LFS; `git lfs pull`"),
+    ("prompt,completion\na,b\n".encode("utf-16"), "UTF-16; save it as UTF-8"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet", "rows.txt"])
+def test_a_file_that_is_not_what_it_looks_like_says_so(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        list(read_source(str(tmp_path)))
+
+
+def test_a_json_file_may_be_one_object_over_many_lines(tmp_path):
+    (tmp_path / "row.json").write_text(json.dumps({"text": "a\nb", "more": {"c": [1]}}, indent=2))
+    (row,) = read_source(str(tmp_path / "row.json"))
+    assert row.values == {"text": "a\nb", "more": {"c": [1]}}

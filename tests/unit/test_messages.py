@@ -212,3 +212,8 @@ def test_a_chosen_conversation_that_repeats_the_prompt_has_it_once():
     row = {"prompt": "q", "chosen": chosen, "rejected": [*chosen[:1], {"role": "assistant", "content": "bad"}]}
     assert read_row(row, "auto").messages == chosen
     assert read_row({**row, "chosen": chosen[1:]}, "auto").messages == chosen
+
+
+def test_turns_of_another_spelling_name_their_keys():
+    with pytest.raises(DataError, match=r"the keys speaker, text, and neither role and content nor from and value"):
+        read_row({"conversations": [{"speaker": "a", "text": "b"}]}, "auto")

@@ -232,7 +232,7 @@ def test_what_only_the_last_answer_allows_names_the_way_out(name):
     "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}",
     "{% for m in messages %}{{ m.content }}{% endfor %}",
 ])  # fmt: skip
-@pytest.mark.parametrize("train_on", ["assistant", "last"])
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
 def test_a_template_that_never_ends_a_turn_is_refused(template, train_on):
     with pytest.raises(DataError, match=r"never learn to stop; data\.template=FILE"):
         encode(_example("one", "two"), tokenizers.make("bytes", template), train_on)
