@@ -45,7 +45,7 @@ class Example:
             if message["role"] == "assistant":
                 break
             before.append(f"{message['role']}:{message['content']}")
-        return "\n".join(before)
+        return "\n".join(before or [str(message["content"]) for message in self.messages])
 
 
 def find_format(columns: Iterable[str]) -> str:

@@ -78,7 +78,7 @@ def _tokenized(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, plain: bo
             [text.text for text in texts], add_special_tokens=plain, return_offsets_mapping=True,
             return_special_tokens_mask=True, verbose=False,
         )  # fmt: skip
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception
         if len(texts) == 1:

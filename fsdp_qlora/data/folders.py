@@ -15,7 +15,7 @@ from typing import Any
 
 from fsdp_qlora.errors import DataError
 
-_PLACES = {"node_modules", "site-packages", "venv", "env", "_temporary", "_delta_log"}
+_PLACES = {"node_modules", "site-packages", "_temporary", "_delta_log"}
 """Folders whose files are never data; so are those that start with a dot or with two underscores."""
 _PLACE_ENDINGS = (".incomplete", ".egg-info", ".dist-info")
 _RECORDS = {

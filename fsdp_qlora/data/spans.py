@@ -75,11 +75,26 @@ def _span(conversation: Conversation, turn: int) -> Span:
     alone = _find(conversation, turn, conversation.up_to(turn), [])
     if not alone.ends:
         raise _endless(turn)
-    text = conversation.text
+    continued = _continued(conversation, turn, alone)
     for end in alone.ends:
-        if text.startswith(alone.text[:end]):
+        if continued.startswith(alone.text[:end]):
             return alone.start, end
+    if turn == len(conversation.messages) - 1:
+        return alone.start, alone.ends[0]
     return _within(conversation, turn, alone)
+
+
+def _continued(conversation: Conversation, turn: int, alone: _Answer) -> str:
+    """Return a text in which others follow the turn; its own text where it is the last and has one marker only.
+
+    Of two markers at the end of a conversation, the second may end the conversation and not the turn.
+    """
+    if turn < len(conversation.messages) - 1 or len(alone.ends) == 1:
+        return conversation.text
+    try:
+        return conversation.render([*conversation.messages, {"role": "user", "content": "?"}])
+    except DataError:
+        return conversation.text
 
 
 def _within(conversation: Conversation, turn: int, alone: _Answer) -> Span:
