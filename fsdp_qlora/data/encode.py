@@ -2,7 +2,7 @@
 
 The mask comes from places in the text (`fsdp_qlora.data.spans`), not from token ids (pad may equal eos) and not from
 ``{% generation %}`` blocks (most templates have none). Texts are tokenized in batches, with all cores. A prompt and its
-completion are one text to the tokenizer: it alone decides what comes before, between and behind them.
+completion are tokenized as one text, so that BOS, EOS and spaces come out as in any other text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Text:
 
     text: str
     plain: bool
-    """Whether the tokenizer adds its own special tokens, and an end if it adds none: a template has written them."""
+    """Whether BOS and EOS are added; a chat template writes its own."""
     spans: list[Span] | None
 
 
@@ -70,7 +70,7 @@ def encode_batch(
 
 
 def _tokenized(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, plain: bool) -> list[Encoded | DataError]:
-    """Tokenize texts together or, where the tokenizer stumbles over one, each by itself."""
+    """Tokenize texts together or, if the tokenizer rejects one of them, one by one."""
     if not texts:
         return []
     try:
@@ -82,7 +82,7 @@ def _tokenized(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, plain: bo
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception
         if len(texts) == 1:
-            return [DataError(f"the tokenizer refuses the text: {type(error).__name__}: {error}")]
+            return [DataError(f"the tokenizer rejects the text: {type(error).__name__}: {error}")]
         return [result for text in texts for result in _tokenized([text], tokenizer, plain)]
     columns = (found["input_ids"], found["offset_mapping"], found["special_tokens_mask"])
     return [_masked(text, tokenizer, *row) for text, *row in zip(texts, *columns, strict=True)]
@@ -101,11 +101,11 @@ def _masked(
     own = np.flatnonzero(np.array(added, dtype=bool) == 0)
     first, last = (int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0)
     if text.spans is not None:
-        learned[:first] = False  # their places say nothing: they stand for no text
+        learned[:first] = False  # added tokens have no place in the text: their offsets are (0, 0)
         learned[last:] = True
     end = tokenizer.eos_token_id
     if 0 < last < len(ids) and ids[last - 1] == ids[last] == end:
-        ids, learned = np.delete(ids, last), np.delete(learned, last)  # the text brings its own
+        ids, learned = np.delete(ids, last), np.delete(learned, last)  # the text has its own
     if 0 < first < len(ids) and ids[first - 1] == ids[first] == tokenizer.bos_token_id:
         ids, learned = np.delete(ids, first), np.delete(learned, first)
     if isinstance(end, int) and (not len(ids) or ids[-1] != end):
@@ -114,13 +114,13 @@ def _masked(
 
 
 def _learned(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
-    """Return which tokens are learned: those that hold a character of a span.
+    """Return which tokens are learned: those that overlap a span.
 
     Args:
-        offsets: int64 ``[length, 2]``, first and last place of each token's text. A tokenizer that trims them leaves
-            no width to a token of spaces; such a token stands for what lies between the end of the one before and its
-            own end. One with nothing there either was put in before what follows it.
-        spans: places in the text.
+        offsets: int64 ``[length, 2]``, start and end of each token in the text. With ``trim_offsets``, tokens of
+            spaces have no width: such a token covers the text from the previous token's end up to its own. A token
+            without any text was inserted before the one that follows, and is learned with it.
+        spans: starts and ends in the text.
     """
     starts, stops = offsets[:, 0], offsets[:, 1]
     before = np.concatenate([np.zeros(min(1, len(stops)), dtype=np.int64), stops[:-1]])
@@ -147,8 +147,8 @@ def _chat_text(example: Example, template: ChatTemplate, train_on: TrainOn) -> _
     if train_on == "all":
         if example.not_learned:
             raise DataError(
-                f"message {min(example.not_learned) + 1} says that it is not to be learned, and data.train_on=all "
-                "learns everything; data.ignore_keys names keys to leave out"
+                f"message {min(example.not_learned) + 1} is marked as not to be learned, and data.train_on=all learns "
+                "everything; data.ignore_keys drops the key that marks it"
             )
         if turns:
             require_end(conversation, turns[-1])

@@ -1,8 +1,8 @@
 """Which files of a folder are data.
 
-A folder is often a clone or a download: beside its rows lie a card, a licence, a list of requirements, hidden copies,
-and what `datasets`, Spark or an operating system leaves there. None of that is data. What `datasets` saved says itself
-which files it consists of, and is taken at its word.
+A folder is often a clone or a download. Besides rows it has a card, a licence, requirements, hidden copies, and files
+that `datasets`, Spark or an operating system left there; none of them is data. A folder saved by `datasets` lists its
+own files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from fsdp_qlora.errors import DataError
 
 _PLACES = {"node_modules", "site-packages", "_temporary", "_delta_log"}
-"""Folders whose files are never data; so are those that start with a dot or with two underscores."""
+"""Folders whose files are never data, besides those that start with a dot or two underscores."""
 _PLACE_ENDINGS = (".incomplete", ".egg-info", ".dist-info")
 _RECORDS = {
     "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json",
@@ -25,7 +25,7 @@ _RECORDS = {
     "adapter_config.json", "trainer_state.json", "package.json", "package-lock.json", "tsconfig.json", "composer.json",
     "cmakelists.txt", "robots.txt", "thumbs.db", "desktop.ini", "sources.txt", "top_level.txt", "dependency_links.txt",
 }  # fmt: skip
-"""Files, in lower case, that other programs write about data, models or packages."""
+"""Metadata of data sets, models and packages, in lower case."""
 _ABOUT = re.compile(
     r"read[-_ ]?me(?:[-_.]\w{2,8})?"
     r"|(?:un)?licen[cs]es?(?:[-_.](?:mit|apache|bsd|[al]?gpl|mpl|cc|isc|code|data|third).*)?"
@@ -35,19 +35,19 @@ _ABOUT = re.compile(
     r"|(?:sha\d+|md5|check)[-_]?sums?",
     re.IGNORECASE,
 )
-"""Names, without their ending, of texts about a data set or a program: ``README``, ``LICENSE-MIT``, ``README.de``."""
+"""Documents about a data set or a program, without suffix: ``README``, ``LICENSE-MIT``, ``README.de``."""
 _TEXT = (".md", ".txt")
 _CACHED = re.compile(r"(?:cache-[0-9a-f]{6,}.*|tmp[a-z0-9_]{8}.*)\.arrow")
-"""What ``Dataset.map`` keeps beside the file it reads."""
+"""Caches of ``Dataset.map``, written next to the file it reads."""
 _SPLITS = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-"""Words in the names of files -> the split they mean, as `datasets` reads them."""
+"""Words in file names -> split, as in `datasets`."""
 
 
 def is_data(path: Path, root: Path) -> bool:
-    """Whether a file below ``root`` may be data, going by its name and the folders it lies in."""
+    """Whether a file below ``root`` may be data, judging by its name and its folders."""
     *folders, name = path.relative_to(root).parts
     if any(_is_no_place(folder) for folder in folders) or name.startswith((".", "__", "~$")):
         return False
@@ -63,7 +63,7 @@ def _is_no_place(folder: str) -> bool:
 
 
 def rows_or_texts(files: Iterable[Path], is_text: Callable[[str], bool]) -> list[Path]:
-    """Return the files with rows; where there are none, those with text. The two are never mixed."""
+    """Return the row files or, if there are none, the text files. The two are never mixed."""
     every = list(files)
     return [file for file in every if not is_text(file.name)] or every
 
@@ -72,8 +72,8 @@ def files_of(folder: Path, split: str | None, kind: Callable[[str], str | None])
     """Return the data files of a folder, sorted.
 
     Args:
-        folder: the folder; what `datasets` saved there is recognised.
-        split: the split to take; None is ``train`` where the files' names tell splits apart, and everything elsewhere.
+        folder: any folder, also one saved by `datasets`.
+        split: the split to take; None takes ``train`` if the file names tell splits apart, else everything.
         kind: the kind of a file with that name, None if it is unknown.
 
     Raises:
@@ -90,7 +90,7 @@ def files_of(folder: Path, split: str | None, kind: Callable[[str], str | None])
 
 
 def left_out(folder: Path, split: str | None, kind: Callable[[str], str | None]) -> list[Path]:
-    """Return files of a folder that could be data and are not read: texts beside rows, and other splits."""
+    """Return files that could be data but are skipped: texts in a folder with rows, and other splits."""
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return []
     read = set(files_of(folder, split, kind))
@@ -103,7 +103,7 @@ def _below(folder: Path, kind: Callable[[str], str | None]) -> list[Path]:
 
 
 def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
-    """Return the files of a split; without one, all but what is held out beside files of the training split."""
+    """Return the files of a split; with None, all except held-out splits if there is a training split."""
     parts: dict[str | None, list[Path]] = {}
     for file in files:
         parts.setdefault(_split_of(file.relative_to(folder)), []).append(file)
@@ -120,7 +120,7 @@ def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
 
 
 def _split_of(path: Path) -> str | None:
-    """Return the split that a file's name says, or the innermost of its folders that says one."""
+    """Return the split named by a file's name, or else by the innermost folder that names one."""
     for part in (path.name, *reversed(path.parts[:-1])):
         said = {_SPLITS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in _SPLITS}
         if len(said) == 1:

@@ -1,4 +1,4 @@
-"""What else than rows and settings decides the tokens, as digests: the tokenizer, and code of the user's own."""
+"""Digests of what decides the tokens besides rows and settings: the tokenizer, and the user's own code."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _INSTALLED = tuple(Path(sysconfig.get_paths()[name]) for name in ("stdlib", "pla
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of all of a tokenizer that decides what it makes of a text or a conversation.
+    """Return a digest of everything in a tokenizer that affects the tokens of a text or a conversation.
 
-    That is tokenizer.json (normalizer, pre-tokenizer, model, post-processor, added tokens), what its config says on
-    top, and the chat templates. Where it lies and what it pads to decide nothing.
+    That is tokenizer.json (normalizer, pre-tokenizer, model, post-processor, added tokens), the settings of its config,
+    and the chat templates; not its folder, its maximum length or its padding.
     """
     core = getattr(tokenizer, "backend_tokenizer", None)
     state: dict[str, Any] = json.loads(core.to_str()) if core is not None else {"vocabulary": tokenizer.get_vocab()}
-    calls = {"truncation", "padding"}  # the last call's, and no part of what is loaded
+    calls = {"truncation", "padding"}  # left by the last call
     parts = [
         type(tokenizer).__name__,
         code_digest(type(tokenizer)),
@@ -40,7 +40,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def code_digest(code: Callable[..., Any] | None) -> str:
-    """Return a digest of the source of a function or class and of what it imports, installed packages left out."""
+    """Return a digest of the source of a function or class and of its imports, except for installed packages."""
     digest = hashlib.sha256()
     for file in sorted(_files(code.__module__)) if code is not None else ():
         digest.update(file.read_bytes() + b"\0")

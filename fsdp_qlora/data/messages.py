@@ -1,8 +1,8 @@
 """A message as rows have it -> as a chat template takes it, and whether it is learned.
 
-What a message holds besides its role and its text is known to be harmless, or says whether the message is learned, or
-goes to the template. `fsdp_qlora.data.template` then refuses what the template does not write: nothing that somebody
-put into a message for the model to learn is lost without a word.
+Keys other than role and content are known to be harmless, or decide whether the message is learned, or go to the
+template. `fsdp_qlora.data.template` then refuses keys that the template does not write, so that nothing meant for the
+model is silently lost.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ HARMLESS = frozenset(
         "annotations", "metadata", "meta", "end_turn", "object",
     }
 )  # fmt: skip
-"""Keys about a message, which change nothing in what is learned from it. A template may still write them."""
+"""Metadata that does not change what is learned. A template may still write it."""
 _SWITCHES = ("weight", "train", "training", "trainable", "learn", "loss")
-"""Keys by which other programs say whether an assistant's message is learned: 0 or 1, false or true."""
+"""Keys that other trainers use to include or exclude an assistant's message: 0 or 1, false or true."""
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -46,7 +46,7 @@ class Turn:
 
     @staticmethod
     def of(role: str, content: Any) -> Turn:
-        """Return a message that has nothing but a role and a text."""
+        """Return a message with only a role and a text."""
         return Turn({"role": role, "content": text_of(content)})
 
 
@@ -55,10 +55,10 @@ def read_turn(turn: Any, ignored: frozenset[str] = frozenset()) -> Turn:
 
     Args:
         turn: the message; an object, or one as JSON.
-        ignored: keys to leave out.
+        ignored: keys to drop.
 
     Raises:
-        DataError: if the role is unknown, the content no text, or a key says how to learn it in a way we do not honour.
+        DataError: if the role is unknown, the content is not text, or a key like ``weight`` has an unsupported value.
     """
     turn = decoded(turn)
     if not isinstance(turn, Mapping):
@@ -87,15 +87,15 @@ def read_turn(turn: Any, ignored: frozenset[str] = frozenset()) -> Turn:
 
 
 def payload_of(message: Message) -> list[str]:
-    """Return the keys of a message, besides role and content, that are for the model and not about the message."""
+    """Return the keys of a message, besides role and content, that are meant for the model."""
     return [key for key in message if key not in ("role", "content") and key not in HARMLESS]
 
 
 def text_of(value: Any) -> str:
-    """Return a text.
+    """Return ``value``.
 
     Raises:
-        DataError: if it is none, or holds what no text may hold.
+        DataError: if it is not text, or has characters that no text may have.
     """
     if not isinstance(value, str):
         raise DataError(f"expected text, got {type(value).__name__}")
@@ -106,7 +106,7 @@ def text_of(value: Any) -> str:
 
 
 def require_unicode(text: str) -> None:
-    """Refuse half a character: a lone surrogate, or a byte that was not UTF-8.
+    """Refuse lone surrogates, which also stand for bytes that were not UTF-8.
 
     Raises:
         DataError: saying which and where.
@@ -123,7 +123,7 @@ def require_unicode(text: str) -> None:
 
 
 def decoded(value: Any) -> Any:
-    """Return what a text of JSON says; what is none as it is."""
+    """Decode a JSON object or array; return anything else unchanged."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
         return value
     try:
@@ -133,7 +133,7 @@ def decoded(value: Any) -> Any:
 
 
 def _content(value: Any) -> str:
-    """Return a message's text; where it comes in parts, these joined."""
+    """Return a message's text, joined if it comes in parts."""
     if isinstance(value, list):
         return "".join(_part(part, number) for number, part in enumerate(value, start=1))
     return text_of(value)
@@ -164,7 +164,7 @@ def _sharegpt_role(role: Any) -> str:
 
 
 def _calls(value: Any) -> Any:
-    """Return calls of tools with their arguments as objects, as templates want to encode them themselves."""
+    """Return tool calls with their arguments decoded, since most templates encode them."""
     if isinstance(value, list):
         return [_calls(decoded(call)) for call in value]
     if not isinstance(value, Mapping):
@@ -182,13 +182,13 @@ def _is_learned(role: str, switches: Mapping[str, Any]) -> bool:
     for key, value in switches.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise DataError(
-                f"{key!r} is {value!r} in a message, and only 0 and 1 (not learned, learned) are honoured; "
-                f"data.ignore_keys=[{key}] leaves it out"
+                f"{key!r} is {value!r} in a message, and only 0 and 1 (not learned, learned) are supported; "
+                f"data.ignore_keys=[{key}] drops the key"
             )
         if role != "assistant" and value:
             raise DataError(
                 f"{key!r} asks to learn a message of the {role}, and only the assistant's are learned; "
-                f"data.ignore_keys=[{key}] leaves it out, data.train_on=all learns everything"
+                f"data.ignore_keys=[{key}] drops the key, data.train_on=all learns everything"
             )
         learned = learned and bool(value)
     return learned

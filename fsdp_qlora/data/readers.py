@@ -84,7 +84,7 @@ def _rows(name: str) -> Iterator[Row]:
 
 
 def _require_content(file: Path) -> None:
-    """Refuse a file that only stands for another, or whose text is not in UTF-8 throughout."""
+    """Refuse pointers of Git LFS and files in UTF-16."""
     with file.open("rb") as stream:
         start = stream.read(64)
     if start.startswith(b"version https://git-lfs.github.com/"):
@@ -134,7 +134,7 @@ def _json(name: str, kind: str, stream: Any) -> Iterator[Row]:
 
 
 def _one_object(name: str, data: bytes) -> Row | None:
-    """Return the row of a file that is one object, as it may be over many lines; None where it is anything else."""
+    """Return the row of a file that is a single object over several lines; None for any other file."""
     text = data.decode("utf-8-sig", "surrogateescape").strip()
     try:
         return _Parser().row(f"{name}, row 1", text, 0)[0] if "\n" in text else None
@@ -143,10 +143,10 @@ def _one_object(name: str, data: bytes) -> Row | None:
 
 
 def _json_array(name: str, text: str) -> Iterator[Row]:
-    """Yield the rows of an array. Bytes that are not UTF-8 stay in their texts as surrogates, which no row may learn.
+    """Yield the rows of an array. Bytes that are not UTF-8 become surrogates, which are refused when they are learned.
 
     Raises:
-        DataError: where the syntax is broken: no row after it can be found.
+        DataError: if the syntax is broken: rows after that point cannot be found.
     """
     parse, number = _Parser(), 1
     at = _skip(text, text.index("[") + 1)
@@ -160,7 +160,9 @@ def _json_array(name: str, text: str) -> Iterator[Row]:
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
         except (ValueError, RecursionError) as error:
             said = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
-            raise DataError(f"data: {name}, row {number} is not valid JSON, nor is what follows: {said}") from error
+            raise DataError(
+                f"data: {name}, row {number} is not valid JSON, so no later row can be read: {said}"
+            ) from error
         yield row
         if text[at] == "]":
             return
@@ -174,7 +176,7 @@ def _skip(text: str, at: int) -> int:
 
 
 class _Parser:
-    """Parses objects and notes keys that come twice, of which JSON itself would silently take the last."""
+    """Parses objects and notices duplicate keys, of which Python silently keeps the last."""
 
     def __init__(self) -> None:
         self._twice: str | None = None
@@ -204,9 +206,9 @@ class _Parser:
 
 
 def _csv(name: str, stream: Any) -> Iterator[Row]:
-    """Yield the rows of a CSV or TSV file; bytes that are not UTF-8 stay in their cells as surrogates."""
+    """Yield the rows of a CSV or TSV file; bytes that are not UTF-8 become surrogates."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    csv.field_size_limit(2**31 - 1)  # the default, 131072 characters, is less than a long document has
+    csv.field_size_limit(2**31 - 1)  # the default is 131072 characters: less than a long document
     reader = csv.DictReader(text, delimiter="\t" if Path(name).stem.endswith(".tsv") or ".tsv" in name else ",")
     columns = list(reader.fieldnames or [])
     if len(set(columns)) < len(columns):

@@ -69,7 +69,7 @@ def expand(name: str) -> list[str]:
 
 
 def not_read(names: Iterable[str]) -> list[str]:
-    """Return a line for each folder with files that could be data and are not read."""
+    """Return a line for each folder with files that could be data but are skipped."""
     lines = []
     for name in names:
         folder, split = _folder_split(name) or (Path(name).expanduser(), None)
@@ -79,13 +79,13 @@ def not_read(names: Iterable[str]) -> list[str]:
         if files:
             more = f" and {len(files) - 3} more" if len(files) > 3 else ""
             lines.append(
-                f"data: {name}: not read, as texts beside rows or files of other splits: {', '.join(files[:3])}{more}"
+                f"data: {name}: skipped {', '.join(files[:3])}{more} (text in a folder with rows, or another split)"
             )
     return lines
 
 
 def _matches(pattern: Path) -> list[str]:
-    """Return the files that match, sorted. A pattern that leaves their kind open takes what a folder would take."""
+    """Return the matching files, sorted. A pattern without a suffix selects the same files as a folder does."""
     found = sorted(Path(f) for f in glob.glob(str(pattern), recursive=True) if Path(f).is_file())  # noqa: PTH207 (absolute)
     if kind_of(pattern.name) is None:
         data = (file for file in found if kind_of(file.name) is not None and is_data(file, _fixed(pattern)))
@@ -168,7 +168,7 @@ def hub_parts(name: str) -> tuple[str, str | None, str]:
 
 
 def hub_refusal(name: str, error: Exception) -> DataError:
-    """Return what to say where the hub does not give a data set; a missing configuration names how to give one."""
+    """Return the error for a hub data set that cannot be loaded."""
     repo, config, split = hub_parts(name)
     which = f"{repo}, configuration {config}," if config else repo
     text = " ".join(str(error).split())
@@ -193,7 +193,7 @@ def _hub(name: str) -> Iterator[Row]:
 
 
 def streamed_rows(rows: IterableDataset, name: str) -> Iterator[Row]:
-    """Yield the rows of a stream of `datasets`; columns of images, sounds and films are not decoded but left out."""
+    """Yield the rows of a stream of `datasets`, without its images, audio and video."""
     media = {column: kind for column, kind in (rows.features or {}).items() if type(kind).__name__ in _MEDIA}
     for column, kind in media.items():
         rows = rows.cast_column(column, replace(kind, decode=False)).remove_columns(column)

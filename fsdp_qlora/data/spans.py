@@ -1,15 +1,15 @@
 """Which characters of a rendered conversation are learned.
 
-An answer's span is what the template writes for it. To see what that is, the conversation is rendered a second time
-with a placeholder for the answer: what both texts share is the template's, what differs is the answer::
+An answer's span is what the template writes for it. To find it, the conversation is rendered a second time with a
+placeholder instead of the answer. What both texts share belongs to the template, what differs is the answer::
 
     with the answer       ... <|im_start|>assistant⏎ <think>⏎six sevens⏎</think>⏎⏎42  <|im_end|>⏎
     with a placeholder    ... <|im_start|>assistant⏎ @@@@@@@@                         <|im_end|>⏎
                           shared                  the answer                       shared
 
-The span starts where the model starts to speak, which is after the generation prompt if the text begins with it, and
-ends with the marker by which the template ends the turn. Nothing is assumed about either: a template may strip the
-answer, open it with a prompt of its own, or have a marker that the tokenizer knows nothing of.
+The span starts after the generation prompt if the text has it there, else at the first character that differs. It ends
+with the marker that the template puts after any answer. A template may strip the answer, open it with a prompt that the
+rows do not have, or use a marker that is not a special token.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ Span = tuple[int, int]
 _LENGTH = 8  # of the placeholder: some templates cut off a character or more
 
 _ONLY_LAST = (
-    "data.train_on=last learns the last answer of each row alone; data.template=FILE takes another template, one that "
-    "only appends"
+    "data.train_on=last learns only the last answer of each row; data.template=FILE sets a template that only appends"
 )
 
 
@@ -43,7 +42,7 @@ def require_end(conversation: Conversation, turn: int) -> None:
     """Refuse a template that writes nothing after the answer ``turn``.
 
     Raises:
-        DataError: if it does; an answer that cannot be told from the rest is let pass.
+        DataError: if it does. An answer that cannot be located is not an error here.
     """
     try:
         answer = _find(conversation, turn, conversation.up_to(turn), [])
@@ -56,19 +55,19 @@ def require_end(conversation: Conversation, turn: int) -> None:
 def _endless(turn: int) -> DataError:
     return DataError(
         f"the chat template writes nothing after an answer (message {turn + 1}), so the model would never learn to "
-        "stop; data.template=FILE takes a template that ends each turn, with the tokenizer's end token for example"
+        "stop; data.template=FILE sets a template that ends each turn, with the tokenizer's end token for example"
     )
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """Where a text holds an answer: it starts where the model starts to speak; the words are the answer's own."""
+    """An answer's place in a text: ``start`` is where generation would start, ``words`` what the template wrote."""
 
     text: str
     start: int
     words: Span
     ends: list[int]
-    """Where the turn may be said to end, last first."""
+    """Candidates for the end of the turn, the last one first."""
 
 
 def _span(conversation: Conversation, turn: int) -> Span:
@@ -85,9 +84,10 @@ def _span(conversation: Conversation, turn: int) -> Span:
 
 
 def _continued(conversation: Conversation, turn: int, alone: _Answer) -> str:
-    """Return a text in which others follow the turn; its own text where it is the last and has one marker only.
+    """Return the text with something after the turn, to see which of several markers end the turn.
 
-    Of two markers at the end of a conversation, the second may end the conversation and not the turn.
+    At the end of a conversation, the last marker may end the conversation instead. With a single marker there is no
+    question, and the conversation's own text is returned.
     """
     if turn < len(conversation.messages) - 1 or len(alone.ends) == 1:
         return conversation.text
@@ -98,31 +98,31 @@ def _continued(conversation: Conversation, turn: int, alone: _Answer) -> str:
 
 
 def _within(conversation: Conversation, turn: int, alone: _Answer) -> Span:
-    """Return the span of an answer that the template writes otherwise, or with another end, once others follow."""
+    """Return the span of an answer that is written differently, or ended differently, when turns follow it."""
     text = conversation.text
     if not text.startswith(alone.text[: _starts_at(conversation, turn, alone)]):
         raise DataError(
-            "the chat template rewrites earlier turns when later ones are added, so the model will not see the text "
-            f"before this answer (message {turn + 1}) as it stands here; {_ONLY_LAST}"
+            "the chat template rewrites earlier turns when later ones are added, so the model would never see the text "
+            f"before this answer (message {turn + 1}) as it is here; {_ONLY_LAST}"
         )
     answer = _find(conversation, turn, text, conversation.messages[turn + 1 :])
     if text[slice(*answer.words)] != alone.text[slice(*alone.words)]:
         raise DataError(
-            f"the chat template drops or changes a part of this answer (message {turn + 1}) when later turns are "
-            f"added, its reasoning for example, so that part cannot be learned here; {_ONLY_LAST}"
+            f"the chat template drops or changes part of this answer (message {turn + 1}) when later turns follow, its "
+            f"reasoning for example, so that part cannot be learned here; {_ONLY_LAST}"
         )
     after = alone.words[1]
     for end in alone.ends:
         if text.startswith(alone.text[after:end], answer.words[1]):
             return answer.start, answer.words[1] + end - after
     raise DataError(
-        f"the chat template ends this turn (message {turn + 1}) only where no other follows, so the model would not "
-        f"learn to stop here; {_ONLY_LAST}"
+        f"the chat template ends this turn (message {turn + 1}) only if no other follows, so the model would not learn "
+        f"to stop here; {_ONLY_LAST}"
     )
 
 
 def _starts_at(conversation: Conversation, turn: int, alone: _Answer) -> int:
-    """Return where the message ``turn`` starts in a text that ends with it; what it starts with may be its own."""
+    """Return where the message ``turn`` starts in the text that ends with it."""
     try:
         before = conversation.render(conversation.messages[:turn]) if turn else ""
     except DataError:
@@ -137,13 +137,13 @@ def _find(conversation: Conversation, turn: int, text: str, later: list[Message]
     try:
         other = conversation.render([*before, {"role": "assistant", "content": mark * _LENGTH}, *later])
     except DataError as error:
-        raise DataError(f"message {turn + 1} cannot be told apart: with another text in its place, {error}") from error
+        raise DataError(f"the answer in message {turn + 1} cannot be located: with another one, {error}") from error
     head, found, _ = other.partition(mark)
     tail = other.rpartition(mark)[2]
     if not found:
         raise DataError(
             f"the chat template does not write the content of the assistant's messages (message {turn + 1}), so there "
-            "is nothing to learn; data.template=FILE takes another one"
+            "is nothing to learn; data.template=FILE sets another template"
         )
     start = _shared_start(text, head)
     stop = max(start, len(text) - _shared_start(text[::-1], tail[::-1]))
@@ -152,7 +152,7 @@ def _find(conversation: Conversation, turn: int, text: str, later: list[Message]
 
 
 def _speaks_from(conversation: Conversation, turn: int, text: str, start: int) -> int:
-    """Return where the model starts to speak, if the template writes the answer from ``start`` on."""
+    """Return where generation would start; ``start`` is the first character that depends on the answer."""
     before = conversation.messages[:turn]
     if not before:
         prompt = conversation.template.generation_prompt(conversation.example)
@@ -166,15 +166,15 @@ def _speaks_from(conversation: Conversation, turn: int, text: str, start: int) -
             return len(prompt)
     except DataError:
         return start  # a template may refuse a conversation that ends here
-    # No generation prompt: the template's words before the answer (ASSISTANT:) are not the model's, but a space is.
+    # Without a generation prompt, a header before the answer ("ASSISTANT:") is not learned, but a space is.
     return start if text[len(prompt) : start].strip() else len(prompt)
 
 
 def _ends(text: str, words: Span, tail: str, template: ChatTemplate) -> list[int]:
-    """Return where the turn ends whose answer lies at ``words``, if the template writes ``tail`` after an answer.
+    """Return candidates for the end of the turn; ``tail`` is what the template writes after any answer.
 
-    The marker is the first special token of the tail with those right behind it (all or some of them: a template may
-    end the whole conversation with another one), or else all of the tail but the line breaks at its end.
+    The marker is the first special token of the tail, with some or all of those that directly follow it; without
+    special tokens it is the whole tail, except for trailing whitespace.
     """
     start, stop = words
     if text.endswith(tail) and tail.strip():
@@ -184,7 +184,7 @@ def _ends(text: str, words: Span, tail: str, template: ChatTemplate) -> list[int
                 break
             ends.append(token.end())
         return [stop + end for end in reversed(ends or [len(tail.rstrip())])]
-    whole = text.rstrip()  # a turn of its own kind, as calls of tools are, or an answer that brings its end along
+    whole = text.rstrip()  # tool calls may end with another token, and an answer may contain its own end
     return [len(whole)] if len(whole) > start and template.ends_with_special_token(whole) else []
 
 

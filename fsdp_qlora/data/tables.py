@@ -1,8 +1,8 @@
-"""Rows of Parquet and Arrow files, with the values that were put in: a table adds nulls, and keeps JSON as text.
+"""Rows of Parquet and Arrow files, as they were before they became a table.
 
-All rows of a column share one type. So an object with other keys than its neighbours gets theirs too, as nulls, and
-what has no common type is stored as JSON. Both are undone here. Cells are converted when they are asked for, one by
-one: what is wrong with one is a matter of its row, and a column that nobody asks for cannot fail.
+All rows of a column share one type. An object therefore gets the keys of all other rows, as nulls, and values without a
+common type are stored as JSON. Both are undone here. Cells are converted one by one, when they are read: a cell that
+cannot be converted makes its row a bad row, and a column that nobody reads cannot fail.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TableRow(Mapping[str, Any]):
         try:
             cell = self._batch.column(index)[self._number]
             return without_nulls(cell.as_py(), cell.type)
-        except Exception as error:  # each type has errors of its own: dates out of range, text that is not UTF-8
+        except Exception as error:  # depends on the type: dates out of range, text that is not UTF-8
             reason = (str(error).splitlines() or [""])[0]
             raise DataError(f"the column {column!r} cannot be read: {type(error).__name__}: {reason}") from error
 

@@ -17,7 +17,7 @@ _CALLS = ("tool_calls", "function_call")
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, and what marks an end in it."""
+    """A tokenizer's chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -32,7 +32,7 @@ class ChatTemplate:
         return text.endswith(self._special_tokens)
 
     def generation_prompt(self, example: Example) -> str:
-        """Return what the template writes to let the model speak after a user, "" if nothing or it cannot be told."""
+        """Return the generation prompt after a user's message; "" if there is none or it cannot be determined."""
         asked = [{"role": "user", "content": "?"}]
         try:
             text, prompt = self.render(asked, example), self.render(asked, example, prompt=True)
@@ -41,7 +41,7 @@ class ChatTemplate:
         return prompt.removeprefix(text) if prompt.startswith(text) else ""
 
     def settled(self, example: Example) -> Conversation:
-        """Return the example as this template takes it: with the arguments of calls as objects, or encoded as JSON.
+        """Return the conversation in this template's form: arguments of tool calls as objects, or encoded as JSON.
 
         Raises:
             DataError: if there is no template, it refuses the conversation, or a message has a key that it ignores.
@@ -116,27 +116,34 @@ class Conversation:
             return False
 
     def up_to(self, turn: int) -> str:
-        """Return the text of the messages up to number ``turn``, counted from 0, as if none followed."""
+        """Return the text of the messages up to and including ``turn``, counted from 0."""
         return self.text if turn == len(self.messages) - 1 else self.render(self.messages[: turn + 1])
 
     def require_written(self) -> None:
-        """Refuse a message with something for the model that the template does not write.
+        """Refuse messages with content for the model that the template does not write.
 
         Raises:
             DataError: naming message and key.
         """
         for turn, message in enumerate(self.messages):
-            for key in payload_of(message):
+            keys = payload_of(message)
+            if keys and message["content"].strip() and not self._is_written(turn, "content"):
+                raise DataError(
+                    f"message {turn + 1} has both content and {', '.join(keys)}, and the chat template does not write "
+                    "the content, so the model would never see it; data.template=FILE sets a template that does"
+                )
+            for key in keys:
                 if not self._is_written(turn, key):
                     raise DataError(
                         f"message {turn + 1} has the key {key!r}, which the chat template does not write, so the model "
-                        "would never see it; data.template=FILE takes a template that does, "
-                        f"data.ignore_keys=[{key}] leaves it out"
+                        "would never see it; data.template=FILE sets a template that does, "
+                        f"data.ignore_keys=[{key}] drops the key"
                     )
 
     def _is_written(self, turn: int, key: str) -> bool:
-        """Whether the text is another without the key: where the message is the last one, or with all that follow."""
+        """Whether the text changes without the key, with the message as the last one or with all that follow."""
         message = {name: value for name, value in self.messages[turn].items() if name != key}
+        message.setdefault("content", "")
         for end in {turn + 1, len(self.messages)}:
             before, after = self.messages[:turn], self.messages[turn + 1 : end]
             try:

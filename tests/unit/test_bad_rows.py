@@ -142,7 +142,7 @@ def test_a_text_that_the_tokenizer_cannot_take_does_not_fail_its_neighbours():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
     examples = [Example(completion=text) for text in ("fox dog", "fox cat", "dog")]
     one, bad, other = encode_batch(examples, tokenizer)
-    assert isinstance(bad, DataError) and "the tokenizer refuses the text" in str(bad)
+    assert isinstance(bad, DataError) and "the tokenizer rejects the text" in str(bad)
     assert not isinstance(one, DataError) and one[0].tolist() == [0, 1, 2]
     assert not isinstance(other, DataError) and other[0].tolist() == [1, 2]
 

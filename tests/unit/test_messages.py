@@ -87,7 +87,7 @@ def test_reasoning_of_an_earlier_turn_that_the_template_drops_is_refused(tokeniz
     """As Qwen3: the reasoning of answers before the last question is left out."""
     tokenizer.chat_template = REASONING.replace("and m.reasoning_content", "and m.reasoning_content and loop.last")
     row = {"messages": _row(reasoning_content="one")["messages"] + _row(reasoning_content="two")["messages"]}
-    with pytest.raises(DataError, match=r"drops or changes a part of this answer \(message 2\).*data.train_on=last"):
+    with pytest.raises(DataError, match=r"drops or changes part of this answer \(message 2\).*data.train_on=last"):
         _learned(row, tokenizer)
     assert _learned(row, tokenizer, "last") == "<think>\ntwo\n</think>\n\n42<|im_end|>"
 
@@ -118,7 +118,7 @@ def test_a_message_says_whether_it_is_learned(tokenizer, key, values):
     assert _learned(_two(second, first), tokenizer) == "one<|im_end|>"
     assert _learned(_two(second, first), tokenizer, "last") == ""
     assert _learned(_two(first, second), tokenizer, ignored=[key]) == "one<|im_end|>two<|im_end|>"
-    with pytest.raises(DataError, match=r"message 2 says that it is not to be learned, and data.train_on=all"):
+    with pytest.raises(DataError, match=r"message 2 is marked as not to be learned, and data.train_on=all"):
         _learned(_two(first, second), tokenizer, "all")
 
 
@@ -217,3 +217,17 @@ def test_a_chosen_conversation_that_repeats_the_prompt_has_it_once():
 def test_turns_of_another_spelling_name_their_keys():
     with pytest.raises(DataError, match=r"the keys speaker, text, and neither role and content nor from and value"):
         read_row({"conversations": [{"speaker": "a", "text": "b"}]}, "auto")
+
+
+def test_content_that_the_template_leaves_out_beside_a_call_is_refused(tokenizer):
+    """As Llama 3.1: a message with a call is written without its content."""
+    calls = [{"function": {"name": "f", "arguments": {"a": 1}}}]
+    both = CALLS % "c.function.arguments | tojson"
+    tokenizer.chat_template = both
+    assert _learned(_row(tool_calls=calls), tokenizer) == '42{"a": 1}<|im_end|>'
+    tokenizer.chat_template = both.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}")
+    with pytest.raises(
+        DataError, match="message 2 has both content and tool_calls, and the chat template does not write"
+    ):
+        _learned(_row(tool_calls=calls), tokenizer)
+    assert _learned(_row(content=" ", tool_calls=calls), tokenizer) == '{"a": 1}<|im_end|>'

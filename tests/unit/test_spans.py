@@ -203,15 +203,15 @@ REFUSED = {
     "it rewrites the past": ("{{ messages | length }}" + tokenizers.CHATML, "rewrites earlier turns", "two<|im_end|>"),
     "it drops a part of earlier answers": (
         HEAD + "{{ m.content if loop.last else m.content[1:] }}<|im_end|>\n{% endfor %}" + PROMPT,
-        "drops or changes a part of this answer", "two<|im_end|>",
+        "drops or changes part of this answer", "two<|im_end|>",
     ),
     "it ends the last turn alone": (
         "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}{{ ' ' if not loop.last else '</s>' }}{% endfor %}",
-        "ends this turn .message 2. only where no other follows", "two</s>",
+        "ends this turn .message 2. only if no other follows", "two</s>",
     ),
     "another end where others follow": (
         HEAD + "{{ m.content }}{{ '</s>' if loop.last else '<|im_end|>' }}{% endfor %}" + PROMPT,
-        "ends this turn .message 2. only where no other follows", "two</s>",
+        "ends this turn .message 2. only if no other follows", "two</s>",
     ),
 }  # fmt: skip
 
