@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fsdp_qlora.data.messages import Message, Turn, decoded, payload_of, read_turn, text_of
@@ -34,6 +34,8 @@ class Example:
     """Other variables of the chat template (``chat_template_kwargs`` of the row)."""
     not_learned: frozenset[int] = frozenset()
     """Numbers, from 0, of the messages that the row says not to learn."""
+    num_prompt: int = 0
+    """Messages at the start that are the prompt of a completion, whose answers are not learned."""
 
     @property
     def prompt_key(self) -> str:
@@ -151,7 +153,8 @@ def _history(value: Any) -> list[Turn]:
 
 def _prompt_completion(row: Mapping[str, Any], ignored: frozenset[str]) -> Example:
     if isinstance(row["prompt"], list):
-        return _example(_turns(row["prompt"], ignored) + _turns(row["completion"], ignored), row)
+        prompt = _turns(row["prompt"], ignored)
+        return replace(_example(prompt + _turns(row["completion"], ignored), row), num_prompt=len(prompt))
     return Example(prompt=text_of(row["prompt"]), completion=text_of(row["completion"]))
 
 

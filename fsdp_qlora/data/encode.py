@@ -154,5 +154,5 @@ def _chat_text(example: Example, template: ChatTemplate, train_on: TrainOn) -> _
             require_end(conversation, turns[-1])
         return _Text(conversation.text, False, None)
     turns = turns[-1:] if train_on == "last" else turns
-    turns = [turn for turn in turns if turn not in example.not_learned]
+    turns = [turn for turn in turns if turn >= example.num_prompt and turn not in example.not_learned]
     return _Text(conversation.text, False, learned_spans(conversation, turns))

@@ -1,8 +1,8 @@
 """Which files of a folder are data.
 
 A folder is often a clone or a download. Besides rows it has a card, a licence, requirements, hidden copies, and files
-that `datasets`, Spark or an operating system left there; none of them is data. A folder saved by `datasets` lists its
-own files.
+that `datasets`, Spark or an operating system left there; none of them is data. A folder saved by `datasets` and a
+repository with a card list their own files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.data.card import files_of_card
 from fsdp_qlora.errors import DataError
 
 _PLACES = {"node_modules", "site-packages", "_temporary", "_delta_log"}
@@ -83,6 +84,8 @@ def files_of(folder: Path, split: str | None, kind: Callable[[str], str | None])
         return _of_saved_splits(folder, split or "train")
     if split is None and (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return list(_saved(folder))
+    if (listed := files_of_card(folder, split, kind)) is not None:
+        return listed
     files = rows_or_texts(_below(folder, kind), lambda name: kind(name) == "text")
     if not files:
         raise DataError(f"data: the folder {folder} holds no data: no JSONL, JSON, CSV, Parquet, Arrow or text file.")

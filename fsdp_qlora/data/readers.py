@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -205,16 +205,27 @@ class _Parser:
         return Row(where, value), end
 
 
+def _noted(lines: Iterable[str], notes: list[str]) -> Iterator[str]:
+    """Yield the lines and append each to ``notes``."""
+    for line in lines:
+        notes.append(line)
+        yield line
+
+
 def _csv(name: str, stream: Any) -> Iterator[Row]:
     """Yield the rows of a CSV or TSV file; bytes that are not UTF-8 become surrogates."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(2**31 - 1)  # the default is 131072 characters: less than a long document
-    reader = csv.DictReader(text, delimiter="\t" if Path(name).stem.endswith(".tsv") or ".tsv" in name else ",")
+    lines: list[str] = []  # of the row that is being read
+    reader = csv.DictReader(
+        _noted(text, lines), delimiter="\t" if Path(name).stem.endswith(".tsv") or ".tsv" in name else ","
+    )
     columns = list(reader.fieldnames or [])
     if len(set(columns)) < len(columns):
         twice = next(column for column in columns if columns.count(column) > 1)
         raise DataError(f"data: {name}, line 1: the column {twice!r} comes twice.")
     while True:
+        lines.clear()
         try:
             values = next(reader, None)
         except csv.Error as error:
@@ -223,7 +234,11 @@ def _csv(name: str, stream: Any) -> Iterator[Row]:
         if values is None:
             return
         where = f"{name}, line {reader.line_num}"
-        if None in values or None in values.values():
+        if len(lines) > 1 and "".join(lines).count('"') % 2:  # only at the end of the file can a quote stay open
+            yield Row(
+                f"{name}, line {reader.line_num - len(lines) + 1}", None, "a quote that is opened here is not closed"
+            )
+        elif None in values or None in values.values():
             yield Row(where, None, f"does not have the {len(columns)} columns of the first line")
         else:
             yield Row(where, dict(values))

@@ -100,6 +100,12 @@ def test_long_cells_and_odd_quotes_of_csv(tmp_path, tokenizer):
     assert len(list(read_source(str(file)))) == 4
 
 
+def test_a_quote_that_is_never_closed_does_not_swallow_the_rest(tmp_path, tokenizer):
+    file = tmp_path / "rows.csv"
+    file.write_text('prompt,completion\na,"b\nb"\nx,5" wide\nc,"d\ne,f\ng,h\n')
+    _require_bad_row(file, tokenizer, tmp_path, "line 5", "a quote that is opened here is not closed")
+
+
 def test_rows_of_a_json_array_are_judged_one_by_one(tmp_path, tokenizer):
     file = tmp_path / "rows.json"
     for bad, said in (

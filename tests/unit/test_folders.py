@@ -189,3 +189,51 @@ def test_a_json_file_may_be_one_object_over_many_lines(tmp_path):
     (tmp_path / "row.json").write_text(json.dumps({"text": "a\nb", "more": {"c": [1]}}, indent=2))
     (row,) = read_source(str(tmp_path / "row.json"))
     assert row.values == {"text": "a\nb", "more": {"c": [1]}}
+
+
+CARDS = {
+    "patterns by split": "data_files: {train: 'a/*.jsonl', test: b.jsonl}",
+    "a list of splits": "data_files: [{split: train, path: a/*.jsonl}, {split: test, path: [b.jsonl]}]",
+    "below a folder": "data_dir: a\n    data_files: [{split: train, path: '*.jsonl'}]",
+    "one pattern": "data_files: a/**/*.jsonl",
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_that_lists_files_is_taken_at_its_word(tmp_path, card):
+    _write(tmp_path, "a/one.jsonl", "a/two.jsonl", "b.jsonl", "train.jsonl", "notes.txt")
+    text = f"---\nlicense: mit\nconfigs:\n  - config_name: main\n    {CARDS[card]}\n---\n# Data\n"
+    (tmp_path / "README.md").write_text(text)
+    assert _names(tmp_path) == _names(tmp_path, f"{tmp_path}:train") == ["a/one.jsonl", "a/two.jsonl"]
+    if "test" in CARDS[card]:
+        assert _names(tmp_path, f"{tmp_path}:test") == ["b.jsonl"]
+    with pytest.raises(DataError, match=r"lists the splits train.*; 'odd' is not one of them"):
+        expand(f"{tmp_path}:odd")
+
+
+def test_a_card_with_several_configurations_names_them(tmp_path):
+    _write(tmp_path, "a.jsonl", "b.jsonl")
+    configs = "configs:\n- config_name: first\n  data_files: a.jsonl\n- config_name: second\n  data_files: b.jsonl\n"
+    (tmp_path / "README.md").write_text(f"---\n{configs}---\n")
+    with pytest.raises(DataError, match=r"several configurations: first, second\. Name the files of one, .*/a\.jsonl"):
+        expand(str(tmp_path))
+    (tmp_path / "README.md").write_text(f"---\n{configs}  default: true\n---\n")
+    assert _names(tmp_path) == ["b.jsonl"]
+
+
+@pytest.mark.parametrize("card", [
+    "no front matter", "---\n: [broken\n---\n", "---\nconfigs: 3\n---\n", "---\nconfigs: [1, {config_name: x}]\n---\n",
+    "---\n- a list\n---\n",
+])  # fmt: skip
+def test_a_card_that_lists_nothing_changes_nothing(tmp_path, card):
+    _write(tmp_path, "a.jsonl")
+    (tmp_path / "README.md").write_text(card)
+    assert _names(tmp_path) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("pattern", ["gone.jsonl", "../out.jsonl", "/etc/hosts.txt", "README.rst"])
+def test_a_card_lists_only_files_that_are_there(tmp_path, pattern):
+    _write(tmp_path, "out.jsonl", "repo/a.jsonl", "repo/README.rst")
+    (tmp_path / "repo" / "README.md").write_text(f"---\nconfigs:\n- data_files: {pattern}\n---\n")
+    with pytest.raises(DataError, match="and there is no such file"):
+        expand(str(tmp_path / "repo"))

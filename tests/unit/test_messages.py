@@ -231,3 +231,10 @@ def test_content_that_the_template_leaves_out_beside_a_call_is_refused(tokenizer
     ):
         _learned(_row(tool_calls=calls), tokenizer)
     assert _learned(_row(content=" ", tool_calls=calls), tokenizer) == '{"a": 1}<|im_end|>'
+
+
+def test_answers_in_the_prompt_of_a_completion_are_not_learned(tokenizer):
+    turns = _two({}, {})["messages"]
+    row = {"prompt": turns[:3], "completion": turns[3:]}
+    assert _learned(row, tokenizer) == _learned(row, tokenizer, "last") == "two<|im_end|>"
+    assert _learned(row, tokenizer, "all").startswith("<|im_start|>user")
