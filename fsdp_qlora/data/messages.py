@@ -30,6 +30,9 @@ HARMLESS = frozenset(
 """Metadata that does not change what is learned. A template may still write it."""
 _SWITCHES = ("weight", "train", "training", "trainable", "learn", "loss")
 """Keys that other trainers use to include or exclude an assistant's message: 0 or 1, false or true."""
+_READ = frozenset({"role", "content", *_SWITCHES})
+_READ_SHAREGPT = frozenset({"from", "value", *_SWITCHES})
+_NOTHING = (None, "", [], {})
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -69,12 +72,10 @@ def read_turn(turn: Any, ignored: frozenset[str] = frozenset()) -> Turn:
             "data.row_function can rename them"
         )
     sharegpt = "role" not in turn
-    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
+    content_key, read = ("value", _READ_SHAREGPT) if sharegpt else ("content", _READ)
     role = _sharegpt_role(turn["from"]) if sharegpt else _role(turn["role"])
     extra = {
-        key: value
-        for key, value in turn.items()
-        if key not in (role_key, content_key, *_SWITCHES) and key not in ignored and value not in (None, "", [], {})
+        key: value for key, value in turn.items() if key not in read and key not in ignored and value not in _NOTHING
     }
     for key in ("tool_calls", "function_call"):
         if key in extra:

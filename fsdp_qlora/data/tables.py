@@ -8,7 +8,7 @@ cannot be converted makes its row a bad row, and a column that nobody reads cann
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora.errors import DataError
@@ -17,33 +17,66 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-class TableRow(Mapping[str, Any]):
-    """One row of a record batch; raises DataError for a cell that cannot be converted."""
+Convert = Callable[[Any], Any]
 
-    def __init__(self, batch: pa.RecordBatch, number: int) -> None:
-        self._batch, self._number = batch, number
 
-    def __getitem__(self, column: str) -> Any:
-        index = self._batch.schema.get_field_index(column)
-        if index < 0:
-            if column in self._batch.schema.names:
-                raise DataError(f"the column {column!r} comes twice")
-            raise KeyError(column)
+class _Batch:
+    """The columns of a record batch as Python objects, each converted when it is first asked for."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._batch = batch
+        self.names = batch.schema.names
+        self._columns: dict[str, tuple[Any, Convert | None]] = {}
+
+    def cell(self, column: str, number: int) -> Any:
+        """Return a cell.
+
+        Raises:
+            KeyError: if there is no such column.
+            DataError: if the cell cannot be converted.
+        """
+        if column not in self._columns:
+            self._columns[column] = self._converted(column)
+        cells, convert = self._columns[column]
         try:
-            cell = self._batch.column(index)[self._number]
-            return without_nulls(cell.as_py(), cell.type)
+            value = cells[number] if isinstance(cells, list) else cells[number].as_py()
+            return value if convert is None or value is None else convert(value)
         except Exception as error:  # depends on the type: dates out of range, text that is not UTF-8
             reason = (str(error).splitlines() or [""])[0]
             raise DataError(f"the column {column!r} cannot be read: {type(error).__name__}: {reason}") from error
 
+    def _converted(self, column: str) -> tuple[Any, Convert | None]:
+        index = self._batch.schema.get_field_index(column)
+        if index < 0:
+            raise DataError(f"the column {column!r} comes twice") if column in self.names else KeyError(column)
+        cells = self._batch.column(index)
+        try:
+            return cells.to_pylist(), _converter(cells.type)
+        except Exception:  # some cell cannot be converted: find out which, one by one
+            return cells, _converter(cells.type)
+
+
+class TableRow(Mapping[str, Any]):
+    """One row of a table; raises DataError for a cell that cannot be converted."""
+
+    def __init__(self, batch: _Batch, number: int) -> None:
+        self._batch, self._number = batch, number
+
+    def __getitem__(self, column: str) -> Any:
+        return self._batch.cell(column, self._number)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a cell, or ``default`` if there is no such column."""
+        return self._batch.cell(key, self._number) if key in self._batch.names else default
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._batch.schema.names)
+        return iter(self._batch.names)
 
     def __len__(self) -> int:
-        return self._batch.num_columns
+        return len(self._batch.names)
 
     def __contains__(self, column: object) -> bool:
-        return column in self._batch.schema.names
+        return column in self._batch.names
 
     def __repr__(self) -> str:
         return f"TableRow({', '.join(self)})"
@@ -51,8 +84,9 @@ class TableRow(Mapping[str, Any]):
 
 def table_rows(kind: str, stream: Any) -> Iterator[TableRow]:
     """Yield the rows of a Parquet file, an Arrow stream or an Arrow file."""
-    for batch in _batches(kind, stream):
-        for number in range(batch.num_rows):
+    for record_batch in _batches(kind, stream):
+        batch = _Batch(record_batch)
+        for number in range(record_batch.num_rows):
             yield TableRow(batch, number)
 
 
@@ -73,32 +107,32 @@ def _batches(kind: str, stream: Any) -> Iterator[pa.RecordBatch]:
     yield from batches
 
 
-def without_nulls(value: Any, kind: pa.DataType | None = None) -> Any:
-    """Return ``value`` without keys whose value is null, and with text of the type JSON decoded.
-
-    Args:
-        value: what a cell holds, as Python objects.
-        kind: its Arrow type, which tells JSON from text and a map from a list of pairs; None goes by the value alone.
-    """
-    if value is None:
-        return None
-    if kind is not None:
-        return _typed(value, kind)
+def without_nulls(value: Any) -> Any:
+    """Return ``value`` without the keys whose value is null."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _typed(value: Any, kind: pa.DataType) -> Any:
+def _converter(kind: pa.DataType) -> Convert | None:
+    """Return what drops null keys from values of a type and decodes its JSON; None if there is nothing to do."""
     import pyarrow as pa
 
     if isinstance(kind, pa.BaseExtensionType):
-        is_json = kind.extension_name == "arrow.json" and isinstance(value, str)
-        value = json.loads(value) if is_json else without_nulls(value, kind.storage_type)
-    elif pa.types.is_struct(kind):
-        value = {f.name: without_nulls(value[f.name], f.type) for f in kind if value[f.name] is not None}
-    elif pa.types.is_map(kind):
-        value = {key: without_nulls(item, kind.item_type) for key, item in value if item is not None}
-    elif isinstance(value, list):
-        value = [without_nulls(item, kind.value_type) for item in value]
-    return value
+        return json.loads if kind.extension_name == "arrow.json" else _converter(kind.storage_type)
+    if pa.types.is_struct(kind):
+        return _struct_converter([(field.name, _converter(field.type)) for field in kind])
+    if pa.types.is_map(kind):  # a list of pairs
+        item = _converter(kind.item_type)
+        return lambda pairs: {key: item(v) if item else v for key, v in pairs if v is not None}
+    if isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType | pa.ListViewType | pa.LargeListViewType):
+        convert = _converter(kind.value_type)
+        return None if convert is None else lambda items: [None if v is None else convert(v) for v in items]
+    return None
+
+
+def _struct_converter(fields: list[tuple[str, Convert | None]]) -> Convert:
+    def convert(value: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: item(v) if item else v for name, item in fields if (v := value[name]) is not None}
+
+    return convert

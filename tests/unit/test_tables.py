@@ -117,14 +117,24 @@ def test_rows_of_several_formats_in_one_table(tmp_path, tokenizer):
     assert _tokens(table, tokenizer) == _tokens(_jsonl(rows, tmp_path), tokenizer)
 
 
-def test_nulls_are_left_out_and_maps_become_objects():
-    kind = pa.struct(
-        [("a", pa.int64()), ("m", pa.map_(pa.string(), pa.struct([("x", pa.int64()), ("y", pa.int64())])))]
-    )
-    value = {"a": None, "m": [("k", {"x": 1, "y": None}), ("l", None)]}
-    assert without_nulls(value, kind) == {"m": {"k": {"x": 1}}}
+def test_nulls_are_left_out_and_maps_become_objects(tmp_path):
+    inner = pa.struct([("x", pa.int64()), ("y", pa.int64())])
+    kind = pa.struct([("a", pa.int64()), ("m", pa.map_(pa.string(), inner)), ("l", pa.large_list(inner))])
+    value = {"a": None, "m": [("k", {"x": 1, "y": None}), ("l", None)], "l": [{"x": None, "y": 2}, None]}
+    columns = {
+        "deep": pa.array([value, None], kind),
+        "json": pa.array([['{"a": null, "b": 1}'], None]).cast(pa.list_(pa.json_())),
+        "flat": pa.array([[1, None], None], pa.list_(pa.int64())),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    one, other = (row.values for row in read_source(str(tmp_path / "rows.parquet")))
+    assert one == {
+        "deep": {"m": {"k": {"x": 1}}, "l": [{"y": 2}, None]},
+        "json": [{"a": None, "b": 1}],  # as it was written
+        "flat": [1, None],
+    }
+    assert other == {"deep": None, "json": None, "flat": None}
     assert without_nulls([{"a": None, "b": [1, None, {"c": None}]}]) == [{"b": [1, None, {}]}]
-    assert without_nulls(['{"a": null, "b": 1}'], pa.list_(pa.json_())) == [{"a": None, "b": 1}]  # as it was written
 
 
 def _bad_table(folder):
