@@ -69,17 +69,22 @@ def expand(name: str) -> list[str]:
 
 
 def not_read(names: Iterable[str]) -> list[str]:
-    """Return a line for each folder with files that could be data but are skipped."""
-    lines = []
-    for name in names:
+    """Return a line for each folder with files that could be data but are skipped by all of ``names``."""
+    every = list(names)
+    local = [name for name in every if "://" not in name and is_file(name)]
+    read = {Path(file) for name in local for file in expand(name)}
+    skipped: dict[Path, set[Path]] = {}
+    for name in local:
         folder, split = _folder_split(name) or (Path(name).expanduser(), None)
-        if "://" in name or not folder.is_dir():
-            continue
-        files = [str(file.relative_to(folder)) for file in left_out(folder, split, kind_of)]
-        if files:
-            more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        if folder.is_dir():
+            skipped.setdefault(folder, set()).update(left_out(folder, split, kind_of))
+    lines = []
+    for folder, files in skipped.items():
+        left = sorted(str(file.relative_to(folder)) for file in files - read)
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             lines.append(
-                f"data: {name}: skipped {', '.join(files[:3])}{more} (text in a folder with rows, or another split)"
+                f"data: {folder}: skipped {', '.join(left[:3])}{more} (text in a folder with rows, or another split)"
             )
     return lines
 

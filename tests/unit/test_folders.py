@@ -161,6 +161,7 @@ def test_what_could_be_data_and_is_not_read_is_said(tmp_path):
     _write(tmp_path / "split", "train.jsonl", "test.jsonl")
     assert not_read([f"{tmp_path}/split"])[0].count("skipped test.jsonl (") == 1
     assert not_read([f"{tmp_path}/split:test"])[0].count("skipped train.jsonl (") == 1
+    assert not_read([f"{tmp_path}/split", f"{tmp_path}/split:test"]) == []
     _write(tmp_path / "clean", "a.jsonl", "b.jsonl", "LICENSE.txt")
     assert not_read([f"{tmp_path}/clean"]) == []
 
