@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fsdp_qlora.data.folders import files_of, is_data, left_out, rows_or_texts
 from fsdp_qlora.data.readers import COMPRESSED, KINDS, Row, first_line, kind_of, read_file
-from fsdp_qlora.data.tables import without_nulls
+from fsdp_qlora.data.tables import null_dropper, without_nulls
 from fsdp_qlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -202,5 +202,12 @@ def streamed_rows(rows: IterableDataset, name: str) -> Iterator[Row]:
     media = {column: kind for column, kind in (rows.features or {}).items() if type(kind).__name__ in _MEDIA}
     for column, kind in media.items():
         rows = rows.cast_column(column, replace(kind, decode=False)).remove_columns(column)
+    kinds = rows.features.arrow_schema if rows.features is not None else []
+    drop = {field.name: null_dropper(field.type, decode=False) or _unchanged for field in kinds}
     for number, values in enumerate(cast(Iterable[dict[str, Any]], rows), start=1):
-        yield Row(f"{name}, row {number}", {key: without_nulls(value) for key, value in values.items()})
+        clean = {key: drop.get(key, without_nulls)(value) for key, value in values.items() if value is not None}
+        yield Row(f"{name}, row {number}", dict.fromkeys(values) | clean)
+
+
+def _unchanged(value: Any) -> Any:
+    return value

@@ -51,9 +51,9 @@ class _Batch:
             raise DataError(f"the column {column!r} comes twice") if column in self.names else KeyError(column)
         cells = self._batch.column(index)
         try:
-            return cells.to_pylist(), _converter(cells.type)
+            return cells.to_pylist(), null_dropper(cells.type)
         except Exception:  # some cell cannot be converted: find out which, one by one
-            return cells, _converter(cells.type)
+            return cells, null_dropper(cells.type)
 
 
 class TableRow(Mapping[str, Any]):
@@ -114,24 +114,29 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _converter(kind: pa.DataType) -> Convert | None:
-    """Return what drops null keys from values of a type and decodes its JSON; None if there is nothing to do."""
+def null_dropper(kind: pa.DataType, decode: bool = True) -> Convert | None:
+    """Return a function that drops null keys from values of a type; None if it has none.
+
+    Nulls inside JSON are kept: they were written. With ``decode``, JSON is still text and is decoded.
+    """
     import pyarrow as pa
 
     if isinstance(kind, pa.BaseExtensionType):
-        return json.loads if kind.extension_name == "arrow.json" else _converter(kind.storage_type)
+        if kind.extension_name == "arrow.json":
+            return json.loads if decode else None
+        return null_dropper(kind.storage_type, decode)
     if pa.types.is_struct(kind):
-        return _struct_converter([(field.name, _converter(field.type)) for field in kind])
+        return _struct_dropper([(field.name, null_dropper(field.type, decode)) for field in kind])
     if pa.types.is_map(kind):  # a list of pairs
-        item = _converter(kind.item_type)
+        item = null_dropper(kind.item_type, decode)
         return lambda pairs: {key: item(v) if item else v for key, v in pairs if v is not None}
     if isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType | pa.ListViewType | pa.LargeListViewType):
-        convert = _converter(kind.value_type)
+        convert = null_dropper(kind.value_type, decode)
         return None if convert is None else lambda items: [None if v is None else convert(v) for v in items]
     return None
 
 
-def _struct_converter(fields: list[tuple[str, Convert | None]]) -> Convert:
+def _struct_dropper(fields: list[tuple[str, Convert | None]]) -> Convert:
     def convert(value: Mapping[str, Any]) -> dict[str, Any]:
         return {name: item(v) if item else v for name, item in fields if (v := value[name]) is not None}
 

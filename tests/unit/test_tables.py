@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.encode import encode
 from fsdp_qlora.data.prepare import prepare_data
-from fsdp_qlora.data.sources import read_source
+from fsdp_qlora.data.sources import read_source, streamed_rows
 from fsdp_qlora.data.tables import without_nulls
 from fsdp_qlora.data.tokens import reader
 from fsdp_qlora.errors import DataError
@@ -107,6 +107,24 @@ def test_every_container_gives_the_tokens_of_jsonl(tmp_path, tokenizer, write, e
     assert _tokens(write(rows, tmp_path), tokenizer) == expected[: len(rows)]
     text = tokenizer.decode(expected[0][0])
     assert '<call>weather {"city": "Oslo"}</call>' in text and '"properties": {"city": {"type": "string"}}' in text
+
+
+@pytest.mark.parametrize("stored", ["json", "structs", "structs without features"])
+def test_a_stream_of_datasets_gives_the_tokens_of_jsonl(tmp_path, tokenizer, stored):
+    rows = ROWS[:3] if stored != "json" else [*ROWS, _row("explicit", {"unit": None})]
+    file = _jsonl(rows, tmp_path)
+    if stored == "json":
+        stream = Dataset.from_json(str(file), cache_dir=str(tmp_path / "cache")).to_iterable_dataset()
+    else:
+        stream = Dataset.from_list(rows).to_iterable_dataset()
+    if stored == "structs without features":
+        stream = stream.map(lambda row: row)
+        assert stream.features is None
+    read = reader("auto", {}, None)
+    found = [
+        tuple(part.tolist() for part in encode(read(row), tokenizer)) for row in streamed_rows(stream, "owner/name")
+    ]
+    assert found == _tokens(file, tokenizer)
 
 
 def test_rows_of_several_formats_in_one_table(tmp_path, tokenizer):
