@@ -220,9 +220,11 @@ def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = build_tokenizer(folder, config.model.trust_remote_code)
     if config.data.template is not None:
         try:
-            tokenizer.chat_template = Path(config.data.template).expanduser().read_text()
+            tokenizer.chat_template = Path(config.data.template).expanduser().read_text(encoding="utf-8")
         except OSError as error:
             raise DataError(f"data.template: {config.data.template} cannot be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"data.template: {config.data.template} is not valid UTF-8.") from error
     return tokenizer
 
 

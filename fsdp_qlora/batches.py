@@ -94,7 +94,7 @@ def _bad_row_list(file: Path) -> Callable[[str, DataError], None]:
         if where not in known:
             known.add(where)
             with file.open("a") as lines:
-                lines.write(json.dumps({"where": where, "problem": str(problem)}, ensure_ascii=False) + "\n")
+                lines.write(json.dumps({"where": where, "problem": str(problem)}) + "\n")
 
     return note
 

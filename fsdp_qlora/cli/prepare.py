@@ -11,7 +11,7 @@ from fsdp_qlora.data.embedded import fetch_embedded
 from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.report import histogram, packing_efficiency
-from fsdp_qlora.data.sources import names_of
+from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.plan.batch import num_steps
 from fsdp_qlora.track.console import clock, print_table
 from fsdp_qlora.track.run_folder import RunFolder
@@ -37,6 +37,8 @@ def run(config: RunConfig) -> int:
     if data.bad_rows is not None:
         count = len(data.bad_rows.read_text().splitlines())
         print(f"{count} bad row(s) were passed over; they are listed in {data.bad_rows}")
+    for line in not_read(names_of(config.data.train) + names_of(config.data.eval or [])):
+        print(line)
     if config.data.report:
         _report(config, data)
     return 0

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from fsdp_qlora.api import Prepared
 from fsdp_qlora.data.samples import segments
+from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.track.console import megabytes, print_table
@@ -71,6 +72,9 @@ def print_start(prepared: Prepared, note: str) -> None:
             f"{counts.dropped_unsupervised + held.dropped_unsupervised} without supervised tokens",
             flush=True,
         )
+    if data is not None:
+        for line in not_read(names_of(config.data.train) + names_of(config.data.eval or [])):
+            print(line, flush=True)
 
 
 def print_samples(prepared: Prepared, folder: RunFolder) -> None:

@@ -59,7 +59,8 @@ class DataSettings:
 
     train: Any = None
     """File (JSONL, JSON, CSV, Parquet, Arrow, text; also .gz, .zst, .bz2, .xz; also a URL), folder, glob, hub data set
-    (``owner/name`` or ``owner/name:split``), or a list of them."""
+    (``owner/name`` or ``owner/name/configuration``), or a list of them. ``:split`` behind a folder or a data set takes
+    another split than ``train``."""
     eval: Any = None
     """The same, for evaluation; ``null`` takes ``eval_fraction`` of the training rows instead."""
     eval_fraction: float = 0.0
@@ -72,6 +73,8 @@ class DataSettings:
     """``module:function`` that turns a row (a dict) into one of the known formats; needs ``allow_code``."""
     allow_code: bool = False
     """Import and run ``row_function``."""
+    ignore_keys: list[str] = field(default_factory=list)
+    """Keys of messages to leave out. Others that are for the model must be written by its chat template."""
     template: str | None = None
     """File with a chat template (jinja) to use instead of the tokenizer's."""
     train_on: Literal["assistant", "last", "all"] = "assistant"

@@ -23,9 +23,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.schema import DataSettings
+from fsdp_qlora.data.identity import code_digest, tokenizer_digest
 from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.mix import draw, mixture_counts
-from fsdp_qlora.data.sources import Row, fingerprint, names_of, read_source, stated
+from fsdp_qlora.data.readers import Row
+from fsdp_qlora.data.sources import fingerprint, names_of, read_source, stated
 from fsdp_qlora.data.stream import Stream
 from fsdp_qlora.data.tokens import Counts, Fit, ReadRow, Tokenized, reader, tokenize, write_bad_rows
 from fsdp_qlora.errors import DataError
@@ -33,7 +35,7 @@ from fsdp_qlora.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_VERSION = 3  # of what is written; a change makes old caches unused
+_VERSION = 4  # of what is written; a change makes old caches unused
 _TOKENS, _COUNTS, _BAD_ROWS = "tokens.arrow", "counts.json", "bad_rows.jsonl"
 _NOT_IN_KEY = {
     "train", "eval", "packing", "padding_free", "length_grouped", "streaming", "shuffle_window", "report",
@@ -108,11 +110,10 @@ def prepare_data(
 
 def _key(data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
     sources = [fingerprint(name) for name in (*names_of(data.train), *names_of(data.eval or []))]
-    vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     settings = {key: value for key, value in asdict(data).items() if key not in _NOT_IN_KEY}
     parts = [
-        _VERSION, settings, seed, len(names_of(data.train)), sources, vocabulary, str(tokenizer.chat_template),
-        tokenizer.eos_token_id,
+        _VERSION, settings, seed, len(names_of(data.train)), sources, tokenizer_digest(tokenizer),
+        code_digest(_function(data)),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -171,7 +172,7 @@ def _streamed(
 
 
 def _reader(data: DataSettings) -> ReadRow:
-    return reader(data.format, data.columns, _function(data))
+    return reader(data.format, data.columns, _function(data), frozenset(data.ignore_keys))
 
 
 def _fit(data: DataSettings) -> Fit:
@@ -243,8 +244,10 @@ def _function(data: DataSettings) -> Callable[[dict], dict] | None:
     module, _, name = data.row_function.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise DataError(f"data.row_function: expected module:function, and {data.row_function}: {error}") from error
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise DataError(
+            f"data.row_function: expected module:function, and {data.row_function}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _publish(staging: Path, folder: Path) -> None:

@@ -1,41 +1,27 @@
-"""Rows from files (local or remote, compressed or not), folders, globs and the hub, each with the place it came from.
-
-Text files are read line by line here and not by `datasets`, whose readers infer one schema for a whole file and name no
-line: a row of another shape must not fail its neighbours, and a bad one must be found.
-"""
+"""What `data.train` may name: files (local or remote, compressed or not), folders, globs and hub data sets."""
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
-import io
-import json
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from fsdp_qlora.data.folders import files_of, is_data, left_out, rows_or_texts
+from fsdp_qlora.data.readers import COMPRESSED, KINDS, Row, first_line, kind_of, read_file
+from fsdp_qlora.data.tables import null_dropper, without_nulls
 from fsdp_qlora.errors import DataError
 
-_KINDS = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-    ".arrow": "arrow", ".feather": "arrow", ".txt": "text", ".md": "text",
-}  # fmt: skip
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
 _HUB_SPLIT = "train"
 _GLOB = "*?["
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row, or why there is none."""
-
-    where: str
-    """File and line, or file and row number."""
-    values: dict[str, Any] | None
-    problem: str = ""
-    """What is wrong with it, where ``values`` is None."""
+_MEDIA = {"Image", "Audio", "Video", "Pdf", "Nifti", "Mesh"}
+"""Features of `datasets` that need libraries of their own to be decoded."""
 
 
 def names_of(value: str | Iterable[str]) -> list[str]:
@@ -46,18 +32,21 @@ def names_of(value: str | Iterable[str]) -> list[str]:
 def is_file(name: str) -> bool:
     """Whether a name means files (it is there, or looks like them) and not a hub data set."""
     path = Path(name).expanduser()
-    known = _kind(name) is not None or any(c in name for c in _GLOB) or "://" in name
-    return known or path.exists() or path.is_absolute() or name.startswith((".", "~"))
+    known = kind_of(name) is not None or any(c in name for c in _GLOB) or "://" in name
+    return (
+        known or path.exists() or path.is_absolute() or name.startswith((".", "~")) or _folder_split(name) is not None
+    )
 
 
-def _kind(name: str) -> str | None:
-    path = Path(name)
-    suffix = Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
-    return _KINDS.get(suffix)
+def _folder_split(name: str) -> tuple[Path, str] | None:
+    """Return folder and split of ``folder:split``; None where the name is none of that."""
+    place, colon, split = name.rpartition(":")
+    folder = Path(place).expanduser()
+    return (folder, split) if colon and split and not Path(name).expanduser().exists() and folder.is_dir() else None
 
 
 def expand(name: str) -> list[str]:
-    """Return the files that a file's name, a folder or a glob means, sorted; a hub name or a URL as it is.
+    """Return the files that a file's name, a folder, ``folder:split`` or a glob means; a hub name or a URL as it is.
 
     Raises:
         DataError: if there are none, or one is of an unknown kind.
@@ -66,23 +55,59 @@ def expand(name: str) -> list[str]:
         return [name]
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(str(f) for f in path.rglob("*") if f.is_file() and _kind(f.name) is not None)
-        if not files:
-            raise DataError(f"data: the folder {path} holds no file of a known kind ({', '.join(_KINDS)}).")
-        return files
-    if any(c in name for c in _GLOB) and not path.exists():
-        files = sorted(f for f in glob.glob(str(path), recursive=True) if Path(f).is_file())  # noqa: PTH207 (absolute)
-        if not files:
-            raise DataError(f"data: no file matches {path}.")
-    else:
-        files = [str(path)]
+        return [str(file) for file in files_of(path, None, kind_of)]
+    if (part := _folder_split(name)) is not None:
+        return [str(file) for file in files_of(*part, kind_of)]
+    files = _matches(path) if any(c in name for c in _GLOB) and not path.exists() else [str(path)]
     for file in files:
         if not Path(file).is_file():
             raise DataError(f"data: there is no file {file}.{_embedded_hint(Path(file))}")
-        if _kind(file) is None:
-            known = f"{', '.join(_KINDS)}, also with {', '.join(_COMPRESSED)}"
+        if kind_of(file) is None:
+            known = f"{', '.join(KINDS)}, also with {', '.join(COMPRESSED)}"
             raise DataError(f"data: {file}: unknown kind of file; known are {known}.")
     return files
+
+
+def not_read(names: Iterable[str]) -> list[str]:
+    """Return a line for each folder with files that could be data but are skipped by all of ``names``."""
+    every = list(names)
+    local = [name for name in every if "://" not in name and is_file(name)]
+    read = {Path(file) for name in local for file in expand(name)}
+    skipped: dict[Path, set[Path]] = {}
+    for name in local:
+        folder, split = _folder_split(name) or (Path(name).expanduser(), None)
+        if folder.is_dir():
+            skipped.setdefault(folder, set()).update(left_out(folder, split, kind_of))
+    lines = []
+    for folder, files in skipped.items():
+        left = sorted(str(file.relative_to(folder)) for file in files - read)
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            lines.append(
+                f"data: {folder}: skipped {', '.join(left[:3])}{more} (text in a folder with rows, or another split)"
+            )
+    return lines
+
+
+def _matches(pattern: Path) -> list[str]:
+    """Return the matching files, sorted. A pattern without a suffix selects the same files as a folder does."""
+    found = sorted(Path(f) for f in glob.glob(str(pattern), recursive=True) if Path(f).is_file())  # noqa: PTH207 (absolute)
+    if kind_of(pattern.name) is None:
+        data = (file for file in found if kind_of(file.name) is not None and is_data(file, _fixed(pattern)))
+        found = rows_or_texts(data, lambda name: kind_of(name) == "text") or found
+    if not found:
+        raise DataError(f"data: no file matches {pattern}.")
+    return [str(file) for file in found]
+
+
+def _fixed(pattern: Path) -> Path:
+    """Return the folders of a pattern that come before its first wildcard."""
+    fixed = Path()
+    for part in pattern.parts[:-1]:
+        if any(c in part for c in _GLOB):
+            break
+        fixed /= part
+    return fixed
 
 
 def _embedded_hint(path: Path) -> str:
@@ -117,8 +142,8 @@ def fingerprint(name: str) -> str:
             fs, path = fsspec.url_to_fs(file)
             lines.append(f"{file} {fs.ukey(path)}")
         else:
-            with Path(file).open("rb") as stream:
-                lines.append(hashlib.file_digest(stream, "sha256").hexdigest())
+            with Path(file).open("rb") as stream:  # the same bytes mean something else as another kind of file
+                lines.append(f"{kind_of(file)} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
     return "\n".join(lines)
 
 
@@ -133,154 +158,56 @@ def read_source(name: str) -> Iterator[Row]:
             yield from _hub(file)
             continue
         number = 0
-        try:
-            for row in _file(file):
-                number += 1
-                yield row
-        except (OSError, EOFError, ValueError) as error:
-            raise DataError(f"data: {file} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+        for row in read_file(file):
+            number += 1
+            yield row
         if number == 0:
             raise DataError(f"data: {file} is empty.")
 
 
-def _file(name: str) -> Iterator[Row]:
-    import fsspec
-
-    kind = _kind(name)
-    if kind is None:
-        raise DataError(f"data: {name}: unknown kind of file; known are {', '.join(_KINDS)}.")
-    with cast(Any, fsspec.open(name, "rb", compression="infer")) as opened:
-        stream = io.BufferedReader(opened) if name.endswith(".zst") else opened  # zstd's own has no lines
-        if kind in ("parquet", "arrow"):
-            yield from _table(name, kind, stream)
-        elif kind == "csv":
-            yield from _csv(name, stream)
-        elif kind == "text":
-            for row in _lines(name, stream):
-                yield row if row.values is None else Row(row.where, {"text": row.values["line"]})
-        else:
-            yield from _json(name, kind, stream)
+def hub_parts(name: str) -> tuple[str, str | None, str]:
+    """Return repository, configuration and split of ``owner/name``, ``owner/name/config`` and those with ``:split``."""
+    place, _, split = name.partition(":")
+    owner, name, config = (*place.split("/", 2), "", "")[:3]
+    return "/".join(part for part in (owner, name) if part), config or None, split or _HUB_SPLIT
 
 
-def _lines(name: str, stream: Any) -> Iterator[Row]:
-    """Yield lines that are not blank as ``{"line": text}``; what is not UTF-8 as a problem."""
-    for number, line in enumerate(stream, start=1):
-        where = f"{name}, line {number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            yield Row(where, None, f"not valid UTF-8 at byte {error.start + 1} of the line")
-            continue
-        if "\0" in text:
-            yield Row(where, None, "holds a NUL character")
-        elif text.strip():
-            yield Row(where, {"line": text})
-
-
-def _json(name: str, kind: str, stream: Any) -> Iterator[Row]:
-    if kind == "json":
-        data = stream.read()
-        if data.lstrip()[:1] == b"[":
-            yield from _json_array(name, data)
-            return
-        stream = io.BytesIO(data)
-    for row in _lines(name, stream):
-        if row.values is None:
-            yield row
-            continue
-        try:
-            yield _object(row.where, _parse(row.values["line"]))
-        except _DuplicateKeyError as error:
-            yield Row(row.where, None, str(error))
-        except json.JSONDecodeError as error:
-            yield Row(row.where, None, f"not valid JSON: {error.msg} at column {error.colno}")
-        except RecursionError:
-            yield Row(row.where, None, "not valid JSON: nested too deeply")
-
-
-def _json_array(name: str, data: bytes) -> Iterator[Row]:
-    try:
-        values = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"data: {name} is not valid JSON: {_first_line(error)}") from error
-    for number, value in enumerate(values, start=1):
-        yield _object(f"{name}, row {number}", value)
-
-
-def _object(where: str, value: Any) -> Row:
-    if isinstance(value, dict):
-        return Row(where, value)
-    return Row(where, None, f"expected an object {{...}}, got {type(value).__name__}")
-
-
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def _parse(text: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for key, _ in pairs if sum(1 for other, _ in pairs if other == key) > 1)
-            raise _DuplicateKeyError(f"the key {twice!r} comes twice")
-        return found
-
-    return json.loads(text, object_pairs_hook=unique)
-
-
-def _csv(name: str, stream: Any) -> Iterator[Row]:
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    reader = csv.DictReader(text, delimiter="\t" if Path(name).stem.endswith(".tsv") or ".tsv" in name else ",")
-    try:
-        for values in reader:
-            where = f"{name}, line {reader.line_num}"
-            if None in values or None in values.values():
-                yield Row(where, None, f"does not have the {len(reader.fieldnames or [])} columns of the first line")
-            else:
-                yield Row(where, dict(values))
-    except csv.Error as error:
-        raise DataError(f"data: {name}, line {reader.line_num}: {error}") from error
-
-
-def _table(name: str, kind: str, stream: Any) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if kind == "parquet":
-            batches = pq.ParquetFile(stream).iter_batches(batch_size=1024)
-        else:
-            data = pa.BufferReader(stream.read())
-            try:
-                batches = iter(pa.ipc.open_stream(data))
-            except pa.ArrowInvalid:
-                data.seek(0)
-                file = pa.ipc.open_file(data)
-                batches = (file.get_batch(i) for i in range(file.num_record_batches))
-        number = 0
-        for batch in batches:
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(f"{name}, row {number}", values)
-    except pa.ArrowException as error:
-        raise DataError(f"data: {name} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+def hub_refusal(name: str, error: Exception) -> DataError:
+    """Return the error for a hub data set that cannot be loaded."""
+    repo, config, split = hub_parts(name)
+    which = f"{repo}, configuration {config}," if config else repo
+    text = " ".join(str(error).split())
+    if config is None and re.search(
+        r"config(?:uration)? name is missing|pick one among the available configs", text, re.I
+    ):
+        return DataError(
+            f"data: {repo} has several configurations and needs the name of one: {repo}/CONFIG, or "
+            f"{repo}/CONFIG:{split} for a split. {text}"
+        )
+    return DataError(f"data: {which} is no file here and the hub did not give its {split!r} split: {first_line(error)}")
 
 
 def _hub(name: str) -> Iterator[Row]:
-    """Yield the rows of ``owner/name`` or ``owner/name:split``, streamed from the hub."""
     from datasets import load_dataset
 
-    repo, _, split = name.partition(":")
+    repo, config, split = hub_parts(name)
     try:
-        rows = load_dataset(repo, split=split or _HUB_SPLIT, streaming=True)
-        for number, values in enumerate(cast(Iterable[dict[str, Any]], rows), start=1):
-            yield Row(f"{name}, row {number}", dict(values))
-    except (ConnectionError, ValueError, OSError, RuntimeError) as error:
-        raise DataError(
-            f"data: {repo} is no file here and the hub did not give its {split or _HUB_SPLIT!r} split: "
-            f"{_first_line(error)}"
-        ) from error
+        yield from streamed_rows(load_dataset(repo, config, split=split, streaming=True), name)
+    except Exception as error:  # `datasets`, the hub's client and every format have errors of their own
+        raise hub_refusal(name, error) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
+def streamed_rows(rows: IterableDataset, name: str) -> Iterator[Row]:
+    """Yield the rows of a stream of `datasets`, without its images, audio and video."""
+    media = {column: kind for column, kind in (rows.features or {}).items() if type(kind).__name__ in _MEDIA}
+    for column, kind in media.items():
+        rows = rows.cast_column(column, replace(kind, decode=False)).remove_columns(column)
+    kinds = rows.features.arrow_schema if rows.features is not None else []
+    drop = {field.name: null_dropper(field.type, decode=False) or _unchanged for field in kinds}
+    for number, values in enumerate(cast(Iterable[dict[str, Any]], rows), start=1):
+        clean = {key: drop.get(key, without_nulls)(value) for key, value in values.items() if value is not None}
+        yield Row(f"{name}, row {number}", dict.fromkeys(values) | clean)
+
+
+def _unchanged(value: Any) -> Any:
+    return value

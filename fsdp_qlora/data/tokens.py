@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.data.chat import Example, read_row
 from fsdp_qlora.data.encode import Encoded, TrainOn, encode_batch
-from fsdp_qlora.data.sources import Row
+from fsdp_qlora.data.readers import Row
 from fsdp_qlora.errors import DataError
 
 _BATCH = 512
@@ -145,8 +146,32 @@ def _pass_over(where: str, error: DataError, skip_bad: bool, result: Tokenized) 
     result.bad.append({"where": where, "problem": str(error)})
 
 
-def reader(row_format: str, columns: dict[str, str], convert: Callable[[dict], dict] | None) -> ReadRow:
-    """Return what turns a row of a file into an `Example`: with columns renamed and a person's function run."""
+class _Renamed(Mapping[str, Any]):
+    """A row whose columns have the names of a format; cells are read only when they are asked for."""
+
+    def __init__(self, values: Mapping[str, Any], columns: dict[str, str]) -> None:
+        self._values, self._columns = values, columns
+
+    def __getitem__(self, column: str) -> Any:
+        return self._values[self._columns.get(column, column)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**dict.fromkeys(self._values), **dict.fromkeys(self._columns)})
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def reader(
+    row_format: str,
+    columns: dict[str, str],
+    convert: Callable[[dict], dict] | None,
+    ignored: frozenset[str] = frozenset(),
+) -> ReadRow:
+    """Return what turns a row of a file into an `Example`: with columns renamed and a user's function run.
+
+    ``ignored`` are keys of messages to leave out.
+    """
 
     def read(row: Row) -> Example:
         if row.values is None:
@@ -156,13 +181,14 @@ def reader(row_format: str, columns: dict[str, str], convert: Callable[[dict], d
             missing = [theirs for theirs in columns.values() if theirs not in values]
             if missing:
                 raise DataError(f"the row has no {missing[0]!r}, which data.columns names")
-            values = {**values, **{ours: values[theirs] for ours, theirs in columns.items()}}
+            values = _Renamed(values, columns)
         if convert is not None:
+            values = dict(values)
             try:
                 values = convert(values)
-            except Exception as error:  # a person's code: whatever it raises is about this row
+            except Exception as error:  # a user's code: whatever it raises is about this row
                 raise DataError(f"data.row_function: {type(error).__name__}: {error}") from error
-        return read_row(values, row_format)
+        return read_row(values, row_format, ignored)
 
     return read
 
@@ -207,4 +233,4 @@ def _all_cores() -> Iterator[None]:
 
 def write_bad_rows(bad: list[dict[str, str]], file: Path) -> None:
     """Write one JSON object a line for each row that was passed over."""
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
+    file.write_text("".join(json.dumps(row) + "\n" for row in bad), encoding="ascii")  # whatever the locale is

@@ -109,3 +109,9 @@ def test_a_template_that_rewrites_the_past_is_refused(tokenizer):
             encode(read_row(ROWS["messages"], "messages"), tokenizer)
     finally:
         tokenizer.chat_template = original
+
+
+def test_conversations_that_the_assistant_opens_have_prompts_of_their_own():
+    rows = [[("assistant", f"hello {n}"), ("user", "hi")] for n in range(2)]
+    keys = {Example([{"role": role, "content": content} for role, content in row]).prompt_key for row in rows}
+    assert len(keys) == 2

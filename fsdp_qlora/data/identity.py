@@ -1,0 +1,120 @@
+"""Digests of what decides the tokens besides rows and settings: the tokenizer, and the user's own code."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_SWITCHES = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens", "legacy")
+_OWN = Path(__file__).resolve().parent.parent  # our own code: prepare's version stands for it
+_INSTALLED = tuple(Path(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of everything in a tokenizer that affects the tokens of a text or a conversation.
+
+    That is tokenizer.json (normalizer, pre-tokenizer, model, post-processor, added tokens), the settings of its config,
+    and the chat templates; not its folder, its maximum length or its padding.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    state: dict[str, Any] = json.loads(core.to_str()) if core is not None else {"vocabulary": tokenizer.get_vocab()}
+    calls = {"truncation", "padding"}  # left by the last call
+    parts = [
+        type(tokenizer).__name__,
+        code_digest(type(tokenizer)),
+        {key: value for key, value in state.items() if key not in calls},
+        {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        {key: value for key in _SWITCHES if isinstance(value := getattr(tokenizer, key, None), bool)},
+        tokenizer.chat_template,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def code_digest(code: Callable[..., Any] | None) -> str:
+    """Return a digest of the source of a function or class and of its imports, except for installed packages."""
+    digest = hashlib.sha256()
+    for file in sorted(_files(code.__module__)) if code is not None else ():
+        digest.update(file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _files(module: str) -> set[Path]:
+    """Return the source files of a module and of all that it imports."""
+    files: set[Path] = set()
+    names, seen = [module], set[str]()
+    while names:
+        name = names.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        file = _source(name)
+        if file is None or file in files:
+            continue
+        files.add(file)
+        names += _imports(file, name)
+    return files
+
+
+def _source(module: str) -> Path | None:
+    """Return the source file of a module of the user's own; None for others."""
+    top, dot, _ = module.partition(".")
+    try:
+        if not _is_own(_places(top)):
+            return None
+        file, *_ = _places(module) if dot else _places(top)  # a parent is imported for that, so only of the user's own
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return file.resolve() if file.suffix == ".py" and file.is_file() else None
+
+
+def _places(module: str) -> list[Path]:
+    """Return the file of a module and the folders of a package.
+
+    Raises:
+        ValueError: if it has none; ImportError or AttributeError: if there is no such module.
+    """
+    loaded = sys.modules.get(module)
+    if module == "__main__" and loaded is not None and loaded.__file__:
+        return [Path(loaded.__file__)]
+    spec = loaded.__spec__ if loaded is not None else importlib.util.find_spec(module)
+    if spec is None:
+        raise ImportError(module)
+    file = [spec.origin] if spec.has_location and spec.origin else []
+    places = [Path(place) for place in (*file, *(spec.submodule_search_locations or ()))]
+    if not places:
+        raise ValueError(module)
+    return places
+
+
+def _is_own(places: list[Path]) -> bool:
+    both = {place.absolute() for place in places} | {place.resolve() for place in places}
+    return not any(place.is_relative_to(root) for place in both for root in (*_INSTALLED, _OWN))
+
+
+def _imports(file: Path, module: str) -> Iterator[str]:
+    """Yield the names of the modules that a file imports, anywhere in it."""
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            place = "." * node.level + (node.module or "")
+            try:
+                base = importlib.util.resolve_name(place, package)
+            except ImportError:
+                continue
+            yield base
+            yield from (f"{base}.{name.name}" for name in node.names)  # a module, or a name that is none
