@@ -19,6 +19,7 @@ from fsdp_qlora.model.compile import COMPILED_TYPES, can_compile
 from fsdp_qlora.model.known import config_for_plan
 from fsdp_qlora.model.model_config import load_config
 from fsdp_qlora.model.prequantized import require_readable
+from fsdp_qlora.model.rope import settle_rope
 from fsdp_qlora.model.shard import model_dtype
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.plan.batch import num_steps
@@ -82,13 +83,15 @@ def replace_attention(config: RunConfig, attention: str) -> RunConfig:
 
 
 def skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
-    """Build the meta model of ``folder`` with the settings' attention."""
+    """Build the meta model of ``folder`` with the settings' attention and rotary tables for their longest row."""
     model = config.model
     require_readable(folder, config.quant)
-    return build_skeleton(
+    base = build_skeleton(
         folder, model_dtype(config.precision.name), model.attn_implementation, model.trust_remote_code,
         model.config_overrides,
     )  # fmt: skip
+    settle_rope(base, config.data.max_length)
+    return base
 
 
 def rank_budget(ranks: Ranks, placement: Placement) -> int:

@@ -61,6 +61,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, untied, biases": ("qwen3_moe", {"attention_bias": True}),
     "qwen3_moe, dense layers": ("qwen3_moe", {"mlp_only_layers": [0]}),
     "gemma3_text, capped": ("gemma3_text", {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}),
+    "phi3, long factors": ("phi3", {"original_max_position_embeddings": 32, "rope_parameters": {
+        "rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [4.0 + i / 8 for i in range(48)],
+        "original_max_position_embeddings": 32, "rope_theta": 1e4}}),
+    "llama, rope dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
     "mistral, window": ("mistral", {"sliding_window": 16}),
     "qwen2, window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
 }  # fmt: skip
@@ -74,7 +78,7 @@ def sample(count: int, seed: str) -> list[str]:
 
 def small_config(model_type: str, **more: Any) -> PreTrainedConfig:
     """Return a config of the family that is small enough to train in an instant."""
-    return cut_config(CONFIG_MAPPING[model_type](**{**SETTINGS.get(model_type, {}), **more}))
+    return cut_config(CONFIG_MAPPING[model_type](**{**SETTINGS.get(model_type, {}), **more}), LENGTH)
 
 
 def outcome(ranks: Ranks, model_type: str, more: dict[str, Any], packed: bool) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def twin_key(
         own.pop(key, None)
     everything = {
         "settings": chosen,
-        "packed": [config.data.packing, config.data.padding_free],
+        "data": [config.data.packing, config.data.padding_free, config.data.max_length],
         "config": own,
         "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(code)],
         "candidates": list(candidates),

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
+from transformers.initialization import guard_torch_init_functions
 
 from fsdp_qlora.quant.matrices import QuantMatrices
 
@@ -48,6 +49,28 @@ def parameters_on_meta() -> Iterator[None]:
             yield
     finally:
         hook.remove()
+
+
+@torch.no_grad()
+def make_buffers(model: PreTrainedModel) -> None:
+    """Let upstream's ``_init_weights`` make the buffers that no file holds, in float32, as ``from_pretrained`` does.
+
+    The constructor runs with the model's dtype as torch's default, which rounds on the way.
+    """
+    with guard_torch_init_functions():
+        for owner, module in _with_owners(model):
+            if module._non_persistent_buffers_set and module._buffers:
+                owner._init_weights(module)
+
+
+def _with_owners(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
+    """Yield each module with the innermost model of transformers around it, which knows how to initialise it."""
+    pending: list[tuple[PreTrainedModel, nn.Module]] = [(model, model)]
+    while pending:
+        owner, module = pending.pop()
+        owner = module if isinstance(module, PreTrainedModel) else owner
+        yield owner, module
+        pending += [(owner, child) for child in module.children()]
 
 
 def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:

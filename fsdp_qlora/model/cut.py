@@ -40,29 +40,43 @@ _WIDTH = (
     r"|ple_embed_dim|hc_lowrank|attention_head_dim|gated_norm_rank|adapter_rank|.*time_step_rank|mamba_dt_rank"
     r"|pronunciation_embed_dim|shape_embed_dim|mamba_d_ssm|laurel_rank|prompt_mid_dim)$"
 )
+_FIRST = r"(first_k_dense_replace|num_dense_layers|moe_layer_start_index)$"
+_PERIOD = (
+    r"(.*_layer_period|.*_every_n_layers|_?sliding_window_pattern|no_rope_layer_interval|decoder_sparse_step"
+    r"|interleave_moe_layer_step|moe_layer_interval|layer_group_size|n_layers_per_attn_res_block)$"
+)
 _STATE = r"(mamba_d_state|ssm_state_size|state_size)$"
 _INNER_DIM = r"(linear_(key|value)_head_dim|linear_head_dim|index_head_dim|mamba_d_head|mamba_head_?dim|mamba_headdim)$"
 _INNER_HEADS = r"(linear_num_(key|value)_heads|linear_num_heads|index_n_heads|mamba_n_heads|mamba_num_heads)$"
 
 
-def cut_config(config: PreTrainedConfig, num_layers: int = 0) -> PreTrainedConfig:
-    """Return ``config`` with small sizes; ``num_layers`` as given, else as many as its lists have kinds of layers.
+def cut_config(config: PreTrainedConfig, max_length: int = 0) -> PreTrainedConfig:
+    """Return ``config`` with small sizes and as many layers as its lists have kinds of them.
+
+    Args:
+        config: any model's.
+        max_length: longest row of the run. Where it exceeds the length that the model was trained for, rows of the
+            small one do so, too: rotary embeddings may then take other factors.
 
     Raises:
         ValueError: or whatever upstream's config class raises where it does not take the small sizes.
     """
     values = config.to_dict()
-    _cut(values, num_layers)
+    _cut(values, max_length)
     return type(config).from_dict(values)
 
 
-def _cut(values: dict[str, Any], num_layers: int) -> None:
+def _cut(values: dict[str, Any], max_length: int) -> None:
     """Shrink the sizes in ``values`` in place; configs inside it likewise."""
     for key, value in values.items():
         if isinstance(value, dict) and key.endswith(("_config", "encoder", "decoder")):
-            _cut(value, num_layers)
+            _cut(value, max_length)
     layers = next((v for k, v in values.items() if re.match(_LAYERS, k) and isinstance(v, int)), 0)
-    kept = _kept_layers(values, layers, num_layers)
+    kept = _kept_layers(values, layers)
+    trained = (values.get("rope_parameters") or {}).get("original_max_position_embeddings") or values.get(
+        "original_max_position_embeddings"
+    )
+    exceeds = isinstance(trained, int) and max_length > trained
     apart = _apart(values)
     values.pop("per_layer_config", None)
     hidden = next((v for k, v in values.items() if re.match(_HIDDEN, k) and isinstance(v, int)), 0)
@@ -80,20 +94,31 @@ def _cut(values: dict[str, Any], num_layers: int) -> None:
             for place, old in enumerate(kept)
             if old in apart
         }
-    _cut_rope(values)
+    _cut_rope(values, WINDOW if exceeds else POSITIONS)
 
 
-def _kept_layers(values: Mapping[str, Any], layers: int, asked: int) -> list[int]:
-    """Return which layers stay: the first of each kind that the lists tell apart, or the first ``asked``."""
+def _kept_layers(values: Mapping[str, Any], layers: int) -> list[int]:
+    """Return which layers stay: the first of each kind that the lists tell apart, and a whole period."""
     lists = [v for v in values.values() if isinstance(v, list) and layers and len(v) == layers]
     if apart := _apart(values):
         lists.append([sorted(apart.get(i, {}).items()) for i in range(layers)])
+    needed = min(layers, LAYERS, max(2, _dense_first(values) + 1, *_periods(values)))
     if not lists:
-        return list(range(min(layers, asked or 2)))
+        return list(range(needed))
     kinds = [repr([each[i] for each in lists]) for i in range(layers)]
     first = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())[:LAYERS]
     rest = [i for i in range(layers) if i not in first]
-    return sorted(first + rest[: max(0, (asked or 2) - len(first))])
+    return sorted(first + rest[: max(0, needed - len(first))])
+
+
+def _periods(values: Mapping[str, Any]) -> list[int]:
+    """Return after how many layers a kind of layer comes again, by the settings that say so."""
+    return [v for k, v in values.items() if re.match(_PERIOD, k) and isinstance(v, int) and not isinstance(v, bool)]
+
+
+def _dense_first(values: Mapping[str, Any]) -> int:
+    """Return 1 where the first layers are otherwise than the rest: then one of them stays."""
+    return max((min(1, v) for k, v in values.items() if re.match(_FIRST, k) and isinstance(v, int)), default=0)
 
 
 def _cut_value(key: str, value: Any, before: Mapping[str, Any], hidden: int, layers: int, kept: int) -> Any:  # noqa: PLR0911, PLR0912
@@ -123,8 +148,8 @@ def _cut_value(key: str, value: Any, before: Mapping[str, Any], hidden: int, lay
         return 1
     if re.match(_WIDTH, key):
         return _width(value, hidden)
-    if key == "original_max_position_embeddings":
-        return POSITIONS // 4
+    if re.match(_FIRST, key):
+        return 1
     if key == "max_window_layers":
         return min(value, kept if value >= layers else max(1, kept // 2))
     if key == "num_kv_shared_layers":
@@ -191,8 +216,10 @@ def _head_pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield heads, dim
 
 
-def _cut_rope(values: dict[str, Any]) -> None:
-    """Shrink the numbers that belong to a head's size or to the trained length in the rope settings."""
+def _cut_rope(values: dict[str, Any], trained: int) -> None:
+    """Shrink the numbers that belong to a head's size or to the ``trained`` length in the rope settings."""
+    if values.get("original_max_position_embeddings"):
+        values["original_max_position_embeddings"] = trained
     rope = values.get("rope_parameters")
     if not isinstance(rope, dict):
         return
@@ -208,4 +235,4 @@ def _cut_rope(values: dict[str, Any]) -> None:
             small = [max(1, x * half // sum(sections)) for x in sections]
             part["mrope_section"] = [half - sum(small[1:]), *small[1:]]
         if part.get("original_max_position_embeddings"):
-            part["original_max_position_embeddings"] = POSITIONS // 4
+            part["original_max_position_embeddings"] = trained

@@ -21,7 +21,13 @@ from transformers import (
 
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.attention import BLOCKWISE  # noqa: F401 - registers it
-from fsdp_qlora.model.construct import float32_parameters, keep_in_float32, parameters_on_meta, unmade_buffers
+from fsdp_qlora.model.construct import (
+    float32_parameters,
+    keep_in_float32,
+    make_buffers,
+    parameters_on_meta,
+    unmade_buffers,
+)
 from fsdp_qlora.model.linears import is_plain_linear, replaceable_linears
 from fsdp_qlora.model.model_config import load_config, not_buildable
 from fsdp_qlora.model.peft_names import names_taken_for_experts
@@ -110,6 +116,7 @@ def build_skeleton(
         raise not_buildable(folder, error) from error
     if unmade := unmade_buffers(model):
         raise ModelError(f"{type(model).__name__}: buffer {unmade[0]} is in no file and made by nothing.")
+    make_buffers(model)
     keep_in_float32(model, dtype)
     model.requires_grad_(False)
     return model.eval()

@@ -55,9 +55,7 @@ def test_two_ranks_give_the_same(pool, model_type):
 @pytest.mark.timeout(3000)
 def test_every_family(pool):
     padded = {name: pool.run(1, outcome, name, {}, False)[0] for name in MODEL_TYPES}
-    packed = {
-        name: pool.run(1, outcome, name, {}, True)[0] for name in MODEL_TYPES if padded[name]["kind"] == "equal"
-    }
+    packed = {name: pool.run(1, outcome, name, {}, True)[0] for name in MODEL_TYPES if padded[name]["kind"] == "equal"}
     TABLE.write_text(HEADER + table(padded, packed))
     everything = [*padded.items(), *packed.items()]
     wrong = {name: found for name, found in everything if found["kind"] in ("WRONG", "TRACEBACK")}

@@ -21,6 +21,7 @@ from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.schema import DataSettings, LoraSettings, OptimSettings, PrecisionSettings, RunConfig
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
 from fsdp_qlora.dist.process import Placement, choose_device, memory_peak, process_group, use_device
+from fsdp_qlora.model.around_head import after_head
 from fsdp_qlora.model.attention_choice import attention_candidates
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.checks import FirstGradients

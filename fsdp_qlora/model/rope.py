@@ -1,0 +1,68 @@
+"""Rotary tables that upstream chooses anew for each batch are chosen once, by the longest row of the run.
+
+With ``longrope`` upstream takes the long factors as soon as one row of the batch is longer than the trained length;
+with ``dynamic`` NTK scaling it stretches the frequencies by the longest row seen so far. What a row learns would depend
+on its neighbours, on the micro-batch and on the number of ranks. Here the run has one table: the one that upstream
+takes for a batch whose longest row has ``data.max_length`` tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from fsdp_qlora.errors import ModelError
+
+_SETTLED = "default"
+"""The type of a module whose frequencies upstream never changes."""
+
+
+def settle_rope(model: PreTrainedModel, max_length: int) -> str | None:
+    """Choose the rotary frequencies of ``model`` once, in place; return what was chosen, None where nothing was.
+
+    Raises:
+        ModelError: with ``dynamic`` scaling, if rows may be longer than the model was made for.
+    """
+    told: str | None = None
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            told = _settle(module, kinds, None, max_length) or told
+        elif isinstance(kinds, dict):
+            for layer_type, kind in list(kinds.items()):
+                told = _settle(module, kind, layer_type, max_length) or told
+    return told
+
+
+def _settle(module: nn.Module, kind: str, layer_type: str | None, max_length: int) -> str | None:
+    if kind not in ("longrope", "dynamic"):
+        return None
+    config: Any = module.config
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    told = None
+    if kind == "dynamic":
+        limit = int(getattr(module, "original_max_seq_len", config.max_position_embeddings))
+        if max_length > limit:
+            raise ModelError(
+                f"data.max_length: {max_length} is longer than the {limit} positions of this model, whose rotary "
+                "embedding (rope_type=dynamic) would then change with the longest row of each batch. Set "
+                f"data.max_length={limit} or less, or another rope_type in model.config_overrides."
+            )
+    else:
+        rope = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+        original = int(rope["original_max_position_embeddings"])
+        more = {} if layer_type is None else {"layer_type": layer_type}
+        frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=max_length, **more)
+        for name in (f"{prefix}inv_freq", f"{prefix}original_inv_freq"):
+            getattr(module, name).copy_(frequencies)
+        factors = "long" if max_length > original else "short"
+        told = f"{factors} rotary factors for all rows (data.max_length {max_length}, trained length {original})"
+    if layer_type is None:
+        module.rope_type = _SETTLED  # type: ignore[assignment]
+    else:
+        module.rope_type[layer_type] = _SETTLED  # type: ignore[index]
+    return told
