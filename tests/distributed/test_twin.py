@@ -1,0 +1,253 @@
+"""The twin check finds what would train silently wrong, names it, and remembers what was equal."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fsdp_qlora import building
+from fsdp_qlora.building import check_model, load_model, open_model
+from fsdp_qlora.checks.twin import check_twin
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.errors import FsdpQloraError
+from fsdp_qlora.model.attention_choice import attention_candidates
+from fsdp_qlora.model.causal import CausalModel
+from fsdp_qlora.model.lora import QuantLoraLinear
+from fsdp_qlora.model.skeleton import decoder_layers
+from fsdp_qlora.quant.matrices import QuantMatrices
+from tests import upstream
+from tests.matrix import small_config
+
+
+def _buffers(model: CausalModel, ending: str) -> list[torch.Tensor]:
+    return [buffer for name, buffer in model.base.named_buffers() if name.endswith(ending)]
+
+
+def lost_buffer(model: CausalModel, ranks: Ranks) -> None:
+    for buffer in _buffers(model, "e_score_correction_bias"):
+        buffer.zero_()
+
+
+def buffer_that_differs_on_one_rank(model: CausalModel, ranks: Ranks) -> None:
+    for buffer in _buffers(model, "e_score_correction_bias"):
+        buffer.add_(torch.linspace(0, ranks.rank, buffer.numel()))
+
+
+def swapped_rotary_table(model: CausalModel, ranks: Ranks) -> None:
+    for buffer in _buffers(model, "rotary_emb.inv_freq"):
+        buffer.copy_(buffer.flip(0))
+
+
+def missing_causal_mask(model: CausalModel, ranks: Ranks) -> None:
+    for module in model.base.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+
+
+def attention_bias_ignored(model: CausalModel, ranks: Ranks) -> None:
+    def flat(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "alibi": torch.zeros_like(kwargs["alibi"])}
+
+    for layer in decoder_layers(model.base):
+        layer.register_forward_pre_hook(flat, with_kwargs=True)
+
+
+def logit_scale_ignored(model: CausalModel, ranks: Ranks) -> None:
+    model.base.get_output_embeddings().logit_scale = 1.0
+
+
+def second_sequence_sees_itself(model: CausalModel, ranks: Ranks) -> None:
+    def unpack(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if kwargs.get("position_ids") is None:
+            return args, kwargs
+        positions = kwargs["position_ids"].clone()
+        positions[1] = torch.arange(positions.shape[1])
+        return args, {**kwargs, "position_ids": positions}
+
+    model.base.get_decoder().register_forward_pre_hook(unpack, with_kwargs=True)
+
+
+def adapter_without_scaling(model: CausalModel, ranks: Ranks) -> None:
+    for module in model.modules():
+        if isinstance(module, QuantLoraLinear):
+            module.scaling["default"] = 1.0
+
+
+def one_layer_of_another_kind(model: CausalModel, ranks: Ranks) -> None:
+    types = model.base.config.layer_types
+    types[types.index("sliding_attention")] = "full_attention"
+
+
+def gate_and_up_exchanged(model: CausalModel, ranks: Ranks) -> None:
+    mlp = model.base.get_submodule("model.layers.1.mlp")
+    mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+
+
+def two_experts_exchanged(model: CausalModel, ranks: Ranks) -> None:
+    matrices = next(m for m in model.modules() if isinstance(m, QuantMatrices) and m.count > 1)
+    rows = matrices.rows_each
+    order = torch.arange(matrices.count * rows).view(matrices.count, rows)[[1, 0, *range(2, matrices.count)]].flatten()
+    with torch.no_grad():
+        for parameter in (matrices.packed, matrices.absmax, matrices.nested):
+            local = parameter.to_local()  # on one rank: all rows
+            local.copy_(local[order].clone())
+        matrices.offset.copy_(matrices.offset[[1, 0, *range(2, matrices.count)]].clone())
+
+
+def recomputed_layer_differs(model: CausalModel, ranks: Ranks) -> None:
+    calls = {"training": 0}
+
+    def drift(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        calls["training"] += torch.is_grad_enabled()
+        return output * 1.05 if calls["training"] > 1 and torch.is_grad_enabled() else None
+
+    model.base.get_submodule("model.layers.0.mlp.act_fn").register_forward_hook(drift)
+
+
+FAULTS: dict[str, tuple[Any, str, dict[str, Any], str]] = {
+    "lost buffer": (lost_buffer, "deepseek_v3", {}, "loss"),
+    "swapped rotary table": (swapped_rotary_table, "llama", {}, "rotary_emb|self_attn"),
+    "missing causal mask": (missing_causal_mask, "llama", {}, "later ones"),
+    "attention bias ignored": (attention_bias_ignored, "bloom", {}, "loss"),
+    "logit scale ignored": (logit_scale_ignored, "granite", {}, "loss"),
+    "second sequence sees itself": (second_sequence_sees_itself, "llama", {"packed": True}, "loss"),
+    "adapter without scaling": (adapter_without_scaling, "llama", {}, "loss"),
+    "one layer of another kind": (one_layer_of_another_kind, "gemma3_text", {}, "layers"),
+    "gate and up exchanged": (gate_and_up_exchanged, "llama", {}, "layers.1.mlp"),
+    "two experts exchanged": (two_experts_exchanged, "mixtral", {}, "experts"),
+    "recomputed layer differs": (recomputed_layer_differs, "llama", {"full": True}, "gradients"),
+}
+"""Name -> what plants it in our model, the family, how it is run, what the message must name."""
+
+
+def _settings(packed: bool = False, full: bool = False, check: str = "always", folder: str = "") -> RunConfig:
+    config = RunConfig()
+    return replace(
+        config,
+        model=replace(config.model, check=check, name=folder),
+        data=replace(config.data, packing=packed, max_length=64),
+        lora=replace(config.lora, r=4, alpha=8.0),
+        train=replace(
+            config.train, micro_batch_size=2, activation_checkpointing="full" if full else "none"
+        ),
+    )  # fmt: skip
+
+
+def try_twin(ranks: Ranks, model_type: str, fault: str | None, how: dict[str, Any]) -> str:
+    """Check a family with a fault planted in our model; return the message, empty where nothing was found."""
+    config = _settings(**how)
+    change = buffer_that_differs_on_one_rank if fault == "one rank" else FAULTS[fault][0] if fault else None
+
+    def build(settings: RunConfig, folder: Path):
+        opened = open_model(settings, folder, ranks, None)
+        model, _ = load_model(opened.compiled(False), ranks)
+        if change is not None:
+            change(model, ranks)
+        return model, opened
+
+    small = small_config(model_type)
+    candidates = attention_candidates(ranks.device, "auto", small, torch.float32)[:1]
+    try:
+        check_twin(config, small, None, candidates, ranks, build)
+    except FsdpQloraError as error:
+        assert error.exit_code == 2
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_and_named(pool, fault):
+    import re
+
+    _, model_type, how, named = FAULTS[fault]
+    message = pool.run(1, try_twin, model_type, fault, how)[0]
+    assert message.startswith("model.check:") and re.search(named, message), message
+    assert "model.check=off" in message
+
+
+def test_a_buffer_that_differs_on_one_rank_is_found(pool):
+    messages = pool.run(2, try_twin, "deepseek_v3", "one rank", {})
+    assert all(message.startswith("model.check:") for message in messages), messages
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("how", [{}, {"packed": True}, {"full": True}], ids=["padded", "packed", "recomputed"])
+def test_nothing_is_found_where_nothing_is_wrong(pool, how, num_ranks):
+    assert set(pool.run(num_ranks, try_twin, "qwen3_moe", None, how)) == {""}
+
+
+def remembered(ranks: Ranks, folder: str, cache: str) -> list[Any]:
+    """Check twice with a cache of its own; return how often our model was built, and the second time's seconds."""
+    builds = []
+    original, original_cache = building.load_model, building.cache_folder
+
+    def counted(*args: Any, **kwargs: Any):
+        builds.append(1)
+        return original(*args, **kwargs)
+
+    building.load_model, building.cache_folder = counted, lambda: Path(cache)
+    try:
+        check_model(_settings(check="auto", folder=folder), Path(folder), ranks)
+        first = len(builds)
+        started = time.perf_counter()
+        verdict = check_model(_settings(check="auto", folder=folder), Path(folder), ranks)
+        seconds = time.perf_counter() - started
+        again = len(builds)
+        check_model(_settings(check="always", folder=folder), Path(folder), ranks)
+        check_model(_settings(packed=True, check="auto", folder=folder), Path(folder), ranks)
+        return [first, again, len(builds), verdict.attention, seconds]
+    finally:
+        building.load_model, building.cache_folder = original, original_cache
+
+
+def test_a_result_is_remembered_by_what_it_depends_on(pool, tmp_path):
+    folder = upstream.write_random(tmp_path / "model", small_config("llama"))
+    first, again, in_all, attention, seconds = pool.run(1, remembered, str(folder), str(tmp_path / "cache"))[0]
+    assert (first, again, in_all) == (1, 1, 3)
+    assert attention == "blockwise" and seconds < 2.0
+
+
+REMOTE = """
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_model"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * 0.25
+        return out
+"""
+
+
+def checked_remote(ranks: Ranks, folder: str) -> str:
+    """Check a folder with code of its own; return the attention that is equal."""
+    config = _settings(folder=folder)
+    config = replace(config, model=replace(config.model, trust_remote_code=True))
+    return check_model(config, Path(folder), ranks).attention
+
+
+def test_a_folder_with_code_of_its_own_is_checked_too(pool, tmp_path):
+    import json
+
+    folder = upstream.write_random(tmp_path / "own", small_config("llama"))
+    (folder / "modeling_own.py").write_text(REMOTE)
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | {"model_type": "own_model", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    file.write_text(json.dumps(config))
+    assert pool.run(1, checked_remote, str(folder))[0] == "eager"
