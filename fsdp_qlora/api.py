@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.building import OpenedModel, cache_folder, check_model, load_model, open_model, told
+from fsdp_qlora.checks.agree import require_losses_agree
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import LoraSettings, ModelSettings, RunConfig
 from fsdp_qlora.data.prepare import PreparedData, prepare_data
@@ -37,6 +38,7 @@ from fsdp_qlora.model.skeleton import (
     build_tokenizer,
     needs_hub,
     resolve_folder,
+    task_type,
 )
 from fsdp_qlora.model.stream import LoadReport, Progress, verify_buffers, verify_gather
 from fsdp_qlora.plan.choices import Compilation
@@ -152,6 +154,8 @@ def prepare(
     world.phases.enter("comparing what the ranks gather")
     verify_gather(model, world.ranks)
     verify_buffers(model, world.ranks)
+    if training and config.model.check != "off" and task_type(model.base) == "CAUSAL_LM":
+        require_losses_agree(model, world.ranks)
     return Prepared(
         config, plan, model, tokenizer, world.ranks, folder, opened.shapes, report, data, world.threads, world.phases,
         {**plan.choices, "model.attn_implementation": told(verdict),

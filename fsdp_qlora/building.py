@@ -35,6 +35,7 @@ from fsdp_qlora.model.shard import (
     host_modules,
     keep_on_host,
     mixed_precision,
+    reach_all_experts,
     require_sharded,
     set_prefetch,
     shard_model,
@@ -193,6 +194,8 @@ def build_sharded(
     on_host = host_modules(base, plan.offloaded)
     keep_on_host(on_host)
     shard_model(model, units, ranks, policy, True, fsdp.offloads_parameters, [*replicated, *whole], on_host)
+    if ranks.size > 1:
+        reach_all_experts(layers)
     if fsdp.reshard_after_forward == "false":
         stay_gathered(layers)
     set_prefetch(layers, fsdp.prefetch)

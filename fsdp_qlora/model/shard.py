@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -93,6 +93,40 @@ def untie_across(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> None
         for name, parameter in list(module.named_parameters(recurse=False)):
             if owners.setdefault(parameter, mine) != mine and not parameter.requires_grad:
                 setattr(module, name, nn.Parameter(torch.empty_like(parameter), requires_grad=False))
+
+
+class _Reached(torch.autograd.Function):
+    """The identity, with a gradient of zero for parameters that the layer may not use."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parameters)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grads[0], *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def reach_all_experts(layers: Iterable[nn.Module]) -> None:
+    """Give every adapter of a layer a gradient on every rank, also of experts that none of the rank's tokens chose.
+
+    FSDP reduces the gradients that a rank has, one after the other: where experts are modules of their own, ranks whose
+    tokens chose different ones would add up gradients of different experts. Call it after `shard_model`.
+    """
+
+    def reach(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if not torch.is_grad_enabled():
+            return None
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        if args:
+            return (_Reached.apply(args[0], *trained), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": _Reached.apply(kwargs["hidden_states"], *trained)}
+
+    for layer in layers:
+        lists = [m for m in layer.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+        if any(p.requires_grad for each in lists for p in each.parameters()):
+            layer.register_forward_pre_hook(reach, with_kwargs=True)
 
 
 def host_modules(base: nn.Module, names: Collection[str]) -> list[nn.Module]:

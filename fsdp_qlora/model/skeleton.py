@@ -107,6 +107,11 @@ def build_skeleton(
         ModelError: if the architecture is unknown, needs code that is not trusted, or an override does not go with it.
     """
     config = load_config(folder, trust_remote_code, config_overrides)
+    if getattr(config.get_text_config(decoder=True), "output_router_logits", False):
+        raise ModelError(
+            f"{folder}: output_router_logits in config.json asks for a loss that balances experts over a whole batch, "
+            "which is not computed here. Set model.config_overrides.output_router_logits=false to train without it."
+        )
     try:
         with parameters_on_meta():
             model = _auto_class(config).from_config(

@@ -1,0 +1,41 @@
+"""On the real model: the losses that training computes are those of the model's own logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.dist.reduce import all_max
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.model.causal import CausalModel
+
+LENGTH = 48
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Largest difference of the two mean losses, relative; both go through the same layers."""
+
+
+@torch.no_grad()
+def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
+    """Compare the two ways on one row; every rank calls it. Leaves the mode as it was.
+
+    Raises:
+        ModelError: on every rank alike, if they differ.
+    """
+    weight = getattr(model.base.get_input_embeddings(), "weight", None)
+    vocab = weight.shape[0] if isinstance(weight, torch.Tensor) else 256
+    ids = torch.randint(0, vocab, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to(ranks.device)
+    was_training = model.training
+    model.eval()
+    try:
+        ours = float(model(ids, ids).mean())
+        logits = model.logits(ids)[0]
+    finally:
+        model.train(was_training)
+    theirs = float(nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:]))
+    gap = all_max(abs(ours - theirs) / max(abs(theirs), 1e-6), ranks)
+    if not gap <= LIMITS.get(logits.dtype, LIMITS[torch.bfloat16]):
+        raise ModelError(
+            f"model.check: on a row of {LENGTH} tokens training computes a loss of {ours:.4f}, the model's own logits "
+            f"give {theirs:.4f}. Try debug=plain; model.check=off trains it all the same."
+        )
