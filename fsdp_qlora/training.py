@@ -34,7 +34,7 @@ from fsdp_qlora.model.replicated import ReplicatedGradients, require_equal_copie
 from fsdp_qlora.model.shard import release_gathered, synchronize_gradients
 from fsdp_qlora.model.weights import file_digests
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.optim.schedules import build_schedule
+from fsdp_qlora.optim.schedules import build_schedule, warmup_notice
 from fsdp_qlora.profiling import Profiling
 from fsdp_qlora.summary import summarize
 from fsdp_qlora.track.console import ConsoleProgress
@@ -71,12 +71,13 @@ class Training:
         self.model, self.ranks = prepared.model, prepared.ranks
         self.eval_rows = TokenRows(prepared.data.eval) if prepared.data.eval is not None else None
         self.batches = build_batches(prepared, folder.bad_rows)
-        self.num_steps = self.batches.num_steps
         self.optimizer = ShardedOptimizer(trainable_parameters(self.model), self.config.optim)
-        if self.ranks.is_main and self.optimizer.notice:
-            print(f"fsdp-qlora: {self.optimizer.notice}", file=sys.stderr, flush=True)
+        num_steps = self.batches.length.planned_steps
+        for notice in (self.optimizer.notice, warmup_notice(self.config.schedule, num_steps)):
+            if self.ranks.is_main and notice:
+                print(f"fsdp-qlora: {notice}", file=sys.stderr, flush=True)
         self.reduce_replicated = ReplicatedGradients(self.optimizer.parameters.items(), self.ranks)
-        self.schedule = build_schedule(self.config.schedule, self.num_steps)
+        self.schedule = build_schedule(self.config.schedule, num_steps)
         self.objective = OBJECTIVES[self.config.objective.name]
         self.checkpointer = self._checkpointer()
         self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
@@ -202,7 +203,7 @@ class Training:
         """Train to the end; return False if stopped."""
         train = self.config.train
         due = Due(
-            self.num_steps, self.batches.last_position, train.log_every, train.eval_every,
+            self.batches.length, train.log_every, train.eval_every,
             self.config.checkpoint.every_steps, train.early_stopping_patience, train.spike_factor,
         )  # fmt: skip
         settings = StepSettings(
@@ -331,7 +332,7 @@ def _tracker(training: Training, folder: RunFolder) -> Iterator[Tracker]:
     config = training.config
     if training.ranks.is_main:
         sinks.append(JsonLines(folder.metrics_file, training.progress.step))
-        sinks.append(ConsoleProgress(training.num_steps, training.progress.step))
+        sinks.append(ConsoleProgress(training.batches.length.total_steps(training.progress), training.progress.step))
         if config.track.name == "wandb":
             sinks.append(WandbSink(folder.path, config.run.name, config.track, to_dict(config)))
     tracker = Tracker(sinks)
