@@ -20,7 +20,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from fsdp_qlora.dist.signals import heeded
 from fsdp_qlora.track.process_exit import EXIT_VARIABLE
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 def main() -> int:
@@ -35,7 +38,8 @@ def main() -> int:
         rdzv_endpoint="localhost:0",
         run_id=f"fsdp_qlora-{os.getpid()}",
         max_restarts=max_restarts,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        signals_to_handle=",".join(signal.Signals(number).name for number in heeded(_SIGNALS)),
+        local_addr="localhost",  # else the host's name, which need not resolve
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "fsdp_qlora", verb)

@@ -18,7 +18,7 @@ from typing import Any
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError, StorageError
 
 CONFIG_VARIABLE = "FSDP_QLORA_RESOLVED_CONFIG"
-"""Environment variable that holds the composed settings as JSON, set by our launcher for its ranks."""
+"""Environment variable that names the file of the composed settings (JSON), set by our launcher for its ranks."""
 EXIT_VARIABLE = "FSDP_QLORA_EXIT_FILE"
 """Environment variable that names the file through which a rank tells our launcher how it ended."""
 
