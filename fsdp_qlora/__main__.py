@@ -21,6 +21,7 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.parent import die_with_parent
 from fsdp_qlora.dist.torchrun import forget_leftovers, is_rank
 from fsdp_qlora.errors import ConfigError, StorageError
+from fsdp_qlora.track.output import restart_in_utf8, withstand
 from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE, guarded
 
 VERBS = {
@@ -48,6 +49,9 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the process's exit code."""
+    withstand()
+    if arguments is None:
+        restart_in_utf8()
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print(usage())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from fsdp_qlora.data.pack import PackedRows, PaddingFreeRows
 from fsdp_qlora.data.stream import StreamLoader
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.model.isolation import require_isolation
+from fsdp_qlora.track.lines import read_lines, to_line
 from fsdp_qlora.train.length import Length
 
 
@@ -86,13 +86,13 @@ def _ignore(where: str, problem: DataError) -> None:
 
 def _bad_row_list(file: Path) -> Callable[[str, DataError], None]:
     """Return what adds a row to the list, once: a resumed run may pass over it again."""
-    known = {json.loads(line)["where"] for line in file.read_text().splitlines()} if file.is_file() else set()
+    known = {line["where"] for line in read_lines(file)} if file.is_file() else set()
 
     def note(where: str, problem: DataError) -> None:
         if where not in known:
             known.add(where)
-            with file.open("a") as lines:
-                lines.write(json.dumps({"where": where, "problem": str(problem)}, ensure_ascii=False) + "\n")
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(to_line({"where": where, "problem": str(problem)}))
 
     return note
 

@@ -319,7 +319,7 @@ def _before(training: Training, folder: RunFolder, resumed: Path | None) -> list
     if resumed is not None and file.is_file():
         import json
 
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     answers = training.answers()
     if training.ranks.is_main:
         write_json(file, answers)

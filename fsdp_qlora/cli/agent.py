@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fsdp_qlora.dist.signals import heeded
+from fsdp_qlora.track.output import withstand
 from fsdp_qlora.track.process_exit import EXIT_VARIABLE
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -28,6 +29,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal
 
 def main() -> int:
     """Start the ranks and wait for them; return 0 if all ended well."""
+    withstand()
     num_ranks, verb, max_restarts = int(sys.argv[1]), sys.argv[2], int(sys.argv[4])
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the parent says it in one line
     config = LaunchConfig(

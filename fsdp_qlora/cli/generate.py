@@ -24,7 +24,7 @@ def run(config: RunConfig) -> int:
 
 def _read(file: str) -> str:
     try:
-        return Path(file).expanduser().read_text()
+        return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompt_file: {file} cannot be read: {error}.") from error
 

@@ -22,6 +22,7 @@ from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.signals import give_back_signals, take_signals
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, StorageError
+from fsdp_qlora.track.output import visible
 from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE, read_exit
 from fsdp_qlora.track.run_folder import RunFolder
 
@@ -128,5 +129,5 @@ def _verdict(verb: str, exit_file: Path, agent_code: int, config: RunConfig) -> 
         print(f"fsdp-qlora: the ranks ended without a word (launcher code {agent_code}).", file=sys.stderr)
         return agent_code if agent_code > 0 else 1
     if told["message"]:
-        print(f"fsdp-qlora, rank {told['rank']}: {told['message']}", file=sys.stderr, flush=True)
+        print(f"fsdp-qlora, rank {told['rank']}: {visible(told['message'])}", file=sys.stderr, flush=True)
     return told["code"]

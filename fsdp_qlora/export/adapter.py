@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.errors import ModelError, NumericsError, StorageError
+from fsdp_qlora.export.modes import open_as_a_new_file
 from fsdp_qlora.model.lora import trainable_parameters
 from fsdp_qlora.model.stream import fill_slice
 from fsdp_qlora.plan.layout import endings
@@ -79,14 +80,14 @@ def export_adapter(
         save_file(dict(tensors), file, metadata={"format": "pt"})
     except SafetensorError as error:  # what it makes of a full disk
         raise StorageError(f"{file} cannot be written: {error}.") from error
-    file.chmod(0o644)  # save_file leaves 0600, and an adapter is made to be given away
+    open_as_a_new_file(file)
     with safe_open(file, framework="pt") as written:
         if set(written.keys()) != tensors.keys():
             raise NumericsError(f"{file} does not hold the tensors that were written.")
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     if model_card is not None:
-        (folder / "README.md").write_text(model_card)
+        (folder / "README.md").write_text(model_card, encoding="utf-8", errors="backslashreplace")
     return file.stat().st_size
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError, StorageError
+from fsdp_qlora.track.output import visible
 
 CONFIG_VARIABLE = "FSDP_QLORA_RESOLVED_CONFIG"
 """Environment variable that names the file of the composed settings (JSON), set by our launcher for its ranks."""
@@ -64,7 +65,7 @@ def exit_file(attempt: int) -> Path:
 def read_exit(file: Path) -> dict[str, Any] | None:
     """Return what `tell_launcher` wrote, or None."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -108,7 +109,7 @@ def guarded(work: Callable[[], int]) -> int:
             traceback.print_exc()
     first = tell_launcher(code, message, expected)
     if message and not quiet and not has_launcher():
-        print(f"{_where()}{message}", file=sys.stderr, flush=True)
+        print(f"{_where()}{visible(message)}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         if code not in (0, STOPPED_EXIT_CODE):
             _record_for_torchrun(message)

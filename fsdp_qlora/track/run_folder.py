@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from fsdp_qlora.errors import ConfigError, RunFolderError, StorageError
+from fsdp_qlora.track.lines import read_lines, to_line
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "fsdp-qlora")
 
@@ -107,7 +108,7 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         """Return what `write_summary` wrote."""
-        return json.loads(self.summary_file.read_text())
+        return json.loads(self.summary_file.read_text(encoding="utf-8"))
 
     @property
     def bad_rows(self) -> Path:
@@ -117,10 +118,9 @@ class RunFolder:
     def add_answers(self, step: int, answers: list[dict[str, str]]) -> None:
         """Append the answers at an evaluation to answers.jsonl; those of steps that are run again are replaced."""
         file = self.path / "answers.jsonl"
-        lines = file.read_text().splitlines() if file.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] < step]
-        new = [json.dumps({"step": step, **answer}, ensure_ascii=False) for answer in answers]
-        write_text(file, "".join(line + "\n" for line in [*kept, *new]))
+        kept = [line for line in (read_lines(file) if file.is_file() else []) if line["step"] < step]
+        new = [{"step": step, **answer} for answer in answers]
+        write_text(file, "".join(map(to_line, [*kept, *new])))
 
     def clear_exit(self) -> None:
         """Forget how the last start ended."""
@@ -131,7 +131,7 @@ class RunFolder:
         body = {"code": code, "rank": rank, "message": message, "time": time.time()}
         try:
             staging = self.exit_file.with_name(f".exit.{os.getpid()}.json")
-            staging.write_text(json.dumps(body) + "\n")
+            staging.write_text(json.dumps(body) + "\n", encoding="utf-8")
             try:
                 os.link(staging, self.exit_file)  # fails where the file is there: the first failure stays
             finally:
@@ -145,7 +145,7 @@ class RunFolder:
     def read_exit(self) -> dict[str, Any] | None:
         """Return what `write_exit` wrote, or None."""
         try:
-            return json.loads(self.exit_file.read_text())
+            return json.loads(self.exit_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
@@ -158,7 +158,7 @@ def write_json(file: Path, value: Any) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a file so that a reader, or a run after a kill, sees the old one or the new one, never half of it."""
     staging = file.with_name(f".{file.name}.part")
-    staging.write_text(text)
+    staging.write_text(text, encoding="utf-8", errors="backslashreplace")
     staging.replace(file)
 
 
@@ -169,10 +169,10 @@ def read_config(file: str) -> dict[str, Any]:
         ConfigError: if it is not there or is no mapping.
     """
     try:
-        values = yaml.safe_load(Path(file).expanduser().read_text())
+        values = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"run_from: {file} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"run_from: {file} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"run_from: {file} holds no settings.")

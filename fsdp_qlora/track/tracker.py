@@ -32,9 +32,11 @@ class JsonLines:
         self._stream = file.open("a", encoding="utf-8")
 
     def _cut(self, step: int) -> None:
-        kept = [line for line in self._file.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+        kept = [
+            line for line in self._file.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step
+        ]
         staging = self._file.with_name(f".{self._file.name}.tmp")
-        staging.write_text("".join(kept if step else []))
+        staging.write_text("".join(kept if step else []), encoding="utf-8")
         staging.replace(self._file)
 
     def rewind(self, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -88,3 +89,34 @@ def test_settings_longer_than_an_environment_variable_may_be(cli, tiny_run, tmp_
         "launcher.nproc_per_node=2",
     )  # fmt: skip
     assert result.returncode == 2 and "nowhere.jsonl" in result.stderr, result.stderr
+
+
+_SPELT = ["[INST] hi [/INST]", "a\u2028b \x1b[2J", "你好 👩‍👩‍👧‍👦 שלום 🇳🇴 ﷽", 'it\'s "quoted" $HOME']
+
+
+@pytest.mark.parametrize("closed", [pytest.param(False, marks=pytest.mark.full), True])
+def test_a_run_does_not_die_of_what_it_prints(cli_env, tiny_run, tmp_path, closed):
+    """Closed stdout, or an ASCII one, and prompts, samples and answers of any spelling."""
+    lines = [json.dumps({"prompt": text, "completion": text + " " + text}) for text in _SPELT * 6]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "own/experiment").mkdir(parents=True)
+    experiment = {"train": {"sample_prompts": _SPELT, "sample_at_eval": True, "sample_tokens": 4, "eval_every": 1}}
+    text = "# @package _global_\n" + json.dumps(experiment)
+    (tmp_path / "own/experiment/spelt.yaml").write_text(text)
+    command = [
+        sys.executable, "-m", "fsdp_qlora", "train", "--config-dir", "own", "experiment=spelt", *tiny_run,
+        "data.train=rows.jsonl", "train.max_steps=2", "launcher.nproc_per_node=2",
+    ]  # fmt: skip
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@"{" >&-" if closed else ""}', "sh", *command], cwd=tmp_path,
+        env={**cli_env, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers = (tmp_path / "outputs/tiny/answers.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["prompt"] for line in answers] == _SPELT * 3
+    if not closed:
+        out = done.stdout.decode("ascii")
+        assert "[INST] hi [/INST] (after)" in out and "\\u4f60" in out
+        (line,) = [line for line in out.splitlines() if line.startswith("try next: ")]
+        words = shlex.split(line.removeprefix("try next: "))
+        assert words[:2] == ["fsdp-qlora", "generate"] and words[-1] == "prompt=[INST] hi [/INST]"
