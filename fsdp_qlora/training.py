@@ -29,6 +29,7 @@ from fsdp_qlora.export.card import model_card
 from fsdp_qlora.export.serve import answer
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.diagnose import locate_nonfinite
+from fsdp_qlora.model.end_of_turn import end_of_turn
 from fsdp_qlora.model.lora import lora_config, seed_of, trainable_parameters
 from fsdp_qlora.model.replicated import ReplicatedGradients, require_equal_copies
 from fsdp_qlora.model.shard import release_gathered, synchronize_gradients
@@ -171,7 +172,9 @@ class Training:
         """Answer the sample prompts, greedily, with all ranks."""
         self.prepared.phases.enter(f"answers after step {self.progress.step}")
         tokens = self.config.train.sample_tokens
-        return [answer(self.model, self.prepared.tokenizer, p, tokens) for p in self.config.train.sample_prompts]
+        tokenizer = self.prepared.tokenizer
+        end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
+        return [answer(self.model, tokenizer, end, p, tokens) for p in self.config.train.sample_prompts]
 
     def _recovery(self) -> Recovery:
         train = self.config.train

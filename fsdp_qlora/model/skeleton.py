@@ -239,10 +239,3 @@ def attention_for(device: torch.device, asked: str, model_config: Any) -> str:
         return "flash_attention_2" if flash else "sdpa"
     causal = _auto_class(model_config) is AutoModelForCausalLM and text.model_type not in _SINKS
     return BLOCKWISE if causal and not special else "eager"
-
-
-def end_of_turn_ids(model_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids that end an answer: the tokenizer's and the generation config's."""
-    ids = [tokenizer.eos_token_id, getattr(model_config, "eos_token_id", None)]
-    flat = [i for item in ids for i in (item if isinstance(item, list) else [item]) if i is not None]
-    return list(dict.fromkeys(flat))
