@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fsdp_qlora.export.serve import _Streamer, answer, encode_prompt
@@ -103,11 +104,22 @@ def test_generate_stops_there(tiny_model, tmp_path):
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
     tokenizer = AutoTokenizer.from_pretrained(str(tiny_model))
     inputs = encode_prompt(tokenizer, "the quick")
-    free = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
-    whole = answer(model, tokenizer, EndOfTurn([383]), "the quick", 12)
+    torch.manual_seed(0)
+    free = model.generate(**inputs, max_new_tokens=24, eos_token_id=None, do_sample=True, temperature=9.0)
+    free = free[0, inputs["input_ids"].shape[1] :].tolist()
+    tokenizer.eos_token, unused = None, next(i for i in range(384) if i not in free)
+
+    def said(end: EndOfTurn) -> str:
+        torch.manual_seed(0)
+        return answer(model, tokenizer, end, "the quick", 24, temperature=9.0)
+
+    whole = said(EndOfTurn([unused]))
     assert len(whole) > 8
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": free[3]}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": free[9]}))
+    tokenizer.chat_template = None
     end = end_of_turn(tmp_path, SimpleNamespace(), tokenizer)
-    assert answer(model, tokenizer, end, "the quick", 12) == tokenizer.decode(free[: free.index(free[3])]).strip()
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE
+    stopped = tokenizer.decode(free[: free.index(free[9])], skip_special_tokens=True).strip()
+    assert said(end).startswith(stopped) and len(said(end)) < len(whole)
     text = whole[4:7]
-    assert answer(model, tokenizer, EndOfTurn([383], text), "the quick", 12) == whole.partition(text)[0].strip()
+    assert said(EndOfTurn([unused], text)) == whole.partition(text)[0].strip()
