@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -69,11 +68,7 @@ from fsdp_qlora.planning import compilation_for, rank_budget, skeleton, with_att
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
-
-
-def cache_folder() -> Path:
-    """Return where prepared data and the embedded model are kept: $FSDP_QLORA_CACHE or ~/.cache/fsdp_qlora."""
-    return Path(os.environ.get("FSDP_QLORA_CACHE", "~/.cache/fsdp_qlora")).expanduser()
+from fsdp_qlora.track.home import cache_folder
 
 
 @dataclass

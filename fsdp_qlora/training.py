@@ -40,8 +40,8 @@ from fsdp_qlora.profiling import Profiling
 from fsdp_qlora.summary import summarize
 from fsdp_qlora.track.console import ConsoleProgress
 from fsdp_qlora.track.run_folder import RunFolder, versions, write_json
-from fsdp_qlora.track.tracker import JsonLines, Sink, Tracker
-from fsdp_qlora.track.wandb import WandbSink
+from fsdp_qlora.track.tracker import Beside, JsonLines, Sink, Tracker
+from fsdp_qlora.track.wandb import open_wandb
 from fsdp_qlora.train.evaluate import Evaluation, evaluate, together
 from fsdp_qlora.train.loop import Due, LoopHooks, train_loop
 from fsdp_qlora.train.objectives import OBJECTIVES
@@ -335,9 +335,11 @@ def _tracker(training: Training, folder: RunFolder) -> Iterator[Tracker]:
     config = training.config
     if training.ranks.is_main:
         sinks.append(JsonLines(folder.metrics_file, training.progress.step))
-        sinks.append(ConsoleProgress(training.batches.length.total_steps(training.progress), training.progress.step))
+        total = training.batches.length.total_steps(training.progress)
+        sinks.append(Beside(ConsoleProgress(total, training.progress.step), "the progress display"))
         if config.track.name == "wandb":
-            sinks.append(WandbSink(folder.path, config.run.name, config.track, to_dict(config)))
+            sink = open_wandb(folder.path, config.run.name, config.track, to_dict(config))
+            sinks += [Beside(sink, "track=wandb")] if sink is not None else []
     tracker = Tracker(sinks)
     try:
         yield tracker

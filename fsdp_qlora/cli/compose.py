@@ -7,7 +7,6 @@ nearest valid one; then Hydra composes. Values of free-text and path keys never 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import sys
 import typing
@@ -31,6 +30,7 @@ from fsdp_qlora.config.convert import convert, field_types, from_dict, known_key
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
+from fsdp_qlora.track.home import cache_folder
 from fsdp_qlora.track.run_folder import read_config
 
 _MAPPINGS = ("data.columns", "model.config_overrides", "quant.overrides")
@@ -103,8 +103,7 @@ def _twin(schema: type, groups: dict[str, type] | None = None) -> type:
 
 def embedded_path(name: str) -> str:
     """Return where an embedded model or data file lies once `prepare` has fetched it."""
-    root = Path(os.environ.get("FSDP_QLORA_CACHE", "~/.cache/fsdp_qlora")).expanduser()
-    return str(root / "embedded" / name)
+    return str(cache_folder() / "embedded" / name)
 
 
 @dataclass(frozen=True)

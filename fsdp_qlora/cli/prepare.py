@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from fsdp_qlora.api import cache_folder, prepare_tokens
+from fsdp_qlora.api import prepare_tokens
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.embedded import fetch_embedded
 from fsdp_qlora.data.loader import TokenRows
@@ -14,6 +14,7 @@ from fsdp_qlora.data.report import histogram, packing_efficiency
 from fsdp_qlora.data.sources import names_of
 from fsdp_qlora.plan.batch import num_steps
 from fsdp_qlora.track.console import clock, print_table
+from fsdp_qlora.track.home import cache_folder
 from fsdp_qlora.track.lines import read_lines
 from fsdp_qlora.track.run_folder import RunFolder
 

@@ -10,7 +10,9 @@ import json
 import os
 import platform
 import socket
+import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import yaml
 
 from fsdp_qlora.errors import ConfigError, RunFolderError, StorageError
+from fsdp_qlora.files import LACKING, write_first
 from fsdp_qlora.track.lines import read_lines, to_line
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "fsdp-qlora")
@@ -47,7 +50,7 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"run.output_root: {self.path} cannot be made: {error.strerror}.") from error
 
-    def lock(self) -> None:
+    def lock(self, flock: Callable[[int, int], None] = fcntl.flock) -> None:
         """Take the folder for this process until it ends; the kernel lets go of it even after kill -9.
 
         Raises:
@@ -58,13 +61,23 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"{self.path} cannot be written: {error.strerror}.") from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(handle, 4096).decode(errors="replace").strip() or "another process"
             os.close(handle)
             raise RunFolderError(
                 f"run.name: {self.path} is in use by {holder}. Wait for it, stop it, or choose another run.name."
             ) from None
+        except OSError as error:
+            if error.errno not in LACKING:
+                os.close(handle)
+                raise StorageError(f"{self.path} cannot be locked: {error.strerror}.") from error
+            print(
+                f"fsdp-qlora: run.output_root: this file system knows no locks ({error.strerror}); see to it yourself "
+                f"that no second run uses {self.path}.",
+                file=sys.stderr,
+                flush=True,
+            )
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n".encode(), 0)
         self._lock = handle
@@ -130,17 +143,9 @@ class RunFolder:
         """Write how this start ended, unless a rank did so before; return whether it was written."""
         body = {"code": code, "rank": rank, "message": message, "time": time.time()}
         try:
-            staging = self.exit_file.with_name(f".exit.{os.getpid()}.json")
-            staging.write_text(json.dumps(body) + "\n", encoding="utf-8")
-            try:
-                os.link(staging, self.exit_file)  # fails where the file is there: the first failure stays
-            finally:
-                staging.unlink()
-        except FileExistsError:
-            return False
+            return write_first(self.exit_file, json.dumps(body) + "\n")  # the first failure stays
         except OSError:
             return False
-        return True
 
     def read_exit(self) -> dict[str, Any] | None:
         """Return what `write_exit` wrote, or None."""

@@ -120,3 +120,13 @@ def test_a_run_does_not_die_of_what_it_prints(cli_env, tiny_run, tmp_path, close
         (line,) = [line for line in out.splitlines() if line.startswith("try next: ")]
         words = shlex.split(line.removeprefix("try next: "))
         assert words[:2] == ["fsdp-qlora", "generate"] and words[-1] == "prompt=[INST] hi [/INST]"
+
+
+def test_a_run_without_a_home_folder(cli, tiny_run, tmp_path):
+    homeless = {"HOME": "/dev/null", "USER": "", "LOGNAME": ""}
+    result = cli("train", *tiny_run, "launcher.nproc_per_node=2", "train.max_steps=2", **homeless)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "~").exists()
+    refused = cli("train", *tiny_run, "run.name=second", **homeless, FSDP_QLORA_CACHE="")
+    assert refused.returncode == 2 and "FSDP_QLORA_CACHE: there is no home folder" in refused.stderr
+    assert "Traceback" not in refused.stderr
