@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from fsdp_qlora.cli.module_path import look_here_last
+
+if __name__ == "__main__":  # started by -m, which puts the current folder first: before anything else is imported
+    look_here_last()
+
 import json
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from fsdp_qlora.cli.launcher import launch, ranks_to_start
 from fsdp_qlora.cli.quiet import quieten
@@ -13,8 +19,10 @@ from fsdp_qlora.config.convert import from_dict, nearest
 from fsdp_qlora.config.rules import check_verb
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.parent import die_with_parent
-from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, guarded
+from fsdp_qlora.dist.torchrun import forget_leftovers, is_rank
+from fsdp_qlora.errors import ConfigError, StorageError
+from fsdp_qlora.track.output import restart_in_utf8, withstand
+from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE, guarded
 
 VERBS = {
     "train": "fine-tune a model and write its adapter",
@@ -41,24 +49,31 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the process's exit code."""
+    withstand()
+    if arguments is None:
+        restart_in_utf8()
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2
     verb, rest = words[0], words[1:]
-    if "RANK" in os.environ:
+    if note := forget_leftovers(os.environ, (CONFIG_VARIABLE, EXIT_VARIABLE)):
+        print(f"fsdp-qlora: {note}", file=sys.stderr, flush=True)
+    if is_rank(os.environ):
         die_with_parent()
     return guarded(lambda: _run(verb, rest))
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    _require_current_folder()
+    look_here_last()
     if verb not in VERBS:
         raise ConfigError(f"{verb}: there is no such verb.{nearest(verb, VERBS)}\n{usage()}")
     if verb == "inspect":  # paths, not settings
         quieten()
         return import_module("fsdp_qlora.cli.inspect").run(arguments)
-    if CONFIG_VARIABLE in os.environ:  # started by our launcher: it has composed for all ranks
-        return _verb(verb, from_dict(json.loads(os.environ[CONFIG_VARIABLE])))
+    if (composed := os.environ.get(CONFIG_VARIABLE)) is not None:  # started by our launcher, which composed for all
+        return _verb(verb, from_dict(json.loads(Path(composed).read_text(encoding="utf-8"))))
     compose = import_module("fsdp_qlora.cli.compose")
     line = compose.split(arguments)
     if line.flags:
@@ -66,11 +81,18 @@ def _run(verb: str, arguments: list[str]) -> int:
     return _verb(verb, compose.compose_config(verb, arguments))
 
 
+def _require_current_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise StorageError(f"the current folder cannot be used ({error.strerror}); change to another one.") from error
+
+
 def _verb(verb: str, config: RunConfig) -> int:
     """Start the ranks that the settings ask for, or do the verb in this process."""
     check_verb(verb, config)
     quieten()
-    if verb in ON_RANKS and "RANK" not in os.environ and (num_ranks := ranks_to_start(config)) > 1:
+    if verb in ON_RANKS and not is_rank(os.environ) and (num_ranks := ranks_to_start(config)) > 1:
         return launch(verb, config, num_ranks)
     return import_module(f"fsdp_qlora.cli.{verb}").run(config)
 

@@ -14,10 +14,10 @@ from peft import PeftModel
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.building import OpenedModel, cache_folder, check_model, load_model, open_model, told
+from fsdp_qlora.building import OpenedModel, check_model, load_model, open_model, told
 from fsdp_qlora.checks.agree import require_losses_agree
 from fsdp_qlora.config.rules import check
-from fsdp_qlora.config.schema import LoraSettings, ModelSettings, RunConfig
+from fsdp_qlora.config.schema import ModelSettings, RunConfig
 from fsdp_qlora.data.prepare import PreparedData, prepare_data
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
 from fsdp_qlora.dist.nodes import once_per_node
@@ -31,8 +31,9 @@ from fsdp_qlora.dist.process import (
 )
 from fsdp_qlora.dist.reduce import any_rank, on_every
 from fsdp_qlora.dist.watch import Phases
-from fsdp_qlora.errors import DataError
-from fsdp_qlora.export.adapter import load_adapter, read_adapter_config, start_from_adapter
+from fsdp_qlora.errors import DataError, FsdpQloraError
+from fsdp_qlora.export.adapter import load_adapter, start_from_adapter, stored_modules
+from fsdp_qlora.export.adapter_config import CHAT_TEMPLATE_NAME, blamed_on_adapter, read_adapter_config
 from fsdp_qlora.model.causal import CausalModel
 from fsdp_qlora.model.skeleton import (
     build_tokenizer,
@@ -49,6 +50,7 @@ from fsdp_qlora.planning import (
     rank_budget,
     replace_attention,
 )
+from fsdp_qlora.track.home import cache_folder
 
 
 @dataclass
@@ -196,21 +198,25 @@ def load_for_inference(config: RunConfig, adapter: Path | None = None, world: Wo
         ModelError: if the folder is no LoRA adapter, or not one for this model.
     """
     if adapter is not None:
-        found = read_adapter_config(adapter)
-        name = config.model.name or found.base_model_name_or_path or ""
-        targets = found.target_modules
-        lora = LoraSettings(
-            variant="rslora" if found.use_rslora else "lora",
-            r=found.r,
-            alpha=found.lora_alpha,
-            target_modules=targets if isinstance(targets, str) else sorted(targets or []),
-        )
-        config = replace(config, model=replace(config.model, name=name), lora=lora)
-    prepared = prepare(config, world, training=False)
+        config = _with_adapter(config, adapter)
+    try:
+        prepared = prepare(config, world, training=False)
+    except FsdpQloraError as error:
+        raise (error if adapter is None else blamed_on_adapter(error, adapter)) from error
     if adapter is not None:
         load_adapter(adapter, prepared.model, prepared.ranks.shard_rank, prepared.ranks.shard_size)
     prepared.model.eval()
     return prepared
+
+
+def _with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
+    """Return the settings with what an adapter folder says: base model, adapters, and the chat it was trained with."""
+    found, model, data = read_adapter_config(adapter), config.model, config.data
+    if not model.name and found.base_model:
+        model = replace(model, name=found.base_model, revision=model.revision or found.revision)
+    if data.template is None and (adapter / CHAT_TEMPLATE_NAME).is_file():
+        data = replace(data, template=str(adapter / CHAT_TEMPLATE_NAME))
+    return replace(config, model=model, data=data, lora=found.settings(stored_modules(adapter)))
 
 
 def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = None) -> PreparedData:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,8 @@ from fsdp_qlora.data.pack import PackedRows, PaddingFreeRows
 from fsdp_qlora.data.stream import StreamLoader
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.model.isolation import require_isolation
-from fsdp_qlora.plan.batch import num_steps
+from fsdp_qlora.track.lines import read_lines, to_line
+from fsdp_qlora.train.length import Length
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,7 @@ class Batches:
     batch_at: Ahead
     num_rows: int
     """Rows (packed: sequences) of an epoch; of a stream, all that are read."""
-    num_steps: int
-    last_position: float
-    """Rows after which the run ends; infinite where ``train.max_steps`` decides."""
+    length: Length
 
 
 def build_batches(prepared: Prepared, bad_rows: Path) -> Batches:
@@ -45,15 +42,16 @@ def build_batches(prepared: Prepared, bad_rows: Path) -> Batches:
         note = _bad_row_list(bad_rows) if prepared.ranks.is_main else _ignore
         loader = StreamLoader(prepared.data.stream, train.global_batch_size, cut, lay_out, note)
         read = train.max_steps * train.global_batch_size
-        return Batches(Ahead(loader.batch_at, read), read, train.max_steps, math.inf)
+        return Batches(Ahead(loader.batch_at, read), read, Length(train.global_batch_size, train.max_steps))
     assert prepared.data.train is not None
     rows = lay_out(TokenRows(prepared.data.train))
     loader = Loader(rows, train.global_batch_size, cut, seed, data.length_grouped)
-    steps = num_steps(train.max_steps, train.num_epochs, len(rows), train.global_batch_size)
     if train.max_steps:
-        return Batches(Ahead(loader.batch_at, steps * train.global_batch_size), len(rows), steps, math.inf)
+        length = Length(train.global_batch_size, train.max_steps)
+        return Batches(Ahead(loader.batch_at, train.max_steps * train.global_batch_size), len(rows), length)
     last = max(1, round(train.num_epochs * len(rows)))
-    return Batches(Ahead(lambda position: loader.batch_at(position, last), last), len(rows), steps, last)
+    length = Length(train.global_batch_size, last_position=last)
+    return Batches(Ahead(lambda position: loader.batch_at(position, last), last), len(rows), length)
 
 
 def _layout(prepared: Prepared) -> Callable[[TokenRows], Rows]:
@@ -88,13 +86,13 @@ def _ignore(where: str, problem: DataError) -> None:
 
 def _bad_row_list(file: Path) -> Callable[[str, DataError], None]:
     """Return what adds a row to the list, once: a resumed run may pass over it again."""
-    known = {json.loads(line)["where"] for line in file.read_text().splitlines()} if file.is_file() else set()
+    known = {line["where"] for line in read_lines(file)} if file.is_file() else set()
 
     def note(where: str, problem: DataError) -> None:
         if where not in known:
             known.add(where)
-            with file.open("a") as lines:
-                lines.write(json.dumps({"where": where, "problem": str(problem)}) + "\n")
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(to_line({"where": where, "problem": str(problem)}))
 
     return note
 

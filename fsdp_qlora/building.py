@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,11 +60,7 @@ from fsdp_qlora.planning import (
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
-
-
-def cache_folder() -> Path:
-    """Return where prepared data and the embedded model are kept: $FSDP_QLORA_CACHE or ~/.cache/fsdp_qlora."""
-    return Path(os.environ.get("FSDP_QLORA_CACHE", "~/.cache/fsdp_qlora")).expanduser()
+from fsdp_qlora.track.home import cache_folder
 
 
 @dataclass(frozen=True)

@@ -29,18 +29,19 @@ from fsdp_qlora.export.card import model_card
 from fsdp_qlora.export.serve import answer
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.diagnose import locate_nonfinite
+from fsdp_qlora.model.end_of_turn import end_of_turn
 from fsdp_qlora.model.lora import lora_config, seed_of, trainable_parameters
 from fsdp_qlora.model.replicated import ReplicatedGradients, require_equal_copies
 from fsdp_qlora.model.shard import release_gathered, synchronize_gradients
 from fsdp_qlora.model.weights import file_digests
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.optim.schedules import build_schedule
+from fsdp_qlora.optim.schedules import build_schedule, warmup_notice
 from fsdp_qlora.profiling import Profiling
 from fsdp_qlora.summary import summarize
 from fsdp_qlora.track.console import ConsoleProgress
 from fsdp_qlora.track.run_folder import RunFolder, versions, write_json
-from fsdp_qlora.track.tracker import JsonLines, Sink, Tracker
-from fsdp_qlora.track.wandb import WandbSink
+from fsdp_qlora.track.tracker import Beside, JsonLines, Sink, Tracker
+from fsdp_qlora.track.wandb import open_wandb
 from fsdp_qlora.train.evaluate import Evaluation, evaluate, together
 from fsdp_qlora.train.loop import Due, LoopHooks, train_loop
 from fsdp_qlora.train.objectives import OBJECTIVES
@@ -71,12 +72,13 @@ class Training:
         self.model, self.ranks = prepared.model, prepared.ranks
         self.eval_rows = TokenRows(prepared.data.eval) if prepared.data.eval is not None else None
         self.batches = build_batches(prepared, folder.bad_rows)
-        self.num_steps = self.batches.num_steps
         self.optimizer = ShardedOptimizer(trainable_parameters(self.model), self.config.optim)
-        if self.ranks.is_main and self.optimizer.notice:
-            print(f"fsdp-qlora: {self.optimizer.notice}", file=sys.stderr, flush=True)
+        num_steps = self.batches.length.planned_steps
+        for notice in (self.optimizer.notice, warmup_notice(self.config.schedule, num_steps)):
+            if self.ranks.is_main and notice:
+                print(f"fsdp-qlora: {notice}", file=sys.stderr, flush=True)
         self.reduce_replicated = ReplicatedGradients(self.optimizer.parameters.items(), self.ranks)
-        self.schedule = build_schedule(self.config.schedule, self.num_steps)
+        self.schedule = build_schedule(self.config.schedule, num_steps)
         self.objective = OBJECTIVES[self.config.objective.name]
         self.checkpointer = self._checkpointer()
         self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
@@ -170,7 +172,9 @@ class Training:
         """Answer the sample prompts, greedily, with all ranks."""
         self.prepared.phases.enter(f"answers after step {self.progress.step}")
         tokens = self.config.train.sample_tokens
-        return [answer(self.model, self.prepared.tokenizer, p, tokens) for p in self.config.train.sample_prompts]
+        tokenizer = self.prepared.tokenizer
+        end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
+        return [answer(self.model, tokenizer, end, p, tokens) for p in self.config.train.sample_prompts]
 
     def _recovery(self) -> Recovery:
         train = self.config.train
@@ -202,7 +206,7 @@ class Training:
         """Train to the end; return False if stopped."""
         train = self.config.train
         due = Due(
-            self.num_steps, self.batches.last_position, train.log_every, train.eval_every,
+            self.batches.length, train.log_every, train.eval_every,
             self.config.checkpoint.every_steps, train.early_stopping_patience, train.spike_factor,
         )  # fmt: skip
         settings = StepSettings(
@@ -318,7 +322,7 @@ def _before(training: Training, folder: RunFolder, resumed: Path | None) -> list
     if resumed is not None and file.is_file():
         import json
 
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     answers = training.answers()
     if training.ranks.is_main:
         write_json(file, answers)
@@ -331,9 +335,11 @@ def _tracker(training: Training, folder: RunFolder) -> Iterator[Tracker]:
     config = training.config
     if training.ranks.is_main:
         sinks.append(JsonLines(folder.metrics_file, training.progress.step))
-        sinks.append(ConsoleProgress(training.num_steps, training.progress.step))
+        total = training.batches.length.total_steps(training.progress)
+        sinks.append(Beside(ConsoleProgress(total, training.progress.step), "the progress display"))
         if config.track.name == "wandb":
-            sinks.append(WandbSink(folder.path, config.run.name, config.track, to_dict(config)))
+            sink = open_wandb(folder.path, config.run.name, config.track, to_dict(config))
+            sinks += [Beside(sink, "track=wandb")] if sink is not None else []
     tracker = Tracker(sinks)
     try:
         yield tracker

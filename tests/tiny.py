@@ -125,3 +125,28 @@ def poison(folder: Path, name: str, index: tuple[int, ...], value: float = float
     tensors = load_file(file)
     tensors[name][index] = value
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def poisoned(tiny_model: Path, chat_rows: Path, folder: Path) -> tuple[Path, Path, int]:
+    """Return a model that makes NaN of one token (0 / 0 in its first norm), rows of which one has it, its number."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    model = Path(shutil.copytree(tiny_model, folder / "poisoned"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(model))
+    (token,) = tokenizer("§", add_special_tokens=False)["input_ids"][-1:]
+    tensors = load_file(model / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    embedding[2] = embedding[1]  # the padding's row is zero, too
+    embedding[token] = 0.0
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.0}))
+    rows = chat_rows.read_text().splitlines()
+    bad = 29
+    rows[bad] = json.dumps({"messages": [{"role": "user", "content": "§"}, {"role": "assistant", "content": "fox"}]})
+    file = folder / "poisoned.jsonl"
+    file.write_text("\n".join(rows) + "\n")
+    return model, file, bad

@@ -8,12 +8,12 @@ moves is told apart by its name, and `tidy` finishes or undoes it at the next st
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from pathlib import Path
 
 from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST, Manifest
+from fsdp_qlora.files import sync
 
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 LATEST = "latest"
@@ -106,15 +106,6 @@ def set_aside(folder: Path, after_step: int) -> list[Path]:
             number += 1
         moved.append(newer.rename(target))
     return moved
-
-
-def sync(path: Path) -> None:
-    """Have the kernel write a file or a folder's entries to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_at_once(file: Path, text: str) -> None:

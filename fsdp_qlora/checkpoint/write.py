@@ -16,11 +16,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from fsdp_qlora.checkpoint.manifest import Manifest, list_files, sha256
-from fsdp_qlora.checkpoint.publish import make_fresh, publish, staging_for, sync
+from fsdp_qlora.checkpoint.publish import make_fresh, publish, staging_for
 from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import gather_json
 from fsdp_qlora.errors import FsdpQloraError, StorageError
+from fsdp_qlora.files import sync
 
 MODEL_PREFIX = "model."
 Stage = Callable[[], dict[str, torch.Tensor]]

@@ -20,11 +20,16 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from fsdp_qlora.dist.signals import heeded
+from fsdp_qlora.track.output import withstand
 from fsdp_qlora.track.process_exit import EXIT_VARIABLE
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 def main() -> int:
     """Start the ranks and wait for them; return 0 if all ended well."""
+    withstand()
     num_ranks, verb, max_restarts = int(sys.argv[1]), sys.argv[2], int(sys.argv[4])
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the parent says it in one line
     config = LaunchConfig(
@@ -35,7 +40,8 @@ def main() -> int:
         rdzv_endpoint="localhost:0",
         run_id=f"fsdp_qlora-{os.getpid()}",
         max_restarts=max_restarts,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        signals_to_handle=",".join(signal.Signals(number).name for number in heeded(_SIGNALS)),
+        local_addr="localhost",  # else the host's name, which need not resolve
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "fsdp_qlora", verb)

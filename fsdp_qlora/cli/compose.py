@@ -7,11 +7,10 @@ nearest valid one; then Hydra composes. Values of free-text and path keys never 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fsdp_qlora.cli.quoting import list_of_names, literal, quoted, sweep_hint
 from fsdp_qlora.config.convert import convert, field_types, from_dict, known_keys, nearest
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
+from fsdp_qlora.track.home import cache_folder
 from fsdp_qlora.track.run_folder import read_config
 
 _MAPPINGS = ("data.columns", "model.config_overrides", "quant.overrides")
@@ -102,8 +103,7 @@ def _twin(schema: type, groups: dict[str, type] | None = None) -> type:
 
 def embedded_path(name: str) -> str:
     """Return where an embedded model or data file lies once `prepare` has fetched it."""
-    root = Path(os.environ.get("FSDP_QLORA_CACHE", "~/.cache/fsdp_qlora")).expanduser()
-    return str(root / "embedded" / name)
+    return str(cache_folder() / "embedded" / name)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def split(arguments: Sequence[str]) -> CommandLine:
 
 def _verbatim(key: str, value: str) -> Any:
     if key in ("data.train", "data.eval") and value.startswith("[") and value.endswith("]"):
-        return [item.strip().strip("'\"") for item in value[1:-1].split(",") if item.strip()]
+        return list_of_names(value)
     if value == "null" and key != "prompt":
         return None
     return value
@@ -171,7 +171,8 @@ def compose_config(verb: str, arguments: Sequence[str]) -> RunConfig:
         raise ConfigError("\n".join(problems))
     register()
     saved, line = _start_from(line)
-    search = [f"hydra.searchpath=[file://{Path(line.config_dir).absolute()}]"] if line.config_dir else []
+    own = f"file://{Path(line.config_dir).absolute()}" if line.config_dir else ""
+    search = [f"hydra.searchpath=[{literal(own)}]"] if own else []
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             composed = compose(verb, [*search, *line.overrides])
@@ -240,7 +241,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _problems(line: CommandLine) -> typing.Iterator[str]:
+def _problems(line: CommandLine) -> Iterator[str]:
     """Yield what is wrong with the overrides, each looked at by itself."""
     parser = OverridesParser.create()
     for text in line.overrides:
@@ -249,7 +250,7 @@ def _problems(line: CommandLine) -> typing.Iterator[str]:
         except HydraException:
             yield f"{text}: cannot be read. Quote the value for Hydra: {text.partition('=')[0]}=\"'...'\"."
             continue
-        yield from _override_problems(parsed, line.config_dir)
+        yield from _override_problems(parsed, line)
 
 
 _FP16 = (
@@ -260,12 +261,12 @@ REFUSED = {("precision", "fp16"): _FP16}
 """Options that people ask for and that are left out for a reason."""
 
 
-def _override_problems(parsed: Override, config_dir: str | None) -> typing.Iterator[str]:
+def _override_problems(parsed: Override, line: CommandLine) -> Iterator[str]:
     key = parsed.key_or_group
     if key.startswith("hydra"):
         return
     if key in GROUPS or key == EXPERIMENT:
-        options = group_options(key, config_dir)
+        options = group_options(key, line.config_dir)
         choices = [parsed.value()] if not parsed.is_sweep_override() else []
         for choice in choices:
             if choice is not None and choice not in options:
@@ -278,11 +279,19 @@ def _override_problems(parsed: Override, config_dir: str | None) -> typing.Itera
         return
     if parsed.is_delete():
         yield f"{key}: a key cannot be deleted; set it to null or to its default."
-    elif not parsed.is_sweep_override():
+    elif parsed.is_sweep_override():
+        if hint := sweep_hint(key, parsed.input_line or "", _takes_a_list(key), line.flags):
+            yield hint
+    else:
         try:
             convert(parsed.value(), _kind_of(key))
         except ValueError as error:
             yield f"{key}: {error}"
+
+
+def _takes_a_list(key: str) -> bool:
+    kind = _kind_of(key)
+    return kind is Any or list in (typing.get_origin(kind), *map(typing.get_origin, typing.get_args(kind)))
 
 
 def _mapping(key: str) -> str | None:
@@ -327,8 +336,8 @@ def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) ->
             ends.append(error)
             print(f"fsdp-qlora: {error}", file=sys.stderr)
 
-    shown = [f"{key}={_quoted(value)}" for key, value in line.verbatim.items()]
-    extra = ["--config-dir", line.config_dir] if line.config_dir else []
+    shown = [f"{key}={quoted(value)}" for key, value in line.verbatim.items()]
+    extra = [f"--config-dir={Path(line.config_dir).absolute()}"] if line.config_dir else []
     keep_tree_clean = [
         "hydra.output_subdir=null",
         "hydra.run.dir=.",
@@ -347,11 +356,3 @@ def _job_name(swept: list[str]) -> str:
     """Return a folder name for one job of a sweep: its swept overrides."""
     chosen = [text for text in HydraConfig.get().overrides.task if text.lstrip("+").partition("=")[0] in swept]
     return re.sub(r"[^\w.=,+-]", "_", ",".join(chosen))
-
-
-def _quoted(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        return "[" + ",".join(_quoted(v) for v in value) + "]"
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
+from fsdp_qlora.cli.quoting import command
 from fsdp_qlora.cli.show import loading
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.process import Placement, choose_device, use_device
@@ -41,7 +42,7 @@ def _base_4bit(config: RunConfig) -> int:
     print(
         f"{config.model.name} -> {target}: {done.quantized} linears in {config.quant.name}, {megabytes(done.num_bytes)}"
     )
-    print(f"train from it: fsdp-qlora train model.name={target} ...")
+    print(f"train from it: {command('train', f'model.name={target}')} ...")
     return 0
 
 

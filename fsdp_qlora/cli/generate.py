@@ -12,6 +12,7 @@ from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.export.serve import answer
+from fsdp_qlora.model.end_of_turn import end_of_turn
 
 
 def run(config: RunConfig) -> int:
@@ -24,7 +25,7 @@ def run(config: RunConfig) -> int:
 
 def _read(file: str) -> str:
     try:
-        return Path(file).expanduser().read_text()
+        return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompt_file: {file} cannot be read: {error}.") from error
 
@@ -35,8 +36,9 @@ def _generate(config: RunConfig, prompt: str, world: World) -> int:
     prepared = load_for_inference(config, adapter, world)
     torch.manual_seed(config.run.seed)  # all ranks draw the same when sampling
     settings = config.generate
+    end = end_of_turn(prepared.folder, prepared.model.base.config, prepared.tokenizer)
     answer(
-        prepared.model, prepared.tokenizer, prompt, settings.max_new_tokens, settings.temperature, settings.top_p,
+        prepared.model, prepared.tokenizer, end, prompt, settings.max_new_tokens, settings.temperature, settings.top_p,
         stream=world.ranks.is_main,
     )  # fmt: skip
     return 0

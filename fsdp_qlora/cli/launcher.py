@@ -13,18 +13,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.errors import STOPPED_EXIT_CODE
+from fsdp_qlora.dist.signals import give_back_signals, take_signals
+from fsdp_qlora.errors import STOPPED_EXIT_CODE, StorageError
+from fsdp_qlora.track.output import visible
 from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE, read_exit
 from fsdp_qlora.track.run_folder import RunFolder
 
+PACKAGE = Path(__file__).resolve().parent.parent
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
-
 _LEAVE_SECONDS = 8.0
 """Time the ranks have to leave once one of them has told of a failure."""
 
@@ -43,16 +46,19 @@ def ranks_to_start(config: RunConfig) -> int:
 
 def launch(verb: str, config: RunConfig, num_ranks: int) -> int:
     """Run ``verb`` on ``num_ranks`` ranks of this machine; return the exit code."""
-    with tempfile.TemporaryDirectory(prefix="fsdp_qlora-") as scratch:
-        exit_file = Path(scratch) / "exit.json"
+    with _scratch_folder() as scratch:
+        exit_file, config_file = scratch / "exit.json", scratch / "config.json"
+        config_file.write_text(json.dumps(to_dict(config)), encoding="utf-8")
         environment = {
             # Activations of uneven length come and go; transparent huge pages spare a CPU run a fifth of its step.
             "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(config.launcher.shutdown_seconds),
             **os.environ,
-            CONFIG_VARIABLE: json.dumps(to_dict(config)),
+            CONFIG_VARIABLE: str(config_file),  # a file: the kernel lets no variable be longer than 128 KiB
             EXIT_VARIABLE: str(exit_file),
         }
+        if Path.cwd() != PACKAGE.parent:  # else the current folder may be the only place that has this package
+            environment["PYTHONSAFEPATH"] = "1"
         restarts = config.launcher.max_restarts
         if restarts:  # restarted ranks must not meet in a store that still holds the last attempt's keys
             environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -61,6 +67,23 @@ def launch(verb: str, config: RunConfig, num_ranks: int) -> int:
         agent = subprocess.Popen(command, env=environment, start_new_session=True)
         _wait(agent, Path(f"{exit_file}.{restarts}"))
         return _verdict(verb, exit_file, agent.returncode, config)
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """Make a folder for what the ranks and their launcher tell each other.
+
+    Raises:
+        StorageError: if there is no place for one.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="fsdp_qlora-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"TMPDIR: no folder for temporary files can be written ({error.strerror}); set TMPDIR to one that can."
+        ) from error
+    with folder as name:
+        yield Path(name)
 
 
 def _wait(agent: subprocess.Popen[bytes], last_exit_file: Path) -> None:
@@ -77,7 +100,7 @@ def _wait(agent: subprocess.Popen[bytes], last_exit_file: Path) -> None:
         else:
             agent.kill()  # its ranks die with it
 
-    before = {number: signal.signal(number, forward) for number in _SIGNALS}
+    before = take_signals(_SIGNALS, forward)
     try:
         failed_at = None
         while agent.poll() is None:
@@ -88,8 +111,7 @@ def _wait(agent: subprocess.Popen[bytes], last_exit_file: Path) -> None:
             if failed_at is not None and time.monotonic() - failed_at > _LEAVE_SECONDS:
                 agent.kill()  # a rank that stands still hears no SIGTERM; it dies with the agent
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        give_back_signals(before)
 
 
 def _verdict(verb: str, exit_file: Path, agent_code: int, config: RunConfig) -> int:
@@ -107,5 +129,5 @@ def _verdict(verb: str, exit_file: Path, agent_code: int, config: RunConfig) -> 
         print(f"fsdp-qlora: the ranks ended without a word (launcher code {agent_code}).", file=sys.stderr)
         return agent_code if agent_code > 0 else 1
     if told["message"]:
-        print(f"fsdp-qlora, rank {told['rank']}: {told['message']}", file=sys.stderr, flush=True)
+        print(f"fsdp-qlora, rank {told['rank']}: {visible(told['message'])}", file=sys.stderr, flush=True)
     return told["code"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 from fsdp_qlora.cli.launcher import ranks_to_start
@@ -158,7 +159,7 @@ def _print_search(found: dict[str, Any], config: RunConfig) -> None:
     if found["best"] is None:
         print(f"Nothing fits, not even one row of {length} tokens: more ranks, a shorter length, quant.embeddings=nf4.")
     else:
-        print(f"The cheapest that fits: {' '.join(found['overrides'])}")
+        print(f"The cheapest that fits: {shlex.join(found['overrides'])}")
     if found["fastest"] is not None and found["fastest"] != found["best"]:
         host = megabytes(found["fastest"]["host_bytes"])
-        print(f"The fastest by the estimate: {' '.join(found['fastest_overrides'])} ({host} of host memory per rank)")
+        print(f"The fastest by the estimate: {shlex.join(found['fastest_overrides'])} ({host} of host memory per rank)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from fsdp_qlora.api import cache_folder, prepare_tokens
+from fsdp_qlora.api import prepare_tokens
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.embedded import fetch_embedded
 from fsdp_qlora.data.loader import TokenRows
@@ -14,6 +14,8 @@ from fsdp_qlora.data.report import histogram, packing_efficiency
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.plan.batch import num_steps
 from fsdp_qlora.track.console import clock, print_table
+from fsdp_qlora.track.home import cache_folder
+from fsdp_qlora.track.lines import read_lines
 from fsdp_qlora.track.run_folder import RunFolder
 
 
@@ -35,7 +37,7 @@ def run(config: RunConfig) -> int:
         f"{held_out.kept} held out; model {config.model.name}"
     )
     if data.bad_rows is not None:
-        count = len(data.bad_rows.read_text().splitlines())
+        count = len(read_lines(data.bad_rows))
         print(f"{count} bad row(s) were passed over; they are listed in {data.bad_rows}")
     for line in not_read(names_of(config.data.train) + names_of(config.data.eval or [])):
         print(line)
@@ -80,6 +82,6 @@ def _time(config: RunConfig, rows: TokenRows, steps: int, num_rows: int) -> str:
     summary = RunFolder(config.run.output_root, config.run.name).summary_file
     if not summary.is_file():
         return f"unknown: no run in {summary.parent} has measured a speed yet"
-    speed = json.loads(summary.read_text())["tokens_per_second"]
+    speed = json.loads(summary.read_text(encoding="utf-8"))["tokens_per_second"]
     tokens = float(rows.lengths.sum()) / num_rows * steps * config.train.global_batch_size
     return f"about {clock(tokens / max(speed, 1e-9))} at the {speed:.0f} tokens/s of the last run here"

@@ -6,9 +6,12 @@ import logging
 import os
 import warnings
 
+from fsdp_qlora.track.home import settle_without_home
+
 
 def quieten() -> None:
-    """Set upstream's loggers; call before importing them."""
+    """Set upstream's loggers and places; call before importing them."""
+    settle_without_home(os.environ)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "failed to load CPU gemm_4bit": we dequantize instead

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -10,16 +9,18 @@ from dataclasses import asdict
 from math import exp
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fsdp_qlora.api import Prepared
+from fsdp_qlora.cli.quoting import command
 from fsdp_qlora.data.samples import segments
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.quant.backend import bitsandbytes_backend
-from fsdp_qlora.track.console import megabytes, print_table
+from fsdp_qlora.track.console import console, megabytes, print_table
+from fsdp_qlora.track.lines import read_lines, write_lines
+from fsdp_qlora.track.output import visible
 from fsdp_qlora.track.phases import PHASES, WAITING
 from fsdp_qlora.track.run_folder import RunFolder
 
@@ -84,20 +85,20 @@ def print_samples(prepared: Prepared, folder: RunFolder) -> None:
     count = prepared.config.data.show_samples
     rows = prepared.data.some_rows(count)
     lines = []
-    console = Console(highlight=False, soft_wrap=True)
+    screen = console(soft_wrap=True)
     for number in range(min(count, len(rows))):
         found = segments(rows, number, prepared.tokenizer)
-        lines.append(json.dumps([asdict(s) for s in found], ensure_ascii=False))
+        lines.append([asdict(s) for s in found])
         text = Text(f"sample {number + 1}, learned in [brackets]: ")
         for segment in found:
-            shown = segment.text.replace("\n", "\\n")
+            shown = visible(segment.text.replace("\n", "\\n"))
             shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN // 2]} ... {shown[-_SHOWN // 2 :]}"
             text.append(f"[{shown}]" if segment.learned else shown, style="green" if segment.learned else "dim")
-        console.print(text)
-    (folder.path / "samples.jsonl").write_text("".join(line + "\n" for line in lines))
+        screen.print(text)
+    write_lines(folder.path / "samples.jsonl", lines)
     if prepared.data.bad_rows is not None:
         shutil.copyfile(prepared.data.bad_rows, folder.bad_rows)
-        bad = len(prepared.data.bad_rows.read_text().splitlines())
+        bad = len(read_lines(prepared.data.bad_rows))
         print(f"{bad} bad row(s) were passed over; they are listed in {folder.bad_rows}", flush=True)
 
 
@@ -126,13 +127,9 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     prompt = summary["samples"][0]["prompt"] if summary["samples"] else "..."
     rows.append(("run folder", str(folder.path)))
     rows.append(("adapter", str(folder.adapter)))
-    rows.append(
-        (
-            "try next",
-            f'fsdp-qlora generate run_from={folder.config_file} adapter={folder.adapter} prompt="{prompt}"',
-        )
-    )
     print_table(f"{folder.path.name}: done", rows)
+    words = ["generate", f"run_from={folder.config_file}", f"adapter={folder.adapter}", f"prompt={prompt}"]
+    print(f"try next: {command(*words)}", flush=True)  # no row of the table, which breaks lines: to be pasted
     if "profile" in summary:
         print_profile(summary["profile"])
 
@@ -150,7 +147,7 @@ def print_profile(profile: dict[str, Any]) -> None:
         cells = [_of_step(rank, rank["phases"][phase]) for rank in ranks]
         table.add_row(phase, *cells, what, end_section=phase == WAITING)
     table.add_row("step", *[_of_step(rank, rank["step_seconds"]) for rank in ranks], "sum of these rows")
-    Console(highlight=False).print(table)
+    console().print(table)
     for rank in ranks:
         waiting, least = rank["waiting"], len(ranks) > 1 and rank["rank"] == profile["slowest_rank"]
         print(

@@ -20,8 +20,16 @@ from fsdp_qlora.training import fit
 
 def run(config: RunConfig) -> int:
     """Train; return the exit code."""
-    with StopSignals() as signals:  # from the start: a signal while loading is a wish to stop, too
-        return on_ranks(config, lambda world: _rank(config, world, signals))
+    return on_ranks(config, lambda world: _listen(config, world))
+
+
+def _listen(config: RunConfig, world: World) -> int:
+    """Take a signal for a wish to stop as soon as all ranks are here, also while loading.
+
+    Not before: who waits for a rank that never comes runs no handler, and a signal must end it.
+    """
+    with StopSignals() as signals:
+        return _rank(config, world, signals)
 
 
 def _rank(config: RunConfig, world: World, signals: StopSignals) -> int:

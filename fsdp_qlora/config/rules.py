@@ -180,6 +180,9 @@ def _names(config: RunConfig) -> Iterator[str]:
         yield "data.eval: expected a path, a list of paths, or null."
     if not _is_name_or_names(config.lora.target_modules):
         yield "lora.target_modules: expected all-linear or a list of module names."
+    elif isinstance(config.lora.target_modules, str) and len(names := config.lora.target_modules.split(",")) > 1:
+        listed = ",".join(name.strip() for name in names)
+        yield f"lora.target_modules: write a list, '[{listed}]', not {config.lora.target_modules!r}."
 
 
 def _is_name_or_names(value: object) -> bool:

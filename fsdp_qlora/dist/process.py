@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from fsdp_qlora.dist.torchrun import is_rank, leftovers
 from fsdp_qlora.errors import ConfigError
 
 @dataclass(frozen=True)
@@ -31,13 +33,17 @@ class Placement:
 
     @staticmethod
     def from_env() -> Placement:
-        """Read RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, as torchrun sets them; one process without them."""
+        """Read RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, as torchrun sets them; one process without them.
+
+        Where only some of torchrun's variables are there, none is read, and a note says so.
+        """
         env = os.environ
-        world = int(env.get("WORLD_SIZE", "1"))
-        rank = int(env.get("RANK", "0"))
-        return Placement(
-            rank, int(env.get("LOCAL_RANK", rank)), world, int(env.get("LOCAL_WORLD_SIZE", world))
-        )
+        if not is_rank(env):
+            if note := leftovers(env):
+                print(f"fsdp-qlora: {note}", file=sys.stderr, flush=True)
+            return Placement(0, 0, 1, 1)
+        world, rank = int(env["WORLD_SIZE"]), int(env["RANK"])
+        return Placement(rank, int(env.get("LOCAL_RANK", rank)), world, int(env.get("LOCAL_WORLD_SIZE", world)))
 
 
 ACCELERATORS = ("cuda", "xpu")
@@ -99,11 +105,12 @@ def set_threads(asked: int, local_world_size: int) -> int:
 def process_group(device: torch.device, placement: Placement, timeout_seconds: int) -> Iterator[dist.ProcessGroup]:
     """Open the default group (NCCL/XCCL on accelerators, gloo on a CPU) and close it in every case.
 
-    A single process without a launcher gets a group of its own, so that nothing below has a special case for it.
+    A single process gets a group of its own, so that nothing below has a special case for it. It asks nobody: a
+    MASTER_ADDR that another program left behind would make it wait for an answer.
     """
     backend = dist.get_default_backend_for_device(device)
     timeout = timedelta(seconds=timeout_seconds)
-    if placement.world_size == 1 and "MASTER_ADDR" not in os.environ:
+    if placement.world_size == 1:
         dist.init_process_group(backend, store=cast(Any, dist).HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(

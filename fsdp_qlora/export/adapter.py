@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -16,12 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.errors import ModelError, NumericsError, StorageError
+from fsdp_qlora.export.adapter_config import adapted_modules, read_adapter_config
+from fsdp_qlora.export.modes import open_as_a_new_file
 from fsdp_qlora.model.lora import trainable_parameters
 from fsdp_qlora.model.stream import fill_slice
 from fsdp_qlora.plan.layout import endings
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
 
 
 def gather_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -79,15 +82,37 @@ def export_adapter(
         save_file(dict(tensors), file, metadata={"format": "pt"})
     except SafetensorError as error:  # what it makes of a full disk
         raise StorageError(f"{file} cannot be written: {error}.") from error
-    file.chmod(0o644)  # save_file leaves 0600, and an adapter is made to be given away
+    open_as_a_new_file(file)
     with safe_open(file, framework="pt") as written:
         if set(written.keys()) != tensors.keys():
             raise NumericsError(f"{file} does not hold the tensors that were written.")
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     if model_card is not None:
-        (folder / "README.md").write_text(model_card)
+        (folder / "README.md").write_text(model_card, encoding="utf-8", errors="backslashreplace")
     return file.stat().st_size
+
+
+def stored_modules(folder: Path) -> list[str]:
+    """Return the names of the modules that an adapter folder has tensors for.
+
+    Raises:
+        ModelError: if there is no file of tensors, or one that holds other things than LoRA matrices.
+    """
+    file = folder / WEIGHTS_NAME
+    if not file.is_file():
+        raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")
+    with _opened(file) as stored:
+        return adapted_modules(stored.keys(), file)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            yield stored
+    except SafetensorError as error:
+        raise ModelError(f"adapter: {file} is damaged: {error}.") from error
 
 
 @torch.no_grad()
@@ -98,13 +123,14 @@ def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size
         ModelError: if its tensors are not just the model's, by name and shape.
     """
     file = folder / WEIGHTS_NAME
-    if not file.is_file():
-        raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")
     parameters = dict(trainable_parameters(model))
-    with safe_open(file, framework="pt") as stored:
+    modules = stored_modules(folder)
+    with _opened(file) as stored:
         names = set(stored.keys())
         if odd := sorted(names ^ parameters.keys()):
-            raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors, first {odd[0]}.")
+            ours = sorted(set(adapted_modules(parameters, file)) - set(modules))
+            hint = f" It has no adapter for {ours[0]}: set lora.target_modules to its own." if ours else ""
+            raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors, first {odd[0]}.{hint}")
         for name, parameter in parameters.items():
             value = stored.get_tensor(name)
             if value.shape != parameter.shape:
@@ -118,26 +144,16 @@ def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks
     Raises:
         ModelError: if it was trained with another scaling or does not fit this model's adapters.
     """
-    found = read_adapter_config(folder)
-    for key, theirs, ours in (
-        ("lora.r", found.r, lora.r),
-        ("lora.alpha", float(found.lora_alpha), float(lora.alpha)),
-        ("lora.variant", "rslora" if found.use_rslora else "lora", lora.variant),
-    ):
-        if theirs != ours:
-            raise ModelError(f"{key}: {ours}, but the adapter in lora.init_from={folder} has {theirs}; set them alike.")
+    found = read_adapter_config(folder).settings([])
+    differ = [
+        f"lora.{key}: {ours}, but the adapter in lora.init_from={folder} has {theirs}; set lora.{key}={theirs:{form}}."
+        for key, theirs, ours, form in (
+            ("r", found.r, lora.r, ""),
+            ("alpha", found.alpha, float(lora.alpha), "g"),
+            ("variant", found.variant, lora.variant, ""),
+        )
+        if theirs != ours
+    ]
+    if differ:
+        raise ModelError("\n".join(differ))
     load_adapter(folder, model, ranks.shard_rank, ranks.shard_size)
-
-
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """Read adapter_config.json.
-
-    Raises:
-        ModelError: if it is missing or not of a LoRA adapter.
-    """
-    if not (folder / CONFIG_NAME).is_file():
-        raise ModelError(f"adapter: {folder} has no {CONFIG_NAME}: it is not a PEFT adapter folder.")
-    config = LoraConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise ModelError(f"adapter: {folder} is not a LoRA adapter.")
-    return config

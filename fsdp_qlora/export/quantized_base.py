@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from fsdp_qlora.checkpoint.publish import make_fresh, sync
+from fsdp_qlora.checkpoint.publish import make_fresh
 from fsdp_qlora.errors import ModelError, StorageError
+from fsdp_qlora.export.modes import open_as_a_new_file
+from fsdp_qlora.files import sync
 from fsdp_qlora.model.prequantized import find_kept, packed_format, quantization_of
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.model.weights import SafetensorsFolder, TensorEntry
@@ -155,7 +157,7 @@ class _Shards:
         self.total += _size(self._held)
         file = self.folder / f"part-{len(self._files)}"
         save_file(self._held, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # save_file leaves 0600
+        open_as_a_new_file(file)
         self._held = {}
 
     def finish(self) -> None:

@@ -239,10 +239,3 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
         within = set(model.get_decoder().modules())
         found = [module for module in found if module in within] or found
     return found
-
-
-def end_of_turn_ids(model_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids that end an answer: the tokenizer's and the generation config's."""
-    ids = [tokenizer.eos_token_id, getattr(model_config, "eos_token_id", None)]
-    flat = [i for item in ids for i in (item if isinstance(item, list) else [item]) if i is not None]
-    return list(dict.fromkeys(flat))

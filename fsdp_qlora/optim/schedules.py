@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the optimizer step: nothing to save, nothing that counts ranks."""
+"""Learning rate as a pure function of the place in a run: nothing to save, nothing that counts ranks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from fsdp_qlora.config.schema import ScheduleSettings
 
-Schedule = Callable[[int], float]
-"""Step (from 0) -> factor on the peak learning rate."""
+Schedule = Callable[[float], float]
+"""Place in the run, in steps (from 0) -> factor on the peak learning rate."""
 
 
 def build_schedule(settings: ScheduleSettings, num_steps: int) -> Schedule:
@@ -17,12 +17,12 @@ def build_schedule(settings: ScheduleSettings, num_steps: int) -> Schedule:
     As transformers' ``get_scheduler``, but no step has a learning rate of 0, which would be a step for nothing;
     ``wsd`` is warm-up-stable-decay with a linear decay (MiniCPM, https://arxiv.org/abs/2404.06395, section 4).
     """
-    warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * num_steps)
+    warmup = _warmup_steps(settings, num_steps)
     floor = settings.min_lr_ratio
     decay_steps = max(1, num_steps - warmup)
     stable = num_steps - max(1, round(settings.decay_ratio * num_steps))
 
-    def decay(step: int) -> float:
+    def decay(step: float) -> float:
         """Return the share of the way from the floor to the peak, after the warm-up."""
         if settings.name == "constant":
             return 1.0
@@ -32,9 +32,24 @@ def build_schedule(settings: ScheduleSettings, num_steps: int) -> Schedule:
             return max(0.0, (num_steps - step) / decay_steps)
         return 1.0 if step < stable else max(0.0, (num_steps - step) / (num_steps - stable))
 
-    def factor(step: int) -> float:
+    def factor(step: float) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
         return floor + (1 - floor) * decay(step)
 
     return factor
+
+
+def warmup_notice(settings: ScheduleSettings, num_steps: int) -> str:
+    """Return what to say of a warm-up that the run ends in, or an empty string."""
+    warmup = settings.warmup_steps
+    if warmup < num_steps:
+        return ""
+    return (
+        f"schedule.warmup_steps: the warm-up takes {warmup} steps and the run has {num_steps}, so the learning rate "
+        f"never reaches optim.lr and ends at {num_steps / (warmup + 1):.0%} of it."
+    )
+
+
+def _warmup_steps(settings: ScheduleSettings, num_steps: int) -> int:
+    return settings.warmup_steps or math.ceil(settings.warmup_ratio * num_steps)

@@ -10,17 +10,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fsdp_qlora.track.output import visible
+
+
+def console(**settings: Any) -> Console:
+    """Return a console that shows text as it is: ``[INST]`` is no markup and ``:ok:`` no picture."""
+    return Console(highlight=False, markup=False, emoji=False, **settings)
+
 
 class ConsoleProgress:
     """Shows loss, tokens per second, memory and time left."""
 
     def __init__(self, total_steps: int, start_step: int = 0) -> None:
-        self.console = Console(stderr=False, highlight=False)
+        self.console = console()
         self._total, self._started, self._first = total_steps, time.monotonic(), start_step
         self._bar: Progress | None = None
         if sys.stdout.isatty():
             self._bar = Progress(
-                TextColumn("step"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
+                TextColumn("step"), BarColumn(bar_width=20), MofNCompleteColumn(),
+                TextColumn("{task.fields[values]}", markup=False),
                 TimeRemainingColumn(), console=self.console,
             )  # fmt: skip
             self._task = self._bar.add_task("train", total=total_steps, completed=start_step, values="")
@@ -89,8 +97,8 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 110).print(table)
+        table.add_row(visible(name), visible(value))
+    console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
 def print_columns(title: str, header: list[str], lines: list[list[str]]) -> None:
@@ -100,4 +108,4 @@ def print_columns(title: str, header: list[str], lines: list[list[str]]) -> None
         table.add_column(name, overflow="fold")
     for line in lines:
         table.add_row(*line)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 110).print(table)
+    console(width=None if sys.stdout.isatty() else 110).print(table)

@@ -16,13 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError, StorageError
+from fsdp_qlora.files import write_first
+from fsdp_qlora.track.output import visible
 
 CONFIG_VARIABLE = "FSDP_QLORA_RESOLVED_CONFIG"
-"""Environment variable that holds the composed settings as JSON, set by our launcher for its ranks."""
+"""Environment variable that names the file of the composed settings (JSON), set by our launcher for its ranks."""
 EXIT_VARIABLE = "FSDP_QLORA_EXIT_FILE"
 """Environment variable that names the file through which a rank tells our launcher how it ended."""
 
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+_REMEDIES = {
+    errno.ENOSPC: "make room", errno.EDQUOT: "make room in the quota", errno.EACCES: "", errno.EPERM: "",
+    errno.EROFS: "it is mounted read-only", errno.EIO: "", errno.ESTALE: "the network file system has lost it",
+    errno.ENOTDIR: "", errno.ENAMETOOLONG: "choose shorter names", errno.ELOOP: "its links go round in circles",
+    errno.EFBIG: "raise the limit on files (ulimit -f)", errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "the machine has no more open files to give", errno.ENOTSUP: "this file system lacks the operation",
+    errno.ENOSYS: "this file system lacks the operation", errno.ENOLCK: "this file system lacks locks",
+    errno.ENOMEM: "the machine has no memory left for it (see also `ulimit -v`)",
+    errno.EAGAIN: "raise the limit on processes (ulimit -u)",
+}  # fmt: skip
+"""What an operating system refuses that is no bug of ours, and what helps."""
 
 
 def tell_launcher(code: int, message: str = "", expected: bool = True) -> bool:
@@ -33,17 +45,8 @@ def tell_launcher(code: int, message: str = "", expected: bool = True) -> bool:
     if not has_launcher():
         return True
     file = exit_file(restart_count())
-    staging = Path(f"{file}.{os.getpid()}")
-    staging.write_text(
-        json.dumps({"code": code, "rank": int(os.environ.get("RANK", "0")), "message": message, "expected": expected})
-    )
-    try:
-        os.link(staging, file)
-    except FileExistsError:
-        return False
-    finally:
-        staging.unlink()
-    return True
+    body = {"code": code, "rank": int(os.environ.get("RANK", "0")), "message": message, "expected": expected}
+    return write_first(file, json.dumps(body))
 
 
 def has_launcher() -> bool:
@@ -64,7 +67,7 @@ def exit_file(attempt: int) -> Path:
 def read_exit(file: Path) -> dict[str, Any] | None:
     """Return what `tell_launcher` wrote, or None."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -95,9 +98,7 @@ def guarded(work: Callable[[], int]) -> int:
         code, message = error.exit_code, str(error)
         quiet = error.alike and os.environ.get("RANK", "0") != "0"
     except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
-            traceback.print_exc()
-        code, message = StorageError.exit_code if error.errno in _STORAGE_ERRORS else 1, f"{error}"
+        code, message = _of_the_system(error)
     except KeyboardInterrupt:
         code, message = 130, "interrupted."
     except SystemExit as request:
@@ -108,7 +109,7 @@ def guarded(work: Callable[[], int]) -> int:
             traceback.print_exc()
     first = tell_launcher(code, message, expected)
     if message and not quiet and not has_launcher():
-        print(f"{_where()}{message}", file=sys.stderr, flush=True)
+        print(f"{_where()}{visible(message)}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         if code not in (0, STOPPED_EXIT_CODE):
             _record_for_torchrun(message)
@@ -119,6 +120,15 @@ def guarded(work: Callable[[], int]) -> int:
         # finalized aborts the process ("terminate called without an active exception").
         os._exit(code if first or code in (0, STOPPED_EXIT_CODE) else 1)
     return code
+
+
+def _of_the_system(error: OSError) -> tuple[int, str]:
+    """Return code and message of an error that no code of ours has put into words."""
+    if error.errno not in _REMEDIES:
+        traceback.print_exc()
+        return 1, f"{error}"
+    remedy = _REMEDIES[error.errno]
+    return StorageError.exit_code, f"{error}{f' ({remedy})' if remedy else ''}"
 
 
 def _where() -> str:

@@ -10,7 +10,9 @@ import json
 import os
 import platform
 import socket
+import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from typing import Any
 import yaml
 
 from fsdp_qlora.errors import ConfigError, RunFolderError, StorageError
+from fsdp_qlora.files import LACKING, write_first
+from fsdp_qlora.track.lines import read_lines, to_line
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "fsdp-qlora")
 
@@ -46,7 +50,7 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"run.output_root: {self.path} cannot be made: {error.strerror}.") from error
 
-    def lock(self) -> None:
+    def lock(self, flock: Callable[[int, int], None] = fcntl.flock) -> None:
         """Take the folder for this process until it ends; the kernel lets go of it even after kill -9.
 
         Raises:
@@ -57,13 +61,23 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"{self.path} cannot be written: {error.strerror}.") from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(handle, 4096).decode(errors="replace").strip() or "another process"
             os.close(handle)
             raise RunFolderError(
                 f"run.name: {self.path} is in use by {holder}. Wait for it, stop it, or choose another run.name."
             ) from None
+        except OSError as error:
+            if error.errno not in LACKING:
+                os.close(handle)
+                raise StorageError(f"{self.path} cannot be locked: {error.strerror}.") from error
+            print(
+                f"fsdp-qlora: run.output_root: this file system knows no locks ({error.strerror}); see to it yourself "
+                f"that no second run uses {self.path}.",
+                file=sys.stderr,
+                flush=True,
+            )
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n".encode(), 0)
         self._lock = handle
@@ -107,7 +121,7 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         """Return what `write_summary` wrote."""
-        return json.loads(self.summary_file.read_text())
+        return json.loads(self.summary_file.read_text(encoding="utf-8"))
 
     @property
     def bad_rows(self) -> Path:
@@ -117,10 +131,9 @@ class RunFolder:
     def add_answers(self, step: int, answers: list[dict[str, str]]) -> None:
         """Append the answers at an evaluation to answers.jsonl; those of steps that are run again are replaced."""
         file = self.path / "answers.jsonl"
-        lines = file.read_text().splitlines() if file.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] < step]
-        new = [json.dumps({"step": step, **answer}, ensure_ascii=False) for answer in answers]
-        write_text(file, "".join(line + "\n" for line in [*kept, *new]))
+        kept = [line for line in (read_lines(file) if file.is_file() else []) if line["step"] < step]
+        new = [{"step": step, **answer} for answer in answers]
+        write_text(file, "".join(map(to_line, [*kept, *new])))
 
     def clear_exit(self) -> None:
         """Forget how the last start ended."""
@@ -130,22 +143,14 @@ class RunFolder:
         """Write how this start ended, unless a rank did so before; return whether it was written."""
         body = {"code": code, "rank": rank, "message": message, "time": time.time()}
         try:
-            staging = self.exit_file.with_name(f".exit.{os.getpid()}.json")
-            staging.write_text(json.dumps(body) + "\n")
-            try:
-                os.link(staging, self.exit_file)  # fails where the file is there: the first failure stays
-            finally:
-                staging.unlink()
-        except FileExistsError:
-            return False
+            return write_first(self.exit_file, json.dumps(body) + "\n")  # the first failure stays
         except OSError:
             return False
-        return True
 
     def read_exit(self) -> dict[str, Any] | None:
         """Return what `write_exit` wrote, or None."""
         try:
-            return json.loads(self.exit_file.read_text())
+            return json.loads(self.exit_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
@@ -158,7 +163,7 @@ def write_json(file: Path, value: Any) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a file so that a reader, or a run after a kill, sees the old one or the new one, never half of it."""
     staging = file.with_name(f".{file.name}.part")
-    staging.write_text(text)
+    staging.write_text(text, encoding="utf-8", errors="backslashreplace")
     staging.replace(file)
 
 
@@ -169,10 +174,10 @@ def read_config(file: str) -> dict[str, Any]:
         ConfigError: if it is not there or is no mapping.
     """
     try:
-        values = yaml.safe_load(Path(file).expanduser().read_text())
+        values = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"run_from: {file} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"run_from: {file} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"run_from: {file} holds no settings.")

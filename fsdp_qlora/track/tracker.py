@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,9 +34,11 @@ class JsonLines:
         self._stream = file.open("a", encoding="utf-8")
 
     def _cut(self, step: int) -> None:
-        kept = [line for line in self._file.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+        kept = [
+            line for line in self._file.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step
+        ]
         staging = self._file.with_name(f".{self._file.name}.tmp")
-        staging.write_text("".join(kept if step else []))
+        staging.write_text("".join(kept if step else []), encoding="utf-8")
         staging.replace(self._file)
 
     def rewind(self, step: int) -> None:
@@ -58,6 +62,41 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")  # half a line, from a run that was killed
+
+
+class Beside:
+    """A sink that the run does not depend on: when it fails, that is reported once, and it gets nothing more."""
+
+    def __init__(self, sink: Sink, name: str) -> None:
+        self._sink: Sink | None = sink
+        self._name = name
+
+    def _try(self, work: Callable[[Sink], None]) -> None:
+        if self._sink is None:
+            return
+        try:
+            work(self._sink)
+        except Exception as error:  # whatever it stands on: a service, a socket, a full disk
+            self._sink = None
+            why = (str(error).splitlines() or [""])[0]
+            print(
+                f"fsdp-qlora: {self._name} failed and gets no more values ({type(error).__name__}: {why}); "
+                "metrics.jsonl has everything.",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Take the values of a step."""
+        self._try(lambda sink: sink.log(step, values))
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged of later steps, where that is possible."""
+        self._try(lambda sink: sink.rewind(step))
+
+    def close(self) -> None:
+        """Write out what is pending."""
+        self._try(lambda sink: sink.close())
 
 
 class Tracker:

@@ -1,35 +1,100 @@
-"""Weights & Biases as a sink: rank 0 only, offline without a key, the same run after a resume."""
+"""Weights & Biases as a sink: rank 0 only, offline where it cannot be reached, the same run after a resume."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.config.schema import TrackSettings
+from fsdp_qlora.track.home import home_folder
+from fsdp_qlora.track.tracker import Sink
+
+_KEY = "WANDB_API_KEY"
+_REACH_SECONDS = 30
+"""Time that the server has to answer, where WANDB_INIT_TIMEOUT gives none."""
+
+
+def _warn(message: str) -> None:
+    print(f"fsdp-qlora: {message}", file=sys.stderr, flush=True)
+
+
+def open_wandb(
+    folder: Path, name: str, settings: TrackSettings, config: dict[str, Any], warn: Callable[[str], None] = _warn
+) -> Sink | None:
+    """Begin W&B's run, or go on with the one whose id is in the run folder.
+
+    Offline where there is no key. Offline with one warning where the key is malformed or the server does not answer;
+    None with a warning where W&B does not even start.
+    """
+    problem = ""
+    for mode in (None, "offline") if _has_key() else ("offline",):
+        try:
+            with _without_key() if mode else nullcontext():
+                sink = WandbSink(folder, name, settings, config, mode)
+        except Exception as error:  # W&B's own, and those of the HTTP library and the process that it stands on
+            problem = problem or _said(error)
+            _end_service()
+            continue
+        if problem:
+            warn(f"track=wandb: {problem}. This run is logged offline in {folder / 'wandb'} (`wandb sync` sends it).")
+        return sink
+    warn(f"track=wandb: {problem}. This run is not logged there; metrics.jsonl has everything.")
+    return None
+
+
+def _end_service() -> None:
+    """End W&B's own process, which takes the run for one that is still in use."""
+    with suppress(Exception):
+        import wandb
+
+        wandb.teardown(1)
+
+
+@contextmanager
+def _without_key() -> Iterator[None]:
+    """Hide the key for a while: W&B reads it offline, too, and stops where it is malformed."""
+    key = os.environ.pop(_KEY, None)
+    try:
+        yield
+    finally:
+        if key is not None:
+            os.environ[_KEY] = key
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 class WandbSink:
     """Sends metrics to one W&B run, whose id is kept in the run folder."""
 
-    def __init__(self, folder: Path, name: str, settings: TrackSettings, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, name: str, settings: TrackSettings, config: dict[str, Any], mode: str | None
+    ) -> None:
         import wandb
 
         id_file = folder / "wandb_run_id"
         if not id_file.is_file():
-            id_file.write_text(secrets.token_hex(4))
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         # x_disable_meta, save_code: W&B would otherwise record the command line and the code by itself.
+        own: dict[str, Any] = {"x_disable_meta": True, "save_code": False, "console": "off", "silent": True}
+        if "WANDB_INIT_TIMEOUT" not in os.environ:
+            own["init_timeout"] = _REACH_SECONDS
         self._run = wandb.init(
             project=settings.wandb_project,
             entity=settings.wandb_entity,
-            id=id_file.read_text().strip(),
+            id=id_file.read_text(encoding="utf-8").strip(),
             name=name,
             resume="allow",
-            mode=None if _has_key() else "offline",
+            mode=mode,  # type: ignore[arg-type]
             dir=str(folder),
             config=config,
-            settings=wandb.Settings(x_disable_meta=True, save_code=False, console="off", silent=True),
+            settings=wandb.Settings(**own),
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -39,7 +104,7 @@ class WandbSink:
         self._run.log({"step": step, **values})
 
     def rewind(self, step: int) -> None:
-        """W&B cannot unsay a step; the ones that are run again come a second time, with the same ``step``."""
+        """W&B cannot delete logged steps; repeated ones appear twice, with the same ``step``."""
 
     def close(self) -> None:
         """End the run."""
@@ -47,6 +112,11 @@ class WandbSink:
 
 
 def _has_key() -> bool:
-    netrc = Path("~/.netrc").expanduser()
-    known = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
-    return known or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
+    if os.environ.get(_KEY, "").strip() or os.environ.get("WANDB_MODE"):
+        return True
+    home = home_folder()
+    netrc = Path(os.environ.get("NETRC") or (home or Path("/")) / ".netrc")
+    try:
+        return "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False

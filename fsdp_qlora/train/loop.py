@@ -15,6 +15,7 @@ from fsdp_qlora.optim.schedules import Schedule
 from fsdp_qlora.scopes import DATA
 from fsdp_qlora.track.meter import Meter
 from fsdp_qlora.train.evaluate import Evaluation
+from fsdp_qlora.train.length import Length
 from fsdp_qlora.train.progress import Progress
 from fsdp_qlora.train.recovery import Recovery
 from fsdp_qlora.train.step import Optimizer, StepBatch, StepSettings, train_step
@@ -50,9 +51,7 @@ class Tracker(Protocol):
 class Due:
     """When things happen; 0 means never."""
 
-    num_steps: int
-    last_position: float
-    """Rows after which the run ends, also with fewer steps (some may have been left out)."""
+    length: Length
     log_every: int
     eval_every: int
     save_every: int
@@ -63,13 +62,13 @@ class Due:
     def _every(step: int, interval: int) -> bool:
         return interval > 0 and step % interval == 0
 
-    def log(self, step: int) -> bool:
-        """Whether this step's values are logged."""
-        return self._every(step, self.log_every) or (self.log_every > 0 and step == self.num_steps)
+    def log(self, progress: Progress) -> bool:
+        """Whether the values of the step just made are logged; those of the last one are, unless none are."""
+        return self._every(progress.step, self.log_every) or (self.log_every > 0 and self.length.reached(progress))
 
-    def evaluate(self, step: int) -> bool:
-        """Whether there is an evaluation after this step; the last one always has one."""
-        return self._every(step, self.eval_every) or step == self.num_steps
+    def evaluate(self, progress: Progress) -> bool:
+        """Whether there is an evaluation now; at the start and at the end there always is."""
+        return progress.step == 0 or self._every(progress.step, self.eval_every) or self.length.reached(progress)
 
     def save(self, step: int) -> bool:
         """Whether there is a checkpoint after this step."""
@@ -109,13 +108,11 @@ def train_loop(
     tracker: Tracker,
     meter: Meter,
 ) -> bool:
-    """Train until ``due.num_steps``; return False if it was stopped by a signal (after saving)."""
+    """Train until ``due.length`` is reached; return False if a signal stopped it before that (after saving)."""
     model.train()
-    is_due = progress.step == 0 or due.evaluate(progress.step)
-    if is_due and progress.evaluated_step < progress.step:  # else the checkpoint was made after this evaluation
-        record_evaluation(hooks.evaluate(), progress, tracker)
-    while progress.step < due.num_steps and progress.position < due.last_position:
-        lr = peak_lr * schedule(progress.step)
+    _evaluate_if_due(due, hooks, progress, tracker)
+    while not due.length.reached(progress):
+        lr = peak_lr * schedule(due.length.scheduled(progress))
         with hooks.around_step(progress.step + 1):
             with meter.waiting(), record_function(DATA):
                 batch = hooks.batch_at(progress.position)
@@ -133,26 +130,34 @@ def train_loop(
             tracker.log(progress.step, {"checkpoint_stall_seconds": stall})
         progress.advance(batch.num_rows, batch.num_tokens, batch.num_targets, outcome.loss)
         meter.count(batch.num_tokens, batch.num_targets, batch.num_rows)
-        step = progress.step
-        if due.log(step):
+        if due.log(progress):
             values = {"loss": outcome.loss, "grad_norm": outcome.grad_norm, "lr": lr}
             totals = {"tokens": progress.tokens, "target_tokens": progress.target_tokens}
-            tracker.log(step, values | totals | meter.read() | {"peak_memory_bytes": hooks.peak_memory()})
-        if due.evaluate(step) and (not outcome.stop or step == due.num_steps):
-            record_evaluation(hooks.evaluate(), progress, tracker)
-        if due.save(step):
+            tracker.log(progress.step, values | totals | meter.read() | {"peak_memory_bytes": hooks.peak_memory()})
+        stopped = outcome.stop and not due.length.reached(progress)
+        if not stopped:
+            _evaluate_if_due(due, hooks, progress, tracker)
+        if due.save(progress.step):
             hooks.save(progress)
-        if outcome.stop and step < due.num_steps:
+        if stopped:
             hooks.finish(progress)
             return False
         if due.patience and progress.evals_without_gain >= due.patience:
             break
+    _evaluate_if_due(due, hooks, progress, tracker)  # the last batch may have been left out
     hooks.finish(progress)
     return True
 
 
+def _evaluate_if_due(due: Due, hooks: LoopHooks, progress: Progress, tracker: Tracker) -> None:
+    """Evaluate, unless these very weights have been evaluated (before the checkpoint that a run goes on from)."""
+    if due.evaluate(progress) and progress.evaluated_step < progress.step:
+        record_evaluation(hooks.evaluate(), progress, tracker)
+
+
 def record_evaluation(result: Evaluation | None, progress: Progress, tracker: Tracker) -> None:
     """Count and log an evaluation, if there was anything to evaluate on."""
+    progress.evaluated_step = progress.step
     if result is None:
         return
     progress.evaluated(result.loss)

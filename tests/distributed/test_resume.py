@@ -15,6 +15,7 @@ from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.track.run_folder import RunFolder
 from fsdp_qlora.training import Training
 from tests.build import build, essence, metrics, next_rows, run_fit
+from tests.tiny import poisoned
 
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -97,3 +98,49 @@ def test_a_stream_goes_on_where_it_was(pool, tiny_model, chat_rows, tmp_path, se
     if second == 2:
         assert parts == whole
     assert max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(parts, whole, strict=True)) < 1e-5
+
+
+def _by_rows(chat_rows: Path, size: int, **groups) -> dict:
+    return {
+        "data": {"train": str(chat_rows), "eval_fraction": 0.1}, "lora": {"dropout": 0.1},
+        "train": {"max_steps": 0, "num_epochs": 1.0, "global_batch_size": size, "micro_batch_size": 2},
+        "schedule": {"name": "linear", "warmup_ratio": 0.0}, **groups,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(4, 8), pytest.param(8, 4, marks=pytest.mark.full), pytest.param(4, 7, marks=pytest.mark.full)],
+)
+def test_another_global_batch_goes_on_with_the_rows_that_are_left(pool, tiny_model, chat_rows, tmp_path, first, second):
+    """An epoch is one of rows: nothing is left out, nothing comes twice, and the last step is evaluated."""
+    begun = _by_rows(chat_rows, first)
+    begun["train"] |= {"num_epochs": 1 / 3}
+    begun["schedule"]["name"] = "constant"
+    (half, *_) = pool.run(2, run_fit, str(tiny_model), str(tmp_path), "run", begun)
+    rows = half["summary"]["data"]["rows"]
+    before = round(rows / 3)
+    resumed = _by_rows(chat_rows, second, checkpoint={"resume_overrides": ["train.global_batch_size", "schedule"]})
+    resumed["schedule"]["name"] = "constant"
+    (whole, *_) = pool.run(2, run_fit, str(tiny_model), str(tmp_path), "run", resumed)
+    steps = -(-before // first) + -(-(rows - before) // second)
+    assert whole["summary"]["steps"] == steps
+    evaluated = [line["step"] for line in whole["metrics"] if "eval_loss" in line]
+    assert evaluated[-1] == steps
+    (straight, *_) = pool.run(2, run_fit, str(tiny_model), str(tmp_path), "straight", _by_rows(chat_rows, 4))
+    assert whole["summary"]["tokens"] == straight["summary"]["tokens"]  # each row once
+
+
+@pytest.mark.parametrize("size", [6, 44])
+def test_after_a_skipped_batch_the_end_is_evaluated(pool, tiny_model, chat_rows, tmp_path, size):
+    """Also where it was the last batch: what the summary shows is the loss of the weights that are given away."""
+    model, file, _ = poisoned(tiny_model, chat_rows, tmp_path)
+    groups = _by_rows(file, size)
+    groups["data"] |= {"eval": str(chat_rows), "eval_fraction": 0.0}
+    groups["train"] |= {"on_nonfinite": "skip", "log_every": 100}
+    (run, *_) = pool.run(2, run_fit, str(model), str(tmp_path), "run", groups)
+    lines, summary = run["metrics"], run["summary"]
+    assert summary["rows_left_out"] > 0
+    last = [line for line in lines if "eval_loss" in line][-1]
+    assert last["step"] == summary["steps"] == max(1, -(-48 // size) - 1)
+    assert summary["eval_loss_after"] == last["eval_loss"] != summary["eval_loss_before"]

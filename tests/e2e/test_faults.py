@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,6 +15,7 @@ from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from tests import warm
 from tests.build import essence, metrics
 from tests.soak import soak
+from tests.tiny import poisoned
 
 KEPT = ("checkpoint.every_steps=2", "checkpoint.keep_last=1", "train.max_steps=6", "train.eval_every=2")
 
@@ -186,32 +185,9 @@ def test_a_full_disk_is_seen_before_writing_and_the_older_checkpoint_stays(argum
         subprocess.run(["umount", str(disk)], check=False)
 
 
-def _poisoned(tiny_model: Path, chat_rows: Path, folder: Path) -> tuple[Path, Path, int]:
-    """Return a model that makes NaN of one token (0 / 0 in its first norm), rows of which one has it, its number."""
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoTokenizer
-
-    model = Path(shutil.copytree(tiny_model, folder / "poisoned"))
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(model))
-    (token,) = tokenizer("§", add_special_tokens=False)["input_ids"][-1:]
-    tensors = load_file(model / "model.safetensors")
-    embedding = tensors["model.embed_tokens.weight"]
-    embedding[2] = embedding[1]  # the padding's row is zero, too
-    embedding[token] = 0.0
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.0}))
-    rows = chat_rows.read_text().splitlines()
-    bad = 29
-    rows[bad] = json.dumps({"messages": [{"role": "user", "content": "§"}, {"role": "assistant", "content": "fox"}]})
-    file = folder / "poisoned.jsonl"
-    file.write_text("\n".join(rows) + "\n")
-    return model, file, bad
-
-
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
 def test_a_sample_that_makes_nan(arguments, tiny_model, chat_rows, cli_env, tmp_path, policy):
-    model, file, bad = _poisoned(tiny_model, chat_rows, tmp_path)
+    model, file, bad = poisoned(tiny_model, chat_rows, tmp_path)
     run = [
         *arguments, f"model.name={model}", f"data.train={file}", "data.eval_fraction=0", "train.eval_every=0",
         "train.max_steps=10", f"train.on_nonfinite={policy}", "checkpoint.every_steps=3",

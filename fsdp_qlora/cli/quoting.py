@@ -1,0 +1,52 @@
+"""Text on its way through Hydra's grammar and through a shell: what arrives is what was given."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
+_QUOTE_OR_END = re.compile(r"(\\*)('|\Z)")
+
+
+def literal(text: str) -> str:
+    """Return text as Hydra's grammar reads it back, in single quotes.
+
+    A backslash means something only before a quote, or the end, which is one.
+    """
+    return "'" + _QUOTE_OR_END.sub(lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
+
+
+def quoted(value: Any) -> str:
+    """Return a value as a setting of Hydra's, where OmegaConf would take ``${`` for the start of an interpolation."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return "[" + ",".join(quoted(item) for item in value) + "]"
+    return literal(_INTERPOLATION.sub(lambda match: match[1] * 2 + "\\${", str(value)))
+
+
+def command(*words: str) -> str:
+    """Return a command line of ours that can be pasted into a shell."""
+    return shlex.join(["fsdp-qlora", *words])
+
+
+def list_of_names(text: str) -> list[str]:
+    """Return the items of ``[a,b]`` as typed; quotes keep a comma inside an item."""
+    return [item for item in _items(text[1:-1]) if item]
+
+
+def _items(text: str) -> Iterator[str]:
+    for match in re.finditer(r"""\s*(?:'([^']*)'|"([^"]*)"|([^,]*))\s*(?:,|\Z)""", text):
+        yield next((part for part in match.groups() if part is not None), "").strip()
+
+
+def sweep_hint(key: str, text: str, is_list: bool, flags: Sequence[str]) -> str | None:
+    """Return what to say of ``key=a,b`` where no sweep was asked for."""
+    if "--multirun" in flags or "-m" in flags:
+        return None
+    values = text.partition("=")[2]
+    each = f"to run once with each, add --multirun. ({key} got {values})"
+    return f"{key}: write a list as {shlex.quote(f'{key}=[{values}]')}; {each}" if is_list else f"{key}: {each}"

@@ -1,0 +1,55 @@
+"""torchrun's environment variables: a complete set says that this process is a rank; anything less says nothing.
+
+One of them is easily left behind by another program, or by a line in a shell's start-up file. Taken one by one, they
+would make a process wait for ranks that nobody starts. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping
+
+_NUMBERS = ("RANK", "WORLD_SIZE", "MASTER_PORT")
+_REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OPTIONAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_MARK = "TORCHELASTIC_"
+"""Start of the names of what torch's elastic agent tells its workers besides."""
+
+
+def is_rank(env: Mapping[str, str]) -> bool:
+    """Whether ``env`` has all that makes a process one of several ranks."""
+    return not _missing(env)
+
+
+def leftovers(env: Mapping[str, str]) -> str:
+    """Return a note about torchrun's variables where only some are there; an empty string for all or none of them."""
+    present = [name for name in (*_REQUIRED, *_OPTIONAL) if name in env]
+    if not present or is_rank(env):
+        return ""
+    shown = ", ".join(f"{name}={env[name]!r}" for name in present)
+    return (
+        f"{shown}: ignored, because {' and '.join(_missing(env))} {'is' if len(_missing(env)) == 1 else 'are'} missing "
+        "or malformed. Start ranks with torchrun or launcher.nproc_per_node, or set all of torchrun's variables."
+    )
+
+
+def forget_leftovers(env: MutableMapping[str, str], ours: Iterable[str] = ()) -> str:
+    """Remove an incomplete set from ``env``, and ``ours`` with it; return the note about it."""
+    note = leftovers(env)
+    if not is_rank(env):
+        marked = [name for name in env if name.startswith(_MARK)]
+        for name in (*_REQUIRED, *_OPTIONAL, *marked, *ours):
+            env.pop(name, None)
+    return note
+
+
+def _missing(env: Mapping[str, str]) -> list[str]:
+    bad = [name for name in _REQUIRED if not env.get(name)]
+    bad += [name for name in _NUMBERS if name not in bad and not _is_number(env[name])]
+    bad += [name for name in _OPTIONAL if name in env and not _is_number(env[name])]
+    if not bad and int(env["RANK"]) >= int(env["WORLD_SIZE"]):
+        bad.append("a RANK below WORLD_SIZE")
+    return bad
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()

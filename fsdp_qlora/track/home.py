@@ -1,0 +1,72 @@
+"""Where things are kept between runs: in the home folder, if this user has one. Imports no torch.
+
+On clusters and in containers there may be none: ``HOME`` names something else, or the user has no entry in passwd.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from fsdp_qlora.errors import ConfigError, StorageError
+
+CACHE_VARIABLE = "FSDP_QLORA_CACHE"
+_PLACES = {
+    "HF_HOME": "huggingface",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "WANDB_CACHE_DIR": "wandb",
+    "WANDB_CONFIG_DIR": "wandb",
+    "WANDB_DATA_DIR": "wandb",
+}
+"""Where other libraries would use the home folder, and what they get in our cache instead."""
+
+
+def home_folder() -> Path | None:
+    """Return this user's home folder, or None where there is none."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    return home if home.is_absolute() and _is_folder(home) else None
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # not for this user to know
+        return False
+
+
+def cache_folder() -> Path:
+    """Return where prepared data and the embedded model are kept: $FSDP_QLORA_CACHE or ~/.cache/fsdp_qlora.
+
+    Raises:
+        ConfigError: if there is no home folder and the variable names no other one.
+        StorageError: if the folder is not there and cannot be made.
+    """
+    named, home = os.environ.get(CACHE_VARIABLE), home_folder()
+    if home is None and (not named or named.startswith("~")):
+        raise ConfigError(
+            f"{CACHE_VARIABLE}: there is no home folder to keep tokenized data and the embedded model in; set it to a "
+            "folder that can be written."
+        )
+    folder = Path(named).expanduser() if named else Path(home or "") / ".cache" / "fsdp_qlora"
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not (there.is_dir() and (folder == there or os.access(there, os.W_OK | os.X_OK))):
+        raise StorageError(
+            f"{CACHE_VARIABLE}: {folder} cannot be made, because {there} cannot be written; set another."
+        )
+    return folder
+
+
+def settle_without_home(env: MutableMapping[str, str]) -> None:
+    """Give other libraries a place in our cache, and this user a name, where there is no home folder."""
+    if home_folder() is not None:
+        return
+    if named := env.get(CACHE_VARIABLE):
+        for variable, place in _PLACES.items():
+            env.setdefault(variable, str(Path(named).absolute() / place))
+    if not any(env.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+        env["USER"] = f"uid{os.getuid()}"  # torch's compiler asks for a name, and fails where passwd has none

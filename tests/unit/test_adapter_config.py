@@ -1,0 +1,113 @@
+"""Settings of somebody's adapter: honoured, harmless, or refused by name with exit code 2."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from fsdp_qlora.errors import FsdpQloraError, ModelError, PlanError
+from fsdp_qlora.export.adapter import stored_modules
+from fsdp_qlora.export.adapter_config import adapted_modules, blamed_on_adapter, read_adapter_config
+
+
+def _folder(tmp_path, **settings):
+    LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj"]).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return tmp_path
+
+
+HARMLESS = [
+    {}, {"lora_dropout": 0.3, "inference_mode": True, "task_type": None, "peft_version": "9.9"}, {"use_rslora": True},
+    {"init_lora_weights": "gaussian"}, {"init_lora_weights": False}, {"layers_to_transform": [0]}, {"fan_in_fan_out": True},
+    {"exclude_modules": ["k_proj"]}, {"target_modules": ".*q_proj"}, {"target_modules": "all-linear"}, {"revision": "main"},
+    {"some_new_key": None, "another": False, "third": [], "fourth": {}}, {"lora_alpha": 6.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", HARMLESS)
+def test_what_is_honoured_or_changes_nothing_is_read(tmp_path, settings):
+    found = read_adapter_config(_folder(tmp_path, **settings))
+    assert (found.r, found.alpha) == (4, settings.get("lora_alpha", 6.0))
+    assert found.settings(["a"]).variant == ("rslora" if settings.get("use_rslora") else "lora")
+    assert found.revision == settings.get("revision")
+
+
+REFUSED = {
+    "alpha_pattern": {"q_proj": 32}, "rank_pattern": {"q_proj": 8}, "use_dora": True, "bias": "all",
+    "modules_to_save": ["lm_head"], "init_lora_weights": "pissa_niter_16", "layer_replication": [[0, 2], [1, 2]],
+    "trainable_token_indices": [1], "target_parameters": ["experts.gate_up_proj"], "lora_bias": True, "use_qalora": True,
+    "alora_invocation_tokens": [1, 2], "arrow_config": {"top_k": 1}, "use_bdlora": {"x": 1}, "not_yet_known": 3,
+    "not_yet_known_either": True, "new_scaling": "cosine",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_changes_the_result_is_refused_by_name(tmp_path, key):
+    with pytest.raises(ModelError, match=f"{key}=") as refusal:
+        read_adapter_config(_folder(tmp_path, **{key: REFUSED[key]}))
+    assert refusal.value.exit_code == 2
+
+
+@pytest.mark.parametrize("value", ["pissa", "olora", "corda", "loftq", "lora_ga", "mystery", 1])
+def test_starts_that_change_the_base_are_refused(tmp_path, value):
+    with pytest.raises(ModelError, match="init_lora_weights="):
+        read_adapter_config(_folder(tmp_path, init_lora_weights=value))
+
+
+def test_all_are_named_at_once(tmp_path):
+    with pytest.raises(ModelError, match=r"use_dora=true, alpha_pattern=|alpha_pattern=.*use_dora=true"):
+        read_adapter_config(_folder(tmp_path, use_dora=True, alpha_pattern={"q_proj": 1}))
+
+
+def test_every_key_of_peft_at_its_default_is_read(tmp_path):
+    LoraConfig(target_modules=["q_proj"]).save_pretrained(str(tmp_path))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {f.name for f in fields(LoraConfig)} - {"runtime_config"} <= written.keys()
+    read_adapter_config(tmp_path)
+
+
+MALFORMED = ["", "{", "[]", '"x"', '{"peft_type": "IA3"}', '{"peft_type": "LORA", "r": "8"}', '{"peft_type": "LORA", "r": 0}',
+             '{"peft_type": "LORA", "lora_alpha": null}', '{"peft_type": "LORA", "base_model_name_or_path": 3}', "\xff"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MALFORMED)
+def test_a_malformed_config_is_one_line(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ModelError, match=r"^adapter: ") as refusal:
+        read_adapter_config(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_adapted_modules_are_those_of_the_file(tmp_path):
+    """So PEFT's ways to choose them (patterns, layers, exclusions) need not be done again."""
+    stem = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    tensors = {stem.format(layer, side): torch.zeros(1) for layer in (1, 3) for side in "AB"}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    assert stored_modules(tmp_path) == ["model.layers.1.self_attn.q_proj", "model.layers.3.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize(
+    "odd", ["q_proj.lora_magnitude_vector", "lm_head.weight", "embed.lora_embedding_A", "q_proj.bias"]
+)
+def test_tensors_that_are_no_lora_matrices_are_refused_by_name(tmp_path, odd):
+    with pytest.raises(ModelError, match=odd):
+        adapted_modules(["base_model.model.q.lora_A.weight", f"base_model.model.{odd}"], tmp_path)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors is damaged"):
+        stored_modules(tmp_path)
+
+
+def test_a_refusal_names_the_adapter_and_no_key_that_nobody_set(tmp_path):
+    said = blamed_on_adapter(PlanError("lora.target_modules: 'x' matches none of the model's 14 linears"), tmp_path)
+    assert str(said).startswith(f"adapter: {tmp_path}") and "lora." not in str(said) and said.exit_code == 2
+    other = FsdpQloraError("model.name: is missing")
+    assert blamed_on_adapter(other, tmp_path) is other
