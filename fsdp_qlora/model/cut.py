@@ -30,7 +30,7 @@ _TOP_K = r"(num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts)$"
 _GROUPS = r"(n_group|num_expert_group)$"
 _WINDOW = (
     r"(sliding_window(_size)?|attention_window_size|attention_chunk_size|window_size|local_attention|keep_window_size"
-    r"|(mamba_)?chunk_size|index_topk|index_block_size|local_attention_window_len|rel_extent|block_size)$"
+    r"|(mamba_)?chunk_size|index_topk|indexer_budget|index_block_size|local_attention_window_len|rel_extent|block_size)$"
 )
 _POSITIONS = r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|max_target_positions)$"
 _WIDTH = (
@@ -46,8 +46,8 @@ _PERIOD = (
     r"|interleave_moe_layer_step|moe_layer_interval|layer_group_size|n_layers_per_attn_res_block)$"
 )
 _STATE = r"(mamba_d_state|ssm_state_size|state_size)$"
-_INNER_DIM = r"(linear_(key|value)_head_dim|linear_head_dim|index_head_dim|mamba_d_head|mamba_head_?dim|mamba_headdim)$"
-_INNER_HEADS = r"(linear_num_(key|value)_heads|linear_num_heads|index_n_heads|mamba_n_heads|mamba_num_heads)$"
+_INNER_DIM = r"(linear_(key|value)_head_dim|linear_head_dim|index(er)?_head_dim|mamba_d_head|mamba_head_?dim|mamba_headdim)$"
+_INNER_HEADS = r"(linear_num_(key|value)_heads|linear_num_heads|index(er)?_n_heads|mamba_n_heads|mamba_num_heads)$"
 
 
 def cut_config(config: PreTrainedConfig, max_length: int = 0) -> PreTrainedConfig:
@@ -94,6 +94,10 @@ def _cut(values: dict[str, Any], max_length: int) -> None:
             for place, old in enumerate(kept)
             if old in apart
         }
+        for layer in apart.values():  # heads of single layers may be what the common size is the sum of
+            if layer.get("qk_nope_head_dim", 0) + before.get("qk_rope_head_dim", 0) == before.get("head_dim"):
+                small = _cut_apart("qk_nope_head_dim", layer["qk_nope_head_dim"], before, values)
+                values["head_dim"] = small + values["qk_rope_head_dim"]
     _cut_rope(values, WINDOW if exceeds else POSITIONS)
 
 

@@ -218,7 +218,7 @@ def _number(config: Any, key: str) -> int:
     """Return a setting that is one number, 0 where there is none (or one for each layer)."""
     try:
         value = getattr(config, key, None)
-    except AttributeError:  # transformers refuses to give one number for what differs from layer to layer
+    except Exception:  # transformers refuses, with an error of its own, to give one number for what layers differ in
         return 0
     return value if isinstance(value, int) else 0
 
