@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import all_max
@@ -32,6 +33,8 @@ def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
         logits = model.logits(ids)[0]
     finally:
         model.train(was_training)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # the root, which no backward frees after this
     theirs = float(nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:]))
     gap = all_max(abs(ours - theirs) / max(abs(theirs), 1e-6), ranks)
     if not gap <= LIMITS.get(logits.dtype, LIMITS[torch.bfloat16]):

@@ -48,3 +48,18 @@ def test_the_table_of_a_folder_with_config_json_alone(cli, tiny_model, tmp_path)
     ):
         assert words in result.stdout
     assert "The cheapest that fits: train.micro_batch_size=" in result.stdout
+
+
+def test_a_model_of_671b_is_planned_in_little_address_space(cli_env, tmp_path):
+    import subprocess
+    import sys
+
+    from transformers import CONFIG_MAPPING
+
+    CONFIG_MAPPING["deepseek_v3"](architectures=["DeepseekV3ForCausalLM"]).save_pretrained(tmp_path)
+    command = f"ulimit -v 8388608; exec {sys.executable} -m fsdp_qlora plan model.name={tmp_path} plan.world_size=8"
+    result = subprocess.run(
+        ["bash", "-c", f"{command} plan.json=true"], env=cli_env, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads(result.stdout)["base_parameters"] > 650e9
