@@ -224,6 +224,8 @@ def _moved(ranks: Ranks, folder: str, rows: str, root: str, checkpointing: str) 
         groups = _groups(checkpointing=checkpointing, offload="activations")
         groups["data"] = {"train": rows}
         prepared = build(ranks, folder, run={"output_root": root, "name": checkpointing}, **groups)
+        count.update(dict.fromkeys(count, 0))  # the checks at the start run layers, too
+        seen.clear()
 
         def gathered(layer, *_):
             parameters[:] = layer.parameters()
