@@ -67,7 +67,9 @@ def cut_config(config: PreTrainedConfig, max_length: int = 0) -> PreTrainedConfi
 
 
 def _cut(values: dict[str, Any], max_length: int) -> None:
-    """Shrink the sizes in ``values`` in place; configs inside it likewise."""
+    """Shrink the sizes in ``values`` in place, also in configs inside it; stored weights count as not quantized."""
+    for key in ("quantization_config", "compression_config"):
+        values.pop(key, None)
     for key, value in values.items():
         if isinstance(value, dict) and key.endswith(("_config", "encoder", "decoder")):
             _cut(value, max_length)
