@@ -46,7 +46,7 @@ _PERIOD = (
     r"|interleave_moe_layer_step|moe_layer_interval|layer_group_size|n_layers_per_attn_res_block)$"
 )
 _STATE = r"(mamba_d_state|ssm_state_size|state_size)$"
-_INNER_DIM = r"(linear_(key|value)_head_dim|linear_head_dim|index(er)?_head_dim|mamba_d_head|mamba_head_?dim|mamba_headdim)$"
+_INNER_DIM = r"(linear_((key|value)_)?head_dim|index(er)?_head_dim|mamba_d_head|mamba_head_?dim)$"
 _INNER_HEADS = r"(linear_num_(key|value)_heads|linear_num_heads|index(er)?_n_heads|mamba_n_heads|mamba_num_heads)$"
 
 
