@@ -71,6 +71,8 @@ class Prepared:
     phases: Phases
     choices: dict[str, str] = field(default_factory=dict)
     """What the plan and the device decided of what was left to them (``auto``), by key, and why."""
+    repairs: tuple[str, ...] = ()
+    """What changed this model's losses: see `fsdp_qlora.building.OpenedModel.repairs`."""
     _stack: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -150,6 +152,7 @@ def prepare(
         if training
         else Compilation(False, "no training")
     )
+    repairs = opened.repairs  # while the model is as transformers built it
     model, report = load_model(opened.compiled(compilation.on), ranks, progress)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, world.ranks)
@@ -163,7 +166,7 @@ def prepare(
         {**plan.choices, "model.attn_implementation": told(verdict),
          "model.check": "off: nothing was compared" if config.model.check == "off" else "equal to upstream's own code",
          "train.compile": f"{'true' if compilation.on else 'false'} ({compilation.why})"},
-        world.stack,
+        repairs, world.stack,
     )  # fmt: skip
 
 

@@ -23,9 +23,11 @@ from fsdp_qlora.model.around_head import after_head
 from fsdp_qlora.model.attention_choice import code_files
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
 from fsdp_qlora.model.compile import compile_layers
+from fsdp_qlora.model.construct import persistent_buffers
 from fsdp_qlora.model.conversions import arrangement
 from fsdp_qlora.model.experts import use_quantized_experts
 from fsdp_qlora.model.inventory import take_stock
+from fsdp_qlora.model.linears import kept_linears
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters, trainable_parameters, use_fused_products
 from fsdp_qlora.model.model_config import load_config
 from fsdp_qlora.model.offload import HOST, offload_activations
@@ -74,6 +76,18 @@ class OpenedModel:
     source: SafetensorsFolder
     shapes: ModelShapes
     plan: TrainPlan
+
+    @property
+    def repairs(self) -> tuple[str, ...]:
+        """What changed the losses of models like this one since 0.1.0 began: a run from before cannot go on."""
+        rope = getattr(self.base.config.get_text_config(), "rope_parameters", None) or {}
+        applies = {
+            "buffers of the files are loaded": bool(persistent_buffers(self.base)),
+            "float32 parameters stay in float32": bool(self.shapes.float32),
+            "rotary factors are chosen once by data.max_length": rope.get("rope_type") == "longrope",
+            "linears that other code reads are not quantized": bool(kept_linears(self.base, self.shapes.layers)),
+        }
+        return tuple(name for name, does in applies.items() if does)
 
     def compiled(self, on: bool) -> OpenedModel:
         """Return the same with ``train.compile`` decided."""

@@ -83,7 +83,9 @@ class Training:
         self.checkpointer = self._checkpointer()
         self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
         base = file_digests(prepared.folder)
-        self.identity = identity_of(to_dict(self.config), base, data_key(prepared.data.key, self.config.data))
+        self.identity = identity_of(
+            to_dict(self.config), base, data_key(prepared.data.key, self.config.data), prepared.repairs
+        )
 
     def resume(self) -> Path | None:
         """Go on from the checkpoint that the settings ask for; return its folder, or None for a new start."""

@@ -87,13 +87,16 @@ def without(identity: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any
     return {key: value for key, value in identity.items() if key not in free and key.partition(".")[0] not in free}
 
 
-def identity_of(config: dict[str, Any], base: dict[str, Any], data_key: str) -> dict[str, Any]:
+def identity_of(
+    config: dict[str, Any], base: dict[str, Any], data_key: str, repairs: Iterable[str] = ()
+) -> dict[str, Any]:
     """Return what must be equal between a run and the checkpoint it goes on from.
 
     Args:
         config: the settings as nested dictionaries.
         base: files of the base model -> sizes and digests of their headers.
         data_key: key of the prepared data (sources, tokenizer, template, settings).
+        repairs: what changed the losses of this model; a checkpoint from before lacks them.
     """
-    found = blocking_settings(config) | {DATA_KEY: data_key}
+    found = blocking_settings(config) | {DATA_KEY: data_key} | dict.fromkeys(repairs, True)
     return found | {f"base model file {name}": value for name, value in base.items()}
