@@ -116,7 +116,9 @@ def check_twin(
 
 def _message(config: RunConfig, model_config: PreTrainedConfig, fell: dict[str, str]) -> str:
     lines = "; ".join(f"{attention}: {problem}" for attention, problem in fell.items())
-    tries = [] if "eager" in fell else ["model.attn_implementation=eager"]
+    packs = [key for key in ("packing", "padding_free") if getattr(config.data, key)]
+    tries = [f"data.{key}=false" for key in packs]  # few classes keep rows apart that share a sequence
+    tries += [] if "eager" in fell else ["model.attn_implementation=eager"]
     tries += [] if config.debug.name == "plain" else ["debug=plain"]
     advice = f" Try {' or '.join(tries)};" if tries else ""
     return (
