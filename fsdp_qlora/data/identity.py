@@ -39,6 +39,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+_PACKAGES = frozenset(["site-packages", "dist-packages"])
+
+
 def code_digest(code: Callable[..., Any] | None) -> str:
     """Return a digest of the source of a function or class and of its imports, except for installed packages."""
     digest = hashlib.sha256()
@@ -71,7 +74,7 @@ def _source(module: str) -> Path | None:
         if not _is_own(_places(top)):
             return None
         file, *_ = _places(module) if dot else _places(top)  # a parent is imported for that, so only of the user's own
-    except (ImportError, AttributeError, ValueError):
+    except Exception:  # finding a module imports its parent, which may raise anything
         return None
     return file.resolve() if file.suffix == ".py" and file.is_file() else None
 
@@ -97,6 +100,8 @@ def _places(module: str) -> list[Path]:
 
 def _is_own(places: list[Path]) -> bool:
     both = {place.absolute() for place in places} | {place.resolve() for place in places}
+    if any(not _PACKAGES.isdisjoint(place.parts) for place in both):  # also those of an environment that this one adds
+        return False
     return not any(place.is_relative_to(root) for place in both for root in (*_INSTALLED, _OWN))
 
 
