@@ -14,7 +14,9 @@ from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.process import ACCELERATORS, Placement, device_types, memory_of
 from fsdp_qlora.dist.reduce import all_max
+from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.compile import COMPILED_TYPES, can_compile
+from fsdp_qlora.model.flatten import why_not
 from fsdp_qlora.model.known import config_for_plan
 from fsdp_qlora.model.model_config import load_config
 from fsdp_qlora.model.prequantized import require_readable
@@ -68,7 +70,11 @@ def with_attention(config: RunConfig, device: torch.device, source: Path) -> Run
     asked = (
         "eager" if config.debug.name == "plain" and model.attn_implementation == "auto" else model.attn_implementation
     )
-    attention = attention_for(device, asked, model_config)
+    attention, dtype = attention_for(device, asked, model_config), model_dtype(config.precision.name)
+    if (why := why_not(attention, device, dtype, model_config.get_text_config())) is not None:
+        if asked != "auto":
+            raise ModelError(f"model.attn_implementation: {why}; choose sdpa or eager, or precision=bf16.")
+        attention = "sdpa"
     return replace(config, model=replace(config.model, attn_implementation=attention))
 
 
