@@ -107,7 +107,7 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 def cli(cli_env: dict[str, str], tmp_path: Path) -> Cli:
     """Run ``fsdp-qlora`` in a fresh folder: ``cli("train", "a=b", timeout=60)``."""
 
-    def run(*arguments: str, timeout: float = 150, **extra: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, timeout: float = 400, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "fsdp_qlora", *arguments], cwd=tmp_path, env={**cli_env, **extra}, text=True,
             capture_output=True, timeout=timeout, check=False,

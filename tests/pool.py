@@ -46,7 +46,7 @@ class Pool:
             assert pipe.recv() == "ready"
 
     def run(
-        self, num_ranks: int, function: Callable[..., Any], *args: Any, layout: str = "shard", timeout: float = 180
+        self, num_ranks: int, function: Callable[..., Any], *args: Any, layout: str = "shard", timeout: float = 480
     ) -> list[Any]:
         """Call ``function(ranks, *args)`` on ``num_ranks`` ranks; raise the first error of any."""
         if not self._processes:

@@ -17,14 +17,14 @@ def start(arguments: list[str], env: dict[str, str], folder: Path, **extra: str)
     )  # fmt: skip
 
 
-def wait_for_step(file: Path, step: int, process: subprocess.Popen[Any], timeout: float = 90) -> None:
+def wait_for_step(file: Path, step: int, process: subprocess.Popen[Any], timeout: float = 240) -> None:
     """Wait until metrics.jsonl has a line of ``step``."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.poll() is None:
         if file.exists() and f'"step": {step}' in file.read_text():
             return
         time.sleep(0.02)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     raise AssertionError(f"step {step} did not come\n{out}\n{err}")
 
 

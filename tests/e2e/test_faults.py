@@ -70,7 +70,7 @@ def _resumes(folder: Path, arguments: list[str], env: dict[str, str], whole: Who
 
 
 def _kill(folder: Path, arguments: list[str], env: dict[str, str], whole: Whole, rank: int, at: int) -> None:
-    codes, text = warm.run(arguments, folder, env, fault=_fault(rank, folder, at), timeout=15)
+    codes, text = warm.run(arguments, folder, env, fault=_fault(rank, folder, at), timeout=90)
     assert codes[rank] == -signal.SIGKILL, text
     published = whole.write(r"os.rename .*COMPLETE$")
     if rank == 0 and at > published:
@@ -105,7 +105,7 @@ def test_rank_0_killed_at_every_write_point(whole, arguments, cli_env, tmp_path,
     for at in range(1 + share, len(whole.writes) + 1, 6):
         folder = tmp_path / str(at)
         folder.mkdir()
-        codes, text = warm.run(arguments, folder, cli_env, fault=_fault(0, folder, at), timeout=15)
+        codes, text = warm.run(arguments, folder, cli_env, fault=_fault(0, folder, at), timeout=90)
         if codes[0] == 0:  # cleaning up takes a write more or less from run to run
             continue
         assert codes[0] == -signal.SIGKILL, text
@@ -125,7 +125,7 @@ SIGNALS = {
 def test_a_signal_to_one_rank_stops_all_after_a_save(whole, arguments, cli_env, tmp_path, moment):
     number, pattern = SIGNALS[moment]
     fault = _fault(0, tmp_path, whole.write(pattern), number)
-    codes, text = warm.run(arguments, tmp_path, cli_env, fault=fault, timeout=30)
+    codes, text = warm.run(arguments, tmp_path, cli_env, fault=fault, timeout=120)
     assert codes == [75, 75], text
     assert json.loads((tmp_path / "outputs/run/exit.json").read_text())["code"] == 75
     saved = complete_checkpoints(tmp_path / "outputs/run/checkpoints")
@@ -144,7 +144,7 @@ def test_two_signals_at_once_save_once(whole, arguments, cli_env, tmp_path):
 
 def test_a_rank_that_cannot_write_fails_the_save_on_all_and_training_goes_on_once(arguments, cli_env, tmp_path):
     fault = warm.Fault(1, "", file_limit=20_000)
-    codes, text = warm.run(arguments, tmp_path, cli_env, fault=fault, timeout=30)
+    codes, text = warm.run(arguments, tmp_path, cli_env, fault=fault, timeout=120)
     assert codes == [74, 74], text
     assert text.count("checkpoint of step 2 FAILED: rank 1 could not write") == 1
     assert "checkpoint of step 4 FAILED" in text and "2 saves in a row have failed" in text
@@ -156,7 +156,7 @@ def test_the_fallback_folder_takes_the_last_save(whole, arguments, cli_env, tmp_
     (tmp_path / "outputs/run").mkdir(parents=True)
     blocker = tmp_path / "outputs/run/checkpoints"
     blocker.write_text("a file where the folder should be")
-    codes, text = warm.run([*arguments, "checkpoint.fallback_dir=elsewhere"], tmp_path, cli_env, timeout=30)
+    codes, text = warm.run([*arguments, "checkpoint.fallback_dir=elsewhere"], tmp_path, cli_env, timeout=120)
     assert codes == [74, 74], text
     (saved,) = complete_checkpoints(tmp_path / "elsewhere/run")
     assert f"checkpoint.resume=elsewhere/run/{saved.name}" in text
@@ -173,7 +173,7 @@ def test_a_full_disk_is_seen_before_writing_and_the_older_checkpoint_stays(argum
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a tmpfs is not allowed here; the file limit and the blocked folder are tested above")
     try:
-        codes, text = warm.run([*arguments, "checkpoint.keep_last=9"], tmp_path, cli_env, timeout=30)
+        codes, text = warm.run([*arguments, "checkpoint.keep_last=9"], tmp_path, cli_env, timeout=120)
         assert codes == [74, 74], text
         assert "are free there" in text
         saved = complete_checkpoints(disk / "run/checkpoints")
@@ -192,7 +192,7 @@ def test_a_sample_that_makes_nan(arguments, tiny_model, chat_rows, cli_env, tmp_
         *arguments, f"model.name={model}", f"data.train={file}", "data.eval_fraction=0", "train.eval_every=0",
         "train.max_steps=10", f"train.on_nonfinite={policy}", "checkpoint.every_steps=3",
     ]  # fmt: skip
-    codes, text = warm.run(run, tmp_path, cli_env, timeout=60)
+    codes, text = warm.run(run, tmp_path, cli_env, timeout=180)
     lines = metrics(tmp_path / "outputs/run")
     steps = [line["step"] for line in lines if "loss" in line]
     where = f"layers.0.input_layernorm is the first module whose output is not finite, for training row(s) {bad}."

@@ -39,7 +39,7 @@ def test_a_wheel_installed_elsewhere_trains(tiny_run, cli_env, tmp_path):
     tool = str(home / "bin" / "fsdp-qlora")
     for arguments in (["train", "--help"], ["train", *tiny_run, "train.max_steps=2"]):
         result = subprocess.run(
-            [tool, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False
+            [tool, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400, check=False
         )
         assert result.returncode == 0, result.stderr
     assert len(losses(metrics(tmp_path / "outputs/tiny"))) == 2
@@ -86,7 +86,7 @@ def _plain_loss(run_folder: Path, env: dict[str, str], tmp_path: Path) -> dict:
     script.write_text(PLAIN)
     result = subprocess.run(
         [sys.executable, str(script), str(run_folder / "adapter"), str(rows)], cwd=tmp_path, capture_output=True,
-        text=True, timeout=200, check=False, env={k: v for k, v in env.items() if k != "PYTHONPATH"},
+        text=True, timeout=400, check=False, env={k: v for k, v in env.items() if k != "PYTHONPATH"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
