@@ -172,7 +172,7 @@ def _settings(config: RunConfig, folder: Path, attention: str) -> RunConfig:
             config.model, name=str(folder), revision=None, attn_implementation=attention, config_overrides={}
         ),
         data=data,
-        quant=replace(quant, allow_16bit=True, overrides={}),
+        quant=replace(quant, allow_16bit=True, overrides={}, block_size=min(64, quant.block_size)),
         lora=replace(config.lora, r=min(4, config.lora.r), dropout=0.0, init_from=None, target_modules=targets),
         precision=replace(config.precision, name=precision),
         train=replace(
