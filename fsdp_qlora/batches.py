@@ -1,21 +1,24 @@
-"""Which batches a run trains on: from tokenized rows or a stream, padded, packed or laid end to end."""
+"""Which batches a run trains on, from tokenized rows or a stream, and which of them compiled layers are for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fsdp_qlora.api import Prepared
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.ahead import Ahead
-from fsdp_qlora.data.loader import Cut, Loader, Rows, TokenRows
-from fsdp_qlora.data.pack import PackedRows, PaddingFreeRows
+from fsdp_qlora.data.forms import mark_rare, usual_forms
+from fsdp_qlora.data.loader import Batch, Cut, Loader, MicroBatch, TokenRows
 from fsdp_qlora.data.stream import StreamLoader
 from fsdp_qlora.errors import DataError
-from fsdp_qlora.model.isolation import require_isolation
 from fsdp_qlora.track.lines import read_lines, to_line
+from fsdp_qlora.train.layout import Layout, try_isolation
 from fsdp_qlora.train.length import Length
+
+_SEEN_ROWS = 1000
+"""Rows whose micro-batches are looked at to see which forms are usual."""
 
 
 @dataclass(frozen=True)
@@ -37,47 +40,55 @@ def build_batches(prepared: Prepared, bad_rows: Path) -> Batches:
     assert prepared.data is not None
     train, data, seed = prepared.config.train, prepared.config.data, prepared.config.run.seed
     cut = Cut(train.micro_batch_size, prepared.ranks.rank, prepared.ranks.size, train.micro_batch_tokens)
-    lay_out = _layout(prepared)
+    attention = str(prepared.model.base.config.get_text_config()._attn_implementation)
+    compiled = prepared.model.compiled_layers is not None
+    layout = Layout.of(prepared.config, attention, compiled, prepared.ranks.is_main)
+    if layout.shared_rows is not None:
+        prepared.phases.enter("trying whether rows that share a sequence see each other")
+        try_isolation(prepared.model, layout, prepared.ranks)
     if prepared.data.stream is not None:
         note = _bad_row_list(bad_rows) if prepared.ranks.is_main else _ignore
-        loader = StreamLoader(prepared.data.stream, train.global_batch_size, cut, lay_out, note)
+        streamed = StreamLoader(prepared.data.stream, train.global_batch_size, cut, layout, note)
         read = train.max_steps * train.global_batch_size
-        return Batches(Ahead(loader.batch_at, read), read, Length(train.global_batch_size, train.max_steps))
-    assert prepared.data.train is not None
-    rows = lay_out(TokenRows(prepared.data.train))
-    loader = Loader(rows, train.global_batch_size, cut, seed, data.length_grouped)
-    if train.max_steps:
         length = Length(train.global_batch_size, train.max_steps)
-        return Batches(Ahead(loader.batch_at, train.max_steps * train.global_batch_size), len(rows), length)
-    last = max(1, round(train.num_epochs * len(rows)))
-    length = Length(train.global_batch_size, last_position=last)
-    return Batches(Ahead(lambda position: loader.batch_at(position, last), last), len(rows), length)
+        return Batches(Ahead(marked(streamed.batch_at, prepared, layout, []), read), read, length)
+    assert prepared.data.train is not None
+    rows = layout(TokenRows(prepared.data.train))
+    loader = Loader(rows, train.global_batch_size, cut, seed, data.length_grouped)
+    last = None if train.max_steps else max(1, round(train.num_epochs * len(rows)))
+    length = Length(train.global_batch_size, train.max_steps, last or 0)
+    first = Loader(rows, train.global_batch_size, replace(cut, rank=0, num_ranks=1), seed, data.length_grouped)
+    batch_at = marked(
+        lambda position: loader.batch_at(position, last), prepared, layout, _first_batches(first, length.planned_steps)
+    )
+    return Batches(Ahead(batch_at, last or train.max_steps * train.global_batch_size), len(rows), length)
 
 
-def _layout(prepared: Prepared) -> Callable[[TokenRows], Rows]:
-    """Return how rows become sequences; where they share one, the model must have shown that it keeps them apart."""
-    data = prepared.config.data
-    if not (data.packing or data.padding_free):
-        return _as_they_are
-    prepared.phases.enter("trying whether packed rows see each other")
-    text_config = prepared.model.base.config.get_text_config()
-    require_isolation(prepared.model, prepared.ranks, text_config.vocab_size, str(text_config._attn_implementation))
-    return PaddingFreeRows if data.padding_free else lambda rows: _packed(rows, data.max_length, prepared.ranks.is_main)
+def _first_batches(loader: Loader, steps: int) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of all ranks in the first steps, as many as `_SEEN_ROWS` fill."""
+    size = loader.global_batch_size
+    for step in range(max(1, min(steps, _SEEN_ROWS // size))):
+        yield from loader.batch_at(step * size).micro_batches
 
 
-def _as_they_are(rows: TokenRows) -> Rows:
-    return rows
+def marked(
+    batch_at: Callable[[int], Batch], prepared: Prepared, layout: Layout, first: Iterable[MicroBatch]
+) -> Callable[[int], Batch]:
+    """Return ``batch_at`` with the micro-batches marked that layers are not compiled for, if layers are compiled.
 
-
-def _packed(rows: TokenRows, capacity: int, is_main: bool) -> PackedRows:
-    packed = PackedRows(rows, capacity)
-    if is_main:
-        print(
-            f"packing: {len(rows)} rows in {len(packed)} sequences of {capacity} tokens, "
-            f"{100 * packed.efficiency:.1f} % filled",
-            flush=True,
-        )
-    return packed
+    Args:
+        batch_at: this rank's part of each global batch.
+        prepared: the model and settings.
+        layout: how its rows are laid out.
+        first: micro-batches that show what is usual; of a stream none is known, and the settings say.
+    """
+    if (layers := prepared.model.compiled_layers) is None:
+        return batch_at
+    turning_points = layout.turning_points(prepared.model.base.config.get_text_config())
+    usual = usual_forms(first, turning_points, layers.max_forms) or layout.expected_forms(
+        len(turning_points), layers.max_forms
+    )
+    return mark_rare(batch_at, usual, turning_points)
 
 
 def _ignore(where: str, problem: DataError) -> None:

@@ -22,7 +22,7 @@ from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.around_head import after_head
 from fsdp_qlora.model.attention_choice import code_files
 from fsdp_qlora.model.causal import CausalModel, install_loss_head
-from fsdp_qlora.model.compile import compile_layers
+from fsdp_qlora.model.compile import compile_layers, want_input_gradient
 from fsdp_qlora.model.construct import persistent_buffers
 from fsdp_qlora.model.conversions import arrangement
 from fsdp_qlora.model.experts import use_quantized_experts
@@ -193,8 +193,8 @@ def build_sharded(
         checkpoint_activations(base, kind)
     layers, fsdp = decoder_layers(base), config.fsdp
     if config.train.compile == "true":
-        compile_layers(layers, dynamic=not config.data.packing)
-        model.compiled = True
+        kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
+        model.compiled_layers = compile_layers(layers, kinds)
     if fsdp.offloads_activations:
         offload_activations(layers, ranks.device, host=host)
     untie_across(base, units)
@@ -208,6 +208,8 @@ def build_sharded(
     if fsdp.reshard_after_forward == "false":
         stay_gathered(layers)
     set_prefetch(layers, fsdp.prefetch)
+    if model.compiled:
+        want_input_gradient(base.get_input_embeddings())
     skip_gather_in_backward(base.get_input_embeddings(), base.get_output_embeddings())
     for method in ("generate", "logits", "outputs"):
         register_fsdp_forward_method(model, method)

@@ -30,6 +30,7 @@ from fsdp_qlora.export.serve import answer
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.diagnose import locate_nonfinite
 from fsdp_qlora.model.end_of_turn import end_of_turn
+from fsdp_qlora.model.fallback import EagerFallback
 from fsdp_qlora.model.lora import lora_config, seed_of, trainable_parameters
 from fsdp_qlora.model.replicated import ReplicatedGradients, require_equal_copies
 from fsdp_qlora.model.shard import release_gathered, synchronize_gradients
@@ -196,6 +197,22 @@ class Training:
         finally:
             release_gathered(self.model)
 
+    def _fallback(self) -> list[EagerFallback]:
+        """Return what looks after layers that cannot be compiled, if any are to be."""
+        if (layers := self.model.compiled_layers) is None:
+            return []
+
+        def say(step: int, reason: str) -> None:
+            self.prepared.choices["train.compile"] = f"false (compiling failed at step {step}: {reason})"
+            if self.ranks.is_main:
+                print(
+                    f"fsdp-qlora: step {step}: compiling failed, going on without: {reason}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+        return [EagerFallback(layers, self.ranks, self.config.train.compile == "true", say)]
+
     def _restore(self) -> None:
         """Go back to the newest checkpoint."""
         self.checkpointer.settle()
@@ -216,7 +233,7 @@ class Training:
             synchronize=synchronize_gradients, seed_of=seed_of, around=debug_context(self.config),
             enter=self.prepared.phases.enter,
             before_update=self.checkpointer.before_update,
-            after_backward=(self.reduce_replicated, FirstGradients(self.model, self.ranks)),
+            after_backward=(self.reduce_replicated, *self._fallback(), FirstGradients(self.model, self.ranks)),
         )  # fmt: skip
         hooks = LoopHooks(
             batch_at=self.batches.batch_at,

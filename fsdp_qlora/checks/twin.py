@@ -30,12 +30,15 @@ from fsdp_qlora.dist.reduce import all_max, any_rank, from_main, gather_json
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.model.causal import CausalModel
 from fsdp_qlora.model.cut import cut_config
+from fsdp_qlora.model.flatten import reads_boundaries
 from fsdp_qlora.model.lora import trainable_parameters
 from fsdp_qlora.model.replicated import ReplicatedGradients
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.rows import row_range
 from fsdp_qlora.quant.formats import one_thread
 from fsdp_qlora.quant.matrices import local_tensor
+from fsdp_qlora.train.layout import Layout
+from fsdp_qlora.train.objectives import token_losses
 
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
 """Largest relative difference in float32: of a token's loss (to the mean loss), of all gradients together."""
@@ -45,8 +48,8 @@ BF16_FACTOR, BF16_FLOOR = 2.0, 1e-3
 """In bf16 our distance from upstream's float32 may be so many times upstream's own bf16 distance."""
 LENGTHS = (64, 41)
 """Of the twin's rows: longer than its windows and chunks, and uneven, so that one is padded."""
-PACKED = ((24, 40), (31, 33))
-"""Of the rows that share a sequence, by sequence."""
+PACKED = (24, 40, 31, 33)
+"""Of rows that share a sequence, two of them in each."""
 CHANGED = 37
 """Place of the token that is changed to see whether earlier losses depend on it."""
 
@@ -106,7 +109,7 @@ def check_twin(
                 f"({error}). model.check=off trains it unchecked."
             ) from error
         for attention in candidates:
-            twin = _Twin(_settings(config, folder, attention), folder, ranks, build)
+            twin = _Twin(_settings(config, folder, attention, ranks.device), folder, ranks, build)
             problem = twin.problem()
             if problem is None:
                 return Verdict(attention, fell)
@@ -154,9 +157,9 @@ def _written(folder: Path, small: PreTrainedConfig, code: Path | None) -> dict[s
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
 
 
-def _settings(config: RunConfig, folder: Path, attention: str) -> RunConfig:
+def _settings(config: RunConfig, folder: Path, attention: str, device: torch.device) -> RunConfig:
     """Return the run's settings for its twin: the same paths through the code, small sizes, nothing random."""
-    precision = "fp32" if not attention.startswith("flash") else "bf16"
+    precision = "bf16" if reads_boundaries(attention) and device.type != "cpu" else "fp32"
     quant = config.quant
     if quant.name == "int8":  # rounds activations, too: compared elsewhere (tests/distributed/test_formats.py)
         quant = replace(quant, name="nf4")
@@ -166,6 +169,7 @@ def _settings(config: RunConfig, folder: Path, attention: str) -> RunConfig:
     if isinstance(targets, list | tuple) and any("." in name for name in targets):
         targets = "all-linear"  # names of layers that the twin may not have
     data = replace(config.data, train=None, eval=None, max_length=LENGTHS[0])
+    sequences = 1 if config.train.micro_batch_size == 1 and not config.train.micro_batch_tokens else 2
     return replace(
         config,
         model=replace(
@@ -176,8 +180,7 @@ def _settings(config: RunConfig, folder: Path, attention: str) -> RunConfig:
         lora=replace(config.lora, r=min(4, config.lora.r), dropout=0.0, init_from=None, target_modules=targets),
         precision=replace(config.precision, name=precision),
         train=replace(
-            config.train, micro_batch_size=min(2, config.train.micro_batch_size), micro_batch_tokens=0, logits_chunk=16,
-            compile="false",
+            config.train, micro_batch_size=sequences, micro_batch_tokens=0, logits_chunk=16, compile="false"
         ),
         fsdp=replace(config.fsdp, offload_modules=[]),
     )  # fmt: skip
@@ -188,6 +191,7 @@ class _Twin:
 
     def __init__(self, config: RunConfig, folder: Path, ranks: Ranks, build: Build) -> None:
         self.config, self.folder, self.ranks, self._build = config, folder, ranks, build
+        self.layout = Layout.of(config, config.model.attn_implementation)
 
     def problem(self) -> str | None:
         """Return how our way differs from upstream's, None where it does not; the same on every rank."""
@@ -211,7 +215,7 @@ class _Twin:
 
     def _compare(self) -> str | None:
         values = self._adapter_values()
-        for draw in range(2 if self._packs else 1):  # what rows do to each other may be a matter of luck
+        for draw in range(2 if self.layout.shared_rows else 1):  # what rows do to each other may be a matter of luck
             if problem := self._compare_rows(values, self._rows(draw)):
                 return problem
         return None
@@ -227,17 +231,20 @@ class _Twin:
         return self._losses_differ(mine, wanted) or self._gradients_differ(mine, wanted)
 
     @property
-    def _packs(self) -> bool:
-        return self.config.data.packing or self.config.data.padding_free
+    def _pattern(self) -> list[int]:
+        """How many rows each sequence of a micro-batch has: as many sequences as the run's have, up to two."""
+        return self.layout.shared_rows or [1] * self.layout.num_sequences
 
     def _rows(self, draw: int = 0) -> list[torch.Tensor]:
-        """Return the rows: as many sequences as a micro-batch has, up to two; packed ones hold two rows each."""
-        sequences = 1 if self.config.train.micro_batch_size == 1 else 2
-        lengths = [n for pair in PACKED[:sequences] for n in pair] if self._packs else list(LENGTHS[:sequences])
+        """Return the rows of a micro-batch."""
+        lengths = PACKED if max(self._pattern) > 1 else LENGTHS
         head = self.model.base.get_output_embeddings()
         top = min(int(head.out_features) if isinstance(head, nn.Linear) else head.source.out_features, 96)  # type: ignore[union-attr]
         generator = torch.Generator().manual_seed(1 + draw)
-        return [torch.randint(4, top, (n,), generator=generator).to(self.ranks.device) for n in lengths]
+        return [
+            torch.randint(4, top, (n,), generator=generator).to(self.ranks.device)
+            for n in lengths[: sum(self._pattern)]
+        ]
 
     @torch.no_grad()
     def _adapter_values(self) -> dict[str, torch.Tensor]:
@@ -279,11 +286,12 @@ class _Twin:
         return Computed(losses, gradients)
 
     def _losses(self, rows: list[torch.Tensor], gradients: bool = False, train: bool = False) -> list[torch.Tensor]:
-        """Return our losses of each row's tokens, run in one micro-batch, padded or packed as the run's rows are."""
-        ids, labels, positions = _packed(rows) if self._packs else _padded(rows)
+        """Return our losses of each row's tokens, run in one micro-batch that is laid out as the run's are."""
+        pieces = iter([(row.cpu(), torch.ones(len(row), dtype=torch.bool)) for row in rows])
+        micro_batch = self.layout.micro_batch([[next(pieces) for _ in range(count)] for count in self._pattern])
         self.model.train(train)
         with torch.set_grad_enabled(gradients):
-            found = self.model(ids, labels, positions)
+            found = token_losses(self.model, micro_batch, self.ranks.device)
             if gradients:
                 found.sum().backward()
         return list(found.detach().split([len(row) - 1 for row in rows]))
@@ -372,20 +380,3 @@ def _bf16_problem(mine: Computed, theirs: Computed, wanted: Computed, ranks: Ran
     return (
         None if own <= allowed else f"losses are {own:.1e} from float32's, where upstream's in bf16 are {allowed:.1e}"
     )
-
-
-def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, None]:
-    longest = max(len(row) for row in rows)
-    ids = torch.stack([nn.functional.pad(row, (0, longest - len(row)), value=3) for row in rows])
-    labels = torch.stack([nn.functional.pad(row, (0, longest - len(row)), value=-100) for row in rows])
-    return ids, labels, None
-
-
-def _packed(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lay the rows in pairs, each pair in one sequence; a row's first token is no target."""
-    pairs = list(zip(rows[::2], rows[1::2], strict=True))
-    ids = torch.stack([torch.cat(pair) for pair in pairs])
-    firsts = [nn.functional.pad(row[1:], (1, 0), value=-100) for row in rows]
-    labels = torch.stack([torch.cat(pair) for pair in zip(firsts[::2], firsts[1::2], strict=True)])
-    positions = torch.stack([torch.cat([torch.arange(len(row)) for row in pair]) for pair in pairs])
-    return ids, labels, positions.to(ids.device)

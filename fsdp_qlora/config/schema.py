@@ -41,8 +41,12 @@ class ModelSettings:
     """Hub name (``Qwen/Qwen3-8B``) or a folder with config.json and safetensors."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention", "blockwise"] = "auto"
-    """Attention. ``blockwise`` is ours for CPUs; ``auto`` takes the fastest that the device and the model allow."""
+    attn_implementation: Literal[
+        "auto", "eager", "sdpa", "flash_attention_2", "flex_attention", "blockwise", "varlen"
+    ] = "auto"
+    """Attention. ``blockwise`` is ours for CPUs. ``varlen`` is torch's varlen attention on a GPU and our own on a CPU;
+    like ``flash_attention_2`` it takes micro-batches as one row without padding. ``auto`` takes the fastest that the
+    device and the model allow."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
     check: Literal["auto", "always", "off"] = "auto"

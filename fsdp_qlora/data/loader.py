@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 import torch
 
-from fsdp_qlora.plan.batch import IGNORE, deal, supervised_positions
+from fsdp_qlora.plan.batch import IGNORE, Sequences, deal, supervised_positions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,6 +40,10 @@ class MicroBatch:
     """Numbers of the rows in the prepared data."""
     position_ids: torch.Tensor | None = None
     """int64 ``[rows, length]``, starting anew at each packed row; None where a sequence is one row."""
+    sequences: Sequences | None = None
+    """Where all is one row for varlen attention (`FlatRows`): where each packed or plain row begins and ends."""
+    rare: bool = False
+    """Whether its form comes too rarely for layers to be compiled for it (`fsdp_qlora.data.forms`)."""
     supervised: torch.Tensor = field(init=False)
     """int64 ``[targets]``: positions of the flattened labels whose next token is learned."""
 
@@ -59,6 +63,10 @@ class Batch:
     """Supervised tokens over all ranks: what the loss is divided by."""
 
 
+Piece = tuple[torch.Tensor, torch.Tensor]
+"""A row's token ids (int64) and whether each is learned (bool), both ``[length]``."""
+
+
 class Rows(Protocol):
     """What batches are made of: rows, or sequences of several rows."""
 
@@ -71,6 +79,14 @@ class Rows(Protocol):
 
     def room(self, rows: list[int]) -> int:
         """Return the tokens that the chosen ones take in a micro-batch, padding included."""
+        ...
+
+    def pieces(self, rows: list[int]) -> list[list[Piece]]:
+        """Return the rows that each of the chosen ones is made of."""
+        ...
+
+    def numbers(self, rows: list[int]) -> tuple[int, ...]:
+        """Return the numbers of these rows in the prepared data."""
         ...
 
     def collate(self, rows: list[int], number: int) -> MicroBatch:
@@ -95,8 +111,8 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def row(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a row's token ids (int64) and whether each is learned (bool), both ``[length]``."""
+    def row(self, number: int) -> Piece:
+        """Return a row."""
         item = self._data[number]
         ids = torch.as_tensor(np.asarray(item["input_ids"], dtype=np.int64))
         return ids, torch.as_tensor(np.asarray(item["learned"], dtype=bool))
@@ -104,6 +120,14 @@ class TokenRows:
     def room(self, rows: list[int]) -> int:
         """Return the tokens of ``rows`` as `collate` lays them out."""
         return len(rows) * int(self.lengths[rows].max())
+
+    def pieces(self, rows: list[int]) -> list[list[Piece]]:
+        """Return each row alone."""
+        return [[self.row(row)] for row in rows]
+
+    def numbers(self, rows: list[int]) -> tuple[int, ...]:
+        """Return ``rows``."""
+        return tuple(rows)
 
     def collate(self, rows: list[int], number: int) -> MicroBatch:
         """Pad ``rows`` to the longest of them."""
@@ -119,7 +143,8 @@ class TokenRows:
 
 def idle_micro_batch() -> MicroBatch:
     """Return the smallest micro-batch, of weight zero: its rank takes part in every collective and adds nothing."""
-    return MicroBatch(-1, torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64), weight=0.0)
+    nothing = torch.zeros(1, 2, dtype=torch.int64)
+    return MicroBatch(-1, nothing, nothing.clone(), weight=0.0, rare=True)
 
 
 @dataclass(frozen=True)

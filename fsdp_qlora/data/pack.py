@@ -1,19 +1,23 @@
 """Several rows in one sequence: best-fit-decreasing bins, positions that restart, labels that do not cross over.
 
-Attention is kept inside a row by the attention backend, which reads the restarting positions (transformers' packed
-format); `fsdp_qlora.model.isolation` proves at start-up that it does.
+Attention is kept inside a row by the attention backend. One with a dense mask reads the restarting positions
+(transformers' packed format); a varlen one (flash attention) reads boundaries, and gets its micro-batch as one flat row
+(`FlatRows`): of several rows, transformers would take each for a single sequence. `fsdp_qlora.model.isolation` proves
+at start-up that rows are kept apart.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from fsdp_qlora.data.loader import MicroBatch, TokenRows
-from fsdp_qlora.plan.batch import IGNORE
+from fsdp_qlora.data.forms import repeat_last, rounded
+from fsdp_qlora.data.loader import MicroBatch, Piece, Rows, TokenRows
+from fsdp_qlora.plan.batch import IGNORE, Sequences
 
 
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
@@ -52,8 +56,9 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
 class PackedRows:
     """Sequences of several rows each; to the loader they are rows."""
 
-    def __init__(self, rows: TokenRows, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
+    def __init__(self, rows: TokenRows, capacity: int, step: int = 1) -> None:
+        """Fill sequences of at most ``capacity`` tokens; micro-batches come in widths of a multiple of ``step``."""
+        self.rows, self.capacity, self.step = rows, capacity, step
         self.bins = best_fit_decreasing(rows.lengths, capacity)
         self.lengths = np.array([rows.lengths[b].sum() for b in self.bins], dtype=np.int64)
         self.targets = np.array([rows.targets[b].sum() for b in self.bins], dtype=np.int64)
@@ -68,41 +73,88 @@ class PackedRows:
 
     def room(self, rows: list[int]) -> int:
         """Return the tokens of the sequences as `collate` lays them out."""
-        return len(rows) * int(self.lengths[rows].max())
+        return len(rows) * rounded(int(self.lengths[rows].max()), self.capacity, self.step)
+
+    def pieces(self, rows: list[int]) -> list[list[Piece]]:
+        """Return the rows in each chosen sequence."""
+        return [[self.rows.row(row) for row in self.bins[b]] for b in rows]
+
+    def numbers(self, rows: list[int]) -> tuple[int, ...]:
+        """Return the numbers of the rows in the chosen sequences."""
+        return tuple(row for b in rows for row in self.bins[b])
 
     def collate(self, rows: list[int], number: int) -> MicroBatch:
         """Lay the rows of each chosen sequence end to end; pad to the longest sequence."""
-        pieces = [[self.rows.row(row) for row in self.bins[b]] for b in rows]
-        return pack(pieces, number, tuple(row for b in rows for row in self.bins[b]))
+        width = rounded(int(self.lengths[rows].max()), self.capacity, self.step)
+        return pack(self.pieces(rows), number, self.numbers(rows), width)
 
 
-class PaddingFreeRows:
-    """Rows whose micro-batches are one sequence each: end to end, nothing padded."""
+class FlatRows:
+    """Rows, or packed sequences, whose micro-batches are one row each: end to end, nothing padded up to the longest.
 
-    def __init__(self, rows: TokenRows) -> None:
+    With ``varlen`` the micro-batch says where each row begins: attention that reads this keeps all rows apart, also
+    those of different sequences. Without, attention reads the restarting positions.
+    """
+
+    def __init__(self, rows: Rows, max_length: int = 0, step: int = 1, varlen: bool = False) -> None:
+        """Flatten ``rows``, none longer than ``max_length``, to a multiple of ``step`` tokens."""
         self.rows, self.lengths, self.targets = rows, rows.lengths, rows.targets
+        self.max_length, self.step, self.varlen = max_length, step, varlen
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def room(self, rows: list[int]) -> int:
-        """Return the tokens of the rows, nothing added."""
-        return int(self.lengths[rows].sum())
+        """Return the tokens of the rows, rounded up."""
+        return -(-int(self.lengths[rows].sum()) // self.step) * self.step
+
+    def pieces(self, rows: list[int]) -> list[list[Piece]]:
+        """Return all chosen rows as one sequence."""
+        return [[piece for pieces in self.rows.pieces(rows) for piece in pieces]]
+
+    def numbers(self, rows: list[int]) -> tuple[int, ...]:
+        """Return the numbers of these rows."""
+        return self.rows.numbers(rows)
 
     def collate(self, rows: list[int], number: int) -> MicroBatch:
         """Lay the chosen rows end to end."""
-        return pack([[self.rows.row(row) for row in rows]], number, tuple(rows))
+        return flat_batch(self.pieces(rows), self.max_length, self.step, self.varlen, number, self.numbers(rows))
+
+
+def flat_batch(
+    sequences: Iterable[Iterable[Piece]], max_length: int, step: int, varlen: bool, number: int = 0,
+    rows: tuple[int, ...] = (),
+) -> MicroBatch:  # fmt: skip
+    """Lay the rows of ``sequences`` end to end; see `FlatRows`."""
+    pieces = [piece for pieces in sequences for piece in pieces]
+    tokens = sum(len(ids) for ids, _ in pieces)
+    flat = pack([pieces], number, rows, -(-tokens // step) * step)
+    return with_boundaries(flat, max_length) if varlen else flat
+
+
+def with_boundaries(flat: MicroBatch, max_length: int) -> MicroBatch:
+    """Return a micro-batch of one packed row with its rows' boundaries; padding is the last of them.
+
+    ``max_length`` stays what it is from batch to batch where no row is longer: compiled layers take it for a constant.
+    """
+    assert flat.position_ids is not None and len(flat.position_ids) == 1
+    positions = flat.position_ids[0]
+    starts = (positions == 0).nonzero().flatten()
+    boundaries = torch.cat([starts, torch.tensor([len(positions)])]).to(torch.int32)
+    longest = max(max_length, int(positions.max()) + 1)
+    return replace(flat, sequences=Sequences(repeat_last(boundaries), longest))
 
 
 def pack(
-    sequences: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]], number: int = 0, rows: tuple[int, ...] = ()
+    sequences: Iterable[Iterable[Piece]], number: int = 0, rows: tuple[int, ...] = (), width: int = 2
 ) -> MicroBatch:
-    """Return a micro-batch of sequences that are made of ``(ids, learned)`` rows (int64 and bool, ``[length]``).
+    """Return a micro-batch of sequences that are made of rows, ``width`` tokens wide or as wide as the longest.
 
     Padding is a piece of its own at the end, so that it looks at no row. A row's first token has nothing before it that
     may predict it, and is not learned.
     """
-    width = max(2, *(sum(len(ids) for ids, _ in pieces) for pieces in sequences))
+    sequences = [list(pieces) for pieces in sequences]
+    width = max(2, width, *(sum(len(ids) for ids, _ in pieces) for pieces in sequences))
     input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
     labels = torch.full((len(sequences), width), IGNORE, dtype=torch.int64)
     position_ids = torch.zeros(len(sequences), width, dtype=torch.int64)

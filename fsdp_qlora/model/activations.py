@@ -9,13 +9,13 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from fsdp_qlora.model import attention
+from fsdp_qlora.model import attention, varlen
 from fsdp_qlora.quant import products
 
 _ATEN = torch.ops.aten
 DEAR = frozenset(
     [
-        *products.BODIES, *attention.BODIES, _ATEN.mm.default, _ATEN.addmm.default,
+        *products.BODIES, *attention.BODIES, *varlen.BODIES, _ATEN.mm.default, _ATEN.addmm.default,
         _ATEN._scaled_dot_product_flash_attention.default, _ATEN._scaled_dot_product_efficient_attention.default,
         _ATEN._scaled_dot_product_cudnn_attention.default, _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     ]

@@ -15,7 +15,9 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.attention import BLOCKWISE
+from fsdp_qlora.model.flatten import why_not
 
 EAGER = "eager"
 
@@ -25,10 +27,15 @@ def attention_candidates(device: torch.device, asked: str, model_config: Any, dt
 
     On an accelerator flash attention (in 16 bits, where the package is installed) and sdpa, on a CPU `blockwise`, each
     only where the class claims it and no setting of the config is beyond it; eager always comes last.
+
+    Raises:
+        ModelError: if what is asked for cannot be had on this device or in this dtype.
     """
-    if asked != "auto":
-        return (asked,)
     text, kind = model_config.get_text_config(), _model_class(model_config)
+    if asked != "auto":
+        if (why := why_not(asked, device, dtype, text)) is not None:
+            raise ModelError(f"model.attn_implementation: {why}; choose sdpa or eager, or precision=bf16.")
+        return (asked,)
     if kind is None:  # an encoder, an encoder-decoder, or code of the folder's own
         return (EAGER,) if device.type == "cpu" else ("sdpa", EAGER)
     capped = any(getattr(text, key, None) for key in ("attn_logit_softcapping", "attention_logit_cap"))

@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fsdp_qlora.model.around_head import AfterHead, head_input
-from fsdp_qlora.model.compile import uncompiled
+from fsdp_qlora.model.compile import CompiledLayers, uncompiled
+from fsdp_qlora.model.flatten import decoder_inputs
 from fsdp_qlora.model.head import LossHead
 from fsdp_qlora.model.quant_head import QuantLossHead, configure_loss_head
 from fsdp_qlora.model.shard import release_gathered
-from fsdp_qlora.plan.batch import supervised_positions
+from fsdp_qlora.plan.batch import Sequences, supervised_positions
 
 
 class CausalModel(nn.Module):
@@ -31,8 +32,13 @@ class CausalModel(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.model = model
-        self.compiled = False
-        """Whether its layers are (`compile_layers`)."""
+        self.compiled_layers: CompiledLayers | None = None
+        """Its decoder layers' switch between compiled and not, where they are compiled (`compile_layers`)."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its layers run compiled in training."""
+        return self.compiled_layers is not None and self.compiled_layers.failure is None
 
     @property
     def base(self) -> PreTrainedModel:
@@ -52,7 +58,7 @@ class CausalModel(nn.Module):
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None,
-        supervised: torch.Tensor | None = None,
+        supervised: torch.Tensor | None = None, sequences: Sequences | None = None, rare: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         """Return the float32 losses ``[targets]`` of the supervised tokens, in row-major order.
 
@@ -62,11 +68,15 @@ class CausalModel(nn.Module):
             position_ids: int64 ``[rows, length]``, starting anew where a packed row begins; transformers' attention
                 masks then keep the rows apart. None where each sequence is one row.
             supervised: `supervised_positions` of the labels; None finds them here, which waits for the device.
+            sequences: for varlen attention, which takes one flat row: where each row in it begins and ends.
+            rare: whether to run compiled layers as written: the form of this micro-batch is not worth a compilation.
         """
         base = self.base
-        places = {} if position_ids is None else {"position_ids": position_ids}
+        inputs = decoder_inputs(input_ids, position_ids, sequences)
+        if self.compiled_layers is not None:
+            self.compiled_layers.begin(rare)
         with nullcontext() if self.training and torch.is_grad_enabled() else self._without_backward():
-            hidden = head_input(base, input_ids=input_ids, use_cache=False, **places)
+            hidden = head_input(base, **inputs)
         if supervised is None:
             supervised = supervised_positions(labels)
         head = base.get_output_embeddings()
@@ -96,7 +106,7 @@ class CausalModel(nn.Module):
     def _without_backward(self) -> Iterator[None]:
         """Run what no backward follows: layers as they are written, and nothing left gathered behind."""
         try:
-            with uncompiled() if self.compiled else nullcontext():  # importing the compiler takes seconds
+            with uncompiled() if self.compiled_layers else nullcontext():  # importing the compiler takes seconds
                 yield
         finally:
             release_gathered(self)

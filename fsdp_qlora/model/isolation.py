@@ -1,10 +1,14 @@
-"""Does a packed row see its neighbours? Tried on the model itself before training, forward and backward.
+"""Does a row see its neighbours? Tried on the model itself before training, forward and backward.
 
-Attention backends that do not read restarting positions mix the rows of a sequence without any error, and training on
-them looks fine. So packing is refused unless this probe passes for the model, backend and device in use.
+Attention backends that do not read restarting positions, or boundaries, mix the rows of a sequence without any error,
+and training on them looks fine. So rows that share a sequence are refused unless this probe passes for the model,
+backend and device in use. It runs what training runs, on batches of the run's own pattern: a backend may keep rows
+apart in a batch of one sequence and mix them in the second of two.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -15,73 +19,98 @@ from fsdp_qlora.model.causal import CausalModel
 from fsdp_qlora.model.lora import trainable_parameters
 from fsdp_qlora.quant.linear import local_tensor
 
-_LENGTH = 12
-_FORWARD_LIMIT = 1e-3
+_LENGTHS = (12, 9, 11)
+"""Tokens of the rows, by turns: no boundary is where a row of equal parts would have it."""
+_FORWARD_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 _BACKWARD_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 
+Losses = Callable[[list[list[torch.Tensor]]], torch.Tensor]
+"""Sequences of rows (int64 ``[length]``, all learned) -> the model's float32 losses ``[targets]``, row by row."""
 
-def require_isolation(model: CausalModel, ranks: Ranks, vocab_size: int, attention: str) -> None:
-    """Check that packing two rows changes neither's logits, and that their gradients add up. Every rank calls it.
+
+def require_isolation(
+    model: CausalModel, together: Losses, alone: Losses, pattern: list[int], ranks: Ranks, vocab_size: int,
+    attention: str, key: str = "data.packing",
+) -> None:  # fmt: skip
+    """Check that other rows change no row's losses, and that gradients add up. Every rank calls it.
 
     Leaves mode and gradients as they were (there must be none).
 
+    Args:
+        model: the model.
+        together: runs a micro-batch as training does.
+        alone: runs each row as a sequence of its own, by a way that needs nothing of the attention but to be causal.
+        pattern: how many rows each sequence of a micro-batch has.
+        ranks: this rank and the others.
+        vocab_size: ids are below.
+        attention: its implementation, for the message.
+        key: what can be set to do without, for the message.
+
     Raises:
-        ModelError: if the rows see each other.
+        ModelError: if rows see each other.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size, (3, _LENGTH), generator=generator).to(ranks.device)
+
+    def draw() -> list[torch.Tensor]:
+        lengths = [_LENGTHS[i % len(_LENGTHS)] for i in range(sum(pattern))]
+        return [torch.randint(0, vocab_size, (length,), generator=generator) for length in lengths]
+
+    rows, others = draw(), draw()
     was_training = model.training
     model.eval()  # dropout would hide what is looked for
     try:
-        leak, dtype = _forward_leak(model, ids)
-        drift, limit = _backward_drift(model, ids, ranks), _BACKWARD_LIMIT[dtype]
+        leak = _forward_leak(lambda chosen: together(_split(chosen, pattern)), rows, others)
+        drift = _backward_drift(
+            model, lambda: together(_split(rows, pattern)), lambda: alone([[x] for x in rows]), ranks
+        )
     finally:
         model.train(was_training)
         for _, parameter in trainable_parameters(model):
             parameter.grad = None
-    if leak > _FORWARD_LIMIT or drift > limit:
+    dtype = model.base.dtype
+    if leak > _FORWARD_LIMIT[dtype] or drift > _BACKWARD_LIMIT[dtype]:
+        what = "packed rows" if max(pattern) > 1 else "rows"
         raise ModelError(
-            f"data.packing: with attn_implementation={attention} the packed rows of this model see each other (logits "
-            f"move by {leak:.1e} of their size, gradients by {drift:.1e}). Set data.packing=false, or try another "
-            "model.attn_implementation (eager, sdpa, flash_attention_2)."
+            f"{key}: with attn_implementation={attention} the {what} of this model see each other (losses move by "
+            f"{leak:.1e} of their spread, gradients by {drift:.1e} of their norm, tried on {len(pattern)} sequences of "
+            f"{max(pattern)} rows). Set data.packing=false, or try another model.attn_implementation (eager, sdpa)."
         )
 
 
-def _packed(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    positions = torch.arange(_LENGTH, device=first.device)
-    return torch.cat([first, second])[None], torch.cat([positions, positions])[None]
+def _split(rows: list[torch.Tensor], pattern: list[int]) -> list[list[torch.Tensor]]:
+    """Deal rows to the sequences of a micro-batch, in order."""
+    given = iter(rows)
+    return [[next(given) for _ in range(count)] for count in pattern]
 
 
 @torch.no_grad()
-def _forward_leak(model: CausalModel, ids: torch.Tensor) -> tuple[float, torch.dtype]:
-    """Return how far the second row's logits move when the first one is another (relative), and their dtype."""
-    seen = [model.logits(*_packed(first, ids[2]))[:, _LENGTH:] for first in (ids[0], ids[1])]
-    one, other = (logits.float() for logits in seen)
-    return float((one - other).abs().max() / one.abs().max()), seen[0].dtype
+def _forward_leak(
+    losses: Callable[[list[torch.Tensor]], torch.Tensor], rows: list[torch.Tensor], others: list[torch.Tensor]
+) -> float:
+    """Return how far the losses of every second row move when the rows between are others, relative to their spread."""
+    base = losses(rows)
+    parity = torch.cat([torch.full((len(row) - 1,), i % 2) for i, row in enumerate(rows)]).to(base.device)
+    moved = torch.zeros((), device=base.device)
+    for kept in (0, 1):
+        mixed = [row if i % 2 == kept else other for i, (row, other) in enumerate(zip(rows, others, strict=True))]
+        moved = torch.maximum(moved, ((losses(mixed) - base)[parity == kept]).abs().max())
+    return float(moved / base.std().clamp_min(1e-30))
 
 
-def _backward_drift(model: CausalModel, ids: torch.Tensor, ranks: Ranks) -> float:
-    """Return how far a packed gradient is from the sum of the two alone (relative)."""
+def _backward_drift(
+    model: CausalModel, together: Callable[[], torch.Tensor], alone: Callable[[], torch.Tensor], ranks: Ranks
+) -> float:
+    """Return how far the gradient of all rows together is from the sum of theirs alone (relative)."""
 
-    def labels(rows: torch.Tensor) -> torch.Tensor:
-        marked = rows.clone()
-        marked[:, ::_LENGTH] = -100  # the first token of each row
-        return marked
-
-    def gradients() -> list[torch.Tensor]:
+    def gradients(losses: torch.Tensor) -> list[torch.Tensor]:
+        losses.sum().backward()
         found = [local_tensor(p.grad).float().clone() for _, p in trainable_parameters(model) if p.grad is not None]
         for _, parameter in trainable_parameters(model):
             parameter.grad = None
         return found
 
-    together, positions = _packed(ids[0], ids[2])
-    model(together, labels(together), positions).sum().backward()
-    packed = gradients()
-    for row in (ids[0], ids[2]):
-        model(row[None], labels(row[None])).sum().backward()
-    alone = gradients()
     squares = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    for a, b in zip(packed, alone, strict=True):
+    for a, b in zip(gradients(together()), gradients(alone()), strict=True):
         squares += torch.stack([(a - b).double().square().sum(), b.double().square().sum()]).to(ranks.device)
     dist.all_reduce(squares, group=ranks.group)
     gap, size = squares.sqrt().tolist()

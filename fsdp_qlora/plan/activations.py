@@ -62,9 +62,10 @@ def layer_activations(
         adapted: names of the linears with an adapter.
         itemsize: bytes of an activation.
         dropout: whether the adapters drop some of their input (each then keeps its own, and a mask).
-        attention: its implementation; ``eager`` keeps the scores, ``blockwise`` does of short sequences.
+        attention: its implementation; ``eager`` keeps the scores, ``blockwise`` does of short sequences. ``varlen``
+            on a CPU makes them by blocks, too.
     """
-    eager, blockwise = attention == "eager", attention == "blockwise"
+    eager, blocks = attention == "eager", attention in ("blockwise", "varlen")
     inside = [x for x in shapes.linears if x.name.startswith(layer + ".")]
     groups: dict[str, list[LinearShape]] = {}
     for x in inside:
@@ -93,7 +94,7 @@ def layer_activations(
             sum(shapes.experts_per_token * x.out_features if x.count > 1 else x.out_features for x in inside) + width
         )
         * itemsize,
-        blocks=3 * shapes.num_attention_heads * QUERY_BLOCK * itemsize if blockwise else 0,
+        blocks=3 * shapes.num_attention_heads * QUERY_BLOCK * itemsize if blocks else 0,
     )
 
 

@@ -19,6 +19,16 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """Where the sequences of one flattened row begin and end: what varlen attention reads instead of a mask."""
+
+    boundaries: torch.Tensor
+    """int32 ``[sequences + 1]``: sequence ``i`` is ``[boundaries[i], boundaries[i + 1])``; the last may repeat."""
+    max_length: int
+    """No sequence is longer."""
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """Rows of a step over micro-batches and ranks."""
 

@@ -27,11 +27,11 @@ from torch.utils.hooks import RemovableHandle
 
 from fsdp_qlora.dist.mesh import REPLICATE, SHARD, Ranks, degrees
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.model import attention
+from fsdp_qlora.model import attention, varlen
 from fsdp_qlora.quant import products
 
 T = TypeVar("T")
-OUR_OPS = products.BODIES | attention.BODIES
+OUR_OPS = products.BODIES | attention.BODIES | varlen.BODIES
 
 
 @dataclass(frozen=True)

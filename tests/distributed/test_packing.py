@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -12,9 +13,9 @@ from fsdp_qlora.data.pack import PackedRows, pack
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.causal import CausalModel
-from fsdp_qlora.model.isolation import require_isolation
 from fsdp_qlora.model.lora import trainable_parameters
 from fsdp_qlora.model.shard import synchronize_gradients
+from fsdp_qlora.train.layout import Layout, try_isolation
 from fsdp_qlora.train.objectives import OBJECTIVES
 from tests.build import build, losses, metrics, run_fit
 
@@ -98,7 +99,7 @@ class _Deaf:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def __call__(self, input_ids, labels, position_ids=None):
+    def __call__(self, input_ids, labels, position_ids=None, *_, **__):
         return self.model(input_ids, labels)
 
     def logits(self, input_ids, position_ids=None):
@@ -107,10 +108,11 @@ class _Deaf:
 
 def _probe(ranks: Ranks, model: str, rows: str, attention: str) -> list:
     prepared = _prepared(ranks, model, rows, attention)
-    require_isolation(prepared.model, ranks, 300, attention)
+    layout = Layout.of(replace(prepared.config, data=replace(prepared.config.data, packing=True)), attention)
+    try_isolation(prepared.model, layout, ranks)
     untouched = prepared.model.training and all(p.grad is None for _, p in trainable_parameters(prepared.model))
     try:
-        require_isolation(cast(CausalModel, _Deaf(prepared.model)), ranks, 300, attention)
+        try_isolation(cast(CausalModel, _Deaf(prepared.model)), layout, ranks)
     except ModelError as error:
         return [untouched, str(error)]
     return [untouched, "passed"]

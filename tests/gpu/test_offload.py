@@ -6,6 +6,7 @@ FSDP_QLORA_TEST_DEVICE=cpu is a dry run of the same code, without what a GPU's m
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,6 @@ from fsdp_qlora.config.schema import (
 from fsdp_qlora.dist.process import memory_peak
 from fsdp_qlora.export.adapter import gather_adapter
 from fsdp_qlora.model.checks import FirstGradients
-from fsdp_qlora.model.isolation import require_isolation
 from fsdp_qlora.model.lora import initialize_adapters, seed_of, trainable_parameters
 from fsdp_qlora.model.shard import model_dtype, synchronize_gradients
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
@@ -33,6 +33,7 @@ from fsdp_qlora.model.weights import SafetensorsFolder
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.quant.linear import local_tensor
+from fsdp_qlora.train.layout import Layout, try_isolation
 from fsdp_qlora.train.objectives import OBJECTIVES
 from fsdp_qlora.train.step import StepSettings, train_step
 from tests.gpu.test_gpu import _HERE, DEVICE, Batch, Rows, world
@@ -83,7 +84,8 @@ def train(folder: Path, offload: str, checkpointing: str, prefetch: int = 1) -> 
         verify_gather(model, ranks)
         assert {local_tensor(p).device.type for p in model.parameters()} == {shards_on.type}
         assert {b.device.type for b in model.buffers()} == {DEVICE}
-        require_isolation(model.train(), ranks, VOCABULARY, "eager")
+        packed = replace(config, data=replace(config.data, packing=True))
+        try_isolation(model.train(), Layout.of(packed, "eager"), ranks)
         optimizer = ShardedOptimizer(trainable_parameters(model), config.optim)
         settings = StepSettings(
             objective=OBJECTIVES["sft"], ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fsdp_qlora.model.attention_choice import attention_candidates
-from fsdp_qlora.model.compile import COMPILED_TYPES, compile_layers, uncompiled
+from fsdp_qlora.model.compile import COMPILED_TYPES, compile_layers, uncompiled, want_input_gradient
 from fsdp_qlora.model.construct import to_empty_but_buffers
 from fsdp_qlora.model.lora import attach_lora, initialize_adapters, trainable_parameters, use_fused_products
 from fsdp_qlora.model.model_config import load_config
@@ -64,7 +64,8 @@ def _compare(folder):
     for compiled in (False, True):
         if compiled:
             torch._dynamo.reset()
-            compile_layers(layers, dynamic=True)
+            compile_layers(layers)
+            want_input_gradient(base.get_input_embeddings())
         _fill(model, base) if not compiled else None
         found = [_step(model, base, 40)]  # both lengths exceed every sliding window, so both come with masks
         if compiled:  # another length, and all layers: nothing is compiled again
