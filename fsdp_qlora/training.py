@@ -140,8 +140,8 @@ class Training:
         return on_main(lambda: self._write_adapter(folder, tensors, self.progress.to_dict()), self.ranks)
 
     def _write_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], progress: dict[str, Any]) -> int:
-        lora, all_linears = self.config.lora, [x.name for x in self.prepared.shapes.linears]
-        targets = short_targets(self.prepared.plan.targets, all_linears)
+        lora = self.config.lora
+        targets = short_targets(self.prepared.plan.targets, self.model.base)
         card = model_card(to_dict(self.config), self._facts(progress))
         peft_config = lora_config(targets, lora.r, lora.alpha, lora.dropout, lora.variant)
         base = self.config.model.name

@@ -22,7 +22,7 @@ from fsdp_qlora.model.lora import trainable_parameters
 from fsdp_qlora.plan.rows import row_range
 from fsdp_qlora.planning import replace_attention
 from fsdp_qlora.quant.matrices import local_tensor
-from tests import upstream
+from tests import upstream, uses
 
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 DECODER: dict[str, Any] = {"is_decoder": True}
@@ -84,10 +84,11 @@ def small_config(model_type: str, **more: Any) -> PreTrainedConfig:
     return cut_config(CONFIG_MAPPING[model_type](**{**SETTINGS.get(model_type, {}), **more}), LENGTH)
 
 
-def outcome(ranks: Ranks, model_type: str, more: dict[str, Any], packed: bool) -> dict[str, Any]:
+def outcome(ranks: Ranks, model_type: str, more: dict[str, Any], packed: bool, in_use: bool = False) -> dict[str, Any]:
     """Train a family on ``ranks`` as a run does and compare; every rank returns the same.
 
-    ``kind`` is ``equal``, ``WRONG``, ``refused``, ``not small`` or ``TRACEBACK``.
+    ``kind`` is ``equal``, ``WRONG``, ``refused``, ``not small`` or ``TRACEBACK``. ``in_use`` an equal family also
+    generates, is exported, trained in bf16 and planned; ``also`` lists what is not as upstream has it.
     """
     try:
         config = small_config(model_type, **more)
@@ -99,7 +100,7 @@ def outcome(ranks: Ranks, model_type: str, more: dict[str, Any], packed: bool) -
         except Exception as error:
             return {"kind": "not small", "why": _first_line(error)}
         try:
-            return _compared(ranks, folder, packed)
+            return _compared(ranks, folder, packed, in_use)
         except FsdpQloraError as error:
             return {"kind": "refused", "why": str(error).replace(scratch, "FOLDER"), "code": error.exit_code}
         except Exception as error:
@@ -123,7 +124,7 @@ def _settings(folder: Path, packed: bool) -> RunConfig:
     )
 
 
-def _compared(ranks: Ranks, folder: Path, packed: bool) -> dict[str, Any]:
+def _compared(ranks: Ranks, folder: Path, packed: bool, in_use: bool) -> dict[str, Any]:
     settings = _settings(folder, packed)
     verdict = check_model(settings, folder, ranks)
     opened = open_model(replace_attention(settings, verdict.attention), folder, ranks, None)
@@ -164,7 +165,14 @@ def _compared(ranks: Ranks, folder: Path, packed: bool) -> dict[str, Any]:
     gap, size = squares.sqrt().tolist()
     off = float(abs(loss.detach() - wanted.detach()) / wanted.detach())
     equal = off < 1e-5 and gap < 1e-4 * size
+    tries = {
+        "generate": lambda: uses.generation_differs(model, judge, ids),
+        "export": lambda: uses.export_differs(model, opened, folder, ids, float(wanted.detach()), trains),
+        "plan": lambda: uses.plan_differs(settings),
+        "bf16": lambda: uses.bf16_differs(ranks, replace_attention(settings, verdict.attention), folder, ids),
+    }
     return {
+        "also": uses.problems(tries) if equal and in_use else [],
         "kind": "equal" if equal else "WRONG", "attention": verdict.attention, "loss": off,
         "gradients": gap / max(size, 1e-30), "why": "", "quantized": len(opened.plan.quantized),
         "adapted": len(opened.plan.targets),

@@ -21,7 +21,7 @@ def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
     """Compare the two ways on one row; every rank calls it. Leaves the mode as it was.
 
     Raises:
-        ModelError: on every rank alike, if they differ.
+        ModelError: on every rank alike, if they differ, or cannot be computed.
     """
     weight = getattr(model.base.get_input_embeddings(), "weight", None)
     vocab = weight.shape[0] if isinstance(weight, torch.Tensor) else 256
@@ -31,6 +31,14 @@ def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
     try:
         ours = float(model(ids, ids).mean())
         logits = model.logits(ids)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:  # upstream's code has bugs that a dtype brings out (xLSTM)
+        lines = str(error).strip().splitlines() or [""]
+        raise ModelError(
+            f"model.check: this model's own code does not run in {model.base.dtype} ({lines[0][:200]}). Try another "
+            "precision."
+        ) from error
     finally:
         model.train(was_training)
         if isinstance(model, FSDPModule):

@@ -47,10 +47,17 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return on_device.full_tensor()
 
 
-def short_targets(targets: Sequence[str], all_linears: Sequence[str]) -> list[str]:
-    """Return the names' endings if they mean just these linears (PEFT's usual form), else the full names."""
+def short_targets(targets: Sequence[str], model: nn.Module) -> list[str]:
+    """Return the names' endings if PEFT would take them for just these modules (its usual form), else the full names.
+
+    Args:
+        targets: names of the linears with adapters.
+        model: the transformers model, with or without adapters on it. PEFT looks at modules of every kind: CTRL's
+            layers are named 0, 1, 2 as are the linears in their MLPs.
+    """
     short = endings(targets)
-    meant = [n for n in all_linears if any(n == e or n.endswith("." + e) for e in short)]
+    own = [name for name, _ in model.named_modules() if ".base_layer" not in name and ".lora_" not in name]
+    meant = [n for n in own if any(n == e or n.endswith("." + e) for e in short)]
     return sorted(short) if set(meant) == set(targets) else sorted(targets)
 
 

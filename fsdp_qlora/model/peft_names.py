@@ -1,16 +1,25 @@
-"""Linears that plain PEFT cannot name in a model whose experts transformers stacks.
+"""Linears whose adapter plain PEFT would not load where it belongs.
 
-For such families PEFT (0.21, with transformers 5) takes target modules called ``gate_proj``, ``up_proj``, ``down_proj``
-(Mixtral's: ``w1``, ``w2``, ``w3``) for the experts' stacked parameters, wherever they are: an adapter on the MLP of a
-dense layer or of shared experts would be loaded as an adapter on all experts. PEFT's table is private; this is the one
-place that reads it, and `tests/unit/test_lora.py` says when it changes.
+For families whose experts transformers stacks PEFT (0.21, with transformers 5) takes target modules called
+``gate_proj``, ``up_proj``, ``down_proj`` (Mixtral's: ``w1``, ``w2``, ``w3``) for the experts' stacked parameters, wherever
+they are: an adapter on the MLP of a dense layer or of shared experts would be loaded as an adapter on all experts. And it
+sends an adapter's names through the renamings that transformers has for a family's old checkpoints; where one of them
+meets a name that is a new one already (Laguna's ``shared_experts``), the adapter is left out with a warning. PEFT's table
+is private; this is the one place that reads it, and `tests/unit/test_upstream_code.py` says when it changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
+import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import (
+    _MOE_TARGET_MODULE_MAPPING,
+    convert_peft_adapter_state_dict_for_transformers,
+)
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN, get_checkpoint_conversion_mapping
 
 
@@ -21,3 +30,12 @@ def names_taken_for_experts(model_config: Any) -> frozenset[str]:
         return frozenset()
     pattern = str(_MODEL_TO_CONVERSION_PATTERN.get(model_type))
     return frozenset(_MOE_TARGET_MODULE_MAPPING.get(pattern, {}))
+
+
+def renamed_by_peft(model: PreTrainedModel, names: Iterable[str]) -> frozenset[str]:
+    """Return those of the linears ``names`` of a (meta) model whose adapters PEFT would look for under other names."""
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
+    tensors = {key: torch.empty(1, 1, device="meta") for key in keys}
+    kept = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors, "default")
+    found = {key.replace(".lora_A.default.", ".lora_A.") for key in kept}
+    return frozenset(name for key, name in keys.items() if key not in found)

@@ -30,7 +30,7 @@ from fsdp_qlora.model.construct import (
 )
 from fsdp_qlora.model.linears import is_plain_linear, replaceable_linears
 from fsdp_qlora.model.model_config import load_config, not_buildable
-from fsdp_qlora.model.peft_names import names_taken_for_experts
+from fsdp_qlora.model.peft_names import names_taken_for_experts, renamed_by_peft
 from fsdp_qlora.plan.layout import ModelShapes
 
 _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -184,7 +184,8 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
     names = {module: name for name, module in model.named_modules()}
     config = model.config.get_text_config()
     linears = tuple(x for x in replaceable_linears(model) if x.name != names[head])
-    taken = names_taken_for_experts(model.config)
+    taken, whole = names_taken_for_experts(model.config), [x.name for x in linears if not x.stacked]
+    misnamed = renamed_by_peft(model, whole) | {name for name in whole if name.rpartition(".")[2] in taken}
     return ModelShapes(
         parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
         linears=linears,
@@ -198,7 +199,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         edges_apart=task_type(model) == "CAUSAL_LM",
         max_positions=_number(config, "max_position_embeddings"),
         experts_per_token=_number(config, "num_experts_per_tok"),
-        not_adapted=frozenset(x.name for x in linears if not x.stacked and x.name.rpartition(".")[2] in taken),
+        not_adapted=frozenset(misnamed),
         float32=frozenset(float32_parameters(model)),
     )
 

@@ -18,7 +18,9 @@ HEADER = """# Model families
 Written by `tests/distributed/test_matrix.py` (`make test-full`): for each causal language model of transformers a small
 model of its own class, with random weights, trained here (float32, NF4, adapters on all linears) beside stock
 transformers + bitsandbytes + PEFT on the same rows. *equal*: losses within 1e-5 and gradients within 1e-4, relative, padded
-and packed. *refused*: one message before the first step, exit code 2. *not small*: no small model of this class could be
+and packed; the exported adapter gives the same loss in plain PEFT; eight greedy tokens after a prompt padded on the left
+are those of upstream's `generate`; in bf16 all dtypes are upstream's and the losses are at most twice as far from float32
+as upstream's own; a plan for a GPU takes an attention that the class takes. *refused*: one message before the first step, exit code 2. *not small*: no small model of this class could be
 made (its default config does not build, or needs another package), so nothing was compared.
 
 """
@@ -27,8 +29,9 @@ made (its default config does not build, or needs another package), so nothing w
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("model_type", sorted({*ALWAYS, *sample(4, "fast")}))
 def test_a_family_is_equal_or_refused(pool, model_type, packed):
-    found = pool.run(1, outcome, model_type, {}, packed)[0]
+    found = pool.run(1, outcome, model_type, {}, packed, not packed)[0]
     assert found["kind"] in ("equal", "refused", "not small"), found
+    assert not found.get("also"), found
     assert packed or model_type not in ALWAYS or found["kind"] == "equal", found
 
 
@@ -54,12 +57,13 @@ def test_two_ranks_give_the_same(pool, model_type):
 @pytest.mark.full
 @pytest.mark.timeout(3000)
 def test_every_family(pool):
-    padded = {name: pool.run(1, outcome, name, {}, False)[0] for name in MODEL_TYPES}
+    padded = {name: pool.run(1, outcome, name, {}, False, True)[0] for name in MODEL_TYPES}
     packed = {name: pool.run(1, outcome, name, {}, True)[0] for name in MODEL_TYPES if padded[name]["kind"] == "equal"}
     TABLE.write_text(HEADER + table(padded, packed))
     everything = [*padded.items(), *packed.items()]
     wrong = {name: found for name, found in everything if found["kind"] in ("WRONG", "TRACEBACK")}
     assert not wrong, wrong
+    assert not {name: found["also"] for name, found in padded.items() if found.get("also")}
     assert sum(found["kind"] == "equal" for found in padded.values()) >= 120
     assert sum(found["kind"] == "not small" for found in padded.values()) <= 12
 

@@ -183,6 +183,12 @@ def test_peft_still_takes_these_names_for_experts():
     assert names_taken_for_experts(CONFIG_MAPPING["llama"]()) == frozenset()
 
 
+def test_an_adapter_that_peft_would_look_for_under_another_name_is_none(tmp_path):
+    shapes = read_shapes(build_skeleton(_folder(tmp_path, "laguna"), torch.float32, "eager"))
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in shapes.not_adapted} == {"shared_experts"}
+    assert not read_shapes(build_skeleton(_folder(tmp_path / "other", "llama"), torch.float32, "eager")).not_adapted
+
+
 def _long(original: int) -> dict:
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [4.0] * 48, "rope_theta": 1e4}
     return {"original_max_position_embeddings": original, "rope_parameters": rope | {
