@@ -6,6 +6,7 @@ Nothing here is ours but the order of the calls: what is compared with it must n
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import bitsandbytes.functional
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -104,6 +105,15 @@ def adapt(
         for name, parameter in _adapters(peft_model).items():
             parameter.data = values[name].to(parameter.device, torch.float32).clone()
     return peft_model
+
+
+def read_adapter(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+    """Return the adapter's values that PEFT puts on ``model`` from an exported folder."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they differ from what was exported
+        return {
+            n: p.detach() for n, p in _adapters(PeftModel.from_pretrained(model, folder, is_trainable=True)).items()
+        }
 
 
 def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:

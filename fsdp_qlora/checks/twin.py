@@ -28,10 +28,11 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import all_max, any_rank, from_main, gather_json
 from fsdp_qlora.errors import FsdpQloraError, ModelError
+from fsdp_qlora.export.adapter import export_adapter, short_targets
 from fsdp_qlora.model.causal import CausalModel
 from fsdp_qlora.model.cut import cut_config
 from fsdp_qlora.model.flatten import reads_boundaries
-from fsdp_qlora.model.lora import trainable_parameters
+from fsdp_qlora.model.lora import lora_config, trainable_parameters
 from fsdp_qlora.model.replicated import ReplicatedGradients
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.rows import row_range
@@ -218,7 +219,21 @@ class _Twin:
         for draw in range(2 if self.layout.shared_rows else 1):  # what rows do to each other may be a matter of luck
             if problem := self._compare_rows(values, self._rows(draw)):
                 return problem
-        return None
+        return self._exported_differs(values)
+
+    def _exported_differs(self, values: dict[str, torch.Tensor]) -> str | None:
+        """Return which part of the adapter plain PEFT would not load from what a run exports, if any."""
+        problem = ""
+        if self.ranks.is_main:
+            lora, folder = self.config.lora, self.folder / "adapter"
+            targets = short_targets(self.plan.targets, self.model.base)
+            peft_config = lora_config(targets, lora.r, lora.alpha, lora.dropout, lora.variant)
+            export_adapter(folder, {name: value.contiguous() for name, value in values.items()}, peft_config, "twin")
+            model = reference.load(self.folder, torch.float32, torch.device("cpu"), self.config.model.trust_remote_code)
+            found = reference.read_adapter(model, folder)
+            odd = [n for n in (*values, *found) if n not in found or n not in values or not found[n].equal(values[n])]
+            problem = f"plain PEFT would not load the exported adapter of {odd[0]}" if odd else ""
+        return gather_json(problem, self.ranks)[0] or None
 
     def _compare_rows(self, values: dict[str, torch.Tensor], rows: list[torch.Tensor]) -> str | None:
         if problem := self._sees_the_future(rows):

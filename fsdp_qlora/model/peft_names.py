@@ -1,11 +1,12 @@
 """Linears whose adapter plain PEFT would not load where it belongs.
 
 For families whose experts transformers stacks PEFT (0.21, with transformers 5) takes target modules called
-``gate_proj``, ``up_proj``, ``down_proj`` (Mixtral's: ``w1``, ``w2``, ``w3``) for the experts' stacked parameters, wherever
-they are: an adapter on the MLP of a dense layer or of shared experts would be loaded as an adapter on all experts. And it
-sends an adapter's names through the renamings that transformers has for a family's old checkpoints; where one of them
-meets a name that is a new one already (Laguna's ``shared_experts``), the adapter is left out with a warning. PEFT's table
-is private; this is the one place that reads it, and `tests/unit/test_upstream_code.py` says when it changes.
+``gate_proj``, ``up_proj``, ``down_proj`` (Mixtral's: ``w1``, ``w2``, ``w3``) for the experts' stacked parameters,
+wherever they are: an adapter on the MLP of a dense layer or of shared experts would be loaded as an adapter on all
+experts. And it sends an adapter's names through the renamings that transformers has for a family's old checkpoints;
+where one of them meets a name that is a new one already (Laguna's ``shared_experts``), the adapter is left out with a
+warning. PEFT's table is private; this is the one place that reads it, and `tests/unit/test_upstream_code.py` says when
+it changes.
 """
 
 from __future__ import annotations
