@@ -111,9 +111,8 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor
     """Return the adapter's values that PEFT puts on ``model`` from an exported folder."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they differ from what was exported
-        return {
-            n: p.detach() for n, p in _adapters(PeftModel.from_pretrained(model, folder, is_trainable=True)).items()
-        }
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    return {name: parameter.detach() for name, parameter in _adapters(adapted).items()}
 
 
 def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
