@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.building import OpenedModel, check_model, load_model, open_model, told
+from fsdp_qlora.building import load_model, open_and_check, told
 from fsdp_qlora.checks.agree import require_losses_agree
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import ModelSettings, RunConfig
@@ -45,11 +45,7 @@ from fsdp_qlora.model.stream import LoadReport, Progress, verify_buffers, verify
 from fsdp_qlora.plan.choices import Compilation
 from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.plan import TrainPlan
-from fsdp_qlora.planning import (
-    compilation_for,
-    rank_budget,
-    replace_attention,
-)
+from fsdp_qlora.planning import compilation_for, rank_budget
 from fsdp_qlora.track.home import cache_folder
 
 
@@ -137,10 +133,8 @@ def prepare(
     ranks = world.ranks
     folder = _find_model(config.model, world)
     budget = rank_budget(world.ranks, world.placement)
-    world.phases.enter("comparing a small twin of the model with upstream's code")
-    verdict = check_model(config, folder, ranks)
-    config_checked = replace_attention(config, verdict.attention)
-    opened, tokenizer = on_every(lambda: _open_with_tokenizer(config_checked, folder, ranks, budget), ranks)
+    opened, verdict = open_and_check(config, folder, ranks, budget, world.phases)
+    tokenizer = on_every(lambda: _tokenizer(config, folder), ranks)
     plan = opened.plan
     data = None
     if config.data.train is not None:
@@ -184,12 +178,6 @@ def _find_model(model: ModelSettings, world: World) -> Path:
             print(f"{model.name}: {line}", flush=True)
 
     return Path(once_per_node(download, ranks, world.placement.local_rank, say))
-
-
-def _open_with_tokenizer(
-    config: RunConfig, folder: Path, ranks: Ranks, budget: int
-) -> tuple[OpenedModel, PreTrainedTokenizerBase]:
-    return open_model(config, folder, ranks, budget), _tokenizer(config, folder)
 
 
 def load_for_inference(config: RunConfig, adapter: Path | None = None, world: World | None = None) -> Prepared:

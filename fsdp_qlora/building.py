@@ -10,13 +10,11 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from fsdp_qlora.checks.remember import recall, remember, twin_key
-from fsdp_qlora.checks.twin import Verdict, check_twin
+from fsdp_qlora.checks.twin import Verdict, check_twin, is_about_attention
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.process import (
-    device_name,
-)
 from fsdp_qlora.dist.reduce import any_rank, on_every
+from fsdp_qlora.dist.watch import Phases
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.around_head import after_head
@@ -55,10 +53,7 @@ from fsdp_qlora.model.weights import SafetensorsFolder
 from fsdp_qlora.plan.choices import decided
 from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
-from fsdp_qlora.planning import (
-    attentions_for,
-    skeleton,
-)
+from fsdp_qlora.planning import attentions_for, replace_attention, skeleton
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
@@ -98,6 +93,8 @@ class OpenedModel:
 def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
     """Compare a small twin of the model with upstream's code, or recall that it was; return which attention equals it.
 
+    ``config`` has all decided but the attention (`OpenedModel.config`): the twin runs as the model will.
+
     Raises:
         ModelError: on every rank alike, if none does.
     """
@@ -107,14 +104,14 @@ def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
     if model.check == "off" or not is_causal(model_config):
         return Verdict(candidates[0])
     code = code_files(model_config, folder, model.trust_remote_code)
-    key = twin_key(config, model_config, code, candidates, device_name(ranks.device), ranks.size)
+    key = twin_key(config, model_config, code, candidates, ranks.device, ranks.size)
     kept = cache_folder() / "checks"
     known = recall(kept, key) if model.check == "auto" else None
     if not any_rank(known is None, ranks) and known is not None:
         return known
 
     def build(settings: RunConfig, twin: Path) -> tuple[CausalModel, OpenedModel]:
-        opened = on_every(lambda: open_model(settings, twin, ranks, None), ranks)
+        opened = on_every(lambda: open_model(settings, twin, ranks, None, say=False), ranks)
         return load_model(opened.compiled(False), ranks)[0], opened
 
     own_code = folder if model.trust_remote_code and any(folder.glob("*.py")) else None
@@ -129,10 +126,43 @@ def told(verdict: Verdict) -> str:
     return f"{verdict.attention} ({fell})" if fell else verdict.attention
 
 
-def open_model(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> OpenedModel:
+def open_and_check(
+    config: RunConfig, folder: Path, ranks: Ranks, budget: int | None, phases: Phases
+) -> tuple[OpenedModel, Verdict]:
+    """Open a model, and see which attention computes what upstream's code does with all that the plan decided.
+
+    Raises:
+        ModelError: if it cannot be opened, or no attention does.
+        PlanError: if the settings do not go with it.
+    """
+    opened = on_every(lambda: _open_first(config, folder, ranks, budget), ranks)
+    taken = opened.config.model.attn_implementation
+    phases.enter("comparing a small twin of the model with upstream's code")
+    verdict = check_model(replace_attention(opened.config, config.model.attn_implementation), folder, ranks)
+    if verdict.attention != taken:
+        chosen = replace_attention(config, verdict.attention)
+        opened = on_every(lambda: open_model(chosen, folder, ranks, budget, say=False), ranks)
+    return opened, verdict
+
+
+def _open_first(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> OpenedModel:
+    """Open the model with the first attention that its class takes."""
+    *others, last = attentions_for(config, ranks.device, folder)
+    for attention in others:
+        try:
+            return open_model(replace_attention(config, attention), folder, ranks, budget)
+        except ModelError as error:
+            if not is_about_attention(error):
+                raise
+    return open_model(replace_attention(config, last), folder, ranks, budget)
+
+
+def open_model(
+    config: RunConfig, folder: Path, ranks: Ranks, budget: int | None, say: bool = True
+) -> OpenedModel:  # fmt: skip
     """Open all of a model but its weights; what is wrong with it shows here, before anything long is done.
 
-    ``config`` has its attention decided (`check_model`).
+    ``config`` has its attention decided (`check_model`). Rank 0 says what of the files is left out.
 
     Raises:
         ModelError: if it cannot be built, or its files do not hold what it needs.
@@ -142,7 +172,7 @@ def open_model(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None
     source = SafetensorsFolder(folder)
     source.arrange(arrangement(base, source.entries))
     stock = take_stock(base, source)
-    if (line := stock.describe()) and ranks.is_main:
+    if (line := stock.describe()) and ranks.is_main and say:
         print(f"{config.model.name}: {line}", flush=True)
     shapes = read_shapes(base)
     if config.data.train is not None and task_type(base) != "CAUSAL_LM":

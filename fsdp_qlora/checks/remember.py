@@ -13,10 +13,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
+from fsdp_qlora.checks.settings import twin_settings
 from fsdp_qlora.checks.twin import Verdict
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.dist.process import device_name
+from fsdp_qlora.model.cut import cut_config
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "flash-attn", "triton")
 _GROUPS = ("quant", "lora", "precision", "train", "fsdp", "debug")
@@ -24,39 +28,42 @@ _NO_MATTER = {
     "lora": ("init_from", "dropout"),
     "train": ("max_steps", "num_epochs", "global_batch_size", "log_every", "eval_every", "eval_batch_size",
               "early_stopping_patience", "on_nonfinite", "spike_factor", "max_bad_steps", "sample_prompts",
-              "sample_tokens", "sample_at_eval", "compile"),
+              "sample_tokens", "sample_at_eval", "compile", "max_grad_norm"),
 }  # fmt: skip
 """Settings that the check does not look at."""
 
 
 def twin_key(
-    config: RunConfig, model_config: PreTrainedConfig, code: Iterable[Path], candidates: Iterable[str], device: str,
-    num_ranks: int,
+    config: RunConfig, model_config: PreTrainedConfig, code: Iterable[Path], candidates: Iterable[str],
+    device: torch.device, num_ranks: int,
 ) -> str:  # fmt: skip
-    """Return the digest of all that a result depends on.
+    """Return the digest of all that a result depends on: models whose twins are the same share one.
 
     Args:
         config: the run's settings.
         model_config: the model's.
         code: files of the model's own code: upstream's module, or the folder's.
         candidates: attention implementations that would be tried.
-        device: kind and name of the device.
+        device: what it computes on; its name counts.
         num_ranks: ranks that share the model.
     """
-    settings = asdict(config)
+    settings = asdict(twin_settings(config, Path("twin"), "", device))
     chosen: dict[str, Any] = {
         group: {k: v for k, v in settings[group].items() if k not in _NO_MATTER.get(group, ())} for group in _GROUPS
     }
-    own = model_config.to_dict()
+    try:
+        own = cut_config(model_config, config.data.max_length).to_dict()
+    except Exception:  # it has no twin, and the check will say so
+        own = model_config.to_dict()
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         own.pop(key, None)
     everything = {
         "settings": chosen,
-        "data": [config.data.packing, config.data.padding_free, config.data.max_length],
+        "data": [config.data.packing, config.data.padding_free],
         "config": own,
         "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(code)],
         "candidates": list(candidates),
-        "device": device,
+        "device": device_name(device),
         "ranks": num_ranks,
         "versions": [_version(name) for name in _LIBRARIES],
         "fsdp_qlora": _own_source(),

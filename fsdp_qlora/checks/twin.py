@@ -13,7 +13,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 
 from fsdp_qlora.checks import reference
 from fsdp_qlora.checks.reference import Computed
+from fsdp_qlora.checks.settings import LENGTHS, twin_settings
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import all_max, any_rank, from_main, gather_json
@@ -31,7 +32,6 @@ from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.export.adapter import export_adapter, short_targets
 from fsdp_qlora.model.causal import CausalModel
 from fsdp_qlora.model.cut import cut_config
-from fsdp_qlora.model.flatten import reads_boundaries
 from fsdp_qlora.model.lora import lora_config, trainable_parameters
 from fsdp_qlora.model.replicated import ReplicatedGradients
 from fsdp_qlora.plan.plan import TrainPlan
@@ -47,8 +47,6 @@ ONE_LIMIT = 1e-3
 """Largest relative difference of one parameter's gradient, where it is not a tiny part of all."""
 BF16_FACTOR, BF16_FLOOR = 2.0, 1e-3
 """In bf16 our distance from upstream's float32 may be so many times upstream's own bf16 distance."""
-LENGTHS = (64, 41)
-"""Of the twin's rows: longer than its windows and chunks, and uneven, so that one is padded."""
 PACKED = (24, 40, 31, 33)
 """Of rows that share a sequence, two of them in each."""
 CHANGED = 37
@@ -76,6 +74,11 @@ class Verdict:
     """The attention implementation that computes what upstream does."""
     fell: dict[str, str] = field(default_factory=dict)
     """Those tried before it, and how they differ."""
+
+
+def is_about_attention(error: FsdpQloraError) -> bool:
+    """Whether a model is refused with one attention implementation, and may be taken with another."""
+    return error.exit_code == ModelError.exit_code and str(error).startswith("model.attn_implementation")
 
 
 class _NoTwin(Exception):  # noqa: N818 - an outcome, told by name
@@ -110,7 +113,7 @@ def check_twin(
                 f"({error}). model.check=off trains it unchecked."
             ) from error
         for attention in candidates:
-            twin = _Twin(_settings(config, folder, attention, ranks.device), folder, ranks, build)
+            twin = _Twin(twin_settings(config, folder, attention, ranks.device), folder, ranks, build)
             problem = twin.problem()
             if problem is None:
                 return Verdict(attention, fell)
@@ -158,35 +161,6 @@ def _written(folder: Path, small: PreTrainedConfig, code: Path | None) -> dict[s
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
 
 
-def _settings(config: RunConfig, folder: Path, attention: str, device: torch.device) -> RunConfig:
-    """Return the run's settings for its twin: the same paths through the code, small sizes, nothing random."""
-    precision = "bf16" if reads_boundaries(attention) and device.type != "cpu" else "fp32"
-    quant = config.quant
-    if quant.name == "int8":  # rounds activations, too: compared elsewhere (tests/distributed/test_formats.py)
-        quant = replace(quant, name="nf4")
-    if quant.embeddings == "int8":
-        quant = replace(quant, embeddings="nf4")
-    targets = config.lora.target_modules
-    if isinstance(targets, list | tuple) and any("." in name for name in targets):
-        targets = "all-linear"  # names of layers that the twin may not have
-    data = replace(config.data, train=None, eval=None, max_length=LENGTHS[0])
-    sequences = 1 if config.train.micro_batch_size == 1 and not config.train.micro_batch_tokens else 2
-    return replace(
-        config,
-        model=replace(
-            config.model, name=str(folder), revision=None, attn_implementation=attention, config_overrides={}
-        ),
-        data=data,
-        quant=replace(quant, allow_16bit=True, overrides={}, block_size=min(64, quant.block_size)),
-        lora=replace(config.lora, r=min(4, config.lora.r), dropout=0.0, init_from=None, target_modules=targets),
-        precision=replace(config.precision, name=precision),
-        train=replace(
-            config.train, micro_batch_size=sequences, micro_batch_tokens=0, logits_chunk=16, compile="false"
-        ),
-        fsdp=replace(config.fsdp, offload_modules=[]),
-    )  # fmt: skip
-
-
 class _Twin:
     """Our small model and upstream's, side by side."""
 
@@ -201,7 +175,7 @@ class _Twin:
             self.model, opened = self._build(self.config, self.folder)
             self.plan = opened.plan
         except FsdpQloraError as error:
-            if error.exit_code != ModelError.exit_code or not str(error).startswith("model.attn_implementation"):
+            if not is_about_attention(error):
                 raise
             problem = str(error)
         if any_rank(problem is not None, self.ranks):

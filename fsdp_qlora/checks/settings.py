@@ -1,0 +1,43 @@
+"""What the twin has of the run's settings: all that decides which code runs, with small sizes and nothing random."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.model.flatten import reads_boundaries
+
+LENGTHS = (64, 41)
+"""Of the twin's rows: longer than its windows and chunks, and uneven, so that one is padded."""
+
+
+def twin_settings(config: RunConfig, folder: Path, attention: str, device: torch.device) -> RunConfig:
+    """Return the run's settings for its twin: the same paths through the code, small sizes, nothing random."""
+    precision = "bf16" if reads_boundaries(attention) and device.type != "cpu" else "fp32"
+    quant = config.quant
+    if quant.name == "int8":  # rounds activations, too: compared elsewhere (tests/distributed/test_formats.py)
+        quant = replace(quant, name="nf4")
+    if quant.embeddings == "int8":
+        quant = replace(quant, embeddings="nf4")
+    targets = config.lora.target_modules
+    if isinstance(targets, list | tuple) and any("." in name for name in targets):
+        targets = "all-linear"  # names of layers that the twin may not have
+    data = replace(config.data, train=None, eval=None, max_length=LENGTHS[0])
+    sequences = 1 if config.train.micro_batch_size == 1 and not config.train.micro_batch_tokens else 2
+    return replace(
+        config,
+        model=replace(
+            config.model, name=str(folder), revision=None, attn_implementation=attention, config_overrides={}
+        ),
+        data=data,
+        quant=replace(quant, allow_16bit=True, overrides={}, block_size=min(64, quant.block_size)),
+        lora=replace(config.lora, r=min(4, config.lora.r), dropout=0.0, init_from=None, target_modules=targets),
+        precision=replace(config.precision, name=precision),
+        train=replace(
+            config.train, micro_batch_size=sequences, micro_batch_tokens=0, logits_chunk=16, compile="false"
+        ),
+        fsdp=replace(config.fsdp, offload_modules=[]),
+    )  # fmt: skip
