@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from fsdp_qlora.plan.layout import LinearShape
 
@@ -47,10 +49,23 @@ def write_model(folder: Path, config: PreTrainedConfig, code: Path | None = None
             config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=code is not None
         )
         _randomize(model)
-    model.save_pretrained(folder)
+    with _without_bars():
+        model.save_pretrained(folder)
     for file in code.glob("*.py") if code is not None else ():
         shutil.copy(file, folder / file.name)
     return model.requires_grad_(False)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' progress bars off the screen: the model that a person waits for is another one."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @torch.no_grad()
@@ -68,9 +83,10 @@ def _randomize(model: nn.Module) -> None:
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
     """Return upstream's model of ``folder`` with eager attention, frozen."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
-    )
+    with _without_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
     model.requires_grad_(False)
     return model.to(device)  # type: ignore[arg-type]
 
