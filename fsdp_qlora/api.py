@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.building import load_model, open_and_check, told
 from fsdp_qlora.checks.agree import require_losses_agree
+from fsdp_qlora.checks.twin import Verdict
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import ModelSettings, RunConfig
+from fsdp_qlora.data.limits import require_rows_fit
 from fsdp_qlora.data.prepare import PreparedData, prepare_data
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
 from fsdp_qlora.dist.nodes import once_per_node
@@ -140,6 +142,8 @@ def prepare(
     if config.data.train is not None:
         mine = world.placement.local_rank == 0
         data = prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), mine)
+        limit = _longest_row(opened.shapes, verdict)
+        on_every(lambda: require_rows_fit(data, config.data, tokenizer, opened.shapes.embedding_rows, limit), ranks)
     world.phases.enter("loading the model")
     compilation = (
         compilation_for(config, opened.base, plan, data, ranks.device)
@@ -162,6 +166,12 @@ def prepare(
          "train.compile": f"{'true' if compilation.on else 'false'} ({compilation.why})"},
         repairs, world.stack,
     )  # fmt: skip
+
+
+def _longest_row(shapes: ModelShapes, verdict: Verdict) -> int | None:
+    """Return how many positions rows can have; None where there is no end to them."""
+    unusable = verdict.unusable_positions
+    return shapes.max_positions - unusable if unusable is not None and shapes.max_positions else None
 
 
 def _find_model(model: ModelSettings, world: World) -> Path:

@@ -10,6 +10,7 @@ from fsdp_qlora.api import Prepared
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.ahead import Ahead
 from fsdp_qlora.data.forms import mark_rare, usual_forms
+from fsdp_qlora.data.limits import watched
 from fsdp_qlora.data.loader import Batch, Cut, Loader, MicroBatch, TokenRows
 from fsdp_qlora.data.stream import StreamLoader
 from fsdp_qlora.errors import DataError
@@ -51,7 +52,8 @@ def build_batches(prepared: Prepared, bad_rows: Path) -> Batches:
         streamed = StreamLoader(prepared.data.stream, train.global_batch_size, cut, layout, note)
         read = train.max_steps * train.global_batch_size
         length = Length(train.global_batch_size, train.max_steps)
-        return Batches(Ahead(marked(streamed.batch_at, prepared, layout, []), read), read, length)
+        batch_at = watched(streamed.batch_at, prepared.tokenizer, prepared.shapes.embedding_rows)
+        return Batches(Ahead(marked(batch_at, prepared, layout, []), read), read, length)
     assert prepared.data.train is not None
     rows = layout(TokenRows(prepared.data.train))
     loader = Loader(rows, train.global_batch_size, cut, seed, data.length_grouped)

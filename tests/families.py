@@ -62,10 +62,10 @@ OTHERS: dict[str, dict[str, Any]] = {
 AUTO: dict[str, Any] = {"t5": AutoModelForSeq2SeqLM, "bert": AutoModelForMaskedLM}
 
 
-def write_family(folder: Path, family: str) -> Path:
-    """Write a tiny model of ``family`` with random bf16 weights, and its tokenizer."""
+def write_family(folder: Path, family: str, **more: Any) -> Path:
+    """Write a tiny model of ``family`` with random bf16 weights, and its tokenizer; ``more`` replaces settings."""
     vocab = tiny.make_tokenizer(folder)
-    settings = {"vocab_size": vocab, "bos_token_id": 1, "eos_token_id": 2, **(FAMILIES | OTHERS)[family]}
+    settings = {"vocab_size": vocab, "bos_token_id": 1, "eos_token_id": 2, **(FAMILIES | OTHERS)[family], **more}
     config = AutoConfig.for_model(family, **settings)
     torch.manual_seed(0)
     model = AUTO.get(family, AutoModelForCausalLM).from_config(config, dtype=torch.bfloat16)

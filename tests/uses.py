@@ -48,7 +48,7 @@ def generation_differs(model: CausalModel, judge: nn.Module, ids: torch.Tensor) 
     prompts[1, :5], mask[1, :5] = 0, 0
     settings: dict[str, Any] = {
         "input_ids": prompts, "attention_mask": mask, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS,
-        "do_sample": False, "use_cache": True, "pad_token_id": 0,
+        "do_sample": False, "use_cache": True, "pad_token_id": 0, "synced_gpus": False,
     }  # fmt: skip
     try:
         wanted = judge.eval().generate(**settings)  # type: ignore[operator]

@@ -25,7 +25,9 @@ def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
     """
     weight = getattr(model.base.get_input_embeddings(), "weight", None)
     vocab = weight.shape[0] if isinstance(weight, torch.Tensor) else 256
-    ids = torch.randint(0, vocab, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to(ranks.device)
+    positions = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
+    length = min(LENGTH, positions) if isinstance(positions, int) and positions > 1 else LENGTH
+    ids = torch.randint(0, vocab, (1, length), generator=torch.Generator().manual_seed(0)).to(ranks.device)
     was_training = model.training
     model.eval()
     try:
@@ -47,6 +49,6 @@ def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
     gap = all_max(abs(ours - theirs) / max(abs(theirs), 1e-6), ranks)
     if not gap <= LIMITS.get(logits.dtype, LIMITS[torch.bfloat16]):
         raise ModelError(
-            f"model.check: on a row of {LENGTH} tokens training computes a loss of {ours:.4f}, the model's own logits "
+            f"model.check: on a row of {length} tokens training computes a loss of {ours:.4f}, the model's own logits "
             f"give {theirs:.4f}. Try debug=plain; model.check=off trains it all the same."
         )

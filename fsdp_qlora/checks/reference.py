@@ -23,6 +23,8 @@ from transformers.utils import logging
 from fsdp_qlora.plan.layout import LinearShape
 
 MATRIX_STD, NOISE = 0.08, 0.05
+_KEPT = 4
+"""More positions than any family keeps for something else than tokens."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,26 @@ def write_model(folder: Path, config: PreTrainedConfig, code: Path | None = None
     for file in code.glob("*.py") if code is not None else ():
         shutil.copy(file, folder / file.name)
     return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def unusable_positions(model: PreTrainedModel) -> int | None:
+    """Return how many of a model's positions no row can have, None where rows may be longer than that.
+
+    A table of learned positions ends; some families keep its first entries for padding (RoBERTa: two).
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < _KEPT or _runs(model, positions + 1):
+        return None
+    return next((unusable for unusable in range(_KEPT) if _runs(model, positions - unusable)), 0)
+
+
+def _runs(model: PreTrainedModel, length: int) -> bool:
+    try:
+        model(input_ids=torch.full((1, length), 4), use_cache=False)
+    except (IndexError, RuntimeError, ValueError):
+        return False
+    return True
 
 
 @contextmanager

@@ -75,7 +75,9 @@ def recall(folder: Path, key: str) -> Verdict | None:
     """Return the result that was kept under ``key``; None where there is none, or it cannot be read."""
     try:
         kept = json.loads((folder / f"{key}.json").read_text())
-        return Verdict(str(kept["attention"]), {str(k): str(v) for k, v in kept["fell"].items()})
+        unusable = kept["unusable_positions"]
+        fell = {str(k): str(v) for k, v in kept["fell"].items()}
+        return Verdict(str(kept["attention"]), fell, None if unusable is None else int(unusable))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

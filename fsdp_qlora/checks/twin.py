@@ -74,6 +74,8 @@ class Verdict:
     """The attention implementation that computes what upstream does."""
     fell: dict[str, str] = field(default_factory=dict)
     """Those tried before it, and how they differ."""
+    unusable_positions: int | None = None
+    """How many of the model's positions no row can have; None where rows may be longer than the model's positions."""
 
 
 def is_about_attention(error: FsdpQloraError) -> bool:
@@ -106,7 +108,7 @@ def check_twin(
     with tempfile.TemporaryDirectory(prefix="fsdp-qlora-twin-") as scratch:
         folder = Path(scratch)
         try:
-            _write(folder, model_config, config.data.max_length, code, ranks)
+            unusable = _write(folder, model_config, config.data.max_length, code, ranks)
         except _NoTwin as error:
             raise ModelError(
                 f"model.check: this model cannot be compared with its own upstream code, for it cannot be made small "
@@ -116,7 +118,7 @@ def check_twin(
             twin = _Twin(twin_settings(config, folder, attention, ranks.device), folder, ranks, build)
             problem = twin.problem()
             if problem is None:
-                return Verdict(attention, fell)
+                return Verdict(attention, fell, unusable)
             fell[attention] = problem
     raise ModelError(_message(config, model_config, fell))
 
@@ -134,15 +136,18 @@ def _message(config: RunConfig, model_config: PreTrainedConfig, fell: dict[str, 
     )
 
 
-def _write(folder: Path, model_config: PreTrainedConfig, max_length: int, code: Path | None, ranks: Ranks) -> None:
-    """Let rank 0 write the small model, and every rank have a copy of its files."""
-    problem, files = "", {}
+def _write(
+    folder: Path, model_config: PreTrainedConfig, max_length: int, code: Path | None, ranks: Ranks
+) -> int | None:  # fmt: skip
+    """Let rank 0 write the small model, and every rank have a copy of its files; return its `unusable_positions`."""
+    problem, files, unusable = "", {}, None
     if ranks.is_main:
         try:
-            files = _written(folder, cut_config(model_config, max_length), code)
+            files, unusable = _written(folder, cut_config(model_config, max_length), code)
         except Exception as error:  # upstream's constructors and forwards raise anything
             problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-    problem, sizes = gather_json([problem, {name: len(data) for name, data in files.items()}], ranks)[0]
+    sizes = {name: len(data) for name, data in files.items()}
+    problem, sizes, unusable = gather_json([problem, sizes, unusable], ranks)[0]
     if problem:
         raise _NoTwin(problem)
     received = from_main(b"".join(files.values()), ranks)
@@ -150,15 +155,17 @@ def _write(folder: Path, model_config: PreTrainedConfig, max_length: int, code: 
         if not ranks.is_main:
             (folder / name).write_bytes(received[:size])
         received = received[size:]
+    return unusable
 
 
-def _written(folder: Path, small: PreTrainedConfig, code: Path | None) -> dict[str, bytes]:
+def _written(folder: Path, small: PreTrainedConfig, code: Path | None) -> tuple[dict[str, bytes], int | None]:
     model = reference.write_model(folder, small, code)
     with torch.no_grad():
         logits = model(input_ids=torch.zeros(1, LENGTHS[0], dtype=torch.long), use_cache=False).logits
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("upstream's own code gives values that are not finite")
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+    files = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+    return files, reference.unusable_positions(model)
 
 
 class _Twin:

@@ -111,6 +111,10 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def largest_token(self) -> int:
+        """Return the largest token id of all rows; it reads them all."""
+        return max((int(ids.max()) for ids in self._column("input_ids")), default=0)
+
     def row(self, number: int) -> Piece:
         """Return a row."""
         item = self._data[number]

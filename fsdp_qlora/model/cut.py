@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 HIDDEN, HEADS, HEAD_DIM = 64, 4, 16
 VOCAB, EXPERTS, LAYERS, WINDOW, POSITIONS = 128, 8, 8, 16, 128
-"""Sizes of a cut model: `LAYERS` at most, the others where the model has more."""
+"""Sizes of a cut model: `LAYERS` at most, `POSITIONS` always, the others where the model has more."""
 
 _HIDDEN = r"(hidden_size|n_embd|d_model|emb_dim|embedding_dim)$"
 _LAYERS = r"(num_hidden_layers|n_layers?|num_layers|num_blocks|num_(de|en)coder_layers|(de|en)coder_layers)$"
@@ -140,11 +140,13 @@ def _cut_value(key: str, value: Any, before: Mapping[str, Any], hidden: int, lay
         return value
     for pattern, size in (
         (_HIDDEN, HIDDEN), (_VOCAB, VOCAB), (_HEADS, HEADS), (_HEAD_DIM, HEAD_DIM), (_ROPE_DIM, HEAD_DIM // 2),
-        (_EXPERTS, EXPERTS), (_TOP_K, 2), (_GROUPS, 2), (_WINDOW, WINDOW), (_POSITIONS, POSITIONS), (_STATE, 16),
+        (_EXPERTS, EXPERTS), (_TOP_K, 2), (_GROUPS, 2), (_WINDOW, WINDOW), (_STATE, 16),
         (_INNER_DIM, HEAD_DIM), (_INNER_HEADS, HEADS),
     ):  # fmt: skip
         if re.match(pattern, key):
             return min(value, size)
+    if re.match(_POSITIONS, key):
+        return POSITIONS  # also where there are fewer: the twin's rows must fit
     if re.match(_LAYERS, key):
         return kept if value == layers else min(value, kept)
     if re.match(_KV_HEADS, key):

@@ -102,6 +102,11 @@ class ModelShapes:
     """Parameters that upstream keeps in float32 in a 16-bit model: whole on every rank, for FSDP would round them."""
 
     @property
+    def embedding_rows(self) -> int:
+        """Token ids are below."""
+        return self.parameters[f"{self.embedding}.weight"][0]
+
+    @property
     def float32_bytes(self) -> int:
         """Bytes of the parameters that every rank holds whole in float32."""
         return 4 * sum(prod(self.parameters[name]) for name in self.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from fsdp_qlora.model.lora import QuantLoraLinear
 from fsdp_qlora.model.skeleton import decoder_layers
 from fsdp_qlora.quant.matrices import QuantMatrices
 from tests import upstream
+from tests.build import build
+from tests.families import write_family
 from tests.matrix import small_config
 
 
@@ -165,8 +168,6 @@ def try_twin(ranks: Ranks, model_type: str, fault: str | None, how: dict[str, An
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found_and_named(pool, fault):
-    import re
-
     _, model_type, how, named = FAULTS[fault]
     message = pool.run(1, try_twin, model_type, fault, how)[0]
     assert message.startswith("model.check:") and re.search(named, message), message
@@ -226,6 +227,22 @@ def test_a_result_is_remembered_by_what_it_depends_on(pool, tmp_path):
     first, again, in_all, attention, seconds = pool.run(1, remembered, str(folder), str(tmp_path / "cache"))[0]
     assert (first, again, in_all) == (1, 1, 3)
     assert attention == "blockwise" and seconds < 2.0
+
+
+def too_long(ranks: Ranks, folder: str, rows: str, max_length: int) -> str:
+    """Prepare a model with learned positions; return how it was refused."""
+    try:
+        build(ranks, folder, data={"train": rows, "max_length": max_length})
+    except FsdpQloraError as error:
+        return f"{error.exit_code} {error}"
+    return ""
+
+
+def test_rows_longer_than_learned_positions_end_before_the_first_step(pool, tmp_path, chat_rows):
+    folder = write_family(tmp_path / "model", "gpt2", n_positions=24)
+    said = "2 data.max_length: rows of [0-9]+ tokens, and this model has 24 positions.* Set data.max_length=24 or less"
+    assert all(re.match(said, x) for x in pool.run(2, too_long, str(folder), str(chat_rows), 512))
+    assert pool.run(1, too_long, str(folder), str(chat_rows), 24) == [""]
 
 
 REMOTE = """

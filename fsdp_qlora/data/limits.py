@@ -1,0 +1,80 @@
+"""Sizes of rows that meet sizes of the model: compared before training, where a step would end in an index error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fsdp_qlora.config.schema import DataSettings
+from fsdp_qlora.data.loader import Batch, TokenRows
+from fsdp_qlora.data.prepare import PreparedData
+from fsdp_qlora.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def require_rows_fit(
+    data: PreparedData, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, num_rows: int, positions: int | None
+) -> None:
+    """Compare the tokens of all rows with the model's embedding, and their lengths with its positions.
+
+    Args:
+        data: the tokenized rows.
+        settings: how they are laid out.
+        tokenizer: what made them.
+        num_rows: rows of the model's embedding.
+        positions: longest row that the model can take; None where any can be.
+
+    Raises:
+        DataError: naming both sizes, and what to do.
+    """
+    parts = [part for part in (data.train, data.eval) if part is not None]
+    if has_more_tokens(tokenizer, num_rows):
+        for part in parts:
+            require_known(TokenRows(part).largest_token(), tokenizer, num_rows)
+    if positions is None or settings.max_length <= positions:
+        return
+    filled = settings.packing or data.stream is not None
+    longest = settings.max_length if filled else max(int(TokenRows(part).lengths.max()) for part in parts)
+    if longest > positions:
+        raise DataError(
+            f"data.max_length: rows of {longest} tokens, and this model has {positions} positions, each a learned "
+            f"vector. Set data.max_length={positions} or less."
+        )
+
+
+def has_more_tokens(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> bool:
+    """Return whether a tokenizer may give ids that the embedding has no row for."""
+    return max(tokenizer.get_vocab().values(), default=0) >= num_rows
+
+
+def require_known(token: int, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
+    """Raise if ``token``, the largest id of some rows, has no row in the embedding.
+
+    Raises:
+        DataError: naming the token.
+    """
+    if token >= num_rows:
+        text = tokenizer.convert_ids_to_tokens(token)
+        raise DataError(
+            f"data: the rows hold token {token} ({text!r}), and the model's embedding has {num_rows} rows. Tokenizer "
+            "and model do not belong together: take the tokenizer that came with the model, or a model whose embedding "
+            "was resized."
+        )
+
+
+def watched(
+    batch_at: Callable[[int], Batch], tokenizer: PreTrainedTokenizerBase, num_rows: int
+) -> Callable[[int], Batch]:
+    """Return ``batch_at`` with the tokens of each batch compared: those of a stream are not known before."""
+    if not has_more_tokens(tokenizer, num_rows):
+        return batch_at
+
+    def compared(position: int) -> Batch:
+        batch = batch_at(position)
+        for micro_batch in batch.micro_batches:
+            require_known(int(micro_batch.input_ids.max()), tokenizer, num_rows)
+        return batch
+
+    return compared
