@@ -6,9 +6,15 @@ import json
 import shlex
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from fsdp_qlora.cli.launcher import ranks_to_start
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.model.linears import kept_linears
+from fsdp_qlora.model.rope import rope_choice
 from fsdp_qlora.model.skeleton import read_shapes
+from fsdp_qlora.plan.fates import alike
+from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.plan.report import report
@@ -32,12 +38,13 @@ def run(config: RunConfig) -> int:
     shapes = read_shapes(base)
     simulation = simulate(config, world_size) if config.plan.simulate else None
     found = report(counted, plan, shapes, None if simulation is None else simulation.peak_bytes)
+    found["model"] = _of_the_model(config, counted, base, shapes)
     if config.plan.json:
         if simulation is not None:
             found["simulation"] = simulation.to_dict()
         print(json.dumps(found, indent=2))
         return 0
-    rows = [*_bytes(found, config), *_fates(found), *_work(found, plan, config), *_time(found)]
+    rows = [*_bytes(found, config), *_fates(found), *_model(found), *_work(found, plan, config), *_time(found)]
     if simulation is not None:
         rows += simulation.rows(plan)
     print_table(f"plan for {config.model.name}", rows)
@@ -52,6 +59,38 @@ def run(config: RunConfig) -> int:
     if found["search"]:
         _print_search(found["search"], config)
     return 0
+
+
+def _of_the_model(
+    config: RunConfig, counted: RunConfig, base: PreTrainedModel, shapes: ModelShapes
+) -> dict[str, Any]:  # fmt: skip
+    """Return what the model's own code and names decided: attention, rotary factors, linears that are left alone."""
+    kept = kept_linears(base, shapes.layers)
+    by_reason = {why: alike(n for n, w in kept.items() if w == why) for why in dict.fromkeys(kept.values())}
+    return {
+        "attention": counted.model.attn_implementation,
+        "attention_asked_for": config.model.attn_implementation != "auto",
+        "rope": rope_choice(base.config, config.data.max_length),
+        "left_as_they_are": by_reason,
+        "without_adapter": alike(shapes.not_adapted),
+    }
+
+
+def _model(found: dict[str, Any]) -> Rows:
+    model = found["model"]
+    how = "as asked" if model["attention_asked_for"] else "auto"
+    rows = [("attention", f"{model['attention']} ({how}; confirmed at the start of training)")]
+    if model["rope"]:
+        rows.append(("rotary embedding", model["rope"]))
+    for why, names in model["left_as_they_are"].items():
+        rows.append(("left as they are", f"{_counted(names)}: {why}"))
+    if model["without_adapter"]:
+        rows.append(("without adapter", f"{_counted(model['without_adapter'])}: PEFT would not load it there"))
+    return rows
+
+
+def _counted(names: dict[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in names.items())
 
 
 def _bytes(found: dict[str, Any], config: RunConfig) -> Rows:
@@ -74,10 +113,7 @@ def _bytes(found: dict[str, Any], config: RunConfig) -> Rows:
 
 
 def _fates(found: dict[str, Any]) -> Rows:
-    return [
-        (f"{fate}: {sum(names.values())}", ", ".join(f"{name} ({count})" for name, count in names.items()) or "none")
-        for fate, names in found["fates"].items()
-    ]
+    return [(f"{fate}: {sum(names.values())}", _counted(names) or "none") for fate, names in found["fates"].items()]
 
 
 def _work(found: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:

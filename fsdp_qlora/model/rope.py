@@ -21,29 +21,40 @@ _SETTLED = "default"
 """The type of a module whose frequencies upstream never changes."""
 
 
-def settle_rope(model: PreTrainedModel, max_length: int) -> str | None:
-    """Choose the rotary frequencies of ``model`` once, in place; return what was chosen, None where nothing was.
+def rope_choice(model_config: Any, max_length: int) -> str | None:
+    """Return what `settle_rope` chooses for a model with this config, in words; None where there is no choice."""
+    rope = getattr(model_config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+    told = [_in_words(part, max_length) for part in kinds if part.get("rope_type") == "longrope"]
+    return told[0] if told else None
+
+
+def _in_words(rope: dict[str, Any], max_length: int) -> str:
+    original = int(rope["original_max_position_embeddings"])
+    factors = "long" if max_length > original else "short"
+    return f"{factors} factors for all rows (data.max_length {max_length}, trained length {original})"
+
+
+def settle_rope(model: PreTrainedModel, max_length: int) -> None:
+    """Choose the rotary frequencies of ``model`` once, in place.
 
     Raises:
         ModelError: with ``dynamic`` scaling, if rows may be longer than the model was made for.
     """
-    told: str | None = None
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         if isinstance(kinds, str):
-            told = _settle(module, kinds, None, max_length) or told
+            _settle(module, kinds, None, max_length)
         elif isinstance(kinds, dict):
             for layer_type, kind in list(kinds.items()):
-                told = _settle(module, kind, layer_type, max_length) or told
-    return told
+                _settle(module, kind, layer_type, max_length)
 
 
-def _settle(module: nn.Module, kind: str, layer_type: str | None, max_length: int) -> str | None:
+def _settle(module: nn.Module, kind: str, layer_type: str | None, max_length: int) -> None:
     if kind not in ("longrope", "dynamic"):
-        return None
+        return
     config: Any = module.config
     prefix = "" if layer_type is None else f"{layer_type}_"
-    told = None
     if kind == "dynamic":
         limit = int(getattr(module, "original_max_seq_len", config.max_position_embeddings))
         if max_length > limit:
@@ -53,16 +64,11 @@ def _settle(module: nn.Module, kind: str, layer_type: str | None, max_length: in
                 f"data.max_length={limit} or less, or another rope_type in model.config_overrides."
             )
     else:
-        rope = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
-        original = int(rope["original_max_position_embeddings"])
         more = {} if layer_type is None else {"layer_type": layer_type}
         frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=max_length, **more)
         for name in (f"{prefix}inv_freq", f"{prefix}original_inv_freq"):
             getattr(module, name).copy_(frequencies)
-        factors = "long" if max_length > original else "short"
-        told = f"{factors} rotary factors for all rows (data.max_length {max_length}, trained length {original})"
     if layer_type is None:
         module.rope_type = _SETTLED  # type: ignore[assignment]
     else:
         module.rope_type[layer_type] = _SETTLED  # type: ignore[index]
-    return told

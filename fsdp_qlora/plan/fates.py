@@ -14,13 +14,14 @@ def fates(plan: TrainPlan, shapes: ModelShapes) -> dict[str, dict[str, int]]:
     packed = {x.parameter for x in (*plan.quantized, *plan.quantized_edges)}
     adapters = (f"{name}.lora_{part}.weight" for name in plan.targets for part in "AB")
     return {
-        "quantized": _alike(name for name in shapes.parameters if name in packed),
-        "kept": _alike(name for name in shapes.parameters if name not in packed),
-        "trained": _alike(adapters),
+        "quantized": alike(name for name in shapes.parameters if name in packed),
+        "kept": alike(name for name in shapes.parameters if name not in packed),
+        "trained": alike(adapters),
     }
 
 
-def _alike(names: Iterable[str]) -> dict[str, int]:
+def alike(names: Iterable[str]) -> dict[str, int]:
+    """Return how many of ``names`` differ only by a layer's number, which is written ``*``."""
     found: dict[str, int] = {}
     for name in names:
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)

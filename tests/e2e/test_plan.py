@@ -39,6 +39,7 @@ def test_the_table_of_a_folder_with_config_json_alone(cli, tiny_model, tmp_path)
         "plan", f"model.name={tmp_path / 'bare'}", "plan.world_size=2", "plan.device=rtx3090", "plan.search=true"
     )
     assert result.returncode == 0, result.stderr
+    assert "sdpa (auto; confirmed at the start of training)" in result.stdout
     for words in (
         "planned peak per rank",
         "host memory per rank",
@@ -50,16 +51,26 @@ def test_the_table_of_a_folder_with_config_json_alone(cli, tiny_model, tmp_path)
     assert "The cheapest that fits: train.micro_batch_size=" in result.stdout
 
 
-def test_a_model_of_671b_is_planned_in_little_address_space(cli_env, tmp_path):
+KIMI_K2 = {
+    "n_routed_experts": 384, "num_attention_heads": 64, "num_key_value_heads": 64, "vocab_size": 163840,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+"""What Kimi-K2's config has otherwise than DeepSeek-V3's, whose code it runs."""
+
+
+@pytest.mark.parametrize(
+    ("more", "parameters"), [({}, 6.5e11), pytest.param(KIMI_K2, 1.0e12, marks=pytest.mark.full)], ids=["v3", "kimi-k2"]
+)
+def test_a_large_model_is_planned_in_little_address_space(cli_env, tmp_path, more, parameters):
     import subprocess
     import sys
 
     from transformers import CONFIG_MAPPING
 
-    CONFIG_MAPPING["deepseek_v3"](architectures=["DeepseekV3ForCausalLM"]).save_pretrained(tmp_path)
+    CONFIG_MAPPING["deepseek_v3"](architectures=["DeepseekV3ForCausalLM"], **more).save_pretrained(tmp_path)
     command = f"ulimit -v 8388608; exec {sys.executable} -m fsdp_qlora plan model.name={tmp_path} plan.world_size=8"
     result = subprocess.run(
         ["bash", "-c", f"{command} plan.json=true"], env=cli_env, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert json.loads(result.stdout)["base_parameters"] > 650e9
+    assert json.loads(result.stdout)["base_parameters"] > parameters

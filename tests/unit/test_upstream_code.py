@@ -19,7 +19,7 @@ from fsdp_qlora.model.conversions import arrangement
 from fsdp_qlora.model.inventory import take_stock
 from fsdp_qlora.model.linears import is_plain_linear, kept_linears
 from fsdp_qlora.model.peft_names import names_taken_for_experts
-from fsdp_qlora.model.rope import settle_rope
+from fsdp_qlora.model.rope import rope_choice, settle_rope
 from fsdp_qlora.model.skeleton import build_skeleton, decoder_layers, read_shapes
 from fsdp_qlora.model.weights import SafetensorsFolder
 from tests import upstream
@@ -200,7 +200,8 @@ def test_longrope_is_chosen_once_by_the_longest_row_of_the_run(tmp_path, max_len
     folder = _folder(tmp_path, "phi3", **_long(4096))
     theirs = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb
     ours = build_skeleton(folder, torch.float32, "eager")
-    assert word in settle_rope(ours, max_length)
+    settle_rope(ours, max_length)
+    assert word in str(rope_choice(ours.config, max_length))
     x = torch.zeros(1)
     long_batch = torch.arange(max_length)[None]
     wanted = theirs(x, long_batch)
@@ -215,4 +216,5 @@ def test_dynamic_rope_refuses_rows_beyond_the_models_length(tmp_path):
     base = build_skeleton(folder, torch.float32, "eager")
     with pytest.raises(ModelError, match=r"data\.max_length"):
         settle_rope(base, 129)
-    assert settle_rope(base, 128) is None
+    settle_rope(base, 128)
+    assert rope_choice(base.config, 128) is None
