@@ -37,7 +37,7 @@ UNCOMPARED = {("dense weights kept", "bf16 base"), ("dense weights kept", "int8"
 """What cannot be: nothing to dequantize, and compiled layers, which draw other numbers for dropout."""
 COMPILED_KINDS = ("nf4", "packed")
 """With what checkpointing is compiled; the other kinds are compiled without it."""
-QUICK = {("as auto decides", "nf4"), ("selective", "nf4"), ("compiled", "packed"), ("full", "fp4")}
+QUICK = {("as auto decides", "nf4"), ("selective", "nf4"), ("full", "fp4")}
 
 
 def _merged(*parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -67,6 +67,7 @@ def test_offload_changes_no_bit(pool, model, chat_rows, tmp_path, num_ranks, che
     _compare(pool, model, chat_rows, tmp_path, num_ranks, others, checkpointing=checkpointing)
 
 
+@pytest.mark.full
 def test_offload_with_hybrid_sharding_changes_no_bit(pool, model, chat_rows, tmp_path):
     other = [{"offload": "all", "prefetch": 2}]
     # Answers too: transformers synchronises them over all ranks there are, so here, where all four take part.
