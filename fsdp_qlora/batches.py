@@ -10,7 +10,7 @@ from fsdp_qlora.api import Prepared
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.ahead import Ahead
 from fsdp_qlora.data.forms import mark_rare, usual_forms
-from fsdp_qlora.data.limits import watched
+from fsdp_qlora.data.limits import tokens_known
 from fsdp_qlora.data.loader import Batch, Cut, Loader, MicroBatch, TokenRows
 from fsdp_qlora.data.stream import StreamLoader
 from fsdp_qlora.errors import DataError
@@ -49,11 +49,13 @@ def build_batches(prepared: Prepared, bad_rows: Path) -> Batches:
         try_isolation(prepared.model, layout, prepared.ranks)
     if prepared.data.stream is not None:
         note = _bad_row_list(bad_rows) if prepared.ranks.is_main else _ignore
-        streamed = StreamLoader(prepared.data.stream, train.global_batch_size, cut, layout, note)
+        known = tokens_known(prepared.tokenizer, prepared.shapes.embedding_rows)
+        streamed = StreamLoader(
+            prepared.data.stream, train.global_batch_size, cut, lambda rows: layout(known(rows)), note
+        )  # fmt: skip
         read = train.max_steps * train.global_batch_size
         length = Length(train.global_batch_size, train.max_steps)
-        batch_at = watched(streamed.batch_at, prepared.tokenizer, prepared.shapes.embedding_rows)
-        return Batches(Ahead(marked(batch_at, prepared, layout, []), read), read, length)
+        return Batches(Ahead(marked(streamed.batch_at, prepared, layout, []), read), read, length)
     assert prepared.data.train is not None
     rows = layout(TokenRows(prepared.data.train))
     loader = Loader(rows, train.global_batch_size, cut, seed, data.length_grouped)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fsdp_qlora.config.schema import DataSettings
-from fsdp_qlora.data.loader import Batch, TokenRows
+from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.errors import DataError
 
@@ -35,8 +35,8 @@ def require_rows_fit(
             require_known(TokenRows(part).largest_token(), tokenizer, num_rows)
     if positions is None or settings.max_length <= positions:
         return
-    filled = settings.packing or data.stream is not None
-    longest = settings.max_length if filled else max(int(TokenRows(part).lengths.max()) for part in parts)
+    lengths = [int(TokenRows(part).lengths.max()) for part in parts]
+    longest = settings.max_length if data.stream is not None else max(lengths)
     if longest > positions:
         raise DataError(
             f"data.max_length: rows of {longest} tokens, and this model has {positions} positions, each a learned "
@@ -64,17 +64,16 @@ def require_known(token: int, tokenizer: PreTrainedTokenizerBase, num_rows: int)
         )
 
 
-def watched(
-    batch_at: Callable[[int], Batch], tokenizer: PreTrainedTokenizerBase, num_rows: int
-) -> Callable[[int], Batch]:
-    """Return ``batch_at`` with the tokens of each batch compared: those of a stream are not known before."""
-    if not has_more_tokens(tokenizer, num_rows):
-        return batch_at
+def tokens_known(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> Callable[[TokenRows], TokenRows]:
+    """Return what passes on the rows of a global batch and compares their tokens: a stream's are not known before.
 
-    def compared(position: int) -> Batch:
-        batch = batch_at(position)
-        for micro_batch in batch.micro_batches:
-            require_known(int(micro_batch.input_ids.max()), tokenizer, num_rows)
-        return batch
+    Every rank tokenizes the whole batch of a stream, so all raise alike.
+    """
+    if not has_more_tokens(tokenizer, num_rows):
+        return lambda rows: rows
+
+    def compared(rows: TokenRows) -> TokenRows:
+        require_known(rows.largest_token(), tokenizer, num_rows)
+        return rows
 
     return compared

@@ -150,11 +150,13 @@ def pack(
 ) -> MicroBatch:
     """Return a micro-batch of sequences that are made of rows, ``width`` tokens wide or as wide as the longest.
 
-    Padding is a piece of its own at the end, so that it looks at no row. A row's first token has nothing before it that
+    Padding is pieces of its own at the end, so that it looks at no row, none longer than the longest row: a model's
+    positions may end there. A row's first token has nothing before it that
     may predict it, and is not learned.
     """
     sequences = [list(pieces) for pieces in sequences]
     width = max(2, width, *(sum(len(ids) for ids, _ in pieces) for pieces in sequences))
+    longest = max(1, *(len(ids) for pieces in sequences for ids, _ in pieces))
     input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
     labels = torch.full((len(sequences), width), IGNORE, dtype=torch.int64)
     position_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
@@ -166,5 +168,5 @@ def pack(
             labels[line, start + 1 : stop] = torch.where(learned, ids, IGNORE)[1:]
             position_ids[line, start:stop] = torch.arange(len(ids))
             start = stop
-        position_ids[line, start:] = torch.arange(width - start)
+        position_ids[line, start:] = torch.arange(width - start) % longest
     return MicroBatch(number, input_ids, labels, rows=rows, position_ids=position_ids)

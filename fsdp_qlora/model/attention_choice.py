@@ -34,7 +34,7 @@ def attention_candidates(device: torch.device, asked: str, model_config: Any, dt
     text, kind = model_config.get_text_config(), _model_class(model_config)
     if asked != "auto":
         if (why := why_not(asked, device, dtype, text)) is not None:
-            raise ModelError(f"model.attn_implementation: {why}; choose sdpa or eager, or precision=bf16.")
+            raise ModelError(f"model.attn_implementation: {why}.")
         return (asked,)
     if kind is None:  # an encoder, an encoder-decoder, or code of the folder's own
         return (EAGER,) if device.type == "cpu" else ("sdpa", EAGER)

@@ -70,10 +70,11 @@ def require_isolation(
     dtype = model.base.dtype
     if leak > _FORWARD_LIMIT[dtype] or drift > _BACKWARD_LIMIT[dtype]:
         what = "packed rows" if max(pattern) > 1 else "rows"
+        way_out = f"Set {key}=false, or try another" if key.startswith("data.") else "Try another"
         raise ModelError(
             f"{key}: with attn_implementation={attention} the {what} of this model see each other (losses move by "
             f"{leak:.1e} of their spread, gradients by {drift:.1e} of their norm, tried on {len(pattern)} sequences of "
-            f"{max(pattern)} rows). Set data.packing=false, or try another model.attn_implementation (eager, sdpa)."
+            f"{max(pattern)} rows). {way_out} model.attn_implementation (eager, sdpa)."
         )
 
 

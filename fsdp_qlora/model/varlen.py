@@ -87,7 +87,7 @@ def _on_accelerator(
 
     if softcap is not None:
         raise ModelError(
-            "model.attn_implementation: varlen has no soft cap on a GPU, which this model needs; use sdpa."
+            "model.attn_implementation: varlen has no soft cap on a GPU, which this model needs; use eager."
         )
     seen = (-1, 0) if window is None else (window - 1, 0)
     out = varlen_attn(

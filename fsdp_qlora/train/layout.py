@@ -82,7 +82,9 @@ class Layout:
         """Return the lengths at which attention changes its way, ascending."""
         window = getattr(text_config, "sliding_window", None)
         points = {window} if window and self.attention != VARLEN else set()
-        return sorted(points | ({KEPT_SCORES_LENGTH} if self.attention == BLOCKWISE else set()))
+        points |= {KEPT_SCORES_LENGTH} if self.attention == BLOCKWISE else set()
+        widest = self.data.max_length * (self.num_sequences if self.varlen or self.data.padding_free else 1)
+        return sorted(point for point in points if point < widest)
 
     def expected_forms(self, num_turning_points: int, limit: int) -> frozenset[Form]:
         """Return the forms to compile where no batch is known: long ones first."""
@@ -112,7 +114,8 @@ def try_isolation(model: CausalModel, layout: Layout, ranks: Ranks) -> None:
         return token_losses(model, padded, ranks.device)
 
     vocab_size = model.base.config.get_text_config().vocab_size
-    key = "data.packing" if layout.data.packing else "data.padding_free" if layout.data.padding_free else "model"
+    shares = "data.padding_free" if layout.data.padding_free else "model.attn_implementation"
+    key = "data.packing" if layout.data.packing else shares
     require_isolation(model, together, alone, pattern, ranks, vocab_size, layout.attention, key)
 
 

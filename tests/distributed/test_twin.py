@@ -14,6 +14,7 @@ from torch import nn
 
 from fsdp_qlora import building
 from fsdp_qlora.building import check_model, load_model, open_model
+from fsdp_qlora.checks import reference
 from fsdp_qlora.checks.twin import check_twin
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
@@ -227,6 +228,24 @@ def test_a_result_is_remembered_by_what_it_depends_on(pool, tmp_path):
     first, again, in_all, attention, seconds = pool.run(1, remembered, str(folder), str(tmp_path / "cache"))[0]
     assert (first, again, in_all) == (1, 1, 3)
     assert attention == "blockwise" and seconds < 2.0
+
+
+def peft_that_fails(ranks: Ranks) -> str:
+    """Check with a PEFT that raises on the exported adapter; return the message, on every rank."""
+
+    def fail(*_: Any) -> dict[str, torch.Tensor]:
+        raise RuntimeError("size mismatch")
+
+    original, reference.read_adapter = reference.read_adapter, fail
+    try:
+        return try_twin(ranks, "llama", None, {})
+    finally:
+        reference.read_adapter = original
+
+
+def test_an_error_of_peft_on_the_first_rank_ends_all(pool):
+    said = "plain PEFT would not load the exported adapter (RuntimeError"
+    assert all(said in message for message in pool.run(2, peft_that_fails))
 
 
 def too_long(ranks: Ranks, folder: str, rows: str, max_length: int) -> str:

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from fsdp_qlora.checks.reference import unusable_positions, write_model
 from fsdp_qlora.config.schema import DataSettings
-from fsdp_qlora.data.limits import require_rows_fit, watched
-from fsdp_qlora.data.loader import Cut, TokenRows, build_batch
+from fsdp_qlora.data.limits import require_rows_fit, tokens_known
+from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.tokens import Counts
 from fsdp_qlora.errors import DataError
@@ -43,19 +43,19 @@ def test_tokens_beyond_the_embedding_are_named(tokenizer):
 def test_tokens_of_a_stream_are_compared_as_they_come(tokenizer):
     size = len(tokenizer)
     rows = TokenRows(_data([1, 2], [3, size - 1]).train)
-    batch = build_batch(rows, [0, 1], Cut(2, 0, 1))
-    assert watched(lambda _: batch, tokenizer, size)(0) is batch
+    assert tokens_known(tokenizer, size)(rows) is rows
     with pytest.raises(DataError, match="do not belong together"):
-        watched(lambda _: batch, tokenizer, size - 1)(0)
+        tokens_known(tokenizer, size - 1)(rows)
 
 
 def test_rows_longer_than_the_positions_are_refused_where_there_are_any(tokenizer):
     size, rows = len(tokenizer), _data([1] * 9, [2])
     require_rows_fit(rows, DataSettings(max_length=2048), tokenizer, size, None)
     require_rows_fit(rows, DataSettings(max_length=2048), tokenizer, size, 9)
-    for settings, positions in ((DataSettings(max_length=10), 8), (DataSettings(max_length=2048, packing=True), 9)):
-        with pytest.raises(DataError, match=rf"Set data.max_length={positions} or less"):
-            require_rows_fit(rows, settings, tokenizer, size, positions)
+    require_rows_fit(rows, DataSettings(max_length=2048, packing=True), tokenizer, size, 9)  # positions restart
+    for settings in (DataSettings(max_length=10), DataSettings(max_length=2048, packing=True)):
+        with pytest.raises(DataError, match=r"Set data\.max_length=8 or less"):
+            require_rows_fit(rows, settings, tokenizer, size, 8)
 
 
 @pytest.mark.parametrize(
