@@ -38,6 +38,7 @@ def test_leftovers_of_torchrun_do_not_make_a_run_wait(cli, tiny_run, tmp_path):
     assert json.loads((tmp_path / "outputs/tiny/exit.json").read_text())["code"] == 0
 
 
+@pytest.mark.full
 def test_a_signal_ends_the_wait_for_ranks_that_never_come(cli_env, tiny_run, tmp_path):
     whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -63,7 +64,7 @@ def convert(row):
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_row_function_beside_a_file_named_as_a_package(cli, tiny_run, tmp_path, ranks):
     """README's example, in a folder whose `datasets.py` must hide nothing."""
     (tmp_path / "my_rows.py").write_text(_ROWS)
@@ -122,6 +123,7 @@ def test_a_run_does_not_die_of_what_it_prints(cli_env, tiny_run, tmp_path, close
         assert words[:2] == ["fsdp-qlora", "generate"] and words[-1] == "prompt=[INST] hi [/INST]"
 
 
+@pytest.mark.full
 def test_a_run_without_a_home_folder(cli, tiny_run, tmp_path):
     homeless = {"HOME": "/dev/null", "USER": "", "LOGNAME": ""}
     result = cli("train", *tiny_run, "launcher.nproc_per_node=2", "train.max_steps=2", **homeless)

@@ -124,6 +124,7 @@ def test_library_run(num_ranks: int, tiny_model: Path, chat_rows: Path, cli_env:
 
 
 @pytest.mark.launch
+@pytest.mark.full
 def test_the_steps_benchmark_runs_at_a_small_size(cli_env, real_model, tmp_path):
     """As it would on a GPU; TRL is not there in `make test`."""
     command = [sys.executable, "-m", "benchmarks.step", "large", "--small", "--rounds", "1", "--out", str(tmp_path)]
