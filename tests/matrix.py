@@ -93,22 +93,18 @@ def outcome(ranks: Ranks, model_type: str, more: dict[str, Any], packed: bool, i
     try:
         config = small_config(model_type, **more)
     except Exception as error:
-        return {"kind": "not small", "why": _first_line(error)}
+        return {"kind": "not small", "why": uses.first_line(error)}
     with tempfile.TemporaryDirectory() as scratch:
         try:
             folder = upstream.write_everywhere(ranks, Path(scratch), config)
         except Exception as error:
-            return {"kind": "not small", "why": _first_line(error)}
+            return {"kind": "not small", "why": uses.first_line(error)}
         try:
             return _compared(ranks, folder, packed, in_use)
         except FsdpQloraError as error:
             return {"kind": "refused", "why": str(error).replace(scratch, "FOLDER"), "code": error.exit_code}
         except Exception as error:
-            return {"kind": "TRACEBACK", "why": f"{_first_line(error)} {traceback.format_exc()[-1200:]}"}
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+            return {"kind": "TRACEBACK", "why": f"{uses.first_line(error)} {traceback.format_exc()[-1200:]}"}
 
 
 def _settings(folder: Path, packed: bool) -> RunConfig:
@@ -145,9 +141,7 @@ def _compared(ranks: Ranks, folder: Path, packed: bool, in_use: bool) -> dict[st
     model.train(trains)
     loss = model(ids, labels, positions).sum()
     loss.backward()
-    judge = upstream.load(folder, torch.float32)
-    turned = [x.parameter for x in opened.plan.quantized if x.transposed]
-    upstream.round_to_nf4(judge, [x.parameter for x in opened.plan.quantized], turned)
+    judge = uses.rounded(folder, torch.float32, opened.plan.quantized)
     judge = upstream.adapt(judge, list(opened.plan.targets), values, 4, 8)
     judge.train(trains)
     pieces = [ids[:, :CUT_AT], ids[:, CUT_AT:]] if packed else [ids]

@@ -36,10 +36,14 @@ def problems(tries: dict[str, Callable[[], str | list[str]]]) -> list[str]:
         try:
             problem = run()
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            problem = f"{type(error).__name__}: {lines[0][:200]}"
+            problem = first_line(error)
         found += [f"{name}: {line}" for line in ([problem] if isinstance(problem, str) else problem) if line]
     return found
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
 
 
 def generation_differs(model: CausalModel, judge: nn.Module, ids: torch.Tensor) -> str:

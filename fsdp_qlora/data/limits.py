@@ -29,15 +29,16 @@ def require_rows_fit(
     Raises:
         DataError: naming both sizes, and what to do.
     """
-    parts = [part for part in (data.train, data.eval) if part is not None]
-    if has_more_tokens(tokenizer, num_rows):
-        for part in parts:
-            require_known(TokenRows(part).largest_token(), tokenizer, num_rows)
-    if positions is None or settings.max_length <= positions:
+    more_tokens = has_more_tokens(tokenizer, num_rows)
+    ends = positions is not None and settings.max_length > positions
+    if not more_tokens and not ends:  # as nearly always: nothing is read
         return
-    lengths = [int(TokenRows(part).lengths.max()) for part in parts]
-    longest = settings.max_length if data.stream is not None else max(lengths)
-    if longest > positions:
+    parts = [TokenRows(part) for part in (data.train, data.eval) if part is not None]
+    if more_tokens:
+        for rows in parts:
+            require_known(rows.largest_token(), tokenizer, num_rows)
+    longest = settings.max_length if data.stream is not None else max(int(rows.lengths.max()) for rows in parts)
+    if positions is not None and longest > positions:
         raise DataError(
             f"data.max_length: rows of {longest} tokens, and this model has {positions} positions, each a learned "
             f"vector. Set data.max_length={positions} or less."

@@ -11,7 +11,7 @@ It is an op with a fake implementation, known to transformers by name through it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,19 @@ def only_causal_masks() -> Iterator[None]:
         _simulated["only causal"] = False
 
 
+def refuse_unknown(attention: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse what a model asks of an attention function of ours that does not know it.
+
+    Raises:
+        ModelError: naming the argument.
+    """
+    for name, asked in arguments.items():
+        if asked is not None and asked is not False and name not in _HARMLESS:
+            raise ModelError(
+                f"model.attn_implementation: {attention} has no {name}, which this model needs; use eager."
+            )
+
+
 def blockwise_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
@@ -72,9 +85,7 @@ def blockwise_forward(
     Returns:
         ``[rows, queries, heads, value size]``, and no scores.
     """
-    for name, asked in kwargs.items():
-        if asked is not None and asked is not False and name not in _HARMLESS:
-            raise ModelError(f"model.attn_implementation: blockwise has no {name}, which this model needs; use eager.")
+    refuse_unknown(BLOCKWISE, kwargs)
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         raise ModelError("model.attn_implementation: blockwise takes no scores in masks; use eager.")
     if dropout:

@@ -17,9 +17,12 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.attention import BLOCKWISE
-from fsdp_qlora.model.flatten import why_not
+from fsdp_qlora.model.flatten import reads_boundaries
+from fsdp_qlora.model.varlen import VARLEN
 
 EAGER = "eager"
+_CAPS, _DROPOUTS = ("attn_logit_softcapping", "attention_logit_cap"), ("attention_dropout", "attn_pdrop")
+"""Keys of configs under which scores are capped, and dropped."""
 
 
 def attention_candidates(device: torch.device, asked: str, model_config: Any, dtype: torch.dtype) -> tuple[str, ...]:
@@ -38,11 +41,9 @@ def attention_candidates(device: torch.device, asked: str, model_config: Any, dt
         return (asked,)
     if kind is None:  # an encoder, an encoder-decoder, or code of the folder's own
         return (EAGER,) if device.type == "cpu" else ("sdpa", EAGER)
-    capped = any(getattr(text, key, None) for key in ("attn_logit_softcapping", "attention_logit_cap"))
-    dropping = any(getattr(text, key, None) for key in ("attention_dropout", "attn_pdrop"))
-    found = []
+    capped, found = _has(text, _CAPS), []
     if device.type == "cpu":
-        if kind._supports_attention_backend and not capped and not dropping:
+        if kind._supports_attention_backend and not capped and not _has(text, _DROPOUTS):
             found.append(BLOCKWISE)
     else:
         if kind._supports_flash_attn and is_flash_attn_2_available() and dtype.itemsize == 2 and not capped:
@@ -50,6 +51,33 @@ def attention_candidates(device: torch.device, asked: str, model_config: Any, dt
         if kind._supports_sdpa and not capped:
             found.append("sdpa")
     return (*found, EAGER)
+
+
+def why_not(attention: str, device: torch.device, dtype: torch.dtype, text_config: Any) -> str | None:
+    """Return why an attention that `reads_boundaries` cannot be had, and what to do; None where nothing speaks against.
+
+    What only a forward shows is not seen.
+    """
+    if not reads_boundaries(attention):
+        return None
+    on_cpu = attention == VARLEN and device.type == "cpu"
+    if dtype not in (torch.bfloat16, torch.float16) and not on_cpu:
+        return f"{attention} computes in 16 bits only; choose sdpa or eager, or precision=bf16"
+    return _lacking_in_varlen(text_config, on_cpu) if attention == VARLEN else None
+
+
+def _lacking_in_varlen(text_config: Any, on_cpu: bool) -> str | None:
+    if "chunked_attention" in (getattr(text_config, "layer_types", None) or ()):
+        return "varlen has no chunked_attention, which this model needs; choose sdpa or eager"
+    if _has(text_config, _DROPOUTS):
+        return "varlen has no attention dropout, which this model needs; choose sdpa or eager"
+    if _has(text_config, _CAPS) and not on_cpu:
+        return "varlen has no soft cap on a GPU, which this model needs; choose eager"
+    return None
+
+
+def _has(text_config: Any, keys: tuple[str, ...]) -> bool:
+    return any(getattr(text_config, key, None) for key in keys)
 
 
 def code_files(model_config: Any, folder: Path, trust_remote_code: bool) -> list[Path]:

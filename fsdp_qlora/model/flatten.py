@@ -36,23 +36,3 @@ def decoder_inputs(
         inputs |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
         inputs |= {"max_length_q": longest, "max_length_k": longest}
     return inputs
-
-
-def why_not(attention: str, device: torch.device, dtype: torch.dtype, text_config: Any) -> str | None:
-    """Return why an attention that `reads_boundaries` cannot be had, and what to do; None where nothing speaks against.
-
-    What only a forward shows is not seen.
-    """
-    if not reads_boundaries(attention):
-        return None
-    on_cpu = attention == VARLEN and device.type == "cpu"
-    if dtype not in (torch.bfloat16, torch.float16) and not on_cpu:
-        return f"{attention} computes in 16 bits only; choose sdpa or eager, or precision=bf16"
-    if attention != VARLEN:
-        return None
-    if "chunked_attention" in (getattr(text_config, "layer_types", None) or ()):
-        return "varlen has no chunked_attention, which this model needs; choose sdpa or eager"
-    if any(getattr(text_config, key, None) for key in ("attention_dropout", "attn_pdrop")):
-        return "varlen has no attention dropout, which this model needs; choose sdpa or eager"
-    capped = any(getattr(text_config, key, None) for key in ("attn_logit_softcapping", "attention_logit_cap"))
-    return "varlen has no soft cap on a GPU, which this model needs; choose eager" if capped and not on_cpu else None

@@ -21,7 +21,9 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.model.attention import refuse_unknown
 from fsdp_qlora.plan.activations import QUERY_BLOCK
+from fsdp_qlora.quant.gemm import matmul
 from fsdp_qlora.quant.ops import register
 
 VARLEN = "varlen"
@@ -31,7 +33,7 @@ VARLEN = "varlen"
 def varlen_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
-    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, **kwargs: Any,
+    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, is_causal: bool | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attend, as transformers' attention functions do.
 
@@ -47,16 +49,14 @@ def varlen_forward(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         cu_seq_lens_q: int32 ``[sequences + 1]``, boundaries in the only row.
         max_length_q: no sequence is longer.
-        kwargs: what other models ask for; sinks are refused.
+        is_causal: whether later tokens are hidden; None = the module's ``is_causal``. Must be so.
+        kwargs: what other models ask for; sinks and biases are refused.
 
     Returns:
         ``[rows, queries, heads, value size]``, and no scores.
     """
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ModelError(f"model.attn_implementation: varlen has no {name}, which this model needs; use eager.")
-    causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal):
+    refuse_unknown(VARLEN, kwargs)
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ModelError("model.attn_implementation: varlen is causal, and this model sees later tokens; use eager.")
     if dropout:
         raise ModelError("model.attn_implementation: varlen has no attention dropout; use eager.")
@@ -154,7 +154,7 @@ class _Heads:
 
     def probabilities(self, start: int, stop: int, first: int) -> tuple[Tensor, Tensor | None]:
         """Return the softmax of a block's scores, ``[key heads, group x block, keys]``, and the cap's slope."""
-        scores = self.block(self.query, start, stop) @ self.key[:, first:stop].transpose(1, 2)
+        scores = matmul(self.block(self.query, start, stop), self.key[:, first:stop].transpose(1, 2))
         slope = None
         if self.softcap:
             capped = torch.tanh(scores / self.softcap)
@@ -185,7 +185,7 @@ def _forward(
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     laid = heads.by_head(out)
     for start, stop, first in _blocks(ends, window):
-        found = heads.probabilities(start, stop, first)[0] @ heads.value[:, first:stop]
+        found = matmul(heads.probabilities(start, stop, first)[0], heads.value[:, first:stop])
         laid[:, :, start:stop] = found.unflatten(1, (heads.group, stop - start))
     return out
 
@@ -205,12 +205,14 @@ def _backward(
     for start, stop, first in _blocks(ends, window):
         part = heads.block(grads, start, stop)
         scores, cap = heads.probabilities(start, stop, first)
-        grad_value[:, first:stop] += scores.transpose(1, 2) @ part
-        slope = (part @ heads.value[:, first:stop].transpose(1, 2) - heads.block(dots, start, stop)) * scores
+        grad_value[:, first:stop] += matmul(scores.transpose(1, 2), part)
+        slope = matmul(part, heads.value[:, first:stop].transpose(1, 2))
+        slope = (slope - heads.block(dots, start, stop)) * scores
         if cap is not None:
             slope = slope * cap
-        grad_query[:, :, start:stop] = (slope @ heads.key[:, first:stop]).unflatten(1, (heads.group, stop - start))
-        grad_key[:, first:stop] += slope.transpose(1, 2) @ heads.block(heads.query, start, stop)
+        own = matmul(slope, heads.key[:, first:stop])
+        grad_query[:, :, start:stop] = own.unflatten(1, (heads.group, stop - start))
+        grad_key[:, first:stop] += matmul(slope.transpose(1, 2), heads.block(heads.query, start, stop))
     return (
         (grad_query * scale).permute(2, 0, 1, 3).flatten(1, 2).contiguous(),
         grad_key.to(key.dtype).transpose(0, 1).contiguous(),

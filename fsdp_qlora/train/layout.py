@@ -55,6 +55,11 @@ class Layout:
         return reads_boundaries(self.attention)
 
     @property
+    def flat(self) -> bool:
+        """Whether a micro-batch is one row."""
+        return self.varlen or self.data.padding_free
+
+    @property
     def shared_rows(self) -> list[int] | None:
         """How many rows each sequence of a micro-batch has, for the probe; None where no two share one."""
         if self.data.packing:
@@ -66,14 +71,11 @@ class Layout:
     def __call__(self, rows: TokenRows) -> Rows:
         """Lay out rows."""
         laid: Rows = _packed(rows, self.data.max_length, self.step, self.is_main) if self.data.packing else rows
-        return self._flat(laid) if self.varlen or self.data.padding_free else laid
-
-    def _flat(self, rows: Rows) -> FlatRows:
-        return FlatRows(rows, self.data.max_length, self.step, self.varlen)
+        return FlatRows(laid, self.data.max_length, self.step, self.varlen) if self.flat else laid
 
     def micro_batch(self, sequences: list[list[Piece]]) -> MicroBatch:
         """Lay out given sequences of rows as those of the data are."""
-        if self.varlen or self.data.padding_free:
+        if self.flat:
             return flat_batch(sequences, self.data.max_length, self.step, self.varlen)
         laid = pack(sequences)
         return laid if self.data.packing else replace(laid, position_ids=None)
@@ -83,15 +85,14 @@ class Layout:
         window = getattr(text_config, "sliding_window", None)
         points = {window} if window and self.attention != VARLEN else set()
         points |= {KEPT_SCORES_LENGTH} if self.attention == BLOCKWISE else set()
-        widest = self.data.max_length * (self.num_sequences if self.varlen or self.data.padding_free else 1)
+        widest = self.data.max_length * (self.num_sequences if self.flat else 1)
         return sorted(point for point in points if point < widest)
 
     def expected_forms(self, num_turning_points: int, limit: int) -> frozenset[Form]:
         """Return the forms to compile where no batch is known: long ones first."""
-        flat = self.varlen or self.data.padding_free
-        restarts = not self.varlen and flat
+        restarts = self.flat and not self.varlen
         bands = [0] if restarts else range(num_turning_points, -1, -1)
-        return frozenset([Form(flat or self.num_sequences == 1, restarts, band) for band in bands][:limit])
+        return frozenset([Form(self.flat or self.num_sequences == 1, restarts, band) for band in bands][:limit])
 
 
 def try_isolation(model: CausalModel, layout: Layout, ranks: Ranks) -> None:

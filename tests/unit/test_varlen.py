@@ -11,7 +11,8 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from fsdp_qlora.data.loader import MicroBatch
 from fsdp_qlora.data.pack import flat_batch, pack
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.model.flatten import decoder_inputs, reads_boundaries, why_not
+from fsdp_qlora.model.attention_choice import why_not
+from fsdp_qlora.model.flatten import decoder_inputs, reads_boundaries
 from fsdp_qlora.model.varlen import ops, varlen_forward
 from fsdp_qlora.plan.batch import IGNORE
 
