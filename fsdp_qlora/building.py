@@ -106,7 +106,7 @@ def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
     code = code_files(model_config, folder, model.trust_remote_code)
     key = twin_key(config, model_config, code, candidates, ranks.device, ranks.size)
     kept = cache_folder() / "checks"
-    known = recall(kept, key) if model.check == "auto" else None
+    known = recall(kept, key, model_config) if model.check == "auto" else None
     if not any_rank(known is None, ranks) and known is not None:
         return known
 

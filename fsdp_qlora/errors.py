@@ -56,6 +56,16 @@ class SecurityError(FsdpQloraError):
     exit_code = 77
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def typed_line(error: BaseException) -> str:
+    """Return an error of somebody else's code in one line: its type and the first line of its text."""
+    return f"{type(error).__name__}: {first_line(error)}"[:300]
+
+
 def raise_alike(verdict: dict[str, Any]) -> None:
     """Raise on this rank what rank 0 met: ``verdict`` has ``code`` and ``message`` if it failed."""
     if "code" in verdict:

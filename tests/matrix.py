@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fsdp_qlora.building import check_model, load_model, open_model
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.errors import FsdpQloraError
-from fsdp_qlora.model.cut import cut_config
+from fsdp_qlora.errors import FsdpQloraError, typed_line
+from fsdp_qlora.model.cut import cut_config, shallow_config
 from fsdp_qlora.model.lora import trainable_parameters
 from fsdp_qlora.plan.rows import row_range
 from fsdp_qlora.planning import replace_attention
@@ -52,6 +52,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "olmo": {"clip_qkv": 0.5},
 }  # fmt: skip
 """What a family's default config lacks for a causal model that runs, or a switch that is worth having on."""
+REAL_LAYERS = ("blt",)
+"""Families whose widths cannot be made small one by one: their real layers are compared."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -80,8 +82,9 @@ def sample(count: int, seed: str) -> list[str]:
 
 
 def small_config(model_type: str, **more: Any) -> PreTrainedConfig:
-    """Return a config of the family that is small enough to train in an instant."""
-    return cut_config(CONFIG_MAPPING[model_type](**{**SETTINGS.get(model_type, {}), **more}), LENGTH)
+    """Return a config of the family that is small enough to train in an instant, or in a minute."""
+    config = CONFIG_MAPPING[model_type](**{**SETTINGS.get(model_type, {}), **more})
+    return shallow_config(config) if model_type in REAL_LAYERS else cut_config(config, LENGTH)
 
 
 def outcome(ranks: Ranks, model_type: str, more: dict[str, Any], packed: bool, in_use: bool = False) -> dict[str, Any]:
@@ -90,21 +93,18 @@ def outcome(ranks: Ranks, model_type: str, more: dict[str, Any], packed: bool, i
     ``kind`` is ``equal``, ``WRONG``, ``refused``, ``not small`` or ``TRACEBACK``. ``in_use`` an equal family also
     generates, is exported, trained in bf16 and planned; ``also`` lists what is not as upstream has it.
     """
-    try:
-        config = small_config(model_type, **more)
-    except Exception as error:
-        return {"kind": "not small", "why": uses.first_line(error)}
     with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         try:
-            folder = upstream.write_everywhere(ranks, Path(scratch), config)
+            upstream.write_everywhere(ranks, folder, small_config(model_type, **more))
         except Exception as error:
-            return {"kind": "not small", "why": uses.first_line(error)}
+            return {"kind": "not small", "why": typed_line(error)}
         try:
             return _compared(ranks, folder, packed, in_use)
         except FsdpQloraError as error:
             return {"kind": "refused", "why": str(error).replace(scratch, "FOLDER"), "code": error.exit_code}
         except Exception as error:
-            return {"kind": "TRACEBACK", "why": f"{uses.first_line(error)} {traceback.format_exc()[-1200:]}"}
+            return {"kind": "TRACEBACK", "why": f"{typed_line(error)} {traceback.format_exc()[-1200:]}"}
 
 
 def _settings(folder: Path, packed: bool) -> RunConfig:

@@ -51,10 +51,10 @@ def write_everywhere(ranks: Ranks, folder: Path, config: PreTrainedConfig) -> Pa
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """Give matrices values of 0.08 and all else noise around what the constructor made."""
+    """Give matrices values of 0.08 (less in wide ones) and all else noise around what the constructor made."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.08)
+            nn.init.normal_(parameter, std=0.08 * min(1.0, (256 / parameter.shape[-1]) ** 0.5))
         elif parameter.is_floating_point():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     saved = model.state_dict().keys()

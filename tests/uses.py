@@ -17,7 +17,7 @@ from fsdp_qlora.building import OpenedModel, load_model, open_model
 from fsdp_qlora.checks.agree import require_losses_agree
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.errors import ModelError
+from fsdp_qlora.errors import ModelError, typed_line
 from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
 from fsdp_qlora.model.causal import CausalModel
 from fsdp_qlora.model.lora import lora_config
@@ -36,14 +36,9 @@ def problems(tries: dict[str, Callable[[], str | list[str]]]) -> list[str]:
         try:
             problem = run()
         except Exception as error:
-            problem = first_line(error)
+            problem = typed_line(error)
         found += [f"{name}: {line}" for line in ([problem] if isinstance(problem, str) else problem) if line]
     return found
-
-
-def first_line(error: Exception) -> str:
-    """Return an error's kind and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
 
 
 def generation_differs(model: CausalModel, judge: nn.Module, ids: torch.Tensor) -> str:

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import all_max
-from fsdp_qlora.errors import ModelError
+from fsdp_qlora.errors import ModelError, first_line
 from fsdp_qlora.model.causal import CausalModel
 
 LENGTH = 48
@@ -36,10 +36,9 @@ def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:  # upstream's code has bugs that a dtype brings out (xLSTM)
-        lines = str(error).strip().splitlines() or [""]
         raise ModelError(
-            f"model.check: this model's own code does not run in {model.base.dtype} ({lines[0][:200]}). Try another "
-            "precision."
+            f"model.check: this model's own code does not run in {model.base.dtype} ({first_line(error)[:200]}). "
+            "Try another precision."
         ) from error
     finally:
         model.train(was_training)

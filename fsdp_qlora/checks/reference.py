@@ -5,6 +5,7 @@ Nothing here is ours but the order of the calls: what is compared with it must n
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from transformers.utils import logging
 
 from fsdp_qlora.plan.layout import LinearShape
 
-MATRIX_STD, NOISE = 0.08, 0.05
+MATRIX_STD, NOISE, WIDE = 0.08, 0.05, 256
 _KEPT = 4
 """More positions than any family keeps for something else than tokens."""
 
@@ -94,7 +95,7 @@ def _without_bars() -> Iterator[None]:
 def _randomize(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=MATRIX_STD)
+            nn.init.normal_(parameter, std=MATRIX_STD * min(1.0, math.sqrt(WIDE / parameter.shape[-1])))
         elif parameter.is_floating_point():
             parameter.add_(torch.randn_like(parameter), alpha=NOISE)
     saved = model.state_dict().keys()

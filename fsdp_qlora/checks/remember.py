@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from fsdp_qlora.checks.settings import twin_settings
+from fsdp_qlora.checks.small import config_digest
 from fsdp_qlora.checks.twin import Verdict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.process import device_name
@@ -71,13 +72,18 @@ def twin_key(
     return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:40]
 
 
-def recall(folder: Path, key: str) -> Verdict | None:
-    """Return the result that was kept under ``key``; None where there is none, or it cannot be read."""
+def recall(folder: Path, key: str, model_config: PreTrainedConfig) -> Verdict | None:
+    """Return the result that was kept under ``key``; None where there is none, or it cannot be read.
+
+    A result that real layers gave, where small ones could not be made, counts for that model alone.
+    """
     try:
         kept = json.loads((folder / f"{key}.json").read_text())
         unusable = kept["unusable_positions"]
         fell = {str(k): str(v) for k, v in kept["fell"].items()}
-        return Verdict(str(kept["attention"]), fell, None if unusable is None else int(unusable))
+        if kept["layers_of"] not in (None, config_digest(model_config)):
+            return None
+        return Verdict(str(kept["attention"]), fell, None if unusable is None else int(unusable), kept["layers_of"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

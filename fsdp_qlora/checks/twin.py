@@ -25,13 +25,13 @@ from transformers import PreTrainedConfig
 from fsdp_qlora.checks import reference
 from fsdp_qlora.checks.reference import Computed
 from fsdp_qlora.checks.settings import LENGTHS, twin_settings
+from fsdp_qlora.checks.small import write_small
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import all_max, any_rank, from_main, gather_json
-from fsdp_qlora.errors import FsdpQloraError, ModelError
+from fsdp_qlora.dist.reduce import all_max, any_rank, gather_json
+from fsdp_qlora.errors import FsdpQloraError, ModelError, typed_line
 from fsdp_qlora.export.adapter import export_adapter, short_targets
 from fsdp_qlora.model.causal import CausalModel
-from fsdp_qlora.model.cut import cut_config
 from fsdp_qlora.model.lora import lora_config, trainable_parameters
 from fsdp_qlora.model.replicated import ReplicatedGradients
 from fsdp_qlora.plan.plan import TrainPlan
@@ -78,15 +78,13 @@ class Verdict:
     """Those tried before it, and how they differ."""
     unusable_positions: int | None = None
     """How many of the model's positions no row can have; None where rows may be longer than the model's positions."""
+    layers_of: str | None = None
+    """`config_digest` of the model whose real layers were compared, where no small ones could be made."""
 
 
 def is_about_attention(error: FsdpQloraError) -> bool:
     """Whether a model is refused with one attention implementation, and may be taken with another."""
     return error.exit_code == ModelError.exit_code and str(error).startswith("model.attn_implementation")
-
-
-class _NoTwin(Exception):  # noqa: N818 - an outcome, told by name
-    """The model cannot be made small, or upstream's own code does not run on it."""
 
 
 def check_twin(
@@ -109,18 +107,12 @@ def check_twin(
     fell: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="fsdp-qlora-twin-") as scratch:
         folder = Path(scratch)
-        try:
-            unusable = _write(folder, model_config, config.data.max_length, code, ranks)
-        except _NoTwin as error:
-            raise ModelError(
-                f"model.check: this model cannot be compared with its own upstream code, for it cannot be made small "
-                f"({error}). model.check=off trains it unchecked."
-            ) from error
+        small = write_small(folder, model_config, config.data.max_length, code, ranks)
         for attention in candidates:
             twin = _Twin(twin_settings(config, folder, attention, ranks.device), folder, ranks, build)
             problem = twin.problem()
             if problem is None:
-                return Verdict(attention, fell, unusable)
+                return Verdict(attention, fell, small.unusable_positions, small.layers_of)
             fell[attention] = problem
     raise ModelError(_message(config, model_config, fell))
 
@@ -136,38 +128,6 @@ def _message(config: RunConfig, model_config: PreTrainedConfig, fell: dict[str, 
         f"model.check: training {model_config.model_type} here would not compute what its own code in transformers "
         f"does ({lines}).{advice} model.check=off trains it all the same."
     )
-
-
-def _write(
-    folder: Path, model_config: PreTrainedConfig, max_length: int, code: Path | None, ranks: Ranks
-) -> int | None:  # fmt: skip
-    """Let rank 0 write the small model, and every rank have a copy of its files; return its `unusable_positions`."""
-    problem, files, unusable = "", {}, None
-    if ranks.is_main:
-        try:
-            files, unusable = _written(folder, cut_config(model_config, max_length), code)
-        except Exception as error:  # upstream's constructors and forwards raise anything
-            problem = _first_line(error)
-    sizes = {name: len(data) for name, data in files.items()}
-    problem, sizes, unusable = gather_json([problem, sizes, unusable], ranks)[0]
-    if problem:
-        raise _NoTwin(problem)
-    received = from_main(b"".join(files.values()), ranks)
-    for name, size in sizes.items():
-        if not ranks.is_main:
-            (folder / name).write_bytes(received[:size])
-        received = received[size:]
-    return unusable
-
-
-def _written(folder: Path, small: PreTrainedConfig, code: Path | None) -> tuple[dict[str, bytes], int | None]:
-    model = reference.write_model(folder, small, code)
-    with torch.no_grad():
-        logits = model(input_ids=torch.zeros(1, LENGTHS[0], dtype=torch.long), use_cache=False).logits
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError("upstream's own code gives values that are not finite")
-    files = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
-    return files, reference.unusable_positions(model)
 
 
 class _Twin:
@@ -194,7 +154,7 @@ class _Twin:
         except FsdpQloraError as error:
             problem = str(error)
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            problem = _first_line(error)
+            problem = typed_line(error)
         return next((said for said in gather_json(problem, self.ranks) if said), None)
 
     def _compare(self) -> str | None:
@@ -213,7 +173,7 @@ class _Twin:
                 odd = [n for n in (*values, *found) if n not in found or not values[n].equal(found[n])]
                 problem = f"plain PEFT would not load the exported adapter of {odd[0]}" if odd else ""
             except Exception as error:  # PEFT raises anything, and the other ranks wait
-                problem = f"plain PEFT would not load the exported adapter ({_first_line(error)})"
+                problem = f"plain PEFT would not load the exported adapter ({typed_line(error)})"
         return gather_json(problem, self.ranks)[0] or None
 
     def _read_by_peft(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -372,10 +332,6 @@ class _Twin:
                     f"; first in {name} ({type(theirs.get_submodule(name)).__name__}), whose output is off by {gap:.1e}"
                 )
         return ""
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def _bf16_problem(mine: Computed, theirs: Computed, wanted: Computed, ranks: Ranks) -> str | None:

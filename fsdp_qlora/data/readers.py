@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fsdp_qlora.data.tables import table_rows
-from fsdp_qlora.errors import DataError
+from fsdp_qlora.errors import DataError, first_line, typed_line
 
 KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
@@ -53,12 +53,7 @@ def read_file(name: str) -> Iterator[Row]:
     except DataError:
         raise
     except Exception as error:  # every format and every compression has errors of its own
-        raise DataError(f"data: {name} cannot be read: {type(error).__name__}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text."""
-    return (str(error).strip().splitlines() or [""])[0]
+        raise DataError(f"data: {name} cannot be read: {typed_line(error)}") from error
 
 
 def _rows(name: str) -> Iterator[Row]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora.errors import DataError
+from fsdp_qlora.errors import DataError, typed_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,8 +42,7 @@ class _Batch:
             value = cells[number] if isinstance(cells, list) else cells[number].as_py()
             return value if convert is None or value is None else convert(value)
         except Exception as error:  # depends on the type: dates out of range, text that is not UTF-8
-            reason = (str(error).splitlines() or [""])[0]
-            raise DataError(f"the column {column!r} cannot be read: {type(error).__name__}: {reason}") from error
+            raise DataError(f"the column {column!r} cannot be read: {typed_line(error)}") from error
 
     def _converted(self, column: str) -> tuple[Any, Convert | None]:
         index = self._batch.schema.get_field_index(column)

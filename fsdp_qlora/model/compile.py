@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fsdp_qlora.errors import typed_line
+
 COMPILED_TYPES = frozenset(
     ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox"]
 )
@@ -70,7 +72,7 @@ class _CompiledForward:
             try:
                 return self._compiled(*args, **kwargs)
             except _failures() as error:  # raised before anything of the layer has run
-                layers.failure = layers.failure or _first_line(error)
+                layers.failure = layers.failure or typed_line(error)
                 layers.eager = self._eager = True
         return self._plain(*args, **kwargs)
 
@@ -141,11 +143,6 @@ def _failures() -> tuple[type[Exception], ...]:
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     return TorchDynamoException, FailOnRecompileLimitHit
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ small that rows of some 64 tokens cross every window and chunk, and that a step 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -45,9 +45,17 @@ _PERIOD = (
     r"(.*_layer_period|.*_every_n_layers|_?sliding_window_pattern|no_rope_layer_interval|decoder_sparse_step"
     r"|interleave_moe_layer_step|moe_layer_interval|layer_group_size|n_layers_per_attn_res_block)$"
 )
+_INDICES = r".*(layers?_(ids?|idxs?|indices|indexes)|attn_(idxs|ids|indices|indexes)|_layers)$"
 _STATE = r"(mamba_d_state|ssm_state_size|state_size)$"
 _INNER_DIM = r"(linear_((key|value)_)?head_dim|index(er)?_head_dim|mamba_d_head|mamba_head_?dim)$"
 _INNER_HEADS = r"(linear_num_(key|value)_heads|linear_num_heads|index(er)?_n_heads|mamba_n_heads|mamba_num_heads)$"
+
+_COUNTS = ((_VOCAB, VOCAB), (_EXPERTS, EXPERTS), (_TOP_K, 2), (_GROUPS, 2))
+_SIZES = (
+    (_HIDDEN, HIDDEN), (_HEADS, HEADS), (_HEAD_DIM, HEAD_DIM), (_ROPE_DIM, HEAD_DIM // 2), (_WINDOW, WINDOW),
+    (_STATE, 16), (_INNER_DIM, HEAD_DIM), (_INNER_HEADS, HEADS),
+)  # fmt: skip
+"""What counts like things, and what they are wide; by the names of config keys, each with its largest small value."""
 
 
 def cut_config(config: PreTrainedConfig, max_length: int = 0) -> PreTrainedConfig:
@@ -66,14 +74,53 @@ def cut_config(config: PreTrainedConfig, max_length: int = 0) -> PreTrainedConfi
     return type(config).from_dict(values)
 
 
-def _cut(values: dict[str, Any], max_length: int) -> None:
-    """Shrink the sizes in ``values`` in place, also in configs inside it; stored weights count as not quantized."""
+def shallow_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return ``config`` with its real layers, one of each kind, few experts and a small vocabulary.
+
+    For classes whose widths depend on each other in a way that `cut_config` does not know.
+
+    Raises:
+        ValueError: or whatever upstream's config class raises where it does not take them.
+    """
+    values = config.to_dict()
+    _cut_depth(values)
+    return type(config).from_dict(values)
+
+
+def _cut_depth(values: dict[str, Any]) -> None:
+    """Cut what only repeats in ``values``, in place, also in configs inside it."""
+    _prepare(values, _cut_depth)
+    layers = _num_layers(values)
+    kept = _kept_layers(values, layers)
+    if apart := _apart(values):
+        values["per_layer_config"] = {str(place): apart[old] for place, old in enumerate(kept) if old in apart}
+    for key, value in list(values.items()):
+        if isinstance(value, list):
+            values[key] = _cut_list(key, value, layers, kept)
+        elif _is_switch(key, value):
+            values[key] = _cut_switch(key, value)
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            small = next((size for pattern, size in _COUNTS if re.match(pattern, key)), value)
+            values[key] = _cut_layers(key, min(value, small), layers, len(kept))
+
+
+def _prepare(values: dict[str, Any], cut: Callable[[dict[str, Any]], None]) -> None:
+    """Take stored quantization out of ``values`` and cut the configs inside it."""
     for key in ("quantization_config", "compression_config"):
         values.pop(key, None)
     for key, value in values.items():
         if isinstance(value, dict) and key.endswith(("_config", "encoder", "decoder")):
-            _cut(value, max_length)
-    layers = next((v for k, v in values.items() if re.match(_LAYERS, k) and isinstance(v, int)), 0)
+            cut(value)
+
+
+def _num_layers(values: Mapping[str, Any]) -> int:
+    return next((v for k, v in values.items() if re.match(_LAYERS, k) and isinstance(v, int)), 0)
+
+
+def _cut(values: dict[str, Any], max_length: int) -> None:
+    """Shrink the sizes in ``values`` in place, also in configs inside it; stored weights count as not quantized."""
+    _prepare(values, lambda inside: _cut(inside, max_length))
+    layers = _num_layers(values)
     kept = _kept_layers(values, layers)
     trained = (values.get("rope_parameters") or {}).get("original_max_position_embeddings") or values.get(
         "original_max_position_embeddings"
@@ -84,8 +131,8 @@ def _cut(values: dict[str, Any], max_length: int) -> None:
     hidden = next((v for k, v in values.items() if re.match(_HIDDEN, k) and isinstance(v, int)), 0)
     before = dict(values)
     for key, value in before.items():
-        if isinstance(value, list) and layers and len(value) == layers:
-            values[key] = [value[i] for i in kept]
+        if isinstance(value, list):
+            values[key] = _cut_list(key, value, layers, kept)
     for key in before:
         values[key] = _cut_value(key, values[key], before, hidden, layers, len(kept))
     _keep_products(values, before, hidden)
@@ -106,6 +153,7 @@ def _cut(values: dict[str, Any], max_length: int) -> None:
 def _kept_layers(values: Mapping[str, Any], layers: int) -> list[int]:
     """Return which layers stay: the first of each kind that the lists tell apart, and a whole period."""
     lists = [v for v in values.values() if isinstance(v, list) and layers and len(v) == layers]
+    lists += [[i in v for i in range(layers)] for k, v in values.items() if _names_layers(k, v, layers)]
     if apart := _apart(values):
         lists.append([sorted(apart.get(i, {}).items()) for i in range(layers)])
     needed = min(layers, LAYERS, max(2, _dense_first(values) + 1, *_periods(values)))
@@ -115,6 +163,21 @@ def _kept_layers(values: Mapping[str, Any], layers: int) -> list[int]:
     first = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())[:LAYERS]
     rest = [i for i in range(layers) if i not in first]
     return sorted(first + rest[: max(0, needed - len(first))])
+
+
+def _names_layers(key: str, value: Any, layers: int) -> bool:
+    """Whether ``value`` holds indices of layers: ``mlp_only_layers``, ``full_attn_idxs``, ``attn_layer_indices``."""
+    if not re.match(_INDICES, key) or not isinstance(value, list) or not value:
+        return False
+    whole = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    return whole and value == sorted(set(value)) and value[0] >= 0 and value[-1] < layers
+
+
+def _cut_list(key: str, value: list[Any], layers: int, kept: Sequence[int]) -> list[Any]:
+    """Return what a list says of the ``kept`` layers, if it is about layers."""
+    if _names_layers(key, value, layers):
+        return [place for place, old in enumerate(kept) if old in value]
+    return [value[i] for i in kept] if layers and len(value) == layers else value
 
 
 def _periods(values: Mapping[str, Any]) -> list[int]:
@@ -127,28 +190,20 @@ def _dense_first(values: Mapping[str, Any]) -> int:
     return max((min(1, v) for k, v in values.items() if re.match(_FIRST, k) and isinstance(v, int)), default=0)
 
 
-def _cut_value(key: str, value: Any, before: Mapping[str, Any], hidden: int, layers: int, kept: int) -> Any:  # noqa: PLR0911, PLR0912
+def _cut_value(key: str, value: Any, before: Mapping[str, Any], hidden: int, layers: int, kept: int) -> Any:  # noqa: PLR0911
     if isinstance(value, list) and re.match(_WIDTH, key) and all(isinstance(v, int) for v in value):
         return [_width(v, hidden) for v in value]
     if isinstance(value, list) and re.match(_HEADS + "|" + r".*_heads_per_layer$", key):
         return [HEADS * 2 if v == max(value) and v != min(value) else HEADS for v in value]
-    if "dropout" in key or "pdrop" in key or "jitter" in key:
-        return 0.0 if isinstance(value, float) else value
-    if key.endswith("_token_id") or key.endswith("_token_index"):
-        return _token(value)
+    if _is_switch(key, value):
+        return _cut_switch(key, value)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         return value
-    for pattern, size in (
-        (_HIDDEN, HIDDEN), (_VOCAB, VOCAB), (_HEADS, HEADS), (_HEAD_DIM, HEAD_DIM), (_ROPE_DIM, HEAD_DIM // 2),
-        (_EXPERTS, EXPERTS), (_TOP_K, 2), (_GROUPS, 2), (_WINDOW, WINDOW), (_STATE, 16),
-        (_INNER_DIM, HEAD_DIM), (_INNER_HEADS, HEADS),
-    ):  # fmt: skip
+    for pattern, size in (*_COUNTS, *_SIZES):
         if re.match(pattern, key):
             return min(value, size)
     if re.match(_POSITIONS, key):
         return POSITIONS  # also where there are fewer: the twin's rows must fit
-    if re.match(_LAYERS, key):
-        return kept if value == layers else min(value, kept)
     if re.match(_KV_HEADS, key):
         heads = next((v for k, v in before.items() if re.match(_HEADS, k) and isinstance(v, int)), value)
         return min(value, HEADS if value >= heads else 2)
@@ -156,6 +211,23 @@ def _cut_value(key: str, value: Any, before: Mapping[str, Any], hidden: int, lay
         return 1
     if re.match(_WIDTH, key):
         return _width(value, hidden)
+    return _cut_layers(key, value, layers, kept)
+
+
+def _is_switch(key: str, value: Any) -> bool:
+    """Whether ``key`` is something else than a size: chance, which a comparison must not have, or a token."""
+    random = isinstance(value, float) and any(part in key for part in ("dropout", "pdrop", "jitter"))
+    return random or key.endswith(("_token_id", "_token_index"))
+
+
+def _cut_switch(key: str, value: Any) -> Any:
+    return 0.0 if isinstance(value, float) else _token(value)
+
+
+def _cut_layers(key: str, value: int, layers: int, kept: int) -> int:
+    """Return what a number that counts or numbers layers is with ``kept`` of ``layers``; others stay."""
+    if re.match(_LAYERS, key):
+        return kept if value == layers else min(value, kept)
     if re.match(_FIRST, key):
         return 1
     if key == "max_window_layers":

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fsdp_qlora.errors import ModelError
+from fsdp_qlora.errors import ModelError, typed_line
 from fsdp_qlora.model.attention import BLOCKWISE  # noqa: F401 - registers it
 from fsdp_qlora.model.construct import (
     float32_parameters,
@@ -87,8 +87,7 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:  # the hub's, or those of whichever HTTP library it stands on
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
         raise ModelError(
-            f"model.name: {name} is no folder here and the hub did not give it{offline}: "
-            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            f"model.name: {name} is no folder here and the hub did not give it{offline}: {typed_line(error)}"
         ) from error
 
 

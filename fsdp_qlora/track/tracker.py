@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from fsdp_qlora.errors import typed_line
+
 
 class Sink(Protocol):
     """Something that takes metrics."""
@@ -78,9 +80,8 @@ class Beside:
             work(self._sink)
         except Exception as error:  # whatever it stands on: a service, a socket, a full disk
             self._sink = None
-            why = (str(error).splitlines() or [""])[0]
             print(
-                f"fsdp-qlora: {self._name} failed and gets no more values ({type(error).__name__}: {why}); "
+                f"fsdp-qlora: {self._name} failed and gets no more values ({typed_line(error)}); "
                 "metrics.jsonl has everything.",
                 file=sys.stderr,
                 flush=True,

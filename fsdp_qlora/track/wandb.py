@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.config.schema import TrackSettings
+from fsdp_qlora.errors import first_line
 from fsdp_qlora.track.home import home_folder
 from fsdp_qlora.track.tracker import Sink
 
@@ -37,7 +38,7 @@ def open_wandb(
             with _without_key() if mode else nullcontext():
                 sink = WandbSink(folder, name, settings, config, mode)
         except Exception as error:  # W&B's own, and those of the HTTP library and the process that it stands on
-            problem = problem or _said(error)
+            problem = problem or first_line(error).rstrip(".")
             _end_service()
             continue
         if problem:
@@ -64,10 +65,6 @@ def _without_key() -> Iterator[None]:
     finally:
         if key is not None:
             os.environ[_KEY] = key
-
-
-def _said(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 class WandbSink:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fsdp_qlora import building
@@ -284,20 +285,43 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
-def checked_remote(ranks: Ranks, folder: str) -> str:
-    """Check a folder with code of its own; return the attention that is equal."""
+TIED_WIDTHS = REMOTE.replace(
+    "    def forward",
+    """    def __init__(self, config):
+        super().__init__(config)
+        self.per_channel = nn.Parameter(torch.ones(config.channel_count))
+        self.post_init()
+
+    def forward""",
+).replace(
+    "self, *args, **kwargs):\n",
+    "self, *args, **kwargs):\n        assert len(self.per_channel) == self.config.hidden_size\n",
+)
+"""The same with a width of its own name, which must be another's: it cannot be cut by the names of its config."""
+
+
+def checked_remote(ranks: Ranks, folder: str) -> tuple[str, bool]:
+    """Check a folder with code of its own; return the attention that is equal, and whether real layers were run."""
     config = _settings(folder=folder)
     config = replace(config, model=replace(config.model, trust_remote_code=True))
-    return check_model(config, Path(folder), ranks).attention
+    verdict = check_model(config, Path(folder), ranks)
+    return verdict.attention, verdict.layers_of is not None
 
 
-def test_a_folder_with_code_of_its_own_is_checked_too(pool, tmp_path):
+@pytest.mark.parametrize("code", [REMOTE, TIED_WIDTHS], ids=["cut", "real layers"])
+def test_a_folder_with_code_of_its_own_is_checked_too(pool, tmp_path, code):
     import json
 
-    folder = upstream.write_random(tmp_path / "own", small_config("llama"))
-    (folder / "modeling_own.py").write_text(REMOTE)
+    small = small_config("llama")
+    small.hidden_size, small.num_hidden_layers = 96, 3
+    folder = upstream.write_random(tmp_path / "own", small)
+    (folder / "modeling_own.py").write_text(code)
     file = folder / "config.json"
     config = json.loads(file.read_text()) | {"model_type": "own_model", "architectures": ["OwnForCausalLM"]}
     config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    file.write_text(json.dumps(config))
-    assert pool.run(1, checked_remote, str(folder))[0] == "eager"
+    file.write_text(json.dumps(config | {"channel_count": 96}))
+    if code == TIED_WIDTHS:
+        tensors = load_file(folder / "model.safetensors") | {"per_channel": torch.ones(96)}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    found = pool.run(2, checked_remote, str(folder))
+    assert set(found) == {("eager", code == TIED_WIDTHS)}

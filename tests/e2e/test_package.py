@@ -50,12 +50,13 @@ import json, sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 torch.set_num_threads(2)
+dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[sys.argv[3]]
 adapter, rows = sys.argv[1], [json.loads(line) for line in open(sys.argv[2])]
 base_name = json.load(open(adapter + "/adapter_config.json"))["base_model_name_or_path"]
 quant = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
 )
-base = AutoModelForCausalLM.from_pretrained(base_name, quantization_config=quant, dtype=torch.bfloat16)
+base = AutoModelForCausalLM.from_pretrained(base_name, quantization_config=quant, dtype=dtype)
 model = PeftModel.from_pretrained(base, adapter).eval()
 for module in model.modules():  # bitsandbytes repacks itself for inference on some CPUs
     if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -74,7 +75,8 @@ print(json.dumps({"loss": total / count, "targets": count}))
 """
 
 
-def _plain_loss(run_folder: Path, env: dict[str, str], tmp_path: Path) -> dict:
+def plain_loss(run_folder: Path, env: dict[str, str], tmp_path: Path, precision: str = "bf16") -> dict:
+    """Return the loss of a run's held-out rows by transformers, bitsandbytes and PEFT alone, in another process."""
     import numpy as np
     from datasets import Dataset
 
@@ -85,7 +87,7 @@ def _plain_loss(run_folder: Path, env: dict[str, str], tmp_path: Path) -> dict:
     script = tmp_path / "plain.py"
     script.write_text(PLAIN)
     result = subprocess.run(
-        [sys.executable, str(script), str(run_folder / "adapter"), str(rows)], cwd=tmp_path, capture_output=True,
+        [sys.executable, str(script), str(run_folder / "adapter"), str(rows), precision], cwd=tmp_path, capture_output=True,
         text=True, timeout=400, check=False, env={k: v for k, v in env.items() if k != "PYTHONPATH"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -99,7 +101,7 @@ def test_the_adapter_in_plain_peft_has_the_trainers_loss(cli, cli_env, tiny_run,
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "outputs/tiny/summary.json").read_text())
     assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.05
-    found = _plain_loss(tmp_path / "outputs/tiny", {**cli_env, **cache}, tmp_path)
+    found = plain_loss(tmp_path / "outputs/tiny", {**cli_env, **cache}, tmp_path)
     assert abs(found["loss"] - summary["eval_loss_after"]) < 0.01 * summary["eval_loss_after"]
     config = json.loads((tmp_path / "outputs/tiny/adapter/adapter_config.json").read_text())
     assert config["target_modules"] == sorted(config["target_modules"]) and "q_proj" in config["target_modules"]

@@ -72,14 +72,15 @@ print(*(signal.getsignal(n) is signal.SIG_IGN for n in (signal.SIGHUP, signal.SI
 
 @pytest.mark.parametrize("ignored", [(signal.SIGHUP,), (signal.SIGHUP, signal.SIGINT), (signal.SIGUSR1,), ()])
 def test_an_inherited_ignored_signal_stays_ignored(cli_env, ignored):
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+
     def ignore() -> None:
-        for number in ignored:
-            signal.signal(number, signal.SIG_IGN)
+        for number in numbers:  # these tests may themselves run under nohup
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
     done = subprocess.run(
         [sys.executable, "-c", _STOP], env=cli_env, capture_output=True, text=True, preexec_fn=ignore, check=False,
     )  # fmt: skip
-    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
     expected = [f"{n.name} {n not in ignored}" for n in numbers]
     expected.append(f"{signal.SIGHUP in ignored} {signal.SIGINT in ignored}")
     assert done.stdout.splitlines() == expected, done.stderr
