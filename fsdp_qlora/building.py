@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fsdp_qlora.checks.remember import recall, remember, twin_key
 from fsdp_qlora.checks.twin import Verdict, check_twin, is_about_attention
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import any_rank, on_every
+from fsdp_qlora.dist.reduce import any_rank, gather_json, on_every
 from fsdp_qlora.dist.watch import Phases
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.activations import checkpoint_activations
@@ -101,13 +102,12 @@ def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
     model = config.model
     model_config = on_every(lambda: load_config(folder, model.trust_remote_code, model.config_overrides), ranks)
     candidates = on_every(lambda: attentions_for(config, ranks.device, folder), ranks)
+    _require_alike(candidates, ranks)
     if model.check == "off" or not is_causal(model_config):
         return Verdict(candidates[0])
-    code = code_files(model_config, folder, model.trust_remote_code)
-    key = twin_key(config, model_config, code, candidates, ranks.device, ranks.size)
-    kept = cache_folder() / "checks"
-    known = recall(kept, key, model_config) if model.check == "auto" else None
-    if not any_rank(known is None, ranks) and known is not None:
+    kept, key, known = on_every(lambda: _remembered(config, model_config, folder, candidates, ranks), ranks)
+    if not any_rank(known is None or model.check != "auto", ranks) and known is not None:
+        _require_alike([known.attention], ranks)
         return known
 
     def build(settings: RunConfig, twin: Path) -> tuple[CausalModel, OpenedModel]:
@@ -118,6 +118,27 @@ def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
     verdict = check_twin(config, model_config, own_code, candidates, ranks, build)
     remember(kept, key, verdict)
     return verdict
+
+
+def _remembered(
+    config: RunConfig, model_config: PreTrainedConfig, folder: Path, candidates: Sequence[str], ranks: Ranks
+) -> tuple[Path, str, Verdict | None]:
+    """Return where results are kept, under what this one is, and the one that is there."""
+    code = code_files(model_config, folder, config.model.trust_remote_code)
+    key = twin_key(config, model_config, code, candidates, ranks.device, ranks.size)
+    kept = cache_folder() / "checks"
+    return kept, key, recall(kept, key, model_config)
+
+
+def _require_alike(attentions: Sequence[str], ranks: Ranks) -> None:
+    """Raise on all ranks where they would take different attention implementations."""
+    found = gather_json(list(attentions), ranks)
+    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    if other is not None:
+        raise ModelError(
+            f"model.attn_implementation: rank 0 would take {', '.join(found[0])} and rank {other} "
+            f"{', '.join(found[other])}: their machines have different libraries. Install the same on all."
+        )
 
 
 def told(verdict: Verdict) -> str:

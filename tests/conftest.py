@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import tiny, warm
 from tests.pool import Pool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,12 +106,24 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def cli(cli_env: dict[str, str], tmp_path: Path) -> Cli:
-    """Run ``fsdp-qlora`` in a fresh folder: ``cli("train", "a=b", timeout=60)``."""
+    """Run ``fsdp-qlora`` in a fresh folder: ``cli("train", "a=b", timeout=60)``.
 
-    def run(*arguments: str, timeout: float = 400, **extra: str) -> subprocess.CompletedProcess[str]:
+    In a process that has imported already, but ``cold`` where the start itself is tried. With ``num_ranks`` there is no
+    launcher: so many ranks are started as torchrun would, and stdout and stderr hold what both streams of all said.
+    """
+
+    def run(
+        *arguments: str, timeout: float = 400, cold: bool = False, num_ranks: int = 0, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
+        env = {**cli_env, **extra}
+        if num_ranks:
+            codes, text = warm.run(arguments, tmp_path, env, num_ranks, timeout=timeout)
+            return subprocess.CompletedProcess(list(arguments), max(codes, key=abs), text, text)
+        if not cold:
+            return warm.command(arguments, tmp_path, env, timeout)
         return subprocess.run(
-            [sys.executable, "-m", "fsdp_qlora", *arguments], cwd=tmp_path, env={**cli_env, **extra}, text=True,
-            capture_output=True, timeout=timeout, check=False,
+            [sys.executable, "-m", "fsdp_qlora", *arguments], cwd=tmp_path, env=env, text=True, capture_output=True,
+            timeout=timeout, check=False,
         )  # fmt: skip
 
     return run

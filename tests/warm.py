@@ -1,4 +1,4 @@
-"""Ranks of the command line without their 10 s of imports: forked from a server that has imported, and opened nothing.
+"""The command line and its ranks without their 10 s of imports: forked from a server that has imported, and opened nothing.
 
 Each is a real process that runs `fsdp_qlora.__main__.main` as torchrun would start it; only the imports are shared.
 A rank can be told to get a signal at its n-th write below a folder: an audit hook sees every open for writing, rename,
@@ -7,10 +7,12 @@ mkdir and remove of the interpreter, so no write point has to be known by the te
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 _PRELOAD = ["tests.warm_imports"]
+_NUMBERS = itertools.count()
 _WRITES = ("os.rename", "os.mkdir", "os.remove", "os.link", "os.rmdir", "shutil.rmtree")
 
 
@@ -72,12 +75,13 @@ def start(
     arguments: Sequence[str], folder: Path, env: dict[str, str], num_ranks: int = 2, fault: Fault | None = None
 ) -> Ranks:
     """Start ``fsdp-qlora`` with these arguments on ``num_ranks`` ranks in ``folder``."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = _context()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     outputs = [folder / f"rank{rank}.txt" for rank in range(num_ranks)]
+    for file in outputs:
+        file.unlink(missing_ok=True)
     processes = []
     for rank in range(num_ranks):
         environment = {
@@ -102,15 +106,41 @@ def run(
     return ranks.wait(timeout), ranks.text()
 
 
+def command(
+    arguments: Sequence[str], folder: Path, env: dict[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run ``fsdp-qlora`` in one process that is no rank, as `subprocess.run` would."""
+    streams = [folder / f".{name}.{next(_NUMBERS)}" for name in ("stdout", "stderr")]
+    process = _context().Process(target=_main, args=(list(arguments), str(folder), env, *map(str, streams)))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        raise subprocess.TimeoutExpired(list(arguments), timeout, *(file.read_bytes() for file in streams))
+    out, err = (file.read_text() for file in streams)
+    for file in streams:
+        file.unlink()
+    return subprocess.CompletedProcess(list(arguments), process.exitcode or 0, out, err)
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
 def _rank(arguments: list[str], folder: str, env: dict[str, str], output: str, fault: Fault | None) -> None:
+    if fault is not None:
+        _install(fault)
+    _main(arguments, folder, env, output, output)
+
+
+def _main(arguments: list[str], folder: str, env: dict[str, str], out: str, err: str) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    if fault is not None:
-        _install(fault)
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     from fsdp_qlora.__main__ import main
 
     code = main(arguments)

@@ -21,12 +21,16 @@ from fsdp_qlora.checks.small import config_digest
 from fsdp_qlora.checks.twin import Verdict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.process import device_name
-from fsdp_qlora.model.cut import cut_config
+from fsdp_qlora.model.cut import LAYERS, cut_config
 
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "flash-attn", "triton")
+_LIBRARIES = (
+    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "flash-attn", "flash-attn-3",
+    "flash-linear-attention", "fla-core", "causal-conv1d", "mamba-ssm", "kernels", "tilelang",
+)  # fmt: skip
+"""What computes something, or brings kernels that transformers takes where they are installed."""
 _GROUPS = ("quant", "lora", "precision", "train", "fsdp", "debug")
 _NO_MATTER = {
-    "lora": ("init_from", "dropout"),
+    "lora": ("init_from",),
     "train": ("max_steps", "num_epochs", "global_batch_size", "log_every", "eval_every", "eval_batch_size",
               "early_stopping_patience", "on_nonfinite", "spike_factor", "max_bad_steps", "sample_prompts",
               "sample_tokens", "sample_at_eval", "compile", "max_grad_norm"),
@@ -56,6 +60,7 @@ def twin_key(
         own = cut_config(model_config, config.data.max_length).to_dict()
     except Exception:  # it has no twin, and the check will say so
         own = model_config.to_dict()
+    own["depth"] = min(getattr(model_config.get_text_config(), "num_hidden_layers", None) or 0, LAYERS)
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         own.pop(key, None)
     everything = {

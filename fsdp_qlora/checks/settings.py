@@ -12,6 +12,8 @@ from fsdp_qlora.model.flatten import reads_boundaries
 
 LENGTHS = (64, 41)
 """Of the twin's rows: longer than its windows and chunks, and uneven, so that one is padded."""
+NO_DROPOUT = 1e-9
+"""Takes the path through the code that dropout takes, and drops nothing."""
 
 
 def twin_settings(config: RunConfig, folder: Path, attention: str, device: torch.device) -> RunConfig:
@@ -34,7 +36,10 @@ def twin_settings(config: RunConfig, folder: Path, attention: str, device: torch
         ),
         data=data,
         quant=replace(quant, allow_16bit=True, overrides={}, block_size=min(64, quant.block_size)),
-        lora=replace(config.lora, r=min(4, config.lora.r), dropout=0.0, init_from=None, target_modules=targets),
+        lora=replace(
+            config.lora, r=min(4, config.lora.r), dropout=NO_DROPOUT if config.lora.dropout else 0.0, init_from=None,
+            target_modules=targets,
+        ),
         precision=replace(config.precision, name=precision),
         train=replace(
             config.train, micro_batch_size=sequences, micro_batch_tokens=0, logits_chunk=16, compile="false"

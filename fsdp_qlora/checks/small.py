@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from fsdp_qlora.checks import reference
 from fsdp_qlora.checks.settings import LENGTHS
@@ -16,9 +20,10 @@ from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import from_main, gather_json
 from fsdp_qlora.errors import ModelError, typed_line
 from fsdp_qlora.model.cut import cut_config, shallow_config
+from fsdp_qlora.model.skeleton import decoder_layers
 
-LARGEST = 500_000_000
-"""Most parameters of real layers that are compared where a class cannot be made small: 2 GB a copy in float32."""
+LARGEST = 250_000_000
+"""Most parameters of real layers that are compared where a class cannot be made small: 1 GB a copy in float32."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class SmallModel:
     """See `reference.unusable_positions`."""
     layers_of: str | None
     """`config_digest` of the model, where the twin has layers as large as the model's own."""
+    float32: bool = False
+    """Whether the class keeps some parameters in float32 where all others are bf16."""
 
 
 def config_digest(config: PreTrainedConfig) -> str:
@@ -61,9 +68,7 @@ def write_small(
             problem = typed_line(error) if not isinstance(error, ModelError) else str(error)
     files = [] if problem else sorted(file for file in folder.iterdir() if file.is_file())
     names = [file.name for file in files]
-    problem, names, unusable, layers_of = gather_json(
-        [problem, names, written.unusable_positions, written.layers_of], ranks
-    )[0]
+    problem, names, fields = gather_json([problem, names, asdict(written)], ranks)[0]
     if problem:
         raise ModelError(
             f"model.check: this model cannot be compared with its own upstream code, for it cannot be made small "
@@ -73,16 +78,16 @@ def write_small(
         received = from_main((folder / name).read_bytes() if ranks.is_main else b"", ranks)
         if not ranks.is_main:
             (folder / name).write_bytes(received)
-    return SmallModel(unusable, layers_of)
+    return SmallModel(**fields)
 
 
 def _written(folder: Path, config: PreTrainedConfig, max_length: int, code: Path | None) -> SmallModel:
     try:
-        return SmallModel(_write(folder, cut_config(config, max_length), code), None)
+        return _write(folder, _with_every_kind(cut_config, config, max_length, code), code)
     except Exception as error:  # upstream's constructors and forwards raise anything
         try:
-            shallow = shallow_config(config)
-            count = _num_parameters(shallow, code)
+            shallow = _with_every_kind(shallow_config, config, max_length, code)
+            count = sum(parameter.numel() for parameter in _on_meta(shallow, code).parameters())
         except Exception:  # the first error says more
             raise error from None
         if count > LARGEST:
@@ -90,20 +95,45 @@ def _written(folder: Path, config: PreTrainedConfig, max_length: int, code: Path
                 f"{typed_line(error)}; its real layers, one of each kind, have {count / 1e6:,.0f} million parameters, "
                 f"and {LARGEST / 1e6:,.0f} are compared at most"
             ) from error
-        return SmallModel(_write(folder, shallow, code), config_digest(config))
+        return replace(_write(folder, shallow, code), layers_of=config_digest(config))
 
 
-def _num_parameters(config: PreTrainedConfig, code: Path | None) -> int:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=code is not None)
-    return sum(parameter.numel() for parameter in model.parameters())
+def _with_every_kind(
+    cut: Callable[[PreTrainedConfig, int, int], PreTrainedConfig], config: PreTrainedConfig, max_length: int,
+    code: Path | None,
+) -> PreTrainedConfig:  # fmt: skip
+    """Return a small config whose model has a layer of each kind that the whole one has, by what they are made of.
+
+    Raises:
+        ValueError: if it has not; ``cut`` goes by names of settings, which remote code may spell as it likes.
+    """
+    kinds = [_kind(layer) for layer in decoder_layers(_on_meta(config, code))]
+    last = max((kinds.index(kind) for kind in kinds), default=0)
+    lost: list[int] = []
+    for num_layers in (0, last + 1):
+        small = cut(config, max_length, num_layers)
+        here = {_kind(layer) for layer in decoder_layers(_on_meta(small, code))}
+        lost = [number for number, kind in enumerate(kinds) if kind not in here]
+        if not lost:
+            return small
+    raise ValueError(f"a small model has no layer like layer {lost[0]}")
 
 
-def _write(folder: Path, config: PreTrainedConfig, code: Path | None) -> int | None:
-    """Write a model of ``config``; return its `unusable_positions`."""
+def _kind(layer: nn.Module) -> frozenset[tuple[str, str]]:
+    """Return what a layer is made of: its modules' names, without numbers, and classes."""
+    return frozenset((re.sub(r"[0-9]+", "", name), type(module).__name__) for name, module in layer.named_modules())
+
+
+def _on_meta(config: PreTrainedConfig, code: Path | None) -> PreTrainedModel:
+    with torch.device("meta"), no_init_weights():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=code is not None)
+
+
+def _write(folder: Path, config: PreTrainedConfig, code: Path | None) -> SmallModel:
     model = reference.write_model(folder, config, code)
     with torch.no_grad():
         logits = model(input_ids=torch.zeros(1, LENGTHS[0], dtype=torch.long), use_cache=False).logits
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("upstream's own code gives values that are not finite")
-    return reference.unusable_positions(model)
+    float32 = bool(getattr(model, "_keep_in_fp32_modules_strict", None))
+    return SmallModel(reference.unusable_positions(model), None, float32)

@@ -30,7 +30,8 @@ _TOP_K = r"(num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts)$"
 _GROUPS = r"(n_group|num_expert_group)$"
 _WINDOW = (
     r"(sliding_window(_size)?|attention_window_size|attention_chunk_size|window_size|local_attention|keep_window_size"
-    r"|(mamba_)?chunk_size|index_topk|indexer_budget|index_block_size|local_attention_window_len|rel_extent|block_size)$"
+    r"|(mamba_)?chunk_size|index_topk|indexer_budget|index_block_size|local_attention_window_len|rel_extent|block_size"
+    r"|floor_scale|log_scaling_n_floor)$"
 )
 _POSITIONS = r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|max_target_positions)$"
 _WIDTH = (
@@ -51,47 +52,51 @@ _INNER_DIM = r"(linear_((key|value)_)?head_dim|index(er)?_head_dim|mamba_d_head|
 _INNER_HEADS = r"(linear_num_(key|value)_heads|linear_num_heads|index(er)?_n_heads|mamba_n_heads|mamba_num_heads)$"
 
 _COUNTS = ((_VOCAB, VOCAB), (_EXPERTS, EXPERTS), (_TOP_K, 2), (_GROUPS, 2))
+_CROSSED = ((_WINDOW, WINDOW), (_POSITIONS, POSITIONS))
 _SIZES = (
     (_HIDDEN, HIDDEN), (_HEADS, HEADS), (_HEAD_DIM, HEAD_DIM), (_ROPE_DIM, HEAD_DIM // 2), (_WINDOW, WINDOW),
     (_STATE, 16), (_INNER_DIM, HEAD_DIM), (_INNER_HEADS, HEADS),
 )  # fmt: skip
-"""What counts like things, and what they are wide; by the names of config keys, each with its largest small value."""
+"""How many there are of like things, what rows cross, and how wide things are: names of config keys, and the largest
+small value of each."""
 
 
-def cut_config(config: PreTrainedConfig, max_length: int = 0) -> PreTrainedConfig:
+def cut_config(config: PreTrainedConfig, max_length: int = 0, num_layers: int = 0) -> PreTrainedConfig:
     """Return ``config`` with small sizes and as many layers as its lists have kinds of them.
 
     Args:
         config: any model's.
         max_length: longest row of the run. Where it exceeds the length that the model was trained for, rows of the
             small one do so, too: rotary embeddings may then take other factors.
+        num_layers: that it has at least, where no list says of which kind each layer is.
 
     Raises:
         ValueError: or whatever upstream's config class raises where it does not take the small sizes.
     """
     values = config.to_dict()
-    _cut(values, max_length)
+    _cut(values, max_length, num_layers)
     return type(config).from_dict(values)
 
 
-def shallow_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return ``config`` with its real layers, one of each kind, few experts and a small vocabulary.
+def shallow_config(config: PreTrainedConfig, max_length: int = 0, num_layers: int = 0) -> PreTrainedConfig:
+    """Return ``config`` with its real layers, one of each kind, and few experts, tokens and positions.
 
-    For classes whose widths depend on each other in a way that `cut_config` does not know.
+    For classes whose widths depend on each other in a way that `cut_config` does not know. Arguments are its own.
 
     Raises:
         ValueError: or whatever upstream's config class raises where it does not take them.
     """
     values = config.to_dict()
-    _cut_depth(values)
+    _cut_depth(values, max_length, num_layers)
     return type(config).from_dict(values)
 
 
-def _cut_depth(values: dict[str, Any]) -> None:
-    """Cut what only repeats in ``values``, in place, also in configs inside it."""
-    _prepare(values, _cut_depth)
+def _cut_depth(values: dict[str, Any], max_length: int, num_layers: int) -> None:
+    """Cut what only repeats in ``values``, and what rows should cross, in place, also in configs inside it."""
+    _prepare(values, lambda inside: _cut_depth(inside, max_length, num_layers))
     layers = _num_layers(values)
-    kept = _kept_layers(values, layers)
+    kept = _kept_layers(values, layers, num_layers)
+    trained = _trained_length(values, max_length)
     if apart := _apart(values):
         values["per_layer_config"] = {str(place): apart[old] for place, old in enumerate(kept) if old in apart}
     for key, value in list(values.items()):
@@ -100,8 +105,9 @@ def _cut_depth(values: dict[str, Any]) -> None:
         elif _is_switch(key, value):
             values[key] = _cut_switch(key, value)
         elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            small = next((size for pattern, size in _COUNTS if re.match(pattern, key)), value)
+            small = next((size for pattern, size in (*_COUNTS, *_CROSSED) if re.match(pattern, key)), value)
             values[key] = _cut_layers(key, min(value, small), layers, len(kept))
+    _cut_trained_length(values, trained)
 
 
 def _prepare(values: dict[str, Any], cut: Callable[[dict[str, Any]], None]) -> None:
@@ -114,18 +120,18 @@ def _prepare(values: dict[str, Any], cut: Callable[[dict[str, Any]], None]) -> N
 
 
 def _num_layers(values: Mapping[str, Any]) -> int:
-    return next((v for k, v in values.items() if re.match(_LAYERS, k) and isinstance(v, int)), 0)
+    """Return how many layers there are; Nemotron-H has the list of them alone."""
+    counted = next((v for k, v in values.items() if re.match(_LAYERS, k) and isinstance(v, int)), 0)
+    listed = values.get("layers_block_type")
+    return counted or (len(listed) if isinstance(listed, list) else 0)
 
 
-def _cut(values: dict[str, Any], max_length: int) -> None:
+def _cut(values: dict[str, Any], max_length: int, num_layers: int) -> None:
     """Shrink the sizes in ``values`` in place, also in configs inside it; stored weights count as not quantized."""
-    _prepare(values, lambda inside: _cut(inside, max_length))
+    _prepare(values, lambda inside: _cut(inside, max_length, num_layers))
     layers = _num_layers(values)
-    kept = _kept_layers(values, layers)
-    trained = (values.get("rope_parameters") or {}).get("original_max_position_embeddings") or values.get(
-        "original_max_position_embeddings"
-    )
-    exceeds = isinstance(trained, int) and max_length > trained
+    kept = _kept_layers(values, layers, num_layers)
+    trained = _trained_length(values, max_length)
     apart = _apart(values)
     values.pop("per_layer_config", None)
     hidden = next((v for k, v in values.items() if re.match(_HIDDEN, k) and isinstance(v, int)), 0)
@@ -147,16 +153,32 @@ def _cut(values: dict[str, Any], max_length: int) -> None:
             if layer.get("qk_nope_head_dim", 0) + before.get("qk_rope_head_dim", 0) == before.get("head_dim"):
                 small = _cut_apart("qk_nope_head_dim", layer["qk_nope_head_dim"], before, values)
                 values["head_dim"] = small + values["qk_rope_head_dim"]
-    _cut_rope(values, WINDOW if exceeds else POSITIONS)
+    _cut_trained_length(values, trained)
+    _cut_rope(values)
 
 
-def _kept_layers(values: Mapping[str, Any], layers: int) -> list[int]:
+def _trained_length(values: Mapping[str, Any], max_length: int) -> int:
+    """Return the small model's ``original_max_position_embeddings``: its rows exceed it where the run's do."""
+    rope = values.get("rope_parameters") or {}
+    trained = rope.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
+    return WINDOW if isinstance(trained, int) and max_length > trained else POSITIONS // 2
+
+
+def _cut_trained_length(values: dict[str, Any], trained: int) -> None:
+    rope = values.get("rope_parameters")
+    rope = rope if isinstance(rope, dict) else {}
+    for part in (values, rope, *rope.values()):
+        if isinstance(part, dict) and part.get("original_max_position_embeddings"):
+            part["original_max_position_embeddings"] = trained
+
+
+def _kept_layers(values: Mapping[str, Any], layers: int, num_layers: int) -> list[int]:
     """Return which layers stay: the first of each kind that the lists tell apart, and a whole period."""
     lists = [v for v in values.values() if isinstance(v, list) and layers and len(v) == layers]
     lists += [[i in v for i in range(layers)] for k, v in values.items() if _names_layers(k, v, layers)]
     if apart := _apart(values):
         lists.append([sorted(apart.get(i, {}).items()) for i in range(layers)])
-    needed = min(layers, LAYERS, max(2, _dense_first(values) + 1, *_periods(values)))
+    needed = min(layers, LAYERS, max(2, num_layers, _dense_first(values) + 1, *_periods(values)))
     if not lists:
         return list(range(needed))
     kinds = [repr([each[i] for each in lists]) for i in range(layers)]
@@ -182,7 +204,8 @@ def _cut_list(key: str, value: list[Any], layers: int, kept: Sequence[int]) -> l
 
 def _periods(values: Mapping[str, Any]) -> list[int]:
     """Return after how many layers a kind of layer comes again, by the settings that say so."""
-    return [v for k, v in values.items() if re.match(_PERIOD, k) and isinstance(v, int) and not isinstance(v, bool)]
+    said = [v for k, v in values.items() if re.match(_PERIOD, k) and isinstance(v, int) and not isinstance(v, bool)]
+    return [*said, *(len(v) for k, v in values.items() if k == "block_types" and isinstance(v, list))]
 
 
 def _dense_first(values: Mapping[str, Any]) -> int:
@@ -190,15 +213,31 @@ def _dense_first(values: Mapping[str, Any]) -> int:
     return max((min(1, v) for k, v in values.items() if re.match(_FIRST, k) and isinstance(v, int)), default=0)
 
 
-def _cut_value(key: str, value: Any, before: Mapping[str, Any], hidden: int, layers: int, kept: int) -> Any:  # noqa: PLR0911
-    if isinstance(value, list) and re.match(_WIDTH, key) and all(isinstance(v, int) for v in value):
+def _cut_many(key: str, value: list[Any] | dict[str, Any], hidden: int) -> list[Any] | dict[str, Any]:
+    """Return sizes that a list or a dict gives one by one, small; any other as it is."""
+    if isinstance(value, dict):
+        return {kind: min(rate, WINDOW // 2) for kind, rate in value.items()} if key == "compress_rates" else value
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        return value
+    if re.match(_WIDTH, key):
         return [_width(v, hidden) for v in value]
-    if isinstance(value, list) and re.match(_HEADS + "|" + r".*_heads_per_layer$", key):
+    for pattern, size in _COUNTS:
+        if re.match(pattern, key):
+            return [min(v, size) for v in value]
+    if re.match(_HEADS + "|" + r".*_heads_per_layer$", key):
         return [HEADS * 2 if v == max(value) and v != min(value) else HEADS for v in value]
+    return value
+
+
+def _cut_value(key: str, value: Any, before: Mapping[str, Any], hidden: int, layers: int, kept: int) -> Any:  # noqa: PLR0911
     if _is_switch(key, value):
         return _cut_switch(key, value)
+    if isinstance(value, list | dict):
+        return _cut_many(key, value, hidden)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         return value
+    if key == "linear_num_key_heads" and value < before.get("linear_num_value_heads", 0):
+        return HEADS // 2  # several value heads to a key head, as before
     for pattern, size in (*_COUNTS, *_SIZES):
         if re.match(pattern, key):
             return min(value, size)
@@ -296,10 +335,8 @@ def _head_pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield heads, dim
 
 
-def _cut_rope(values: dict[str, Any], trained: int) -> None:
-    """Shrink the numbers that belong to a head's size or to the ``trained`` length in the rope settings."""
-    if values.get("original_max_position_embeddings"):
-        values["original_max_position_embeddings"] = trained
+def _cut_rope(values: dict[str, Any]) -> None:
+    """Shrink the numbers that belong to a head's size in the rope settings."""
     rope = values.get("rope_parameters")
     if not isinstance(rope, dict):
         return
@@ -314,5 +351,3 @@ def _cut_rope(values: dict[str, Any], trained: int) -> None:
             sections = part["mrope_section"]
             small = [max(1, x * half // sum(sections)) for x in sections]
             part["mrope_section"] = [half - sum(small[1:]), *small[1:]]
-        if part.get("original_max_position_embeddings"):
-            part["original_max_position_embeddings"] = trained

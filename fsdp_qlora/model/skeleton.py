@@ -111,6 +111,12 @@ def build_skeleton(
             f"{folder}: output_router_logits in config.json asks for a loss that balances experts over a whole batch, "
             "which is not computed here. Set model.config_overrides.output_router_logits=false to train without it."
         )
+    for key in ("layerdrop", "decoder_layerdrop", "encoder_layerdrop"):
+        if getattr(config.get_text_config(decoder=True), key, None):
+            raise ModelError(
+                f"{folder}: {key} in config.json leaves out whole layers at random, other ones on each rank. Set "
+                f"model.config_overrides.{key}=0 to train without it."
+            )
     try:
         with parameters_on_meta():
             model = _auto_class(config).from_config(

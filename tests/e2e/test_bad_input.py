@@ -47,7 +47,7 @@ COMPOSED = {
 def test_settings_are_refused_before_torch_is_imported(cli, case):
     arguments, words = COMPOSED[case]
     started = time.monotonic()
-    result = cli("train", *arguments, timeout=90, PYTHONPROFILEIMPORTTIME="1")
+    result = cli("train", *arguments, timeout=90, cold=True, PYTHONPROFILEIMPORTTIME="1")
     assert "| torch\n" not in result.stderr and "| torch." not in result.stderr
     assert time.monotonic() - started < 10  # 0.3 s on a quiet machine; the promise of 2 s is measured by hand
     _refused(result, *words)

@@ -96,9 +96,9 @@ def test_the_hub_is_asked_by_one_process_for_longer_than_a_collective_may_wait(h
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
     }  # fmt: skip
     run = [*tiny_run, "train.max_steps=1", "launcher.timeout_seconds=10", "launcher.nproc_per_node=2"]
-    result = cli("train", *run, "model.name=owner/tiny", **env)
+    result = cli("train", *run, "model.name=owner/tiny", cold=True, **env)
     assert result.returncode == 0, result.stderr
     assert hub.asked["model.safetensors"] == 1 and set(hub.asked.values()) == {1}
-    result = cli("train", *run, "model.name=owner/nothing", "run.name=other", **env)
+    result = cli("train", *run, "model.name=owner/nothing", "run.name=other", cold=True, **env)
     assert result.returncode == 2
     assert result.stderr.count("owner/nothing is no folder here and the hub did not give it") == 1, result.stderr

@@ -32,7 +32,7 @@ def test_nohup_outlives_its_terminal(cli_env, tiny_run, tmp_path, ranks):
 
 
 def test_leftovers_of_torchrun_do_not_make_a_run_wait(cli, tiny_run, tmp_path):
-    result = cli("train", *tiny_run, MASTER_ADDR="192.0.2.1", WORLD_SIZE="2", timeout=300)
+    result = cli("train", *tiny_run, MASTER_ADDR="192.0.2.1", WORLD_SIZE="2", timeout=300, cold=True)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("ignored") == 1 and "WORLD_SIZE='2'" in result.stderr
     assert json.loads((tmp_path / "outputs/tiny/exit.json").read_text())["code"] == 0
@@ -74,7 +74,7 @@ def test_a_row_function_beside_a_file_named_as_a_package(cli, tiny_run, tmp_path
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     result = cli(
         "train", *tiny_run, "data.train=rows.jsonl", "data.row_function=my_rows:convert", "data.allow_code=true",
-        "train.max_steps=2", f"launcher.nproc_per_node={ranks}",
+        "train.max_steps=2", f"launcher.nproc_per_node={ranks}", cold=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
 
@@ -87,7 +87,7 @@ def test_settings_longer_than_an_environment_variable_may_be(cli, tiny_run, tmp_
     (tmp_path / "own/experiment/long.yaml").write_text(text)
     result = cli(
         "train", "--config-dir", "own", "experiment=long", *tiny_run, "data.train=nowhere.jsonl",
-        "launcher.nproc_per_node=2",
+        "launcher.nproc_per_node=2", cold=True,
     )  # fmt: skip
     assert result.returncode == 2 and "nowhere.jsonl" in result.stderr, result.stderr
 
@@ -126,9 +126,9 @@ def test_a_run_does_not_die_of_what_it_prints(cli_env, tiny_run, tmp_path, close
 @pytest.mark.full
 def test_a_run_without_a_home_folder(cli, tiny_run, tmp_path):
     homeless = {"HOME": "/dev/null", "USER": "", "LOGNAME": ""}
-    result = cli("train", *tiny_run, "launcher.nproc_per_node=2", "train.max_steps=2", **homeless)
+    result = cli("train", *tiny_run, "launcher.nproc_per_node=2", "train.max_steps=2", cold=True, **homeless)
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "~").exists()
-    refused = cli("train", *tiny_run, "run.name=second", **homeless, FSDP_QLORA_CACHE="")
+    refused = cli("train", *tiny_run, "run.name=second", cold=True, **homeless, FSDP_QLORA_CACHE="")
     assert refused.returncode == 2 and "FSDP_QLORA_CACHE: there is no home folder" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -97,7 +97,7 @@ def plain_loss(run_folder: Path, env: dict[str, str], tmp_path: Path, precision:
 def test_the_adapter_in_plain_peft_has_the_trainers_loss(cli, cli_env, tiny_run, tmp_path):
     cache = {"FSDP_QLORA_CACHE": str(tmp_path / "cache")}
     settings = [*tiny_run, "train.max_steps=12", "optim.lr=5e-3", "data.eval_fraction=0.3"]
-    result = cli("train", *settings, "launcher.nproc_per_node=2", **cache)
+    result = cli("train", *settings, num_ranks=2, **cache)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "outputs/tiny/summary.json").read_text())
     assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.05
@@ -110,7 +110,7 @@ def test_the_adapter_in_plain_peft_has_the_trainers_loss(cli, cli_env, tiny_run,
 
 def test_wandb_offline_on_rank_0_with_no_secret_in_any_file(cli, tiny_run, tmp_path):
     canary = "canary-5f3a9d"
-    result = cli("train", *tiny_run, "track=wandb", "launcher.nproc_per_node=2", HF_TOKEN=canary, WANDB_MODE="offline")
+    result = cli("train", *tiny_run, "track=wandb", num_ranks=2, HF_TOKEN=canary, WANDB_MODE="offline")
     assert result.returncode == 0, result.stderr
     runs = list((tmp_path / "outputs/tiny/wandb").glob("offline-run-*"))
     assert len(runs) == 1

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.launch
 
 def test_stopped_by_sigterm_and_resumed(cli, cli_env, tiny_run, tmp_path):
     long = [*tiny_run, "train.max_steps=60", "lora.dropout=0.1", "train.eval_every=20"]
-    whole = cli("train", *long, "run.name=whole", "launcher.nproc_per_node=2")
+    whole = cli("train", *long, "run.name=whole", num_ranks=2)
     assert whole.returncode == 0, whole.stderr
     expected = metrics(tmp_path / "outputs/whole")
 
@@ -56,16 +56,16 @@ def test_stopped_by_sigterm_and_resumed(cli, cli_env, tiny_run, tmp_path):
     weights = [(tmp_path / f"outputs/{n}/adapter/adapter_model.safetensors").read_bytes() for n in ("whole", "split")]
     assert weights[0] == weights[1]
 
-    third = cli("train", *split, "launcher.nproc_per_node=2")
+    third = cli("train", *split, num_ranks=2)
     assert third.returncode == 0 and "nothing to do" in third.stdout
 
-    changed = cli("train", *long, "run.name=split", "train.max_steps=70", "optim.lr=1e-3", "launcher.nproc_per_node=2")
+    changed = cli("train", *long, "run.name=split", "train.max_steps=70", "optim.lr=1e-3", num_ranks=2)
     assert changed.returncode == 2
     assert "optim.lr: 0.0002 in the checkpoint, 0.001 now" in changed.stderr
 
 
 def test_torchrun_and_the_launcher_do_the_same(cli, cli_env, tiny_run, tmp_path):
-    mine = cli("train", *tiny_run, "run.name=mine", "launcher.nproc_per_node=2")
+    mine = cli("train", *tiny_run, "run.name=mine", "launcher.nproc_per_node=2", cold=True)
     assert mine.returncode == 0, mine.stderr
     torchrun = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fsdp_qlora",
@@ -89,7 +89,7 @@ def test_torchrun_and_the_launcher_do_the_same(cli, cli_env, tiny_run, tmp_path)
     }  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "outputs").iterdir()) == ["mine", "theirs"]
 
-    again = cli("train", "run_from=outputs/mine/config.yaml", "run.name=again", "launcher.nproc_per_node=2")
+    again = cli("train", "run_from=outputs/mine/config.yaml", "run.name=again", num_ranks=2)
     assert again.returncode == 0, again.stderr
     assert losses(metrics(tmp_path / "outputs/again")) == found[0]
 
@@ -151,7 +151,7 @@ def test_a_failing_rank_ends_all_with_its_message_last(cli, tiny_run, tmp_path, 
     path = f"{tmp_path / 'site'}{os.pathsep}{cli_env['PYTHONPATH']}"
     run = ["train", *tiny_run, "train.max_steps=5000", "data.eval_fraction=0", "launcher.nproc_per_node=2"]
     started = time.monotonic()
-    result = cli(*run, PYTHONPATH=path)
+    result = cli(*run, cold=True, PYTHONPATH=path)
     assert time.monotonic() - started < 60
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1] == "fsdp-qlora, rank 1: planted: row 7 is bad"
