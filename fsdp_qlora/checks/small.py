@@ -83,11 +83,11 @@ def write_small(
 
 def _written(folder: Path, config: PreTrainedConfig, max_length: int, code: Path | None) -> SmallModel:
     try:
-        return _write(folder, _with_every_kind(cut_config, config, max_length, code), code)
+        return _write(folder, with_every_kind(cut_config, config, max_length, code), code)
     except Exception as error:  # upstream's constructors and forwards raise anything
         try:
-            shallow = _with_every_kind(shallow_config, config, max_length, code)
-            count = sum(parameter.numel() for parameter in _on_meta(shallow, code).parameters())
+            shallow = with_every_kind(shallow_config, config, max_length, code)
+            count = sum(parameter.numel() for parameter in on_meta(shallow, code).parameters())
         except Exception:  # the first error says more
             raise error from None
         if count > LARGEST:
@@ -98,7 +98,7 @@ def _written(folder: Path, config: PreTrainedConfig, max_length: int, code: Path
         return replace(_write(folder, shallow, code), layers_of=config_digest(config))
 
 
-def _with_every_kind(
+def with_every_kind(
     cut: Callable[[PreTrainedConfig, int, int], PreTrainedConfig], config: PreTrainedConfig, max_length: int,
     code: Path | None,
 ) -> PreTrainedConfig:  # fmt: skip
@@ -107,24 +107,25 @@ def _with_every_kind(
     Raises:
         ValueError: if it has not; ``cut`` goes by names of settings, which remote code may spell as it likes.
     """
-    kinds = [_kind(layer) for layer in decoder_layers(_on_meta(config, code))]
+    kinds = [kind_of(layer) for layer in decoder_layers(on_meta(config, code))]
     last = max((kinds.index(kind) for kind in kinds), default=0)
     lost: list[int] = []
     for num_layers in (0, last + 1):
         small = cut(config, max_length, num_layers)
-        here = {_kind(layer) for layer in decoder_layers(_on_meta(small, code))}
+        here = {kind_of(layer) for layer in decoder_layers(on_meta(small, code))}
         lost = [number for number, kind in enumerate(kinds) if kind not in here]
         if not lost:
             return small
     raise ValueError(f"a small model has no layer like layer {lost[0]}")
 
 
-def _kind(layer: nn.Module) -> frozenset[tuple[str, str]]:
+def kind_of(layer: nn.Module) -> frozenset[tuple[str, str]]:
     """Return what a layer is made of: its modules' names, without numbers, and classes."""
     return frozenset((re.sub(r"[0-9]+", "", name), type(module).__name__) for name, module in layer.named_modules())
 
 
-def _on_meta(config: PreTrainedConfig, code: Path | None) -> PreTrainedModel:
+def on_meta(config: PreTrainedConfig, code: Path | None) -> PreTrainedModel:
+    """Return upstream's model of ``config`` without any memory, to look at its modules and shapes."""
     with torch.device("meta"), no_init_weights():
         return AutoModelForCausalLM.from_config(config, trust_remote_code=code is not None)
 

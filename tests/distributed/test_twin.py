@@ -117,6 +117,15 @@ def recomputed_layer_differs(model: CausalModel, ranks: Ranks) -> None:
     model.base.get_submodule("model.layers.0.mlp.act_fn").register_forward_hook(drift)
 
 
+def gradients_of_bf16_drift(model: CausalModel, ranks: Ranks) -> None:
+    def drift(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * 1.5)
+
+    if model.base.dtype == torch.bfloat16:
+        model.base.get_submodule("model.layers.1.self_attn.o_proj").register_forward_hook(drift)
+
+
 FAULTS: dict[str, tuple[Any, str, dict[str, Any], str]] = {
     "lost buffer": (lost_buffer, "deepseek_v3", {}, "loss"),
     "swapped rotary table": (swapped_rotary_table, "llama", {}, "rotary_emb|self_attn"),
@@ -128,18 +137,22 @@ FAULTS: dict[str, tuple[Any, str, dict[str, Any], str]] = {
     "one layer of another kind": (one_layer_of_another_kind, "gemma3_text", {}, "layers|rotary_emb"),
     "gate and up exchanged": (gate_and_up_exchanged, "llama", {}, "layers.1.mlp"),
     "two experts exchanged": (two_experts_exchanged, "mixtral", {}, "experts"),
+    "gradients of bf16 drift": (gradients_of_bf16_drift, "ernie4_5_moe", {}, "gradients are .* upstream's in bf16"),
+    "adapter with dropout": (adapter_without_scaling, "llama", {"dropout": 0.1}, "loss"),
     "recomputed layer differs": (recomputed_layer_differs, "llama", {"full": True}, "gradients"),
 }
 """Name -> what plants it in our model, the family, how it is run, what the message must name."""
 
 
-def _settings(packed: bool = False, full: bool = False, check: str = "always", folder: str = "") -> RunConfig:
+def _settings(
+    packed: bool = False, full: bool = False, check: str = "always", folder: str = "", dropout: float = 0.0
+) -> RunConfig:  # fmt: skip
     config = RunConfig()
     return replace(
         config,
         model=replace(config.model, check=check, name=folder),
         data=replace(config.data, packing=packed, max_length=64),
-        lora=replace(config.lora, r=4, alpha=8.0),
+        lora=replace(config.lora, r=4, alpha=8.0, dropout=dropout),
         train=replace(
             config.train, micro_batch_size=2, activation_checkpointing="full" if full else "none"
         ),
@@ -195,9 +208,36 @@ def test_an_adapter_that_plain_peft_would_not_load_is_found(pool):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("how", [{}, {"packed": True}, {"full": True}], ids=["padded", "packed", "recomputed"])
+@pytest.mark.parametrize(
+    "how", [{}, {"packed": True}, {"full": True}, {"dropout": 0.1}], ids=["padded", "packed", "recomputed", "dropout"]
+)
 def test_nothing_is_found_where_nothing_is_wrong(pool, how, num_ranks):
     assert set(pool.run(num_ranks, try_twin, "qwen3_moe", None, how)) == {""}
+
+
+def test_a_scale_that_begins_far_into_a_sequence_is_seen_in_packed_rows(pool):
+    """Llama 4 scales queries by their place in the sequence, not in the row, from its floor_scale on."""
+    assert "a token's loss is off" in pool.run(1, try_twin, "llama4_text", None, {"packed": True})[0]
+    assert pool.run(1, try_twin, "llama4_text", None, {})[0] == ""
+
+
+def other_attention_on_the_second_rank(ranks: Ranks, folder: str) -> str:
+    """Check a model where the ranks have different libraries; return the message."""
+    original = building.attentions_for
+    building.attentions_for = lambda *_: ("blockwise", "eager") if ranks.is_main else ("eager",)
+    try:
+        check_model(_settings(folder=folder), Path(folder), ranks)
+    except FsdpQloraError as error:
+        return str(error)
+    finally:
+        building.attentions_for = original
+    return ""
+
+
+def test_ranks_that_would_take_other_attentions_are_told_so(pool, tmp_path):
+    folder = upstream.write_random(tmp_path / "model", small_config("llama"))
+    said = "rank 0 would take blockwise, eager and rank 1 eager"
+    assert all(said in message for message in pool.run(2, other_attention_on_the_second_rank, str(folder)))
 
 
 def remembered(ranks: Ranks, folder: str, cache: str) -> list[Any]:
