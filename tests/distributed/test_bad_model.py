@@ -15,6 +15,7 @@ from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.nodes import once_per_node
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from tests.build import build
+from tests.tiers import some_in_full
 from tests.tiny import poison
 
 
@@ -53,7 +54,7 @@ SEEN_BY_THE_LAST = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SEEN_BY_THE_LAST)
+@pytest.mark.parametrize("case", some_in_full(SEEN_BY_THE_LAST, list(SEEN_BY_THE_LAST)[:4]))
 def test_seen_by_the_last_rank_alone(pool, tiny_model, tmp_path, case):
     damage, quant, words = SEEN_BY_THE_LAST[case]
     bad = Path(shutil.copytree(tiny_model, tmp_path / "bad"))

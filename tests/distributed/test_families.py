@@ -15,15 +15,12 @@ from fsdp_qlora.model.stream import resident_bytes
 from fsdp_qlora.quant.matrices import QuantMatrices
 from tests.build import build, losses, run_fit
 from tests.families import FAMILIES, adapter_targets, reference, reference_losses, write_family
+from tests.tiers import some_in_full
 
 STEPS, LR = 4, 2e-3
 
 
 QUICK = {"qwen3", "gpt2", "qwen3_moe"}
-
-
-def _some_in_full(families, quick):
-    return [f if f in quick else pytest.param(f, marks=pytest.mark.full) for f in families]
 
 
 def _groups(rows, embeddings="none"):
@@ -41,7 +38,7 @@ def _batches(folder, rows, cache):
     return (loader.batch_at(position) for position in range(0, STEPS * 6, 6))
 
 
-@pytest.mark.parametrize("family", _some_in_full(FAMILIES, QUICK))
+@pytest.mark.parametrize("family", some_in_full(FAMILIES, QUICK))
 def test_a_family_trains_as_upstream_does(pool, chat_rows, tmp_path, family):
     folder = write_family(tmp_path / "model", family)
     found = {}
@@ -66,7 +63,7 @@ def _stored(ranks: Ranks, folder: str, rows: str) -> tuple[int, int, list[str]]:
     return planned.base_packed + planned.base_statistics, held, sorted(modules)
 
 
-@pytest.mark.parametrize("family", _some_in_full(["mixtral", "qwen3_moe"], {"qwen3_moe"}))
+@pytest.mark.parametrize("family", some_in_full(["mixtral", "qwen3_moe"], {"qwen3_moe"}))
 def test_experts_are_4_bit_and_the_plan_counts_them_exactly(pool, chat_rows, tmp_path, family):
     folder = write_family(tmp_path / "model", family)
     for num_ranks in (1, 2, 3):
@@ -77,7 +74,7 @@ def test_experts_are_4_bit_and_the_plan_counts_them_exactly(pool, chat_rows, tmp
 
 
 @pytest.mark.parametrize(
-    "family", _some_in_full(["llama", "qwen3", "gemma2", "gemma3_text", "phi"], {"llama", "gemma2"})
+    "family", some_in_full(["llama", "qwen3", "gemma2", "gemma3_text", "phi"], {"llama", "gemma2"})
 )
 def test_quantized_embedding_and_head_give_the_losses_of_dense_ones_with_the_same_values(
     pool, chat_rows, tmp_path, family

@@ -120,7 +120,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "offload": {"fsdp": {"offload": "all"}},
     "checkpointing": {"train": {"activation_checkpointing": "full"}},
 }
-QUICK = {("int8", "plain"), ("int8", "offload"), ("int8, threshold 1", "checkpointing")}
+QUICK = {("int8", "plain"), ("int8, threshold 1", "checkpointing")}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from fsdp_qlora.dist.mesh import Ranks
 from tests.build import build, essence, run_fit
 from tests.pool import RankError
+from tests.tiers import some_in_full
 from tests.tiny import make_model
 
 WHERE = ("params", "activations", "all")
@@ -61,7 +62,7 @@ def _compare(pool, model, rows, root, num_ranks, others, layout="shard", **group
 CASES = [(1, "full", ["all"]), (2, "none", ["params", "activations"]), (2, "full", ["all"])]
 
 
-@pytest.mark.parametrize(("num_ranks", "checkpointing", "offloads"), CASES)
+@pytest.mark.parametrize(("num_ranks", "checkpointing", "offloads"), some_in_full(CASES, CASES[2:]))
 def test_offload_changes_no_bit(pool, model, chat_rows, tmp_path, num_ranks, checkpointing, offloads):
     others = [{"offload": where} for where in offloads]
     _compare(pool, model, chat_rows, tmp_path, num_ranks, others, checkpointing=checkpointing)
@@ -81,7 +82,6 @@ MODULES = (["head", "embeddings", "norms"], ["*.layers.[0-2].*"])
 @pytest.mark.parametrize(
     ("num_ranks", "checkpointing", "offload"),
     [
-        (2, "full", "none"),
         (2, "none", "all"),
         *(
             pytest.param(num_ranks, checkpointing, offload, marks=pytest.mark.full)
@@ -153,7 +153,7 @@ def test_every_offload_changes_no_bit(
     _compare(pool, model, chat_rows, tmp_path, num_ranks, offloads, layout, replicate_degree=replicas, **groups)
 
 
-@pytest.mark.parametrize("depth", [0, 3, *(pytest.param(depth, marks=pytest.mark.full) for depth in (2, 9))])
+@pytest.mark.parametrize("depth", some_in_full([0, 2, 3, 9], [3]))
 def test_prefetch_changes_no_bit(pool, model, chat_rows, tmp_path, depth):
     _compare(pool, model, chat_rows, tmp_path, 2, [{"prefetch": depth}], checkpointing="none")
 
@@ -271,7 +271,8 @@ def _state(ranks: Ranks, folder: str, rows: str, root: str, steps: int, offload:
     return {n: t.full_tensor().clone() for n, t in training._tensors().items()}
 
 
-@pytest.mark.parametrize(("first", "second"), [("all", "none"), pytest.param("none", "all", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize(("first", "second"), [("all", "none"), ("none", "all")])
 def test_a_resume_may_offload_otherwise(pool, model, chat_rows, tmp_path, first, second):
     run = [_state, str(model), str(chat_rows)]
     whole = pool.run(2, *run, str(tmp_path / "whole"), 2, "none")[0]

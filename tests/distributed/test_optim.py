@@ -191,9 +191,7 @@ def _groups(rows: Path, name: str, steps: int, **more) -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("lion_8bit", "adafactor") else pytest.param(n, marks=FULL) for n in OPTIMIZERS]
-)
+@pytest.mark.parametrize("name", [n if n == "lion_8bit" else pytest.param(n, marks=FULL) for n in OPTIMIZERS])
 def test_a_run_that_was_resumed_is_one_that_was_not(pool, tiny_model, chat_rows, tmp_path, name):
     for run, steps in (("whole", 5), ("split", 3), ("split", 5)):
         pool.run(2, run_fit, str(tiny_model), str(tmp_path), run, _groups(chat_rows, name, steps))

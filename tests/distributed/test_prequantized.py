@@ -11,6 +11,7 @@ from fsdp_qlora.quant.linear import STATISTICS, QuantLinear, local_tensor
 from fsdp_qlora.quant.packing import raw_bytes
 from tests import tiny
 from tests.build import build, losses, run_fit
+from tests.tiers import some_in_full
 
 FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 
@@ -35,9 +36,8 @@ def _differences(ranks: Ranks, plain: str, packed: str, quant: dict) -> tuple[li
 def _cases(ranks: int):
     """Every format on ``ranks`` ranks, on other numbers in the whole matrix."""
     others = [n for n in (1, 2, 3) if n != ranks]
-    return [(ranks, *each) for each in FORMATS] + [
-        pytest.param(n, *each, marks=pytest.mark.full) for n in others for each in FORMATS
-    ]
+    every = [(n, *each) for n in (ranks, *others) for each in FORMATS]
+    return some_in_full(every, [(ranks, "nf4", True), (ranks, "fp4", False)])
 
 
 @pytest.mark.parametrize(("num_ranks", "name", "double_quant"), _cases(3))

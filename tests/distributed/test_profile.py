@@ -22,7 +22,8 @@ def _groups(rows: Path, steps: int, **more) -> dict:
     }
 
 
-@pytest.mark.parametrize("checkpointing", ["none", pytest.param("full", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_two_ranks_tell_where_their_steps_went(pool, tiny_model, chat_rows, tmp_path, checkpointing):
     groups = _groups(chat_rows, 6, activation_checkpointing=checkpointing)
     plain = {**groups, "train": {**groups["train"], "max_steps": 2}}

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from fsdp_qlora.dist.mesh import Ranks
 from tests.build import build, losses, next_rows, norms, run_fit
+from tests.tiers import some_in_full
 
 
 def _train(pool, num_ranks, model, rows, root, name, layout="shard", timeout=180, **groups):
@@ -32,7 +33,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("quant", ["nf4", pytest.param("fp4", marks=pytest.mark.full), "none"])
+@pytest.mark.parametrize("quant", some_in_full(["nf4", "fp4", "none"], ["nf4"]))
 def test_ranks_do_not_change_the_numbers_fp32(pool, tiny_model, chat_rows, tmp_path, case, quant):
     groups = {**CASES[case], "precision": {"name": "fp32"}, "quant": {"name": quant, "double_quant": quant != "none"}}
     one = _train(pool, 1, tiny_model, chat_rows, tmp_path, "one", **groups)["metrics"]

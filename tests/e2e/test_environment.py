@@ -13,11 +13,12 @@ import pytest
 
 from tests.build import metrics
 from tests.processes import wait_for_step
+from tests.tiers import some_in_full
 
 pytestmark = pytest.mark.launch
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.parametrize("ranks", some_in_full([1, 2], [1]))
 def test_nohup_outlives_its_terminal(cli_env, tiny_run, tmp_path, ranks):
     process = subprocess.Popen(
         ["nohup", sys.executable, "-m", "fsdp_qlora", "train", *tiny_run, "train.max_steps=12",
@@ -64,7 +65,7 @@ def convert(row):
 """
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.parametrize("ranks", some_in_full([1, 2], [1]))
 def test_a_row_function_beside_a_file_named_as_a_package(cli, tiny_run, tmp_path, ranks):
     """README's example, in a folder whose `datasets.py` must hide nothing."""
     (tmp_path / "my_rows.py").write_text(_ROWS)
@@ -95,7 +96,8 @@ def test_settings_longer_than_an_environment_variable_may_be(cli, tiny_run, tmp_
 _SPELT = ["[INST] hi [/INST]", "a\u2028b \x1b[2J", "你好 👩‍👩‍👧‍👦 שלום 🇳🇴 ﷽", 'it\'s "quoted" $HOME']
 
 
-@pytest.mark.parametrize("closed", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.full
+@pytest.mark.parametrize("closed", [False, True])
 def test_a_run_does_not_die_of_what_it_prints(cli_env, tiny_run, tmp_path, closed):
     """Closed stdout, or an ASCII one, and prompts, samples and answers of any spelling."""
     lines = [json.dumps({"prompt": text, "completion": text + " " + text}) for text in _SPELT * 6]

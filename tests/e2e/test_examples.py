@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.tiers import some_in_full
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -109,7 +111,7 @@ def test_shard_own_model(cli_env: dict[str, str], tmp_path: Path):
     assert after < before
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", some_in_full([1, 2], [2]))
 def test_library_run(num_ranks: int, tiny_model: Path, chat_rows: Path, cli_env: dict[str, str], tmp_path: Path):
     start = TORCHRUN if num_ranks == 2 else [sys.executable]
     script = [str(EXAMPLES / "library_run.py"), str(tiny_model), str(chat_rows), "out", "--steps", "2"]

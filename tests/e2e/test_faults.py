@@ -15,6 +15,7 @@ from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from tests import warm
 from tests.build import essence, metrics
 from tests.soak import soak
+from tests.tiers import some_in_full
 from tests.tiny import poisoned
 
 KEPT = ("checkpoint.every_steps=2", "checkpoint.keep_last=1", "train.max_steps=6", "train.eval_every=2")
@@ -88,7 +89,7 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", some_in_full(POINTS, ["before COMPLETE", "while an old one is removed"]))
 def test_rank_0_killed(whole, arguments, cli_env, tmp_path, point):
     _kill(tmp_path, arguments, cli_env, whole, 0, whole.write(POINTS[point]))
 
@@ -121,7 +122,7 @@ SIGNALS = {
 }
 
 
-@pytest.mark.parametrize("moment", SIGNALS)
+@pytest.mark.parametrize("moment", some_in_full(SIGNALS, ["during a save"]))
 def test_a_signal_to_one_rank_stops_all_after_a_save(whole, arguments, cli_env, tmp_path, moment):
     number, pattern = SIGNALS[moment]
     fault = _fault(0, tmp_path, whole.write(pattern), number)
@@ -185,7 +186,7 @@ def test_a_full_disk_is_seen_before_writing_and_the_older_checkpoint_stays(argum
         subprocess.run(["umount", str(disk)], check=False)
 
 
-@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+@pytest.mark.parametrize("policy", some_in_full(["stop", "skip", "rollback"], ["skip"]))
 def test_a_sample_that_makes_nan(arguments, tiny_model, chat_rows, cli_env, tmp_path, policy):
     model, file, bad = poisoned(tiny_model, chat_rows, tmp_path)
     run = [
@@ -251,6 +252,7 @@ def test_inspect_shows_one_and_compares_two(arguments, cli_env, tmp_path):
     assert (folder / "latest").read_text() == "step_00000006\n"
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_short_soak(cli_env, tmp_path):
     result = soak(4, seed=1, folder=tmp_path, env=cli_env, steps=40, moments=(1.5, 4.0))

@@ -34,6 +34,7 @@ def test_a_hanging_rank_is_named_and_all_end(cli_env, tiny_run, tmp_path):
     assert json.loads((tmp_path / "outputs/tiny/exit.json").read_text())["message"] in last
 
 
+@pytest.mark.full
 def test_a_killed_rank_is_started_again_and_nothing_differs(cli_env, tiny_run, tmp_path):
     run = [
         "train", *tiny_run, "train.max_steps=40", "lora.dropout=0.1", "checkpoint.every_steps=5", "train.eval_every=10",

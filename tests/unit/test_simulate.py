@@ -73,6 +73,7 @@ def test_a_process_with_real_ranks_is_refused(tiny_model: Path) -> None:
         simulate(config_of(str(tiny_model)), 2)
 
 
+@pytest.mark.full
 def test_an_extrapolated_peak_is_that_of_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = one_micro_batch(write_config(tmp_path / "nine", num_hidden_layers=9), data={"max_length": 128})
     cut = simulate(config, 2)
