@@ -22,6 +22,11 @@ def twin_settings(config: RunConfig, folder: Path, attention: str, device: torch
     quant = config.quant
     if quant.name == "int8":  # rounds activations, too: compared elsewhere (tests/distributed/test_formats.py)
         quant = replace(quant, name="nf4")
+    overrides = {  # of single layers, which the twin may not have, another one may stand for
+        pattern: "nf4" if kind == "int8" else kind
+        for pattern, kind in quant.overrides.items()
+        if not any(character.isdigit() for character in pattern)
+    }
     if quant.embeddings == "int8":
         quant = replace(quant, embeddings="nf4")
     targets = config.lora.target_modules
@@ -35,7 +40,7 @@ def twin_settings(config: RunConfig, folder: Path, attention: str, device: torch
             config.model, name=str(folder), revision=None, attn_implementation=attention, config_overrides={}
         ),
         data=data,
-        quant=replace(quant, allow_16bit=True, overrides={}, block_size=min(64, quant.block_size)),
+        quant=replace(quant, allow_16bit=True, overrides=overrides, block_size=min(64, quant.block_size)),
         lora=replace(
             config.lora, r=min(4, config.lora.r), dropout=NO_DROPOUT if config.lora.dropout else 0.0, init_from=None,
             target_modules=targets,

@@ -145,7 +145,8 @@ FAULTS: dict[str, tuple[Any, str, dict[str, Any], str]] = {
 
 
 def _settings(
-    packed: bool = False, full: bool = False, check: str = "always", folder: str = "", dropout: float = 0.0
+    packed: bool = False, full: bool = False, check: str = "always", folder: str = "", dropout: float = 0.0,
+    overrides: dict[str, str] | None = None,
 ) -> RunConfig:  # fmt: skip
     config = RunConfig()
     return replace(
@@ -153,6 +154,7 @@ def _settings(
         model=replace(config.model, check=check, name=folder),
         data=replace(config.data, packing=packed, max_length=64),
         lora=replace(config.lora, r=4, alpha=8.0, dropout=dropout),
+        quant=replace(config.quant, overrides=overrides or {}),
         train=replace(
             config.train, micro_batch_size=2, activation_checkpointing="full" if full else "none"
         ),
@@ -207,9 +209,14 @@ def test_an_adapter_that_plain_peft_would_not_load_is_found(pool):
     assert "plain PEFT would not load the exported adapter of base_model" in pool.run(1, export_to_other_names)[0]
 
 
+MIXED = {"*.down_proj": "int8", "*.k_proj": "fp4", "*.q_proj": "none", "*.layers.7.*": "fp4"}
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize(
-    "how", [{}, {"packed": True}, {"full": True}, {"dropout": 0.1}], ids=["padded", "packed", "recomputed", "dropout"]
+    "how",
+    [{}, {"packed": True}, {"full": True}, {"dropout": 0.1}, {"overrides": MIXED}],
+    ids=["padded", "packed", "recomputed", "dropout", "mixed formats"],
 )
 def test_nothing_is_found_where_nothing_is_wrong(pool, how, num_ranks):
     assert set(pool.run(num_ranks, try_twin, "qwen3_moe", None, how)) == {""}
