@@ -130,17 +130,19 @@ def _context() -> Any:
 
 
 def _rank(arguments: list[str], folder: str, env: dict[str, str], output: str, fault: Fault | None) -> None:
-    if fault is not None:
-        _install(fault)
-    _main(arguments, folder, env, output, output)
+    _main(arguments, folder, env, output, output, fault)
 
 
-def _main(arguments: list[str], folder: str, env: dict[str, str], out: str, err: str) -> None:
+def _main(
+    arguments: list[str], folder: str, env: dict[str, str], out: str, err: str, fault: Fault | None = None
+) -> None:  # fmt: skip
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if fault is not None:
+        _install(fault)
     from fsdp_qlora.__main__ import main
 
     code = main(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.build import build, losses, run_fit
 from tests.distributed.test_families import LR, _batches
 from tests.families import NF4, reference, reference_losses
 from tests.pool import Pool
+from tests.tiers import some_in_full
 
 INT8 = {"name": "int8", "double_quant": False}
 
@@ -123,14 +125,7 @@ WAYS: dict[str, dict[str, Any]] = {
 QUICK = {("int8", "plain"), ("int8, threshold 1", "checkpointing")}
 
 
-@pytest.mark.parametrize(
-    ("kind", "way"),
-    [
-        pytest.param(kind, way, marks=() if (kind, way) in QUICK else pytest.mark.full)
-        for kind in FORMATS
-        for way in WAYS
-    ],
-)
+@pytest.mark.parametrize(("kind", "way"), some_in_full(itertools.product(FORMATS, WAYS), QUICK))
 def test_trains_as_stock_bitsandbytes_and_peft_do(pool, tiny_model, chat_rows, tmp_path, kind, way):
     quant, stock = FORMATS[kind]
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

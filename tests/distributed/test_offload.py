@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -81,15 +82,7 @@ MODULES = (["head", "embeddings", "norms"], ["*.layers.[0-2].*"])
 
 @pytest.mark.parametrize(
     ("num_ranks", "checkpointing", "offload"),
-    [
-        (2, "none", "all"),
-        *(
-            pytest.param(num_ranks, checkpointing, offload, marks=pytest.mark.full)
-            for num_ranks in (1, 2, 3)
-            for checkpointing in ("none", "full")
-            for offload in ("none", *WHERE)
-        ),
-    ],
+    some_in_full(itertools.product((1, 2, 3), ("none", "full"), ("none", *WHERE)), [(2, "none", "all")]),
 )
 def test_modules_on_the_host_change_no_bit(pool, model, chat_rows, tmp_path, num_ranks, checkpointing, offload):
     others = [{"offload": offload, "offload_modules": modules} for modules in MODULES]

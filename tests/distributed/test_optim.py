@@ -24,6 +24,7 @@ from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.plan.rows import row_range
 from fsdp_qlora.plan.states import keeps_8bit
 from tests.build import build, essence, losses, metrics, run_fit
+from tests.tiers import some_in_full
 from tests.unit.test_optim import IN_8_BIT, OPTIMIZERS, gradients, parameters, settings_of
 
 FULL = pytest.mark.full
@@ -191,7 +192,7 @@ def _groups(rows: Path, name: str, steps: int, **more) -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [n if n == "lion_8bit" else pytest.param(n, marks=FULL) for n in OPTIMIZERS])
+@pytest.mark.parametrize("name", some_in_full(OPTIMIZERS, ["lion_8bit"]))
 def test_a_run_that_was_resumed_is_one_that_was_not(pool, tiny_model, chat_rows, tmp_path, name):
     for run, steps in (("whole", 5), ("split", 3), ("split", 5)):
         pool.run(2, run_fit, str(tiny_model), str(tmp_path), run, _groups(chat_rows, name, steps))

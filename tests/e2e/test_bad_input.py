@@ -88,8 +88,9 @@ def test_truncated_weights_on_two_ranks(cli, tiny_run, tiny_model, tmp_path):
     (tmp_path / "cut").mkdir()
     folder = _truncated(tiny_model, tmp_path / "cut")
     started = time.monotonic()
-    result = cli("train", *tiny_run, f"model.name={folder}", num_ranks=2)
+    result = cli("train", *tiny_run, f"model.name={folder}", "launcher.nproc_per_node=2")
     _refused(result, "model.safetensors", "cut short")
+    assert result.stderr.strip().splitlines()[-1].startswith("fsdp-qlora, rank")
     assert time.monotonic() - started < 60
     assert json.loads((tmp_path / "outputs/tiny/exit.json").read_text())["code"] == 2
 
