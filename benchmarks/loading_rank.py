@@ -37,11 +37,13 @@ def write_random(folder: Path, config: LlamaConfig) -> None:
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
-    generator, part, size, weight_map = torch.Generator().manual_seed(0), {}, 0, {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator, part, size, weight_map = torch.Generator(device).manual_seed(0), {}, 0, {}
     total = 2 * sum(shape.numel() for shape in shapes.values())
     num_files = 0
     for left, (name, shape) in zip(range(len(shapes) - 1, -1, -1), shapes.items(), strict=True):
-        part[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+        drawn = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=0.02, generator=generator)
+        part[name] = drawn.cpu()
         size += 2 * shape.numel()
         following = 2 * list(shapes.values())[-left].numel() if left else FILE_BYTES
         if size + following > FILE_BYTES:

@@ -23,7 +23,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def start(scratch: Path, options: argparse.Namespace) -> list[Found]:
     return [row for name, spec in ways.items() for row in measure({name: spec}, 2, 128, 1, 1, scratch)]
 
 
-def large(scratch: Path, options: argparse.Namespace) -> list[Found]:
+def large(scratch: Path, options: argparse.Namespace) -> Iterator[Found]:
     """Compare on the work of an 8B model with TRL (FSDP2, and not) and our own trainer on a bf16 base."""
     length, batch = (64, 2) if options.small else (2048, 2)
     folder = random_llama(scratch / "llama", small=options.small)
@@ -176,11 +176,8 @@ def large(scratch: Path, options: argparse.Namespace) -> list[Found]:
         print("without an accelerator there is no FSDP2 of accelerate's: those ways are left out", file=sys.stderr)
         ways = {name: spec for name, spec in ways.items() if not spec.fsdp}
     chosen = {name: ways[name] for name in options.ways or ways}
-    return [
-        row
-        for name, spec in chosen.items()  # one after the other: two do not fit on the device
-        for row in measure({name: spec}, 1, length, options.rounds, options.steps, scratch)
-    ]
+    for name, spec in chosen.items():  # one after the other: two do not fit on the device
+        yield from measure({name: spec}, 1, length, options.rounds, options.steps, scratch)
 
 
 def auto(scratch: Path, options: argparse.Namespace) -> list[Found]:
@@ -213,7 +210,7 @@ COMBINATIONS = [
     for cache in (("true", "false") if checkpointing == "none" else ("false",))
     for compiled in (("true", "false") if checkpointing == "none" else ("false",))
 ]
-PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Found]]] = {
+PARTS: dict[str, Callable[[Path, argparse.Namespace], Iterable[Found]]] = {
     "peers": peers, "growth": growth, "start": start, "auto": auto, "large": large,
 }  # fmt: skip
 
@@ -234,9 +231,11 @@ def main() -> None:
     if unknown := set(options.parts) - PARTS.keys():
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     for part in options.parts:
+        rows: list[Found] = []
         with tempfile.TemporaryDirectory() as scratch:
-            found = PARTS[part](Path(scratch), options)
-        (options.out / f"step_{part}.json").write_text(json.dumps({**machine(), "rows": found}, indent=1) + "\n")
+            for row in PARTS[part](Path(scratch), options):
+                rows.append(row)  # written at once: time on a lent device may end
+                (options.out / f"step_{part}.json").write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n")
     print(write_report(options.out))
 
 

@@ -28,7 +28,9 @@ def write_report(folder: Path) -> str:
     text = "# A training step\n\nMeasured by `python -m benchmarks.step`; how: its docstring. `make bench` runs it.\n"
     for name, found in parts.items():
         versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
-        text += f"\n## {TITLES[name]}\n\n{found['date']}, {found['cores']} cores of {found['device']}; {versions}.\n\n"
+        cores = "" if found["device"].startswith("NVIDIA") else f"{found['cores']} cores of "
+        text += f"\n## {TITLES[name]}\n\n{found['date']}, {cores}{found['device']}; {versions}.\n\n"
+        text += f"{found['note']}\n\n" if "note" in found else ""
         text += WRITERS[name]([{**row, "device": found["device"]} for row in found["rows"]], folder)
     (folder / "step.md").write_text(text)
     return text
@@ -119,9 +121,10 @@ def _large(rows: list[Found], folder: Path) -> str:
             [
                 r["way"], f"{r['tokens_per_second']:.0f}", f"{r['step_seconds']:.3f}",
                 "-" if share is None else f"{share:.2f}", f"{r['device_peak_bytes'] / 2**30:.2f}",
+                f"{r['planned'] / 2**30:.2f}" if r.get("planned") else "-",
             ]
         )  # fmt: skip
-    return _table(["way", "tokens/s", "s/step", "MFU", "peak on the device, GiB"], table)
+    return _table(["way", "tokens/s", "s/step", "MFU", "peak on the device, GiB", "planned, GiB"], table)
 
 
 WRITERS = {"peers": _peers, "growth": _growth, "start": _start, "auto": _auto, "large": _large}

@@ -243,9 +243,6 @@ def build_sharded(
     if (kind := config.train.activation_checkpointing) in ("selective", "full"):
         checkpoint_activations(base, kind)
     layers, fsdp = decoder_layers(base), config.fsdp
-    if config.train.compile == "true":
-        kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
-        model.compiled_layers = compile_layers(layers, kinds)
     if fsdp.offloads_activations:
         offload_activations(layers, ranks.device, host=host)
     untie_across(base, units)
@@ -254,6 +251,9 @@ def build_sharded(
     on_host = host_modules(base, plan.offloaded)
     keep_on_host(on_host)
     shard_model(model, units, ranks, policy, True, fsdp.offloads_parameters, [*replicated, *whole], on_host)
+    if config.train.compile == "true":
+        kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
+        model.compiled_layers = compile_layers(layers, kinds)
     if ranks.size > 1:
         reach_all_experts(layers)
     if fsdp.reshard_after_forward == "false":

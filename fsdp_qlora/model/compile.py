@@ -78,7 +78,10 @@ class _CompiledForward:
 
 
 def compile_layers(layers: Sequence[nn.Module], layer_types: Sequence[str] = ()) -> CompiledLayers:
-    """Compile each of ``layers`` when it first runs; call it before `fully_shard`, and `want_input_gradient` after.
+    """Compile each of ``layers`` when it first runs; call it, and `want_input_gradient`, after `fully_shard`.
+
+    `fully_shard` gives a layer another class, and a layer of transformers checkpoints its activations only where its
+    forward is that of its class: compiled before, it would keep them all.
 
     A layer is one graph (``fullgraph``): one that breaks in parts is an error and not slow code. Layers of one kind
     share their code, whatever the number and length of the rows.

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.model.skeleton import decoder_layers
+from fsdp_qlora.quant.matrices import local_tensor
 from tests.build import build, losses, norms, run_fit
 from tests.pool import Pool
+from tests.tiers import some_in_full
 
 PLAIN = {"debug": {"name": "plain"}}
 FAST: dict[str, dict[str, dict[str, Any]]] = {
@@ -76,6 +80,39 @@ def test_a_fast_path_gives_what_the_plain_path_gives(pool, tiny_model, chat_rows
         near = 1 if kind != "int8" else 30  # the last bit of an input decides how some of them are rounded to 8 bits
         assert losses(found) == pytest.approx(losses(plain), rel=near * 1e-5)
         assert norms(found) == pytest.approx(norms(plain), rel=near * 3e-4)
+
+
+def _kept_bytes(ranks: Ranks, folder: str, train: dict[str, Any]) -> int:
+    """Return the bytes that the decoder layers keep from forward to backward, parameters apart."""
+    prepared = build(ranks, folder, train={"micro_batch_size": 2, **train}, fsdp={"reshard_after_forward": "false"})
+    model = prepared.model.train()
+    ids = torch.arange(2 * 64).remainder(200).view(2, 64)
+    model(ids, ids).sum().backward()
+    kept: dict[int, torch.UntypedStorage] = {}
+    gathered: set[int] = set()
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    for layer in decoder_layers(model.base):
+        layer.register_forward_pre_hook(
+            lambda module, _: gathered.update(local_tensor(p).untyped_storage()._cdata for p in module.parameters())
+        )
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(ids, ids)
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in gathered)
+
+
+@pytest.mark.parametrize(("kind", "share"), some_in_full([("full", 0.25), ("selective", 0.75)], [("full", 0.25)]))
+def test_compiled_layers_keep_what_checkpointing_keeps(pool: Pool, tiny_model: Path, kind: str, share: float) -> None:
+    everything, compiled = (
+        pool.run(1, _kept_bytes, str(tiny_model), {"activation_checkpointing": checkpointing, "compile": compile_them})[
+            0
+        ]
+        for checkpointing, compile_them in (("none", "false"), (kind, "true"))
+    )
+    assert compiled < share * everything
 
 
 def _choices(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[dict[str, str], str, bool]:

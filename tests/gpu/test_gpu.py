@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.schema import DataSettings, LoraSettings, OptimSettings, PrecisionSettings, RunConfig
+from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.dist.mesh import Ranks, build_ranks
 from fsdp_qlora.dist.process import Placement, choose_device, memory_peak, process_group, use_device
 from fsdp_qlora.model.around_head import after_head
@@ -32,7 +32,7 @@ from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.model.stream import stream_weights, verify_gather
 from fsdp_qlora.model.weights import SafetensorsFolder
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.plan.batch import IGNORE, supervised_positions
+from fsdp_qlora.plan.batch import IGNORE
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, dequantize, quantize
 from fsdp_qlora.quant.linear import STATISTICS, QuantLinear, local_tensor
@@ -50,8 +50,9 @@ FORMATS = [QuantFormat(name, double) for name in ("nf4", "fp4") for double in (T
 SHAPE = (384, 500)  # 192,000 weights: 11 rows and a part of the twelfth
 LEVEL = 1 / 3
 """Widest gap between neighbouring values of NF4 and FP4, as a share of the block's absmax."""
-FLIPPED = 1e-3
-"""Share of codes that may differ between devices: weights that fall on the border of two values to the last bits."""
+FLIPPED = {"nf4": 1e-3, "fp4": 1e-2}
+"""Share of codes that may differ between devices: weights on the border of two values to the last bits. FP4's borders
+are simple fractions, which a bf16 weight over a bf16 maximum often is (0.6 % on an H100)."""
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def test_quantize_gives_the_codes_of_the_cpu(quant_format):
     on_cpu, on_device = quantize(weight, quant_format), quantize(weight.to(DEVICE), quant_format)
     assert on_device.packed.device.type == DEVICE
     flipped = (nibbles(on_cpu) != nibbles(on_device)).float().mean().item()
-    assert flipped <= FLIPPED
+    assert flipped <= FLIPPED[quant_format.name]
     if quant_format.double_quant:
         # The offset is a mean: its last bits depend on a sum's order, and on them, rarely, a statistic's 8-bit code.
         torch.testing.assert_close(on_device.offset.cpu(), on_cpu.offset, rtol=1e-5, atol=0)
@@ -93,7 +94,9 @@ def test_quantize_gives_the_codes_of_the_cpu(quant_format):
     theirs = dequantize(on_cpu, quant_format, SHAPE, torch.float32)
     largest = weight.float().abs().max()
     assert (ours - theirs).abs().max() <= 1.1 * LEVEL * largest, "a flipped code is off by one value at most"
-    assert (ours - theirs).abs().mean() <= 1e-3 * theirs.abs().mean()
+    # A flipped code is as far from its weight as the other one is: it was on the border.
+    errors = [(found - weight.float()).abs() for found in (ours, theirs)]
+    assert (errors[0] - errors[1]).abs().mean() <= 1e-3 * theirs.abs().mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -153,43 +156,24 @@ def test_every_bit_pattern_survives_the_gather(precision):
             assert torch.equal(raw_bytes(local_tensor(layer.packed)).cpu(), raw_bytes(patterns))
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A micro-batch (what `fsdp_qlora.data.loader` makes, without `datasets`)."""
-
-    number: int
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    weight: float = 1.0
-    position_ids: torch.Tensor | None = None
-
-    @property
-    def supervised(self) -> torch.Tensor:
-        return supervised_positions(self.labels)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A global batch on one rank."""
-
-    micro_batches: list[Rows]
-
-    @property
-    def num_targets(self) -> int:
-        return sum(int((x.labels[:, 1:] != IGNORE).sum()) for x in self.micro_batches)
+def batch_of(micro_batches: list[MicroBatch]) -> Batch:
+    """Return one rank's global batch of these."""
+    targets = sum(int((x.labels[:, 1:] != IGNORE).sum()) for x in micro_batches)
+    tokens = sum(x.input_ids.numel() for x in micro_batches)
+    return Batch(micro_batches, sum(len(x.input_ids) for x in micro_batches), tokens, targets)
 
 
 def draw_batch(vocabulary: int) -> Batch:
     """Two micro-batches of three rows, of unequal length, with a prompt that is not learned and padding at the end."""
     generator = torch.Generator().manual_seed(5)
-    found = []
+    micro_batches = []
     for number, length in enumerate((24, 40)):
         input_ids = torch.randint(3, vocabulary, (3, length), generator=generator)
         labels = input_ids.clone()
         labels[:, :6] = IGNORE
         labels[1, length - 7 :] = IGNORE
-        found.append(Rows(number, input_ids, labels))
-    return Batch(found)
+        micro_batches.append(MicroBatch(number, input_ids, labels))
+    return batch_of(micro_batches)
 
 
 @pytest.fixture

