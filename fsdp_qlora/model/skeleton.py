@@ -123,6 +123,10 @@ def build_skeleton(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             )
     except (ValueError, KeyError, OSError, ImportError) as error:
+        if isinstance(error, KeyError) and error.args == (attn_implementation,):  # a class with a table of its own
+            raise ModelError(
+                f"model.attn_implementation: the code of {config.model_type} has no {attn_implementation}; use eager."
+            ) from error
         raise not_buildable(folder, error) from error
     if unmade := unmade_buffers(model):
         raise ModelError(f"{type(model).__name__}: buffer {unmade[0]} is in no file and made by nothing.")
