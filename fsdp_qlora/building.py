@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +59,7 @@ from fsdp_qlora.planning import attentions_for, replace_attention, skeleton
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
+from fsdp_qlora.track.compile_cache import settle_compile_caches
 from fsdp_qlora.track.home import cache_folder
 
 
@@ -252,6 +254,7 @@ def build_sharded(
     keep_on_host(on_host)
     shard_model(model, units, ranks, policy, True, fsdp.offloads_parameters, [*replicated, *whole], on_host)
     if config.train.compile == "true":
+        settle_compile_caches(os.environ)
         kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
         model.compiled_layers = compile_layers(layers, kinds)
     if ranks.size > 1:

@@ -91,12 +91,15 @@ def compile_layers(layers: Sequence[nn.Module], layer_types: Sequence[str] = ())
         layer_types: what the model's config says each one is (sliding or full attention), if it does.
     """
     from torch._dynamo import config as dynamo_config  # here: it imports the whole compiler
+    from torch._inductor import config as inductor_config
 
     # FSDP2 warns that a compiled layer's output is a view; transformers' models never write into it
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     # A checkpointed layer hands products from one linear to the next (`SharedInput`) and is left as it was found:
     # the recomputation is of the graph and has nothing to hand on
     dynamo_config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    # Compiled headers would lie in the temporary folder of all users, wherever the cache is
+    inductor_config.cpp_cache_precompile_headers = False
     _keep_sizes_apart()
     torch.compiler.reset()  # an earlier model's layers in this process would count against the number of recompilations
     switch = CompiledLayers(len(_kinds(layers, layer_types)))
