@@ -18,6 +18,7 @@ from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.convert import from_dict, nearest
 from fsdp_qlora.config.rules import check_verb
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.dist.meeting import MEETING_VARIABLE
 from fsdp_qlora.dist.parent import die_with_parent
 from fsdp_qlora.dist.torchrun import forget_leftovers, is_rank
 from fsdp_qlora.errors import ConfigError, StorageError
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(usage())
         return 0 if words else 2
     verb, rest = words[0], words[1:]
-    if note := forget_leftovers(os.environ, (CONFIG_VARIABLE, EXIT_VARIABLE)):
+    if note := forget_leftovers(os.environ, (CONFIG_VARIABLE, EXIT_VARIABLE, MEETING_VARIABLE)):
         print(f"fsdp-qlora: {note}", file=sys.stderr, flush=True)
     if is_rank(os.environ):
         die_with_parent()

@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from fsdp_qlora.dist.meeting import MEETING_VARIABLE
 from fsdp_qlora.dist.signals import heeded
 from fsdp_qlora.track.output import withstand
 from fsdp_qlora.track.process_exit import EXIT_VARIABLE
@@ -37,11 +38,14 @@ def main() -> int:
         max_nodes=1,
         nproc_per_node=num_ranks,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=str(Path(os.environ[MEETING_VARIABLE]) / "rendezvous"),
+        rdzv_configs={
+            "store_type": "file"
+        },  # a port could be reached by others, and what comes through it is unpickled
         run_id=f"fsdp_qlora-{os.getpid()}",
         max_restarts=max_restarts,
         signals_to_handle=",".join(signal.Signals(number).name for number in heeded(_SIGNALS)),
-        local_addr="localhost",  # else the host's name, which need not resolve
+        local_addr="127.0.0.1",  # else the host's name, which need not resolve
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "fsdp_qlora", verb)

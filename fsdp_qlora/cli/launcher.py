@@ -20,6 +20,7 @@ from types import FrameType
 
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.dist.meeting import LOOPBACK, MEETING_VARIABLE
 from fsdp_qlora.dist.signals import give_back_signals, take_signals
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, StorageError
 from fsdp_qlora.track.output import visible
@@ -47,21 +48,23 @@ def ranks_to_start(config: RunConfig) -> int:
 def launch(verb: str, config: RunConfig, num_ranks: int) -> int:
     """Run ``verb`` on ``num_ranks`` ranks of this machine; return the exit code."""
     with _scratch_folder() as scratch:
-        exit_file, config_file = scratch / "exit.json", scratch / "config.json"
+        exit_file, config_file, meeting = scratch / "exit.json", scratch / "config.json", scratch / "meeting"
+        meeting.mkdir(mode=0o700)
         config_file.write_text(json.dumps(to_dict(config)), encoding="utf-8")
         environment = {
             # Activations of uneven length come and go; transparent huge pages spare a CPU run a fifth of its step.
             "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(config.launcher.shutdown_seconds),
+            **LOOPBACK,
             **os.environ,
+            MEETING_VARIABLE: str(meeting),
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else the agent listens on a port for the ranks' group
             CONFIG_VARIABLE: str(config_file),  # a file: the kernel lets no variable be longer than 128 KiB
             EXIT_VARIABLE: str(exit_file),
         }
         if Path.cwd() != PACKAGE.parent:  # else the current folder may be the only place that has this package
             environment["PYTHONSAFEPATH"] = "1"
         restarts = config.launcher.max_restarts
-        if restarts:  # restarted ranks must not meet in a store that still holds the last attempt's keys
-            environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         numbers = [str(os.getpid()), str(restarts)]
         command = [sys.executable, "-m", "fsdp_qlora.cli.agent", str(num_ranks), verb, *numbers]
         agent = subprocess.Popen(command, env=environment, start_new_session=True)

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from fsdp_qlora.dist.board import Board, open_board
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import gather_json
-from fsdp_qlora.dist.watch import open_board
 from fsdp_qlora.errors import FsdpQloraError, StorageError, raise_alike
 
 _POLL_SECONDS = 0.2
@@ -37,13 +37,11 @@ def once_per_node(work: Callable[[], Any], ranks: Ranks, local_rank: int, waitin
         return work()
     board = open_board(ranks)
     if mine == ranks.rank:
-        board.set(_key(mine), json.dumps(_attempt(work)))
+        board.write(_key(mine), json.dumps(_attempt(work)))
     found = _wait(board, leaders, waiting)
-    # Rank 0 holds the board: it stays until all have read.
-    board.add("read", 1)
-    deadline = time.monotonic() + _LEAVE_SECONDS
-    while ranks.is_main and board.add("read", 0) < ranks.size and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
+    board.write(f"read-{ranks.rank}", "")
+    if ranks.is_main:  # it may hold the board: it stays until all have read
+        _wait_for_readers(board, ranks.size)
     for rank, verdict in found.items():
         if "code" in verdict:
             raise_alike({**verdict, "message": f"rank {rank}: {verdict['message']}" if rank else verdict["message"]})
@@ -59,14 +57,23 @@ def _attempt(work: Callable[[], Any]) -> dict[str, Any]:
         return {"code": StorageError.exit_code, "message": str(error)}
 
 
-def _wait(board: Any, leaders: list[int], waiting: Callable[[str], None]) -> dict[int, dict[str, Any]]:
+def _wait_for_readers(board: Board, count: int) -> None:
+    deadline = time.monotonic() + _LEAVE_SECONDS
+    missing = set(range(count))
+    while missing and time.monotonic() < deadline:
+        missing = {rank for rank in missing if board.read(f"read-{rank}") is None}
+        if missing:
+            time.sleep(_POLL_SECONDS)
+
+
+def _wait(board: Board, leaders: list[int], waiting: Callable[[str], None]) -> dict[int, dict[str, Any]]:
     """Return what the leaders told, all of them or the first one that failed."""
     found: dict[int, dict[str, Any]] = {}
     started = said = time.monotonic()
     while len(found) < len(leaders):
         for rank in leaders:
-            if rank not in found and board.check([_key(rank)]):
-                found[rank] = json.loads(board.get(_key(rank)))
+            if rank not in found and (told := board.read(_key(rank))) is not None:
+                found[rank] = json.loads(told)
         if any("code" in verdict for verdict in found.values()):
             return {rank: verdict for rank, verdict in found.items() if "code" in verdict}
         if len(found) < len(leaders):
@@ -79,4 +86,4 @@ def _wait(board: Any, leaders: list[int], waiting: Callable[[str], None]) -> dic
 
 
 def _key(rank: int) -> str:
-    return f"done/{rank}"
+    return f"done-{rank}"

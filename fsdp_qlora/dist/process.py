@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from fsdp_qlora.dist.meeting import meeting_folder, meeting_store
 from fsdp_qlora.dist.torchrun import is_rank, leftovers
 from fsdp_qlora.errors import ConfigError
 
@@ -113,8 +114,10 @@ def process_group(device: torch.device, placement: Placement, timeout_seconds: i
     if placement.world_size == 1:
         dist.init_process_group(backend, store=cast(Any, dist).HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
+        folder = meeting_folder()
         dist.init_process_group(
             backend, rank=placement.rank, world_size=placement.world_size, timeout=timeout,
+            store=None if folder is None else meeting_store(folder, placement.world_size),
             device_id=device if device.type != "cpu" else None,
         )  # fmt: skip
     group = dist.group.WORLD

@@ -1,8 +1,9 @@
 """A thread beside each rank: it ends the rank when another one has failed, and says who holds up the others.
 
 A rank whose main thread waits in a collective runs no signal handler and raises nothing until the collective's own
-timeout, which with NCCL is an abort without a word. This thread goes on: it puts the rank's phase on a board that all
-ranks can read (a TCPStore on rank 0), and when this rank has been waiting for too long it looks who never came.
+timeout, which with NCCL is an abort without a word. This thread goes on: it puts the rank's phase and a sign of life on
+a board that all ranks can read, and when this rank has been waiting for too long it looks who never came, and who came
+and gives no sign any more.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, cast
 
-import torch.distributed as dist
-
+from fsdp_qlora.dist.board import Board, open_board
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import gather_json
 
 _INTERVAL_SECONDS = 0.5
+_BEAT_SECONDS = 1.0
+"""How often a rank gives a sign of life."""
 _GRACE_SECONDS = 3.0
-_BOARD_TIMEOUT = timedelta(seconds=5)
 _SHARE_OF_TIMEOUT = 0.8
 """Share of the collectives' timeout after which a waiting rank speaks: before they give up."""
+_SILENT_SHARE = 0.25
+"""Share of that time without a sign of life after which a rank stands still, and at least so many beats:"""
+_SILENT_BEATS = 5
 
 
 @dataclass
@@ -49,10 +50,11 @@ class Watch:
         self._rank, self._size, self._phases = ranks.rank, ranks.size, phases
         self._limit = timeout_seconds * _SHARE_OF_TIMEOUT
         self._stop = threading.Event()
-        self._board: Any = None
-        self._shown = -1
-        if ranks.size > 1:
-            self._board = open_board(ranks)
+        self._silence = max(_SILENT_SHARE * self._limit, _SILENT_BEATS * _BEAT_SECONDS)
+        self._board: Board | None = open_board(ranks) if ranks.size > 1 else None
+        self._beat, self._beaten = 0, 0.0
+        self._seen: dict[int, tuple[int, float]] = {}
+        """The last sign of life of each other rank, and when it was first seen (this rank's own clock)."""
 
     def start(self, failed_elsewhere: Callable[[], bool], hung: Callable[[str], None]) -> None:
         """Start watching.
@@ -79,38 +81,44 @@ class Watch:
         self._stop.set()
 
     def _late(self) -> str | None:
-        """Show where this rank is; return who is missing if it has waited there for too long."""
+        """Show where this rank is; return who holds it up if it has waited there for too long."""
         if self._board is None:
             return None
         number, name, waited = self._phases.number, self._phases.name, time.monotonic() - self._phases.since
         try:
-            if number != self._shown:
-                self._board.set(str(self._rank), json.dumps([number, name, time.time()]))
-                self._shown = number
-            if waited < self._limit:
+            if (now := time.monotonic()) - self._beaten >= _BEAT_SECONDS:
+                self._beat, self._beaten = self._beat + 1, now
+                self._board.write(str(self._rank), json.dumps([number, name, time.time(), self._beat]))
+            if waited < self._limit - 2 * self._silence:
                 return None
-            others = [
-                (rank, *json.loads(self._board.get(str(rank)))) for rank in range(self._size) if rank != self._rank
-            ]
-        except (RuntimeError, ValueError):  # rank 0, which holds the board, is gone or stands still
+            others = self._others(self._board)
+        except (RuntimeError, ValueError, TimeoutError):  # rank 0, which holds the board, is gone or stands still
             if waited < self._limit:
                 return None
             return f"rank {self._rank} waits in {name!r} for {waited:.0f} s, and rank 0 does not answer."
+        if waited < self._limit:
+            return None
         missing = [
             f"rank {rank} never reached {name!r} (last seen entering {theirs!r} {time.time() - when:.0f} s ago)"
-            for rank, count, theirs, when in others
+            for rank, (count, theirs, when, _) in others.items()
             if count < number
+        ] or [
+            f"rank {rank} stands still in {theirs!r}: no sign of life for {silent:.0f} s"
+            for rank, (_, theirs, _, silent) in others.items()
+            if silent > self._silence
         ]
         return f"{'; '.join(missing)}; the other ranks waited {waited:.0f} s." if missing else None
 
-
-def open_board(ranks: Ranks) -> Any:
-    """Open a TCPStore on rank 0, apart from the process group's own. A collective: every rank calls it."""
-    store_class = cast(Any, dist).TCPStore  # public, though the type checker does not see it exported
-    host = os.environ.get("MASTER_ADDR", "localhost")
-    if ranks.is_main:
-        board = store_class(host, 0, is_master=True, wait_for_workers=False, timeout=_BOARD_TIMEOUT)
-        gather_json(board.port, ranks)
-        return board
-    port = gather_json(0, ranks)[0]
-    return store_class(host, port, is_master=False, wait_for_workers=False, timeout=_BOARD_TIMEOUT)
+    def _others(self, board: Board) -> dict[int, tuple[int, str, float, float]]:
+        """Return the other ranks' phases (number, name, since when) and for how long they have given no sign."""
+        found = {}
+        for rank in range(self._size):
+            if rank == self._rank or (note := board.read(str(rank))) is None:
+                continue
+            number, name, when, beat = json.loads(note)
+            last, at = self._seen.get(rank, (-1, 0.0))
+            if beat != last:
+                last, at = beat, time.monotonic()
+                self._seen[rank] = last, at
+            found[rank] = number, name, when, time.monotonic() - at
+        return found
