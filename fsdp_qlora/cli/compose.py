@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fsdp_qlora.cli.foreign import TAKEN, is_taken, refuse_hydras_own
 from fsdp_qlora.cli.quoting import list_of_names, literal, quoted, sweep_hint
 from fsdp_qlora.config.convert import convert, field_types, from_dict, known_keys, nearest
 from fsdp_qlora.config.rules import check
@@ -148,6 +149,8 @@ def split(arguments: Sequence[str]) -> CommandLine:
             raise ConfigError(f"{argument}: expected key=value (or a flag; see --help).")
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir: there is no folder {config_dir}.")
+    if config_dir is not None:
+        refuse_hydras_own(Path(config_dir))
     return CommandLine(overrides, verbatim, flags, config_dir)
 
 
@@ -263,7 +266,9 @@ REFUSED = {("precision", "fp16"): _FP16}
 
 def _override_problems(parsed: Override, line: CommandLine) -> Iterator[str]:
     key = parsed.key_or_group
-    if key.startswith("hydra"):
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        if not is_taken(key):
+            yield f"{key}: not taken; of Hydra's own settings there are {', '.join(TAKEN)}."
         return
     if key in GROUPS or key == EXPERIMENT:
         options = group_options(key, line.config_dir)

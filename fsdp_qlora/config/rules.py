@@ -172,7 +172,7 @@ def _length(config: RunConfig) -> Iterator[str]:
 
 
 def _names(config: RunConfig) -> Iterator[str]:
-    if not re.fullmatch(r"[\w.=,+-]+(/[\w.=,+-]+)*", config.run.name) or ".." in config.run.name.split("/"):
+    if not re.fullmatch(r"[\w.=,+-]+(/[\w.=,+-]+)*", config.run.name) or {".", ".."} & set(config.run.name.split("/")):
         yield f"run.name: {config.run.name!r} cannot be a folder name; use letters, digits, '.', '_', '-'."
     if config.data.train is not None and not _is_name_or_names(config.data.train):
         yield "data.train: expected a path or a list of paths."
