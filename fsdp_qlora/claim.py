@@ -19,6 +19,7 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import gather_json, on_main
 from fsdp_qlora.errors import ConfigError, FsdpQloraError, RunFolderError
+from fsdp_qlora.shown import published
 from fsdp_qlora.track.run_folder import RunFolder, read_config
 
 
@@ -75,7 +76,7 @@ def _decide(folder: RunFolder, config: RunConfig) -> Decision:
         saved = read_config(str(folder.config_file))
         if complete_checkpoints(folder.checkpoints):
             free = config.checkpoint.resume_overrides
-            before, now = (without(blocking_settings(values), free) for values in (saved, to_dict(config)))
+            before, now = (without(blocking_settings(values), free) for values in (saved, published(to_dict(config))))
             compare(before, now, folder.path)
         if folder.finished and _covers(folder, saved["train"], config):
             return Decision(False, f"{folder.path} holds this run, finished; nothing to do.")

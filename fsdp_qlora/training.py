@@ -38,6 +38,7 @@ from fsdp_qlora.model.weights import file_digests
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule, warmup_notice
 from fsdp_qlora.profiling import Profiling
+from fsdp_qlora.shown import published, shown_source
 from fsdp_qlora.summary import summarize
 from fsdp_qlora.track.console import ConsoleProgress
 from fsdp_qlora.track.run_folder import RunFolder, versions, write_json
@@ -142,7 +143,7 @@ class Training:
     def _write_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], progress: dict[str, Any]) -> int:
         lora = self.config.lora
         targets = short_targets(self.prepared.plan.targets, self.model.base)
-        card = model_card(to_dict(self.config), self._facts(progress))
+        card = model_card(published(to_dict(self.config)), self._facts(progress))
         peft_config = lora_config(targets, lora.r, lora.alpha, lora.dropout, lora.variant)
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
@@ -278,7 +279,7 @@ def _evaluate(prepared: Prepared, rows: TokenRows) -> Evaluation:
 
 def _source_name(prepared: Prepared, source: int) -> str:
     assert prepared.data is not None
-    names = [*prepared.data.train_sources, *prepared.data.eval_sources]
+    names = [shown_source(name) for name in (*prepared.data.train_sources, *prepared.data.eval_sources)]
     name = names[source]
     return (
         name
@@ -317,7 +318,7 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
     with stop as signals:
         training = Training(prepared, folder)
         resumed = training.resume()
-        on_main(lambda: folder.begin(to_dict(prepared.config)), prepared.ranks)
+        on_main(lambda: folder.begin(published(to_dict(prepared.config))), prepared.ranks)
         before = _before(training, folder, resumed)
         if any_rank(signals.requested, prepared.ranks):  # asked to stop while loading: nothing to save yet
             return FitResult(False, {})
@@ -357,7 +358,7 @@ def _tracker(training: Training, folder: RunFolder) -> Iterator[Tracker]:
         total = training.batches.length.total_steps(training.progress)
         sinks.append(Beside(ConsoleProgress(total, training.progress.step), "the progress display"))
         if config.track.name == "wandb":
-            sink = open_wandb(folder.path, config.run.name, config.track, to_dict(config))
+            sink = open_wandb(folder.path, config.run.name, config.track, published(to_dict(config)))
             sinks += [Beside(sink, "track=wandb")] if sink is not None else []
     tracker = Tracker(sinks)
     try:

@@ -13,6 +13,7 @@ from typing import get_args
 from fsdp_qlora.config.convert import known_keys, nearest
 from fsdp_qlora.config.schema import BLOCK_SIZES, QuantName, RunConfig
 from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.shown import has_password, shown_source
 
 Rule = Callable[[RunConfig], Iterator[str]]
 
@@ -174,6 +175,13 @@ def _length(config: RunConfig) -> Iterator[str]:
 def _names(config: RunConfig) -> Iterator[str]:
     if not re.fullmatch(r"[\w.=,+-]+(/[\w.=,+-]+)*", config.run.name) or {".", ".."} & set(config.run.name.split("/")):
         yield f"run.name: {config.run.name!r} cannot be a folder name; use letters, digits, '.', '_', '-'."
+    for key, value in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for source in [value] if isinstance(value, str) else value or ():
+            if isinstance(source, str) and has_password(source):
+                yield (
+                    f"{key}: the URL {shown_source(source)} was given with a password, which would be kept with the "
+                    "settings. Put it into ~/.netrc or into fsspec's settings (FSSPEC_<PROTOCOL>_<NAME>)."
+                )
     if config.data.train is not None and not _is_name_or_names(config.data.train):
         yield "data.train: expected a path or a list of paths."
     if config.data.eval is not None and not _is_name_or_names(config.data.eval):

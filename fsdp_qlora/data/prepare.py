@@ -31,6 +31,7 @@ from fsdp_qlora.data.sources import fingerprint, names_of, read_source, stated
 from fsdp_qlora.data.stream import Stream
 from fsdp_qlora.data.tokens import Counts, Fit, ReadRow, Tokenized, reader, tokenize, write_bad_rows
 from fsdp_qlora.errors import DataError
+from fsdp_qlora.shown import shown_source
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -136,7 +137,8 @@ def _prepare(
             np.save(staging / f"{name}.npy", indices)
         write_bad_rows(result.bad, staging / _BAD_ROWS)
         about = {name: asdict(tally) for name, tally in counts.items()}
-        about |= {"bad": len(result.bad), "train_sources": train, "eval_sources": held or train}
+        about |= {"bad": len(result.bad), "train_sources": [shown_source(name) for name in train]}
+        about |= {"eval_sources": [shown_source(name) for name in held or train]}
         (staging / _COUNTS).write_text(json.dumps(about))
         _publish(staging, folder)
     finally:
