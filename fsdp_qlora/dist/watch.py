@@ -92,10 +92,10 @@ class Watch:
             if waited < self._limit - 2 * self._silence:
                 return None
             others = self._others(self._board)
-        except (RuntimeError, ValueError, TimeoutError):  # rank 0, which holds the board, is gone or stands still
+        except (ValueError, OSError) as error:  # rank 0, where it holds the board, is gone or still; or a full disk
             if waited < self._limit:
                 return None
-            return f"rank {self._rank} waits in {name!r} for {waited:.0f} s, and rank 0 does not answer."
+            return f"rank {self._rank} waits in {name!r} for {waited:.0f} s, and cannot ask the others: {error}."
         if waited < self._limit:
             return None
         missing = [
