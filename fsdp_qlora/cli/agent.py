@@ -39,9 +39,8 @@ def main() -> int:
         nproc_per_node=num_ranks,
         rdzv_backend="c10d",
         rdzv_endpoint=str(Path(os.environ[MEETING_VARIABLE]) / "rendezvous"),
-        rdzv_configs={
-            "store_type": "file"
-        },  # a port could be reached by others, and what comes through it is unpickled
+        # What comes through a store is unpickled, and a port could be reached by others.
+        rdzv_configs={"store_type": "file"},
         run_id=f"fsdp_qlora-{os.getpid()}",
         max_restarts=max_restarts,
         signals_to_handle=",".join(signal.Signals(number).name for number in heeded(_SIGNALS)),

@@ -84,7 +84,7 @@ class StoreBoard:
         def ask() -> None:
             try:
                 answer.append(question())
-            except Exception as error:
+            except Exception as error:  # of whatever kind: it is told to who asked, in another thread
                 failure.append(error)
             finally:
                 self._busy.release()

@@ -13,9 +13,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from fsdp_qlora.errors import ConfigError, SecurityError, StorageError
-from fsdp_qlora.track.home import cache_folder
-
-VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+from fsdp_qlora.track.home import COMPILED_PLACES, cache_folder
 
 
 def settle_compile_caches(env: MutableMapping[str, str]) -> None:
@@ -27,7 +25,7 @@ def settle_compile_caches(env: MutableMapping[str, str]) -> None:
         SecurityError: if somebody else could put code into a folder.
         StorageError: if one cannot be made.
     """
-    for variable, name in VARIABLES.items():
+    for variable, name in COMPILED_PLACES.items():
         named = env.get(variable)
         folder = Path(named) if named else _private_place() / name
         try:

@@ -12,10 +12,10 @@ from pathlib import Path
 from fsdp_qlora.errors import ConfigError, StorageError
 
 CACHE_VARIABLE = "FSDP_QLORA_CACHE"
-_PLACES = {
+COMPILED_PLACES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+"""Where compilers keep what they made, and the names of their folders in our cache."""
+_PLACES = COMPILED_PLACES | {
     "HF_HOME": "huggingface",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    "TRITON_CACHE_DIR": "triton",
     "WANDB_CACHE_DIR": "wandb",
     "WANDB_CONFIG_DIR": "wandb",
     "WANDB_DATA_DIR": "wandb",

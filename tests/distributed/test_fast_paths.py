@@ -106,12 +106,9 @@ def _kept_bytes(ranks: Ranks, folder: str, train: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize(("kind", "share"), some_in_full([("full", 0.25), ("selective", 0.75)], [("full", 0.25)]))
 def test_compiled_layers_keep_what_checkpointing_keeps(pool: Pool, tiny_model: Path, kind: str, share: float) -> None:
-    everything, compiled = (
-        pool.run(1, _kept_bytes, str(tiny_model), {"activation_checkpointing": checkpointing, "compile": compile_them})[
-            0
-        ]
-        for checkpointing, compile_them in (("none", "false"), (kind, "true"))
-    )
+    whole = {"activation_checkpointing": "none", "compile": "false"}
+    asked = {"activation_checkpointing": kind, "compile": "true"}
+    (everything,), (compiled,) = (pool.run(1, _kept_bytes, str(tiny_model), train) for train in (whole, asked))
     assert compiled < share * everything
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.errors import SecurityError
-from fsdp_qlora.track.compile_cache import VARIABLES, settle_compile_caches
+from fsdp_qlora.track.compile_cache import settle_compile_caches
+from fsdp_qlora.track.home import COMPILED_PLACES
 
 COMPILE = """
 import os, sys, torch
@@ -38,7 +39,7 @@ def test_a_planted_cache_is_not_looked_into(tmp_path):
     planted.mkdir(parents=True)
     planted.chmod(0o777)
     mine = tmp_path / "cache"
-    env = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    env = {k: v for k, v in os.environ.items() if k not in COMPILED_PLACES}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, str(planted)], capture_output=True, text=True, timeout=200, check=False,
         env=env | {"TMPDIR": str(shared), "FSDP_QLORA_CACHE": str(mine)},
@@ -55,7 +56,7 @@ def test_a_planted_cache_is_not_looked_into(tmp_path):
 def test_an_inherited_folder_is_checked_alike(tmp_path):
     folder = tmp_path / "named"
     folder.mkdir(mode=0o700)
-    env = dict.fromkeys(VARIABLES, str(folder))
+    env = dict.fromkeys(COMPILED_PLACES, str(folder))
     settle_compile_caches(env)
     assert set(env.values()) == {str(folder)}
     folder.chmod(0o777)
@@ -69,9 +70,9 @@ def test_a_parent_that_everybody_can_write_is_no_safe_place(tmp_path):
     (outer / "mine").mkdir(parents=True, mode=0o700)
     outer.chmod(0o777)
     with pytest.raises(SecurityError, match="everybody can write"):
-        settle_compile_caches(dict.fromkeys(VARIABLES, str(outer / "mine")))
+        settle_compile_caches(dict.fromkeys(COMPILED_PLACES, str(outer / "mine")))
     outer.chmod(0o1777)  # as /tmp is: only owners replace what is theirs
-    settle_compile_caches(dict.fromkeys(VARIABLES, str(outer / "mine")))
+    settle_compile_caches(dict.fromkeys(COMPILED_PLACES, str(outer / "mine")))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
@@ -80,7 +81,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path):
     folder.mkdir(mode=0o700)
     os.chown(folder, 12345, 12345)
     with pytest.raises(SecurityError, match="belongs to another user"):
-        settle_compile_caches(dict.fromkeys(VARIABLES, str(folder)))
+        settle_compile_caches(dict.fromkeys(COMPILED_PLACES, str(folder)))
 
 
 def test_without_a_home_it_is_a_folder_of_this_process_alone(tmp_path, monkeypatch):
