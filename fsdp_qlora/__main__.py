@@ -20,10 +20,11 @@ from fsdp_qlora.config.rules import check_verb
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.meeting import MEETING_VARIABLE
 from fsdp_qlora.dist.parent import die_with_parent
+from fsdp_qlora.dist.signals import STOP_SIGNALS, take_signals
 from fsdp_qlora.dist.torchrun import forget_leftovers, is_rank
 from fsdp_qlora.errors import ConfigError, StorageError
 from fsdp_qlora.track.output import restart_in_utf8, withstand
-from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE, guarded
+from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE, end_by_signal, guarded
 
 VERBS = {
     "train": "fine-tune a model and write its adapter",
@@ -62,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fsdp-qlora: {note}", file=sys.stderr, flush=True)
     if is_rank(os.environ):
         die_with_parent()
+    if verb == "train" and arguments is None:  # it takes over once its ranks are there; until then nothing is lost
+        take_signals(STOP_SIGNALS, end_by_signal)
     return guarded(lambda: _run(verb, rest))
 
 

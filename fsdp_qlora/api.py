@@ -32,7 +32,6 @@ from fsdp_qlora.dist.process import (
     use_device,
 )
 from fsdp_qlora.dist.reduce import any_rank, on_every
-from fsdp_qlora.dist.watch import Phases
 from fsdp_qlora.errors import DataError, FsdpQloraError
 from fsdp_qlora.export.adapter import load_adapter, start_from_adapter, stored_modules
 from fsdp_qlora.export.adapter_config import CHAT_TEMPLATE_NAME, blamed_on_adapter, read_adapter_config
@@ -66,7 +65,6 @@ class Prepared:
     load: LoadReport
     data: PreparedData | None
     threads: int
-    phases: Phases
     choices: dict[str, str] = field(default_factory=dict)
     """What the plan and the device decided of what was left to them (``auto``), by key, and why."""
     repairs: tuple[str, ...] = ()
@@ -97,8 +95,6 @@ class World:
     placement: Placement
     threads: int
     stack: ExitStack
-    phases: Phases = field(default_factory=Phases)
-    """What this rank is doing, for the watch that names a rank which holds up the others."""
 
 
 def open_world(config: RunConfig) -> World:
@@ -135,16 +131,15 @@ def prepare(
     ranks = world.ranks
     folder = _find_model(config.model, world)
     budget = rank_budget(world.ranks, world.placement)
-    opened, verdict = open_and_check(config, folder, ranks, budget, world.phases)
+    opened, verdict = open_and_check(config, folder, ranks, budget)
     tokenizer = on_every(lambda: _tokenizer(config, folder), ranks)
     plan = opened.plan
     data = None
     if config.data.train is not None:
-        mine = world.placement.local_rank == 0
-        data = prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), mine)
+        data = _data_of_node(config, world, tokenizer)
         limit = _longest_row(opened.shapes, verdict)
         on_every(lambda: require_rows_fit(data, config.data, tokenizer, opened.shapes.embedding_rows, limit), ranks)
-    world.phases.enter("loading the model")
+    world.ranks.phases.enter("loading the model")
     compilation = (
         compilation_for(config, opened.base, plan, data, ranks.device)
         if training
@@ -154,18 +149,29 @@ def prepare(
     model, report = load_model(opened.compiled(compilation.on), ranks, progress)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, world.ranks)
-    world.phases.enter("comparing what the ranks gather")
+    world.ranks.phases.enter("comparing what the ranks gather")
     verify_gather(model, world.ranks)
     verify_buffers(model, world.ranks)
     if training and config.model.check != "off" and task_type(model.base) == "CAUSAL_LM":
         require_losses_agree(model, world.ranks)
     return Prepared(
-        config, plan, model, tokenizer, world.ranks, folder, opened.shapes, report, data, world.threads, world.phases,
+        config, plan, model, tokenizer, world.ranks, folder, opened.shapes, report, data, world.threads,
         {**plan.choices, "model.attn_implementation": told(verdict),
          "model.check": "off: nothing was compared" if config.model.check == "off" else "equal to upstream's own code",
          "train.compile": f"{'true' if compilation.on else 'false'} ({compilation.why})"},
         repairs, world.stack,
     )  # fmt: skip
+
+
+def _data_of_node(config: RunConfig, world: World, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    """Return the tokenized data; one process of each node makes them, the others wait in no collective."""
+    phases = world.ranks.phases
+    phases.enter("preparing the data")
+    mine = world.placement.local_rank == 0
+    with phases.by_itself() if mine else nullcontext():
+        return prepare_data(
+            config.data, config.run.seed, tokenizer, cache_folder(), mine, progress=lambda _: phases.sign()
+        )
 
 
 def _longest_row(shapes: ModelShapes, verdict: Verdict) -> int | None:

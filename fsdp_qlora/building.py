@@ -16,7 +16,6 @@ from fsdp_qlora.checks.twin import Verdict, check_twin, is_about_attention
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import any_rank, gather_json, on_every
-from fsdp_qlora.dist.watch import Phases
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.activations import checkpoint_activations
 from fsdp_qlora.model.around_head import after_head
@@ -149,9 +148,7 @@ def told(verdict: Verdict) -> str:
     return f"{verdict.attention} ({fell})" if fell else verdict.attention
 
 
-def open_and_check(
-    config: RunConfig, folder: Path, ranks: Ranks, budget: int | None, phases: Phases
-) -> tuple[OpenedModel, Verdict]:
+def open_and_check(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> tuple[OpenedModel, Verdict]:
     """Open a model, and see which attention computes what upstream's code does with all that the plan decided.
 
     Raises:
@@ -160,7 +157,7 @@ def open_and_check(
     """
     opened = on_every(lambda: _open_first(config, folder, ranks, budget), ranks)
     taken = opened.config.model.attn_implementation
-    phases.enter("comparing a small twin of the model with upstream's code")
+    ranks.phases.enter("comparing a small twin of the model with upstream's code")
     verdict = check_model(replace_attention(opened.config, config.model.attn_implementation), folder, ranks)
     if verdict.attention != taken:
         chosen = replace_attention(config, verdict.attention)

@@ -47,7 +47,7 @@ class Profiling:
             return Meter(partial(mfu, prepared.plan, prepared.shapes, device, ranks.size))
         if self.profiler is None or ranks.device.type != "cpu":
             return Meter()
-        prepared.phases.enter("timing matrix products alone")
+        prepared.ranks.phases.enter("timing matrix products alone")
         self._gemms = time_gemms(
             prepared.plan, prepared.shapes, ranks, model_dtype(prepared.config.precision.name),
             usual_tokens(prepared), prepared.config.train.logits_chunk,
@@ -59,7 +59,7 @@ class Profiling:
         if self.profiler is None:
             return None
         profiler, ranks = self.profiler, self._prepared.ranks
-        self._prepared.phases.enter("reading the profile")
+        self._prepared.ranks.phases.enter("reading the profile")
         profiler.close()
         found = gather_json(on_every(profiler.result, ranks), ranks)
         if not all(found):

@@ -92,7 +92,7 @@ class Training:
     def resume(self) -> Path | None:
         """Go on from the checkpoint that the settings ask for; return its folder, or None for a new start."""
         settings = self.config.checkpoint
-        self.prepared.phases.enter("finding the checkpoint to go on from")
+        self.prepared.ranks.phases.enter("finding the checkpoint to go on from")
         found = self.checkpointer.find(settings.resume, self.identity, settings.resume_overrides)
         if found is None:
             return None
@@ -118,12 +118,12 @@ class Training:
 
     def save(self, progress: Progress) -> None:
         """Start a checkpoint with a ready adapter in it."""
-        self.prepared.phases.enter(f"checkpoint of step {progress.step}")
+        self.prepared.ranks.phases.enter(f"checkpoint of step {progress.step}")
         self.checkpointer.save(self._snapshot(progress), self._tensors)
 
     def finish(self, progress: Progress) -> None:
         """See to it that this state is on disk."""
-        self.prepared.phases.enter(f"last checkpoint, of step {progress.step}")
+        self.prepared.ranks.phases.enter(f"last checkpoint, of step {progress.step}")
         self.checkpointer.finish(self._snapshot(progress), self._tensors)
 
     def _snapshot(self, progress: Progress) -> Snapshot:
@@ -135,7 +135,7 @@ class Training:
 
     def export(self, folder: Path) -> int:
         """Write the adapter as PEFT does. Every rank calls it, rank 0 writes; return the bytes of its weights."""
-        self.prepared.phases.enter("writing the adapter")
+        self.prepared.ranks.phases.enter("writing the adapter")
         require_equal_copies(self.optimizer.parameters.items(), self.ranks)
         tensors = gather_adapter(self.model)
         return on_main(lambda: self._write_adapter(folder, tensors, self.progress.to_dict()), self.ranks)
@@ -162,7 +162,7 @@ class Training:
 
     def evaluate(self) -> Evaluation | None:
         """Evaluate on the held-out rows, if there are any."""
-        self.prepared.phases.enter(f"evaluation after step {self.progress.step}")
+        self.prepared.ranks.phases.enter(f"evaluation after step {self.progress.step}")
         result = None if self.eval_rows is None else _evaluate(self.prepared, self.eval_rows)
         if self.config.train.sample_at_eval and self.config.train.sample_prompts:
             answers = [
@@ -174,7 +174,7 @@ class Training:
 
     def answers(self) -> list[str]:
         """Answer the sample prompts, greedily, with all ranks."""
-        self.prepared.phases.enter(f"answers after step {self.progress.step}")
+        self.prepared.ranks.phases.enter(f"answers after step {self.progress.step}")
         tokens = self.config.train.sample_tokens
         tokenizer = self.prepared.tokenizer
         end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
@@ -232,7 +232,7 @@ class Training:
         settings = StepSettings(
             objective=self.objective, ranks=self.ranks, seed=self.config.run.seed, max_grad_norm=train.max_grad_norm,
             synchronize=synchronize_gradients, seed_of=seed_of, around=debug_context(self.config),
-            enter=self.prepared.phases.enter,
+            enter=self.prepared.ranks.phases.enter,
             before_update=self.checkpointer.before_update,
             after_backward=(self.reduce_replicated, *self._fallback(), FirstGradients(self.model, self.ranks)),
         )  # fmt: skip
@@ -320,6 +320,7 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
         resumed = training.resume()
         on_main(lambda: folder.begin(published(to_dict(prepared.config))), prepared.ranks)
         before = _before(training, folder, resumed)
+        signals.something_to_save = True
         if any_rank(signals.requested, prepared.ranks):  # asked to stop while loading: nothing to save yet
             return FitResult(False, {})
         with _tracker(training, folder) as tracker:
@@ -351,17 +352,22 @@ def _before(training: Training, folder: RunFolder, resumed: Path | None) -> list
 
 @contextmanager
 def _tracker(training: Training, folder: RunFolder) -> Iterator[Tracker]:
-    sinks: list[Sink] = []
-    config = training.config
-    if training.ranks.is_main:
-        sinks.append(JsonLines(folder.metrics_file, training.progress.step))
-        total = training.batches.length.total_steps(training.progress)
-        sinks.append(Beside(ConsoleProgress(total, training.progress.step), "the progress display"))
-        if config.track.name == "wandb":
-            sink = open_wandb(folder.path, config.run.name, config.track, published(to_dict(config)))
-            sinks += [Beside(sink, "track=wandb")] if sink is not None else []
-    tracker = Tracker(sinks)
+    by_itself = training.ranks.phases.by_itself
+    with by_itself():
+        tracker = Tracker(_sinks(training, folder) if training.ranks.is_main else [], by_itself)
     try:
         yield tracker
     finally:
         tracker.close()
+
+
+def _sinks(training: Training, folder: RunFolder) -> list[Sink]:
+    config, total = training.config, training.batches.length.total_steps(training.progress)
+    sinks: list[Sink] = [
+        JsonLines(folder.metrics_file, training.progress.step),
+        Beside(ConsoleProgress(total, training.progress.step), "the progress display"),
+    ]
+    if config.track.name == "wandb":
+        sink = open_wandb(folder.path, config.run.name, config.track, published(to_dict(config)))
+        sinks += [Beside(sink, "track=wandb")] if sink is not None else []
+    return sinks

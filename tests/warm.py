@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +38,8 @@ class Fault:
     """Get ``number`` just before this write, from 1; 0 = never."""
     number: int = signal.SIGKILL
     """The signal."""
+    hold: str | None = None
+    """The thread that makes the first write which matches this never comes back from it."""
     log: str | None = None
     """File that takes one line a write."""
     file_limit: int | None = None
@@ -170,6 +174,8 @@ def _install(fault: Fault) -> None:
         if not writes or not any(path.startswith(fault.folder) for path in paths):
             return
         count += 1
+        if fault.hold is not None and re.search(fault.hold, f"{event} {' '.join(paths)}"):
+            threading.Event().wait()
         if log is not None:
             log.write(f"{count} {event} {' '.join(paths)}\n")
         if count == fault.at:

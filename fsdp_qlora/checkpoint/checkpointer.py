@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,7 +82,7 @@ class Checkpointer:
         self.folder, self.ranks, self.fallback = folder, ranks, fallback
         self.retention = retention or Retention()
         self._asynchronous, self._write_adapter, self._say = asynchronous, write_adapter, say
-        self._background = replace(ranks, group=ranks.background, device=torch.device("cpu"))
+        self._background = ranks.in_background
         pinned = ranks.device.type != "cpu"
         self._stager = DefaultStager(
             StagingOptions(
@@ -189,6 +189,7 @@ class Checkpointer:
             FORMAT, snapshot.step, self.ranks.size, snapshot.progress, snapshot.identity, {}, {}, snapshot.versions
         )
         target = step_folder(folder, snapshot.step)
+        self._background.phases.enter(f"writing the checkpoint of step {snapshot.step}")
         try:
             write_checkpoint(target, manifest, stage, self._background, self._write_adapter)
             if self.ranks.is_main and folder == self.folder:
@@ -198,6 +199,8 @@ class Checkpointer:
             if self.ranks.is_main:
                 self._say(f"checkpoint of step {snapshot.step} FAILED: {error} Older ones are as they were.")
             return str(error)
+        finally:
+            self._background.phases.rest()
         return None
 
     def _emergency(self, snapshot: Snapshot, staged: dict[str, torch.Tensor]) -> NoReturn:

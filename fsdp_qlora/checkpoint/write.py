@@ -6,19 +6,24 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from fsdp_qlora.checkpoint.manifest import Manifest, list_files, sha256
 from fsdp_qlora.checkpoint.publish import make_fresh, publish, staging_for
 from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
 from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.dist.phases import Phases
 from fsdp_qlora.dist.reduce import gather_json
 from fsdp_qlora.errors import FsdpQloraError, StorageError
 from fsdp_qlora.files import sync
@@ -51,7 +56,7 @@ def write_checkpoint(
 
     try:
         together(ranks, target, begin)
-        together(ranks, target, lambda: _write_shards(staging, tensors, ranks))
+        together(ranks, target, lambda: _write_shards(staging, tensors, ranks), alone=False)
         for files in together(ranks, target, lambda: _digests(staging, f"shard-{ranks.rank + 1:05d}-")):
             manifest.files.update(files)
         together(ranks, target, lambda: _finish(staging, target, manifest, write_adapter) if ranks.is_main else None)
@@ -61,11 +66,15 @@ def write_checkpoint(
         raise
 
 
-def together(ranks: Ranks, target: Path, work: Callable[[], Any]) -> list[Any]:
-    """Do something on every rank; return all results (JSON), or raise on all if it failed on any."""
+def together(ranks: Ranks, target: Path, work: Callable[[], Any], alone: bool = True) -> list[Any]:
+    """Do something on every rank; return all results (JSON), or raise on all if it failed on any.
+
+    ``alone``: whether no rank waits for another one in it.
+    """
     told: dict[str, Any]
     try:
-        told = {"result": work()}
+        with ranks.phases.by_itself() if alone else nullcontext():
+            told = {"result": work()}
     except FsdpQloraError as error:
         told = {"problem": str(error)}
     except CheckpointException as error:  # DCP has gathered what failed where, with tracebacks
@@ -93,8 +102,21 @@ def _begin(staging: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> 
         raise StorageError(f"it needs {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free there.")
 
 
+class _Writer(HuggingFaceStorageWriter):
+    """Says when this rank writes: around that DCP waits for the other ranks."""
+
+    def __init__(self, folder: Path, phases: Phases) -> None:
+        super().__init__(str(folder), save_distributed=True)
+        self._phases = phases
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write and sync this rank's files."""
+        with self._phases.by_itself():
+            return super().write_data(plan, planner)
+
+
 def _write_shards(staging: Path, tensors: dict[str, torch.Tensor], ranks: Ranks) -> None:
-    writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
+    writer = _Writer(staging, ranks.phases)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save(tensors, storage_writer=writer, process_group=ranks.group)  # syncs each file

@@ -14,23 +14,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from fsdp_qlora.cli.life_signs import LifeSigns
+from fsdp_qlora.cli.verdict import record, say, stopped_by, verdict
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.meeting import LOOPBACK, MEETING_VARIABLE
+from fsdp_qlora.dist.patience import Patience
 from fsdp_qlora.dist.signals import give_back_signals, take_signals
-from fsdp_qlora.errors import STOPPED_EXIT_CODE, StorageError
-from fsdp_qlora.track.output import visible
-from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE, read_exit
+from fsdp_qlora.errors import StorageError
+from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE, Ending, tellings
 from fsdp_qlora.track.run_folder import RunFolder
 
 PACKAGE = Path(__file__).resolve().parent.parent
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _LEAVE_SECONDS = 8.0
 """Time the ranks have to leave once one of them has told of a failure."""
+_ANSWER_SECONDS = 5.0
+"""How long the run folder is waited for: its storage may be what hangs."""
 
 
 def ranks_to_start(config: RunConfig) -> int:
@@ -67,9 +71,20 @@ def launch(verb: str, config: RunConfig, num_ranks: int) -> int:
         restarts = config.launcher.max_restarts
         numbers = [str(os.getpid()), str(restarts)]
         command = [sys.executable, "-m", "fsdp_qlora.cli.agent", str(num_ranks), verb, *numbers]
+        started = time.time()
         agent = subprocess.Popen(command, env=environment, start_new_session=True)
-        _wait(agent, Path(f"{exit_file}.{restarts}"))
-        return _verdict(verb, exit_file, agent.returncode, config)
+        signs = LifeSigns(meeting, config.launcher.timeout_seconds)
+        num_signals, standstill = _wait(agent, exit_file, restarts, signs)
+        for left in signs.left_behind():
+            print(f"fsdp-qlora: {left} does not end, a driver or a storage holds it; not waited for.", file=sys.stderr)
+        stopped = stopped_by(num_signals, signs.begun)
+        ending = verdict(exit_file, restarts, agent.returncode, stopped, standstill)
+        if verb == "train":
+            folder = RunFolder(config.run.output_root, config.run.name)
+            with suppress(TimeoutError):
+                Patience(_ANSWER_SECONDS, "the storage").ask(lambda: record(ending, folder, started))
+        say(ending)
+        return ending.code
 
 
 @contextmanager
@@ -89,8 +104,13 @@ def _scratch_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def _wait(agent: subprocess.Popen[bytes], last_exit_file: Path) -> None:
-    """Wait for the agent; pass the first signal on, kill all at the second, or when a failed run does not end."""
+def _wait(
+    agent: subprocess.Popen[bytes], exit_file: Path, last_start: int, signs: LifeSigns
+) -> tuple[int, Ending | None]:
+    """Wait for the agent; pass the first signal on, kill all at the second, or when a failed run does not end.
+
+    Returns how many signals came, and what was found if all ranks stood still.
+    """
     received: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -103,34 +123,17 @@ def _wait(agent: subprocess.Popen[bytes], last_exit_file: Path) -> None:
         else:
             agent.kill()  # its ranks die with it
 
+    standstill = failed_at = None
     before = take_signals(_SIGNALS, forward)
     try:
-        failed_at = None
         while agent.poll() is None:
             time.sleep(0.05)
-            told = read_exit(last_exit_file) if failed_at is None and last_exit_file.exists() else None
-            if told is not None and told["code"] not in (0, STOPPED_EXIT_CODE):
+            if failed_at is None and any(ending.failed for ending in tellings(exit_file, last_start)):
                 failed_at = time.monotonic()
-            if failed_at is not None and time.monotonic() - failed_at > _LEAVE_SECONDS:
+            late = failed_at is not None and time.monotonic() - failed_at > _LEAVE_SECONDS
+            standstill = standstill or signs.standstill()
+            if late or standstill is not None:
                 agent.kill()  # a rank that stands still hears no SIGTERM; it dies with the agent
     finally:
         give_back_signals(before)
-
-
-def _verdict(verb: str, exit_file: Path, agent_code: int, config: RunConfig) -> int:
-    attempts = range(config.launcher.max_restarts, -1, -1)
-    told = next((t for n in attempts if (t := read_exit(Path(f"{exit_file}.{n}"))) is not None), None)
-    agent = read_exit(exit_file.with_name("agent.json"))
-    said_why = told is not None and (told["expected"] or told["code"] == STOPPED_EXIT_CODE)
-    if agent and agent["code"] < 0 and agent["code"] != -signal.SIGTERM and not said_why:
-        name = signal.Signals(-agent["code"]).name
-        why = " Out of memory? See the kernel's log (dmesg)." if name == "SIGKILL" else ""
-        told = {"code": 1, "rank": agent["rank"], "message": f"rank {agent['rank']} was ended by {name}.{why}"}
-        if verb == "train":
-            RunFolder(config.run.output_root, config.run.name).write_exit(1, agent["rank"], told["message"])
-    if told is None or (told["code"] == 0 and agent_code > 0):
-        print(f"fsdp-qlora: the ranks ended without a word (launcher code {agent_code}).", file=sys.stderr)
-        return agent_code if agent_code > 0 else 1
-    if told["message"]:
-        print(f"fsdp-qlora, rank {told['rank']}: {visible(told['message'])}", file=sys.stderr, flush=True)
-    return told["code"]
+    return len(received), standstill

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fsdp_qlora.api import World, open_world
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.signals import give_back_signals, take_signals
+from fsdp_qlora.dist.signals import STOP_SIGNALS, give_back_signals, take_signals
+from fsdp_qlora.dist.torchrun import is_rank
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the wait for the other ranks, which is C code in which Python runs no handler."""
-    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    before = take_signals((signal.SIGINT,), signal.SIG_DFL) if default else {}
+    """Let signals end the wait for the other ranks, which is C code in which Python runs no handler."""
+    before = take_signals(STOP_SIGNALS, signal.SIG_DFL) if is_rank(os.environ) else {}
     try:
         yield
     finally:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from functools import partial
+from contextlib import suppress
 
 from fsdp_qlora.api import World, prepare
 from fsdp_qlora.claim import claim
 from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.cli.show import loading, print_samples, print_start, print_stopped, print_summary
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.signals import StopSignals
-from fsdp_qlora.dist.watch import Watch
-from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError
-from fsdp_qlora.track.process_exit import has_launcher, restart_count, tell_launcher
+from fsdp_qlora.dist.patience import Patience
+from fsdp_qlora.dist.signals import STOP_SIGNALS, StopSignals, take_signals
+from fsdp_qlora.dist.watch import Leave, Outside, Watch
+from fsdp_qlora.errors import STOPPED_EXIT_CODE
+from fsdp_qlora.track.process_exit import (
+    NOTHING_TO_SAVE,
+    Ending,
+    ending_of,
+    has_launcher,
+    restart_count,
+    tell_launcher,
+)
 from fsdp_qlora.track.run_folder import RunFolder
 from fsdp_qlora.training import fit
+
+_ANSWER_SECONDS = 2.0
+"""How long the storage of the run folder is waited for with the last word."""
 
 
 def run(config: RunConfig) -> int:
@@ -28,6 +40,7 @@ def _listen(config: RunConfig, world: World) -> int:
 
     Not before: who waits for a rank that never comes runs no handler, and a signal must end it.
     """
+    take_signals(STOP_SIGNALS, signal.SIG_DFL)  # in force again once the run is over
     with StopSignals() as signals:
         return _rank(config, world, signals)
 
@@ -35,25 +48,56 @@ def _listen(config: RunConfig, world: World) -> int:
 def _rank(config: RunConfig, world: World, signals: StopSignals) -> int:
     """Be one rank: claim the run folder together, prepare, fit, show."""
     folder = RunFolder(config.run.output_root, config.run.name)
+    run = _Run(folder, world.ranks.rank, signals)
+    watch = Watch(world.ranks, config.launcher.timeout_seconds)
+    watch.start(Outside(run.ended_elsewhere, run.stopped, run.leave))
+    world.ranks.phases.enter("claiming the run folder")
     decision = claim(folder, config, world.ranks)
+    run.claimed = True
     if not decision.start:
+        watch.stop()
         _show(folder, world.ranks.is_main, decision.note)
         return 0
     try:
-        return _train(config, folder, world, decision.note, signals)
-    except FsdpQloraError as error:
-        folder.write_exit(error.exit_code, world.ranks.rank, str(error))
-        raise
+        return _train(config, folder, world, decision.note, signals, watch)
     except Exception as error:
-        if _failed_elsewhere(folder):  # an echo: the others have left, and one of them has said why
-            raise SystemExit(1) from error
-        folder.write_exit(1, world.ranks.rank, f"{type(error).__name__}: {error}")
+        ending = ending_of(error)
+        if not ending.expected and (code := run.ended_elsewhere()) is not None:
+            raise SystemExit(code) from error  # an echo: the others have left, and one of them has said why
+        folder.write_exit(ending.code, ending.rank, ending.message)
         raise
 
 
-def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signals: StopSignals) -> int:
-    watch = Watch(world.ranks, world.phases, config.launcher.timeout_seconds)
-    watch.start(lambda: _failed_elsewhere(folder), partial(_hung, folder, world.ranks.rank))
+class _Run:
+    """What the watch asks and tells, in its own thread."""
+
+    def __init__(self, folder: RunFolder, rank: int, signals: StopSignals) -> None:
+        self._folder, self._rank, self._signals = folder, rank, signals
+        self.claimed = False
+        """Whether what exit.json says is of this start."""
+
+    def ended_elsewhere(self) -> int | None:
+        """Return the code with which another rank has ended the run, if one has."""
+        ended = self._folder.read_exit() if self.claimed else None
+        return ended["code"] if ended is not None and ended["code"] != 0 else None
+
+    def stopped(self) -> Leave | None:
+        """Return what to leave with where a signal came and there is nothing to save."""
+        at_once = self._signals.requested and not self._signals.something_to_save
+        return Leave(STOPPED_EXIT_CODE, NOTHING_TO_SAVE) if at_once else None
+
+    def leave(self, last: Leave) -> None:
+        """Say why this rank leaves: to the launcher first, as the run folder's storage may be what hangs."""
+        tell_launcher(Ending(last.code, self._rank, last.message))
+        if self.claimed:
+            with suppress(TimeoutError):
+                storage = Patience(_ANSWER_SECONDS, "the storage")
+                storage.ask(lambda: self._folder.write_exit(last.code, self._rank, last.message))
+        if not has_launcher():
+            print(f"fsdp-qlora, rank {self._rank}: {last.message}", file=sys.stderr, flush=True)
+
+
+def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signals: StopSignals, watch: Watch) -> int:
     main = world.ranks.is_main
     if main and (restarts := restart_count()):
         print(f"restart {restarts}: going on from the last checkpoint", flush=True)
@@ -71,18 +115,6 @@ def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signal
         else:
             print_stopped(folder)
     return code
-
-
-def _hung(folder: RunFolder, rank: int, message: str) -> None:
-    """Say which rank holds up the others, in the watch's thread."""
-    folder.write_exit(1, rank, message)
-    if tell_launcher(1, message) and not has_launcher():
-        print(f"fsdp-qlora, rank {rank}: {message}", file=sys.stderr, flush=True)
-
-
-def _failed_elsewhere(folder: RunFolder) -> bool:
-    ended = folder.read_exit()
-    return ended is not None and ended["code"] not in (0, STOPPED_EXIT_CODE)
 
 
 def _show(folder: RunFolder, main: bool, note: str) -> None:

@@ -8,14 +8,16 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch.distributed as dist
 
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.meeting import meeting_folder
+from fsdp_qlora.dist.patience import Patience
 from fsdp_qlora.dist.reduce import gather_json
 
+_T = TypeVar("_T")
 STORE_SECONDS = 5.0
 """How long a store is waited for. Its own timeout does not end a wait for a process that is stopped."""
 
@@ -65,7 +67,7 @@ class StoreBoard:
 
     def __init__(self, store: Any) -> None:
         self._store = store
-        self._busy = threading.Lock()
+        self._patience = Patience(STORE_SECONDS, "rank 0")
 
     def write(self, name: str, note: str) -> None:
         """See `Board`."""
@@ -75,26 +77,11 @@ class StoreBoard:
         """See `Board`."""
         return self._ask(lambda: self._store.get(name).decode() if self._store.check([name]) else None)
 
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        if not self._busy.acquire(timeout=STORE_SECONDS):  # an earlier question is still without an answer
-            raise TimeoutError("rank 0 does not answer")
-        answer: list[Any] = []
-        failure: list[Exception] = []
-
-        def ask() -> None:
-            try:
-                answer.append(question())
-            except Exception as error:  # of whatever kind: it is told to who asked, in another thread
-                failure.append(error)
-            finally:
-                self._busy.release()
-
-        thread = threading.Thread(target=ask, name="ask-the-board", daemon=True)
-        thread.start()
-        thread.join(STORE_SECONDS)
-        if not answer:
-            raise TimeoutError("rank 0 does not answer") from (failure[0] if failure else None)
-        return answer[0]
+    def _ask(self, question: Callable[[], _T]) -> _T:
+        try:
+            return self._patience.ask(question)
+        except RuntimeError as error:  # torch's, where the process that served it is gone
+            raise TimeoutError("rank 0 does not answer") from error
 
 
 def open_board(ranks: Ranks) -> Board:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fsdp_qlora.dist.phases import AT_REST, Phases
 from fsdp_qlora.errors import ConfigError
 
 REPLICATE, SHARD = "replicate", "shard"
@@ -24,6 +25,10 @@ class Ranks:
     background: dist.ProcessGroup
     """The same ranks over gloo, for one background thread at a time (checkpoints); the main thread never uses it."""
     device: torch.device
+    phases: Phases = field(default_factory=Phases, compare=False)
+    """What this rank is doing, for the watch that names a rank which holds up the others."""
+    saving: Phases = field(default_factory=lambda: Phases(name=AT_REST), compare=False)
+    """The same of the background thread."""
 
     @property
     def rank(self) -> int:
@@ -59,6 +64,11 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    @property
+    def in_background(self) -> Ranks:
+        """The same ranks as the background thread sees them."""
+        return replace(self, group=self.background, device=torch.device("cpu"), phases=self.saving)
 
     def _axis(self, name: str) -> int:
         assert self.mesh.mesh_dim_names is not None

@@ -57,7 +57,8 @@ def on_main(work: Callable[[], Any], ranks: Ranks) -> Any:
     verdict: dict[str, Any] = {}
     if ranks.is_main:
         try:
-            verdict = {"result": work()}
+            with ranks.phases.by_itself():
+                verdict = {"result": work()}
         except FsdpQloraError as error:
             verdict = {"code": error.exit_code, "message": str(error)}
         except OSError as error:
@@ -76,7 +77,8 @@ def on_every(work: Callable[[], _T], ranks: Ranks) -> _T:
     verdict: dict[str, Any] = {}
     result: Any = None
     try:
-        result = work()
+        with ranks.phases.by_itself():
+            result = work()
     except FsdpQloraError as error:
         verdict = {"code": error.exit_code, "message": str(error)}
     except OSError as error:

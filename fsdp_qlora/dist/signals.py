@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any, Self
 
-_SIGNALS = tuple(s for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if (s := getattr(signal, name, None)) is not None)
+STOP_SIGNALS = tuple(s for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if (s := getattr(signal, name, None)) is not None)
 
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers
 
@@ -42,13 +42,15 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.something_to_save = False
+        """Whether a run that stops now has something to save; else it need not get as far as its next step."""
         self._before: dict[int, Handler] = {}
         self._depth = 0
 
     def __enter__(self) -> Self:
         self._depth += 1
         if threading.current_thread() is threading.main_thread() and not self._before:
-            self._before = take_signals(_SIGNALS, self._remember)
+            self._before = take_signals(STOP_SIGNALS, self._remember)
         return self
 
     def _remember(self, number: int, _: FrameType | None) -> None:

@@ -1,9 +1,10 @@
-"""A thread beside each rank: it ends the rank when another one has failed, and says who holds up the others.
+"""A thread beside each rank: it ends the rank when another one has ended the run, and says who holds up the others.
 
 A rank whose main thread waits in a collective runs no signal handler and raises nothing until the collective's own
-timeout, which with NCCL is an abort without a word. This thread goes on: it puts the rank's phase and a sign of life on
-a board that all ranks can read, and when this rank has been waiting for too long it looks who never came, and who came
-and gives no sign any more.
+timeout, which with NCCL is an abort without a word; and a call into a storage that hangs never returns at all. This
+thread goes on: it puts what the rank is doing and a sign of life on a board that all ranks can read. When this rank has
+done nothing for too long in what it does by itself, it says so; when it has been waiting for too long, it looks who
+never came, and who came and gives no sign any more.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from fsdp_qlora.dist.board import Board, open_board
+from fsdp_qlora.dist.board import STORE_SECONDS, Board, open_board
 from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.dist.patience import Patience, Since
+from fsdp_qlora.dist.phases import AT_REST, Phases
+from fsdp_qlora.errors import StorageError
 
 _INTERVAL_SECONDS = 0.5
 _BEAT_SECONDS = 1.0
@@ -24,55 +29,59 @@ _BEAT_SECONDS = 1.0
 _GRACE_SECONDS = 3.0
 _SHARE_OF_TIMEOUT = 0.8
 """Share of the collectives' timeout after which a waiting rank speaks: before they give up."""
+_SHARE_ALONE = 0.7
+"""And after which a rank speaks that gets nothing done by itself: before those that wait for it."""
 _SILENT_SHARE = 0.25
 """Share of that time without a sign of life after which a rank stands still, and at least so many beats:"""
 _SILENT_BEATS = 5
+_ANSWER_SECONDS = 2.0
+"""How long the run folder is waited for: its storage may be what hangs."""
 
 
-@dataclass
-class Phases:
-    """What this rank is doing: set by the main thread, the same sequence on every rank."""
+class Leave(NamedTuple):
+    """Why this rank leaves."""
 
-    number: int = 0
-    name: str = "start"
-    since: float = field(default_factory=time.monotonic)
+    code: int
+    message: str
 
-    def enter(self, name: str) -> None:
-        """Begin the next phase."""
-        self.number, self.name, self.since = self.number + 1, name, time.monotonic()
+
+@dataclass(frozen=True)
+class Outside:
+    """What the watch asks and tells outside the run's own processes."""
+
+    ended_elsewhere: Callable[[], int | None]
+    """Exit code with which another rank has ended the run, if one has; reads the run folder."""
+    stopped: Callable[[], Leave | None]
+    """What to leave with where this rank was asked to stop and there is nothing to save."""
+    leave: Callable[[Leave], None]
+    """Takes the last word; the process ends after it."""
 
 
 class Watch:
     """The thread, from `start` until `stop`."""
 
-    def __init__(self, ranks: Ranks, phases: Phases, timeout_seconds: float) -> None:
+    def __init__(self, ranks: Ranks, timeout_seconds: float) -> None:
         """Open the board. A collective: every rank calls it."""
-        self._rank, self._size, self._phases = ranks.rank, ranks.size, phases
+        self._rank, self._size = ranks.rank, ranks.size
+        self._threads = {"main": ranks.phases, "saving": ranks.saving}
         self._limit = timeout_seconds * _SHARE_OF_TIMEOUT
+        self._limit_alone = timeout_seconds * _SHARE_ALONE
         self._stop = threading.Event()
         self._silence = max(_SILENT_SHARE * self._limit, _SILENT_BEATS * _BEAT_SECONDS)
         self._board: Board | None = open_board(ranks) if ranks.size > 1 else None
         self._beat, self._beaten = 0, 0.0
-        self._seen: dict[int, tuple[int, float]] = {}
-        """The last sign of life of each other rank, and when it was first seen (this rank's own clock)."""
+        self._since = Since(STORE_SECONDS + _ANSWER_SECONDS + 1.0)
+        self._storage = Patience(_ANSWER_SECONDS, "the storage")
 
-    def start(self, failed_elsewhere: Callable[[], bool], hung: Callable[[str], None]) -> None:
-        """Start watching.
-
-        Args:
-            failed_elsewhere: whether another rank has ended the run; this process then leaves with code 1.
-            hung: takes the message when this rank waits for another one that does not come; the process then leaves.
-        """
+    def start(self, outside: Outside) -> None:
+        """Start watching."""
 
         def watch() -> None:
             while not self._stop.wait(_INTERVAL_SECONDS):
-                if failed_elsewhere():
-                    time.sleep(_GRACE_SECONDS)  # a rank that sees the failure itself ends by its own means
-                    if not self._stop.is_set():
-                        os._exit(1)
-                elif (message := self._late()) is not None and not self._stop.is_set():
-                    hung(message)
-                    os._exit(1)
+                if (reason := self._reason(outside)) is not None and not self._stop.is_set():
+                    if reason.message:
+                        outside.leave(reason)
+                    os._exit(reason.code)
 
         threading.Thread(target=watch, name="watch-other-ranks", daemon=True).start()
 
@@ -80,45 +89,86 @@ class Watch:
         """Stop watching."""
         self._stop.set()
 
-    def _late(self) -> str | None:
-        """Show where this rank is; return who holds it up if it has waited there for too long."""
+    def _reason(self, outside: Outside) -> Leave | None:
+        """Return why this rank leaves, if it does."""
+        self._since.look()
+        try:
+            code = self._storage.ask(outside.ended_elsewhere)
+        except TimeoutError:
+            code = None
+        if code is not None:
+            self._stop.wait(_GRACE_SECONDS)  # a rank that sees the failure itself ends by its own means
+            return Leave(code, "")
+        if outside.stopped() is not None and not self._stop.wait(_GRACE_SECONDS):
+            return outside.stopped()  # None where the main thread has got on meanwhile
+        return self._stuck() or self._late()
+
+    def _stuck(self) -> Leave | None:
+        """Say so where this rank gets nothing done in what it does by itself."""
+        for thread, phases in self._threads.items():
+            alone, name = phases.alone, phases.name
+            still = self._since.unchanged(f"{thread}'s work", phases.signs)
+            if alone and still > self._limit_alone:
+                return Leave(
+                    StorageError.exit_code,
+                    f"rank {self._rank} stands still in {name!r}: nothing has come of it for {still:.0f} s. A file "
+                    "system that does not answer? (launcher.timeout_seconds is how long it may take.)",
+                )
+        return None
+
+    def _late(self) -> Leave | None:
+        """Show where this rank is; say who holds it up if it has waited there for too long."""
         if self._board is None:
             return None
-        number, name, waited = self._phases.number, self._phases.name, time.monotonic() - self._phases.since
+        waited = {
+            thread: 0.0 if phases.name == AT_REST else self._since.unchanged(thread, phases.number)
+            for thread, phases in self._threads.items()
+        }
+        longest = max(waited, key=lambda thread: waited[thread])
         try:
-            if (now := time.monotonic()) - self._beaten >= _BEAT_SECONDS:
-                self._beat, self._beaten = self._beat + 1, now
-                self._board.write(str(self._rank), json.dumps([number, name, time.time(), self._beat]))
-            if waited < self._limit - 2 * self._silence:
+            self._show(self._board)
+            if waited[longest] < self._limit - 2 * self._silence:
                 return None
             others = self._others(self._board)
         except (ValueError, OSError) as error:  # rank 0, where it holds the board, is gone or still; or a full disk
-            if waited < self._limit:
-                return None
-            return f"rank {self._rank} waits in {name!r} for {waited:.0f} s, and cannot ask the others: {error}."
-        if waited < self._limit:
+            others = error
+        if waited[longest] < self._limit:
             return None
-        missing = [
-            f"rank {rank} never reached {name!r} (last seen entering {theirs!r} {time.time() - when:.0f} s ago)"
-            for rank, (count, theirs, when, _) in others.items()
-            if count < number
-        ] or [
-            f"rank {rank} stands still in {theirs!r}: no sign of life for {silent:.0f} s"
-            for rank, (_, theirs, _, silent) in others.items()
-            if silent > self._silence
-        ]
-        return f"{'; '.join(missing)}; the other ranks waited {waited:.0f} s." if missing else None
+        name = self._threads[longest].name
+        if isinstance(others, Exception):
+            message = f"rank {self._rank} waits in {name!r} for {waited[longest]:.0f} s, and cannot ask the others"
+            return Leave(1, f"{message}: {others}.")
+        missing = self._missing(others, longest)
+        return Leave(1, f"{missing}; the other ranks waited {waited[longest]:.0f} s.") if missing else None
 
-    def _others(self, board: Board) -> dict[int, tuple[int, str, float, float]]:
-        """Return the other ranks' phases (number, name, since when) and for how long they have given no sign."""
+    def _show(self, board: Board) -> None:
+        if (now := time.monotonic()) - self._beaten < _BEAT_SECONDS:
+            return
+        self._beat, self._beaten = self._beat + 1, now
+        doing = {thread: [p.number, p.name, p.entered] for thread, p in self._threads.items()}
+        board.write(str(self._rank), json.dumps({**doing, "beat": self._beat, "process": os.getpid()}))
+
+    def _others(self, board: Board) -> dict[int, tuple[dict[str, Any], float]]:
+        """Return what the other ranks show, and for how long they have given no sign of life."""
         found = {}
         for rank in range(self._size):
-            if rank == self._rank or (note := board.read(str(rank))) is None:
-                continue
-            number, name, when, beat = json.loads(note)
-            last, at = self._seen.get(rank, (-1, 0.0))
-            if beat != last:
-                last, at = beat, time.monotonic()
-                self._seen[rank] = last, at
-            found[rank] = number, name, when, time.monotonic() - at
+            if rank != self._rank and (note := board.read(str(rank))) is not None:
+                shown = json.loads(note)
+                found[rank] = shown, self._since.unchanged(f"rank {rank}", shown["beat"])
         return found
+
+    def _missing(self, others: dict[int, tuple[dict[str, Any], float]], thread: str) -> str:
+        mine = self._threads[thread]
+        never = [
+            f"rank {rank} never reached {mine.name!r} (last seen entering {shown[thread][1] or 'the end of it'!r} "
+            f"{time.time() - shown[thread][2]:.0f} s ago)"
+            for rank, (shown, _) in others.items()
+            if shown[thread][0] < mine.number
+        ]
+        still = [
+            f"rank {rank} stands still in {shown[thread][1]!r}: no sign of life for {silent:.0f} s"
+            for rank, (shown, silent) in others.items()
+            if silent > self._silence
+        ]
+        return "; ".join(never or still)
+

@@ -10,10 +10,13 @@ import errno
 import json
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError, StorageError
 from fsdp_qlora.files import write_first
@@ -23,6 +26,8 @@ CONFIG_VARIABLE = "FSDP_QLORA_RESOLVED_CONFIG"
 """Environment variable that names the file of the composed settings (JSON), set by our launcher for its ranks."""
 EXIT_VARIABLE = "FSDP_QLORA_EXIT_FILE"
 """Environment variable that names the file through which a rank tells our launcher how it ended."""
+
+NOTHING_TO_SAVE = "stopped before the first step; there was nothing to save."
 
 _REMEDIES = {
     errno.ENOSPC: "make room", errno.EDQUOT: "make room in the quota", errno.EACCES: "", errno.EPERM: "",
@@ -37,16 +42,63 @@ _REMEDIES = {
 """What an operating system refuses that is no bug of ours, and what helps."""
 
 
-def tell_launcher(code: int, message: str = "", expected: bool = True) -> bool:
-    """Write how this rank ended to our launcher's file; return False if another rank did so first.
+@dataclass(frozen=True)
+class Ending:
+    """How a rank ended: exit code, exit.json and the last line on the screen are made from one of these."""
 
-    ``expected`` is False for what may be an echo of another rank's end (a broken connection).
-    """
-    if not has_launcher():
-        return True
-    file = exit_file(restart_count())
-    body = {"code": code, "rank": int(os.environ.get("RANK", "0")), "message": message, "expected": expected}
-    return write_first(file, json.dumps(body))
+    code: int
+    rank: int
+    message: str = ""
+    expected: bool = True
+    """False for what may be an echo of another rank's end (a broken connection)."""
+    time: float = field(default_factory=time.time)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended neither well nor stopped and saved."""
+        return self.code not in (0, STOPPED_EXIT_CODE)
+
+
+def own_rank() -> int:
+    """Return this process's rank, 0 where it is none."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ending_of(error: BaseException) -> Ending:
+    """Return how a process ends that meets ``error``."""
+    rank = own_rank()
+    if isinstance(error, FsdpQloraError):
+        return Ending(error.exit_code, rank, str(error))
+    if isinstance(error, OSError) and error.errno in _REMEDIES:  # that no code of ours has put into words
+        remedy = _REMEDIES[error.errno]
+        return Ending(StorageError.exit_code, rank, f"{error}{f' ({remedy})' if remedy else ''}")
+    if isinstance(error, KeyboardInterrupt):
+        return Ending(130, rank, "interrupted.")
+    if isinstance(error, SystemExit):
+        return Ending(error.code if isinstance(error.code, int) else 1, rank, expected=False)
+    return Ending(1, rank, f"{type(error).__name__}: {error}", expected=False)
+
+
+def tell_launcher(ending: Ending) -> None:
+    """Write how this rank ended to a file of its own, where our launcher looks for it."""
+    if has_launcher():
+        file = Path(f"{os.environ[EXIT_VARIABLE]}.{restart_count()}.{own_rank()}")
+        write_first(file, json.dumps(asdict(ending)))
+
+
+def tellings(exit_file: Path, attempt: int) -> list[Ending]:
+    """Return what the ranks of the ``attempt``-th start have told, in the order of time."""
+    found = []
+    for file in exit_file.parent.glob(f"{exit_file.name}.{attempt}.*"):
+        with suppress(OSError, ValueError):
+            found.append(Ending(**json.loads(file.read_text(encoding="utf-8"))))
+    return sorted(found, key=lambda ending: ending.time)
+
+
+def first_failure(told: Sequence[Ending]) -> Ending | None:
+    """Return what ended a run: the first failure that a rank could explain, else the first."""
+    failed = [ending for ending in told if ending.code != 0]
+    return next((ending for ending in failed if ending.expected), failed[0] if failed else None)
 
 
 def has_launcher() -> bool:
@@ -59,76 +111,49 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def exit_file(attempt: int) -> Path:
-    """Return the file in which the ranks of the ``attempt``-th start tell our launcher how they ended."""
-    return Path(f"{os.environ[EXIT_VARIABLE]}.{attempt}")
+def end_by_signal(_number: int, _frame: object) -> NoReturn:
+    """Handle a signal that asks to stop before there is anything to save."""
+    ending = Ending(STOPPED_EXIT_CODE, own_rank(), NOTHING_TO_SAVE)
+    tell_launcher(ending)
+    if not has_launcher() and ending.rank == 0:
+        os.write(2, f"fsdp-qlora: {ending.message}\n".encode())  # print may be what the signal has interrupted
+    os._exit(ending.code)
 
 
-def read_exit(file: Path) -> dict[str, Any] | None:
-    """Return what `tell_launcher` wrote, or None."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _told(attempt: int) -> Ending | None:
+    return first_failure(tellings(Path(os.environ[EXIT_VARIABLE]), attempt)) if has_launcher() else None
 
 
-def others_failed() -> bool:
-    """Whether our launcher's file says that some rank has failed."""
-    told = read_exit(exit_file(restart_count())) if has_launcher() else None
-    return told is not None and told["code"] not in (0, STOPPED_EXIT_CODE)
-
-
-def _ended_for_good() -> dict[str, Any] | None:
+def _ended_for_good() -> Ending | None:
     """Return how the attempt before this one ended, if another attempt would end the same way."""
-    if not (has_launcher() and restart_count()):
-        return None
-    told = read_exit(exit_file(restart_count() - 1))
-    return told if told is not None and (told["expected"] or told["code"] == STOPPED_EXIT_CODE) else None
+    before = _told(restart_count() - 1) if restart_count() else None
+    return before if before is not None and before.expected else None
 
 
 def guarded(work: Callable[[], int]) -> int:
     """Run a verb; turn what escapes into a message and an exit code."""
-    expected, quiet = True, False
+    quiet = False
     try:
-        if (before := _ended_for_good()) is not None:
-            code, message = before["code"], before["message"]
-        else:
-            code, message = work(), ""
-    except FsdpQloraError as error:
-        code, message = error.exit_code, str(error)
-        quiet = error.alike and os.environ.get("RANK", "0") != "0"
-    except OSError as error:
-        code, message = _of_the_system(error)
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted."
-    except SystemExit as request:
-        code, message = request.code if isinstance(request.code, int) else 1, ""
-    except BaseException as error:  # a bug of ours, or of what we stand on: the traceback helps to find it
-        code, message, expected = 1, f"{type(error).__name__}: {error}", False
-        if not others_failed():
+        ending = _ended_for_good() or Ending(work(), own_rank())
+    except BaseException as error:
+        ending = ending_of(error)
+        quiet = isinstance(error, FsdpQloraError) and error.alike and ending.rank != 0
+        bug = not ending.expected and not isinstance(error, SystemExit)  # of ours, or of what we stand on
+        if bug and _told(restart_count()) is None:
             traceback.print_exc()
-    first = tell_launcher(code, message, expected)
-    if message and not quiet and not has_launcher():
-        print(f"{_where()}{visible(message)}", file=sys.stderr, flush=True)
+    tell_launcher(ending)
+    if ending.message and not quiet and not has_launcher():
+        print(f"{_where()}{visible(ending.message)}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
-        if code not in (0, STOPPED_EXIT_CODE):
-            _record_for_torchrun(message)
+        if ending.failed:
+            _record_for_torchrun(ending.message)
         sys.stdout.flush()
         sys.stderr.flush()
         # Not sys.exit. After a failure, closing a process group whose other ranks wait in a collective can hang. After
         # a success, gloo's threads outlive the group, and one that drops a tensor while the interpreter is being
         # finalized aborts the process ("terminate called without an active exception").
-        os._exit(code if first or code in (0, STOPPED_EXIT_CODE) else 1)
-    return code
-
-
-def _of_the_system(error: OSError) -> tuple[int, str]:
-    """Return code and message of an error that no code of ours has put into words."""
-    if error.errno not in _REMEDIES:
-        traceback.print_exc()
-        return 1, f"{error}"
-    remedy = _REMEDIES[error.errno]
-    return StorageError.exit_code, f"{error}{f' ({remedy})' if remedy else ''}"
+        os._exit(ending.code)
+    return ending.code
 
 
 def _where() -> str:

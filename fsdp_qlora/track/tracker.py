@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,13 +104,15 @@ class Beside:
 class Tracker:
     """Several sinks as one."""
 
-    def __init__(self, sinks: list[Sink]) -> None:
-        self._sinks = sinks
+    def __init__(self, sinks: list[Sink], around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Send to ``sinks``, in order; ``around`` tells who watches this rank that files are written."""
+        self._sinks, self._around = sinks, around
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Hand the values of a step to every sink."""
-        for sink in self._sinks:
-            sink.log(step, values)
+        with self._around():
+            for sink in self._sinks:
+                sink.log(step, values)
 
     def rewind(self, step: int) -> None:
         """Let every sink forget later steps."""

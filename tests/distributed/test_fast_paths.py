@@ -14,7 +14,6 @@ from fsdp_qlora.model.skeleton import decoder_layers
 from fsdp_qlora.quant.matrices import local_tensor
 from tests.build import build, losses, norms, run_fit
 from tests.pool import Pool
-from tests.tiers import some_in_full
 
 PLAIN = {"debug": {"name": "plain"}}
 FAST: dict[str, dict[str, dict[str, Any]]] = {
@@ -104,7 +103,8 @@ def _kept_bytes(ranks: Ranks, folder: str, train: dict[str, Any]) -> int:
     return sum(storage.nbytes() for key, storage in kept.items() if key not in gathered)
 
 
-@pytest.mark.parametrize(("kind", "share"), some_in_full([("full", 0.25), ("selective", 0.75)], [("full", 0.25)]))
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "share"), [("full", 0.25), ("selective", 0.75)])
 def test_compiled_layers_keep_what_checkpointing_keeps(pool: Pool, tiny_model: Path, kind: str, share: float) -> None:
     whole = {"activation_checkpointing": "none", "compile": "false"}
     asked = {"activation_checkpointing": kind, "compile": "true"}

@@ -68,6 +68,7 @@ def test_the_bundle_replaces_no_folder_of_ours(tmp_path):
 
 
 @pytest.mark.launch
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("setting", "words"),
     [

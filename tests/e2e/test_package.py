@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.launch
 
 
+@pytest.mark.full
 def test_a_wheel_installed_elsewhere_trains(tiny_run, cli_env, tmp_path):
     hatchling = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is in the dev extra")
     wheel = next(hatchling.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))

@@ -15,12 +15,12 @@ import pytest
 from tests import warm
 from tests.build import essence, metrics
 from tests.processes import alive, rank_pid, ranks_of, start, wait_for_step
-from tests.tiers import some_in_full
 
 pytestmark = pytest.mark.launch
 
 
-@pytest.mark.parametrize("rank", some_in_full([0, 1], [0]))
+@pytest.mark.full
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_hanging_rank_is_named_and_all_end(cli_env, tiny_run, tmp_path, rank):
     """R1: rank 0, which every other rank asked before, is named like any other one."""
     run = ["train", *tiny_run, "train.max_steps=5000", "launcher.nproc_per_node=2", "launcher.timeout_seconds=10"]

@@ -28,4 +28,4 @@ def test_a_rank_leaves_before_finalization_can_abort_it(cli_env, tmp_path, end, 
     command = [sys.executable, "-c", _RANK.format(end=end)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stdout) == (code, "worked\n"), result.stderr
-    assert json.loads(Path(f"{told}.0").read_text())["code"] == code
+    assert json.loads(Path(f"{told}.0.1").read_text())["code"] == code

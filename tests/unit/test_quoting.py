@@ -12,12 +12,17 @@ from omegaconf import OmegaConf
 from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.cli.quoting import command, list_of_names, quoted
 from fsdp_qlora.errors import ConfigError
+from tests.tiers import some_in_full
 
 TEXTS = [
     "plain", "é ø 好", "a,b", "a=b", "(x", "[x", "{x", "x}", "it's", 'say "hi"', "a\\b", "end\\", "\\'", "\\\\'", "'", "''",
     "${oc.env:HOME}", "\\${x}", "${", "$HOME `id` $(id)", "#x", "a: b", "~x", " lead and trail ", "%20", "a;b|c&d", "null",
     "true", "1e3", "?*", "new\nline", "\\\\${y}'\\",
 ]  # fmt: skip
+
+
+HARDEST = ["é ø 好", "a,b", "it's", "\\\\'", "${oc.env:HOME}", " lead and trail ", "new\nline", "\\\\${y}'\\"]
+"""Those that `make test` composes a whole configuration with."""
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -28,7 +33,9 @@ def test_quoted_text_comes_back(text):
         assert found == {"key": value}
 
 
-@pytest.mark.parametrize("name", [t for t in TEXTS if t != "${"])  # Hydra keeps what no grammar of its own reads
+@pytest.mark.parametrize(
+    "name", some_in_full([t for t in TEXTS if t != "${"], HARDEST)
+)  # Hydra keeps what no grammar of its own reads
 def test_a_config_dir_of_any_name(tmp_path, name):
     folder = tmp_path / name / "conf"
     (folder / "experiment").mkdir(parents=True)
@@ -37,7 +44,7 @@ def test_a_config_dir_of_any_name(tmp_path, name):
     assert compose_config("train", [f"--config-dir={folder}", "experiment=mine"]).optim.lr == 0.5
 
 
-@pytest.mark.parametrize("text", [t for t in TEXTS if t != "null" and not t.startswith("[")])
+@pytest.mark.parametrize("text", some_in_full([t for t in TEXTS if t != "null" and not t.startswith("[")], HARDEST))
 def test_paths_and_prompts_are_taken_as_typed(text):
     keys = ("prompt", "adapter", "model.name", "data.train", "run.output_root", "export.to", "lora.init_from")
     config = compose_config("generate", [f"{key}={text}" for key in keys])
