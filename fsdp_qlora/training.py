@@ -225,6 +225,11 @@ class Training:
     def run(self, tracker: Tracker, signals: StopSignals) -> bool:
         """Train to the end; return False if stopped."""
         train = self.config.train
+
+        def before_update() -> None:
+            signals.something_to_save = True
+            self.checkpointer.before_update()
+
         due = Due(
             self.batches.length, train.log_every, train.eval_every,
             self.config.checkpoint.every_steps, train.early_stopping_patience, train.spike_factor,
@@ -233,7 +238,7 @@ class Training:
             objective=self.objective, ranks=self.ranks, seed=self.config.run.seed, max_grad_norm=train.max_grad_norm,
             synchronize=synchronize_gradients, seed_of=seed_of, around=debug_context(self.config),
             enter=self.prepared.ranks.phases.enter,
-            before_update=self.checkpointer.before_update,
+            before_update=before_update,
             after_backward=(self.reduce_replicated, *self._fallback(), FirstGradients(self.model, self.ranks)),
         )  # fmt: skip
         hooks = LoopHooks(
@@ -320,7 +325,6 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
         resumed = training.resume()
         on_main(lambda: folder.begin(published(to_dict(prepared.config))), prepared.ranks)
         before = _before(training, folder, resumed)
-        signals.something_to_save = True
         if any_rank(signals.requested, prepared.ranks):  # asked to stop while loading: nothing to save yet
             return FitResult(False, {})
         with _tracker(training, folder) as tracker:

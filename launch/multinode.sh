@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several machines, one torchrun on each, meeting at a c10d rendezvous on node 0. Run it on every machine:
+# Several machines, one torchrun on each, meeting at a store on node 0. Run it on every machine:
 #
 #   NNODES=2 NODE=0 HEAD=10.0.0.1:29500 launch/multinode.sh VERB [overrides...]     # on 10.0.0.1
 #   NNODES=2 NODE=1 HEAD=10.0.0.1:29500 launch/multinode.sh VERB [overrides...]     # on the other
@@ -9,16 +9,16 @@
 #
 # Environment (required):
 #   NNODES       number of machines
-#   NODE         this machine's number, from 0; node 0 is the host of the rendezvous
-#   HEAD         host:port of node 0, as the others reach it. Whoever reaches that port can join or disturb the run:
-#                use the cluster's private network.
+#   NODE         this machine's number, from 0; node 0 serves the store
+#   HEAD         host:port of node 0, as the others reach it. What is read from that port is never unpickled, but whoever
+#                reaches it can end the run or read what the ranks tell each other: use the cluster's private network.
 # Environment (optional):
 #   NPROC        ranks on this machine: a number, or `gpu` (default) for one per GPU
 #   LOCAL_ADDR   address of this machine that the others can reach. Set it where the machine's own name resolves to
 #                127.0.0.1; the nodes otherwise wait for each other until the timeout. GLOO_SOCKET_IFNAME and
 #                NCCL_SOCKET_IFNAME name the network interface where there are several.
-#   RDZV_ID      name of this start, equal on all machines (default fsdp_qlora); a new one for every start where an old
-#                rendezvous may still be alive
+#   RDZV_ID      name of this start, equal on all machines (default fsdp_qlora); a new one for every start where
+#                processes of an old one may still be alive
 #   SHUTDOWN_SECONDS  time the ranks have after SIGTERM, SIGINT or SIGUSR1 to save and leave (default 120)
 #   TORCHRUN     the torchrun to use (default: the one on PATH)
 #
@@ -47,9 +47,6 @@ done
 NPROC=${NPROC:-gpu}
 [[ $NPROC =~ ^([1-9][0-9]*|gpu)$ ]] || fail "NPROC is '$NPROC'; it must be a number from 1, or gpu"
 
-# Said, not guessed: torchrun would compare its own name with HEAD's, which fails where names resolve oddly.
-is_host=false
-if [ "$NODE" -eq 0 ]; then is_host=true; fi
 address=()
 if [ -n "${LOCAL_ADDR:-}" ]; then address=(--local-addr "$LOCAL_ADDR"); fi
 
@@ -58,13 +55,15 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # An environment variable instead of torchrun's --shutdown-timeout, which torch 2.11 does not know (it then waits 30 s).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SHUTDOWN_SECONDS:-120}"
 
+# A static rendezvous, in which each node has its number: a c10d rendezvous, which lets nodes come and go, unpickles what
+# it reads from its port, so that whoever reaches the port runs code as you.
 exec "${TORCHRUN:-torchrun}" \
   --nnodes "$NNODES" \
   --nproc-per-node "$NPROC" \
   --rdzv-id "${RDZV_ID:-fsdp_qlora}" \
-  --rdzv-backend c10d \
-  --rdzv-endpoint "$HEAD" \
-  --rdzv-conf "is_host=$is_host" \
+  --node-rank "$NODE" \
+  --master-addr "${HEAD%:*}" \
+  --master-port "${HEAD##*:}" \
   ${address[@]+"${address[@]}"} \
   --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
   -m fsdp_qlora "$@"

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiers import some_in_full
+
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
@@ -151,8 +153,8 @@ def test_multinode_arguments(cluster, node):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert cluster.recorded(f"torchrun.{node}") == [
-        "--nnodes", "2", "--nproc-per-node", "8", "--rdzv-id", "today", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", "10.0.0.1:29500", "--rdzv-conf", f"is_host={'true' if node == 0 else 'false'}",
+        "--nnodes", "2", "--nproc-per-node", "8", "--rdzv-id", "today", "--node-rank", str(node),
+        "--master-addr", "10.0.0.1", "--master-port", "29500",
         "--local-addr", f"10.0.0.{node + 1}", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1",
         "-m", "fsdp_qlora", "train", "a=b", "prompt=two words",
     ]  # fmt: skip
@@ -198,8 +200,8 @@ def test_slurm_arguments(cluster):
     assert given[:2] == ["--ntasks-per-node=1", "--kill-on-bad-exit=0"]
     for node in (0, 1):
         assert cluster.recorded(f"torchrun.{node}") == [
-            "--rdzv-conf", f"is_host={'true' if node == 0 else 'false'}", "--nnodes", "2", "--nproc-per-node", "8",
-            "--rdzv-id", "123456-1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node-a:23456",
+            "--node-rank", str(node), "--nnodes", "2", "--nproc-per-node", "8",
+            "--rdzv-id", "123456-1", "--master-addr", "node-a", "--master-port", "23456",
             "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "-m", "fsdp_qlora", "train",
             "model.name=x", "prompt=two words", "run.name=first", "run.output_root=outputs", "checkpoint.resume=auto",
         ]  # fmt: skip
@@ -286,9 +288,52 @@ def test_slurm_does_not_requeue_on_an_unreadable_exit_file(cluster):
     assert not cluster.requeued
 
 
+TORCHRUN_C10D = """#!/usr/bin/env bash
+words=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --node-rank | --master-addr | --master-port) shift ;;
+    *) words+=("$1") ;;
+  esac
+  shift
+done
+exec torchrun --rdzv-backend c10d --rdzv-endpoint "$HEAD" "${words[@]}"
+"""
+"""torchrun as it would be started with nodes that may come and go."""
+UNPICKLED = """
+import os, sys, traceback
+def hook(event, args):
+    if event == "pickle.find_class":
+        frames = [f"{f.filename}:{f.name}" for f in traceback.extract_stack()]
+        who = "rank" if "LOCAL_RANK" in os.environ else "agent"
+        with open(os.environ["UNPICKLED"], "a") as file:
+            print(who, *args, *[f for f in frames if "torch/distributed" in f], file=file)
+sys.addaudithook(hook)
+"""
+"""Notes every class that is unpickled, and which code of torch.distributed did so."""
+
+
+def _unpickled(file: Path) -> list[str]:
+    """Return what torch.distributed has unpickled, but for DCP's plans, which ranks send each other (S15)."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [line for line in lines if "torch/distributed" in line and "torch/distributed/checkpoint" not in line]
+
+
 @pytest.mark.launch
-def test_two_nodes_train_together(tiny_run, cli_env, tmp_path):
-    env = cli_env | {"NNODES": "2", "HEAD": f"127.0.0.1:{free_port()}", "LOCAL_ADDR": "127.0.0.1", "NPROC": "1"}
+@pytest.mark.parametrize("static", some_in_full([True, False], [True]))
+def test_two_nodes_train_together(tiny_run, cli_env, tmp_path, static):
+    """S2: nothing that comes through the port is unpickled; with torchrun's c10d rendezvous it is, as a control."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(UNPICKLED)
+    unpickled = tmp_path / "unpickled.txt"
+    env = cli_env | {
+        "NNODES": "2", "HEAD": f"127.0.0.1:{free_port()}", "LOCAL_ADDR": "127.0.0.1", "NPROC": "1",
+        "PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{cli_env['PYTHONPATH']}", "UNPICKLED": str(unpickled),
+    }  # fmt: skip
+    if not static:
+        (tmp_path / "torchrun").write_text(TORCHRUN_C10D)
+        (tmp_path / "torchrun").chmod(0o755)
+        env["TORCHRUN"] = str(tmp_path / "torchrun")
     nodes = [
         subprocess.Popen(
             [str(LAUNCH / "multinode.sh"), "train", *tiny_run, "train.max_steps=2"], cwd=tmp_path,
@@ -307,6 +352,7 @@ def test_two_nodes_train_together(tiny_run, cli_env, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 2
     assert [x["rank"] for x in summary["ranks"]] == [0, 1]
+    assert bool(_unpickled(unpickled)) is not static, _unpickled(unpickled)
 
 
 @pytest.mark.full
@@ -321,7 +367,7 @@ def test_usr1_saves_and_queues_the_job_again(cluster, tiny_run, cli_env):
     }  # fmt: skip
     overrides = [x for x in tiny_run if not x.startswith("run.name=")]
     process = subprocess.Popen(
-        [str(LAUNCH / "slurm.sbatch"), *overrides, "train.max_steps=1000000"], cwd=cluster.work, env=job,
+        [str(LAUNCH / "slurm.sbatch"), *overrides, "train.max_steps=1000000", "train.compile=false"], cwd=cluster.work, env=job,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     folder = cluster.work / "outputs" / "first"
