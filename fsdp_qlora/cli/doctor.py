@@ -9,7 +9,7 @@ import socket
 import torch
 
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.process import Placement, choose_device, device_types
+from fsdp_qlora.dist.process import Placement, choose_device, device_types, host_memory
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.track.console import megabytes, print_table
@@ -24,6 +24,8 @@ def run(config: RunConfig) -> int:
     rows += [(f"{kind} devices", str(count) if count else "yes") for kind, count in device_types().items()]
     rows.append(("device of a run", str(choose_device(config.launcher.device, placement))))
     rows.append(("cores", str(len(os.sched_getaffinity(0)))))
+    memory, whose = host_memory()
+    rows.append(("memory", f"{megabytes(memory)} ({whose})"))
     rows.append(("host", f"{socket.gethostname()}, rank {placement.rank} of {placement.world_size}"))
     rows.append(("rendezvous", os.environ.get("MASTER_ADDR", "none (single process)")))
     rows.append(("torch's threads", str(torch.get_num_threads())))

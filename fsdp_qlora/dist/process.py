@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from fsdp_qlora.dist.cgroup import memory_limit
 from fsdp_qlora.dist.meeting import meeting_folder, meeting_store
 from fsdp_qlora.dist.torchrun import is_rank, leftovers
 from fsdp_qlora.errors import ConfigError
@@ -149,15 +150,19 @@ def keep_freed_memory(keep: bool) -> None:
             libc.mallopt(-1, 2**31 - 1)
 
 
+def host_memory() -> tuple[int, str]:
+    """Return the bytes of memory that the processes here may take together, and whose limit that is."""
+    total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit()
+    if limit is None or limit >= total:
+        return total, "all of the machine"
+    return limit, f"the limit of a control group, of {total / 1e9:.1f} GB of the machine"
+
+
 def memory_of(device: torch.device, local_world_size: int) -> int:
-    """Return the bytes of memory that a rank has: its accelerator's, or its part of the machine's (or the container's)."""
+    """Return the bytes of memory that a rank has: its accelerator's, or its part of what the processes here may take."""
     if device.type != "cpu":
         return int(torch.get_device_module(device).get_device_properties(device).total_memory)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-            total = min(total, int(text))
-    return total // local_world_size
+    return host_memory()[0] // local_world_size
 
 
 def memory_peak(device: torch.device) -> tuple[int, str]:
