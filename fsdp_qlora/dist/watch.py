@@ -120,26 +120,27 @@ class Watch:
         """Show where this rank is; say who holds it up if it has waited there for too long."""
         if self._board is None:
             return None
-        waited = {
-            thread: 0.0 if phases.name == AT_REST else self._since.unchanged(thread, phases.number)
-            for thread, phases in self._threads.items()
-        }
-        longest = max(waited, key=lambda thread: waited[thread])
         try:
             self._show(self._board)
-            if waited[longest] < self._limit - 2 * self._silence:
-                return None
-            others = self._others(self._board)
+            others = self._others(self._board) if self._waited()[0] > self._limit - 2 * self._silence else {}
         except (ValueError, OSError) as error:  # rank 0, where it holds the board, is gone or still; or a full disk
             others = error
-        if waited[longest] < self._limit:
+        self._since.look()  # the answer may have taken its time
+        waited, thread = self._waited()
+        if waited < self._limit:
             return None
-        name = self._threads[longest].name
         if isinstance(others, Exception):
-            message = f"rank {self._rank} waits in {name!r} for {waited[longest]:.0f} s, and cannot ask the others"
-            return Leave(1, f"{message}: {others}.")
-        missing = self._missing(others, longest)
-        return Leave(1, f"{missing}; the other ranks waited {waited[longest]:.0f} s.") if missing else None
+            message = f"rank {self._rank} waits in {self._threads[thread].name!r} for {waited:.0f} s"
+            return Leave(1, f"{message}, and cannot ask the others: {others}.")
+        missing = self._missing(others, thread)
+        return Leave(1, f"{missing}; the other ranks waited {waited:.0f} s.") if missing else None
+
+    def _waited(self) -> tuple[float, str]:
+        """Return for how long the thread that has waited longest has been in its phase, and which one it is."""
+        return max(
+            (0.0 if phases.name == AT_REST else self._since.unchanged(thread, phases.number), thread)
+            for thread, phases in self._threads.items()
+        )
 
     def _show(self, board: Board) -> None:
         if (now := time.monotonic()) - self._beaten < _BEAT_SECONDS:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import ranks_of, wait_for_step
 from tests.tiers import some_in_full
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
@@ -353,6 +354,34 @@ def test_two_nodes_train_together(tiny_run, cli_env, tmp_path, static):
     assert summary["steps"] == 2
     assert [x["rank"] for x in summary["ranks"]] == [0, 1]
     assert bool(_unpickled(unpickled)) is not static, _unpickled(unpickled)
+
+
+@pytest.mark.full
+@pytest.mark.launch
+def test_the_other_node_leaves_when_one_is_cut_off(tiny_run, cli_env, tmp_path):
+    """R10: a node of which nothing is heard any more, its torchrun included, as behind a cut link."""
+    env = cli_env | {"NNODES": "2", "HEAD": f"127.0.0.1:{free_port()}", "LOCAL_ADDR": "127.0.0.1", "NPROC": "1"}
+    run = [*tiny_run, "train.max_steps=5000", "launcher.timeout_seconds=30"]
+    nodes = [
+        subprocess.Popen(
+            [str(LAUNCH / "multinode.sh"), "train", *run], cwd=tmp_path, env=env | {"NODE": str(node)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    try:
+        wait_for_step(tmp_path / "outputs/tiny/metrics.jsonl", 3, nodes[0])
+        for pid in (nodes[0].pid, *ranks_of(nodes[0])):
+            os.kill(pid, signal.SIGSTOP)
+        cut = time.monotonic()
+        output = nodes[1].communicate(timeout=60)[0]
+        assert time.monotonic() - cut < 40, output
+        assert nodes[1].returncode == 1 and "rank 0" in output, output
+    finally:
+        for node in nodes:
+            for pid in ranks_of(node):
+                os.kill(pid, signal.SIGKILL)
+            node.kill()
 
 
 @pytest.mark.full
