@@ -14,6 +14,7 @@ from fsdp_qlora.data.limits import tokens_known
 from fsdp_qlora.data.loader import Batch, Cut, Loader, MicroBatch, TokenRows
 from fsdp_qlora.data.stream import StreamLoader
 from fsdp_qlora.errors import DataError
+from fsdp_qlora.files import append_to
 from fsdp_qlora.track.lines import read_lines, to_line
 from fsdp_qlora.train.layout import Layout, try_isolation
 from fsdp_qlora.train.length import Length
@@ -106,8 +107,8 @@ def _bad_row_list(file: Path) -> Callable[[str, DataError], None]:
     def note(where: str, problem: DataError) -> None:
         if where not in known:
             known.add(where)
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(to_line({"where": where, "problem": str(problem)}))
+            with append_to(file) as lines:
+                lines.write(to_line({"where": where, "problem": str(problem)}).encode())
 
     return note
 

@@ -1,40 +1,256 @@
-"""Files on any file system: where it lacks an operation (locks, links, syncing folders), there is another way."""
+"""Files on any file system: where it lacks an operation (locks, links, syncing folders), there is another way.
+
+Two promises have their one place here.
+
+*What others may have written* is read by `read_regular` and `read_json`: a regular file, opened without following a
+link or waiting for a pipe, of at most so many bytes, and JSON of just the types that are asked for.
+
+*What we write* is written by `replacing` and what is built on it: beside its place, under a name that nobody can have
+put a link under, synced, renamed. A link that lies in its place is replaced, not followed. Modes follow the umask.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
 import os
-from collections.abc import Callable
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from fsdp_qlora.errors import SecurityError
 
 LACKING = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.ENOTTY)
 """What the kernel answers where a file system (FUSE, NFS, SMB, FAT) does not have an operation."""
+JSON_BYTES = 50_000_000
+"""No honest manifest or config is larger."""
+_MAX_DEPTH = 64
+_MAX_NUMBER = 2**63
+_STAGING = re.compile(
+    r"\.(.+\.[0-9a-f]{16}\.part|exit\.json\.\d+|metrics\.jsonl\.tmp|(latest|[a-z_]+\.(yaml|jsonl?))\.part)"
+)
+"""Names under which we write what is renamed later; those without 16 digits are of older versions."""
+_SCRATCH_SECONDS = 3600
+
+
+def open_regular(file: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file (or make a new one, as ``flags`` say) and return its descriptor; no link is followed.
+
+    Raises:
+        SecurityError: if it is a link, a folder, a pipe or a device; or is written, and has a second name elsewhere.
+        OSError: if it cannot be opened.
+    """
+    try:
+        # O_NONBLOCK: else opening a pipe waits for somebody at its other end
+        handle = os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if file.is_symlink():
+            raise SecurityError(f"{file} is a link; links are not followed here. Put the file itself there.") from error
+        if error.errno in (errno.EISDIR, errno.ENXIO):
+            raise SecurityError(f"{file} is not a regular file.") from error
+        raise
+    found = os.fstat(handle)
+    written = flags & (os.O_WRONLY | os.O_RDWR)
+    if stat.S_ISREG(found.st_mode) and not (written and found.st_nlink > 1):
+        return handle
+    os.close(handle)
+    what = "has a second name elsewhere (a hard link)" if stat.S_ISREG(found.st_mode) else "is not a regular file"
+    raise SecurityError(f"{file} {what}; remove it.")
+
+
+def read_regular(file: Path, limit: int | None = JSON_BYTES) -> bytes:
+    """Return the content of a file that others may have written.
+
+    Raises:
+        SecurityError: if it is no regular file, or larger than ``limit`` bytes.
+        OSError: if it cannot be read.
+    """
+    with os.fdopen(open_regular(file), "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if limit is not None and size > limit:
+            raise SecurityError(f"{file} has {size} bytes, more than any honest one ({limit}).")
+        return stream.read(size)
+
+
+def read_json(file: Path, kind: Any = Any, limit: int = JSON_BYTES) -> Any:
+    """Return the JSON in a file that others may have written; see `read_regular` and `parse_json`."""
+    return parse_json(read_regular(file, limit), kind)
+
+
+def parse_json(data: bytes, kind: Any = Any) -> Any:
+    """Return ``data`` as JSON of the type ``kind`` (``dict[str, list[int]]``; ``Any`` takes everything).
+
+    Raises:
+        ValueError: if it is not UTF-8, not JSON, has a key twice, is nested too deeply, or has another type.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unequal_keys)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    layer = [value]
+    for _ in range(_MAX_DEPTH):
+        layer = [inner for item in layer if isinstance(item, dict | list) for inner in _items(item)]
+    if layer:  # who writes it out again would recurse as deeply
+        raise ValueError("it is nested too deeply")
+    if (wrong := misfit(value, kind)) is not None:
+        raise ValueError(wrong)
+    return value
+
+
+def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _unequal_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("it has a key twice")
+    return found
+
+
+def misfit(value: Any, kind: Any, name: str = "it") -> str | None:
+    """Return what of a JSON value is not of the type ``kind``, or None; whole numbers have at most 63 bits."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return None
+    if origin in (types.UnionType, typing.Union):
+        found = [misfit(value, inner, name) for inner in args]
+        return None if None in found else found[0]
+    if origin is dict and isinstance(value, dict):
+        return next((wrong for k, v in value.items() if (wrong := misfit(v, args[1], f"{name}[{k[:80]!r}]"))), None)
+    if origin is list and isinstance(value, list):
+        return next((wrong for n, v in enumerate(value) if (wrong := misfit(v, args[0], f"{name}[{n}]"))), None)
+    if kind in (int, float) and type(value) is int:
+        fits = abs(value) < _MAX_NUMBER
+    else:
+        fits = origin is None and isinstance(value, kind)
+    fits = fits and not (kind is int and isinstance(value, bool))
+    return None if fits else f"{name} is {json.dumps(value)[:80]}, not {getattr(kind, '__name__', kind)}"
+
+
+def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield all that lies in a folder, its folders' content too, following no link. Any depth: it does not recurse."""
+    left = [str(folder)]
+    while left:
+        with os.scandir(left.pop()) as found:
+            for entry in found:
+                yield entry
+                if entry.is_dir(follow_symlinks=False):
+                    left.append(entry.path)
+
+
+def refuse_irregular(folder: Path, may_link: str | None = None) -> None:
+    """Check that a folder holds files and folders only.
+
+    Args:
+        folder: is looked through whole; it may itself be reached by a link.
+        may_link: name of a folder in it that may hold links to what lies in that folder, too.
+
+    Raises:
+        SecurityError: naming the first link, pipe or device.
+    """
+    home = (folder / may_link).resolve() if may_link and not (folder / may_link).is_symlink() else None
+    for entry in walk(folder):
+        if entry.is_symlink():
+            inside = home is not None and folder / may_link in Path(entry.path).parents  # type: ignore[operator]
+            if inside and Path(entry.path).resolve().is_relative_to(home):  # type: ignore[arg-type]
+                continue
+            raise SecurityError(f"{entry.path} is a link; links are not followed here. Put the file itself there.")
+        if not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
+            raise SecurityError(f"{entry.path} is neither a file nor a folder; remove it.")
+
+
+def who_else_changes(path: Path) -> str | None:
+    """Return who but this user and root can change a file or a folder, if anybody; as far as its mode says."""
+    found = path.lstat()
+    if found.st_uid not in (0, os.geteuid()):
+        return f"{path} belongs to another user (uid {found.st_uid})"
+    if found.st_mode & stat.S_IWOTH and not stat.S_ISLNK(found.st_mode):
+        return f"everybody can write {path} (mode {stat.S_IMODE(found.st_mode):o})"
+    return None
+
+
+def _staging_for(target: Path) -> Path:
+    return target.with_name(f".{target.name[:60]}.{secrets.token_hex(8)}.part")
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """Give a stream to write ``file`` with: a reader, or a run after a kill, sees the old one or the new one whole.
+
+    Raises:
+        OSError: naming ``file``, if it cannot be written; it is then as it was.
+    """
+    staging = _staging_for(file)
+    try:
+        with os.fdopen(open_regular(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as stream:
+            yield stream
+            stream.flush()
+            _sync_handle(stream.fileno(), os.fsync)
+        staging.replace(file)
+    except BaseException as error:
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(staging)):
+            error.filename, error.filename2 = str(file), None
+        raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file by `replacing`."""
+    with replacing(file) as stream:
+        stream.write(text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON by `replacing`."""
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def copy_regular(source: Path, file: Path) -> None:
+    """Copy a file that others may have written; links are followed on neither side."""
+    with os.fdopen(open_regular(source), "rb") as stream, replacing(file) as copy:
+        shutil.copyfileobj(stream, copy, 1 << 20)
+
+
+def append_to(file: Path) -> BinaryIO:
+    """Open a file of ours to append to, or make it; a link is not followed."""
+    return os.fdopen(open_regular(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def write_first(file: Path, text: str, link: Callable[[Path, Path], None] = os.link) -> bool:
     """Write a file whole, unless it is there; return whether it was written. Of several processes, one writes it."""
-    staging = file.with_name(f".{file.name}.{os.getpid()}")
-    staging.write_text(text, encoding="utf-8")
+    staging = _staging_for(file)
     try:
+        _create(staging, text)
         link(staging, file)
     except FileExistsError:
         return False
     except OSError as error:
         if error.errno not in (*LACKING, errno.EPERM, errno.EMLINK):
             raise
-        return _create(file, text)  # a reader may see half of it for a moment
+        try:
+            _create(file, text)  # a reader may see half of it for a moment
+        except FileExistsError:
+            return False
     finally:
-        staging.unlink()
+        staging.unlink(missing_ok=True)
     return True
 
 
-def _create(file: Path, text: str) -> bool:
-    try:
-        with file.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-    except FileExistsError:
-        return False
-    return True
+def _create(file: Path, text: str) -> None:
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as stream:
+        stream.write(text.encode("utf-8", "backslashreplace"))
 
 
 def sync(path: Path, fsync: Callable[[int], None] = os.fsync) -> None:
@@ -46,9 +262,110 @@ def sync(path: Path, fsync: Callable[[int], None] = os.fsync) -> None:
             return
         raise
     try:
+        _sync_handle(handle, fsync)
+    finally:
+        os.close(handle)
+
+
+def _sync_handle(handle: int, fsync: Callable[[int], None]) -> None:
+    try:
         fsync(handle)
     except OSError as error:
         if error.errno not in LACKING:
             raise
+
+
+@contextmanager
+def fresh_folder(target: Path) -> Iterator[Path]:
+    """Make a new folder beside ``target`` to write in, for `move_into`; what is left of it is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = _staging_for(target.absolute())
+    staging.mkdir()
+    try:
+        yield staging
     finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def move_into(staging: Path, target: Path) -> None:
+    """Make ``target`` hold what was written into ``staging``: renamed whole, or file by file where it holds something.
+
+    Of two processes that do so at once, one comes after the other: never are files of both mixed.
+
+    Raises:
+        SecurityError: if a folder in ``target`` is a link.
+        OSError: if it cannot be written.
+    """
+    files = [Path(entry.path) for entry in walk(staging) if not entry.is_dir(follow_symlinks=False)]
+    for path in (*files, staging):
+        sync(path)
+    try:
+        staging.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        _move_files(files, staging, target)
+    sync(target.absolute().parent)
+
+
+def _move_files(files: Iterable[Path], staging: Path, target: Path) -> None:
+    handle = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        for file in files:
+            place = target / file.relative_to(staging)
+            place.parent.mkdir(exist_ok=True)
+            if place.parent != target and place.parent.is_symlink():
+                raise SecurityError(f"{place.parent} is a link; links are not followed here.")
+            file.replace(place)
+        sync(target)
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half written in ``folder``: for who alone writes there (holds its lock)."""
+    for left in list(folder.iterdir()) if folder.is_dir() else []:
+        if _STAGING.fullmatch(left.name):
+            with suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def hold_scratch(prefix: str) -> tuple[Path, int]:
+    """Make a folder for temporary files; return it with the descriptor that holds it for as long as this is open.
+
+    Those with this prefix whose holders are gone, however they ended, are removed: the kernel knows who holds one.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    for left in folder.parent.glob(f"{prefix}*"):
+        if left != folder:
+            _remove_if_left(left)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return folder, handle
+
+
+def _remove_if_left(folder: Path) -> None:
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            found = os.fstat(handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # a young one may be about to be held
+            if found.st_uid == os.geteuid() and time.time() - found.st_mtime > _SCRATCH_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """Make a folder for temporary files, as `hold_scratch` does, and remove it at the end."""
+    folder, handle = hold_scratch(prefix)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)

@@ -27,6 +27,7 @@ from fsdp_qlora.errors import STOPPED_EXIT_CODE, DataError, NonFiniteError
 from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
 from fsdp_qlora.export.card import model_card
 from fsdp_qlora.export.serve import answer
+from fsdp_qlora.files import write_json
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.diagnose import locate_nonfinite
 from fsdp_qlora.model.end_of_turn import end_of_turn
@@ -41,7 +42,7 @@ from fsdp_qlora.profiling import Profiling
 from fsdp_qlora.shown import published, shown_source
 from fsdp_qlora.summary import summarize
 from fsdp_qlora.track.console import ConsoleProgress
-from fsdp_qlora.track.run_folder import RunFolder, versions, write_json
+from fsdp_qlora.track.run_folder import RunFolder, versions
 from fsdp_qlora.track.tracker import Beside, JsonLines, Sink, Tracker
 from fsdp_qlora.track.wandb import open_wandb
 from fsdp_qlora.train.evaluate import Evaluation, evaluate, together

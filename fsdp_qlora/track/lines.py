@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.files import write_text
+
 
 def to_line(value: Any) -> str:
     """Return ``value`` as a line of JSON that any reader of UTF-8 takes."""
@@ -20,7 +22,7 @@ def to_line(value: Any) -> str:
 
 def write_lines(file: Path, values: Iterable[Any]) -> None:
     """Write the values, one a line."""
-    file.write_text("".join(map(to_line, values)), encoding="utf-8")
+    write_text(file, "".join(map(to_line, values)))
 
 
 def read_lines(file: Path) -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fsdp_qlora.errors import typed_line
+from fsdp_qlora.files import append_to, read_regular, replacing
 
 
 class Sink(Protocol):
@@ -33,25 +34,22 @@ class JsonLines:
         self._file = file
         if file.exists():
             self._cut(resume_step)
-        self._stream = file.open("a", encoding="utf-8")
+        self._stream = append_to(file)
 
     def _cut(self, step: int) -> None:
-        kept = [
-            line for line in self._file.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step
-        ]
-        staging = self._file.with_name(f".{self._file.name}.tmp")
-        staging.write_text("".join(kept if step else []), encoding="utf-8")
-        staging.replace(self._file)
+        lines = read_regular(self._file, None).splitlines(keepends=True)
+        with replacing(self._file) as stream:
+            stream.writelines(line for line in lines if step and _step_of(line) <= step)
 
     def rewind(self, step: int) -> None:
         """Cut the lines of later steps."""
         self._stream.close()
         self._cut(step)
-        self._stream = self._file.open("a", encoding="utf-8")
+        self._stream = append_to(self._file)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append a line."""
-        self._stream.write(json.dumps({"time": round(time.time(), 3), "step": step, **values}) + "\n")
+        self._stream.write(json.dumps({"time": round(time.time(), 3), "step": step, **values}).encode() + b"\n")
         self._stream.flush()
 
     def close(self) -> None:
@@ -59,7 +57,7 @@ class JsonLines:
         self._stream.close()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
