@@ -159,15 +159,36 @@ def refuse_irregular(folder: Path, may_link: str | None = None) -> None:
     Raises:
         SecurityError: naming the first link, pipe or device.
     """
-    home = (folder / may_link).resolve() if may_link and not (folder / may_link).is_symlink() else None
+    linking = folder / may_link if may_link and not (folder / may_link).is_symlink() else None
     for entry in walk(folder):
         if entry.is_symlink():
-            inside = home is not None and folder / may_link in Path(entry.path).parents  # type: ignore[operator]
-            if inside and Path(entry.path).resolve().is_relative_to(home):  # type: ignore[arg-type]
+            path = Path(entry.path)
+            if linking in path.parents and _real(path).is_relative_to(_real(linking)):
                 continue
-            raise SecurityError(f"{entry.path} is a link; links are not followed here. Put the file itself there.")
+            raise SecurityError(f"{path} is a link; links are not followed here. Put the file itself there.")
         if not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
             raise SecurityError(f"{entry.path} is neither a file nor a folder; remove it.")
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """Return where a file of somebody's model or adapter folder lies, there or not.
+
+    In the hub's cache files are links to the blobs of the same model. A link that leads elsewhere is refused: what it
+    leads to would be read, and given away, as a part of the model.
+
+    Raises:
+        SecurityError: if it is such a link.
+    """
+    home, real = _real(folder), _real(folder / name)
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        home = home.parent.parent
+    if not real.is_relative_to(home):
+        raise SecurityError(f"{folder / name} is a link that leaves {home}. If it is yours, put a copy in its place.")
+    return real
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises where links go round in circles
 
 
 def who_else_changes(path: Path) -> str | None:

@@ -197,7 +197,7 @@ def read_config(file: str) -> dict[str, Any]:
     """
     try:
         # a person may name a link; what it leads to is a file, and of a sane size
-        values = yaml.safe_load(read_regular(Path(file).expanduser().resolve()).decode("utf-8"))
+        values = yaml.safe_load(read_regular(Path(os.path.realpath(Path(file).expanduser()))).decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"run_from: {file} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

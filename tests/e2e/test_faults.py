@@ -81,9 +81,9 @@ def _kill(folder: Path, arguments: list[str], env: dict[str, str], whole: Whole,
 
 POINTS = {
     "before its first shard": r"open .*saving_step_00000002/shard",
-    "before the manifest": r"open .*saving_step_00000004/manifest",
+    "before the manifest": r"open .*saving_step_00000004/\.manifest",
     "before the rename": r"os.rename .*saving_step_00000004 ",
-    "before COMPLETE": r"os.rename .*step_00000004/.COMPLETE.part",
+    "before COMPLETE": r"os.rename .*step_00000004/\.COMPLETE\.",
     "while an old one is removed": r"os.rename .*step_00000002 .*removing",
     "before the summary": r"os.rename .*summary.json$",
 }
@@ -118,7 +118,7 @@ def test_rank_0_killed_at_every_write_point(whole, arguments, cli_env, tmp_path,
 SIGNALS = {
     "before step 1": (signal.SIGTERM, r"os.mkdir .*outputs/run"),
     "during the first evaluation": (signal.SIGUSR1, r"open .*metrics.jsonl"),
-    "during a save": (signal.SIGTERM, r"open .*saving_step_00000002/manifest"),
+    "during a save": (signal.SIGTERM, r"open .*saving_step_00000002/\.manifest"),
 }
 
 
