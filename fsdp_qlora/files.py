@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -244,9 +245,12 @@ def copy_regular(source: Path, file: Path) -> None:
         shutil.copyfileobj(stream, copy, 1 << 20)
 
 
-def append_to(file: Path) -> BinaryIO:
-    """Open a file of ours to append to, or make it; a link is not followed."""
-    return os.fdopen(open_regular(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+def append_to(file: Path) -> io.FileIO:
+    """Open a file of ours to append to, or make it; a link is not followed. A write may take a part: it is unbuffered.
+
+    So nothing of a write that failed is left to be written, and fail again, when it is closed.
+    """
+    return io.FileIO(open_regular(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def write_first(file: Path, text: str, link: Callable[[Path, Path], None] = os.link) -> bool:

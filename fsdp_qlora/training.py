@@ -23,11 +23,11 @@ from fsdp_qlora.data.loader import Cut, TokenRows, build_batch
 from fsdp_qlora.dist.process import memory_peak
 from fsdp_qlora.dist.reduce import any_rank, on_main
 from fsdp_qlora.dist.signals import StopSignals
-from fsdp_qlora.errors import STOPPED_EXIT_CODE, DataError, NonFiniteError
+from fsdp_qlora.errors import STOPPED_EXIT_CODE, DataError, NonFiniteError, RunFolderError
 from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
 from fsdp_qlora.export.card import model_card
 from fsdp_qlora.export.serve import answer
-from fsdp_qlora.files import write_json
+from fsdp_qlora.files import read_json, write_json
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.diagnose import locate_nonfinite
 from fsdp_qlora.model.end_of_turn import end_of_turn
@@ -44,6 +44,7 @@ from fsdp_qlora.summary import summarize
 from fsdp_qlora.track.console import ConsoleProgress
 from fsdp_qlora.track.run_folder import RunFolder, versions
 from fsdp_qlora.track.tracker import Beside, JsonLines, Sink, Tracker
+from fsdp_qlora.track.unwritten import Unwritten
 from fsdp_qlora.track.wandb import open_wandb
 from fsdp_qlora.train.evaluate import Evaluation, evaluate, together
 from fsdp_qlora.train.loop import Due, LoopHooks, train_loop
@@ -74,7 +75,8 @@ class Training:
         self.prepared, self.folder, self.config = prepared, folder, prepared.config
         self.model, self.ranks = prepared.model, prepared.ranks
         self.eval_rows = TokenRows(prepared.data.eval) if prepared.data.eval is not None else None
-        self.batches = build_batches(prepared, folder.bad_rows)
+        self.unwritten = Unwritten()
+        self.batches = build_batches(prepared, folder.bad_rows, self.unwritten)
         self.optimizer = ShardedOptimizer(trainable_parameters(self.model), self.config.optim)
         num_steps = self.batches.length.planned_steps
         for notice in (self.optimizer.notice, warmup_notice(self.config.schedule, num_steps)):
@@ -170,7 +172,10 @@ class Training:
                 {"prompt": p, "answer": a}
                 for p, a in zip(self.config.train.sample_prompts, self.answers(), strict=True)
             ]
-            on_main(lambda: self.folder.add_answers(self.progress.step, answers), self.ranks)
+            if self.ranks.is_main:
+                self.unwritten.attempt(
+                    self.folder.answers_file, lambda: self.folder.add_answers(self.progress.step, answers)
+                )
         return result
 
     def answers(self) -> list[str]:
@@ -243,7 +248,7 @@ class Training:
             save=self.save,
             save_stall=self.checkpointer.take_stall,
             finish=self.finish,
-            stop_requested=lambda: signals.requested or self.checkpointer.gave_up,
+            stop_requested=lambda: signals.requested or self.checkpointer.gave_up or bool(self.unwritten.problem),
             peak_memory=lambda: memory_peak(self.ranks.device)[0],
             around_step=self.profiling.profiler.around_step if self.profiling.profiler else nullcontext,
         )
@@ -325,6 +330,7 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
             return FitResult(False, {})
         with _tracker(training, folder) as tracker:
             finished = training.run(tracker, signals)
+        on_main(training.unwritten.require_none, prepared.ranks)
         profile = training.profiling.finish()
         if not finished:
             return FitResult(False, {})
@@ -341,12 +347,12 @@ def _before(training: Training, folder: RunFolder, resumed: Path | None) -> list
     """Return the answers before training; a resumed run takes them from where the first start left them."""
     file = folder.path / "answers_before.json"
     if resumed is not None and file.is_file():
-        import json
-
-        return json.loads(file.read_text(encoding="utf-8"))
+        try:
+            return read_json(file, list[str])
+        except ValueError as error:
+            raise RunFolderError(f"{file} is damaged: {error}. Remove it, and the answers are made again.") from error
     answers = training.answers()
-    if training.ranks.is_main:
-        write_json(file, answers)
+    on_main(lambda: write_json(file, answers), training.ranks)
     return answers
 
 
@@ -354,8 +360,12 @@ def _before(training: Training, folder: RunFolder, resumed: Path | None) -> list
 def _tracker(training: Training, folder: RunFolder) -> Iterator[Tracker]:
     sinks: list[Sink] = []
     config = training.config
+
+    def open_lines() -> None:
+        sinks.append(JsonLines(folder.metrics_file, training.progress.step, training.unwritten))
+
+    on_main(open_lines, training.ranks)
     if training.ranks.is_main:
-        sinks.append(JsonLines(folder.metrics_file, training.progress.step))
         total = training.batches.length.total_steps(training.progress)
         sinks.append(Beside(ConsoleProgress(total, training.progress.step), "the progress display"))
         if config.track.name == "wandb":

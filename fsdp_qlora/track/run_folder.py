@@ -31,7 +31,7 @@ from fsdp_qlora.files import (
     write_json,
     write_text,
 )
-from fsdp_qlora.track.lines import read_lines, to_line
+from fsdp_qlora.track.lines import read_lines, write_lines
 
 _WANDB = "wandb"
 """W&B's own folder in the run folder; it links from there to its newest run."""
@@ -46,6 +46,7 @@ class RunFolder:
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
+        self.answers_file = self.path / "answers.jsonl"
         self.exit_file = self.path / "exit.json"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
@@ -160,10 +161,9 @@ class RunFolder:
 
     def add_answers(self, step: int, answers: list[dict[str, str]]) -> None:
         """Append the answers at an evaluation to answers.jsonl; those of steps that are run again are replaced."""
-        file = self.path / "answers.jsonl"
+        file = self.answers_file
         kept = [line for line in (read_lines(file) if file.is_file() else []) if line["step"] < step]
-        new = [{"step": step, **answer} for answer in answers]
-        write_text(file, "".join(map(to_line, [*kept, *new])))
+        write_lines(file, [*kept, *({"step": step, **answer} for answer in answers)])
 
     def clear_exit(self) -> None:
         """Forget how the last start ended."""

@@ -186,6 +186,33 @@ def test_a_full_disk_is_seen_before_writing_and_the_older_checkpoint_stays(argum
         subprocess.run(["umount", str(disk)], check=False)
 
 
+@pytest.mark.full
+def test_a_full_disk_at_a_line_of_metrics_stops_the_run_after_a_save(arguments, cli_env, tmp_path):
+    """R12: 74 with the path, no step lost, and the same command goes on."""
+    file, small = tmp_path / "outputs/run/metrics.jsonl", tmp_path / "small"
+    file.parent.mkdir(parents=True)
+    small.mkdir()
+    file.touch()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "x", str(small)], check=False).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here; tests/unit/test_unwritten.py has the parts")
+    (small / "filler").write_bytes(b"x" * 4096)
+    (small / "metrics.jsonl").touch()  # one page is left for it
+    run = [*arguments, "train.max_steps=40", "checkpoint.every_steps=100", "train.eval_every=0"]
+    try:
+        subprocess.run(["mount", "--bind", str(small / "metrics.jsonl"), str(file)], check=True)
+        codes, text = warm.run(run, tmp_path, cli_env, timeout=120)
+    finally:
+        subprocess.run(["umount", str(file)], check=False)
+        subprocess.run(["umount", str(small)], check=False)
+    assert codes == [74, 74], text
+    assert f"{file} cannot be written: No space left on device" in text and "The run was saved and stopped" in text
+    (saved,) = complete_checkpoints(tmp_path / "outputs/run/checkpoints")
+    assert 5 < int(saved.name[5:]) < 40
+    codes, text = warm.run(run, tmp_path, cli_env, timeout=120)
+    assert codes == [0, 0], text
+    assert [line["step"] for line in metrics(tmp_path / "outputs/run")][-1] == 40
+
+
 @pytest.mark.parametrize("policy", some_in_full(["stop", "skip", "rollback"], ["skip"]))
 def test_a_sample_that_makes_nan(arguments, tiny_model, chat_rows, cli_env, tmp_path, policy):
     model, file, bad = poisoned(tiny_model, chat_rows, tmp_path)

@@ -18,6 +18,7 @@ from fsdp_qlora.errors import SecurityError
 from fsdp_qlora.files import append_to, fresh_folder, move_into, replacing, scratch_folder, write_first, write_text
 from fsdp_qlora.track.run_folder import RunFolder
 from fsdp_qlora.track.tracker import JsonLines
+from fsdp_qlora.track.unwritten import Unwritten
 
 CANARY = "the user's own"
 WRITTEN = [".lock", "config.yaml", "versions.json", "metrics.jsonl", "summary.json", "exit.json", "answers.jsonl",
@@ -111,7 +112,7 @@ def _append(file: Path) -> None:
 
 
 def _metrics(file: Path) -> None:
-    sink = JsonLines(file, 0)
+    sink = JsonLines(file, 0, Unwritten())
     sink.log(1, {"loss": 1.0})
     sink.close()
 
