@@ -12,16 +12,13 @@ put a link under, synced, renamed. A link that lies in its place is replaced, no
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
-import tempfile
-import time
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -37,11 +34,6 @@ JSON_BYTES = 50_000_000
 """No honest manifest or config is larger."""
 _MAX_DEPTH = 64
 _MAX_NUMBER = 2**63
-_STAGING = re.compile(
-    r"\.(.+\.[0-9a-f]{16}\.part|exit\.json\.\d+|metrics\.jsonl\.tmp|(latest|[a-z_]+\.(yaml|jsonl?))\.part)"
-)
-"""Names under which we write what is renamed later; those without 16 digits are of older versions."""
-_SCRATCH_SECONDS = 3600
 
 
 def open_regular(file: Path, flags: int = os.O_RDONLY) -> int:
@@ -202,7 +194,16 @@ def who_else_changes(path: Path) -> str | None:
     return None
 
 
-def _staging_for(target: Path) -> Path:
+def warn_of_others(*paths: Path) -> None:
+    """Say on stderr of the first path that somebody else can change, if there is one."""
+    for path in paths:
+        if (why := who_else_changes(path)) is not None:
+            print(f"fsdp-qlora: {why}: what lies there may not be what was written.", file=sys.stderr, flush=True)
+            return
+
+
+def staging_for(target: Path) -> Path:
+    """Return a name beside ``target`` that nobody can know before."""
     return target.with_name(f".{target.name[:60]}.{secrets.token_hex(8)}.part")
 
 
@@ -213,7 +214,7 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: naming ``file``, if it cannot be written; it is then as it was.
     """
-    staging = _staging_for(file)
+    staging = staging_for(file)
     try:
         with os.fdopen(open_regular(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as stream:
             yield stream
@@ -255,7 +256,7 @@ def append_to(file: Path) -> io.FileIO:
 
 def write_first(file: Path, text: str, link: Callable[[Path, Path], None] = os.link) -> bool:
     """Write a file whole, unless it is there; return whether it was written. Of several processes, one writes it."""
-    staging = _staging_for(file)
+    staging = staging_for(file)
     try:
         _create(staging, text)
         link(staging, file)
@@ -298,99 +299,3 @@ def _sync_handle(handle: int, fsync: Callable[[int], None]) -> None:
     except OSError as error:
         if error.errno not in LACKING:
             raise
-
-
-@contextmanager
-def fresh_folder(target: Path) -> Iterator[Path]:
-    """Make a new folder beside ``target`` to write in, for `move_into`; what is left of it is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = _staging_for(target.absolute())
-    staging.mkdir()
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def move_into(staging: Path, target: Path) -> None:
-    """Make ``target`` hold what was written into ``staging``: renamed whole, or file by file where it holds something.
-
-    Of two processes that do so at once, one comes after the other: never are files of both mixed.
-
-    Raises:
-        SecurityError: if a folder in ``target`` is a link.
-        OSError: if it cannot be written.
-    """
-    files = [Path(entry.path) for entry in walk(staging) if not entry.is_dir(follow_symlinks=False)]
-    for path in (*files, staging):
-        sync(path)
-    try:
-        staging.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        _move_files(files, staging, target)
-    sync(target.absolute().parent)
-
-
-def _move_files(files: Iterable[Path], staging: Path, target: Path) -> None:
-    handle = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        for file in files:
-            place = target / file.relative_to(staging)
-            place.parent.mkdir(exist_ok=True)
-            if place.parent != target and place.parent.is_symlink():
-                raise SecurityError(f"{place.parent} is a link; links are not followed here.")
-            file.replace(place)
-        sync(target)
-    finally:
-        os.close(handle)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half written in ``folder``: for who alone writes there (holds its lock)."""
-    for left in list(folder.iterdir()) if folder.is_dir() else []:
-        if _STAGING.fullmatch(left.name):
-            with suppress(OSError):
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-
-
-def hold_scratch(prefix: str) -> tuple[Path, int]:
-    """Make a folder for temporary files; return it with the descriptor that holds it for as long as this is open.
-
-    Those with this prefix whose holders are gone, however they ended, are removed: the kernel knows who holds one.
-    """
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
-    for left in folder.parent.glob(f"{prefix}*"):
-        if left != folder:
-            _remove_if_left(left)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    with suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    return folder, handle
-
-
-def _remove_if_left(folder: Path) -> None:
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            found = os.fstat(handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # a young one may be about to be held
-            if found.st_uid == os.geteuid() and time.time() - found.st_mtime > _SCRATCH_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(handle)
-
-
-@contextmanager
-def scratch_folder(prefix: str) -> Iterator[Path]:
-    """Make a folder for temporary files, as `hold_scratch` does, and remove it at the end."""
-    folder, handle = hold_scratch(prefix)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)

@@ -70,34 +70,54 @@ def publish(staging: Path, target: Path, manifest: Manifest) -> None:
     sync(target)
     sync(target.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)  # `tidy` tries again, and says so
     write_text(target.parent / LATEST, target.name + "\n")  # for people and scripts; we never read it
 
 
-def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; a kill on the way leaves it whole or out of sight."""
+def remove(checkpoint: Path) -> str | None:
+    """Delete a checkpoint, and what of others could not be deleted before; return what stays and why, or None.
+
+    A kill on the way leaves it whole or out of sight.
+    """
     trash = checkpoint.with_name(_REMOVING + checkpoint.name)
-    shutil.rmtree(trash, ignore_errors=True)
-    checkpoint.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
+    try:
+        if trash.exists():
+            shutil.rmtree(trash)
+        checkpoint.rename(trash)
+    except OSError as error:
+        return f"{checkpoint}: {error.strerror}"
+    problems = [_delete(left) for left in checkpoint.parent.glob(f"{_REMOVING}*") if _OURS.fullmatch(left.name)]
+    return next(filter(None, problems), None)
 
 
-def tidy(folder: Path) -> None:
+def _delete(folder: Path) -> str | None:
+    """Delete a folder, as much of it as can be; return what could not be and why, or None."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        return f"{folder}: {error.strerror}" if folder.exists() else None
+    return None
+
+
+def tidy(folder: Path) -> list[str]:
     """Finish or undo what a killed process left half done; only names of ours are touched.
 
-    For the process that holds the run folder's lock.
+    For the process that holds the run folder's lock. Returns what could not be deleted and why.
     """
+    problems: list[str | None] = []
     for left in list(folder.iterdir()) if folder.is_dir() else []:
         if _OURS.fullmatch(left.name):
-            shutil.rmtree(left, ignore_errors=True)
+            problems.append(_delete(left))
         elif left.name.startswith(_REPLACED) and STEP_FOLDER.fullmatch(left.name.removeprefix(_REPLACED)):
             target = folder / left.name.removeprefix(_REPLACED)
             if is_complete(target):
-                shutil.rmtree(left, ignore_errors=True)
+                problems.append(_delete(left))
                 continue
             if target.exists():
-                remove(target)
+                problems.append(remove(target))
             left.rename(target)
+    return [problem for problem in problems if problem is not None]
 
 
 def set_aside(folder: Path, after_step: int) -> list[Path]:

@@ -22,10 +22,11 @@ from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.errors import CheckpointError, ModelError, NumericsError, StorageError
 from fsdp_qlora.export.adapter_config import CONFIG_NAME, adapted_modules, read_adapter_config
 from fsdp_qlora.export.modes import open_as_a_new_file
-from fsdp_qlora.files import copy_regular, fresh_folder, move_into, own_file, write_text
+from fsdp_qlora.files import copy_regular, own_file, write_text
 from fsdp_qlora.model.lora import trainable_parameters
 from fsdp_qlora.model.stream import fill_slice
 from fsdp_qlora.plan.layout import endings
+from fsdp_qlora.scratch import fresh_folder, move_into
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 

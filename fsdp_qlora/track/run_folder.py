@@ -26,11 +26,12 @@ from fsdp_qlora.files import (
     read_json,
     read_regular,
     refuse_irregular,
-    sweep,
+    warn_of_others,
     write_first,
     write_json,
     write_text,
 )
+from fsdp_qlora.scratch import sweep
 from fsdp_qlora.track.lines import read_lines, write_lines
 
 _WANDB = "wandb"
@@ -90,6 +91,7 @@ class RunFolder:
         self._lock = handle
         for folder in (self.path, self.checkpoints) if locked else ():
             sweep(folder)
+        warn_of_others(self.path, *([self.checkpoints] if self.checkpoints.is_dir() else []))
 
     def _flock(self, handle: int, flock: Callable[[int, int], None]) -> bool:
         """Lock, or refuse; return False, after a word of warning, where the file system has no locks."""

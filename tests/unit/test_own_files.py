@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.errors import SecurityError
-from fsdp_qlora.files import append_to, fresh_folder, move_into, replacing, scratch_folder, write_first, write_text
+from fsdp_qlora.files import append_to, replacing, write_first, write_text
+from fsdp_qlora.scratch import fresh_folder, move_into, scratch_folder
 from fsdp_qlora.track.run_folder import RunFolder
 from fsdp_qlora.track.tracker import JsonLines
 from fsdp_qlora.track.unwritten import Unwritten
@@ -206,8 +207,8 @@ def test_scratch_folders_of_dead_processes_go_and_those_in_use_stay(tmp_path, mo
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = (
         "import sys, tempfile, time; tempfile.tempdir = sys.argv[1]\n"
-        "from fsdp_qlora.files import hold_scratch\n"
-        "held = hold_scratch('ours-'); print(held[0], flush=True); time.sleep(60)"
+        "from fsdp_qlora.scratch import scratch_folder\n"
+        "with scratch_folder('ours-') as mine: print(mine, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         folder = _old(Path(other.stdout.readline().strip()))
@@ -222,6 +223,19 @@ def test_scratch_folders_of_dead_processes_go_and_those_in_use_stay(tmp_path, mo
         with scratch_folder("ours-") as mine:
             left = {f.name for f in tmp_path.iterdir()}
         assert left == {"ours-young", "ours-link", mine.name} and not mine.exists()
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(tmp_path):
+    """R15: gigabytes of a base that was being written, say; not another's, nor what is being written now."""
+    names = [f".base.{n:016x}.part" for n in range(3)]
+    for name in (*names, ".other.0123456789abcdef.part", ".base.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+        _old(tmp_path / name)
+    (tmp_path / names[1] / "young").touch()
+    with fresh_folder(tmp_path / "base"):
+        pass
+    assert {f.name for f in tmp_path.iterdir()} == {names[1], ".other.0123456789abcdef.part", ".base.part"}
 
 
 def test_two_at_once_never_mix_their_files(tmp_path):

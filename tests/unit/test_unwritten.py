@@ -19,7 +19,7 @@ from fsdp_qlora.track.unwritten import Unwritten
 
 
 @contextmanager
-def _room(num_bytes: int) -> Iterator[None]:
+def room(num_bytes: int) -> Iterator[None]:
     """Let no file of this process grow beyond ``num_bytes``: writes fail as on a full disk."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
@@ -38,7 +38,7 @@ def test_lines_that_find_no_room_wait_and_the_run_is_told(tmp_path):
     """R12: nothing is raised in the middle of a step; the file is whole again where room is made in time."""
     file, unwritten = tmp_path / "metrics.jsonl", Unwritten()
     sink = JsonLines(file, 0, unwritten)
-    with _room(120):
+    with room(120):
         for step in (1, 2, 3):
             sink.log(step, {"loss": 1.0})
         assert file.stat().st_size == 120, "half a line lies there"
@@ -53,7 +53,7 @@ def test_lines_that_find_no_room_wait_and_the_run_is_told(tmp_path):
 def test_what_never_found_room_is_no_half_line_after_a_resume(tmp_path):
     """R12: the next start cuts it."""
     file = tmp_path / "metrics.jsonl"
-    with _room(70):
+    with room(70):
         sink = JsonLines(file, 0, Unwritten())
         for step in (1, 2, 3):
             sink.log(step, {"loss": 1.0})
@@ -69,7 +69,7 @@ def test_going_back_without_room_is_told_too(tmp_path):
     sink = JsonLines(file, 0, unwritten)
     for step in (1, 2, 3):
         sink.log(step, {"loss": 1.0})
-    with _room(10):
+    with room(10):
         sink.rewind(2)
     assert str(file) in unwritten.problem and _steps(file) == [1, 2, 3]
     sink.rewind(2)
@@ -80,7 +80,7 @@ def test_the_list_of_bad_rows_is_no_other(tmp_path):
     """R12: it is written while training, from a stream."""
     file, unwritten = tmp_path / "bad_rows.jsonl", Unwritten()
     note = _bad_row_list(file, unwritten)
-    with _room(60):
+    with room(60):
         for row in range(3):
             note(f"rows.jsonl:{row}", DataError("no messages"))
     assert str(file) in unwritten.problem
