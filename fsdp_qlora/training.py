@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from fsdp_qlora.api import Prepared, debug_context
+from fsdp_qlora.base_files import BaseFiles
 from fsdp_qlora.batches import build_batches, data_key
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
-from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of, optimizer_shapes
+from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of, optimizer_shapes, whole_of, with_whole
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.retention import Retention
 from fsdp_qlora.claim import claim
@@ -88,6 +89,7 @@ class Training:
         self.checkpointer = self._checkpointer()
         self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
         base = file_digests(prepared.folder)
+        self.base_files = BaseFiles(prepared)
         self.identity = identity_of(
             to_dict(self.config), base, data_key(prepared.data.key, self.config.data), prepared.repairs
         )
@@ -99,6 +101,7 @@ class Training:
         found = self.checkpointer.find(settings.resume, self.identity, settings.resume_overrides)
         if found is None:
             return None
+        self.base_files.compare(whole_of(found[1].identity), found[0])
         self._load(*found)
         return found[0]
 
@@ -130,7 +133,8 @@ class Training:
         self.checkpointer.finish(self._snapshot(progress), self._tensors)
 
     def _snapshot(self, progress: Progress) -> Snapshot:
-        return Snapshot(progress.step, progress.to_dict(), self.identity, versions())
+        identity = with_whole(self.identity, self.base_files.known())
+        return Snapshot(progress.step, progress.to_dict(), identity, versions())
 
     def _tensors(self) -> dict[str, Any]:
         # The optimizer's own list: while a unit is gathered, FSDP shows other parameters under the same names.
@@ -252,6 +256,7 @@ class Training:
             peak_memory=lambda: memory_peak(self.ranks.device)[0],
             around_step=self.profiling.profiler.around_step if self.profiling.profiler else nullcontext,
         )
+        self.base_files.begin()
         try:
             return train_loop(
                 self.model, self.optimizer, self.schedule, self.config.optim.lr, self.progress, due, settings, hooks,
@@ -259,6 +264,7 @@ class Training:
             )  # fmt: skip
         finally:
             self.batches.batch_at.close()
+            self.base_files.close()
 
 
 def evaluate_prepared(prepared: Prepared) -> Evaluation:

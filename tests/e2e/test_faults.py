@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
+from fsdp_qlora.checkpoint.contents import whole_of
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
+from fsdp_qlora.model.weights import file_digests
 from tests import warm
 from tests.build import essence, metrics
 from tests.soak import soak
 from tests.tiers import some_in_full
-from tests.tiny import poisoned
+from tests.tiny import make_model, poisoned
 
 KEPT = ("checkpoint.every_steps=2", "checkpoint.keep_last=1", "train.max_steps=6", "train.eval_every=2")
 
@@ -184,6 +186,28 @@ def test_a_full_disk_is_seen_before_writing_and_the_older_checkpoint_stays(argum
         assert json.loads((disk / "run/exit.json").read_text())["code"] == 74
     finally:
         subprocess.run(["umount", str(disk)], check=False)
+
+
+@pytest.mark.full
+def test_a_base_that_was_changed_between_the_samples_is_refused_by_a_resume(arguments, cli_env, tmp_path):
+    """R18: and one that was only copied is taken, after it was read."""
+    model = make_model(tmp_path / "large", intermediate_size=4096)  # larger than all samples together
+    run = [*arguments, f"model.name={model}", "train.eval_every=0"]
+    codes, text = warm.run(run, tmp_path, cli_env)
+    assert codes == [0, 0], text
+    _, manifest = open_checkpoint(tmp_path / "outputs/run/checkpoints/step_00000006")
+    assert whole_of(manifest.identity).keys() == {"model.safetensors"}
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    codes, text = warm.run([*run, "train.max_steps=8"], tmp_path, cli_env)
+    assert codes == [0, 0] and text.count("reading the base model's files whole") == 1, text
+    sampled = file_digests(model)
+    data = bytearray(weights.read_bytes())
+    data[-200_000:-199_998] = b"\0\0"
+    weights.write_bytes(bytes(data))
+    assert file_digests(model) == sampled, "the samples do not see it"
+    codes, text = warm.run([*run, "train.max_steps=9"], tmp_path, cli_env)
+    assert codes == [2, 2] and f"{weights} is not the file that" in text, text
 
 
 @pytest.mark.full
