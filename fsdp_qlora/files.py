@@ -156,7 +156,7 @@ def refuse_irregular(folder: Path, may_link: str | None = None) -> None:
     for entry in walk(folder):
         if entry.is_symlink():
             path = Path(entry.path)
-            if linking in path.parents and _real(path).is_relative_to(_real(linking)):
+            if linking is not None and linking in path.parents and _real(path).is_relative_to(_real(linking)):
                 continue
             raise SecurityError(f"{path} is a link; links are not followed here. Put the file itself there.")
         if not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):

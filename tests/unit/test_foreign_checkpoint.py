@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.contrast import contrast
 from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST
+from fsdp_qlora.claim import _decide
 from fsdp_qlora.cli import export, inspect
-from fsdp_qlora.config.convert import from_dict
-from fsdp_qlora.errors import CheckpointError, FsdpQloraError, ModelError, SecurityError
+from fsdp_qlora.config.convert import from_dict, to_dict
+from fsdp_qlora.errors import CheckpointError, ConfigError, FsdpQloraError, ModelError, SecurityError
+from fsdp_qlora.track.run_folder import RunFolder
 from tests.forged import NAME, SHARD, make_checkpoint, vouch, vouch_for
 
 SECRET = "CANARY: the user's own key"
@@ -263,3 +265,31 @@ def test_an_adapter_that_is_no_numbers_is_not_given_away(tmp_path, folder, value
     with pytest.raises(ModelError, match="not finite"):
         _export(tmp_path)
     assert not (tmp_path / "given_away").exists()
+
+
+ODD_RUNS = [
+    "[]",
+    "x",
+    "{",
+    "run: 3",
+    "run: {seed: 1}",
+    "run: {seed: 1}\nmodel: []",
+    "{run: {}, train: 1}",
+    "\0",
+    "a: &a [*a]",
+]
+
+
+@pytest.mark.parametrize("text", [*ODD_RUNS, "train"])
+@pytest.mark.parametrize("finished", [None, "[]", "{", '{"steps": "x"}'])
+def test_a_run_folder_with_odd_settings_is_one_line(tmp_path, folder, manifest, text, finished):
+    """R13: a second start reads what the first one wrote, or somebody in its name."""
+    run = RunFolder(str(tmp_path / "outputs"), "run")
+    config = from_dict({"run": {"output_root": str(tmp_path / "outputs"), "name": "run"}, "train": {"max_steps": 2}})
+    settings = to_dict(config) | {"train": {"max_steps": 1, "num_epochs": 1.0}}
+    run.config_file.write_text(json.dumps(settings) if text == "train" else text)
+    if finished is not None:
+        run.summary_file.write_text(finished)
+    with pytest.raises(ConfigError) as told:
+        _decide(run, config)
+    assert told.value.exit_code == 2 and str(run.path) in str(told.value)
