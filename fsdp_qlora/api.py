@@ -35,6 +35,7 @@ from fsdp_qlora.dist.reduce import any_rank, on_every
 from fsdp_qlora.errors import DataError, FsdpQloraError
 from fsdp_qlora.export.adapter import load_adapter, start_from_adapter, stored_modules
 from fsdp_qlora.export.adapter_config import CHAT_TEMPLATE_NAME, blamed_on_adapter, read_adapter_config
+from fsdp_qlora.files import own_file
 from fsdp_qlora.model.causal import CausalModel
 from fsdp_qlora.model.skeleton import (
     build_tokenizer,
@@ -222,8 +223,8 @@ def _with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
     if not model.name and found.base_model:
         model = replace(model, name=found.base_model, revision=model.revision or found.revision)
     if data.template is None and (adapter / CHAT_TEMPLATE_NAME).is_file():
-        data = replace(data, template=str(adapter / CHAT_TEMPLATE_NAME))
-    return replace(config, model=model, data=data, lora=found.settings(stored_modules(adapter)))
+        data = replace(data, template=str(own_file(adapter, CHAT_TEMPLATE_NAME)))
+    return replace(config, model=model, data=data, lora=found.settings(stored_modules(adapter, found.r)))
 
 
 def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = None) -> PreparedData:

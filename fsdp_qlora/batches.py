@@ -14,7 +14,8 @@ from fsdp_qlora.data.limits import tokens_known
 from fsdp_qlora.data.loader import Batch, Cut, Loader, MicroBatch, TokenRows
 from fsdp_qlora.data.stream import StreamLoader
 from fsdp_qlora.errors import DataError
-from fsdp_qlora.track.lines import read_lines, to_line
+from fsdp_qlora.track.lines import Appended, read_lines, to_line, write_lines
+from fsdp_qlora.track.unwritten import Unwritten
 from fsdp_qlora.train.layout import Layout, try_isolation
 from fsdp_qlora.train.length import Length
 
@@ -32,8 +33,10 @@ class Batches:
     length: Length
 
 
-def build_batches(prepared: Prepared, bad_rows: Path) -> Batches:
-    """Make the loader that the settings ask for. ``bad_rows`` lists what a stream passes over.
+def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> Batches:
+    """Make the loader that the settings ask for.
+
+    ``bad_rows`` lists what a stream passes over; ``unwritten`` is told where it cannot be written.
 
     Raises:
         ModelError: if rows that share a sequence would see each other.
@@ -48,7 +51,7 @@ def build_batches(prepared: Prepared, bad_rows: Path) -> Batches:
         prepared.ranks.phases.enter("trying whether rows that share a sequence see each other")
         try_isolation(prepared.model, layout, prepared.ranks)
     if prepared.data.stream is not None:
-        note = _bad_row_list(bad_rows) if prepared.ranks.is_main else _ignore
+        note = _bad_row_list(bad_rows, unwritten) if prepared.ranks.is_main else _ignore
         known = tokens_known(prepared.tokenizer, prepared.shapes.embedding_rows)
         streamed = StreamLoader(
             prepared.data.stream, train.global_batch_size, cut, lambda rows: layout(known(rows)), note
@@ -99,15 +102,17 @@ def _ignore(where: str, problem: DataError) -> None:
     """Leave it to the first rank."""
 
 
-def _bad_row_list(file: Path) -> Callable[[str, DataError], None]:
+def _bad_row_list(file: Path, unwritten: Unwritten) -> Callable[[str, DataError], None]:
     """Return what adds a row to the list, once: a resumed run may pass over it again."""
-    known = {line["where"] for line in read_lines(file)} if file.is_file() else set()
+    before = read_lines(file) if file.is_file() else []
+    if before:
+        write_lines(file, before)  # without half a line at its end
+    known, lines = {line["where"] for line in before}, Appended(file, unwritten)
 
     def note(where: str, problem: DataError) -> None:
         if where not in known:
             known.add(where)
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(to_line({"where": where, "problem": str(problem)}))
+            lines.add(to_line({"where": where, "problem": str(problem)}))
 
     return note
 

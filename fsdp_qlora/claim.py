@@ -18,7 +18,7 @@ from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.reduce import gather_json, on_main
-from fsdp_qlora.errors import ConfigError, FsdpQloraError, RunFolderError
+from fsdp_qlora.errors import ConfigError, FsdpQloraError, RunFolderError, typed_line
 from fsdp_qlora.shown import published
 from fsdp_qlora.track.run_folder import RunFolder, read_config
 
@@ -74,11 +74,18 @@ def _decide(folder: RunFolder, config: RunConfig) -> Decision:
         return Decision(True)
     if config.checkpoint.resume == "auto" and folder.started:
         saved = read_config(str(folder.config_file))
+        try:
+            before = blocking_settings(saved)
+            finished = folder.finished and _covers(folder, saved["train"], config)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RunFolderError(
+                f"run.name: {folder.config_file} does not hold a run's settings ({typed_line(error)}). Choose another "
+                "run.name, or remove the folder."
+            ) from error
         if complete_checkpoints(folder.checkpoints):
-            free = config.checkpoint.resume_overrides
-            before, now = (without(blocking_settings(values), free) for values in (saved, published(to_dict(config))))
-            compare(before, now, folder.path)
-        if folder.finished and _covers(folder, saved["train"], config):
+            free, now = config.checkpoint.resume_overrides, blocking_settings(published(to_dict(config)))
+            compare(without(before, free), without(now, free), folder.path)
+        if finished:
             return Decision(False, f"{folder.path} holds this run, finished; nothing to do.")
     return Decision(True)
 

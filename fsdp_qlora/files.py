@@ -1,40 +1,282 @@
-"""Files on any file system: where it lacks an operation (locks, links, syncing folders), there is another way."""
+"""Files on any file system: where it lacks an operation (locks, links, syncing folders), there is another way.
+
+Two promises have their one place here.
+
+*What others may have written* is read by `read_regular` and `read_json`: a regular file, opened without following a
+link or waiting for a pipe, of at most so many bytes, and JSON of just the types that are asked for.
+
+*What we write* is written by `replacing` and what is built on it: beside its place, under a name that nobody can have
+put a link under, synced, renamed. A link that lies in its place is replaced, not followed. Modes follow the umask.
+"""
 
 from __future__ import annotations
 
 import errno
+import io
+import json
 import os
-from collections.abc import Callable
+import secrets
+import shutil
+import stat
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from fsdp_qlora.errors import SecurityError
 
 LACKING = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.ENOTTY)
 """What the kernel answers where a file system (FUSE, NFS, SMB, FAT) does not have an operation."""
+JSON_BYTES = 50_000_000
+"""No honest manifest or config is larger."""
+_MAX_DEPTH = 64
+_MAX_NUMBER = 2**63
+
+
+def open_regular(file: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file (or make a new one, as ``flags`` say) and return its descriptor; no link is followed.
+
+    Raises:
+        SecurityError: if it is a link, a folder, a pipe or a device; or is written, and has a second name elsewhere.
+        OSError: if it cannot be opened.
+    """
+    try:
+        # O_NONBLOCK: else opening a pipe waits for somebody at its other end
+        handle = os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if file.is_symlink():
+            raise SecurityError(f"{file} is a link; links are not followed here. Put the file itself there.") from error
+        if error.errno in (errno.EISDIR, errno.ENXIO):
+            raise SecurityError(f"{file} is not a regular file.") from error
+        raise
+    found = os.fstat(handle)
+    written = flags & (os.O_WRONLY | os.O_RDWR)
+    if stat.S_ISREG(found.st_mode) and not (written and found.st_nlink > 1):
+        return handle
+    os.close(handle)
+    what = "has a second name elsewhere (a hard link)" if stat.S_ISREG(found.st_mode) else "is not a regular file"
+    raise SecurityError(f"{file} {what}; remove it.")
+
+
+def read_regular(file: Path, limit: int | None = JSON_BYTES) -> bytes:
+    """Return the content of a file that others may have written.
+
+    Raises:
+        SecurityError: if it is no regular file, or larger than ``limit`` bytes.
+        OSError: if it cannot be read.
+    """
+    with os.fdopen(open_regular(file), "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if limit is not None and size > limit:
+            raise SecurityError(f"{file} has {size} bytes, more than any honest one ({limit}).")
+        return stream.read(size)
+
+
+def read_json(file: Path, kind: Any = Any, limit: int = JSON_BYTES) -> Any:
+    """Return the JSON in a file that others may have written; see `read_regular` and `parse_json`."""
+    return parse_json(read_regular(file, limit), kind)
+
+
+def parse_json(data: bytes, kind: Any = Any) -> Any:
+    """Return ``data`` as JSON of the type ``kind`` (``dict[str, list[int]]``; ``Any`` takes everything).
+
+    Raises:
+        ValueError: if it is not UTF-8, not JSON, has a key twice, is nested too deeply, or has another type.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unequal_keys)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    layer = [value]
+    for _ in range(_MAX_DEPTH):
+        layer = [inner for item in layer if isinstance(item, dict | list) for inner in _items(item)]
+    if layer:  # who writes it out again would recurse as deeply
+        raise ValueError("it is nested too deeply")
+    if (wrong := misfit(value, kind)) is not None:
+        raise ValueError(wrong)
+    return value
+
+
+def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _unequal_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("it has a key twice")
+    return found
+
+
+def misfit(value: Any, kind: Any, name: str = "it") -> str | None:
+    """Return what of a JSON value is not of the type ``kind``, or None; whole numbers have at most 63 bits."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return None
+    if origin in (types.UnionType, typing.Union):
+        found = [misfit(value, inner, name) for inner in args]
+        return None if None in found else found[0]
+    if origin is dict and isinstance(value, dict):
+        return next((wrong for k, v in value.items() if (wrong := misfit(v, args[1], f"{name}[{k[:80]!r}]"))), None)
+    if origin is list and isinstance(value, list):
+        return next((wrong for n, v in enumerate(value) if (wrong := misfit(v, args[0], f"{name}[{n}]"))), None)
+    if kind in (int, float) and type(value) is int:
+        fits = abs(value) < _MAX_NUMBER
+    else:
+        fits = origin is None and isinstance(value, kind)
+    fits = fits and not (kind is int and isinstance(value, bool))
+    return None if fits else f"{name} is {json.dumps(value)[:80]}, not {getattr(kind, '__name__', kind)}"
+
+
+def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield all that lies in a folder, its folders' content too, following no link. Any depth: it does not recurse."""
+    left = [str(folder)]
+    while left:
+        with os.scandir(left.pop()) as found:
+            for entry in found:
+                yield entry
+                if entry.is_dir(follow_symlinks=False):
+                    left.append(entry.path)
+
+
+def refuse_irregular(folder: Path, may_link: str | None = None) -> None:
+    """Check that a folder holds files and folders only.
+
+    Args:
+        folder: is looked through whole; it may itself be reached by a link.
+        may_link: name of a folder in it that may hold links to what lies in that folder, too.
+
+    Raises:
+        SecurityError: naming the first link, pipe or device.
+    """
+    linking = folder / may_link if may_link and not (folder / may_link).is_symlink() else None
+    for entry in walk(folder):
+        if entry.is_symlink():
+            path = Path(entry.path)
+            if linking is not None and linking in path.parents and _real(path).is_relative_to(_real(linking)):
+                continue
+            raise SecurityError(f"{path} is a link; links are not followed here. Put the file itself there.")
+        if not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
+            raise SecurityError(f"{entry.path} is neither a file nor a folder; remove it.")
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """Return where a file of somebody's model or adapter folder lies, there or not.
+
+    In the hub's cache files are links to the blobs of the same model. A link that leads elsewhere is refused: what it
+    leads to would be read, and given away, as a part of the model.
+
+    Raises:
+        SecurityError: if it is such a link.
+    """
+    home, real = _real(folder), _real(folder / name)
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        home = home.parent.parent
+    if not real.is_relative_to(home):
+        raise SecurityError(f"{folder / name} is a link that leaves {home}. If it is yours, put a copy in its place.")
+    return real
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises where links go round in circles
+
+
+def who_else_changes(path: Path) -> str | None:
+    """Return who but this user and root can change a file or a folder, if anybody; as far as its mode says."""
+    found = path.lstat()
+    if found.st_uid not in (0, os.geteuid()):
+        return f"{path} belongs to another user (uid {found.st_uid})"
+    if found.st_mode & stat.S_IWOTH and not stat.S_ISLNK(found.st_mode):
+        return f"everybody can write {path} (mode {stat.S_IMODE(found.st_mode):o})"
+    return None
+
+
+def warn_of_others(*paths: Path) -> None:
+    """Say on stderr of the first path that somebody else can change, if there is one."""
+    for path in paths:
+        if (why := who_else_changes(path)) is not None:
+            print(f"fsdp-qlora: {why}: what lies there may not be what was written.", file=sys.stderr, flush=True)
+            return
+
+
+def staging_for(target: Path) -> Path:
+    """Return a name beside ``target`` that nobody can know before."""
+    return target.with_name(f".{target.name[:60]}.{secrets.token_hex(8)}.part")
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """Give a stream to write ``file`` with: a reader, or a run after a kill, sees the old one or the new one whole.
+
+    Raises:
+        OSError: naming ``file``, if it cannot be written; it is then as it was.
+    """
+    staging = staging_for(file)
+    try:
+        with os.fdopen(open_regular(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as stream:
+            yield stream
+            stream.flush()
+            _sync_handle(stream.fileno(), os.fsync)
+        staging.replace(file)
+    except BaseException as error:
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(staging)):
+            error.filename, error.filename2 = str(file), None
+        raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file by `replacing`."""
+    with replacing(file) as stream:
+        stream.write(text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON by `replacing`."""
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def copy_regular(source: Path, file: Path) -> None:
+    """Copy a file that others may have written; links are followed on neither side."""
+    with os.fdopen(open_regular(source), "rb") as stream, replacing(file) as copy:
+        shutil.copyfileobj(stream, copy, 1 << 20)
+
+
+def append_to(file: Path) -> io.FileIO:
+    """Open a file of ours to append to, or make it; a link is not followed. A write may take a part: it is unbuffered.
+
+    So nothing of a write that failed is left to be written, and fail again, when it is closed.
+    """
+    return io.FileIO(open_regular(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def write_first(file: Path, text: str, link: Callable[[Path, Path], None] = os.link) -> bool:
     """Write a file whole, unless it is there; return whether it was written. Of several processes, one writes it."""
-    staging = file.with_name(f".{file.name}.{os.getpid()}")
-    staging.write_text(text, encoding="utf-8")
+    staging = staging_for(file)
     try:
+        _create(staging, text)
         link(staging, file)
     except FileExistsError:
         return False
     except OSError as error:
         if error.errno not in (*LACKING, errno.EPERM, errno.EMLINK):
             raise
-        return _create(file, text)  # a reader may see half of it for a moment
+        try:
+            _create(file, text)  # a reader may see half of it for a moment
+        except FileExistsError:
+            return False
     finally:
-        staging.unlink()
+        staging.unlink(missing_ok=True)
     return True
 
 
-def _create(file: Path, text: str) -> bool:
-    try:
-        with file.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-    except FileExistsError:
-        return False
-    return True
+def _create(file: Path, text: str) -> None:
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as stream:
+        stream.write(text.encode("utf-8", "backslashreplace"))
 
 
 def sync(path: Path, fsync: Callable[[int], None] = os.fsync) -> None:
@@ -46,9 +288,14 @@ def sync(path: Path, fsync: Callable[[int], None] = os.fsync) -> None:
             return
         raise
     try:
+        _sync_handle(handle, fsync)
+    finally:
+        os.close(handle)
+
+
+def _sync_handle(handle: int, fsync: Callable[[int], None]) -> None:
+    try:
         fsync(handle)
     except OSError as error:
         if error.errno not in LACKING:
             raise
-    finally:
-        os.close(handle)

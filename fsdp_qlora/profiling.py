@@ -10,6 +10,7 @@ import torch
 
 from fsdp_qlora.api import Prepared
 from fsdp_qlora.dist.reduce import gather_json, on_every, on_main
+from fsdp_qlora.files import write_json
 from fsdp_qlora.model.scopes import record_modules, scoped_modules
 from fsdp_qlora.model.shard import model_dtype
 from fsdp_qlora.plan.devices import Device, device_of_driver
@@ -17,7 +18,6 @@ from fsdp_qlora.track.meter import Meter
 from fsdp_qlora.track.phases import WAITING
 from fsdp_qlora.track.profiler import StepProfiler
 from fsdp_qlora.track.roofline import GemmTimes, mfu, time_gemms
-from fsdp_qlora.track.run_folder import write_json
 
 SUMMED = "seconds of a step by phase; they add up to step_seconds"
 

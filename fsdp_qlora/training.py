@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from fsdp_qlora.api import Prepared, debug_context
+from fsdp_qlora.base_files import BaseFiles
 from fsdp_qlora.batches import build_batches, data_key
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
-from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of, optimizer_shapes
+from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of, optimizer_shapes, whole_of, with_whole
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.retention import Retention
 from fsdp_qlora.claim import claim
@@ -23,10 +24,11 @@ from fsdp_qlora.data.loader import Cut, TokenRows, build_batch
 from fsdp_qlora.dist.process import memory_peak
 from fsdp_qlora.dist.reduce import any_rank, on_main
 from fsdp_qlora.dist.signals import StopSignals
-from fsdp_qlora.errors import STOPPED_EXIT_CODE, DataError, NonFiniteError
+from fsdp_qlora.errors import STOPPED_EXIT_CODE, DataError, NonFiniteError, RunFolderError
 from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
 from fsdp_qlora.export.card import model_card
 from fsdp_qlora.export.serve import answer
+from fsdp_qlora.files import read_json, write_json
 from fsdp_qlora.model.checks import FirstGradients
 from fsdp_qlora.model.diagnose import locate_nonfinite
 from fsdp_qlora.model.end_of_turn import end_of_turn
@@ -41,8 +43,9 @@ from fsdp_qlora.profiling import Profiling
 from fsdp_qlora.shown import published, shown_source
 from fsdp_qlora.summary import summarize
 from fsdp_qlora.track.console import ConsoleProgress
-from fsdp_qlora.track.run_folder import RunFolder, versions, write_json
+from fsdp_qlora.track.run_folder import RunFolder, versions
 from fsdp_qlora.track.tracker import Beside, JsonLines, Sink, Tracker
+from fsdp_qlora.track.unwritten import Unwritten
 from fsdp_qlora.track.wandb import open_wandb
 from fsdp_qlora.train.evaluate import Evaluation, evaluate, together
 from fsdp_qlora.train.loop import Due, LoopHooks, train_loop
@@ -73,7 +76,8 @@ class Training:
         self.prepared, self.folder, self.config = prepared, folder, prepared.config
         self.model, self.ranks = prepared.model, prepared.ranks
         self.eval_rows = TokenRows(prepared.data.eval) if prepared.data.eval is not None else None
-        self.batches = build_batches(prepared, folder.bad_rows)
+        self.unwritten = Unwritten()
+        self.batches = build_batches(prepared, folder.bad_rows, self.unwritten)
         self.optimizer = ShardedOptimizer(trainable_parameters(self.model), self.config.optim)
         num_steps = self.batches.length.planned_steps
         for notice in (self.optimizer.notice, warmup_notice(self.config.schedule, num_steps)):
@@ -85,6 +89,7 @@ class Training:
         self.checkpointer = self._checkpointer()
         self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
         base = file_digests(prepared.folder)
+        self.base_files = BaseFiles(prepared)
         self.identity = identity_of(
             to_dict(self.config), base, data_key(prepared.data.key, self.config.data), prepared.repairs
         )
@@ -96,6 +101,7 @@ class Training:
         found = self.checkpointer.find(settings.resume, self.identity, settings.resume_overrides)
         if found is None:
             return None
+        self.base_files.compare(whole_of(found[1].identity), found[0])
         self._load(*found)
         return found[0]
 
@@ -127,7 +133,8 @@ class Training:
         self.checkpointer.finish(self._snapshot(progress), self._tensors)
 
     def _snapshot(self, progress: Progress) -> Snapshot:
-        return Snapshot(progress.step, progress.to_dict(), self.identity, versions())
+        identity = with_whole(self.identity, self.base_files.known())
+        return Snapshot(progress.step, progress.to_dict(), identity, versions())
 
     def _tensors(self) -> dict[str, Any]:
         # The optimizer's own list: while a unit is gathered, FSDP shows other parameters under the same names.
@@ -169,7 +176,10 @@ class Training:
                 {"prompt": p, "answer": a}
                 for p, a in zip(self.config.train.sample_prompts, self.answers(), strict=True)
             ]
-            on_main(lambda: self.folder.add_answers(self.progress.step, answers), self.ranks)
+            if self.ranks.is_main:
+                self.unwritten.attempt(
+                    self.folder.answers_file, lambda: self.folder.add_answers(self.progress.step, answers)
+                )
         return result
 
     def answers(self) -> list[str]:
@@ -247,10 +257,11 @@ class Training:
             save=self.save,
             save_stall=self.checkpointer.take_stall,
             finish=self.finish,
-            stop_requested=lambda: signals.requested or self.checkpointer.gave_up,
+            stop_requested=lambda: signals.requested or self.checkpointer.gave_up or bool(self.unwritten.problem),
             peak_memory=lambda: memory_peak(self.ranks.device)[0],
             around_step=self.profiling.profiler.around_step if self.profiling.profiler else nullcontext,
         )
+        self.base_files.begin()
         try:
             return train_loop(
                 self.model, self.optimizer, self.schedule, self.config.optim.lr, self.progress, due, settings, hooks,
@@ -258,6 +269,7 @@ class Training:
             )  # fmt: skip
         finally:
             self.batches.batch_at.close()
+            self.base_files.close()
 
 
 def evaluate_prepared(prepared: Prepared) -> Evaluation:
@@ -329,6 +341,7 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
             return FitResult(False, {})
         with _tracker(training, folder) as tracker:
             finished = training.run(tracker, signals)
+        on_main(training.unwritten.require_none, prepared.ranks)
         profile = training.profiling.finish()
         if not finished:
             return FitResult(False, {})
@@ -345,20 +358,24 @@ def _before(training: Training, folder: RunFolder, resumed: Path | None) -> list
     """Return the answers before training; a resumed run takes them from where the first start left them."""
     file = folder.path / "answers_before.json"
     if resumed is not None and file.is_file():
-        import json
-
-        return json.loads(file.read_text(encoding="utf-8"))
+        try:
+            return read_json(file, list[str])
+        except ValueError as error:
+            raise RunFolderError(f"{file} is damaged: {error}. Remove it, and the answers are made again.") from error
     answers = training.answers()
-    if training.ranks.is_main:
-        write_json(file, answers)
+    on_main(lambda: write_json(file, answers), training.ranks)
     return answers
 
 
 @contextmanager
 def _tracker(training: Training, folder: RunFolder) -> Iterator[Tracker]:
-    by_itself = training.ranks.phases.by_itself
-    with by_itself():
-        tracker = Tracker(_sinks(training, folder) if training.ranks.is_main else [], by_itself)
+    sinks: list[Sink] = []
+
+    def open_sinks() -> None:
+        sinks.extend(_sinks(training, folder))
+
+    on_main(open_sinks, training.ranks)
+    tracker = Tracker(sinks, training.ranks.phases.by_itself)
     try:
         yield tracker
     finally:
@@ -368,7 +385,7 @@ def _tracker(training: Training, folder: RunFolder) -> Iterator[Tracker]:
 def _sinks(training: Training, folder: RunFolder) -> list[Sink]:
     config, total = training.config, training.batches.length.total_steps(training.progress)
     sinks: list[Sink] = [
-        JsonLines(folder.metrics_file, training.progress.step),
+        JsonLines(folder.metrics_file, training.progress.step, training.unwritten),
         Beside(ConsoleProgress(total, training.progress.step), "the progress display"),
     ]
     if config.track.name == "wandb":

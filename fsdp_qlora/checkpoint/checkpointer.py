@@ -33,6 +33,7 @@ from fsdp_qlora.dist.mesh import Ranks
 from fsdp_qlora.dist.process import use_device
 from fsdp_qlora.dist.reduce import barrier, on_main
 from fsdp_qlora.errors import CheckpointError, FsdpQloraError, SecurityError, StorageError
+from fsdp_qlora.files import walk, warn_of_others
 
 MAX_FAILURES = 2
 """Failed saves in a row after which a run stops."""
@@ -95,6 +96,7 @@ class Checkpointer:
         self._problem: str | None = None
         self._staging: Future[None] | None = None
         self._stall = 0.0
+        self._told_kept = False
 
     @property
     def gave_up(self) -> bool:
@@ -194,7 +196,7 @@ class Checkpointer:
             write_checkpoint(target, manifest, stage, self._background, self._write_adapter)
             if self.ranks.is_main and folder == self.folder:
                 for old in superfluous(complete_checkpoints(folder), self.retention):
-                    remove(old)
+                    self._tell_kept(remove(old))
         except (FsdpQloraError, OSError, RuntimeError) as error:
             if self.ranks.is_main:
                 self._say(f"checkpoint of step {snapshot.step} FAILED: {error} Older ones are as they were.")
@@ -202,6 +204,12 @@ class Checkpointer:
         finally:
             self._background.phases.rest()
         return None
+
+    def _tell_kept(self, problem: str | None) -> None:
+        """Say, once a run, that old checkpoints stay: it fills the disk, and is no reason to stop."""
+        if problem is not None and not self._told_kept:
+            self._told_kept = True
+            self._say(f"checkpoint.keep_last: an old checkpoint cannot be deleted and takes room ({problem}).")
 
     def _emergency(self, snapshot: Snapshot, staged: dict[str, torch.Tensor]) -> NoReturn:
         message = f"checkpoint: {MAX_FAILURES} saves in a row have failed, the last because {self._problem} It stops. "
@@ -228,7 +236,8 @@ class Checkpointer:
         """
 
         def search() -> list[Any] | None:
-            tidy(self.folder)
+            for problem in tidy(self.folder):
+                self._tell_kept(problem)
             found = self._search(resume)
             if found is None:
                 return None
@@ -286,7 +295,7 @@ class Checkpointer:
 
 
 def open_checkpoint(folder: Path) -> tuple[Path, Manifest]:
-    """Read and verify a checkpoint without loading it.
+    """Read and verify a checkpoint without loading it; one that somebody else can change is said.
 
     Raises:
         CheckpointError: if it is incomplete or damaged.
@@ -294,4 +303,5 @@ def open_checkpoint(folder: Path) -> tuple[Path, Manifest]:
     """
     manifest = Manifest.read(folder)
     verify(folder, manifest)
+    warn_of_others(folder, *(Path(entry.path) for entry in walk(folder)))
     return folder, manifest

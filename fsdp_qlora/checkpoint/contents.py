@@ -47,6 +47,7 @@ BLOCKING_GROUPS = ("model", "quant", "lora", "precision", "train", "optim", "sch
 DATA_KEY = "data"
 """Stands for sources, tokenizer, chat template and the settings of the data group together."""
 _OPTIM = "optim."
+_BASE_FILE, _WHOLE = "base model file ", ", whole"
 
 
 class StatefulOptimizer(Protocol):
@@ -82,9 +83,16 @@ def blocking_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def without(identity: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return the identity without the settings that may differ (``optim`` stands for all of its keys)."""
+    """Return the identity without the settings that may differ (``optim`` stands for all of its keys).
+
+    Nor are whole digests in it, which not both sides know: see `whole_of`.
+    """
     free = {DATA_KEY if key.partition(".")[0] == DATA_KEY else key for key in overrides}
-    return {key: value for key, value in identity.items() if key not in free and key.partition(".")[0] not in free}
+    return {
+        key: value
+        for key, value in identity.items()
+        if key not in free and key.partition(".")[0] not in free and not _is_whole(key)
+    }
 
 
 def identity_of(
@@ -99,4 +107,22 @@ def identity_of(
         repairs: what changed the losses of this model; a checkpoint from before lacks them.
     """
     found = blocking_settings(config) | {DATA_KEY: data_key} | dict.fromkeys(repairs, True)
-    return found | {f"base model file {name}": value for name, value in base.items()}
+    return found | {_BASE_FILE + name: value for name, value in base.items()}
+
+
+def with_whole(identity: dict[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """Return the identity with whole digests of the base model's files, as far as they are known by now."""
+    return identity | {f"{_BASE_FILE}{name}{_WHOLE}": digest for name, digest in dict(digests).items()}
+
+
+def whole_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the whole digests of the base model's files that an identity holds, by the files' names."""
+    return {
+        key.removeprefix(_BASE_FILE).removesuffix(_WHOLE): value
+        for key, value in identity.items()
+        if _is_whole(key)
+    }  # fmt: skip
+
+
+def _is_whole(key: str) -> bool:
+    return key.startswith(_BASE_FILE) and key.endswith(_WHOLE)

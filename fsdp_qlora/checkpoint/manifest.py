@@ -7,20 +7,24 @@ forgers.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
+import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError
+from fsdp_qlora.files import misfit, open_regular, parse_json, read_regular, walk, write_json
+from fsdp_qlora.train.progress import Progress
 
 FORMAT = 1
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
-_SAFE_NAME = re.compile(r"(adapter/)?\w[\w.-]*")
-_MAX_MANIFEST_BYTES = 50_000_000
+_SAFE_NAME = re.compile(r"(adapter/(additional_chat_templates/)?)?\w[\w.-]*")
+_SETTING = re.compile(r"[\w.]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMPLETE_BYTES, _MAX_DIMENSIONS, _MAX_VALUES = 1000, 8, 2**63
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,13 @@ class Manifest:
     """Dotted setting -> value of everything that must be the same for a resume to be exact."""
     tensors: dict[str, list[int]]
     """Tensor name -> global shape."""
-    files: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, int | str]]
     """File name -> ``{size, sha256}``."""
     versions: dict[str, str]
 
     def write(self, folder: Path) -> None:
         """Write manifest.json into ``folder``."""
-        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_json(folder / MANIFEST, asdict(self))
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -53,45 +57,55 @@ class Manifest:
         """
         file = folder / MANIFEST
         try:
-            if file.stat().st_size > _MAX_MANIFEST_BYTES:
-                raise SecurityError(f"{file} is larger than any honest manifest.")
-            data = file.read_bytes()
-            vouched = (folder / COMPLETE).read_text().strip()
+            data, vouched = read_regular(file), read_regular(folder / COMPLETE, _COMPLETE_BYTES).strip()
         except OSError as error:
             raise CheckpointError(f"{folder} is no complete checkpoint: {error.strerror}: {error.filename}") from error
-        if hashlib.sha256(data).hexdigest() != vouched:
+        if hashlib.sha256(data).hexdigest().encode() != vouched:
             raise CheckpointError(f"{file} is damaged: its sha256 is not the one in {COMPLETE}.")
         try:
-            values = json.loads(data)
-            if values["format"] != FORMAT:
-                raise CheckpointError(f"{file} has format {values['format']}; this version reads format {FORMAT}.")
-            manifest = Manifest(**values)
-            sizes = [number for shape in manifest.tensors.values() for number in shape]
-            if not all(isinstance(number, int) and number >= 0 for number in sizes):
-                raise ValueError("a shape is not made of sizes")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise SecurityError(f"{file} is not a manifest, though {COMPLETE} vouches for it: {error}") from error
-        for name in manifest.files:
-            _require_plain_file(folder, name)
-        return manifest
+            values = parse_json(data, dict[str, Any])
+            if type(other := values.get("format")) is int and other != FORMAT:
+                raise CheckpointError(f"{file} has format {other}; this version reads format {FORMAT}.")
+            _require_values(values, file)
+        except ValueError as error:
+            raise SecurityError(f"{file} is not a manifest, though {COMPLETE} vouches for it: {error}.") from error
+        for name in values["files"]:
+            if not _SAFE_NAME.fullmatch(name):
+                raise SecurityError(f"{file} names {name[:200]!r}: only plain file names are allowed.")
+        return Manifest(**values)
 
 
-def _require_plain_file(folder: Path, name: str) -> None:
-    if not _SAFE_NAME.fullmatch(name):
-        raise SecurityError(f"{folder / MANIFEST} names {name!r}: only plain file names are allowed.")
-    file = folder / name
-    if file.is_symlink() or file.parent.is_symlink() or (file.exists() and not stat.S_ISREG(file.lstat().st_mode)):
-        raise SecurityError(f"{file} is not a regular file.")
+def _require_values(values: dict[str, Any], file: Path) -> None:
+    """Raise ValueError unless these are the values of a manifest, each of its type and in its bounds."""
+    kinds = get_type_hints(Manifest)
+    if odd := sorted(values.keys() ^ kinds.keys()):
+        raise ValueError(f"{odd[0][:80]!r} is {'not known' if odd[0] in values else 'missing'}")
+    wrong = next((wrong for name, kind in kinds.items() if (wrong := misfit(values[name], kind, name))), None)
+    if wrong is not None:
+        raise ValueError(wrong)
+    if unknown := sorted(values["progress"].keys() - get_type_hints(Progress).keys()):
+        raise CheckpointError(f"{file}: progress.{unknown[0][:80]} is not known to this version.")
+    if (wrong := Progress.problem(values["progress"])) is not None:
+        raise ValueError(wrong)
+    if values["step"] < 0 or values["world_size"] < 1:
+        raise ValueError(f"step is {values['step']}, world_size {values['world_size']}")
+    for name, shape in values["tensors"].items():
+        if len(shape) > _MAX_DIMENSIONS or any(n < 0 for n in shape) or math.prod(shape) >= _MAX_VALUES:
+            raise ValueError(f"tensors[{name[:80]!r}] has no shape of a tensor")
+    for name, known in values["files"].items():
+        size, digest = known.get("size"), known.get("sha256")
+        if len(known) != 2 or not (type(size) is int and size >= 0) or not _SHA256.fullmatch(str(digest)):
+            raise ValueError(f"files[{name[:80]!r}] is not a size and a sha256")
 
 
 def list_files(folder: Path) -> list[str]:
     """Return the names of the files in a checkpoint's folder, those of subfolders with the subfolder's name."""
-    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir())
+    return sorted(os.path.relpath(f.path, folder) for f in walk(folder) if not f.is_dir(follow_symlinks=False))
 
 
 def sha256(file: Path) -> str:
-    """Return a file's digest."""
-    with file.open("rb") as stream:
+    """Return a file's digest; a link is not followed."""
+    with os.fdopen(open_regular(file), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -103,9 +117,9 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> N
     """
     differ = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
     if differ:
-        lines = [f"{key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now." for key in differ]
+        lines = [f"{key}: {saved.get(key)!r:.500} in the checkpoint, {now.get(key)!r:.500} now." for key in differ]
         raise ConfigError(
             "\n".join(lines)
             + f"\n{folder} was made with other settings. Set them back, choose another run.name, or go on with the new "
-            f"ones on purpose: checkpoint.resume_overrides=[{','.join(d for d in differ if ' ' not in d)}]."
+            f"ones on purpose: checkpoint.resume_overrides=[{','.join(d for d in differ if _SETTING.fullmatch(d))}]."
         )

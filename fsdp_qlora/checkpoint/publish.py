@@ -7,13 +7,13 @@ moves is told apart by its name, and `tidy` finishes or undoes it at the next st
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from pathlib import Path
 
-from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST, Manifest
-from fsdp_qlora.files import sync
+from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST, Manifest, sha256
+from fsdp_qlora.errors import SecurityError
+from fsdp_qlora.files import sync, write_text
 
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 LATEST = "latest"
@@ -32,8 +32,16 @@ def is_complete(folder: Path) -> bool:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in ``folder`` that have their COMPLETE file, oldest first."""
-    return sorted(f for f in folder.iterdir() if is_complete(f)) if folder.is_dir() else []
+    """Return the checkpoints in ``folder`` that have their COMPLETE file, oldest first.
+
+    Raises:
+        SecurityError: if the folder or one of them is a link: in a stranger's run folder it would be to the user's own.
+    """
+    found = sorted(f for f in folder.iterdir() if is_complete(f)) if folder.is_dir() else []
+    for place in (folder, *found):
+        if place.is_symlink():
+            raise SecurityError(f"{place} is a link; links are not followed here. Give the checkpoint's own path.")
+    return found
 
 
 def staging_for(target: Path) -> Path:
@@ -51,7 +59,6 @@ def make_fresh(staging: Path) -> None:
 def publish(staging: Path, target: Path, manifest: Manifest) -> None:
     """Turn a written folder into the checkpoint ``target``; an older one of that name goes only after that."""
     manifest.write(staging)
-    sync(staging / MANIFEST)
     for folder in (staging, *(f for f in staging.iterdir() if f.is_dir())):
         sync(folder)
     replaced = target.with_name(_REPLACED + target.name)
@@ -59,39 +66,58 @@ def publish(staging: Path, target: Path, manifest: Manifest) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     staging.rename(target)
-    digest = hashlib.sha256((target / MANIFEST).read_bytes()).hexdigest()
-    _write_at_once(target / COMPLETE, digest + "\n")
+    write_text(target / COMPLETE, sha256(target / MANIFEST) + "\n")
     sync(target)
     sync(target.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
-    _write_at_once(target.parent / LATEST, target.name + "\n")  # for people and scripts; we never read it
+        shutil.rmtree(replaced, ignore_errors=True)  # `tidy` tries again, and says so
+    write_text(target.parent / LATEST, target.name + "\n")  # for people and scripts; we never read it
 
 
-def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; a kill on the way leaves it whole or out of sight."""
+def remove(checkpoint: Path) -> str | None:
+    """Delete a checkpoint, and what of others could not be deleted before; return what stays and why, or None.
+
+    A kill on the way leaves it whole or out of sight.
+    """
     trash = checkpoint.with_name(_REMOVING + checkpoint.name)
-    shutil.rmtree(trash, ignore_errors=True)
-    checkpoint.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
+    try:
+        if trash.exists():
+            shutil.rmtree(trash)
+        checkpoint.rename(trash)
+    except OSError as error:
+        return f"{checkpoint}: {error.strerror}"
+    problems = [_delete(left) for left in checkpoint.parent.glob(f"{_REMOVING}*") if _OURS.fullmatch(left.name)]
+    return next(filter(None, problems), None)
 
 
-def tidy(folder: Path) -> None:
+def _delete(folder: Path) -> str | None:
+    """Delete a folder, as much of it as can be; return what could not be and why, or None."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        return f"{folder}: {error.strerror}" if folder.exists() else None
+    return None
+
+
+def tidy(folder: Path) -> list[str]:
     """Finish or undo what a killed process left half done; only names of ours are touched.
 
-    For the process that holds the run folder's lock.
+    For the process that holds the run folder's lock. Returns what could not be deleted and why.
     """
+    problems: list[str | None] = []
     for left in list(folder.iterdir()) if folder.is_dir() else []:
         if _OURS.fullmatch(left.name):
-            shutil.rmtree(left, ignore_errors=True)
+            problems.append(_delete(left))
         elif left.name.startswith(_REPLACED) and STEP_FOLDER.fullmatch(left.name.removeprefix(_REPLACED)):
             target = folder / left.name.removeprefix(_REPLACED)
             if is_complete(target):
-                shutil.rmtree(left, ignore_errors=True)
+                problems.append(_delete(left))
                 continue
             if target.exists():
-                remove(target)
+                problems.append(remove(target))
             left.rename(target)
+    return [problem for problem in problems if problem is not None]
 
 
 def set_aside(folder: Path, after_step: int) -> list[Path]:
@@ -106,10 +132,3 @@ def set_aside(folder: Path, after_step: int) -> list[Path]:
             number += 1
         moved.append(newer.rename(target))
     return moved
-
-
-def _write_at_once(file: Path, text: str) -> None:
-    staging = file.with_name(f".{file.name}.part")
-    staging.write_text(text)
-    sync(staging)
-    staging.replace(file)

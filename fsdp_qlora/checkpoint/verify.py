@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST, Manifest, list_files, sha256
 from fsdp_qlora.errors import CheckpointError, SecurityError
+from fsdp_qlora.files import misfit, parse_json, read_regular, refuse_irregular
 
 ADAPTER_FOLDER = "adapter"
 _ADAPTER_SUFFIXES = (".safetensors", ".json", ".md", ".jinja", ".txt", ".model")
 _SHARDING_INFO = "DCP_SHARDING_INFO"
+_PLACES = dict[str, dict[str, Any]] | None
 _MAX_JSON_BYTES = 200_000_000
 
 
@@ -28,6 +31,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
         CheckpointError: naming the first file that is missing, extra or not the one that was written.
         SecurityError: naming the first file that no save of ours can have made.
     """
+    refuse_irregular(folder)
     present = set(list_files(folder)) - {MANIFEST, COMPLETE}
     if extra := sorted(present - manifest.files.keys()):
         raise CheckpointError(f"{folder / extra[0]} is not in the manifest.")
@@ -60,9 +64,7 @@ def _require_kind(file: Path, name: str) -> None:
             raise SecurityError(f"{file} is not safetensors, though the manifest vouches for it: {error}.") from error
     elif name.endswith(".json"):
         try:
-            if file.stat().st_size > _MAX_JSON_BYTES:
-                raise ValueError("it is too large")
-            json.loads(file.read_text())
+            json.loads(read_regular(file, _MAX_JSON_BYTES))
         except (ValueError, RecursionError) as error:
             raise SecurityError(f"{file} is not JSON, though the manifest vouches for it: {error}.") from error
 
@@ -71,10 +73,12 @@ def _count(file: Path, manifest: Manifest, covered: dict[str, int]) -> None:
     """Add up the values that a shard file holds of each tensor; refuse what lies outside its tensor."""
     with safe_open(file, framework="pt") as opened:
         try:
-            places = json.loads((opened.metadata() or {}).get(_SHARDING_INFO, "null"))
+            places = parse_json((opened.metadata() or {}).get(_SHARDING_INFO, "null").encode(), _PLACES)
             for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                 shape, whole = opened.get_slice(name).get_shape(), manifest.tensors[name]
                 offsets = places[name]["saved_offsets"] if places is not None else [0] * len(shape)
+                if (wrong := misfit(offsets, list[int], f"the place of {name}")) is not None:
+                    raise ValueError(wrong)
                 inside = all(o >= 0 and o + n <= w for o, n, w in zip(offsets, shape, whole, strict=True))
                 if not inside:
                     raise ValueError(f"{name} has {shape} at {offsets} of {whole}")

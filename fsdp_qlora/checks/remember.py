@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cache
@@ -21,6 +19,7 @@ from fsdp_qlora.checks.small import config_digest
 from fsdp_qlora.checks.twin import Verdict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.process import device_name
+from fsdp_qlora.files import write_json
 from fsdp_qlora.model.cut import LAYERS, cut_config
 
 _LIBRARIES = (
@@ -97,9 +96,7 @@ def remember(folder: Path, key: str, verdict: Verdict) -> None:
     """Keep a result; where the folder cannot be written the next start checks again."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as staging:
-            json.dump(asdict(verdict), staging)
-        os.replace(staging.name, folder / f"{key}.json")  # noqa: PTH105
+        write_json(folder / f"{key}.json", asdict(verdict))
     except OSError:
         return
 

@@ -10,7 +10,6 @@ change an earlier loss.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -38,6 +37,7 @@ from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.rows import row_range
 from fsdp_qlora.quant.formats import one_thread
 from fsdp_qlora.quant.matrices import local_tensor
+from fsdp_qlora.scratch import scratch_folder
 from fsdp_qlora.train.layout import Layout
 from fsdp_qlora.train.objectives import token_losses
 
@@ -108,8 +108,7 @@ def check_twin(
         ModelError: on every rank alike, if none is equal: what differs, where first, by how much, and what to set.
     """
     fell: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="fsdp-qlora-twin-") as scratch:
-        folder = Path(scratch)
+    with scratch_folder("fsdp-qlora-twin-") as folder:
         small = write_small(folder, model_config, config.data.max_length, code, ranks)
         for attention in candidates:
             settings = twin_settings(config, folder, attention, ranks.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from fsdp_qlora.api import World, load_for_inference
 from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.track.run_folder import write_json
+from fsdp_qlora.files import write_json
 from fsdp_qlora.training import evaluate_prepared
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
@@ -11,7 +10,8 @@ from fsdp_qlora.cli.quoting import command
 from fsdp_qlora.cli.show import loading
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.process import Placement, choose_device, use_device
-from fsdp_qlora.errors import CheckpointError, ConfigError, StorageError
+from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError, StorageError
+from fsdp_qlora.export.adapter import copy_adapter
 from fsdp_qlora.export.quantized_base import export_base
 from fsdp_qlora.model.shard import model_dtype
 from fsdp_qlora.model.skeleton import build_skeleton, resolve_folder
@@ -57,8 +57,10 @@ def _adapter(config: RunConfig) -> int:
         source = found[-1]
     _, manifest = open_checkpoint(source)
     target = Path(config.export.to).expanduser() if config.export.to else folder.adapter
+    if target == folder.adapter and target.is_symlink():
+        raise SecurityError(f"{target} is a link; links are not followed here. Name the folder with export.to.")
     try:
-        shutil.copytree(source / "adapter", target, dirs_exist_ok=True)
+        copy_adapter(source, manifest, target)
     except OSError as error:
         raise StorageError(f"export.to: {target} cannot be written: {error}") from error
     print(f"step {manifest.step} of {source} -> {target}")

@@ -11,10 +11,9 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -26,6 +25,7 @@ from fsdp_qlora.dist.meeting import LOOPBACK, MEETING_VARIABLE
 from fsdp_qlora.dist.patience import Patience
 from fsdp_qlora.dist.signals import give_back_signals, take_signals
 from fsdp_qlora.errors import StorageError
+from fsdp_qlora.scratch import scratch_folder
 from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE, Ending, tellings
 from fsdp_qlora.track.run_folder import RunFolder
 
@@ -94,14 +94,14 @@ def _scratch_folder() -> Iterator[Path]:
     Raises:
         StorageError: if there is no place for one.
     """
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="fsdp_qlora-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise StorageError(
-            f"TMPDIR: no folder for temporary files can be written ({error.strerror}); set TMPDIR to one that can."
-        ) from error
-    with folder as name:
-        yield Path(name)
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(scratch_folder("fsdp_qlora-"))
+        except OSError as error:
+            raise StorageError(
+                f"TMPDIR: no folder for temporary files can be written ({error.strerror}); set TMPDIR to one that can."
+            ) from error
+        yield folder
 
 
 def _wait(

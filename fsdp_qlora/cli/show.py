@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from fsdp_qlora.api import Prepared
 from fsdp_qlora.cli.quoting import command
 from fsdp_qlora.data.samples import segments
 from fsdp_qlora.data.sources import names_of, not_read
+from fsdp_qlora.files import copy_regular
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.track.console import console, megabytes, print_table
@@ -97,7 +97,7 @@ def print_samples(prepared: Prepared, folder: RunFolder) -> None:
         screen.print(text)
     write_lines(folder.path / "samples.jsonl", lines)
     if prepared.data.bad_rows is not None:
-        shutil.copyfile(prepared.data.bad_rows, folder.bad_rows)
+        copy_regular(prepared.data.bad_rows, folder.bad_rows)
         bad = len(read_lines(prepared.data.bad_rows))
         print(f"{bad} bad row(s) were passed over; they are listed in {folder.bad_rows}", flush=True)
 

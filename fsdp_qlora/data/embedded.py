@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fsdp_qlora.errors import DataError, ModelError, StorageError
+from fsdp_qlora.files import replacing
+from fsdp_qlora.scratch import fresh_folder
 
 MODEL = "smollm2-135m-instruct"
 DATA = {
@@ -60,21 +63,17 @@ def fetch_embedded(root: Path, say: Say = print) -> None:
             if not (folder / name).is_file():
                 _make_data(folder, say)
                 break
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         raise StorageError(f"{folder} cannot be written: {error}") from error
 
 
 def _made(target: Path, make: Callable[[Path], None]) -> None:
     """Make a folder beside its place and rename it there when it is whole."""
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".making-{target.name}-"))
-    try:
+    with fresh_folder(target) as staging:
         make(staging)
         if target.exists():
             shutil.rmtree(target)
-        staging.chmod(0o755)
-        os.replace(staging, target)  # noqa: PTH105
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        staging.replace(target)
 
 
 def _pip_download(package: str, folder: Path, *flags: str) -> Path:
@@ -162,6 +161,5 @@ def _as_jsonl(rows: list[dict[str, Any]]) -> bytes:
 
 
 def _write(file: Path, content: bytes) -> None:
-    staging = file.with_name(f".{file.name}.{os.getpid()}")
-    staging.write_bytes(content)
-    staging.replace(file)
+    with replacing(file) as stream:
+        stream.write(content)

@@ -15,14 +15,18 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.checkpoint.manifest import Manifest, sha256
+from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.errors import ModelError, NumericsError, StorageError
-from fsdp_qlora.export.adapter_config import adapted_modules, read_adapter_config
+from fsdp_qlora.errors import CheckpointError, ModelError, NumericsError, StorageError
+from fsdp_qlora.export.adapter_config import CONFIG_NAME, adapted_modules, read_adapter_config
 from fsdp_qlora.export.modes import open_as_a_new_file
+from fsdp_qlora.files import copy_regular, own_file, write_text
 from fsdp_qlora.model.lora import trainable_parameters
 from fsdp_qlora.model.stream import fill_slice
 from fsdp_qlora.plan.layout import endings
+from fsdp_qlora.scratch import fresh_folder, move_into
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -78,17 +82,30 @@ def export_adapter(
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NumericsError(f"adapter: {name} holds values that are not finite numbers; it is not written.")
-    folder.mkdir(parents=True, exist_ok=True)
     config.base_model_name_or_path = base_model
     config.inference_mode = True
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # a set's order changes from process to process
+    with fresh_folder(folder) as staging:  # PEFT and transformers would write through links that lie in `folder`
+        try:
+            _write_into(staging, tensors, config, tokenizer, model_card)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise StorageError(f"{folder / WEIGHTS_NAME} cannot be written: {error}.") from error
+        size = (staging / WEIGHTS_NAME).stat().st_size
+        move_into(staging, folder)
+    return size
+
+
+def _write_into(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model_card: str | None,
+) -> None:
     config.save_pretrained(str(folder))
     file = folder / WEIGHTS_NAME
-    try:
-        save_file(dict(tensors), file, metadata={"format": "pt"})
-    except SafetensorError as error:  # what it makes of a full disk
-        raise StorageError(f"{file} cannot be written: {error}.") from error
+    save_file(dict(tensors), file, metadata={"format": "pt"})
     open_as_a_new_file(file)
     with safe_open(file, framework="pt") as written:
         if set(written.keys()) != tensors.keys():
@@ -96,21 +113,54 @@ def export_adapter(
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     if model_card is not None:
-        (folder / "README.md").write_text(model_card, encoding="utf-8", errors="backslashreplace")
-    return file.stat().st_size
+        write_text(folder / "README.md", model_card)
 
 
-def stored_modules(folder: Path) -> list[str]:
+def copy_adapter(checkpoint: Path, manifest: Manifest, target: Path) -> None:
+    """Copy the adapter of a verified checkpoint: the files that its manifest names, and no others.
+
+    Raises:
+        CheckpointError: if it has none, or a file is not the one that was verified.
+        ModelError: if the adapter holds values that are not finite numbers.
+    """
+    names = [name for name in manifest.files if name.startswith(f"{ADAPTER_FOLDER}/")]
+    if not names:
+        raise CheckpointError(f"{checkpoint} holds no adapter.")
+    with fresh_folder(target) as staging:
+        for name in names:
+            copy = staging / name.removeprefix(f"{ADAPTER_FOLDER}/")
+            copy.parent.mkdir(exist_ok=True)
+            copy_regular(checkpoint / name, copy)
+            if sha256(copy) != manifest.files[name]["sha256"]:
+                raise CheckpointError(f"{checkpoint / name} is damaged: its content is not what was written.")
+        with _opened(staging / WEIGHTS_NAME) as stored:
+            for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
+                _require_finite(name, stored.get_tensor(name), checkpoint / ADAPTER_FOLDER / WEIGHTS_NAME)
+        move_into(staging, target)
+
+
+def _require_finite(name: str, values: torch.Tensor, file: Path) -> None:
+    if not bool(torch.isfinite(values.float()).all()):  # 8-bit floats know no isfinite
+        raise ModelError(f"adapter: {name} in {file} holds values that are not finite numbers.")
+
+
+def stored_modules(folder: Path, r: int | None = None) -> list[str]:
     """Return the names of the modules that an adapter folder has tensors for.
 
     Raises:
-        ModelError: if there is no file of tensors, or one that holds other things than LoRA matrices.
+        ModelError: if there is no file of tensors, one that holds other things than LoRA matrices, or of a rank other
+            than ``r``.
+        SecurityError: if the file is a link to elsewhere.
     """
-    file = folder / WEIGHTS_NAME
+    file = own_file(folder, WEIGHTS_NAME)
     if not file.is_file():
         raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")
     with _opened(file) as stored:
-        return adapted_modules(stored.keys(), file)
+        names = stored.keys()
+        for name in names if r is not None else ():
+            if name.endswith("lora_A.weight") and (shape := stored.get_slice(name).get_shape())[:1] != [r]:
+                raise ModelError(f"adapter: {folder / CONFIG_NAME} says r={r}, but {name} is {shape} in {file}.")
+        return adapted_modules(names, file)
 
 
 @contextmanager
@@ -129,7 +179,7 @@ def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size
     Raises:
         ModelError: if its tensors are not just the model's, by name and shape.
     """
-    file = folder / WEIGHTS_NAME
+    file = own_file(folder, WEIGHTS_NAME)
     parameters = dict(trainable_parameters(model))
     modules = stored_modules(folder)
     with _opened(file) as stored:
@@ -142,6 +192,7 @@ def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size
             value = stored.get_tensor(name)
             if value.shape != parameter.shape:
                 raise ModelError(f"adapter: {name} is {list(value.shape)} in {file}, not {list(parameter.shape)}.")
+            _require_finite(name, value, file)
             fill_slice(parameter, value, shard_rank, shard_size)
 
 

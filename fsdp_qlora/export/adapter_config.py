@@ -17,6 +17,7 @@ from peft import LoraConfig
 
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.errors import FsdpQloraError, ModelError
+from fsdp_qlora.files import own_file, read_json
 
 CONFIG_NAME = "adapter_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
@@ -35,6 +36,8 @@ _HARMLESS = {
 """Keys that change nothing of what a trained adapter computes."""
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the base as it is; the others take the adapter's start out of it."""
+_MAX_ALPHA = 1e9
+"""Above it the product is no number any more."""
 _OFF = (None, False, "none", {}, [])
 
 
@@ -61,14 +64,14 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     Raises:
         ModelError: if it is missing, damaged, not of a LoRA adapter, or says what we do not do.
     """
-    file = folder / CONFIG_NAME
+    file = own_file(folder, CONFIG_NAME)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except FileNotFoundError as error:
         raise ModelError(f"adapter: {folder} has no {CONFIG_NAME}: it is not a PEFT adapter folder.") from error
     except OSError as error:
         raise ModelError(f"adapter: {file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ModelError(f"adapter: {file} is not JSON: {error}.") from error
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         raise ModelError(f"adapter: {folder} is not a LoRA adapter.")
@@ -84,11 +87,11 @@ def _adapter_config(values: dict[str, Any], file: Path) -> AdapterConfig:
     r, alpha, rslora = values.get("r", 8), values.get("lora_alpha", 8), values.get("use_rslora", False)
     names = [values.get("base_model_name_or_path"), values.get("revision")]
     wrong = [] if type(r) is int and r > 0 else [f"r={r!r}"]
-    wrong += [] if type(alpha) in (int, float) and alpha > 0 else [f"lora_alpha={alpha!r}"]
+    wrong += [] if type(alpha) in (int, float) and 0 < alpha < _MAX_ALPHA else [f"lora_alpha={alpha!r}"]
     wrong += [] if isinstance(rslora, bool) else [f"use_rslora={rslora!r}"]
     wrong += [f"{name!r} as a name" for name in names if not isinstance(name, str | None)]
     if wrong:
-        raise ModelError(f"adapter: {file} is malformed: {', '.join(wrong)}.")
+        raise ModelError(f"adapter: {file} is malformed: {', '.join(wrong)[:500]}.")
     return AdapterConfig(r, float(alpha), rslora, *names)
 
 
@@ -103,7 +106,7 @@ def _refused(values: dict[str, Any]) -> list[str]:
         else:
             plain = key in known or value in _OFF or (key in defaults and value == defaults[key])
         if not plain:
-            found.append(f"{key}={json.dumps(value)}")
+            found.append(f"{key}={json.dumps(value)}"[:200])
     return found
 
 

@@ -6,8 +6,7 @@ file's tensors.
 
 from __future__ import annotations
 
-import json
-import shutil
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +17,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from fsdp_qlora.checkpoint.publish import make_fresh
 from fsdp_qlora.errors import ModelError, StorageError
 from fsdp_qlora.export.modes import open_as_a_new_file
-from fsdp_qlora.files import sync
+from fsdp_qlora.files import copy_regular, own_file, read_json, sync, write_json
 from fsdp_qlora.model.prequantized import find_kept, packed_format, quantization_of
 from fsdp_qlora.model.skeleton import read_shapes
-from fsdp_qlora.model.weights import SafetensorsFolder, TensorEntry
+from fsdp_qlora.model.weights import SafetensorsFolder, TensorEntry, weight_files
 from fsdp_qlora.plan.layout import LinearShape, ModelShapes, quantized_linears
 from fsdp_qlora.quant.bnb_state import bnb_tensors
 from fsdp_qlora.quant.formats import QuantFormat, quantize
+from fsdp_qlora.scratch import fresh_folder
 
 FILE_BYTES = 2_000_000_000
 """Tensors of one safetensors file; also what the export holds in memory."""
@@ -67,30 +66,37 @@ def export_base(
 
     Raises:
         ModelError: if ``target`` holds something, or a tensor of ``source`` is missing, not finite or 4-bit already.
+        SecurityError: if a file of ``source`` is a link to elsewhere: it would be given away with the model.
         StorageError: if it cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"export.to: {target} is there already and not empty; choose another folder or remove it.")
     if quantization_of(source) is not None:
         raise ModelError(f"model.name: {source} is quantized already; give the 16-bit model that it was made from.")
+    copied = _beside_the_weights(source)
+    for file in weight_files(source):
+        own_file(source, file.name)
     shapes, files = read_shapes(base), SafetensorsFolder(source)
-    staging = target.absolute().with_name(f".writing_{target.name}")
     try:
-        make_fresh(staging)
-        shards = _Shards(staging, file_bytes)
-        for tensors in _stored(shapes, files, quant_format, device, progress):
-            shards.add(tensors)
-        shards.finish()
-        _write_config(base, source, staging, quant_format, shapes)
-        _check(staging, shards.home)
-        for file in (*staging.iterdir(), staging):
-            sync(file)
-        staging.rename(target.absolute())
+        with fresh_folder(target) as staging:
+            shards = _Shards(staging, file_bytes)
+            for tensors in _stored(shapes, files, quant_format, device, progress):
+                shards.add(tensors)
+            shards.finish()
+            for name, file in copied.items():
+                copy_regular(file, staging / name)
+            _write_config(base, source, staging, quant_format, shapes)
+            _check(staging, shards.home)
+            for file in (*staging.iterdir(), staging):
+                sync(file)
+            staging.rename(target.absolute())
         sync(target.absolute().parent)
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise ModelError(
+                f"export.to: {target} was written meanwhile by another process; it is left alone."
+            ) from error
         raise StorageError(f"export.to: {target} cannot be written: {error}.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return ExportedBase(len(_written(shapes)), shards.total)
 
 
@@ -170,7 +176,7 @@ class _Shards:
             self.home |= dict.fromkeys(names, name)
         if count > 1:
             index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(self.home.items()))}
-            _write_json(self.folder / "model.safetensors.index.json", index)
+            write_json(self.folder / "model.safetensors.index.json", index)
 
 
 def _size(tensors: dict[str, torch.Tensor]) -> int:
@@ -180,11 +186,7 @@ def _size(tensors: dict[str, torch.Tensor]) -> int:
 def _write_config(
     base: PreTrainedModel, source: Path, folder: Path, quant_format: QuantFormat, shapes: ModelShapes
 ) -> None:
-    """Copy what lies beside the weights (tokenizer, generation config); config.json also says how they are stored."""
-    for pattern in _COPIED:
-        for file in source.glob(pattern):
-            if file.is_file() and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / file.name)
+    """Write config.json, which also says how the weights are stored."""
     ours = {x.name for x in _written(shapes)}
     outside = [x.name for x in shapes.linears if x.name not in ours]
     stored = BitsAndBytesConfig(
@@ -194,12 +196,15 @@ def _write_config(
         bnb_4bit_compute_dtype=base.dtype,
         llm_int8_skip_modules=[shapes.head, *outside] if outside else None,  # its own choice: all but the head
     )
-    config = json.loads((source / "config.json").read_text())
-    _write_json(folder / "config.json", config | {"quantization_config": stored.to_dict()})
+    config = read_json(own_file(source, "config.json"), dict[str, Any])
+    write_json(folder / "config.json", config | {"quantization_config": stored.to_dict()})
 
 
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+def _beside_the_weights(source: Path) -> dict[str, Path]:
+    """Return what lies beside the weights (tokenizer, generation config) by name, and where it really lies."""
+    names = {file.name for pattern in _COPIED for file in source.glob(pattern)}
+    real = {name: own_file(source, name) for name in sorted(names) if not name.endswith(".index.json")}
+    return {name: file for name, file in real.items() if file.is_file()}
 
 
 def _check(folder: Path, home: dict[str, str]) -> None:

@@ -48,7 +48,7 @@ def _configured(model_config: Any) -> list[int]:
 def _from_file(file: Path) -> Any:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # nobody needs this file
     return values.get("eos_token_id") if isinstance(values, dict) else None
 

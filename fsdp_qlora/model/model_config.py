@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from fsdp_qlora.config.convert import nearest
-from fsdp_qlora.errors import ModelError
+from fsdp_qlora.errors import ModelError, typed_line
 
 _UNBUILDABLE = (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, StrictDataclassError)
 _ROPE, _ROPE_KEYS = "rope_parameters", ("rope_theta", "partial_rotary_factor")
@@ -24,7 +24,7 @@ def load_config(folder: Path, trust_remote_code: bool = False, overrides: Mappin
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except _UNBUILDABLE as error:
+    except Exception as error:  # whatever upstream's code makes of odd values: a division by zero, an index, ...
         raise not_buildable(folder, error) from error
     if not overrides:
         return config
@@ -45,7 +45,8 @@ def not_buildable(folder: Path, error: Exception) -> ModelError:
             f"model.trust_remote_code: {folder} can only be built by Python code that comes with it. "
             "Read that code; if you trust it, set model.trust_remote_code=true."
         )
-    return ModelError(f"model.name: {folder} cannot be built: {_said(error)}")
+    said = _said(error) if isinstance(error, _UNBUILDABLE) else typed_line(error)
+    return ModelError(f"model.name: {folder} cannot be built: {said}")
 
 
 def _said(error: Exception) -> str:

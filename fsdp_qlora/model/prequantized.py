@@ -77,7 +77,7 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
         config = json.loads(file.read_text())
         inner = config.get("text_config") or {}
         found = next((c[k] for c in (config, inner) for k in _CONFIG_KEYS if c.get(k)), None)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} is not a model's configuration: {error}") from error
     if found is not None and not isinstance(found, dict):
         raise ModelError(f"{file}: quantization_config is not a JSON object.")

@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fsdp_qlora.errors import ModelError, typed_line
+from fsdp_qlora.errors import FsdpQloraError, ModelError, typed_line
+from fsdp_qlora.files import own_file
 from fsdp_qlora.model.attention import BLOCKWISE  # noqa: F401 - registers it
 from fsdp_qlora.model.construct import (
     float32_parameters,
@@ -33,6 +34,7 @@ from fsdp_qlora.model.model_config import load_config, not_buildable
 from fsdp_qlora.model.peft_names import names_taken_for_experts, renamed_by_peft
 from fsdp_qlora.plan.layout import ModelShapes
 
+_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates", "*/*.jinja")
 _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -122,7 +124,9 @@ def build_skeleton(
             model = _auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             )
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except FsdpQloraError:
+        raise
+    except Exception as error:  # whatever upstream's code makes of odd values in config.json
         if isinstance(error, KeyError) and error.args == (attn_implementation,):  # a class with a table of its own
             raise ModelError(
                 f"model.attn_implementation: the code of {config.model_type} has no {attn_implementation}; use eager."
@@ -139,8 +143,9 @@ def build_skeleton(
 def _auto_class(config: Any) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         return AutoModelForSeq2SeqLM
-    names = getattr(config, "architectures", None) or []
-    return AutoModelForMaskedLM if names and names[0].endswith("ForMaskedLM") else AutoModelForCausalLM
+    names = getattr(config, "architectures", None)
+    first = names[0] if isinstance(names, list) and names else None
+    return AutoModelForMaskedLM if str(first).endswith("ForMaskedLM") else AutoModelForCausalLM
 
 
 def is_causal(model_config: Any) -> bool:
@@ -167,13 +172,19 @@ def build_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrained
 
     Raises:
         ModelError: if it has none that transformers can load.
+        SecurityError: if one of its files is a link to elsewhere: the adapter's folder gets a copy of the tokenizer.
     """
+    for pattern in _TOKENIZER_FILES:
+        for file in folder.glob(pattern):
+            own_file(folder, str(file.relative_to(folder)))
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # odd settings show when it is used
     except Exception as error:  # of no special kind where tokenizer.json is damaged
         if "trust_remote_code" in str(error):
             raise not_buildable(folder, error) from error
         raise ModelError(f"model.name: {folder} has no usable tokenizer: {error}") from error
+    return tokenizer
 
 
 def read_shapes(model: PreTrainedModel) -> ModelShapes:

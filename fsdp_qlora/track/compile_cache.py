@@ -6,13 +6,15 @@ unpickles its entries and loads its libraries: another user of the machine who m
 
 from __future__ import annotations
 
+import atexit
 import os
 import stat
-import tempfile
 from collections.abc import MutableMapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from fsdp_qlora.errors import ConfigError, SecurityError, StorageError
+from fsdp_qlora.scratch import scratch_folder
 from fsdp_qlora.track.home import COMPILED_PLACES, cache_folder
 
 
@@ -44,8 +46,10 @@ def settle_compile_caches(env: MutableMapping[str, str]) -> None:
 def _private_place() -> Path:
     try:
         return cache_folder()
-    except (ConfigError, StorageError):  # no home, or none that can be written: for this process alone
-        return Path(tempfile.mkdtemp(prefix="fsdp_qlora-compiled-"))
+    except (ConfigError, StorageError):  # no home, or none that can be written: for this process and its children
+        stack = ExitStack()
+        atexit.register(stack.close)
+        return stack.enter_context(scratch_folder("fsdp_qlora-compiled-"))
 
 
 def who_else_writes(folder: Path) -> str | None:

@@ -19,10 +19,23 @@ from typing import Any
 
 import yaml
 
-from fsdp_qlora.errors import ConfigError, RunFolderError, StorageError
-from fsdp_qlora.files import LACKING, write_first
-from fsdp_qlora.track.lines import read_lines, to_line
+from fsdp_qlora.errors import ConfigError, RunFolderError, SecurityError, StorageError
+from fsdp_qlora.files import (
+    LACKING,
+    open_regular,
+    read_json,
+    read_regular,
+    refuse_irregular,
+    warn_of_others,
+    write_first,
+    write_json,
+    write_text,
+)
+from fsdp_qlora.scratch import sweep
+from fsdp_qlora.track.lines import read_lines, write_lines
 
+_WANDB = "wandb"
+"""W&B's own folder in the run folder; it links from there to its newest run."""
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "fsdp-qlora")
 
 
@@ -34,6 +47,7 @@ class RunFolder:
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
+        self.answers_file = self.path / "answers.jsonl"
         self.exit_file = self.path / "exit.json"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
@@ -53,34 +67,50 @@ class RunFolder:
     def lock(self, flock: Callable[[int, int], None] = fcntl.flock) -> None:
         """Take the folder for this process until it ends; the kernel lets go of it even after kill -9.
 
+        What a killed process left half written goes.
+
         Raises:
             RunFolderError: if another process has it, naming that process.
+            SecurityError: if it holds links or pipes: what is written there would go elsewhere. Nothing was written.
+            StorageError: if it cannot be read, written or locked.
         """
         try:
-            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            handle = open_regular(self.path / ".lock", os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise StorageError(f"{self.path} cannot be written: {error.strerror}.") from error
+        try:
+            locked = self._flock(handle, flock)
+            refuse_irregular(self.path, may_link=_WANDB)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n".encode(), 0)
+        except BaseException as error:
+            os.close(handle)
+            if isinstance(error, OSError):
+                raise StorageError(f"{error.filename or self.path} cannot be used: {error.strerror}.") from error
+            raise
+        self._lock = handle
+        for folder in (self.path, self.checkpoints) if locked else ():
+            sweep(folder)
+        warn_of_others(self.path, *([self.checkpoints] if self.checkpoints.is_dir() else []))
+
+    def _flock(self, handle: int, flock: Callable[[int, int], None]) -> bool:
+        """Lock, or refuse; return False, after a word of warning, where the file system has no locks."""
         try:
             flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(handle, 4096).decode(errors="replace").strip() or "another process"
-            os.close(handle)
             raise RunFolderError(
                 f"run.name: {self.path} is in use by {holder}. Wait for it, stop it, or choose another run.name."
             ) from None
         except OSError as error:
             if error.errno not in LACKING:
-                os.close(handle)
                 raise StorageError(f"{self.path} cannot be locked: {error.strerror}.") from error
-            print(
-                f"fsdp-qlora: run.output_root: this file system knows no locks ({error.strerror}); see to it yourself "
-                f"that no second run uses {self.path}.",
-                file=sys.stderr,
-                flush=True,
+            _say(
+                f"run.output_root: this file system knows no locks ({error.strerror}); see to it yourself "
+                f"that no second run uses {self.path}."
             )
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n".encode(), 0)
-        self._lock = handle
+            return False
+        return True
 
     def unlock(self) -> None:
         """Let go of the folder."""
@@ -121,7 +151,10 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         """Return what `write_summary` wrote."""
-        return json.loads(self.summary_file.read_text(encoding="utf-8"))
+        try:
+            return read_json(self.summary_file, dict[str, Any])
+        except ValueError as error:
+            raise RunFolderError(f"{self.summary_file} is damaged: {error}. Remove it to run again.") from error
 
     @property
     def bad_rows(self) -> Path:
@@ -130,10 +163,9 @@ class RunFolder:
 
     def add_answers(self, step: int, answers: list[dict[str, str]]) -> None:
         """Append the answers at an evaluation to answers.jsonl; those of steps that are run again are replaced."""
-        file = self.path / "answers.jsonl"
+        file = self.answers_file
         kept = [line for line in (read_lines(file) if file.is_file() else []) if line["step"] < step]
-        new = [{"step": step, **answer} for answer in answers]
-        write_text(file, "".join(map(to_line, [*kept, *new])))
+        write_lines(file, [*kept, *({"step": step, **answer} for answer in answers)])
 
     def clear_exit(self) -> None:
         """Forget how the last start ended."""
@@ -150,21 +182,13 @@ class RunFolder:
     def read_exit(self) -> dict[str, Any] | None:
         """Return what `write_exit` wrote, or None."""
         try:
-            return json.loads(self.exit_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_json(self.exit_file, dict[str, Any])
+        except (OSError, ValueError, SecurityError):
             return None
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON as `write_text` does."""
-    write_text(file, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file so that a reader, or a run after a kill, sees the old one or the new one, never half of it."""
-    staging = file.with_name(f".{file.name}.part")
-    staging.write_text(text, encoding="utf-8", errors="backslashreplace")
-    staging.replace(file)
+def _say(message: str) -> None:
+    print(f"fsdp-qlora: {message}", file=sys.stderr, flush=True)
 
 
 def read_config(file: str) -> dict[str, Any]:
@@ -174,7 +198,8 @@ def read_config(file: str) -> dict[str, Any]:
         ConfigError: if it is not there or is no mapping.
     """
     try:
-        values = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+        # a person may name a link; what it leads to is a file, and of a sane size
+        values = yaml.safe_load(read_regular(Path(os.path.realpath(Path(file).expanduser()))).decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"run_from: {file} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fsdp_qlora.errors import typed_line
+from fsdp_qlora.files import append_to, read_regular, replacing
+from fsdp_qlora.track.lines import Appended
+from fsdp_qlora.track.unwritten import Unwritten
 
 
 class Sink(Protocol):
@@ -27,40 +30,37 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object a line, flushed as written."""
+    """metrics.jsonl: one JSON object a line, written at once."""
 
-    def __init__(self, file: Path, resume_step: int) -> None:
-        """Open for appending; lines after ``resume_step`` are of steps that a resume does again, and are cut."""
-        self._file = file
-        if file.exists():
-            self._cut(resume_step)
-        self._stream = file.open("a", encoding="utf-8")
+    def __init__(self, file: Path, resume_step: int, unwritten: Unwritten) -> None:
+        """Begin the file, or go on with it: lines after ``resume_step``, whose steps a resume does again, are cut."""
+        self._file, self._unwritten = file, unwritten
+        self._lines = Appended(file, unwritten)
+        self._cut(resume_step)
 
     def _cut(self, step: int) -> None:
-        kept = [
-            line for line in self._file.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step
-        ]
-        staging = self._file.with_name(f".{self._file.name}.tmp")
-        staging.write_text("".join(kept if step else []), encoding="utf-8")
-        staging.replace(self._file)
+        append_to(self._file).close()
+        lines = read_regular(self._file, None).splitlines(keepends=True)
+        kept = [line for line in lines if step and _step_of(line) <= step]
+        if kept != lines:
+            with replacing(self._file) as stream:
+                stream.writelines(kept)
 
     def rewind(self, step: int) -> None:
         """Cut the lines of later steps."""
-        self._stream.close()
-        self._cut(step)
-        self._stream = self._file.open("a", encoding="utf-8")
+        self._lines.forget()
+        self._unwritten.attempt(self._file, lambda: self._cut(step))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append a line."""
-        self._stream.write(json.dumps({"time": round(time.time(), 3), "step": step, **values}) + "\n")
-        self._stream.flush()
+        self._lines.add(json.dumps({"time": round(time.time(), 3), "step": step, **values}) + "\n")
 
     def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
+        """Write what could not be written before, if there is room now."""
+        self._lines.flush()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
+
+from fsdp_qlora.files import misfit
 
 RECENT_STEPS = 16
 
@@ -57,8 +59,19 @@ class Progress:
         known = self.recent_losses
         return factor * sum(known) / len(known) if factor > 0 and len(known) == RECENT_STEPS else math.inf
 
+    @staticmethod
+    def problem(values: dict[str, Any]) -> str | None:
+        """Return what of the values of a checkpoint cannot be a progress's, or None."""
+        kinds = get_type_hints(Progress)
+        for name, value in values.items():
+            if (wrong := misfit(value, kinds[name], f"progress.{name}")) is not None:
+                return wrong
+            if kinds[name] is int and value < (-1 if name == "evaluated_step" else 0):
+                return f"progress.{name} is {value}"
+        return None
+
     def restore(self, values: dict[str, Any]) -> None:
-        """Take the values of a checkpoint."""
+        """Take the values of a checkpoint; see `problem`."""
         for name, value in values.items():
             setattr(self, name, value)
 

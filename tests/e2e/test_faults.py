@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
+from fsdp_qlora.checkpoint.contents import whole_of
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
+from fsdp_qlora.model.weights import file_digests
 from tests import warm
 from tests.build import essence, metrics
 from tests.soak import soak
 from tests.tiers import some_in_full
-from tests.tiny import poisoned
+from tests.tiny import make_model, poisoned
 
 KEPT = ("checkpoint.every_steps=2", "checkpoint.keep_last=1", "train.max_steps=6", "train.eval_every=2")
 
@@ -81,9 +83,9 @@ def _kill(folder: Path, arguments: list[str], env: dict[str, str], whole: Whole,
 
 POINTS = {
     "before its first shard": r"open .*saving_step_00000002/shard",
-    "before the manifest": r"open .*saving_step_00000004/manifest",
+    "before the manifest": r"open .*saving_step_00000004/\.manifest",
     "before the rename": r"os.rename .*saving_step_00000004 ",
-    "before COMPLETE": r"os.rename .*step_00000004/.COMPLETE.part",
+    "before COMPLETE": r"os.rename .*step_00000004/\.COMPLETE\.",
     "while an old one is removed": r"os.rename .*step_00000002 .*removing",
     "before the summary": r"os.rename .*summary.json$",
 }
@@ -118,7 +120,7 @@ def test_rank_0_killed_at_every_write_point(whole, arguments, cli_env, tmp_path,
 SIGNALS = {
     "before step 1": (signal.SIGTERM, r"os.mkdir .*outputs/run"),
     "during the first evaluation": (signal.SIGUSR1, r"open .*metrics.jsonl"),
-    "during a save": (signal.SIGTERM, r"open .*saving_step_00000002/manifest"),
+    "during a save": (signal.SIGTERM, r"open .*saving_step_00000002/\.manifest"),
 }
 
 
@@ -184,6 +186,55 @@ def test_a_full_disk_is_seen_before_writing_and_the_older_checkpoint_stays(argum
         assert json.loads((disk / "run/exit.json").read_text())["code"] == 74
     finally:
         subprocess.run(["umount", str(disk)], check=False)
+
+
+@pytest.mark.full
+def test_a_base_that_was_changed_between_the_samples_is_refused_by_a_resume(arguments, cli_env, tmp_path):
+    """R18: and one that was only copied is taken, after it was read."""
+    model = make_model(tmp_path / "large", intermediate_size=4096)  # larger than all samples together
+    run = [*arguments, f"model.name={model}", "train.eval_every=0"]
+    codes, text = warm.run(run, tmp_path, cli_env)
+    assert codes == [0, 0], text
+    _, manifest = open_checkpoint(tmp_path / "outputs/run/checkpoints/step_00000006")
+    assert whole_of(manifest.identity).keys() == {"model.safetensors"}
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    codes, text = warm.run([*run, "train.max_steps=8"], tmp_path, cli_env)
+    assert codes == [0, 0] and text.count("reading the base model's files whole") == 1, text
+    sampled = file_digests(model)
+    data = bytearray(weights.read_bytes())
+    data[-200_000:-199_998] = b"\0\0"
+    weights.write_bytes(bytes(data))
+    assert file_digests(model) == sampled, "the samples do not see it"
+    codes, text = warm.run([*run, "train.max_steps=9"], tmp_path, cli_env)
+    assert codes == [2, 2] and f"{weights} is not the file that" in text, text
+
+
+@pytest.mark.full
+def test_a_full_disk_at_a_line_of_metrics_stops_the_run_after_a_save(arguments, cli_env, tmp_path):
+    """R12: 74 with the path, no step lost, and the same command goes on."""
+    file, small = tmp_path / "outputs/run/metrics.jsonl", tmp_path / "small"
+    file.parent.mkdir(parents=True)
+    small.mkdir()
+    file.touch()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "x", str(small)], check=False).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here; tests/unit/test_unwritten.py has the parts")
+    (small / "filler").write_bytes(b"x" * 4096)
+    (small / "metrics.jsonl").touch()  # one page is left for it
+    run = [*arguments, "train.max_steps=40", "checkpoint.every_steps=100", "train.eval_every=0"]
+    try:
+        subprocess.run(["mount", "--bind", str(small / "metrics.jsonl"), str(file)], check=True)
+        codes, text = warm.run(run, tmp_path, cli_env, timeout=120)
+    finally:
+        subprocess.run(["umount", str(file)], check=False)
+        subprocess.run(["umount", str(small)], check=False)
+    assert codes == [74, 74], text
+    assert f"{file} cannot be written: No space left on device" in text and "The run was saved and stopped" in text
+    (saved,) = complete_checkpoints(tmp_path / "outputs/run/checkpoints")
+    assert 5 < int(saved.name[5:]) < 40
+    codes, text = warm.run(run, tmp_path, cli_env, timeout=120)
+    assert codes == [0, 0], text
+    assert [line["step"] for line in metrics(tmp_path / "outputs/run")][-1] == 40
 
 
 @pytest.mark.parametrize("policy", some_in_full(["stop", "skip", "rollback"], ["skip"]))

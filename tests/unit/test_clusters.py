@@ -13,6 +13,7 @@ from fsdp_qlora.files import sync, write_first
 from fsdp_qlora.track.home import settle_without_home
 from fsdp_qlora.track.run_folder import RunFolder
 from fsdp_qlora.track.tracker import Beside, JsonLines, Tracker
+from fsdp_qlora.track.unwritten import Unwritten
 
 
 def _python(cli_env, code: str, **env: str | None) -> subprocess.CompletedProcess[str]:
@@ -139,7 +140,7 @@ class _Broken:
 
 def test_a_sink_that_fails_is_reported_once_and_the_truth_goes_on(tmp_path, capsys):
     broken = _Broken()
-    tracker = Tracker([JsonLines(tmp_path / "metrics.jsonl", 0), Beside(broken, "track=wandb")])
+    tracker = Tracker([JsonLines(tmp_path / "metrics.jsonl", 0, Unwritten()), Beside(broken, "track=wandb")])
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1.0})
     tracker.rewind(2)

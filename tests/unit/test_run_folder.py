@@ -11,20 +11,21 @@ import pytest
 from fsdp_qlora.errors import RunFolderError
 from fsdp_qlora.track.run_folder import RunFolder
 from fsdp_qlora.track.tracker import JsonLines
+from fsdp_qlora.track.unwritten import Unwritten
 
 
 def test_lines_after_the_checkpoint_are_cut_and_those_before_stay_byte_identical(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    sink = JsonLines(file, 0)
+    sink = JsonLines(file, 0, Unwritten())
     for step in range(1, 6):
         sink.log(step, {"loss": 1 / step})
     sink.close()
     before = file.read_bytes()
     with file.open("a") as half:
         half.write('{"time": 1, "ste')
-    JsonLines(file, 3).close()
+    JsonLines(file, 3, Unwritten()).close()
     assert file.read_bytes() == b"".join(before.splitlines(keepends=True)[:3])
-    JsonLines(file, 0).close()
+    JsonLines(file, 0, Unwritten()).close()
     assert file.read_bytes() == b""
 
 
