@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fsdp_qlora.cli.foreign import TAKEN, is_taken, refuse_hydras_own
+from fsdp_qlora.cli.foreign import TAKEN, is_taken, refuse_hydras_own, require_typed
 from fsdp_qlora.cli.quoting import list_of_names, literal, quoted, sweep_hint
 from fsdp_qlora.config.convert import convert, field_types, from_dict, known_keys, nearest
 from fsdp_qlora.config.rules import check
@@ -62,6 +62,7 @@ VERBATIM = frozenset(
 
 GROUPS = [name for name, kind in field_types(RunConfig).items() if dataclasses.is_dataclass(kind)]
 EXPERIMENT = "experiment"
+_ABSENT = object()
 
 
 def conf_dir() -> Path:
@@ -179,19 +180,42 @@ def compose_config(verb: str, arguments: Sequence[str]) -> RunConfig:
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             composed = compose(verb, [*search, *line.overrides])
-        values = to_values(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
-    for key, value in {**saved, **_typed_overrides(line, saved), **line.verbatim}.items():
-        _set(values, key, value)
-    return check(from_dict(values))
+    return _settle(composed, line, saved)
 
 
-def to_values(composed: DictConfig) -> dict[str, Any]:
-    """Return a composed config as plain dictionaries, interpolations resolved."""
-    values = OmegaConf.to_container(composed, resolve=True)
+def _settle(composed: DictConfig, line: CommandLine, saved: dict[str, Any], below: str = "") -> RunConfig:
+    """Return the checked settings: what Hydra composed, then those of ``run_from``, then the command line's.
+
+    ``below`` is a job's folder in that of its sweep.
+    """
+    try:
+        values = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
     assert isinstance(values, dict)
-    return typing.cast(dict[str, Any], values)
+    settings = typing.cast(dict[str, Any], values)
+    typed = _typed_overrides(line, settings) if saved else {}
+    for key, value in {**saved, **typed, **line.verbatim}.items():
+        _set(settings, key, value)
+    config = from_dict(settings)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=config.run.name + below))
+    if files := " or ".join(_not_ours(line)):
+        require_typed(config, {override.key_or_group for override in _parsed(line)}, files)
+    return check(config)
+
+
+def _not_ours(line: CommandLine) -> Iterator[str]:
+    """Yield the files of settings that somebody else may have written."""
+    if (file := line.verbatim.get("run_from")) is not None:
+        yield f"run_from={file}"
+    if line.config_dir is not None:
+        yield f"--config-dir={line.config_dir}"
+
+
+def _parsed(line: CommandLine) -> list[Override]:
+    return OverridesParser.create().parse_overrides(line.overrides)
 
 
 def explain(error: Exception) -> str:
@@ -218,12 +242,16 @@ def _start_from(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
     return {k: v for k, v in saved.items() if k.partition(".")[0] not in chosen}, line
 
 
-def _typed_overrides(line: CommandLine, saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the command line's own values: they win over those of ``run_from``."""
-    if not saved:
-        return {}
-    parsed = [p for p in OverridesParser.create().parse_overrides(line.overrides) if p.key_or_group not in GROUPS]
-    return {p.key_or_group: p.value() for p in parsed}
+def _typed_overrides(line: CommandLine, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the command line's own values, as they were composed: they win over those of ``run_from``."""
+    typed: dict[str, Any] = {}
+    for key in {override.key_or_group for override in _parsed(line)} - set(GROUPS):
+        value: Any = settings
+        for part in key.split("."):
+            value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
+        if value is not _ABSENT:  # as Hydra's own settings are
+            typed[key] = value
+    return typed
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -326,17 +354,12 @@ def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) ->
         raise ConfigError("\n".join(problems))
     register()
     saved, line = _start_from(line)
-    swept = [p.key_or_group for p in OverridesParser.create().parse_overrides(line.overrides) if p.is_sweep_override()]
+    swept = [override.key_or_group for override in _parsed(line) if override.is_sweep_override()]
     ends: list[int | FsdpQloraError] = []
 
     def job(composed: DictConfig) -> None:
-        values = to_values(composed)
-        for key, value in {**saved, **_typed_overrides(line, saved), **line.verbatim}.items():
-            _set(values, key, value)
-        if swept:
-            values["run"]["name"] += f"/{_job_name(swept)}"
         try:  # Hydra would turn an error of ours into a traceback and code 1
-            ends.append(run(check(from_dict(values))))
+            ends.append(run(_settle(composed, line, saved, f"/{_job_name(swept)}" if swept else "")))
         except FsdpQloraError as error:
             ends.append(error)
             print(f"fsdp-qlora: {error}", file=sys.stderr)

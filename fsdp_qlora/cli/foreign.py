@@ -1,18 +1,19 @@
-"""Folders of settings that others may have written (``--config-dir``): they set our keys and none of Hydra's own.
+"""Settings that others may have written (``--config-dir``, ``run_from``): they alone let no code run.
 
-Hydra's own settings run code: callbacks and loggers are built from names of classes, ``env_set`` changes how Python
-imports. An experiment has no need of them.
+They set none of Hydra's own settings, which run code: callbacks and loggers are built from names of classes,
+``env_set`` changes how Python imports. And those of ours that let code run count only where they were typed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import SecurityError
 
 TAKEN = ("hydra.sweep.", "hydra.verbose", "hydra/launcher", "hydra.launcher.", "hydra/sweeper", "hydra.sweeper.")
@@ -61,3 +62,33 @@ def _words(entry: Any) -> str:
 def is_taken(key: str) -> bool:
     """Whether the command line takes this one of Hydra's own settings."""
     return key.startswith(TAKEN) and "_target_" not in key
+
+
+def switches_on(config: RunConfig) -> dict[str, str]:
+    """Return the settings that let code run and are on: their keys, and whose code it is."""
+    found = {}
+    if config.model.trust_remote_code:
+        found["model.trust_remote_code"] = f"Python code that comes with the model {config.model.name}"
+    if config.data.allow_code:
+        found["data.allow_code"] = f"the function data.row_function={config.data.row_function}"
+    return found
+
+
+def require_typed(config: RunConfig, typed: Collection[str], files: str) -> None:
+    """Check that what lets code run was typed, not only set in a file.
+
+    Args:
+        config: the settings, files and command line together.
+        typed: keys of the command line.
+        files: what to call the files that are not ours.
+
+    Raises:
+        SecurityError: naming what to type.
+    """
+    untyped = {key: code for key, code in switches_on(config).items() if key not in typed}
+    if untyped:
+        keys, words = " and ".join(untyped), " ".join(f"{key}=true" for key in untyped)
+        raise SecurityError(
+            f"{keys}: set in {files}, which is not enough to run {' and '.join(untyped.values())}. If you trust that "
+            f"code, add to the command line: {words}"
+        )
