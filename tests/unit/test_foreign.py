@@ -23,7 +23,13 @@ FILES = {
     "defaults": ("experiment/x.yaml", "# @package _global_\ndefaults:\n  - override /hydra/callbacks: x\n"),
     "a place in defaults": ("experiment/x.yaml", "# @package _global_\ndefaults:\n  - /run@hydra.callbacks: x\n"),
     "another ending": ("hydra/job_logging/x.yml", "version: 1\n"),
-}
+    "a tag that Hydra alone takes": ("experiment/x.yaml", f"# @package _global_\nhydra: {{callbacks: {CODE}}}\nrun: {{name: !!python/object/apply:pathlib.PosixPath [a]}}\n"),
+    "a line that YAML alone ends": ("experiment/x.yaml", f"# @a b\u2028# @package hydra.callbacks\nevil: {CODE}\n"),
+    "merged": ("experiment/x.yaml", f"# @package _global_\nz: &z {{hydra: {{callbacks: {CODE}}}}}\n<<: *z\n"),
+    "a file beside the folder": ("experiment/x.yaml", "# @package _global_\ndefaults:\n  - /../beside/evil\n"),
+    "a file anywhere": ("experiment/x.yaml", "# @package _global_\ndefaults:\n  - /BESIDE/evil\n"),
+    "a list from elsewhere": ("experiment/x.yaml", "# @package _global_\nd: [/../beside/evil]\ndefaults: ${d}\n"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -33,7 +39,11 @@ def test_a_foreign_folder_reaches_nothing_of_hydras(tmp_path, monkeypatch, kind)
     file = tmp_path / "theirs" / place
     file.parent.mkdir(parents=True)
     canary = tmp_path / "canary"
-    file.write_text(text.replace("CANARY", str(canary)))
+    file.write_text(text.replace("CANARY", str(canary)).replace("BESIDE", str(tmp_path / "beside")))
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside/evil.yaml").write_text(
+        f"# @package hydra.callbacks\nevil: {CODE}\n".replace("CANARY", str(canary))
+    )
     words = [f"--config-dir={tmp_path / 'theirs'}", "experiment=x", "model.name=m", "data.train=d"]
     with pytest.raises(SecurityError, match=str(file)):
         hydra_main("plan", split([*words, "-m"]), lambda config: 0)
@@ -41,6 +51,15 @@ def test_a_foreign_folder_reaches_nothing_of_hydras(tmp_path, monkeypatch, kind)
         compose_config("plan", words)
     assert not canary.exists()
     assert SecurityError.exit_code == 77
+
+
+def test_a_foreign_folder_goes_nowhere_by_a_link(tmp_path):
+    """S4: Hydra would follow it to files that nothing has looked at."""
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/experiment").symlink_to(tmp_path / "beside")
+    with pytest.raises(SecurityError, match="is a link to a folder"):
+        compose_config("plan", [f"--config-dir={tmp_path / 'theirs'}", "model.name=m"])
 
 
 def test_an_honest_folder_is_taken(tmp_path):

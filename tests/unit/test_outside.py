@@ -25,7 +25,6 @@ READS = {
     "a variable's name put together": "run: {name: TOKEN}\nmodel: {name: '${oc.env:HF_${run.name}}'}\n",
     "in a mapping": "data: {columns: {messages: '${oc.env:HF_TOKEN}'}}\n",
     "a number": "optim: {lr: '${oc.env:HF_TOKEN}'}\n",
-    "what picks a file": "defaults:\n  - /optim: ${oc.env:HF_TOKEN}\n",
     "SLURM's own password": _NAME.format("${oc.env:SLURM_JWT}"),
     "another name": _NAME.format("${oc.env:HOME_TOKEN}"),
 }
@@ -69,6 +68,12 @@ def test_nor_where_hydra_itself_resolves(experiment, capfd, flags, key):
     assert CANARY not in "".join(capfd.readouterr())
 
 
+def test_no_variable_picks_a_file(experiment):
+    words = experiment("defaults:\n  - /optim: ${oc.env:HF_TOKEN}\n")
+    with pytest.raises(SecurityError, match="in its defaults"):
+        compose_config("plan", words)
+
+
 def test_hydras_own_knowledge_is_not_read(experiment):
     words = experiment(_NAME.format("${hydra:runtime.cwd}"))
     assert hydra_main("plan", split([*words, "-m"]), lambda config: 0) == 77
@@ -103,7 +108,6 @@ WRONG = {
     "a number": "optim: {lr: '${oc.env:MINE}'}\n",
     "a choice": "quant: {name: '${oc.env:MINE}'}\n",
     "a rule": "run: {name: 'a/${oc.env:MINE}'}\n",
-    "a file": "defaults:\n  - /optim: ${oc.env:MINE}\n",
     "decoded": "optim: {lr: '${oc.decode:\"[${oc.env:MINE}\"}'}\n",
 }
 
