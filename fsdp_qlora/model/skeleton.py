@@ -29,7 +29,7 @@ from fsdp_qlora.model.construct import (
     unmade_buffers,
 )
 from fsdp_qlora.model.linears import is_plain_linear, replaceable_linears
-from fsdp_qlora.model.model_config import load_config, not_buildable
+from fsdp_qlora.model.model_config import load_config, not_buildable, require_sane
 from fsdp_qlora.model.peft_names import names_taken_for_experts, renamed_by_peft
 from fsdp_qlora.plan.layout import ModelShapes
 
@@ -122,7 +122,7 @@ def build_skeleton(
             model = _auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             )
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if isinstance(error, KeyError) and error.args == (attn_implementation,):  # a class with a table of its own
             raise ModelError(
                 f"model.attn_implementation: the code of {config.model_type} has no {attn_implementation}; use eager."
@@ -168,6 +168,7 @@ def build_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrained
     Raises:
         ModelError: if it has none that transformers can load.
     """
+    require_sane(folder)  # which transformers reads for some tokenizers, too
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of no special kind where tokenizer.json is damaged

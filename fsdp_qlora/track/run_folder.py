@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from fsdp_qlora.bounded import OutOfBoundsError, read_settings
 from fsdp_qlora.errors import ConfigError, RunFolderError, StorageError
 from fsdp_qlora.files import LACKING, write_first
 from fsdp_qlora.track.lines import read_lines, to_line
@@ -168,19 +169,23 @@ def write_text(file: Path, text: str) -> None:
 
 
 def read_config(file: str) -> dict[str, Any]:
-    """Read a config.yaml as data.
+    """Read a config.yaml as data, or that of a run's folder.
 
     Raises:
-        ConfigError: if it is not there or is no mapping.
+        ConfigError: if it is not there, is no mapping, or is more than settings can be.
     """
+    path = Path(file).expanduser()
+    path = path / "config.yaml" if path.is_dir() else path
     try:
-        values = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_settings(path))
     except OSError as error:
-        raise ConfigError(f"run_from: {file} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"run_from: {file} is not YAML: {error}") from error
+        raise ConfigError(f"run_from: {path} cannot be read: {error.strerror}.") from error
+    except OutOfBoundsError as error:
+        raise ConfigError(f"run_from: {path} holds more than settings can: {error}.") from error
+    except Exception as error:  # of any kind: a date that there is not is a ValueError, a number without digits another
+        raise ConfigError(f"run_from: {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"run_from: {file} holds no settings.")
+        raise ConfigError(f"run_from: {path} holds no settings.")
     return values
 
 

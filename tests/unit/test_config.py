@@ -61,8 +61,15 @@ def test_run_from_repeats_a_run_and_the_command_line_wins(tmp_path):
     file.write_text(yaml.safe_dump(to_dict(first)))
     again = compose_config("train", [f"run_from={file}"])
     assert dataclasses.replace(again, run_from=None) == first
+    of_folder = compose_config("train", [f"run_from={tmp_path}"])
+    assert dataclasses.replace(of_folder, run_from=None) == first
     other = compose_config("train", [f"run_from={file}", "lora.r=5", "optim=adamw"])
     assert (other.lora.r, other.optim.name, other.optim.lr, other.quant.name) == (5, "adamw", 2e-4, "fp4")
+
+
+def test_a_folder_without_a_run_is_no_start(tmp_path):
+    with pytest.raises(ConfigError, match=f"run_from: {tmp_path}/config.yaml cannot be read: No such file"):
+        compose_config("train", [f"run_from={tmp_path}"])
 
 
 def test_a_sweep_starts_from_an_earlier_run(tmp_path, monkeypatch):
