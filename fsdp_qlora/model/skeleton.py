@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fsdp_qlora.config.convert import nearest
 from fsdp_qlora.errors import ModelError, typed_line
 from fsdp_qlora.model.attention import BLOCKWISE  # noqa: F401 - registers it
 from fsdp_qlora.model.construct import (
@@ -78,8 +79,9 @@ class _TerminalBar(tqdm):
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    folder = Path(name).absolute()
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=_DOWNLOAD_PATTERNS, tqdm_class=_TerminalBar)
@@ -87,8 +89,19 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:  # the hub's, or those of whichever HTTP library it stands on
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
         raise ModelError(
-            f"model.name: {name} is no folder here and the hub did not give it{offline}: {typed_line(error)}"
+            f"model.name: {name} is no folder here and the hub did not give it{offline}: {typed_line(error)} "
+            f"Looked for: the folder {folder}{_beside(folder)}; then {name} on {constants.ENDPOINT}. A name that "
+            "begins with ./ or / is always a folder's."
         ) from error
+
+
+def _beside(folder: Path) -> str:
+    """Return what a missing folder may be a misspelling of, to be put behind its name."""
+    try:
+        there = sorted(place.name for place in folder.parent.iterdir() if place.is_dir())
+    except OSError:  # nor is there a folder that would hold it
+        return ""
+    return f" ({folder.parent.name} is here, without it.{nearest(folder.name, there)})"
 
 
 def build_skeleton(
