@@ -171,3 +171,5 @@ def test_upstreams_defaults_are_within_the_bounds():
 def test_a_number_is_named_with_its_bound():
     with pytest.raises(OutOfBoundsError, match=r"num_experts in its config is 1e\+09, and at most 16384 are taken"):
         require_bounded_values({"text_config": [{"num_experts": MANY}]})
+    with pytest.raises(OutOfBoundsError, match="at most 1024"):
+        require_bounded_values({"num_hidden_layers": 10**400})
