@@ -1,13 +1,12 @@
 """fsdp_qlora: fine-tune large language models in 4-bit on many GPUs.
 
-The public names, loaded when first used, so that importing the package costs nothing.
+The public names, loaded when first used, so that importing the package costs nothing. Imports only what ``python -m``
+has loaded before: the current folder is still the first place in which modules are looked for (`module_path`).
 """
 
-from __future__ import annotations
-
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as type checkers know it, without importing typing
 if TYPE_CHECKING:
     from fsdp_qlora.api import Prepared, load_for_inference, open_world, prepare
     from fsdp_qlora.checkpoint.checkpointer import Checkpointer
@@ -87,7 +86,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,11 +1,9 @@
 """`fsdp-qlora VERB [overrides]` and `torchrun -m fsdp_qlora VERB [overrides]`: compose, check, then import the verb."""
 
-from __future__ import annotations
-
-from fsdp_qlora.cli.module_path import look_here_last
+from fsdp_qlora.module_path import leave_here
 
 if __name__ == "__main__":  # started by -m, which puts the current folder first: before anything else is imported
-    look_here_last()
+    leave_here()
 
 import json
 import os
@@ -53,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the process's exit code."""
     withstand()
     if arguments is None:
+        leave_here()
         restart_in_utf8()
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
@@ -70,7 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(verb: str, arguments: list[str]) -> int:
     _require_current_folder()
-    look_here_last()
     if verb not in VERBS:
         raise ConfigError(f"{verb}: there is no such verb.{nearest(verb, VERBS)}\n{usage()}")
     if verb == "inspect":  # paths, not settings

@@ -49,7 +49,7 @@ class BaseFiles:
         """
         digests, ranks = self._digests, self._ranks
         if any_rank(self._local_rank == 0 and digests.missing(saved), ranks):
-            self._prepared.phases.enter("reading the base model's files whole")
+            self._ranks.phases.enter("reading the base model's files whole")
             if ranks.is_main:
                 print(
                     f"fsdp-qlora: reading the base model's files whole, to compare them with those of {checkpoint}",

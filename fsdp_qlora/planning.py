@@ -74,7 +74,8 @@ def attentions_for(config: RunConfig, device: torch.device, source: Path) -> tup
     if config.debug.name == "plain" and asked == "auto":
         asked = EAGER
     model_config = load_config(source, model.trust_remote_code, model.config_overrides)
-    return attention_candidates(device, asked, model_config, model_dtype(config.precision.name))
+    dtype = model_dtype(config.precision.name)
+    return attention_candidates(device, asked, model_config, dtype, model.trust_remote_code)
 
 
 def replace_attention(config: RunConfig, attention: str) -> RunConfig:

@@ -84,7 +84,7 @@ def cli_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def real_model() -> Path:
     """Folder of the embedded SmolLM2-135M-Instruct; the test is skipped where it was not fetched (make assets)."""
-    from fsdp_qlora.cli.compose import embedded_path
+    from fsdp_qlora.cli.outside import embedded_path
 
     folder = Path(embedded_path("smollm2-135m-instruct"))
     if not (folder / "config.json").is_file():

@@ -25,13 +25,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fsdp_qlora.cli.foreign import TAKEN, is_taken, refuse_hydras_own
+from fsdp_qlora.cli.foreign import TAKEN, is_taken, refuse_hydras_own, require_typed
+from fsdp_qlora.cli.outside import Outside
 from fsdp_qlora.cli.quoting import list_of_names, literal, quoted, sweep_hint
 from fsdp_qlora.config.convert import convert, field_types, from_dict, known_keys, nearest
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
-from fsdp_qlora.track.home import cache_folder
 from fsdp_qlora.track.run_folder import read_config
 
 _MAPPINGS = ("data.columns", "model.config_overrides", "quant.overrides")
@@ -62,6 +62,7 @@ VERBATIM = frozenset(
 
 GROUPS = [name for name, kind in field_types(RunConfig).items() if dataclasses.is_dataclass(kind)]
 EXPERIMENT = "experiment"
+_ABSENT = object()
 
 
 def conf_dir() -> Path:
@@ -71,10 +72,10 @@ def conf_dir() -> Path:
     return packaged if packaged.is_dir() else package.parent / "conf"
 
 
-def register() -> None:
+def register() -> Outside:
     """Put the schema into Hydra's ConfigStore: a group's as ``<group>/schema``, the root's as ``run_config``.
 
-    Frozen dataclasses would make every override fail, so Hydra gets unfrozen twins.
+    Frozen dataclasses would make every override fail, so Hydra gets unfrozen twins. Returns what answers resolvers.
     """
     store = ConfigStore.instance()
     twins: dict[str, type] = {}
@@ -83,7 +84,9 @@ def register() -> None:
             twins[name] = _twin(typing.cast(type, kind))
             store.store(group=name, name="schema", node=twins[name])
     store.store(name="run_config", node=_twin(RunConfig, twins))
-    OmegaConf.register_new_resolver("embedded", embedded_path, replace=True)
+    outside = Outside()
+    outside.register()
+    return outside
 
 
 def _twin(schema: type, groups: dict[str, type] | None = None) -> type:
@@ -100,11 +103,6 @@ def _twin(schema: type, groups: dict[str, type] | None = None) -> type:
         is_factory = item.default is dataclasses.MISSING
         fields.append((item.name, kind, field(default_factory=default) if is_factory else field(default=default)))  # type: ignore[arg-type]
     return dataclasses.make_dataclass(schema.__name__, fields)
-
-
-def embedded_path(name: str) -> str:
-    """Return where an embedded model or data file lies once `prepare` has fetched it."""
-    return str(cache_folder() / "embedded" / name)
 
 
 @dataclass(frozen=True)
@@ -172,36 +170,55 @@ def compose_config(verb: str, arguments: Sequence[str]) -> RunConfig:
     problems = list(_problems(line))
     if problems:
         raise ConfigError("\n".join(problems))
-    register()
+    outside = register()
     saved, line = _start_from(line)
     own = f"file://{Path(line.config_dir).absolute()}" if line.config_dir else ""
     search = [f"hydra.searchpath=[{literal(own)}]"] if own else []
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             composed = compose(verb, [*search, *line.overrides])
-        values = to_values(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)) from error
-    for key, value in {**saved, **_typed_overrides(line, saved), **line.verbatim}.items():
-        _set(values, key, value)
-    return check(from_dict(values))
+        raise outside.explained(error) from error
+    return _settle(composed, outside, line, saved)
 
 
-def to_values(composed: DictConfig) -> dict[str, Any]:
-    """Return a composed config as plain dictionaries, interpolations resolved."""
-    values = OmegaConf.to_container(composed, resolve=True)
+def _settle(
+    composed: DictConfig, outside: Outside, line: CommandLine, saved: dict[str, Any], below: str = ""
+) -> RunConfig:
+    """Return the checked settings: what Hydra composed, then those of ``run_from``, then the command line's.
+
+    ``below`` is a job's folder in that of its sweep.
+    """
+    outside.register()  # Hydra has registered its own since
+    try:
+        values = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise outside.explained(error) from error
     assert isinstance(values, dict)
-    return typing.cast(dict[str, Any], values)
+    settings = typing.cast(dict[str, Any], values)
+    typed = _typed_overrides(line, settings) if saved else {}
+    for key, value in {**saved, **typed, **line.verbatim}.items():
+        _set(settings, key, value)
+    try:
+        config = from_dict(settings)
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=config.run.name + below))
+        if files := " or ".join(_not_ours(line)):
+            require_typed(config, {override.key_or_group for override in _parsed(line)}, files)
+        return check(config)
+    except ConfigError as error:
+        raise ConfigError(outside.without_values(str(error))) from None
 
 
-def explain(error: Exception) -> str:
-    """Return the part of a Hydra or OmegaConf error that a person can use."""
-    text = str(error).strip()
-    cause = error.__cause__
-    if cause is not None and str(cause).strip() not in text:
-        text = f"{text} ({str(cause).strip().splitlines()[0]})"
-    lines = [part for part in text.splitlines() if "full_key:" in part or "object_type" not in part]
-    return " ".join(part.strip() for part in lines if part.strip())
+def _not_ours(line: CommandLine) -> Iterator[str]:
+    """Yield the files of settings that somebody else may have written."""
+    if (file := line.verbatim.get("run_from")) is not None:
+        yield f"run_from={file}"
+    if line.config_dir is not None:
+        yield f"--config-dir={line.config_dir}"
+
+
+def _parsed(line: CommandLine) -> list[Override]:
+    return OverridesParser.create().parse_overrides(line.overrides)
 
 
 def _start_from(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
@@ -218,12 +235,16 @@ def _start_from(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
     return {k: v for k, v in saved.items() if k.partition(".")[0] not in chosen}, line
 
 
-def _typed_overrides(line: CommandLine, saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the command line's own values: they win over those of ``run_from``."""
-    if not saved:
-        return {}
-    parsed = [p for p in OverridesParser.create().parse_overrides(line.overrides) if p.key_or_group not in GROUPS]
-    return {p.key_or_group: p.value() for p in parsed}
+def _typed_overrides(line: CommandLine, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the command line's own values, as they were composed: they win over those of ``run_from``."""
+    typed: dict[str, Any] = {}
+    for key in {override.key_or_group for override in _parsed(line)} - set(GROUPS):
+        value: Any = settings
+        for part in key.split("."):
+            value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
+        if value is not _ABSENT:  # as Hydra's own settings are
+            typed[key] = value
+    return typed
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -324,19 +345,14 @@ def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) ->
     """Let Hydra itself handle its flags: --help, --cfg job, --info, --multirun."""
     if problems := list(_problems(line)):
         raise ConfigError("\n".join(problems))
-    register()
+    outside = register()
     saved, line = _start_from(line)
-    swept = [p.key_or_group for p in OverridesParser.create().parse_overrides(line.overrides) if p.is_sweep_override()]
+    swept = [override.key_or_group for override in _parsed(line) if override.is_sweep_override()]
     ends: list[int | FsdpQloraError] = []
 
     def job(composed: DictConfig) -> None:
-        values = to_values(composed)
-        for key, value in {**saved, **_typed_overrides(line, saved), **line.verbatim}.items():
-            _set(values, key, value)
-        if swept:
-            values["run"]["name"] += f"/{_job_name(swept)}"
         try:  # Hydra would turn an error of ours into a traceback and code 1
-            ends.append(run(check(from_dict(values))))
+            ends.append(run(_settle(composed, outside, line, saved, f"/{_job_name(swept)}" if swept else "")))
         except FsdpQloraError as error:
             ends.append(error)
             print(f"fsdp-qlora: {error}", file=sys.stderr)
@@ -353,7 +369,12 @@ def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) ->
         keep_tree_clean += ["hydra.sweep.dir=${run.output_root}/${run.name}", "hydra.sweep.subdir=."]
     flags = [flag if flag != "-m" else "--multirun" for flag in line.flags]
     sys.argv = [f"fsdp-qlora {verb}", *flags, *extra, *line.overrides, *shown, *keep_tree_clean]
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(job)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(job)()
+    except (SystemExit, HydraException, OmegaConfBaseException):
+        if outside.refusal is not None:  # where Hydra itself reads settings: before a sweep, and for --resolve
+            raise outside.refusal from None
+        raise
     return max((end if isinstance(end, int) else end.exit_code for end in ends), default=0)
 
 

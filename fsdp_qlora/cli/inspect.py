@@ -34,7 +34,7 @@ def _checkpoint(path: Path) -> Path:
 
 def _show(folder: Path, manifest: Manifest) -> int:
     values = sum(prod(shape) for shape in manifest.tensors.values())
-    size = sum(file["size"] for file in manifest.files.values())
+    size = sum(int(file["size"]) for file in manifest.files.values())
     rows = [
         ("step", str(manifest.step)),
         ("saved by", f"{manifest.world_size} rank(s)"),

@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fsdp_qlora.api import Prepared
+from fsdp_qlora.cli.foreign import switches_on
 from fsdp_qlora.cli.quoting import command
+from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.data.samples import segments
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.files import copy_regular
@@ -22,7 +24,7 @@ from fsdp_qlora.track.console import console, megabytes, print_table
 from fsdp_qlora.track.lines import read_lines, write_lines
 from fsdp_qlora.track.output import visible
 from fsdp_qlora.track.phases import PHASES, WAITING
-from fsdp_qlora.track.run_folder import RunFolder
+from fsdp_qlora.track.run_folder import RunFolder, read_config
 
 _SHOWN = 160
 
@@ -128,7 +130,8 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     rows.append(("run folder", str(folder.path)))
     rows.append(("adapter", str(folder.adapter)))
     print_table(f"{folder.path.name}: done", rows)
-    words = ["generate", f"run_from={folder.config_file}", f"adapter={folder.adapter}", f"prompt={prompt}"]
+    switches = [f"{key}=true" for key in switches_on(from_dict(read_config(str(folder.config_file))))]
+    words = ["generate", f"run_from={folder.config_file}", *switches, f"adapter={folder.adapter}", f"prompt={prompt}"]
     print(f"try next: {command(*words)}", flush=True)  # no row of the table, which breaks lines: to be pasted
     if "profile" in summary:
         print_profile(summary["profile"])

@@ -357,4 +357,4 @@ class RunConfig:
     what: Literal["adapter", "base-4bit"] = "adapter"
     """`export`: the adapter of a checkpoint, or the base in bitsandbytes' 4-bit form (loads without quantizing)."""
     run_from: str | None = None
-    """A config.yaml of an earlier run whose settings are the starting point."""
+    """A config.yaml of an earlier run, or its folder; its settings are the starting point."""

@@ -31,6 +31,7 @@ from fsdp_qlora.data.sources import fingerprint, names_of, read_source, stated
 from fsdp_qlora.data.stream import Stream
 from fsdp_qlora.data.tokens import Counts, Fit, ReadRow, Tokenized, reader, tokenize, write_bad_rows
 from fsdp_qlora.errors import DataError
+from fsdp_qlora.module_path import look_here_last
 from fsdp_qlora.shown import shown_source
 
 if TYPE_CHECKING:
@@ -243,6 +244,7 @@ def _function(data: DataSettings) -> Callable[[dict], dict] | None:
     """Import a person's own row function, where they have allowed it."""
     if data.row_function is None:
         return None
+    look_here_last()
     module, _, name = data.row_function.partition(":")
     try:
         return getattr(importlib.import_module(module), name)

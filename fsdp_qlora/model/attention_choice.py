@@ -13,31 +13,39 @@ from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils.import_utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available, is_kernels_available
 
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.attention import BLOCKWISE
 from fsdp_qlora.model.flatten import reads_boundaries
 from fsdp_qlora.model.varlen import VARLEN
 
-EAGER = "eager"
+EAGER, _FLASH = "eager", "flash_attention_2"
 _CAPS, _DROPOUTS = ("attn_logit_softcapping", "attention_logit_cap"), ("attention_dropout", "attn_pdrop")
 """Keys of configs under which scores are capped, and dropped."""
 
 
-def attention_candidates(device: torch.device, asked: str, model_config: Any, dtype: torch.dtype) -> tuple[str, ...]:
+def attention_candidates(
+    device: torch.device, asked: str, model_config: Any, dtype: torch.dtype, trust_remote_code: bool = False
+) -> tuple[str, ...]:
     """Return the attention implementations to try, in this order; the one asked for where that is not ``auto``.
 
     On an accelerator flash attention (in 16 bits, where the package is installed) and sdpa, on a CPU `blockwise`, each
     only where the class claims it and no setting of the config is beyond it; eager always comes last.
 
     Raises:
-        ModelError: if what is asked for cannot be had on this device or in this dtype.
+        ModelError: if what is asked for cannot be had on this device or in this dtype, or would be downloaded as
+            compiled code that is not trusted.
     """
     text, kind = model_config.get_text_config(), _model_class(model_config)
     if asked != "auto":
         if (why := why_not(asked, device, dtype, text)) is not None:
             raise ModelError(f"model.attn_implementation: {why}.")
+        if asked == _FLASH and not trust_remote_code and (why := _from_hub(kind)) is not None:
+            raise ModelError(
+                f"model.attn_implementation: {asked} would download compiled code from the hub and run it: {why}. "
+                "Choose sdpa, install flash-attn, or set model.trust_remote_code=true if you trust that code."
+            )
         return (asked,)
     if kind is None:  # an encoder, an encoder-decoder, or code of the folder's own
         return (EAGER,) if device.type == "cpu" else ("sdpa", EAGER)
@@ -47,10 +55,23 @@ def attention_candidates(device: torch.device, asked: str, model_config: Any, dt
             found.append(BLOCKWISE)
     else:
         if kind._supports_flash_attn and is_flash_attn_2_available() and dtype.itemsize == 2 and not capped:
-            found.append("flash_attention_2")
+            found += [] if _from_hub(kind) else [_FLASH]
         if kind._supports_sdpa and not capped:
             found.append("sdpa")
     return (*found, EAGER)
+
+
+def _from_hub(kind: Any) -> str | None:
+    """Return why transformers takes flash attention for a class from a kernel of the hub; None where it does not.
+
+    It does so without asking, in the constructor of a model, where the package ``kernels`` is installed.
+    """
+    if not is_kernels_available():
+        return None
+    theirs = getattr(kind, "_compatible_flash_implementations", None)
+    if theirs is not None and _FLASH not in theirs:
+        return f"{kind.__name__} goes with {theirs[0]}"
+    return None if is_flash_attn_2_available() else "the package flash-attn is not installed, kernels is"
 
 
 def why_not(attention: str, device: torch.device, dtype: torch.dtype, text_config: Any) -> str | None:

@@ -8,6 +8,7 @@ within a few hundred MB of address space.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,10 +41,25 @@ def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parame
     return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
 
+_MOST_PARAMETERS = 200_000
+"""Three times as many as the largest models have where each expert is by itself; a config can ask for any number."""
+
+
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Let every module that is constructed have its parameters on meta and its buffers on the CPU."""
-    hook = register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type] - its result counts
+def parameters_on_meta(most: int = _MOST_PARAMETERS) -> Iterator[None]:
+    """Let every module that is constructed have its parameters on meta and its buffers on the CPU.
+
+    Raises:
+        ValueError: in the constructor that goes beyond ``most`` parameters.
+    """
+    count = itertools.count(1)
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if next(count) > most:
+            raise ValueError(f"its config asks for more than {most} parameters")
+        return _to_meta(module, name, parameter)
+
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type] - its result counts
     try:
         with _EmptyOnMeta():
             yield

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from fsdp_qlora.bounded import OutOfBoundsError, require_bounded_config, require_bounded_values
 from fsdp_qlora.config.convert import nearest
 from fsdp_qlora.errors import ModelError, typed_line
 
@@ -22,6 +23,7 @@ def load_config(folder: Path, trust_remote_code: bool = False, overrides: Mappin
     Raises:
         ModelError: if the architecture is unknown, needs code that is not trusted, or an override does not go with it.
     """
+    require_sane(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever upstream's code makes of odd values: a division by zero, an index, ...
@@ -29,13 +31,26 @@ def load_config(folder: Path, trust_remote_code: bool = False, overrides: Mappin
     if not overrides:
         return config
     try:
-        changed = type(config).from_dict(_merged(config, overrides, ""))
+        require_bounded_values(wanted := _merged(config, overrides, ""))
+        changed = type(config).from_dict(wanted)
     except _UNBUILDABLE as error:
         raise ModelError(
             f"model.config_overrides: {dict(overrides)} does not go with {folder}: {_said(error)}"
         ) from error
     _require_taken(_merged(config, overrides, ""), changed, folder)
     return changed
+
+
+def require_sane(folder: Path) -> None:
+    """Check that the numbers of a folder's config.json can be those of a model, before anything is built from them.
+
+    Raises:
+        ModelError: naming the key.
+    """
+    try:
+        require_bounded_config(folder)
+    except OutOfBoundsError as error:
+        raise ModelError(f"model.name: {folder} cannot be built: {error}.") from error
 
 
 def not_buildable(folder: Path, error: Exception) -> ModelError:

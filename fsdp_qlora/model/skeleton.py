@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fsdp_qlora.config.convert import nearest
 from fsdp_qlora.errors import FsdpQloraError, ModelError, typed_line
 from fsdp_qlora.files import own_file
 from fsdp_qlora.model.attention import BLOCKWISE  # noqa: F401 - registers it
@@ -30,7 +31,7 @@ from fsdp_qlora.model.construct import (
     unmade_buffers,
 )
 from fsdp_qlora.model.linears import is_plain_linear, replaceable_linears
-from fsdp_qlora.model.model_config import load_config, not_buildable
+from fsdp_qlora.model.model_config import load_config, not_buildable, require_sane
 from fsdp_qlora.model.peft_names import names_taken_for_experts, renamed_by_peft
 from fsdp_qlora.plan.layout import ModelShapes
 
@@ -80,8 +81,9 @@ class _TerminalBar(tqdm):
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    folder = Path(name).absolute()
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=_DOWNLOAD_PATTERNS, tqdm_class=_TerminalBar)
@@ -89,8 +91,19 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:  # the hub's, or those of whichever HTTP library it stands on
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
         raise ModelError(
-            f"model.name: {name} is no folder here and the hub did not give it{offline}: {typed_line(error)}"
+            f"model.name: {name} is no folder here and the hub did not give it{offline}: {typed_line(error)} "
+            f"Looked for: the folder {folder}{_beside(folder)}; then {name} on {constants.ENDPOINT}. A name that "
+            "begins with ./ or / is always a folder's."
         ) from error
+
+
+def _beside(folder: Path) -> str:
+    """Return what a missing folder may be a misspelling of, to be put behind its name."""
+    try:
+        there = sorted(place.name for place in folder.parent.iterdir() if place.is_dir())
+    except OSError:  # nor is there a folder that would hold it
+        return ""
+    return f" ({folder.parent.name} is here, without it.{nearest(folder.name, there)})"
 
 
 def build_skeleton(
@@ -177,6 +190,7 @@ def build_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrained
     for pattern in _TOKENIZER_FILES:
         for file in folder.glob(pattern):
             own_file(folder, str(file.relative_to(folder)))
+    require_sane(folder)  # which transformers reads for some tokenizers, too
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer("a")  # odd settings show when it is used

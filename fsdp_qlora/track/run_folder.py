@@ -19,12 +19,12 @@ from typing import Any
 
 import yaml
 
+from fsdp_qlora.bounded import OutOfBoundsError, read_settings
 from fsdp_qlora.errors import ConfigError, RunFolderError, SecurityError, StorageError
 from fsdp_qlora.files import (
     LACKING,
     open_regular,
     read_json,
-    read_regular,
     refuse_irregular,
     warn_of_others,
     write_first,
@@ -192,20 +192,25 @@ def _say(message: str) -> None:
 
 
 def read_config(file: str) -> dict[str, Any]:
-    """Read a config.yaml as data.
+    """Read a config.yaml as data, or that of a run's folder.
 
     Raises:
-        ConfigError: if it is not there or is no mapping.
+        ConfigError: if it is not there, is no mapping, or is more than settings can be.
     """
+    path = Path(file).expanduser()
+    path = path / "config.yaml" if path.is_dir() else path
     try:
-        # a person may name a link; what it leads to is a file, and of a sane size
-        values = yaml.safe_load(read_regular(Path(os.path.realpath(Path(file).expanduser()))).decode("utf-8"))
+        values = yaml.safe_load(read_settings(path))
+    except SecurityError:
+        raise
     except OSError as error:
-        raise ConfigError(f"run_from: {file} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"run_from: {file} is not YAML: {error}") from error
+        raise ConfigError(f"run_from: {path} cannot be read: {error.strerror}.") from error
+    except OutOfBoundsError as error:
+        raise ConfigError(f"run_from: {path} holds more than settings can: {error}.") from error
+    except Exception as error:  # of any kind: a date that there is not is a ValueError, a number without digits another
+        raise ConfigError(f"run_from: {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"run_from: {file} holds no settings.")
+        raise ConfigError(f"run_from: {path} holds no settings.")
     return values
 
 

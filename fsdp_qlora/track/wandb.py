@@ -6,12 +6,13 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.config.schema import TrackSettings
 from fsdp_qlora.errors import first_line
+from fsdp_qlora.shown import shown_source
 from fsdp_qlora.track.home import home_folder
 from fsdp_qlora.track.tracker import Sink
 
@@ -32,10 +33,20 @@ def open_wandb(
     Offline where there is no key. Offline with one warning where the key is malformed or the server does not answer;
     None with a warning where W&B does not even start.
     """
-    problem = ""
+    problem, left_out = "", _workspace_settings()
+    if left_out:
+        warn(
+            f"track=wandb: {left_out[0]} is not read, because others may have put it there. What you need of it can be "
+            "set in your own settings (~/.config/wandb/settings) or in the environment (WANDB_BASE_URL, WANDB_ENTITY)."
+        )
     for mode in (None, "offline") if _has_key() else ("offline",):
         try:
             with _without_key() if mode else nullcontext():
+                server = _load_settings(leave_here=bool(left_out))
+                if server and mode is None:
+                    warn(
+                        f"W&B: key and metrics go to {shown_source(server)}, as your environment or your settings say."
+                    )
                 sink = WandbSink(folder, name, settings, config, mode)
         except Exception as error:  # W&B's own, and those of the HTTP library and the process that it stands on
             problem = problem or first_line(error).rstrip(".")
@@ -46,6 +57,25 @@ def open_wandb(
         return sink
     warn(f"track=wandb: {problem}. This run is not logged there; metrics.jsonl has everything.")
     return None
+
+
+def _workspace_settings() -> list[Path]:
+    """Return the files of settings in the current folder that W&B would let win over the user's own."""
+    return [file for name in ("wandb", ".wandb") if (file := Path.cwd() / name / "settings").exists()]
+
+
+def _load_settings(leave_here: bool) -> str | None:
+    """Let W&B load its settings, which it does once; return the server that it takes where it is not the usual one.
+
+    Settings of the current folder could name a server that then gets the key. There is no way to tell W&B not to read
+    them, but to be elsewhere: in the root folder, where only root can put some.
+    """
+    import wandb
+
+    with chdir("/") if leave_here else nullcontext():
+        settings = wandb.setup().settings
+    usual = settings.mode in ("offline", "disabled") or settings.base_url == wandb.Settings().base_url
+    return None if usual else settings.base_url
 
 
 def _end_service() -> None:

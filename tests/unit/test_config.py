@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from fsdp_qlora.cli.compose import compose_config, conf_dir, group_options, GROUPS  # isort: skip
+from fsdp_qlora.cli.compose import compose_config, conf_dir, group_options, hydra_main, split, GROUPS  # isort: skip
 from fsdp_qlora.config.convert import from_dict, known_keys, to_dict
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
@@ -64,8 +64,24 @@ def test_run_from_repeats_a_run_and_the_command_line_wins(tmp_path):
     file.write_text(yaml.safe_dump(to_dict(first)))
     again = compose_config("train", [f"run_from={file}"])
     assert dataclasses.replace(again, run_from=None) == first
+    of_folder = compose_config("train", [f"run_from={tmp_path}"])
+    assert dataclasses.replace(of_folder, run_from=None) == first
     other = compose_config("train", [f"run_from={file}", "lora.r=5", "optim=adamw"])
     assert (other.lora.r, other.optim.name, other.optim.lr, other.quant.name) == (5, "adamw", 2e-4, "fp4")
+
+
+def test_a_folder_without_a_run_is_no_start(tmp_path):
+    with pytest.raises(ConfigError, match=f"run_from: {tmp_path}/config.yaml cannot be read: No such file"):
+        compose_config("train", [f"run_from={tmp_path}"])
+
+
+def test_a_sweep_starts_from_an_earlier_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(compose_config("train", ["lora.r=3"]))))
+    words = ["run_from=config.yaml", "model.name=m", "optim.lr=0.5,0.25", "-m"]
+    ran: list[RunConfig] = []
+    assert hydra_main("plan", split(words), lambda config: ran.append(config) or 0) == 0
+    assert [(config.lora.r, config.optim.lr) for config in ran] == [(3, 0.5), (3, 0.25)]
 
 
 def test_own_yaml_folder(tmp_path):

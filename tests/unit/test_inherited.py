@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -99,30 +101,65 @@ def test_a_signal_handled_in_c_is_no_obstacle(cli_env):
 
 
 _WHERE = (
-    "from fsdp_qlora.cli.module_path import look_here_last; look_here_last(); import sys; print(*sys.path, sep='\\n')"
+    "from fsdp_qlora.module_path import leave_here, look_here_last; leave_here(); import sys; print(*sys.path, sep=',');"
+    "look_here_last(); print(*sys.path, sep=',')"
 )
 
 
 @pytest.mark.parametrize("safe", ["", "1"])
-def test_the_current_folder_comes_last_however_the_process_was_started(cli_env, tmp_path, safe):
+def test_the_current_folder_comes_last_and_only_for_code_of_ones_own(cli_env, tmp_path, safe):
+    """S9: however the process was started."""
     (tmp_path / "started.py").write_text(_WHERE)
     env = {**cli_env, "PYTHONSAFEPATH": safe}
     ways = [["-c", _WHERE], ["-m", "started"]] if not safe else [["-c", _WHERE]]
     for way in ways:
         done = subprocess.run([sys.executable, *way], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-        path = done.stdout.splitlines()
-        assert path.index(str(tmp_path)) == len(path) - 1, (way, path)
+        before, after = (line.split(",") for line in done.stdout.splitlines())
+        assert str(tmp_path) not in before and after == [*before, str(tmp_path)], way
 
 
-def test_modules_of_the_current_folder_hide_none_of_ours(cli_env, tmp_path):
-    """The package is started by -m here, as torchrun does; `doctor` imports what a run does."""
-    for name in ("datasets", "tokenize", "json", "peft", "hydra", "yaml", "rich"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
+def _plant(folder: Path) -> Path:
+    """Plant modules in a folder, under every name that Python can be asked for; return what they write into."""
+    (folder / "started.py").write_text("import sys; print(*sys.modules)")
+    before = subprocess.run(  # Python itself takes these from the current folder before it comes to ours
+        [sys.executable, "-m", "started"], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.split()
+    canary = folder / "canary"
+    note = f"open({str(canary)!r}, 'a').write(__name__ + '\\n')\n"
+    installed = metadata.packages_distributions().keys() - {"fsdp_qlora"}
+    for name in sys.stdlib_module_names | installed | {"flash_attn", "kernels", "triton", "apex"}:
+        if name not in before and name.isidentifier():
+            (folder / f"{name}.py").write_text(f"{note}raise ImportError('planted')\n")
+    for package in ("hydra_plugins/evil.py", "entry_of_torch.py"):
+        (folder / package).parent.mkdir(exist_ok=True)
+        (folder / package).write_text(f"{note}def go(): pass\n")
+    (folder / "evil-1.dist-info").mkdir()
+    (folder / "evil-1.dist-info/METADATA").write_text("Name: evil\nVersion: 1\n")
+    (folder / "evil-1.dist-info/entry_points.txt").write_text("[torch.backends]\nx = entry_of_torch:go\n")
+    return canary
+
+
+_WAYS = {
+    "doctor": ["-m", "fsdp_qlora", "doctor"],
+    "a sweep": ["-m", "fsdp_qlora", "plan", "model.name=./nowhere", "run.seed=1,2", "--multirun"],
+    "script": [str(Path(sys.executable).parent / "fsdp-qlora"), "plan", "model.name=./nowhere"],
+    "pip": ["-m", "fsdp_qlora", "prepare", "experiment=quickstart"],
+    "ranks": ["-m", "fsdp_qlora", "train", "model.name=./nowhere", "data.train=./rows", "launcher.nproc_per_node=2"],
+}
+
+
+@pytest.mark.parametrize(
+    "way", [way if way == "doctor" else pytest.param(way, marks=pytest.mark.full) for way in _WAYS]
+)
+def test_nothing_that_lies_in_the_current_folder_is_run(cli_env, tmp_path, way):
+    """S9: neither modules that hide others nor those that libraries look for by themselves."""
+    canary = _plant(tmp_path)
+    env = {**cli_env, "FSDP_QLORA_CACHE": str(tmp_path / "cache"), "PIP_INDEX_URL": "http://127.0.0.1:9/"}
     done = subprocess.run(
-        [sys.executable, "-m", "fsdp_qlora", "doctor"], cwd=tmp_path, env=cli_env, capture_output=True, text=True,
-        timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0 and "cores" in done.stdout, done.stderr
+        [sys.executable, *_WAYS[way]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert not canary.exists(), canary.read_text()
+    assert "planted" not in done.stderr and (way == "doctor") == (done.returncode == 0), done.stderr
 
 
 def test_a_current_folder_that_is_gone_is_one_line(cli_env, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.model.model_config import load_config
-from fsdp_qlora.model.skeleton import build_skeleton, build_tokenizer
+from fsdp_qlora.model.skeleton import build_skeleton, build_tokenizer, needs_hub, resolve_folder
 
 
 @pytest.fixture
@@ -116,3 +116,20 @@ def test_columns_on_the_command_line():
         compose_config("prepare", [*words[:2], "data.columns.messages=[a]"])
     with pytest.raises(ConfigError, match=r"model\.config_overrides: expected a mapping"):
         compose_config("plan", ["model.name=x", "model.config_overrides=3"])
+
+
+def test_a_name_that_is_nowhere_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    """S20: a folder that is missing looks like a name of the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/llama-small").mkdir(parents=True)
+    for name, said in (
+        (
+            "models/lama-small",
+            "(models is here, without it. Did you mean 'llama-small'?); then models/lama-small on http",
+        ),
+        ("nowhere/llama", f"the folder {tmp_path}/nowhere/llama; then nowhere/llama on http"),
+    ):
+        with pytest.raises(ModelError) as refused:
+            resolve_folder(name)
+        assert said in str(refused.value) and "is no folder here and the hub did not give it" in str(refused.value)
+    assert needs_hub("Qwen/Qwen3-8B") and not needs_hub("./Qwen/Qwen3-8B")

@@ -1,0 +1,97 @@
+"""What settings can read from outside: of the environment some harmless variables, and nothing of Hydra's own.
+
+Files of settings may be a stranger's, and what a value like ``${oc.env:HF_TOKEN}`` reads leaves the machine inside a
+URL. The files of ``run_from`` read nothing: their values are taken as they stand.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, NoReturn
+
+from omegaconf import OmegaConf
+
+from fsdp_qlora.errors import ConfigError, FsdpQloraError, SecurityError
+from fsdp_qlora.track.home import cache_folder
+
+READABLE_VARIABLE = "FSDP_QLORA_READABLE_ENV"
+"""Names more variables that files of settings may read, with commas between them."""
+_READABLE = re.compile("HOME|USER|TMPDIR|SCRATCH|WORK|SLURM_(?!JWT)[A-Z0-9_]+")  # SLURM_JWT is a password
+_ABSENT = object()
+_SHORTEST_SECRET = 4
+
+
+class Outside:
+    """Answers the resolvers of one composition; knows what it gave and what it refused."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, str] = {}
+        self.refusal: FsdpQloraError | None = None
+
+    def register(self) -> None:
+        """Take over what `OmegaConf` and Hydra have registered; to be called again where Hydra has done so anew."""
+        OmegaConf.register_new_resolver("embedded", embedded_path, replace=True)
+        OmegaConf.register_new_resolver("oc.env", self._variable, replace=True)
+        OmegaConf.register_new_resolver("hydra", self._hydras, replace=True)
+
+    def explained(self, error: Exception) -> FsdpQloraError:
+        """Return what to raise for an error of Hydra's or OmegaConf's; it holds no values of variables."""
+        if self.refusal is not None:  # Hydra may have made another error of it
+            return self.refusal
+        if self._given:  # the text can hold any part of them
+            key = getattr(error, "full_key", None) or "the settings"
+            return ConfigError(
+                f"{key}: no valid value, with what was read from the environment: {', '.join(self._given)}."
+            )
+        return ConfigError(explain(error))
+
+    def without_values(self, text: str) -> str:
+        """Return a message with the names of the variables that were read in place of their values."""
+        for name, value in sorted(self._given.items(), key=lambda item: -len(item[1])):
+            if len(value) >= _SHORTEST_SECRET:
+                for spelt in (value, repr(value)[1:-1]):
+                    text = text.replace(spelt, f"${{oc.env:{name}}}")
+        return text
+
+    def _variable(self, name: Any, default: Any = _ABSENT) -> str | None:
+        name = str(name)
+        more = {word.strip() for word in os.environ.get(READABLE_VARIABLE, "").split(",")}
+        if not (_READABLE.fullmatch(name) or name in more):
+            self._refuse(
+                SecurityError,
+                f"${{oc.env:{name}}}: files of settings may not read this variable, which can be a secret. Give the "
+                f"value on the command line, or name the variable in {READABLE_VARIABLE} if you trust all these files.",
+            )
+        value = os.environ.get(name)
+        if value is not None:
+            self._given[name] = value
+            return value
+        if default is _ABSENT:
+            self._refuse(ConfigError, f"${{oc.env:{name}}}: the variable is not set.")
+        return None if default is None else str(default)
+
+    def _hydras(self, path: Any) -> NoReturn:
+        self._refuse(
+            SecurityError,
+            f"${{hydra:{path}}}: files of settings may not read what Hydra knows; write the value itself.",
+        )
+
+    def _refuse(self, kind: type[FsdpQloraError], message: str) -> NoReturn:
+        self.refusal = self.refusal or kind(message)
+        raise self.refusal
+
+
+def embedded_path(name: str) -> str:
+    """Return where an embedded model or data file lies once `prepare` has fetched it."""
+    return str(cache_folder() / "embedded" / name)
+
+
+def explain(error: Exception) -> str:
+    """Return the part of a Hydra or OmegaConf error that a person can use."""
+    text = str(error).strip()
+    cause = error.__cause__
+    if cause is not None and str(cause).strip() not in text:
+        text = f"{text} ({str(cause).strip().splitlines()[0]})"
+    lines = [part for part in text.splitlines() if "full_key:" in part or "object_type" not in part]
+    return " ".join(part.strip() for part in lines if part.strip())
