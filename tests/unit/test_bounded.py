@@ -15,7 +15,7 @@ from fsdp_qlora.bounded import OutOfBoundsError, require_bounded_values
 from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.errors import ConfigError, SecurityError, ModelError
+from fsdp_qlora.errors import ConfigError, ModelError, SecurityError
 from fsdp_qlora.model.construct import parameters_on_meta
 from fsdp_qlora.model.model_config import load_config
 from fsdp_qlora.model.skeleton import build_skeleton, build_tokenizer
