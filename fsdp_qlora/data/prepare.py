@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.cache import hold, obtain
 from fsdp_qlora.data.identity import code_digest, tokenizer_digest
+from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.mix import draw, mixture_counts
-from fsdp_qlora.data.readers import Row
 from fsdp_qlora.data.sources import fingerprint, names_of, read_source, stated
 from fsdp_qlora.data.stream import Stream
-from fsdp_qlora.data.tokens import Counts, Fit, ReadRow, Tokenized, reader, tokenize, write_bad_rows
+from fsdp_qlora.data.tokens import Counts, Fit, ReadRow, Tokenized, reader, tokenize
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.shown import shown_source
 
@@ -60,7 +60,9 @@ class PreparedData:
     eval_sources: list[str] = field(default_factory=list)
     """What the numbers in ``source`` mean."""
     bad_rows: Path | None = None
-    """File that lists the rows that were passed over; None where there were none."""
+    """File that lists the rows that were passed over, the first ones at least; None where there were none."""
+    num_bad: int = 0
+    """How many were passed over."""
     stream: Stream | None = None
     """The training rows, with ``data.streaming``."""
     held: BinaryIO | None = None
@@ -111,7 +113,8 @@ def _opened(folder: Path) -> PreparedData:
     assert parts["train"] is not None
     return PreparedData(
         parts["train"], parts["eval"], Counts(**found["train"]), Counts(**found["eval"]), folder.name,
-        found["train_sources"], found["eval_sources"], folder / _BAD_ROWS if found["bad"] else None, held=held,
+        found["train_sources"], found["eval_sources"], folder / _BAD_ROWS if found["bad"] else None, found["bad"],
+        held=held,
     )  # fmt: skip
 
 
@@ -132,16 +135,15 @@ def _prepare(
     train, held = names_of(data.train), names_of(data.eval or [])
     result = tokenize(
         _numbered(train, held, data.max_rows), _reader(data), tokenizer, _fit(data), staging / _TOKENS,
-        data.on_bad_row == "skip", progress,
+        staging / _BAD_ROWS, data.on_bad_row == "skip", progress,
     )  # fmt: skip
     parts, counts = _split(result, data, seed, len(train))
     if counts["train"].kept == 0:
         raise _nothing_to_learn(counts["train"], data.max_length, result)
     for name, indices in parts.items():
         np.save(staging / f"{name}.npy", indices)
-    write_bad_rows(result.bad, staging / _BAD_ROWS)
     about = {name: asdict(tally) for name, tally in counts.items()}
-    about |= {"bad": len(result.bad), "train_sources": [shown_source(name) for name in train]}
+    about |= {"bad": result.bad, "train_sources": [shown_source(name) for name in train]}
     about |= {"eval_sources": [shown_source(name) for name in held or train]}
     (staging / _COUNTS).write_text(json.dumps(about), encoding="ascii")
 
@@ -171,7 +173,7 @@ def _streamed(
     found = prepare_data(own, seed, tokenizer, cache, share, progress)
     return replace(
         made, eval=found.train, eval_counts=found.train_counts, eval_sources=found.train_sources,
-        bad_rows=found.bad_rows, held=found.held,
+        bad_rows=found.bad_rows, num_bad=found.num_bad, held=found.held,
     )  # fmt: skip
 
 
@@ -230,7 +232,7 @@ def _nothing_to_learn(counts: Counts, max_length: int, result: Tokenized) -> Dat
     return DataError(
         f"data: none of the {counts.rows} rows has a supervised token to learn from "
         f"({counts.dropped_unsupervised} without an answer within data.max_length={max_length}, "
-        f"{counts.dropped_long} dropped as too long, {len(result.bad)} passed over as bad)."
+        f"{counts.dropped_long} dropped as too long, {result.bad} passed over as bad)."
     )
 
 

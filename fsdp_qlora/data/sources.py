@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fsdp_qlora.data.folders import files_of, is_data, left_out, rows_or_texts
-from fsdp_qlora.data.readers import COMPRESSED, KINDS, Row, kind_of, read_file
+from fsdp_qlora.data.lines import Row
+from fsdp_qlora.data.readers import COMPRESSED, KINDS, kind_of, read_file
 from fsdp_qlora.data.tables import null_dropper, without_nulls
 from fsdp_qlora.errors import DataError, first_line
 
