@@ -121,10 +121,11 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
 def _discard(folder: Path, aside: Path) -> None:
     """Rename a folder at once and remove it then: nobody finds half of it."""
     folder.rename(aside)
-    _remove(aside)
+    remove(aside)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -145,7 +146,7 @@ def sweep(root: Path, prefix: str = _MAKING) -> None:
         with suppress(OSError), alone(_lock_of(root, name), wait=False) as held:
             for left in root.glob(f"{prefix}*") if held else ():
                 if stem(left) == name and left != _lock_of(root, name):
-                    _remove(left)
+                    remove(left)
 
 
 def prune(root: Path, max_bytes: int = MAX_BYTES, recent_seconds: float = _RECENT_SECONDS) -> None:
