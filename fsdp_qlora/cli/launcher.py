@@ -23,7 +23,7 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.dist.meeting import LOOPBACK, MEETING_VARIABLE
 from fsdp_qlora.dist.signals import give_back_signals, take_signals
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, StorageError
-from fsdp_qlora.track.output import visible
+from fsdp_qlora.shown import visible
 from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE, read_exit
 from fsdp_qlora.track.run_folder import RunFolder
 

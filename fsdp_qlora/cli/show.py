@@ -18,9 +18,9 @@ from fsdp_qlora.data.samples import segments
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.quant.backend import bitsandbytes_backend
+from fsdp_qlora.shown import visible
 from fsdp_qlora.track.console import console, megabytes, print_table
 from fsdp_qlora.track.lines import write_lines
-from fsdp_qlora.track.output import visible
 from fsdp_qlora.track.phases import PHASES, WAITING
 from fsdp_qlora.track.run_folder import RunFolder
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from fsdp_qlora.model.causal import CausalModel
 from fsdp_qlora.model.end_of_turn import EndOfTurn
 from fsdp_qlora.model.rendering import render_apart
-from fsdp_qlora.track.output import visible
+from fsdp_qlora.shown import visible
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, torch.Tensor]:
