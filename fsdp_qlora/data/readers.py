@@ -6,19 +6,18 @@ line: a row of another shape must not fail its neighbours, and a bad one must be
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 from fsdp_qlora.data.csv_rows import csv_rows
 from fsdp_qlora.data.json_rows import json_lines, json_rows
-from fsdp_qlora.data.lines import CHUNK, Row, text_lines
+from fsdp_qlora.data.lines import Row, text_lines
+from fsdp_qlora.data.remote import opened, path_of, seekable
 from fsdp_qlora.data.tables import table_rows
 from fsdp_qlora.errors import DataError, typed_line
+from fsdp_qlora.shown import shown_source
 
 KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
@@ -29,7 +28,7 @@ COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 
 def kind_of(name: str) -> str | None:
     """Return the kind of a file with that name, None if it is unknown."""
-    path = Path(name)
+    path = Path(path_of(name))
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
     return KINDS.get(suffix)
 
@@ -45,23 +44,24 @@ def read_file(name: str) -> Iterator[Row]:
     except DataError:
         raise
     except Exception as error:  # every format and every compression has errors of its own
-        raise DataError(f"data: {name} cannot be read: {typed_line(error)}") from error
+        raise DataError(f"data: {shown_source(name)} cannot be read: {typed_line(error)}") from error
 
 
-def _rows(name: str) -> Iterator[Row]:
-    kind = kind_of(name)
+def _rows(source: str) -> Iterator[Row]:
+    kind, name = kind_of(source), shown_source(source)
     if kind is None:
         raise DataError(f"data: {name}: unknown kind of file; known are {', '.join(KINDS)}.")
     if "://" not in name:
         _require_content(Path(name))
     if kind == "json":
-        yield from json_rows(name, partial(_opened, name))
+        yield from json_rows(name, partial(opened, source))
         return
-    with _opened(name) as stream:
+    with opened(source) as stream:
         if kind in ("parquet", "arrow"):
             file = None if "://" in name or name.endswith(COMPRESSED) else Path(name)
-            for number, values in enumerate(table_rows(kind, name, stream, file), start=1):
-                yield Row(f"{name}, row {number}", values, size=values.size)
+            with seekable(stream) as table:
+                for number, values in enumerate(table_rows(kind, name, table, file), start=1):
+                    yield Row(f"{name}, row {number}", values, size=values.size)
         elif kind == "csv":
             yield from csv_rows(name, stream)
         elif kind == "text":
@@ -69,15 +69,6 @@ def _rows(name: str) -> Iterator[Row]:
                 yield row if row.values is None else replace(row, values={"text": row.values["line"]})
         else:
             yield from json_lines(name, stream)
-
-
-@contextmanager
-def _opened(name: str) -> Iterator[BinaryIO]:
-    """Open a file or URL, decompressed."""
-    import fsspec
-
-    with cast(Any, fsspec.open(name, "rb", compression="infer")) as opened:
-        yield io.BufferedReader(opened, CHUNK)  # neither zstd's nor a remote file's own reads lines up to a limit
 
 
 def _require_content(file: Path) -> None:
