@@ -6,6 +6,7 @@ import atexit
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +169,10 @@ def _data_of_node(config: RunConfig, world: World, tokenizer: PreTrainedTokenize
     """Return the tokenized data; one process of each node makes them, the others wait in no collective."""
     phases = world.ranks.phases
     phases.enter("preparing the data")
-    mine = world.placement.local_rank == 0
-    with phases.by_itself() if mine else nullcontext():
-        return prepare_data(
-            config.data, config.run.seed, tokenizer, cache_folder(), mine, progress=lambda _: phases.sign()
-        )
+    return prepare_data(
+        config.data, config.run.seed, tokenizer, cache_folder(), partial(_share, world), lambda _: phases.sign(),
+        phases.by_itself,
+    )  # fmt: skip
 
 
 def _longest_row(shapes: ModelShapes, verdict: Verdict) -> int | None:
@@ -190,11 +190,17 @@ def _find_model(model: ModelSettings, world: World) -> Path:
     def download() -> str:
         return str(resolve_folder(model.name, model.revision))
 
-    def say(line: str) -> None:
-        if ranks.is_main:
-            print(f"{model.name}: {line}", flush=True)
+    return Path(_share(world, download, model.name))
 
-    return Path(once_per_node(download, ranks, world.placement.local_rank, say))
+
+def _share(world: World, work: Callable[[], str], doing: str = "preparing the data") -> str:
+    """Do something in one process of each node; every rank returns what its node's process returned."""
+
+    def say(line: str) -> None:
+        if world.ranks.is_main:
+            print(f"{doing}: {line}", flush=True)
+
+    return once_per_node(work, world.ranks, world.placement.local_rank, say)
 
 
 def load_for_inference(config: RunConfig, adapter: Path | None = None, world: World | None = None) -> Prepared:

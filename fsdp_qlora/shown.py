@@ -1,4 +1,4 @@
-"""Names as they may be shown and kept: without the secrets that a URL can hold. Imports no torch.
+"""Names and texts as they may be shown and kept: without a URL's secrets and a terminal's commands. Imports no torch.
 
 A URL's query can be a key to the data (presigned URLs), its user part a password. What a run writes (settings, summary,
 the adapter's README, trackers) is read by others, so neither is written anywhere.
@@ -6,6 +6,7 @@ the adapter's README, trackers) is read by others, so neither is written anywher
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -42,3 +43,14 @@ def _shown(value: Any) -> Any:
     if isinstance(value, str):
         return shown_source(value)
     return [shown_source(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Return ``text`` with control characters (a terminal would obey them) and halves of characters spelt out.
+
+    So are characters that turn the direction of writing. Line feeds and tabs stay.
+    """
+    return _UNSHOWABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)

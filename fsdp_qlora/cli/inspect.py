@@ -10,6 +10,7 @@ from fsdp_qlora.checkpoint.contrast import contrast
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.errors import CheckpointError, ConfigError
+from fsdp_qlora.shown import visible
 from fsdp_qlora.track.console import megabytes, print_table
 
 _SHOWN = 20
@@ -61,7 +62,7 @@ def _compare(first: Path, ours: Manifest, second: Path, theirs: Manifest) -> int
     ]
     tensors = [(d.name, d.text) for d in contrast(first, ours, second, theirs)]
     for name, text in settings + progress + tensors[:_SHOWN]:
-        print(f"{name}: {text}")
+        print(visible(f"{name}: {text}"))
     if len(tensors) > _SHOWN:
         print(f"... and {len(tensors) - _SHOWN} more tensors")
     same = len(ours.tensors.keys() & theirs.tensors.keys()) - sum(1 for n, _ in tensors if n in theirs.tensors)

@@ -15,7 +15,6 @@ from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.plan.batch import num_steps
 from fsdp_qlora.track.console import clock, print_table
 from fsdp_qlora.track.home import cache_folder
-from fsdp_qlora.track.lines import read_lines
 from fsdp_qlora.track.run_folder import RunFolder
 
 
@@ -37,8 +36,7 @@ def run(config: RunConfig) -> int:
         f"{held_out.kept} held out; model {config.model.name}"
     )
     if data.bad_rows is not None:
-        count = len(read_lines(data.bad_rows))
-        print(f"{count} bad row(s) were passed over; they are listed in {data.bad_rows}")
+        print(f"{data.num_bad} bad row(s) were passed over; they are listed in {data.bad_rows}")
     for line in not_read(names_of(config.data.train) + names_of(config.data.eval or [])):
         print(line)
     if config.data.report:

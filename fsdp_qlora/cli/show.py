@@ -20,9 +20,9 @@ from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.files import copy_regular
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.quant.backend import bitsandbytes_backend
+from fsdp_qlora.shown import visible
 from fsdp_qlora.track.console import console, megabytes, print_table
-from fsdp_qlora.track.lines import read_lines, write_lines
-from fsdp_qlora.track.output import visible
+from fsdp_qlora.track.lines import write_lines
 from fsdp_qlora.track.phases import PHASES, WAITING
 from fsdp_qlora.track.run_folder import RunFolder, read_config
 
@@ -100,8 +100,7 @@ def print_samples(prepared: Prepared, folder: RunFolder) -> None:
     write_lines(folder.path / "samples.jsonl", lines)
     if prepared.data.bad_rows is not None:
         copy_regular(prepared.data.bad_rows, folder.bad_rows)
-        bad = len(read_lines(prepared.data.bad_rows))
-        print(f"{bad} bad row(s) were passed over; they are listed in {folder.bad_rows}", flush=True)
+        print(f"{prepared.data.num_bad} bad row(s) were passed over; they are listed in {folder.bad_rows}", flush=True)
 
 
 def print_stopped(folder: RunFolder) -> None:

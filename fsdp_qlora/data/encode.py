@@ -7,8 +7,10 @@ completion are tokenized as one text, so that BOS, EOS and spaces come out as in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,8 +20,12 @@ from fsdp_qlora.data.chat import Example
 from fsdp_qlora.data.messages import require_unicode
 from fsdp_qlora.data.spans import Span, learned_spans, require_end
 from fsdp_qlora.data.template import ChatTemplate
+from fsdp_qlora.data.windows import Tokens, tokenize_in_windows
+from fsdp_qlora.dist.apart import Apart, StuckError
 from fsdp_qlora.errors import DataError
 
+_TOGETHER = 2**20
+"""Characters that are tokenized at once: the tokenizer takes some 200 bytes for each."""
 TrainOn = Literal["assistant", "last", "all"]
 """What is learned: every answer, the last one, or every token."""
 
@@ -32,6 +38,17 @@ class _Text:
     plain: bool
     """Whether BOS and EOS are added; a chat template writes its own."""
     spans: list[Span] | None
+
+
+class StuckTemplateError(DataError):
+    """The chat template does not end; ``number`` is that of the example."""
+
+    def __init__(self, template: ChatTemplate, number: int, reason: str) -> None:
+        super().__init__(
+            f"the chat template that begins with {template.beginning!r} {reason} for one conversation; "
+            "data.template=FILE sets another template"
+        )
+        self.number = number
 
 
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -53,52 +70,127 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, train_on: Train
 def encode_batch(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "assistant"
 ) -> list[Encoded | DataError]:
-    """Encode examples together; what is wrong with one is its own result."""
-    template = ChatTemplate(tokenizer)
-    results: list[Encoded | DataError | None] = [None] * len(examples)
+    """Encode examples together; what is wrong with one is its own result.
+
+    Raises:
+        StuckTemplateError: if the chat template does not end, or ends its process.
+    """
     texts: dict[int, _Text] = {}
-    for number, example in enumerate(examples):
-        try:
-            texts[number] = _text_of(example, template, train_on)
-        except DataError as error:
-            results[number] = error
+    results: dict[int, Encoded | DataError] = {}
+    for number, text in _texts(examples, ChatTemplate(tokenizer), train_on):
+        if isinstance(text, DataError):
+            results[number] = text
+        else:
+            texts[number] = text
     for plain in (False, True):
         chosen = {number: text for number, text in texts.items() if text.plain == plain}
-        for number, result in zip(chosen, _tokenized(list(chosen.values()), tokenizer, plain), strict=True):
-            results[number] = result
-    return [result for result in results if result is not None]
+        results |= zip(chosen, _tokenized(list(chosen.values()), tokenizer, plain), strict=True)
+    return [results[number] for number in range(len(examples))]
+
+
+def _texts(
+    examples: Sequence[Example], template: ChatTemplate, train_on: TrainOn
+) -> Iterator[tuple[int, _Text | DataError]]:
+    """Yield number and text of each example, those without a chat first."""
+    chats = [number for number, example in enumerate(examples) if example.messages]
+    for number in set(range(len(examples))) - set(chats):
+        try:
+            yield number, _plain_text(examples[number], train_on)
+        except DataError as error:
+            yield number, error
+    if not chats:
+        return
+    items = [(tuple(getattr(examples[number], f.name) for f in fields(Example)), train_on) for number in chats]
+    try:
+        packed = _renderer(template).results(items)
+    except StuckError as error:
+        raise StuckTemplateError(template, chats[error.number], str(error)) from error
+    for number, result in zip(chats, packed, strict=True):
+        yield number, _unpacked(result)
+
+
+_last: tuple[ChatTemplate, Apart] | None = None
+"""The process that renders, and for which template: it is kept for the next batch."""
+
+
+def _renderer(template: ChatTemplate) -> Apart:
+    global _last  # noqa: PLW0603  (one process for all, however often it is asked for)
+    if _last is None or _last[0].identity != template.identity:
+        if _last is not None:
+            _last[1].close()
+        _last = template, Apart(partial(_packed, template))
+    return _last[1]
+
+
+def _packed(template: ChatTemplate, item: tuple[tuple[Any, ...], TrainOn]) -> bytes:
+    """Return a chat's text or what is wrong with it as bytes: a line of JSON, and the text."""
+    example, train_on = item
+    try:
+        text = _chat_text(Example(*example), template, train_on)
+    except DataError as error:
+        return json.dumps({"error": str(error)}).encode()
+    except MemoryError:
+        return json.dumps({"error": "the conversation needs too much memory to be rendered"}).encode()
+    return json.dumps({"spans": text.spans}).encode() + b"\n" + text.text.encode("utf-8")
+
+
+def _unpacked(packed: bytes) -> _Text | DataError:
+    head, _, text = packed.partition(b"\n")
+    found = json.loads(head)
+    return DataError(found["error"]) if "error" in found else _Text(text.decode("utf-8"), False, found["spans"])
 
 
 def _tokenized(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, plain: bool) -> list[Encoded | DataError]:
+    """Tokenize texts, as many at once as fit into some hundred megabytes."""
+    results: list[Encoded | DataError] = []
+    group: list[_Text] = []
+    for text in texts:
+        if group and sum(len(other.text) for other in (*group, text)) > _TOGETHER:
+            results += _together(group, tokenizer, plain)
+            group = []
+        group.append(text)
+    return results + _together(group, tokenizer, plain)
+
+
+def _together(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, plain: bool) -> list[Encoded | DataError]:
     """Tokenize texts together or, if the tokenizer rejects one of them, one by one."""
     if not texts:
         return []
     try:
-        found: Any = tokenizer(
-            [text.text for text in texts], add_special_tokens=plain, return_offsets_mapping=True,
-            return_special_tokens_mask=True, verbose=False,
-        )  # fmt: skip
+        if len(texts[0].text) > _TOGETHER:  # it is alone
+            found = [tokenize_in_windows(texts[0].text, lambda text: _call([text], tokenizer, plain)[0])]
+        else:
+            found = _call([text.text for text in texts], tokenizer, plain)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
+    except DataError as error:
+        return [error]
     except BaseException as error:  # a panic of the Rust library is no Exception
         if len(texts) == 1:
             return [DataError(f"the tokenizer rejects the text: {type(error).__name__}: {error}")]
-        return [result for text in texts for result in _tokenized([text], tokenizer, plain)]
+        return [result for text in texts for result in _together([text], tokenizer, plain)]
+    return [_masked(text, tokenizer, tokens) for text, tokens in zip(texts, found, strict=True)]
+
+
+def _call(texts: list[str], tokenizer: PreTrainedTokenizerBase, plain: bool) -> list[Tokens]:
+    found: Any = tokenizer(
+        texts, add_special_tokens=plain, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
+    )
     columns = (found["input_ids"], found["offset_mapping"], found["special_tokens_mask"])
-    return [_masked(text, tokenizer, *row) for text, *row in zip(texts, *columns, strict=True)]
+    return [
+        Tokens(
+            np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2), np.array(added, dtype=bool)
+        )
+        for ids, offsets, added in zip(*columns, strict=True)
+    ]
 
 
-def _masked(
-    text: _Text, tokenizer: PreTrainedTokenizerBase, tokens: list[int], offsets: list[Span], added: list[int]
-) -> Encoded:
-    ids = np.array(tokens, dtype=np.int32)
-    if text.spans is None:
-        learned = np.ones(len(ids), dtype=bool)
-    else:
-        learned = _learned(np.array(offsets, dtype=np.int64).reshape(-1, 2), text.spans)
+def _masked(text: _Text, tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Encoded:
+    ids = tokens.ids
+    learned = np.ones(len(ids), dtype=bool) if text.spans is None else _learned(tokens.offsets, text.spans)
     if not text.plain:
         return ids, learned
-    own = np.flatnonzero(np.array(added, dtype=bool) == 0)
+    own = np.flatnonzero(~tokens.added)
     first, last = (int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0)
     if text.spans is not None:
         learned[:first] = False  # added tokens have no place in the text: their offsets are (0, 0)
@@ -132,9 +224,7 @@ def _learned(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
     return learned
 
 
-def _text_of(example: Example, template: ChatTemplate, train_on: TrainOn) -> _Text:
-    if example.messages:
-        return _chat_text(example, template, train_on)
+def _plain_text(example: Example, train_on: TrainOn) -> _Text:
     text = example.prompt + example.completion
     require_unicode(text)
     spans = None if train_on == "all" or not example.prompt else [(len(example.prompt), len(text))]

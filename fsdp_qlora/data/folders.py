@@ -69,8 +69,40 @@ def rows_or_texts(files: Iterable[Path], is_text: Callable[[str], bool]) -> list
     return [file for file in every if not is_text(file.name)] or every
 
 
+def is_inside(file: Path, folder: Path) -> bool:
+    """Whether a file is in a folder and not only a link to somewhere else, which who made the folder may have set.
+
+    A snapshot in the hub's cache is made of links to the blobs beside it.
+    """
+    root = folder.resolve()
+    for parent in (root, *root.parents):
+        if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
+            root = parent.parent
+    return file.resolve().is_relative_to(root)
+
+
+def links_away(folder: Path, split: str | None, kind: Callable[[str], str | None]) -> list[Path]:
+    """Return what would be data of a folder and is a link to a file outside of it."""
+    return [file for file in _files_of(folder, split, kind) if not is_inside(file, folder)]
+
+
+def require_some(files: list[Path], folder: Path) -> list[Path]:
+    """Return the files that are inside a folder.
+
+    Raises:
+        DataError: if there are none.
+    """
+    inside = [file for file in files if is_inside(file, folder)]
+    if not inside:
+        raise DataError(
+            f"data: {folder} holds only links to files outside of it ({files[0].name}), which are not followed; name "
+            "those files themselves."
+        )
+    return inside
+
+
 def files_of(folder: Path, split: str | None, kind: Callable[[str], str | None]) -> list[Path]:
-    """Return the data files of a folder, sorted.
+    """Return the data files of a folder, sorted, without links that leave it.
 
     Args:
         folder: any folder, also one saved by `datasets`.
@@ -80,6 +112,10 @@ def files_of(folder: Path, split: str | None, kind: Callable[[str], str | None])
     Raises:
         DataError: if there are none, or there is no such split.
     """
+    return require_some(_files_of(folder, split, kind), folder)
+
+
+def _files_of(folder: Path, split: str | None, kind: Callable[[str], str | None]) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         return _of_saved_splits(folder, split or "train")
     if split is None and (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
@@ -96,8 +132,8 @@ def left_out(folder: Path, split: str | None, kind: Callable[[str], str | None])
     """Return files that could be data but are skipped: texts in a folder with rows, and other splits."""
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return []
-    read = set(files_of(folder, split, kind))
-    return [path for path in _below(folder, kind) if path not in read]
+    read = set(_files_of(folder, split, kind))
+    return [path for path in _below(folder, kind) if path not in read and is_inside(path, folder)]
 
 
 def _below(folder: Path, kind: Callable[[str], str | None]) -> list[Path]:

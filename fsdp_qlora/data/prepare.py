@@ -1,7 +1,7 @@
 """Tokenize once, keep as Arrow, memory-map everywhere.
 
-One process per node prepares; the others wait for the folder to appear. No collective
-waits meanwhile, so no timeout can end a long preparation.
+One process per node looks for the tokens in the cache, compares them with their digests, and makes them where that
+fails (`fsdp_qlora.data.cache`); the others wait for it and open the same files.
 """
 
 from __future__ import annotations
@@ -9,27 +9,25 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.schema import DataSettings
+from fsdp_qlora.data.cache import hold, obtain
 from fsdp_qlora.data.identity import code_digest, tokenizer_digest
+from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.mix import draw, mixture_counts
-from fsdp_qlora.data.readers import Row
 from fsdp_qlora.data.sources import fingerprint, names_of, read_source, stated
 from fsdp_qlora.data.stream import Stream
-from fsdp_qlora.data.tokens import Counts, Fit, ReadRow, Tokenized, reader, tokenize, write_bad_rows
+from fsdp_qlora.data.tokens import Counts, Fit, ReadRow, Tokenized, reader, tokenize
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.module_path import look_here_last
 from fsdp_qlora.shown import shown_source
@@ -37,7 +35,7 @@ from fsdp_qlora.shown import shown_source
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_VERSION = 4  # of what is written; a change makes old caches unused
+_VERSION = 5  # of what is written; a change makes old caches unused
 _TOKENS, _COUNTS, _BAD_ROWS = "tokens.arrow", "counts.json", "bad_rows.jsonl"
 _NOT_IN_KEY = {
     "train", "eval", "packing", "padding_free", "length_grouped", "streaming", "shuffle_window", "report",
@@ -45,6 +43,8 @@ _NOT_IN_KEY = {
 }  # fmt: skip
 Progress = Callable[[int], None]
 """Takes the number of rows that have been read."""
+Share = Callable[[Callable[[], str]], str]
+"""Does something in one process of each node; every process gets what it returned."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,13 @@ class PreparedData:
     eval_sources: list[str] = field(default_factory=list)
     """What the numbers in ``source`` mean."""
     bad_rows: Path | None = None
-    """File that lists the rows that were passed over; None where there were none."""
+    """File that lists the rows that were passed over, the first ones at least; None where there were none."""
+    num_bad: int = 0
+    """How many were passed over."""
     stream: Stream | None = None
     """The training rows, with ``data.streaming``."""
+    held: BinaryIO | None = None
+    """Open for as long as the tokens are used: others do not remove them meanwhile."""
 
     def some_rows(self, count: int) -> TokenRows:
         """Return training rows to look at: at least the first ``count``, if there are that many."""
@@ -79,34 +83,47 @@ def prepare_data(
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
     cache: Path,
-    prepares: bool = True,
+    share: Share = lambda work: work(),
     progress: Progress | None = None,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> PreparedData:
-    """Return the tokenized data; the process with ``prepares`` makes them if the cache has none.
+    """Return the tokenized data; ``share`` has one process of each node make them if the cache has none.
+
+    ``around`` is a context for the making, in which each ``progress`` is a sign that it moves on.
 
     Raises:
         DataError: if a source is missing or malformed, or nothing in it is supervised.
     """
-    from datasets import Dataset  # here, so that what needs no data does not need `datasets`
-
     if data.train is None:
         raise DataError("data.train: not set. Give a file, a folder, a hub data set, or a list of them.")
     _require_allowed(data)
     if data.streaming:
-        return _streamed(data, seed, tokenizer, cache, prepares, progress)
-    key = _key(data, seed, tokenizer)
-    folder = cache / "tokens" / key
-    if prepares and not (folder / _COUNTS).is_file():
-        _prepare(data, seed, tokenizer, folder, progress)
-    while not (folder / _COUNTS).is_file():
-        time.sleep(0.2)  # the watch thread ends this process if the one that prepares has failed
-    found = json.loads((folder / _COUNTS).read_text())
+        return _streamed(data, seed, tokenizer, cache, share, progress)
+
+    def make(staging: Path) -> None:
+        with around():
+            _prepare(data, seed, tokenizer, staging, progress)
+
+    def settle() -> str:
+        key = _key(data, seed, tokenizer)
+        obtain(cache / "tokens" / key, _opened, make)
+        return key
+
+    return _opened(cache / "tokens" / share(settle))
+
+
+def _opened(folder: Path) -> PreparedData:
+    from datasets import Dataset  # here, so that what needs no data does not need `datasets`
+
+    held = hold(folder)
+    found = json.loads((folder / _COUNTS).read_text(encoding="ascii"))
     rows = Dataset.from_file(str(folder / _TOKENS))
     parts = {n: rows.select(np.load(folder / f"{n}.npy")) if found[n]["kept"] else None for n in ("train", "eval")}
     assert parts["train"] is not None
     return PreparedData(
-        parts["train"], parts["eval"], Counts(**found["train"]), Counts(**found["eval"]), key,
-        found["train_sources"], found["eval_sources"], folder / _BAD_ROWS if found["bad"] else None,
+        parts["train"], parts["eval"], Counts(**found["train"]), Counts(**found["eval"]), folder.name,
+        found["train_sources"], found["eval_sources"], folder / _BAD_ROWS if found["bad"] else None, found["bad"],
+        held=held,
     )  # fmt: skip
 
 
@@ -121,33 +138,27 @@ def _key(data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def _prepare(
-    data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress | None
+    data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, staging: Path, progress: Progress | None
 ) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
+    """Write the tokens, and all that is to be known about them, into an empty folder."""
     train, held = names_of(data.train), names_of(data.eval or [])
-    try:
-        result = tokenize(
-            _numbered(train, held, data.max_rows), _reader(data), tokenizer, _fit(data), staging / _TOKENS,
-            data.on_bad_row == "skip", progress,
-        )  # fmt: skip
-        parts, counts = _split(result, data, seed, len(train))
-        if counts["train"].kept == 0:
-            raise _nothing_to_learn(counts["train"], data.max_length, result)
-        for name, indices in parts.items():
-            np.save(staging / f"{name}.npy", indices)
-        write_bad_rows(result.bad, staging / _BAD_ROWS)
-        about = {name: asdict(tally) for name, tally in counts.items()}
-        about |= {"bad": len(result.bad), "train_sources": [shown_source(name) for name in train]}
-        about |= {"eval_sources": [shown_source(name) for name in held or train]}
-        (staging / _COUNTS).write_text(json.dumps(about))
-        _publish(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    result = tokenize(
+        _numbered(train, held, data.max_rows), _reader(data), tokenizer, _fit(data), staging / _TOKENS,
+        staging / _BAD_ROWS, data.on_bad_row == "skip", progress,
+    )  # fmt: skip
+    parts, counts = _split(result, data, seed, len(train))
+    if counts["train"].kept == 0:
+        raise _nothing_to_learn(counts["train"], data.max_length, result)
+    for name, indices in parts.items():
+        np.save(staging / f"{name}.npy", indices)
+    about = {name: asdict(tally) for name, tally in counts.items()}
+    about |= {"bad": result.bad, "train_sources": [shown_source(name) for name in train]}
+    about |= {"eval_sources": [shown_source(name) for name in held or train]}
+    (staging / _COUNTS).write_text(json.dumps(about), encoding="ascii")
 
 
 def _streamed(
-    data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, cache: Path, prepares: bool,
+    data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, cache: Path, share: Share,
     progress: Progress | None,
 ) -> PreparedData:  # fmt: skip
     """Prepare the rows of the evaluation as always, and of the training only what reads them."""
@@ -168,10 +179,11 @@ def _streamed(
     if data.eval is None:
         return made
     own = replace(data, train=data.eval, eval=None, eval_fraction=0.0, streaming=False, weights=None, max_rows=None)
-    held = prepare_data(own, seed, tokenizer, cache, prepares, progress)
+    found = prepare_data(own, seed, tokenizer, cache, share, progress)
     return replace(
-        made, eval=held.train, eval_counts=held.train_counts, eval_sources=held.train_sources, bad_rows=held.bad_rows
-    )
+        made, eval=found.train, eval_counts=found.train_counts, eval_sources=found.train_sources,
+        bad_rows=found.bad_rows, num_bad=found.num_bad, held=found.held,
+    )  # fmt: skip
 
 
 def _reader(data: DataSettings) -> ReadRow:
@@ -229,7 +241,7 @@ def _nothing_to_learn(counts: Counts, max_length: int, result: Tokenized) -> Dat
     return DataError(
         f"data: none of the {counts.rows} rows has a supervised token to learn from "
         f"({counts.dropped_unsupervised} without an answer within data.max_length={max_length}, "
-        f"{counts.dropped_long} dropped as too long, {len(result.bad)} passed over as bad)."
+        f"{counts.dropped_long} dropped as too long, {result.bad} passed over as bad)."
     )
 
 
@@ -252,11 +264,3 @@ def _function(data: DataSettings) -> Callable[[dict], dict] | None:
         raise DataError(
             f"data.row_function: expected module:function, and {data.row_function}: {type(error).__name__}: {error}"
         ) from error
-
-
-def _publish(staging: Path, folder: Path) -> None:
-    try:
-        os.rename(staging, folder)  # noqa: PTH104  (atomic; Path.rename would hide which of two runs came first)
-    except OSError:
-        if not (folder / _COUNTS).is_file():  # else another run has just prepared the same
-            raise

@@ -10,10 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from fsdp_qlora.data.folders import files_of, is_data, left_out, rows_or_texts
-from fsdp_qlora.data.readers import COMPRESSED, KINDS, Row, kind_of, read_file
+from fsdp_qlora.data.folders import (
+    files_of,
+    is_data,
+    is_inside,
+    left_out,
+    links_away,
+    require_some,
+    rows_or_texts,
+)
+from fsdp_qlora.data.lines import Row
+from fsdp_qlora.data.readers import COMPRESSED, KINDS, kind_of, read_file
+from fsdp_qlora.data.remote import stamp
 from fsdp_qlora.data.tables import null_dropper, without_nulls
 from fsdp_qlora.errors import DataError, first_line
+from fsdp_qlora.shown import shown_source, visible
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -69,7 +80,10 @@ def expand(name: str) -> list[str]:
 
 
 def not_read(names: Iterable[str]) -> list[str]:
-    """Return a line for each folder with files that could be data but are skipped by all of ``names``."""
+    """Return a line for each folder with files that could be data but are skipped by all of ``names``.
+
+    Links that lead out of a folder or a pattern's folder have lines of their own.
+    """
     every = list(names)
     local = [name for name in every if "://" not in name and is_file(name)]
     read = {Path(file) for name in local for file in expand(name)}
@@ -82,22 +96,44 @@ def not_read(names: Iterable[str]) -> list[str]:
     for folder, files in skipped.items():
         left = sorted(str(file.relative_to(folder)) for file in files - read)
         if left:
-            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-            lines.append(
-                f"data: {folder}: skipped {', '.join(left[:3])}{more} (text in a folder with rows, or another split)"
-            )
+            lines.append(_line(folder, left, "skipped", "text in a folder with rows, or another split"))
+    for name in local:
+        if away := sorted(str(file) for file in _links_away(name)):
+            lines.append(_line(name, away, "passed over", "links to files outside; name a file itself to use it"))
     return lines
+
+
+def _line(place: Path | str, files: list[str], what: str, why: str) -> str:
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    line = f"data: {place}: {what} {', '.join(files[:3])}{more} ({why})"
+    return visible(line).replace("\n", "\\n")  # whoever made the folder has chosen the names
+
+
+def _links_away(name: str) -> list[Path]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return links_away(path, None, kind_of)
+    if (part := _folder_split(name)) is not None:
+        return links_away(*part, kind_of)
+    if any(c in name for c in _GLOB) and not path.exists():
+        return [file for file in _found(path) if not is_inside(file, _fixed(path))]
+    return []
 
 
 def _matches(pattern: Path) -> list[str]:
     """Return the matching files, sorted. A pattern without a suffix selects the same files as a folder does."""
+    found = _found(pattern)
+    if not found:
+        raise DataError(f"data: no file matches {pattern}.")
+    return [str(file) for file in require_some(found, _fixed(pattern))]
+
+
+def _found(pattern: Path) -> list[Path]:
     found = sorted(Path(f) for f in glob.glob(str(pattern), recursive=True) if Path(f).is_file())  # noqa: PTH207 (absolute)
     if kind_of(pattern.name) is None:
         data = (file for file in found if kind_of(file.name) is not None and is_data(file, _fixed(pattern)))
         found = rows_or_texts(data, lambda name: kind_of(name) == "text") or found
-    if not found:
-        raise DataError(f"data: no file matches {pattern}.")
-    return [str(file) for file in found]
+    return found
 
 
 def _fixed(pattern: Path) -> Path:
@@ -122,8 +158,10 @@ def stated(name: str) -> list[str]:
     Raises:
         DataError: if it is not there.
     """
-    local = [file for file in expand(name) if is_file(file) and "://" not in file]
-    return [f"{file} {Path(file).stat().st_size}" for file in local] or [name]
+    return [
+        f"{file} {Path(file).stat().st_size}" if "://" not in file and is_file(file) else fingerprint(file)
+        for file in expand(name)
+    ]
 
 
 def fingerprint(name: str) -> str:
@@ -137,10 +175,7 @@ def fingerprint(name: str) -> str:
         if not is_file(file):
             lines.append(f"hub {file}")
         elif "://" in file:
-            import fsspec
-
-            fs, path = fsspec.url_to_fs(file)
-            lines.append(f"{file} {fs.ukey(path)}")
+            lines.append(f"{kind_of(file)} {shown_source(file)} {stamp(file)}")
         else:
             with Path(file).open("rb") as stream:  # the same bytes mean something else as another kind of file
                 lines.append(f"{kind_of(file)} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
@@ -162,7 +197,7 @@ def read_source(name: str) -> Iterator[Row]:
             number += 1
             yield row
         if number == 0:
-            raise DataError(f"data: {file} is empty.")
+            raise DataError(f"data: {shown_source(file)} is empty.")
 
 
 def hub_parts(name: str) -> tuple[str, str | None, str]:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from fsdp_qlora.data.lines import MAX_ROW, TOO_LONG
+from fsdp_qlora.data.table_sizes import MAX_BATCH, require_unfoldable, rows_at_once, weight
 from fsdp_qlora.errors import DataError, typed_line
 
 if TYPE_CHECKING:
@@ -23,8 +26,8 @@ Convert = Callable[[Any], Any]
 class _Batch:
     """The columns of a record batch as Python objects, each converted when it is first asked for."""
 
-    def __init__(self, batch: pa.RecordBatch) -> None:
-        self._batch = batch
+    def __init__(self, batch: pa.RecordBatch, too_long: bool = False) -> None:
+        self._batch, self._too_long = batch, too_long
         self.names = batch.schema.names
         self._columns: dict[str, tuple[Any, Convert | None]] = {}
 
@@ -49,6 +52,8 @@ class _Batch:
         if index < 0:
             raise DataError(f"the column {column!r} comes twice") if column in self.names else KeyError(column)
         cells = self._batch.column(index)
+        if self._too_long and weight(cells) > MAX_ROW:
+            raise DataError(f"the column {column!r} {TOO_LONG}")
         try:
             return cells.to_pylist(), null_dropper(cells.type)
         except Exception:  # some cell cannot be converted: find out which, one by one
@@ -58,8 +63,10 @@ class _Batch:
 class TableRow(Mapping[str, Any]):
     """One row of a table; raises DataError for a cell that cannot be converted."""
 
-    def __init__(self, batch: _Batch, number: int) -> None:
+    def __init__(self, batch: _Batch, number: int, size: int) -> None:
         self._batch, self._number = batch, number
+        self.size = size
+        """Bytes that it takes in memory, roughly."""
 
     def __getitem__(self, column: str) -> Any:
         return self._batch.cell(column, self._number)
@@ -81,29 +88,64 @@ class TableRow(Mapping[str, Any]):
         return f"TableRow({', '.join(self)})"
 
 
-def table_rows(kind: str, stream: Any) -> Iterator[TableRow]:
-    """Yield the rows of a Parquet file, an Arrow stream or an Arrow file."""
-    for record_batch in _batches(kind, stream):
-        batch = _Batch(record_batch)
-        for number in range(record_batch.num_rows):
-            yield TableRow(batch, number)
+def table_rows(kind: str, name: str, stream: BinaryIO, file: Path | None) -> Iterator[TableRow]:
+    """Yield the rows of a Parquet file, an Arrow stream or an Arrow file.
+
+    Args:
+        kind: ``parquet`` or ``arrow``.
+        name: what the file is called in messages.
+        stream: its content, decompressed.
+        file: the file itself, where that is the content; it is then not read at once but mapped.
+
+    Raises:
+        DataError: if a batch of rows would not fit into memory.
+    """
+    for record_batch in _parquet(stream) if kind == "parquet" else _arrow(name, stream, file):
+        for piece, size in _pieces(record_batch):
+            batch = _Batch(piece, too_long=size > MAX_ROW)
+            for number in range(piece.num_rows):
+                yield TableRow(batch, number, size // piece.num_rows)
 
 
-def _batches(kind: str, stream: Any) -> Iterator[pa.RecordBatch]:
-    import pyarrow as pa
+def _pieces(batch: pa.RecordBatch) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Cut a batch into pieces of at most `MAX_ROW` bytes, or one row; yield each with its bytes."""
+    size = sum(map(weight, batch.columns))
+    if size <= MAX_ROW or batch.num_rows <= 1:
+        if batch.num_rows:
+            yield batch, size
+        return
+    middle = batch.num_rows // 2
+    yield from _pieces(batch.slice(0, middle))
+    yield from _pieces(batch.slice(middle))
+
+
+def _parquet(stream: BinaryIO) -> Iterator[pa.RecordBatch]:
     import pyarrow.parquet as pq
 
-    if kind == "parquet":
-        yield from pq.ParquetFile(stream).iter_batches(batch_size=1024)
-        return
-    data = pa.BufferReader(stream.read())
-    try:
-        batches = iter(pa.ipc.open_stream(data))
-    except pa.ArrowInvalid:
-        data.seek(0)
-        file = pa.ipc.open_file(data)
-        batches = (file.get_batch(number) for number in range(file.num_record_batches))
-    yield from batches
+    file = pq.ParquetFile(stream)
+    for group in range(file.num_row_groups):
+        size = file.metadata.row_group(group).total_byte_size
+        yield from file.iter_batches(batch_size=rows_at_once(size), row_groups=[group])
+
+
+def _arrow(name: str, stream: BinaryIO, file: Path | None) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    if file is not None:
+        source = pa.memory_map(str(file))
+    else:
+        data = stream.read(MAX_BATCH + 1)
+        if len(data) > MAX_BATCH:
+            raise DataError(
+                f"data: {name} is larger than the {MAX_BATCH >> 30} GiB that are read of an Arrow file that is remote "
+                "or compressed as a whole; fetch or decompress it."
+            )
+        source = pa.BufferReader(data)
+    start = 8 if source.read(6) == b"ARROW1" else 0  # a file is a stream with something before and behind it
+    source.seek(start)
+    require_unfoldable(name, source)
+    source.seek(start)
+    yield from pa.ipc.open_stream(source)
 
 
 def without_nulls(value: Any) -> Any:

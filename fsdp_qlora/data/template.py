@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.data.chat import Example
+from fsdp_qlora.data.lines import MAX_ROW
 from fsdp_qlora.data.messages import Message, payload_of, require_unicode
 from fsdp_qlora.errors import DataError
 
@@ -21,11 +23,23 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self.source = deepcopy(tokenizer.chat_template)
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         tokens = sorted({token for token in (*added, *tokenizer.all_special_tokens) if token}, key=len, reverse=True)
         self._special_tokens = tuple(tokens)
         self.special_token = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
         """Matches any of the tokenizer's special tokens."""
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for templates that render alike."""
+        named = sorted((name, str(token)) for name, token in self._tokenizer.special_tokens_map.items())
+        return id(self._tokenizer), self.source, self._special_tokens, named
+
+    @property
+    def beginning(self) -> str:
+        """The first characters of it, to name it by."""
+        return " ".join(str(self.source)[:200].split())[:60]
 
     def ends_with_special_token(self, text: str) -> bool:
         """Whether a special token is the end of ``text``."""
@@ -82,6 +96,10 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: whatever it raises is about this row
             raise DataError(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from error
         assert isinstance(text, str)
+        if len(text) > MAX_ROW:
+            raise DataError(
+                f"the chat template makes {len(text)} characters of the conversation, at most {MAX_ROW} are read"
+            )
         require_unicode(text)
         return text
 

@@ -8,18 +8,21 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.data.chat import Example, read_row
-from fsdp_qlora.data.encode import Encoded, TrainOn, encode_batch
-from fsdp_qlora.data.readers import Row
+from fsdp_qlora.data.encode import Encoded, StuckTemplateError, TrainOn, encode_batch
+from fsdp_qlora.data.lines import Row
 from fsdp_qlora.errors import DataError
 
-_BATCH = 512
+_BATCH, _BATCH_BYTES = 512, 2**24
+"""Rows that are tokenized together, at most, and bytes of them after which no other one is added."""
+MOST_LISTED = 100_000
+"""Bad rows that are listed; a compressed file of some megabytes can hold billions."""
+_LONGEST_PROBLEM = 2000
 ReadRow = Callable[[Row], Example]
 
 
@@ -64,8 +67,8 @@ class Tokenized:
     """For each sequence, the number of its source."""
     tallies: dict[tuple[int, int], Counts]
     """(hash of a prompt, source) -> what became of the rows with it."""
-    bad: list[dict[str, str]]
-    """``where`` and ``problem`` of each row that was passed over."""
+    bad: int = 0
+    """Rows that were passed over."""
 
 
 def tokenize(
@@ -74,10 +77,13 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     fit: Fit,
     file: Path,
+    bad_rows: Path,
     skip_bad: bool,
     progress: Callable[[int], None] | None = None,
 ) -> Tokenized:
     """Write an Arrow stream with ``input_ids`` (int32), ``learned`` (bool) and ``source`` (int32).
+
+    ``bad_rows`` gets a line of JSON, ``where`` and ``problem``, for each row that is passed over, up to `MOST_LISTED`.
 
     Raises:
         DataError: naming file and line of the first bad row, unless ``skip_bad``.
@@ -86,16 +92,20 @@ def tokenize(
 
     if not tokenizer.is_fast:
         raise DataError("model.name: its tokenizer is not a fast one, so tokens cannot be traced back to the text.")
-    result, seen = Tokenized([], [], {}, []), set[bytes]()
+    result, seen = Tokenized([], [], {}), set[bytes]()
     schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.bool_())), ("source", pa.int32())])
     rows = iter(sources)
     done = 0
-    with _all_cores(), pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        while batch := list(islice(rows, _BATCH)):
+    with (
+        _all_cores(), pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer,
+        bad_rows.open("w", encoding="ascii") as listed,  # whatever the locale is
+    ):  # fmt: skip
+        while batch := _next_batch(rows):
             pieces: list[tuple[Encoded, int]] = []
             for number, where, key, outcome in encoded_rows(batch, read, tokenizer, fit.train_on):
                 if isinstance(outcome, DataError):
-                    _pass_over(where, outcome, skip_bad, result)
+                    _pass_over(where, outcome, skip_bad, listed if result.bad < MOST_LISTED else None)
+                    result.bad += 1
                     continue
                 tally = Counts(rows=1)
                 digest = hashlib.blake2b(outcome[0].tobytes(), digest_size=16).digest()
@@ -122,14 +132,22 @@ def tokenize(
 def encoded_rows(
     batch: list[tuple[int, Row]], read: ReadRow, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
 ) -> Iterator[tuple[int, str, int, Encoded | DataError]]:
-    """Yield (source, where, hash of the prompt, tokens or what is wrong) of each row, in order."""
+    """Yield (source, where, hash of the prompt, tokens or what is wrong) of each row, in order.
+
+    Raises:
+        DataError: if the chat template does not end: no other row would fare better, so none is passed over.
+    """
     examples: list[Example | DataError] = []
     for _, row in batch:
         try:
             examples.append(read(row))
         except DataError as error:
             examples.append(error)
-    encoded = iter(encode_batch([e for e in examples if isinstance(e, Example)], tokenizer, train_on))
+    good = [number for number, example in enumerate(examples) if isinstance(example, Example)]
+    try:
+        encoded = iter(encode_batch([e for e in examples if isinstance(e, Example)], tokenizer, train_on))
+    except StuckTemplateError as error:
+        raise DataError(f"data: {batch[good[error.number]][1].where}: {error}.") from error
     for (number, row), example in zip(batch, examples, strict=True):
         if isinstance(example, DataError):
             yield number, row.where, 0, example
@@ -138,12 +156,26 @@ def encoded_rows(
             yield number, row.where, int.from_bytes(digest, "little"), next(encoded)
 
 
-def _pass_over(where: str, error: DataError, skip_bad: bool, result: Tokenized) -> None:
+def _next_batch(rows: Iterator[tuple[int, Row]]) -> list[tuple[int, Row]]:
+    batch, size = [], 0
+    for number, row in rows:
+        batch.append((number, row))
+        size += row.size
+        if len(batch) == _BATCH or size >= _BATCH_BYTES:
+            break
+    return batch
+
+
+def _pass_over(where: str, error: DataError, skip_bad: bool, listed: TextIO | None) -> None:
+    problem = str(error)
+    if len(problem) > _LONGEST_PROBLEM:  # it may quote the row
+        problem = f"{problem[:_LONGEST_PROBLEM]} ..."
     if not skip_bad:
         raise DataError(
-            f"data: {where}: {error}. (data.on_bad_row=skip passes over such rows and lists them.)"
+            f"data: {where}: {problem}. (data.on_bad_row=skip passes over such rows and lists them.)"
         ) from error
-    result.bad.append({"where": where, "problem": str(error)})
+    if listed is not None:
+        listed.write(json.dumps({"where": where, "problem": problem}) + "\n")
 
 
 class _Renamed(Mapping[str, Any]):
@@ -229,8 +261,3 @@ def _all_cores() -> Iterator[None]:
         yield
     finally:
         os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
-
-
-def write_bad_rows(bad: list[dict[str, str]], file: Path) -> None:
-    """Write one JSON object a line for each row that was passed over."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in bad), encoding="ascii")  # whatever the locale is

@@ -10,17 +10,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from fsdp_qlora.model.causal import CausalModel
 from fsdp_qlora.model.end_of_turn import EndOfTurn
-from fsdp_qlora.track.output import visible
+from fsdp_qlora.model.rendering import render_apart
+from fsdp_qlora.shown import visible
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, torch.Tensor]:
     """Render a user's prompt as the model's chat expects it (as plain text where there is no chat template)."""
     if not tokenizer.chat_template:
         return dict(tokenizer(prompt, return_tensors="pt"))
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    assert isinstance(text, str)
+    text = render_apart(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
     return dict(tokenizer(text, add_special_tokens=False, return_tensors="pt"))
 
 

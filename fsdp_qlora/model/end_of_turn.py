@@ -15,6 +15,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.model.rendering import render_apart
+
 _FILE = "generation_config.json"
 _ANSWER = "Zqxj7"
 """An answer that no template writes by itself, and none trims."""
@@ -67,10 +70,9 @@ def _learned_end(tokenizer: PreTrainedTokenizerBase) -> int | str | None:
         return None
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # a template is a program; the prompt's own rendering says what is wrong with it
+        text = render_apart(tokenizer, messages)
+    except ModelError:  # the prompt's own rendering says what is wrong with it
         return None
-    assert isinstance(text, str)
     _, found, after = text.rpartition(_ANSWER)
     after = after.strip()
     if not found or not after:

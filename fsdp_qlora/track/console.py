@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fsdp_qlora.track.output import visible
+from fsdp_qlora.shown import visible
 
 
 def console(**settings: Any) -> Console:
@@ -39,7 +39,7 @@ class ConsoleProgress:
         text = describe(values)
         if self._bar is None:
             left = self._left(step) if "loss" in values else ""
-            print(f"step {step}/{self._total} {text}{left}", flush=True)
+            print(visible(f"step {step}/{self._total} {text}{left}"), flush=True)
         elif "loss" not in values:
             self._bar.print(f"step {step}/{self._total} {text}")
         else:
@@ -93,7 +93,7 @@ def clock(seconds: float) -> str:
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     """Print rows of name and value."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=visible(title), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
@@ -103,9 +103,9 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 def print_columns(title: str, header: list[str], lines: list[list[str]]) -> None:
     """Print lines under a header."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=visible(title), title_justify="left")
     for name in header:
-        table.add_column(name, overflow="fold")
+        table.add_column(visible(name), overflow="fold")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(visible, line))
     console(width=None if sys.stdout.isatty() else 110).print(table)

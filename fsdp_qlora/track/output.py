@@ -11,7 +11,6 @@ import errno
 import io
 import locale
 import os
-import re
 import sys
 from typing import Any
 
@@ -91,14 +90,3 @@ def restart_in_utf8() -> None:
         return
     environment = {"PYTHONIOENCODING": f"{encoding}:backslashreplace", **os.environ, "PYTHONUTF8": "1"}
     os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], environment)
-
-
-_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """Return ``text`` with control characters (a terminal would obey them) and halves of characters spelt out.
-
-    Line feeds and tabs stay.
-    """
-    return _UNSHOWABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)

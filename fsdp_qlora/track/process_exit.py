@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError, StorageError
 from fsdp_qlora.files import write_first
-from fsdp_qlora.track.output import visible
+from fsdp_qlora.shown import visible
 
 CONFIG_VARIABLE = "FSDP_QLORA_RESOLVED_CONFIG"
 """Environment variable that names the file of the composed settings (JSON), set by our launcher for its ranks."""

@@ -238,3 +238,74 @@ def test_a_card_lists_only_files_that_are_there(tmp_path, pattern):
     (tmp_path / "repo" / "README.md").write_text(f"---\nconfigs:\n- data_files: {pattern}\n---\n")
     with pytest.raises(DataError, match="and there is no such file"):
         expand(str(tmp_path / "repo"))
+
+
+SECRET = '{"text": "CANARY"}\n'
+
+
+@pytest.fixture
+def beside(tmp_path):
+    """A file outside of the folder of data, and a folder with it and a link back into itself."""
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "rows.jsonl").write_text(SECRET)
+    _write(tmp_path / "data", "rows.jsonl", text='{"text": "good"}')
+    return tmp_path
+
+
+def _texts(source):
+    return [(row.values or {})["text"] for row in read_source(str(source))]
+
+
+@pytest.mark.parametrize("link", ["link.jsonl", "a/link.jsonl", "link"])
+@pytest.mark.parametrize("source", ["data", "data/*.jsonl", "data/**/*.jsonl", "data/**"])
+def test_links_that_leave_a_folder_are_passed_over_and_said(beside, link, source):
+    """S13: a file, and a folder that a pattern with ``**`` would go into."""
+    (beside / "data" / "a").mkdir()
+    target = beside / "private" / ("rows.jsonl" if "." in link else "")
+    (beside / "data" / link).symlink_to(target)
+    assert _texts(beside / source) == ["good"]
+    said = [line for line in not_read([str(beside / source)]) if "links" in line]
+    found = {"link": "**" in source, "link.jsonl": True, "a/link.jsonl": source != "data/*.jsonl"}[link]
+    assert len(said) == found and (not found or f"passed over {beside / 'data' / link}" in said[0])
+
+
+@pytest.mark.parametrize("how", ["by a folder of `datasets`", "by a card", "by a split", "alone"])
+def test_links_that_are_listed_leave_a_folder_no_more_than_others(beside, how):
+    """S13"""
+    folder = beside / "data"
+    (folder / "rows.jsonl").unlink()
+    (folder / "train.jsonl").symlink_to(beside / "private" / "rows.jsonl")
+    source = str(folder)
+    if how == "by a card":
+        (folder / "README.md").write_text("---\nconfigs:\n- data_files: train.jsonl\n---\n")
+    elif how == "by a split":
+        source += ":train"
+    elif how == "by a folder of `datasets`":
+        (folder / "data.jsonl").symlink_to(beside / "private" / "rows.jsonl")
+        (folder / "state.json").write_text('{"_data_files": [{"filename": "data.jsonl"}]}')
+        (folder / "dataset_info.json").write_text("{}")
+    with pytest.raises(DataError, match=r"holds only links to files outside of it .* name those files themselves"):
+        expand(source)
+
+
+def test_links_within_a_folder_the_hubs_cache_and_a_file_that_is_named_are_followed(beside):
+    (beside / "data" / "again.jsonl").symlink_to("rows.jsonl")
+    (beside / "whole").symlink_to(beside / "data")
+    assert _texts(beside / "data") == _texts(beside / "whole") == ["good", "good"]
+    (beside / "named.jsonl").symlink_to(beside / "private" / "rows.jsonl")
+    assert _texts(beside / "named.jsonl") == ["CANARY"], "who names it wants it"
+    repository = beside / "hub" / "datasets--a--b"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "blobs" / "1234").write_text('{"text": "blob"}')
+    (repository / "snapshots" / "main").mkdir(parents=True)
+    (repository / "snapshots" / "main" / "rows.jsonl").symlink_to("../../blobs/1234")
+    (repository / "snapshots" / "main" / "other.jsonl").symlink_to(beside / "private" / "rows.jsonl")
+    assert _texts(repository / "snapshots" / "main") == ["blob"]
+
+
+def test_names_of_files_are_shown_without_what_a_terminal_obeys(tmp_path):
+    """S14: whoever made the folder has chosen them."""
+    _write(tmp_path, "rows.jsonl", "\x1b[2J\x1b]0;owned\x07.txt", "a\nfsdp-qlora: finished.txt")
+    (line,) = not_read([str(tmp_path)])
+    assert "\\x1b[2J\\x1b]0;owned\\x07.txt" in line and "a\\nfsdp-qlora: finished.txt" in line
+    assert not {"\x1b", "\x07", "\n"} & set(line)

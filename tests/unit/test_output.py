@@ -7,12 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
 
+from fsdp_qlora.cli.show import print_samples
+from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.shown import visible
 from fsdp_qlora.track.console import ConsoleProgress, print_columns, print_table
 from fsdp_qlora.track.lines import read_lines, to_line, write_lines
-from fsdp_qlora.track.output import visible
 from fsdp_qlora.track.run_folder import RunFolder
 
 TEXTS = [
@@ -166,3 +171,26 @@ def test_what_is_given_away_has_the_mode_of_a_new_file(cli_env, tmp_path, mask):
     subprocess.run([sys.executable, "-c", code, str(file), str(mask)], env=cli_env, check=True)
     assert file.stat().st_mode & 0o777 == 0o666 & ~mask
     assert list(tmp_path.iterdir()) == [file]
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\r\x9b31m\u202egnp.exe\u2066"
+SPELT = "\\x1b]0;owned\\x07\\x1b[2J\\r\\x9b31m\\u202egnp.exe\\u2066"
+
+
+def test_nothing_that_a_terminal_obeys_is_printed_of_rows_and_names(tmp_path, capsys, tiny_model):
+    """S14: of samples before training, tables, comparisons and progress."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = tokenizer(EVIL, add_special_tokens=False)["input_ids"]
+    half = len(ids) // 2
+    rows = TokenRows(Dataset.from_dict({
+        "input_ids": [ids, ids], "learned": [[True] * len(ids), [n < half for n in range(len(ids))]], "source": [0, 0],
+    }))  # fmt: skip
+    data = SimpleNamespace(some_rows=lambda count: rows, bad_rows=None)
+    config = SimpleNamespace(data=SimpleNamespace(show_samples=2))
+    print_samples(SimpleNamespace(data=data, config=config, tokenizer=tokenizer), SimpleNamespace(path=tmp_path))
+    print_table(EVIL, [(EVIL, EVIL)])
+    print_columns(EVIL, [EVIL], [[EVIL]])
+    ConsoleProgress(2).log(1, {"bad_step": 1, "left_out": [0, 6], "reason": EVIL})
+    out = capsys.readouterr().out
+    assert out.count(SPELT) >= 3, "whole in a sample, a table and a line of progress"
+    assert visible(out) == out

@@ -1,0 +1,101 @@
+"""The tokens of a long text, made window by window: a tokenizer needs some 200 times a text's size in memory.
+
+The tokens are those of the whole text. Two windows overlap, and are joined in the middle of a stretch in which both
+have the same tokens. Near its ends a window may have others: a space that is put before a text, a word that is cut.
+
+::
+
+    one window    |-----------------------------------|
+    the next                               |-----------------------------------|
+    compared                                  ^^^^^^
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fsdp_qlora.errors import DataError
+
+WINDOW = 2**18
+"""Characters of a window."""
+OVERLAP = 2**13
+_TRIES = 8
+"""Places to begin the next window at, each an overlap before the last one."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a tokenizer makes of a text."""
+
+    ids: np.ndarray
+    """int32 ``[length]``."""
+    offsets: np.ndarray
+    """int64 ``[length, 2]``: start and end in the text."""
+    added: np.ndarray
+    """bool ``[length]``: put before or behind the text, without a place in it."""
+
+    def part(self, start: int, stop: int | None) -> Tokens:
+        """Return some of them."""
+        return Tokens(self.ids[start:stop], self.offsets[start:stop], self.added[start:stop])
+
+    def moved(self, by: int) -> Tokens:
+        """Return them as tokens of a text in which theirs starts at ``by``."""
+        return Tokens(self.ids, np.where(self.added[:, None], self.offsets, self.offsets + by), self.added)
+
+    def places(self) -> np.ndarray:
+        """Return a row for each token: start, end, id."""
+        return np.column_stack([self.offsets, self.ids])
+
+
+Tokenize = Callable[[str], Tokens]
+
+
+def tokenize_in_windows(text: str, tokenize: Tokenize, window: int = WINDOW, overlap: int = OVERLAP) -> Tokens:
+    """Return the tokens of a text, holding no more than a window's at a time in the tokenizer.
+
+    Raises:
+        DataError: if windows have no stretch with the same tokens, as far as it was looked for.
+    """
+    found = [tokenize(text[:window])]
+    stop = window
+    while stop < len(text):
+        last = found[-1]
+        for start in _starts(last, stop, overlap):
+            following = tokenize(text[start : start + window]).moved(start)
+            if (cut := _meeting(last, following, start, stop)) is not None:
+                break
+        else:
+            raise DataError(
+                f"the text of {len(text)} characters is too long to be tokenized at once, and at character {stop} its "
+                "tokens depend on more of it than fits; cut the row"
+            )
+        found[-1] = last.part(0, cut[0])
+        found.append(following.part(cut[1], None))
+        stop = start + window
+    return Tokens(*(np.concatenate([getattr(part, name) for part in found]) for name in ("ids", "offsets", "added")))
+
+
+def _starts(last: Tokens, stop: int, overlap: int) -> list[int]:
+    """Return places to begin the next window at: where tokens begin, so that repetitions are cut alike."""
+    own = last.offsets[~last.added, 0]
+    if not len(own):
+        return []
+    places = [own[max(0, np.searchsorted(own, stop - n * overlap) - 1)] for n in range(1, _TRIES + 1)]
+    return [int(place) for place in dict.fromkeys(places) if own[0] < place < stop - overlap // 2]
+
+
+def _meeting(last: Tokens, following: Tokens, start: int, stop: int) -> tuple[int, int] | None:
+    """Return how many tokens to keep of ``last`` and to drop of ``following``; None where they do not agree."""
+    margin = (stop - start) // 4
+    inner = [
+        np.flatnonzero(~t.added & (t.offsets[:, 0] >= start + margin) & (t.offsets[:, 1] <= stop - margin))
+        for t in (last, following)
+    ]
+    one, other = (t.places()[chosen] for t, chosen in zip((last, following), inner, strict=True))
+    if not len(one) or not np.array_equal(one, other):
+        return None
+    middle = len(one) // 2
+    return int(inner[0][middle]), int(inner[1][middle])
