@@ -323,7 +323,7 @@ def _unpickled(file: Path) -> list[str]:
 @pytest.mark.launch
 @pytest.mark.parametrize("static", some_in_full([True, False], [True]))
 def test_two_nodes_train_together(tiny_run, cli_env, tmp_path, static):
-    """S2: nothing that comes through the port is unpickled; with torchrun's c10d rendezvous it is, as a control."""
+    """S2, S15: nothing that comes through the port is unpickled; with torchrun's c10d rendezvous it is, as a control."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(UNPICKLED)
     unpickled = tmp_path / "unpickled.txt"
