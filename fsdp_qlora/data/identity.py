@@ -42,10 +42,14 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 _PACKAGES = frozenset(["site-packages", "dist-packages"])
 
 
-def code_digest(code: Callable[..., Any] | None) -> str:
-    """Return a digest of the source of a function or class and of its imports, except for installed packages."""
+def code_digest(code: Callable[..., Any] | None, *modules: str) -> str:
+    """Return a digest of the source of a function or class and of its imports, except for installed packages.
+
+    ``modules`` are looked at too: a `functools.partial` comes from ``functools``, whatever it stands for.
+    """
+    names = {*modules, *([code.__module__] if code is not None else [])}
     digest = hashlib.sha256()
-    for file in sorted(_files(code.__module__)) if code is not None else ():
+    for file in sorted(set[Path]().union(*map(_files, names))):
         digest.update(file.read_bytes() + b"\0")
     return digest.hexdigest()
 

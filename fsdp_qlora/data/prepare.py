@@ -132,7 +132,7 @@ def _key(data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase) -> s
     settings = {key: value for key, value in asdict(data).items() if key not in _NOT_IN_KEY}
     parts = [
         _VERSION, settings, seed, len(names_of(data.train)), sources, tokenizer_digest(tokenizer),
-        code_digest(_function(data)),
+        code_digest(_function(data), *([data.row_function.partition(":")[0]] if data.row_function else [])),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -166,10 +166,10 @@ def _streamed(
     files = [line for name in sources for line in stated(name)]
     parts = [
         _key(replace(data, train=[]), seed, tokenizer),
-        sources,
+        [shown_source(name) for name in sources],
         files,
-        data.shuffle_window,
-    ]  # it decides the order
+        data.shuffle_window,  # it decides the order
+    ]
     key = hashlib.sha256(json.dumps(parts).encode())
     stream = Stream(
         sources, data.weights, data.shuffle_window, seed, _reader(data), tokenizer, _fit(data),

@@ -82,6 +82,25 @@ def test_a_row_function_beside_a_file_named_as_a_package(cli, tiny_run, tmp_path
 
 
 @pytest.mark.full
+def test_a_changed_row_function_is_found_and_noticed_in_one_process(cli, cli_env, tiny_run, tmp_path):
+    """R5: by the command `fsdp-qlora`, which does not look in the current folder, as by `python -m`."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "say", "a": "it"}) + "\n")
+    settings = ["prepare", *tiny_run, "data.train=rows.jsonl", "data.row_function=my_rows:convert",
+                "data.allow_code=true", "data.eval_fraction=0"]  # fmt: skip
+    supervised = []
+    for code in (_ROWS, _ROWS, _ROWS.replace('row["a"]', 'row["a"] * 5')):
+        (tmp_path / "my_rows.py").write_text(code)
+        script = subprocess.run(
+            ["fsdp-qlora", *settings], cwd=tmp_path, env=cli_env, capture_output=True, text=True, check=False
+        )
+        module = cli(*settings, cold=True)
+        assert script.returncode == module.returncode == 0, script.stderr + module.stderr
+        assert script.stdout == module.stdout
+        supervised.append(script.stdout)
+    assert supervised[0] == supervised[1] != supervised[2]
+
+
+@pytest.mark.full
 def test_settings_longer_than_an_environment_variable_may_be(cli, tiny_run, tmp_path):
     (tmp_path / "own/experiment").mkdir(parents=True)
     prompts = "\n".join(f"    - {'x' * 20000}" for _ in range(10))

@@ -163,3 +163,63 @@ def test_what_a_row_function_returns_is_judged_like_a_row(tmp_path, tokenizer):
 def odd(row):
     """Somebody's function that forgets to return in one case."""
     return {"text": "a"} if row["q"] == "fine" else None
+
+
+DIGITS = "9" * 5000
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "lines.json"])
+@pytest.mark.parametrize("where", ["as a value", "deep inside", "in a key that nobody reads", "negative"])
+def test_an_integer_without_end_is_a_bad_row(tmp_path, tokenizer, name, where):
+    """R6: Python refuses to read more than 4300 digits, with an error that no JSON decoder expects."""
+    inside = {
+        "as a value": f'{{"text": {DIGITS}}}', "deep inside": f'{{"text": "a", "more": [{{"n": [1, {DIGITS}]}}]}}',
+        "in a key that nobody reads": f'{{"id": {DIGITS}, "text": "a"}}', "negative": f'{{"text": "a", "n": -{DIGITS}}}',
+    }[where]  # fmt: skip
+    file = tmp_path / name
+    lines = [GOOD, inside, GOOD]
+    file.write_text(f"[{', '.join(lines)}]" if name == "rows.json" else "\n".join(lines))
+    place = "row 2" if name == "rows.json" else "line 2"
+    _require_bad_row(file, tokenizer, tmp_path, place, f"holds an integer of {5000 + (where == 'negative')} digits")
+
+
+@pytest.mark.parametrize("tools", [f'[{{"function": {{"n": {DIGITS}}}}}]', f"[{DIGITS}]"])
+def test_an_integer_without_end_in_json_within_json(tmp_path, tokenizer, tools):
+    """R6"""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([GOOD, json.dumps({**_assistant(), "tools": tools}), GOOD]))
+    _require_bad_row(file, tokenizer, tmp_path, "line 2", "'tools' is not valid JSON")
+
+
+class _Panic(BaseException):
+    """As pyo3 raises it: no ``except Exception`` catches it."""
+
+
+class _Fails:
+    """A tokenizer that raises at one text."""
+
+    def __init__(self, tokenizer, error):
+        self._tokenizer, self._error = tokenizer, error
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, texts, **settings):
+        if any("boom" in text for text in texts):
+            raise self._error
+        return self._tokenizer(texts, **settings)
+
+
+def test_a_panic_of_the_tokenizer_is_a_bad_row(tokenizer):
+    """R6"""
+    examples = [Example(completion=text) for text in ("a", "boom", "b")]
+    one, bad, other = encode_batch(examples, _Fails(tokenizer, _Panic("index out of bounds")))
+    assert isinstance(bad, DataError) and "the tokenizer rejects the text: _Panic: index out of bounds" in str(bad)
+    assert not isinstance(one, DataError) and not isinstance(other, DataError)
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_what_ends_the_process_is_no_bad_row(tokenizer, signal):
+    """R6: who presses Ctrl-C wants to stop."""
+    with pytest.raises(signal):
+        encode_batch([Example(completion="boom")], _Fails(tokenizer, signal()))

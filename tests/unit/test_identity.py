@@ -153,6 +153,27 @@ def test_code_that_rows_go_through_is_in_the_key(tmp_path, tiny_model, rows, own
     assert len({first, *others}) == 3
 
 
+MAKERS = {
+    "a part of another function": "from functools import partial\nconvert = partial(own, prefix={prefix!r})\n",
+    "an object": "class Own:\n    def __call__(self, row): return own(row, {prefix!r})\nconvert = Own()\n",
+    "an installed function": "import json\nPREFIX = {prefix!r}\nconvert = dict\n",
+    "wrapped": "from functools import lru_cache, wraps\n@wraps(dict)\ndef convert(row): return own(row, {prefix!r})\n",
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_changed_function_is_noticed_whatever_makes_it(tmp_path, tiny_model, rows, own_modules, kind):
+    """R5: the module that the settings name is looked at, not only the one that the function says it is from."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+
+    def key(prefix):
+        own = "def own(row, prefix): return {'text': prefix + row['prompt']}\n"
+        own_modules(own_main=own + MAKERS[kind].format(prefix=prefix))
+        return _key(rows, tokenizer, tmp_path / "cache", row_function="own_main:convert", allow_code=True)
+
+    assert key("a") == key("a") != key("b")
+
+
 def test_code_of_packages_is_followed_and_installed_code_is_not(own_modules):
     package = {
         "own_package__all": "",

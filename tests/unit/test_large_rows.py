@@ -317,14 +317,13 @@ def test_a_text_without_a_place_to_cut_it_is_a_bad_row():
         tokenize_in_windows(text, partial(_tokens, tokenizer, False), 4096, 512)
 
 
-LONG_TEXT = " ".join(f"{n} {sentence(n, 12)}" for n in range(30_000))
+LONG_TEXT = " ".join(f"{n} {sentence(n, 12)}" for n in range(17_000))
 """More than is tokenized at once."""
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("truncation", ["right", "left", "drop", "split"])
 @pytest.mark.parametrize("kind", tokenizers.KINDS)
-def test_a_long_row_keeps_the_tokens_of_the_uncut_text(kind, truncation):
+def test_a_long_row_keeps_the_tokens_of_the_uncut_text(kind):
     """S12: for each truncation, of a text, a prompt with its answer, and a chat."""
     tokenizer = tokenizers.make(kind)
     assert len(LONG_TEXT) > 2**20
@@ -338,12 +337,12 @@ def test_a_long_row_keeps_the_tokens_of_the_uncut_text(kind, truncation):
         with _uncut():
             whole = encode(example, tokenizer)
         found = encode(example, tokenizer)
-        assert not isinstance(whole, DataError) and not isinstance(found, DataError)
-        fit, counts = Fit(64, truncation, "assistant"), (Counts(), Counts())
-        kept = [list(fit_row(row, fit, count)) for row, count in zip((whole, found), counts, strict=True)]
-        assert counts[0] == counts[1] and len(kept[0]) == len(kept[1])
-        for one, other in zip(*kept, strict=True):
-            assert np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
+        for truncation in ("right", "left", "drop", "split"):
+            fit, counts = Fit(64, truncation, "assistant"), (Counts(), Counts())
+            kept = [list(fit_row(row, fit, count)) for row, count in zip((whole, found), counts, strict=True)]
+            assert counts[0] == counts[1] and len(kept[0]) == len(kept[1]) == counts[0].kept
+            for one, other in zip(*kept, strict=True):
+                assert np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
 
 
 @contextlib.contextmanager
@@ -373,7 +372,7 @@ print(data.train_counts.kept, data.train_counts.truncated, resource.getrusage(re
 def test_an_honest_row_of_30_megabytes_takes_no_gigabytes(tmp_path, tiny_model, cli_env):
     """S12: it took 5 GB, whatever was kept of it."""
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"text": " ".join(sentence(n, 12) for n in range(450_000))}) + "\n")
+    file.write_text(json.dumps({"text": " ".join(sentence(n, 12) for n in range(500_000))}) + "\n")
     assert file.stat().st_size > 30_000_000
     command = [sys.executable, "-c", _PREPARES, str(file), str(tiny_model), str(tmp_path / "cache")]
     done = subprocess.run(command, env=cli_env, capture_output=True, text=True, check=False)
