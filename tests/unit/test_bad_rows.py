@@ -185,7 +185,7 @@ def test_an_integer_without_end_is_a_bad_row(tmp_path, tokenizer, name, where):
 
 @pytest.mark.parametrize("tools", [f'[{{"function": {{"n": {DIGITS}}}}}]', f"[{DIGITS}]"])
 def test_an_integer_without_end_in_json_within_json(tmp_path, tokenizer, tools):
-    """R6"""
+    """R6: nor where the numbers lie in text that is JSON."""
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join([GOOD, json.dumps({**_assistant(), "tools": tools}), GOOD]))
     _require_bad_row(file, tokenizer, tmp_path, "line 2", "'tools' is not valid JSON")
@@ -211,7 +211,7 @@ class _Fails:
 
 
 def test_a_panic_of_the_tokenizer_is_a_bad_row(tokenizer):
-    """R6"""
+    """R6: its panic is no Exception, and a bad row all the same."""
     examples = [Example(completion=text) for text in ("a", "boom", "b")]
     one, bad, other = encode_batch(examples, _Fails(tokenizer, _Panic("index out of bounds")))
     assert isinstance(bad, DataError) and "the tokenizer rejects the text: _Panic: index out of bounds" in str(bad)

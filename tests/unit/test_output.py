@@ -110,6 +110,7 @@ def test_a_locale_that_is_not_utf_8(cli_env, tmp_path):
 
 
 def test_tables_show_text_as_it_is(capsys):
+    """R3: what looks like the markup of a library is text."""
     print_table("[INST]", [(text, text) for text in TEXTS])
     print_columns("[/INST]", ["[b]", "[/b]"], [["[red]", ":ok:"]])
     out = capsys.readouterr().out
