@@ -8,6 +8,7 @@ from fsdp_qlora.api import Prepared
 from fsdp_qlora.data.sources import names_of
 from fsdp_qlora.dist.process import memory_peak
 from fsdp_qlora.dist.reduce import gather_json
+from fsdp_qlora.shown import shown_source
 from fsdp_qlora.track.meter import Meter
 from fsdp_qlora.train.progress import Progress
 
@@ -45,7 +46,7 @@ def summarize(
         "device": str(ranks.device),
         "threads_per_rank": prepared.threads,
         "load_seconds": prepared.load.seconds,
-        "data": {"train": names_of(config.data.train), "rows": num_rows},
+        "data": {"train": [shown_source(name) for name in names_of(config.data.train)], "rows": num_rows},
         "samples": [
             {"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=False)
         ],
