@@ -232,6 +232,7 @@ def _tables(tmp_path, columns):
     return [tmp_path / "rows.arrow", tmp_path / "rows.parquet"]
 
 
+@pytest.mark.full
 def test_a_cell_that_is_too_long_is_a_bad_row_where_it_is_read(tmp_path):
     good = pa.array(["fox"] * 3)
     for file in _tables(tmp_path, {"text": good, "scan": _dictionary(MAX_ROW + 1, 3)}):
@@ -281,7 +282,7 @@ def _tokens(tokenizer, plain, text):
     return _call([text], tokenizer, plain)[0]
 
 
-@pytest.mark.parametrize("kind", some_in_full(tokenizers.KINDS, ("bytes", "pieces, first")))
+@pytest.mark.parametrize("kind", some_in_full(tokenizers.KINDS, ("bytes",)))
 def test_windows_give_the_tokens_of_the_whole_text(kind):
     """S12: for each kind of tokenizer, also where no word ends for longer than a window."""
     tokenizer = tokenizers.make(kind)
@@ -381,6 +382,7 @@ def test_an_honest_row_of_30_megabytes_takes_no_gigabytes(tmp_path, tiny_model, 
     assert (kept, truncated) == (1, 1) and megabytes < 1700
 
 
+@pytest.mark.full
 def test_bad_rows_without_end_are_counted_and_the_first_ones_listed(tmp_path, tiny_model):
     """S12: a compressed file of kilobytes with as many bad rows as it likes."""
     file = tmp_path / "rows.jsonl.gz"

@@ -22,6 +22,7 @@ from fsdp_qlora.data.prepare import prepare_data
 from fsdp_qlora.dist.apart import Apart, StuckError
 from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.model.rendering import render_apart
+from tests.tiers import some_in_full
 from tests.tokenizers import CHATML
 
 CHAT = Example(messages=[{"role": "user", "content": "q"}, {"role": "assistant", "content": "fox"}])
@@ -66,7 +67,7 @@ def impatient():
     encoding.Apart = before
 
 
-@pytest.mark.parametrize("kind", STUCK)
+@pytest.mark.parametrize("kind", some_in_full(STUCK, ("nested loops", "a power")))
 def test_a_template_that_does_not_end_is_ended(tokenizer, impatient, kind):
     """S11: the message names it, and no later row is tried."""
     tokenizer.chat_template = STUCK[kind] + CHATML
@@ -79,7 +80,7 @@ def test_a_template_that_does_not_end_is_ended(tokenizer, impatient, kind):
     assert time.monotonic() - started < 20
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", some_in_full(REFUSED, ("a long range", "a long text", "a macro that calls itself")))
 def test_a_template_that_takes_too_much_makes_a_bad_row(tokenizer, frugal, kind):
     """S11: rather than taking the memory of this process."""
     tokenizer.chat_template = REFUSED[kind] + CHATML
