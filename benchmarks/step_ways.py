@@ -79,7 +79,7 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
     settings = StepSettings(
         objective=OBJECTIVES["sft"], ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,
         seed_of=seed_of, around=contextlib.nullcontext,
-        after_backward=(ReplicatedGradients(optimizer.parameters.items(), ranks),),
+        after_backward=(ReplicatedGradients(optimizer.parameters.items(), ranks), *_compiled(prepared)),
     )  # fmt: skip
     prepared.model.train()
     number = 0
@@ -105,6 +105,14 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
         yield step, {**known, "choices": prepared.choices}
     finally:
         prepared.close()
+
+
+def _compiled(prepared: Any) -> list[Any]:
+    """Return what ends a benchmark whose layers cannot be compiled: it would measure something else."""
+    from fsdp_qlora.model.fallback import EagerFallback
+
+    layers = prepared.model.compiled_layers
+    return [] if layers is None else [EagerFallback(layers, prepared.ranks, True, lambda *_: None)]
 
 
 def _peft(spec: Spec, attention: str) -> Any:

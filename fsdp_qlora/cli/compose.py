@@ -32,6 +32,7 @@ from fsdp_qlora.config.convert import convert, field_types, from_dict, known_key
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
+from fsdp_qlora.shown import visible
 from fsdp_qlora.track.run_folder import read_config
 
 _MAPPINGS = ("data.columns", "model.config_overrides", "quant.overrides")
@@ -355,7 +356,7 @@ def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) ->
             ends.append(run(_settle(composed, outside, line, saved, f"/{_job_name(swept)}" if swept else "")))
         except FsdpQloraError as error:
             ends.append(error)
-            print(f"fsdp-qlora: {error}", file=sys.stderr)
+            print(f"fsdp-qlora: {visible(str(error))}", file=sys.stderr)
 
     shown = [f"{key}={quoted(value)}" for key, value in line.verbatim.items()]
     extra = [f"--config-dir={Path(line.config_dir).absolute()}"] if line.config_dir else []

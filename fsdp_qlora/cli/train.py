@@ -15,6 +15,7 @@ from fsdp_qlora.dist.patience import Patience
 from fsdp_qlora.dist.signals import STOP_SIGNALS, StopSignals, take_signals
 from fsdp_qlora.dist.watch import Leave, Outside, Watch
 from fsdp_qlora.errors import STOPPED_EXIT_CODE
+from fsdp_qlora.shown import visible
 from fsdp_qlora.track.process_exit import (
     NOTHING_TO_SAVE,
     Ending,
@@ -94,7 +95,7 @@ class _Run:
                 storage = Patience(_ANSWER_SECONDS, "the storage")
                 storage.ask(lambda: self._folder.write_exit(last.code, self._rank, last.message))
         if not has_launcher():
-            print(f"fsdp-qlora, rank {self._rank}: {last.message}", file=sys.stderr, flush=True)
+            print(f"fsdp-qlora, rank {self._rank}: {visible(last.message)}", file=sys.stderr, flush=True)
 
 
 def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signals: StopSignals, watch: Watch) -> int:

@@ -72,9 +72,16 @@ class _CompiledForward:
             try:
                 return self._compiled(*args, **kwargs)
             except _failures() as error:  # raised before anything of the layer has run
-                layers.failure = layers.failure or typed_line(error)
+                layers.failure = layers.failure or _reason(error)
                 layers.eager = self._eager = True
         return self._plain(*args, **kwargs)
+
+
+def _reason(error: Exception) -> str:
+    """Return what the compiler says in a line: its errors have the name of what it cannot do in a line of its own."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    more = next((f" {line}" for line in lines if line.startswith("Explanation:")), "")
+    return f"{typed_line(error)}{more}"[:400]
 
 
 def compile_layers(layers: Sequence[nn.Module], layer_types: Sequence[str] = ()) -> CompiledLayers:
