@@ -121,3 +121,23 @@ def test_the_command_line_ends_with_75_before_the_first_step(cli_env, tiny_run, 
     assert time.monotonic() - sent < 8, err
     assert process.returncode == 75, err
     assert "nothing to save" in err.strip().splitlines()[-1]
+
+
+@pytest.mark.full
+@pytest.mark.launch
+def test_a_save_that_outlasts_its_grace_loses_nothing_older(cli_env, tiny_run, tmp_path):
+    """R2: asked to stop while a save takes too long, then killed as a cluster does; the checkpoint before it is whole."""
+    run = ["train", *tiny_run, "train.max_steps=6", "checkpoint.every_steps=2"]
+    fault = warm.Fault(0, str(tmp_path / "outputs"), hold=r"open .*step_00000004.*COMPLETE")
+    ranks = warm.start(run, tmp_path, cli_env, fault=fault)
+    checkpoints = tmp_path / "outputs/tiny/checkpoints"
+    deadline = time.monotonic() + 60
+    while not (checkpoints / "step_00000004").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks.kill(signal.SIGTERM)
+    time.sleep(5)
+    ranks.kill()
+    assert [folder.name for folder in complete_checkpoints(checkpoints)] == ["step_00000002"], ranks.text()
+    codes, text = warm.run(run, tmp_path, cli_env)
+    assert codes == [0, 0], text
+    assert "step_00000006" in {folder.name for folder in complete_checkpoints(checkpoints)}
