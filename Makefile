@@ -39,7 +39,7 @@ train: assets ## fine-tune the embedded model on the embedded data with 2 ranks 
 test: assets ## the tests (10 to 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not full and not gpu" $(ARGS)
 
-test-full: assets $(BENCH_READY) ## the whole matrices (at most 75 minutes on 2 cores)
+test-full: assets $(BENCH_READY) ## the whole matrices (two to three hours on 2 cores)
 	$(BIN)/python -m pytest -q -m "not gpu" --junitxml build/test-full.xml $(ARGS)
 
 test-full-report: ## write docs/test-full.md from the last test-full
