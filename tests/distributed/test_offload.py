@@ -89,6 +89,7 @@ def test_modules_on_the_host_change_no_bit(pool, model, chat_rows, tmp_path, num
     _compare(pool, model, chat_rows, tmp_path, num_ranks, others, checkpointing=checkpointing)
 
 
+@pytest.mark.full
 def test_selective_checkpointing_goes_with_the_head_alone(pool, model, chat_rows, tmp_path):
     _compare(pool, model, chat_rows, tmp_path, 2, [{"offload_modules": ["head"]}], checkpointing="selective")
     with pytest.raises(RankError, match="selective cannot go with"):

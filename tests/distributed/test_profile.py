@@ -79,6 +79,7 @@ def _fit_twice(ranks: Ranks, model: str, root: str, groups: dict) -> list[bool]:
     return found
 
 
+@pytest.mark.full
 def test_a_run_that_ends_while_recording_tells_of_what_it_has(pool, tiny_model, chat_rows, tmp_path):
     assert pool.run(1, _fit_twice, str(tiny_model), str(tmp_path), _groups(chat_rows, 4)) == [[True, True]]
     for name, steps in (("short", [3]), ("longer", [3, 4])):

@@ -46,7 +46,7 @@ def _state(ranks: Ranks, model: str, root: str, name: str, groups: dict) -> tupl
     return {n: _digest(t) for n, t in whole.items()}, batch, training.progress.step
 
 
-@pytest.mark.parametrize("saved_by", some_in_full([1, 2, 3, 4], [1, 3]))
+@pytest.mark.parametrize("saved_by", some_in_full([1, 2, 3, 4], [3]))
 def test_any_number_of_ranks_resumes_on_any_other(pool, tiny_model, chat_rows, tmp_path, saved_by):
     optim = OPTIMIZERS[saved_by % 2]
     pool.run(saved_by, run_fit, str(tiny_model), str(tmp_path), "run", _groups(chat_rows, optim, 3))

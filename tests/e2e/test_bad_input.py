@@ -83,6 +83,7 @@ def test_missing_model_folder(cli, tiny_run):
     _refused(cli("train", *tiny_run, "model.name=/no/such/model"), "model.name", "/no/such/model")
 
 
+@pytest.mark.full
 @pytest.mark.launch
 def test_truncated_weights_on_two_ranks(cli, tiny_run, tiny_model, tmp_path):
     (tmp_path / "cut").mkdir()

@@ -33,6 +33,7 @@ def test_nohup_outlives_its_terminal(cli_env, tiny_run, tmp_path, ranks):
     assert metrics(tmp_path / "outputs/tiny")[-1]["step"] == 12
 
 
+@pytest.mark.full
 def test_leftovers_of_torchrun_do_not_make_a_run_wait(cli, tiny_run, tmp_path):
     result = cli("train", *tiny_run, MASTER_ADDR="192.0.2.1", WORLD_SIZE="2", timeout=300, cold=True)
     assert result.returncode == 0, result.stderr

@@ -91,7 +91,7 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", some_in_full(POINTS, ["before COMPLETE", "while an old one is removed"]))
+@pytest.mark.parametrize("point", some_in_full(POINTS, ["before COMPLETE"]))
 def test_rank_0_killed(whole, arguments, cli_env, tmp_path, point):
     _kill(tmp_path, arguments, cli_env, whole, 0, whole.write(POINTS[point]))
 
@@ -262,6 +262,7 @@ def test_a_sample_that_makes_nan(arguments, tiny_model, chat_rows, cli_env, tmp_
     assert summary["rows_left_out"] == after - first
 
 
+@pytest.mark.full
 def test_other_settings_on_purpose_and_a_start_from_an_old_adapter(whole, arguments, cli_env, tmp_path):
     codes, text = warm.run(arguments, tmp_path, cli_env)
     assert codes == [0, 0], text
@@ -282,6 +283,7 @@ def test_other_settings_on_purpose_and_a_start_from_an_old_adapter(whole, argume
     assert codes == [2, 2] and "lora.alpha: 64.0, but the adapter" in text, text
 
 
+@pytest.mark.full
 def test_inspect_shows_one_and_compares_two(arguments, cli_env, tmp_path):
     codes, text = warm.run([*arguments, "checkpoint.keep_last=3"], tmp_path, cli_env)
     assert codes == [0, 0], text

@@ -58,9 +58,8 @@ KIMI_K2 = {
 """What Kimi-K2's config has otherwise than DeepSeek-V3's, whose code it runs."""
 
 
-@pytest.mark.parametrize(
-    ("more", "parameters"), [({}, 6.5e11), pytest.param(KIMI_K2, 1.0e12, marks=pytest.mark.full)], ids=["v3", "kimi-k2"]
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("more", "parameters"), [({}, 6.5e11), (KIMI_K2, 1.0e12)], ids=["v3", "kimi-k2"])
 def test_a_large_model_is_planned_in_little_address_space(cli_env, tmp_path, more, parameters):
     import subprocess
     import sys

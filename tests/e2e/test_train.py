@@ -160,6 +160,7 @@ def test_a_failing_rank_ends_all_with_its_message_last(cli, tiny_run, tmp_path, 
     assert json.loads((tmp_path / "outputs/tiny/exit.json").read_text())["message"] == "planted: row 7 is bad"
 
 
+@pytest.mark.full
 def test_ranks_die_with_their_launcher_and_the_folder_is_free_again(cli, cli_env, tiny_run, tmp_path):
     run = ["train", *tiny_run, "train.max_steps=5000", "launcher.nproc_per_node=2"]
     process = start(run, cli_env, tmp_path)

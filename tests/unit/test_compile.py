@@ -81,6 +81,7 @@ def _compare(folder):
     return base
 
 
+@pytest.mark.full
 def test_layers_are_one_graph_compiled_once_and_compute_the_same(tiny_model):
     base = _compare(tiny_model)
     with uncompiled(), torch.no_grad():  # evaluation takes no compilation

@@ -85,6 +85,7 @@ def test_an_extrapolated_peak_is_that_of_the_whole_model(tmp_path: Path, monkeyp
     assert cut.checked is not None and cut.checked < 1e-3
 
 
+@pytest.mark.full
 def test_a_model_that_does_not_extrapolate_is_simulated_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_config(tmp_path / "three", num_hidden_layers=3)
     monkeypatch.setattr(step, "WHOLE_LAYERS", 2)
@@ -114,6 +115,7 @@ def test_layers_of_several_kinds_are_cut_in_proportion(tmp_path: Path) -> None:
     assert found.depths == (7, 9, 11) and found.checked is not None and found.checked < 0.01
 
 
+@pytest.mark.full
 def test_more_ranks_and_replicas_hold_what_they_should(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "two", num_hidden_layers=2)
     whole, half = (simulate(one_micro_batch(folder), n).peak for n in (1, 2))
