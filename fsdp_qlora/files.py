@@ -36,11 +36,13 @@ _MAX_DEPTH = 64
 _MAX_NUMBER = 2**63
 
 
-def open_regular(file: Path, flags: int = os.O_RDONLY) -> int:
+def open_regular(file: Path, flags: int = os.O_RDONLY, changes: bool = True) -> int:
     """Open a regular file (or make a new one, as ``flags`` say) and return its descriptor; no link is followed.
 
+    ``changes``: whether a file that is opened for writing is written into, and not locked alone.
+
     Raises:
-        SecurityError: if it is a link, a folder, a pipe or a device; or is written, and has a second name elsewhere.
+        SecurityError: if it is a link, a folder, a pipe or a device; or is changed, and has a second name elsewhere.
         OSError: if it cannot be opened.
     """
     try:
@@ -53,7 +55,7 @@ def open_regular(file: Path, flags: int = os.O_RDONLY) -> int:
             raise SecurityError(f"{file} is not a regular file.") from error
         raise
     found = os.fstat(handle)
-    written = flags & (os.O_WRONLY | os.O_RDWR)
+    written = changes and flags & (os.O_WRONLY | os.O_RDWR)
     if stat.S_ISREG(found.st_mode) and not (written and found.st_nlink > 1):
         return handle
     os.close(handle)
@@ -142,21 +144,24 @@ def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
                     left.append(entry.path)
 
 
-def refuse_irregular(folder: Path, may_link: str | None = None) -> None:
+def refuse_irregular(folder: Path, may_link: bool = False, apart: str | None = None) -> None:
     """Check that a folder holds files and folders only.
 
     Args:
         folder: is looked through whole; it may itself be reached by a link.
-        may_link: name of a folder in it that may hold links to what lies in that folder, too.
+        may_link: whether it may hold links to what lies in it, too.
+        apart: name of a folder in it in which we write nothing; what it holds is not looked at.
 
     Raises:
         SecurityError: naming the first link, pipe or device.
     """
-    linking = folder / may_link if may_link and not (folder / may_link).is_symlink() else None
+    home = _real(folder)
     for entry in walk(folder):
+        path = Path(entry.path)
+        if apart is not None and folder / apart in path.parents and not (folder / apart).is_symlink():
+            continue
         if entry.is_symlink():
-            path = Path(entry.path)
-            if linking is not None and linking in path.parents and _real(path).is_relative_to(_real(linking)):
+            if may_link and _real(path).is_relative_to(home):
                 continue
             raise SecurityError(f"{path} is a link; links are not followed here. Put the file itself there.")
         if not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
@@ -249,8 +254,13 @@ def copy_regular(source: Path, file: Path) -> None:
 def append_to(file: Path) -> io.FileIO:
     """Open a file of ours to append to, or make it; a link is not followed. A write may take a part: it is unbuffered.
 
-    So nothing of a write that failed is left to be written, and fail again, when it is closed.
+    So nothing of a write that failed is left to be written, and fail again, when it is closed. A file that has a second
+    name elsewhere (a backup of hard links) keeps its content there and is a file of its own here.
     """
+    if file.is_file() and not file.is_symlink() and file.stat().st_nlink > 1:
+        content = read_regular(file, None)
+        with replacing(file) as stream:
+            stream.write(content)
     return io.FileIO(open_regular(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 

@@ -16,7 +16,7 @@ from fsdp_qlora.dist.parent import die_with_parent
 
 die_with_parent(int(sys.argv[3]) if __name__ == "__main__" else None)  # before torch, whose import takes seconds
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -44,6 +44,9 @@ def main() -> int:
         run_id=f"fsdp_qlora-{os.getpid()}",
         max_restarts=max_restarts,
         signals_to_handle=",".join(signal.Signals(number).name for number in heeded(_SIGNALS)),
+        logs_specs=DefaultLogsSpecs(
+            log_dir=str(Path(os.environ[EXIT_VARIABLE]).with_name("logs"))
+        ),  # goes with the rest
         local_addr="127.0.0.1",  # else the host's name, which need not resolve
     )
     try:

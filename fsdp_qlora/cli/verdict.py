@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.errors import STOPPED_EXIT_CODE, RunFolderError, StorageError
+from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError, RunFolderError
 from fsdp_qlora.shown import visible
 from fsdp_qlora.track.process_exit import NOTHING_TO_SAVE, Ending, first_failure, tellings
 from fsdp_qlora.track.run_folder import RunFolder
+
+_LOCK_SECONDS = 3.0
+"""How long the run folder may stay locked by ranks that have been killed."""
 
 
 def verdict(
@@ -32,11 +37,11 @@ def verdict(
     failure = first_failure(told)
     candidates = [
         failure if failure is not None and failure.expected else None,
+        told[0] if told and failure is None and (agent_code == 0 or stopped is not None) else None,
         standstill,
         stopped if stopped is not None and (stopped.failed or not told) else None,
         _killed(exit_file.with_name("agent.json")),
         failure,
-        told[0] if told and agent_code == 0 else None,
     ]
     wordless = Ending(max(agent_code, 1), 0, f"the ranks ended without a word (launcher code {agent_code}).")
     return next((ending for ending in candidates if ending is not None), wordless)
@@ -74,15 +79,22 @@ def record(ending: Ending, folder: RunFolder, since: float) -> None:
     """
     if not folder.config_file.parent.is_dir():
         return
-    try:
-        folder.lock()
-    except (RunFolderError, StorageError):
-        return
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            folder.lock()
+            break
+        except RunFolderError:  # ranks that are just ending, or another run
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.1)
+        except (FsdpQloraError, OSError):  # whatever is wrong there does not change how the run ended
+            return
     written = folder.read_exit()
-    if written is not None and written["time"] >= since and written["message"] == ending.message:
-        return
-    folder.clear_exit()
-    folder.write_exit(ending.code, ending.rank, ending.message)
+    if written is None or written["time"] < since or written["message"] != ending.message:
+        with suppress(OSError):
+            folder.clear_exit()
+            folder.write_exit(ending.code, ending.rank, ending.message)
     folder.unlock()
 
 

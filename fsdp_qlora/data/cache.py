@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fsdp_qlora.data.locks import alone, try_lock
-from fsdp_qlora.errors import typed_line
+from fsdp_qlora.errors import StorageError, typed_line
 from fsdp_qlora.files import sync
 
 SUMS = "SHA256SUMS"
@@ -44,6 +44,16 @@ def obtain(folder: Path, load: Callable[[Path], object], make: Callable[[Path], 
         load: opens what is in the folder; whatever it raises means that the folder is not whole.
         make: writes the files into an empty folder.
     """
+    try:
+        _obtain(folder, load, make)
+    except PermissionError as error:
+        raise StorageError(
+            f"{error.filename or folder} cannot be read or written: {error.strerror}. Set FSDP_QLORA_CACHE to a folder "
+            "of your own."
+        ) from error
+
+
+def _obtain(folder: Path, load: Callable[[Path], object], make: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if _problem(folder, load) is None:
         _note_use(folder)
@@ -80,6 +90,8 @@ def _problem(folder: Path, load: Callable[[Path], object]) -> str | None:
         if text != "".join(lines):
             return f"{SUMS} is not as it was written"
         load(folder)
+    except PermissionError:  # of another user, and not damaged
+        raise
     except Exception as error:  # whatever a damaged file makes its reader raise
         return typed_line(error)
     return None
@@ -98,6 +110,9 @@ def _note_use(folder: Path) -> None:
 def _make(folder: Path, make: Callable[[Path], None]) -> None:
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{_MAKING}{folder.name}."))
     try:
+        (made := staging / "made").mkdir()  # mkdtemp gives 0700, whatever the umask
+        staging.chmod(made.stat().st_mode)
+        made.rmdir()
         make(staging)
         lines = []
         for file in sorted(staging.iterdir()):
@@ -157,9 +172,9 @@ def prune(root: Path, max_bytes: int = MAX_BYTES, recent_seconds: float = _RECEN
     folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(_MAKING)]
     room = max_bytes
     for folder in sorted(folders, key=_last_use, reverse=True):
-        room -= sum(file.lstat().st_size for file in folder.iterdir())
-        if room < 0 and time.time() - _last_use(folder) > recent_seconds:
-            with suppress(OSError):  # removed by another process meanwhile, or somebody else's
+        with suppress(OSError):  # removed by another process meanwhile, or somebody else's
+            room -= sum(file.lstat().st_size for file in folder.iterdir())
+            if room < 0 and time.time() - _last_use(folder) > recent_seconds:
                 _remove_unused(folder)
 
 

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fsdp_qlora.files import (
     LACKING,
     open_regular,
     read_json,
+    read_regular,
     refuse_irregular,
     warn_of_others,
     write_first,
@@ -52,6 +54,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self._lock: int | None = None
+        self._holder = self.path / ".lock.holder"
 
     def create(self) -> None:
         """Make the folder.
@@ -75,14 +78,14 @@ class RunFolder:
             StorageError: if it cannot be read, written or locked.
         """
         try:
-            handle = open_regular(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+            handle = open_regular(self.path / ".lock", os.O_RDWR | os.O_CREAT, changes=False)
         except OSError as error:
             raise StorageError(f"{self.path} cannot be written: {error.strerror}.") from error
         try:
             locked = self._flock(handle, flock)
-            refuse_irregular(self.path, may_link=_WANDB)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n".encode(), 0)
+            refuse_irregular(self.path, may_link=True, apart=_WANDB)
+            # Not into the lock itself: it may have a second name elsewhere, in a backup or made by somebody else.
+            write_text(self._holder, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
         except BaseException as error:
             os.close(handle)
             if isinstance(error, OSError):
@@ -98,7 +101,9 @@ class RunFolder:
         try:
             flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(handle, 4096).decode(errors="replace").strip() or "another process"
+            holder = "another process"
+            with suppress(OSError, SecurityError):
+                holder = read_regular(self._holder, 4096).decode(errors="replace").strip() or holder
             raise RunFolderError(
                 f"run.name: {self.path} is in use by {holder}. Wait for it, stop it, or choose another run.name."
             ) from None
@@ -182,9 +187,11 @@ class RunFolder:
     def read_exit(self) -> dict[str, Any] | None:
         """Return what `write_exit` wrote, or None."""
         try:
-            return read_json(self.exit_file, dict[str, Any])
+            found = read_json(self.exit_file, dict[str, Any])
         except (OSError, ValueError, SecurityError):
             return None
+        kinds = {"code": int, "rank": int, "message": str, "time": int | float}
+        return found if all(isinstance(found.get(key), kind) for key, kind in kinds.items()) else None
 
 
 def _say(message: str) -> None:

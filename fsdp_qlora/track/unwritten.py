@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fsdp_qlora.errors import StorageError
+from fsdp_qlora.errors import SecurityError, StorageError
 
 
 class Unwritten:
@@ -20,6 +20,8 @@ class Unwritten:
             write()
         except OSError as error:
             self.problem = self.problem or f"{file} cannot be written: {error.strerror or error}."
+        except SecurityError as error:  # somebody has put something else in its place meanwhile
+            self.problem = self.problem or f"{file} cannot be written: {error}"
 
     def require_none(self) -> None:
         """Raise what happened, once the run is saved.
@@ -29,5 +31,5 @@ class Unwritten:
         """
         if self.problem:
             raise StorageError(
-                f"{self.problem} The run was saved and stopped; make room there, and the same command goes on."
+                f"{self.problem} The run was saved and stopped; make room or mend it, and the same command goes on."
             )

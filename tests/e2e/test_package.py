@@ -121,6 +121,8 @@ def test_wandb_offline_on_rank_0_with_no_secret_in_any_file(cli, tiny_run, tmp_p
         if file.is_file():
             assert canary.encode() not in file.read_bytes(), file
     assert canary not in result.stdout + result.stderr
+    again = cli("train", *tiny_run, "track=wandb", "train.max_steps=6", num_ranks=2, WANDB_MODE="offline")
+    assert again.returncode == 0, again.stderr  # W&B has put links to its own logs into the run folder
 
 
 def readme_commands() -> list[str]:

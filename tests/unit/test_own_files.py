@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora.errors import SecurityError
+from fsdp_qlora.errors import RunFolderError, SecurityError
 from fsdp_qlora.files import append_to, replacing, write_first, write_text
 from fsdp_qlora.scratch import fresh_folder, move_into, scratch_folder
 from fsdp_qlora.track.run_folder import RunFolder
@@ -80,13 +80,40 @@ def test_pipes_are_refused_and_not_waited_for(tmp_path, monkeypatch, name, make)
     assert folder.read_exit() is None
 
 
-def test_a_lock_that_is_another_name_of_the_users_file_is_refused(tmp_path, mine):
+@pytest.mark.parametrize("name", [".lock", ".lock.holder", "metrics.jsonl", "exit.json", "config.yaml"])
+def test_another_name_of_the_users_file_is_not_written_into(tmp_path, mine, name):
     """S8: hard links, too: an archive can hold one."""
     folder = _folder(tmp_path)
-    os.link(mine, folder.path / ".lock")
-    with pytest.raises(SecurityError, match="hard link"):
-        folder.lock()
+    os.link(mine, folder.path / name)
+    folder.lock()
+    folder.clear_exit()
+    folder.begin({"run": {}})
+    folder.write_exit(0, 0)
+    _metrics(folder.metrics_file)
+    folder.unlock()
     assert mine.read_text() == CANARY
+
+
+def test_a_backup_by_hard_links_ends_no_run_and_keeps_what_was(tmp_path):
+    """S8: `cp -al`, rsnapshot and their like, while a run writes."""
+    folder = _folder(tmp_path)
+    folder.lock()
+    sink = JsonLines(folder.metrics_file, 0, Unwritten())
+    sink.log(1, {"loss": 1.0})
+    backup = tmp_path / "backup"
+    backup.mkdir()
+    for file in folder.path.iterdir():
+        os.link(file, backup / file.name)
+    sink.log(2, {"loss": 2.0})
+    sink.close()
+    other = RunFolder(str(folder.path.parent), folder.path.name)
+    with pytest.raises(RunFolderError, match=f"in use by process {os.getpid()}"):
+        other.lock()
+    folder.unlock()
+    other.lock()
+    other.unlock()
+    assert (backup / "metrics.jsonl").read_text().count("\n") == 1
+    assert folder.metrics_file.read_text().count("\n") == 2
 
 
 def test_the_users_own_links_to_a_run_folder_and_wandbs_inside_it_are_fine(tmp_path):
@@ -98,7 +125,12 @@ def test_the_users_own_links_to_a_run_folder_and_wandbs_inside_it_are_fine(tmp_p
     (folder.path / "wandb/latest-run").symlink_to("run-1")
     folder.lock()
     folder.unlock()
-    (folder.path / "wandb/debug.log").symlink_to(tmp_path / "bashrc")
+    # as W&B 0.31 does: a link to its log in the cache; we write nothing there
+    (folder.path / "wandb/run-1/debug-core.log").symlink_to(tmp_path / "bashrc")
+    (folder.path / "best").symlink_to("wandb")
+    folder.lock()
+    folder.unlock()
+    (folder.path / "debug.log").symlink_to(tmp_path / "bashrc")
     with pytest.raises(SecurityError, match=r"debug\.log is a link"):
         folder.lock()
 
@@ -180,7 +212,7 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path):
         (place / LEFT[-1]).mkdir()
         (place / LEFT[-1] / "half").write_text("half")
     folder.lock()
-    assert {f.name for f in folder.path.iterdir()} == {*KEPT, ".lock", "checkpoints"}
+    assert {f.name for f in folder.path.iterdir()} == {*KEPT, ".lock", ".lock.holder", "checkpoints"}
     assert {f.name for f in folder.checkpoints.iterdir()} == set(KEPT)
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.cache import SUMS, hold, obtain, prune, sweep
 from fsdp_qlora.data.locks import alone
 from fsdp_qlora.data.prepare import prepare_data
+from fsdp_qlora.errors import StorageError
 
 FILES = ("tokens.arrow", "train.npy", "eval.npy", "counts.json", "bad_rows.jsonl", SUMS)
 
@@ -158,6 +160,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.prepare import prepare_data
+from fsdp_qlora.errors import StorageError
 settings = DataSettings(train=sys.argv[1], max_length=32, eval_fraction=0.2, on_bad_row="skip")
 prepare_data(settings, 0, AutoTokenizer.from_pretrained(sys.argv[2]), Path(sys.argv[3]),
              progress=lambda count: os.kill(os.getpid(), signal.SIGKILL))
@@ -230,3 +233,33 @@ def test_an_error_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="No space"):
         obtain(tmp_path / "root" / "key", lambda folder: None, fail)
     assert list((tmp_path / "root").iterdir()) == []
+
+
+def test_the_folder_has_the_mode_that_the_umask_says(tmp_path, tokenizer, rows):
+    """S16: so that colleagues can share it."""
+    old = os.umask(0o002)
+    try:
+        _, folder = _start(rows, tokenizer, tmp_path / "cache")
+    finally:
+        os.umask(old)
+    assert folder.stat().st_mode & 0o777 == 0o775
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_what_belongs_to_somebody_else_is_left_alone():
+    """R4: what cannot be read is not damaged, and tidying ends nothing."""
+    root = Path(tempfile.mkdtemp())
+    root.chmod(0o777)
+    theirs = root / "theirs"
+    theirs.mkdir(mode=0o700)
+    (theirs / SUMS).write_text("")
+    os.seteuid(65534)
+    try:
+        prune(root, 0, 0.0)
+        sweep(root)
+        with pytest.raises(StorageError, match="FSDP_QLORA_CACHE"):
+            obtain(theirs, lambda folder: None, lambda folder: None)
+    finally:
+        os.seteuid(0)
+    assert [file.name for file in theirs.iterdir()] == [SUMS]
+    shutil.rmtree(root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -67,6 +68,37 @@ def test_signals_before_a_rank_could_tell_anything(tmp_path, signals, begun, cod
 
 def test_a_second_signal_does_not_hide_that_all_was_saved(tmp_path):
     assert _judge(tmp_path, [STOPPED, STOPPED], code=-9, stopped=stopped_by(2, True)).code == 75
+
+
+def test_a_second_signal_while_a_finished_run_leaves_changes_nothing(tmp_path):
+    assert _judge(tmp_path, [DONE, DONE], code=-9, stopped=stopped_by(2, True)).code == 0
+
+
+@pytest.mark.parametrize("odd", ["{}", "[]", '{"code": "0", "rank": 0, "message": "", "time": 1}', "", '{"code": 0}'])
+def test_an_odd_exit_json_is_none_and_is_written_anew(tmp_path, odd):
+    folder = RunFolder(str(tmp_path), "run")
+    folder.create()
+    folder.exit_file.write_text(odd)
+    assert folder.read_exit() is None
+    record(STOPPED, folder, time.time())
+    assert (folder.read_exit() or {})["code"] == 75
+
+
+def test_what_is_wrong_with_the_folder_does_not_change_the_verdict(tmp_path):
+    folder = RunFolder(str(tmp_path), "run")
+    folder.create()
+    (folder.path / "away").symlink_to("/etc")
+    record(DONE, folder, time.time())
+    assert folder.read_exit() is None
+
+
+def test_a_folder_that_is_let_go_of_late_is_waited_for(tmp_path):
+    folder, other = RunFolder(str(tmp_path), "run"), RunFolder(str(tmp_path), "run")
+    folder.create()
+    other.lock()
+    threading.Timer(0.5, other.unlock).start()
+    record(REASON, folder, time.time())
+    assert (folder.read_exit() or {})["code"] == 74
 
 
 def test_the_last_start_counts(tmp_path):
