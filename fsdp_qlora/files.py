@@ -12,6 +12,7 @@ put a link under, synced, renamed. A link that lies in its place is replaced, no
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -75,6 +76,12 @@ def read_regular(file: Path, limit: int | None = JSON_BYTES) -> bytes:
         if limit is not None and size > limit:
             raise SecurityError(f"{file} has {size} bytes, more than any honest one ({limit}).")
         return stream.read(size)
+
+
+def file_sha256(file: Path) -> str:
+    """Return the sha256 of a file of the user's or ours, in hexadecimal; links are followed."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_json(file: Path, kind: Any = Any, limit: int = JSON_BYTES) -> Any:

@@ -44,9 +44,7 @@ def main() -> int:
         run_id=f"fsdp_qlora-{os.getpid()}",
         max_restarts=max_restarts,
         signals_to_handle=",".join(signal.Signals(number).name for number in heeded(_SIGNALS)),
-        logs_specs=DefaultLogsSpecs(
-            log_dir=str(Path(os.environ[EXIT_VARIABLE]).with_name("logs"))
-        ),  # goes with the rest
+        logs_specs=DefaultLogsSpecs(str(Path(os.environ[EXIT_VARIABLE]).with_name("logs"))),  # not left in TMPDIR
         local_addr="127.0.0.1",  # else the host's name, which need not resolve
     )
     try:

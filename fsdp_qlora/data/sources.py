@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -24,6 +23,7 @@ from fsdp_qlora.data.readers import COMPRESSED, KINDS, kind_of, read_file
 from fsdp_qlora.data.remote import stamp
 from fsdp_qlora.data.tables import null_dropper, without_nulls
 from fsdp_qlora.errors import DataError, first_line
+from fsdp_qlora.files import file_sha256
 from fsdp_qlora.shown import shown_source, visible
 
 if TYPE_CHECKING:
@@ -177,8 +177,8 @@ def fingerprint(name: str) -> str:
         elif "://" in file:
             lines.append(f"{kind_of(file)} {shown_source(file)} {stamp(file)}")
         else:
-            with Path(file).open("rb") as stream:  # the same bytes mean something else as another kind of file
-                lines.append(f"{kind_of(file)} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
+            # The same bytes mean something else as another kind of file
+            lines.append(f"{kind_of(file)} {file_sha256(Path(file))}")
     return "\n".join(lines)
 
 

@@ -39,9 +39,9 @@ def _memory_groups(groups: list[str], mounts: list[str]) -> Iterator[tuple[str, 
             version_1 = kind == "cgroup" and "memory" in options.split(",") and "memory" in controllers.split(",")
             if version_1 or version_2:
                 # What a container sees of the hierarchy begins at ``root``; a group outside of it is not seen.
-                inside = path.removeprefix(root) if root != "/" and path.startswith(root) else path
-                inside = "/" if root != "/" and not path.startswith(root) else inside
-                yield _FILES[kind], Path(point), Path(point) / inside.lstrip("/")
+                group = Path(path)
+                inside = group.relative_to(root) if group.is_relative_to(root) else Path()
+                yield _FILES[kind], Path(point), Path(point) / inside
 
 
 def _up(top: Path, folder: Path) -> Iterator[Path]:
