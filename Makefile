@@ -43,10 +43,10 @@ test-full: assets $(BENCH_READY) ## the whole matrices (two to three hours on 2 
 	$(BIN)/python -m pytest -q -m "not gpu" --junitxml build/test-full.xml $(ARGS)
 
 test-full-report: ## write docs/test-full.md from the last test-full
-	$(BIN)/python tests/full_report.py
+	$(BIN)/python tools/full_report.py
 
 soak: $(READY) ## kill and resume 50 times (about 6 minutes); writes docs/soak.md
-	$(BIN)/python -m tests.soak $(ARGS)
+	$(BIN)/python -m tools.soak $(ARGS)
 
 bench: assets $(BENCH_READY) ## the benchmarks, beside peers in the same run; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.checkpoint $(ARGS)
@@ -59,7 +59,7 @@ lint: $(DEV_READY) ## ruff, pyright, the layer contract, the size rules
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/python tests/size_rules.py
+	$(BIN)/python tools/size_rules.py
 
 check: lint test ## lint and test
 

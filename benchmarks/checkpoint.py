@@ -30,8 +30,8 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.contents import checkpoint_tensors
 from fsdp_qlora.config.schema import OptimSettings
-from fsdp_qlora.dist.mesh import Ranks, build_ranks
-from fsdp_qlora.dist.process import Placement, process_group
+from fsdp_qlora.distributed.mesh import Ranks, build_ranks
+from fsdp_qlora.distributed.process import Placement, process_group
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 
 NUM_MATRICES, SHAPE = 750, (16, 2184)

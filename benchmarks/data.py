@@ -21,11 +21,11 @@ from datasets import load_dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from fsdp_qlora.api import cache_folder
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.loader import Cut, Loader, TokenRows
 from fsdp_qlora.data.pack import best_fit_decreasing
 from fsdp_qlora.data.prepare import PreparedData, prepare_data
+from fsdp_qlora.run.prepare import cache_folder
 
 
 def _write_rows(folder: Path, repeats: int) -> tuple[Path, Path]:

@@ -15,16 +15,16 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.loading import FILE_BYTES, SHAPE
-from fsdp_qlora.building import build_sharded
 from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.convert import from_dict
-from fsdp_qlora.dist.mesh import Ranks, build_ranks
-from fsdp_qlora.dist.process import Placement, process_group, set_threads
-from fsdp_qlora.dist.reduce import barrier
+from fsdp_qlora.distributed.mesh import Ranks, build_ranks
+from fsdp_qlora.distributed.process import Placement, process_group, set_threads
+from fsdp_qlora.distributed.reduce import barrier
+from fsdp_qlora.load.safetensors import SafetensorsFolder
+from fsdp_qlora.load.stream import stream_weights
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
-from fsdp_qlora.model.stream import stream_weights
-from fsdp_qlora.model.weights import SafetensorsFolder
 from fsdp_qlora.plan.plan import make_plan
+from fsdp_qlora.run.build import build_sharded
 
 
 def make_model(folder: Path) -> None:

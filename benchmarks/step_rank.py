@@ -19,7 +19,7 @@ def main() -> None:
     from benchmarks.step_rows import Rows
     from benchmarks.step_ways import WAYS, Spec
     from fsdp_qlora.cli.quiet import quieten
-    from fsdp_qlora.dist.process import Placement
+    from fsdp_qlora.distributed.process import Placement
 
     quieten()
     answers = os.fdopen(os.dup(1), "w")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from fsdp_qlora.api import cache_folder
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.prepare import prepare_data
-from fsdp_qlora.model.skeleton import build_tokenizer
+from fsdp_qlora.model.tokenizer import build_tokenizer
+from fsdp_qlora.run.prepare import cache_folder
 
 
 class Rows:

@@ -18,7 +18,7 @@ import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.step_rows import Rows
-from fsdp_qlora.dist.process import Placement
+from fsdp_qlora.distributed.process import Placement
 
 Stepper = Callable[[], None]
 """Trains one step."""
@@ -50,15 +50,16 @@ class Spec:
 @contextlib.contextmanager
 def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper, dict[str, Any]]]:
     """Train as `fsdp-qlora train` does: `prepare`, then `train_step`."""
-    from fsdp_qlora.api import prepare
+    from fsdp_qlora.adapters.names import trainable_parameters
+    from fsdp_qlora.adapters.replicated import ReplicatedGradients
     from fsdp_qlora.config.convert import from_dict
     from fsdp_qlora.data.loader import Batch, MicroBatch
-    from fsdp_qlora.model.lora import seed_of, trainable_parameters
-    from fsdp_qlora.model.replicated import ReplicatedGradients
-    from fsdp_qlora.model.shard import synchronize_gradients
+    from fsdp_qlora.distributed.seeds import seed_of
+    from fsdp_qlora.objectives.sft import OBJECTIVES
     from fsdp_qlora.optim.optimizers import ShardedOptimizer
+    from fsdp_qlora.parallel.shard import synchronize_gradients
     from fsdp_qlora.plan.timing import model_flops
-    from fsdp_qlora.train.objectives import OBJECTIVES
+    from fsdp_qlora.run.prepare import prepare
     from fsdp_qlora.train.step import StepSettings, train_step
 
     values: dict[str, dict[str, Any]] = {
@@ -109,7 +110,7 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
 
 def _compiled(prepared: Any) -> list[Any]:
     """Return what ends a benchmark whose layers cannot be compiled: it would measure something else."""
-    from fsdp_qlora.model.fallback import EagerFallback
+    from fsdp_qlora.parallel.fallback import EagerFallback
 
     layers = prepared.model.compiled_layers
     return [] if layers is None else [EagerFallback(layers, prepared.ranks, True, lambda *_: None)]

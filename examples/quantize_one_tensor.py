@@ -10,7 +10,8 @@ import bitsandbytes.functional as bnb
 import torch
 
 from fsdp_qlora import QuantFormat, dequantize, quantize
-from fsdp_qlora.plan.rows import ROW_WEIGHTS, row_range
+from fsdp_qlora.distributed.shards import row_range
+from fsdp_qlora.shapes.rows import ROW_WEIGHTS
 
 NUM_RANKS = 3
 

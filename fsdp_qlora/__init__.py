@@ -8,22 +8,26 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # as type checkers know it, without importing typing
 if TYPE_CHECKING:
-    from fsdp_qlora.api import Prepared, load_for_inference, open_world, prepare
+    from fsdp_qlora.adapters.lora import attach_lora
     from fsdp_qlora.checkpoint.checkpointer import Checkpointer
     from fsdp_qlora.config.convert import from_dict
     from fsdp_qlora.config.schema import RunConfig
-    from fsdp_qlora.dist.mesh import Ranks, build_ranks
+    from fsdp_qlora.distributed.mesh import Ranks, build_ranks
     from fsdp_qlora.export.adapter import export_adapter
-    from fsdp_qlora.model.lora import attach_lora
-    from fsdp_qlora.model.shard import mixed_precision, shard_model
+    from fsdp_qlora.load.safetensors import SafetensorsFolder
+    from fsdp_qlora.load.stream import stream_linear, stream_weights
     from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
-    from fsdp_qlora.model.stream import stream_linear, stream_weights
-    from fsdp_qlora.model.weights import SafetensorsFolder
+    from fsdp_qlora.parallel.shard import mixed_precision, shard_model
     from fsdp_qlora.plan.plan import TrainPlan, make_plan
-    from fsdp_qlora.planning import plan_for
     from fsdp_qlora.quant.formats import QuantFormat, dequantize, quantize
     from fsdp_qlora.quant.linear import QuantLinear
-    from fsdp_qlora.training import FitResult, fit
+    from fsdp_qlora.run.decide import plan_for
+    from fsdp_qlora.run.fit import fit
+    from fsdp_qlora.run.inference import load_for_inference
+    from fsdp_qlora.run.prepare import prepare
+    from fsdp_qlora.run.prepared import Prepared
+    from fsdp_qlora.run.training import FitResult
+    from fsdp_qlora.run.world import open_world
 
 _HOME = {
     "SafetensorsFolder": "model.weights",

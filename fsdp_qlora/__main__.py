@@ -1,6 +1,6 @@
 """`fsdp-qlora VERB [overrides]` and `torchrun -m fsdp_qlora VERB [overrides]`: compose, check, then import the verb."""
 
-from fsdp_qlora.module_path import leave_here
+from fsdp_qlora.files.module_path import leave_here
 
 if __name__ == "__main__":  # started by -m, which puts the current folder first: before anything else is imported
     leave_here()
@@ -12,17 +12,17 @@ from importlib import import_module
 from pathlib import Path
 
 from fsdp_qlora.cli.launcher import launch, ranks_to_start
+from fsdp_qlora.cli.output import restart_in_utf8, withstand
 from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.convert import from_dict, nearest
 from fsdp_qlora.config.rules import check_verb
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.meeting import MEETING_VARIABLE
-from fsdp_qlora.dist.parent import die_with_parent
-from fsdp_qlora.dist.signals import STOP_SIGNALS, take_signals
-from fsdp_qlora.dist.torchrun import forget_leftovers, is_rank
+from fsdp_qlora.distributed.meeting import MEETING_VARIABLE
+from fsdp_qlora.distributed.parent import die_with_parent
+from fsdp_qlora.distributed.signals import STOP_SIGNALS, take_signals
+from fsdp_qlora.distributed.torchrun import forget_leftovers, is_rank
 from fsdp_qlora.errors import ConfigError, StorageError
-from fsdp_qlora.track.output import restart_in_utf8, withstand
-from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE, end_by_signal, guarded
+from fsdp_qlora.run.exit import CONFIG_VARIABLE, EXIT_VARIABLE, end_by_signal, guarded
 
 VERBS = {
     "train": "fine-tune a model and write its adapter",

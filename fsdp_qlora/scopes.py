@@ -1,7 +1,7 @@
 """Names of the scopes that `debug=profile` goes by: ``with torch.profiler.record_function(OPTIMIZER): ...``.
 
 A scope costs some microseconds where no profiler runs, so there are few: none inside a layer, where operators are known
-by their own names (`fsdp_qlora.track.phases` says which). All that runs inside one of `HEAD`, `ATTENTION`,
+by their own names (`fsdp_qlora.profile.phases` says which). All that runs inside one of `HEAD`, `ATTENTION`,
 `DEQUANTIZE`, `GATHER`, `OPTIMIZER` and `DATA` belongs to that phase, whatever its name.
 """
 

@@ -7,13 +7,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.api import Prepared, World, prepare
 from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.process import Placement
-from fsdp_qlora.dist.reduce import gather_json
-from fsdp_qlora.training import Training, fit
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.process import Placement
+from fsdp_qlora.distributed.reduce import gather_json
+from fsdp_qlora.run.fit import fit
+from fsdp_qlora.run.prepare import prepare
+from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.run.training import Training
+from fsdp_qlora.run.world import World
 
 
 def world_of(ranks: Ranks) -> World:

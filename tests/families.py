@@ -19,8 +19,8 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
+from fsdp_qlora.adapters.lora import initialize_adapters
 from fsdp_qlora.data.loader import Batch
-from fsdp_qlora.model.lora import initialize_adapters
 from tests import tiny
 
 SMALL: dict[str, Any] = {

@@ -13,15 +13,14 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fsdp_qlora.building import check_model, load_model, open_model
+from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import local_tensor, row_range
 from fsdp_qlora.errors import FsdpQloraError, typed_line
 from fsdp_qlora.model.cut import cut_config, shallow_config
-from fsdp_qlora.model.lora import trainable_parameters
-from fsdp_qlora.plan.rows import row_range
-from fsdp_qlora.planning import replace_attention
-from fsdp_qlora.quant.matrices import local_tensor
+from fsdp_qlora.run.build import check_model, load_model, open_model
+from fsdp_qlora.run.decide import replace_attention
 from tests import upstream, uses
 
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -89,8 +89,8 @@ def _work(rank: int, port: int, pipe: Connection) -> None:
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     from fsdp_qlora.cli.quiet import quieten
-    from fsdp_qlora.dist.mesh import Ranks
-    from fsdp_qlora.dist.parent import die_with_parent
+    from fsdp_qlora.distributed.mesh import Ranks
+    from fsdp_qlora.distributed.parent import die_with_parent
 
     die_with_parent()
     quieten()

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import from_main, gather_json
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import from_main, gather_json
 
 
 def write_random(folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:

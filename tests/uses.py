@@ -13,16 +13,16 @@ from peft import PeftModel
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from fsdp_qlora.building import OpenedModel, load_model, open_model
+from fsdp_qlora.adapters.lora import lora_config
 from fsdp_qlora.checks.agree import require_losses_agree
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ModelError, typed_line
 from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
-from fsdp_qlora.model.causal import CausalModel
-from fsdp_qlora.model.lora import lora_config
-from fsdp_qlora.plan.layout import LinearShape
-from fsdp_qlora.planning import planned
+from fsdp_qlora.model.root import CausalModel
+from fsdp_qlora.run.build import OpenedModel, load_model, open_model
+from fsdp_qlora.run.decide import planned
+from fsdp_qlora.shapes.linears import LinearShape
 from tests import upstream
 
 NEW_TOKENS = 8

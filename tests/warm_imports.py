@@ -12,4 +12,4 @@ import fsdp_qlora.cli.export
 import fsdp_qlora.cli.generate
 import fsdp_qlora.cli.plan
 import fsdp_qlora.cli.train
-import fsdp_qlora.training  # noqa: F401
+import fsdp_qlora.run.fit  # noqa: F401

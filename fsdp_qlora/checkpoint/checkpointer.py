@@ -29,11 +29,11 @@ from fsdp_qlora.checkpoint.publish import complete_checkpoints, remove, set_asid
 from fsdp_qlora.checkpoint.retention import Retention, superfluous
 from fsdp_qlora.checkpoint.verify import verify
 from fsdp_qlora.checkpoint.write import Stage, WriteAdapter, write_checkpoint
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.process import use_device
-from fsdp_qlora.dist.reduce import barrier, on_main
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.process import use_device
+from fsdp_qlora.distributed.reduce import barrier, on_main
 from fsdp_qlora.errors import CheckpointError, FsdpQloraError, SecurityError, StorageError
-from fsdp_qlora.files import walk, warn_of_others
+from fsdp_qlora.files.read import walk, warn_of_others
 
 MAX_FAILURES = 2
 """Failed saves in a row after which a run stops."""

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError
-from fsdp_qlora.files import misfit, open_regular, parse_json, read_regular, walk, write_json
+from fsdp_qlora.files.read import misfit, open_regular, parse_json, read_regular, walk
+from fsdp_qlora.files.write import write_json
 from fsdp_qlora.train.progress import Progress
 
 FORMAT = 1

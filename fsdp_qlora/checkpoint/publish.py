@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST, Manifest, sha256
 from fsdp_qlora.errors import SecurityError
-from fsdp_qlora.files import sync, write_text
+from fsdp_qlora.files.write import sync, write_text
 
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 LATEST = "latest"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST, Manifest, list_files, sha256
 from fsdp_qlora.errors import CheckpointError, SecurityError
-from fsdp_qlora.files import misfit, parse_json, read_regular, refuse_irregular
+from fsdp_qlora.files.read import misfit, parse_json, read_regular, refuse_irregular
 
 ADAPTER_FOLDER = "adapter"
 _ADAPTER_SUFFIXES = (".safetensors", ".json", ".md", ".jinja", ".txt", ".model")

@@ -22,11 +22,11 @@ from torch.futures import Future
 from fsdp_qlora.checkpoint.manifest import Manifest, list_files, sha256
 from fsdp_qlora.checkpoint.publish import make_fresh, publish, staging_for
 from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.phases import Phases
-from fsdp_qlora.dist.reduce import gather_json
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.phases import Phases
+from fsdp_qlora.distributed.reduce import gather_json
 from fsdp_qlora.errors import FsdpQloraError, StorageError
-from fsdp_qlora.files import sync
+from fsdp_qlora.files.write import sync
 
 MODEL_PREFIX = "model."
 Stage = Callable[[], dict[str, torch.Tensor]]

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import all_max
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import all_max
 from fsdp_qlora.errors import ModelError, first_line
-from fsdp_qlora.model.causal import CausalModel
+from fsdp_qlora.model.root import CausalModel
 
 LENGTH = 48
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from fsdp_qlora.plan.layout import LinearShape
+from fsdp_qlora.shapes.linears import LinearShape
 
 MATRIX_STD, NOISE, WIDE = 0.08, 0.05, 256
 _KEPT = 4

@@ -18,8 +18,8 @@ from fsdp_qlora.checks.settings import twin_settings
 from fsdp_qlora.checks.small import config_digest
 from fsdp_qlora.checks.twin import Verdict
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.process import device_name
-from fsdp_qlora.files import write_json
+from fsdp_qlora.distributed.process import device_name
+from fsdp_qlora.files.write import write_json
 from fsdp_qlora.model.cut import LAYERS, cut_config
 
 _LIBRARIES = (

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from fsdp_qlora.attention.flatten import reads_boundaries
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.model.flatten import reads_boundaries
 
 LENGTHS = (64, 41)
 """Of the twin's rows: longer than its windows and chunks, and uneven, so that one is padded."""

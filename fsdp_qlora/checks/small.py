@@ -16,11 +16,11 @@ from transformers.initialization import no_init_weights
 
 from fsdp_qlora.checks import reference
 from fsdp_qlora.checks.settings import LENGTHS
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import from_main, gather_json
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import from_main, gather_json
 from fsdp_qlora.errors import ModelError, typed_line
 from fsdp_qlora.model.cut import cut_config, shallow_config
-from fsdp_qlora.model.skeleton import decoder_layers
+from fsdp_qlora.model.families import decoder_layers
 
 LARGEST = 250_000_000
 """Most parameters of real layers that are compared where a class cannot be made small: 1 GB a copy in float32."""

@@ -21,25 +21,25 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig
 
+from fsdp_qlora.adapters.lora import lora_config
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.replicated import ReplicatedGradients
+from fsdp_qlora.attention.layout import Layout
 from fsdp_qlora.checks import reference
 from fsdp_qlora.checks.reference import Computed
 from fsdp_qlora.checks.settings import LENGTHS, twin_settings
 from fsdp_qlora.checks.small import write_small
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import all_max, any_rank, gather_json
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import all_max, any_rank, gather_json
+from fsdp_qlora.distributed.shards import local_tensor, row_range
 from fsdp_qlora.errors import FsdpQloraError, ModelError, typed_line
 from fsdp_qlora.export.adapter import export_adapter, short_targets
-from fsdp_qlora.model.causal import CausalModel
-from fsdp_qlora.model.lora import lora_config, trainable_parameters
-from fsdp_qlora.model.replicated import ReplicatedGradients
+from fsdp_qlora.files.scratch import scratch_folder
+from fsdp_qlora.model.root import CausalModel
+from fsdp_qlora.objectives.sft import token_losses
 from fsdp_qlora.plan.plan import TrainPlan
-from fsdp_qlora.plan.rows import row_range
 from fsdp_qlora.quant.formats import one_thread
-from fsdp_qlora.quant.matrices import local_tensor
-from fsdp_qlora.scratch import scratch_folder
-from fsdp_qlora.train.layout import Layout
-from fsdp_qlora.train.objectives import token_losses
 
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
 """Largest relative difference in float32: of a token's loss (to the mean loss), of all gradients together."""

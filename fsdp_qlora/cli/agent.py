@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from fsdp_qlora.dist.parent import die_with_parent
+from fsdp_qlora.distributed.parent import die_with_parent
 
 die_with_parent(int(sys.argv[3]) if __name__ == "__main__" else None)  # before torch, whose import takes seconds
 
@@ -20,10 +20,10 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from fsdp_qlora.dist.meeting import MEETING_VARIABLE
-from fsdp_qlora.dist.signals import heeded
-from fsdp_qlora.track.output import withstand
-from fsdp_qlora.track.process_exit import EXIT_VARIABLE
+from fsdp_qlora.cli.output import withstand
+from fsdp_qlora.distributed.meeting import MEETING_VARIABLE
+from fsdp_qlora.distributed.signals import heeded
+from fsdp_qlora.run.exit import EXIT_VARIABLE
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 

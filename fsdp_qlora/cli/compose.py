@@ -32,8 +32,8 @@ from fsdp_qlora.config.convert import convert, field_types, from_dict, known_key
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
+from fsdp_qlora.run.folder import read_config
 from fsdp_qlora.shown import visible
-from fsdp_qlora.track.run_folder import read_config
 
 _MAPPINGS = ("data.columns", "model.config_overrides", "quant.overrides")
 """Settings that are mappings with free keys."""

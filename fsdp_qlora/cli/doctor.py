@@ -8,12 +8,13 @@ import socket
 
 import torch
 
+from fsdp_qlora.cli.tables import print_table
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.process import Placement, choose_device, device_types, host_memory
+from fsdp_qlora.distributed.process import Placement, choose_device, device_types, host_memory
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.quant.backend import bitsandbytes_backend
-from fsdp_qlora.track.console import megabytes, print_table
-from fsdp_qlora.track.run_folder import versions
+from fsdp_qlora.run.folder import versions
+from fsdp_qlora.track.console import megabytes
 
 
 def run(config: RunConfig) -> int:

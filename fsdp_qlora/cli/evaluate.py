@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fsdp_qlora.api import World, load_for_inference
 from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.files import write_json
-from fsdp_qlora.training import evaluate_prepared
+from fsdp_qlora.files.write import write_json
+from fsdp_qlora.run.evaluate import evaluate_prepared
+from fsdp_qlora.run.inference import load_for_inference
+from fsdp_qlora.run.world import World
 
 
 def run(config: RunConfig) -> int:

@@ -9,16 +9,17 @@ from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.cli.quoting import command
 from fsdp_qlora.cli.show import loading
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.process import Placement, choose_device, use_device
+from fsdp_qlora.distributed.process import Placement, choose_device, use_device
 from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError, StorageError
 from fsdp_qlora.export.adapter import copy_adapter
 from fsdp_qlora.export.quantized_base import export_base
-from fsdp_qlora.model.shard import model_dtype
-from fsdp_qlora.model.skeleton import build_skeleton, resolve_folder
+from fsdp_qlora.model.folder import resolve_folder
+from fsdp_qlora.model.skeleton import build_skeleton
+from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.plan.quantized import layout_of
 from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.track.console import megabytes
-from fsdp_qlora.track.run_folder import RunFolder
 
 
 def run(config: RunConfig) -> int:

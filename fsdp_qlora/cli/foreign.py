@@ -14,9 +14,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fsdp_qlora.bounded import OutOfBoundsError, read_settings
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError, SecurityError, first_line
+from fsdp_qlora.files.bounded import OutOfBoundsError, read_settings
 
 TAKEN = ("hydra.sweep.", "hydra.verbose", "hydra/launcher", "hydra.launcher.", "hydra/sweeper", "hydra.sweeper.")
 """Those of Hydra's own settings that the command line takes, by how they begin."""

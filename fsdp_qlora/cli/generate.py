@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from fsdp_qlora.api import World, load_for_inference
 from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.export.serve import answer
-from fsdp_qlora.model.end_of_turn import end_of_turn
+from fsdp_qlora.inference.end_of_turn import end_of_turn
+from fsdp_qlora.inference.generate import answer
+from fsdp_qlora.run.inference import load_for_inference
+from fsdp_qlora.run.world import World
 
 
 def run(config: RunConfig) -> int:

@@ -9,9 +9,10 @@ from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.contrast import contrast
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
+from fsdp_qlora.cli.tables import print_table
 from fsdp_qlora.errors import CheckpointError, ConfigError
 from fsdp_qlora.shown import visible
-from fsdp_qlora.track.console import megabytes, print_table
+from fsdp_qlora.track.console import megabytes
 
 _SHOWN = 20
 

@@ -21,13 +21,13 @@ from fsdp_qlora.cli.life_signs import LifeSigns
 from fsdp_qlora.cli.verdict import record, say, stopped_by, verdict
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.meeting import LOOPBACK, MEETING_VARIABLE
-from fsdp_qlora.dist.patience import Patience
-from fsdp_qlora.dist.signals import give_back_signals, take_signals
+from fsdp_qlora.distributed.meeting import LOOPBACK, MEETING_VARIABLE
+from fsdp_qlora.distributed.patience import Patience
+from fsdp_qlora.distributed.signals import give_back_signals, take_signals
 from fsdp_qlora.errors import StorageError
-from fsdp_qlora.scratch import scratch_folder
-from fsdp_qlora.track.process_exit import CONFIG_VARIABLE, EXIT_VARIABLE, Ending, tellings
-from fsdp_qlora.track.run_folder import RunFolder
+from fsdp_qlora.files.scratch import scratch_folder
+from fsdp_qlora.run.exit import CONFIG_VARIABLE, EXIT_VARIABLE, Ending, tellings
+from fsdp_qlora.run.folder import RunFolder
 
 PACKAGE = Path(__file__).resolve().parent.parent
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.dist.patience import Since
-from fsdp_qlora.track.process_exit import Ending
+from fsdp_qlora.distributed.patience import Since
+from fsdp_qlora.run.exit import Ending
 
 _LOOK_SECONDS = 1.0
 _LEAVE_SECONDS = 3.0

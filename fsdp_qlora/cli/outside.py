@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from omegaconf import OmegaConf
 
 from fsdp_qlora.errors import ConfigError, FsdpQloraError, SecurityError
-from fsdp_qlora.track.home import cache_folder
+from fsdp_qlora.files.home import cache_folder
 
 READABLE_VARIABLE = "FSDP_QLORA_READABLE_ENV"
 """Names more variables that files of settings may read, with commas between them."""

@@ -9,18 +9,19 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fsdp_qlora.cli.launcher import ranks_to_start
+from fsdp_qlora.cli.tables import print_columns, print_table
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.model.linears import kept_linears
+from fsdp_qlora.model.replaceable import kept_linears
 from fsdp_qlora.model.rope import rope_choice
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.plan.fates import alike
-from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.plan.report import report
-from fsdp_qlora.planning import planned
+from fsdp_qlora.run.decide import planned
+from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.simulate.step import simulate
-from fsdp_qlora.track.console import megabytes, print_columns, print_table
+from fsdp_qlora.track.console import megabytes
 
 Rows = list[tuple[str, str]]
 _MOMENTS = {

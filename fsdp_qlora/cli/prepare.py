@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import sys
 
-from fsdp_qlora.api import prepare_tokens
+from fsdp_qlora.cli.embedded import fetch_embedded
+from fsdp_qlora.cli.tables import print_table
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.data.embedded import fetch_embedded
+from fsdp_qlora.data.deal import num_steps
 from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.report import histogram, packing_efficiency
 from fsdp_qlora.data.sources import names_of, not_read
-from fsdp_qlora.plan.batch import num_steps
-from fsdp_qlora.track.console import clock, print_table
-from fsdp_qlora.track.home import cache_folder
-from fsdp_qlora.track.run_folder import RunFolder
+from fsdp_qlora.files.home import cache_folder
+from fsdp_qlora.run.folder import RunFolder
+from fsdp_qlora.run.prepare import prepare_tokens
+from fsdp_qlora.track.console import clock
 
 
 def run(config: RunConfig) -> int:

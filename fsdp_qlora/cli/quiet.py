@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 
-from fsdp_qlora.track.home import settle_without_home
+from fsdp_qlora.files.home import settle_without_home
 
 
 def quieten() -> None:

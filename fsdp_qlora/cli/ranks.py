@@ -7,10 +7,10 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fsdp_qlora.api import World, open_world
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.signals import STOP_SIGNALS, give_back_signals, take_signals
-from fsdp_qlora.dist.torchrun import is_rank
+from fsdp_qlora.distributed.signals import STOP_SIGNALS, give_back_signals, take_signals
+from fsdp_qlora.distributed.torchrun import is_rank
+from fsdp_qlora.run.world import World, open_world
 
 
 @contextmanager

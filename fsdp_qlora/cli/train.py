@@ -6,17 +6,15 @@ import signal
 import sys
 from contextlib import suppress
 
-from fsdp_qlora.api import World, prepare
-from fsdp_qlora.claim import claim
 from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.cli.show import loading, print_samples, print_start, print_stopped, print_summary
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.patience import Patience
-from fsdp_qlora.dist.signals import STOP_SIGNALS, StopSignals, take_signals
-from fsdp_qlora.dist.watch import Leave, Outside, Watch
+from fsdp_qlora.distributed.patience import Patience
+from fsdp_qlora.distributed.signals import STOP_SIGNALS, StopSignals, take_signals
+from fsdp_qlora.distributed.watch import Leave, Outside, Watch
 from fsdp_qlora.errors import STOPPED_EXIT_CODE
-from fsdp_qlora.shown import visible
-from fsdp_qlora.track.process_exit import (
+from fsdp_qlora.run.claim import claim
+from fsdp_qlora.run.exit import (
     NOTHING_TO_SAVE,
     Ending,
     ending_of,
@@ -24,8 +22,11 @@ from fsdp_qlora.track.process_exit import (
     restart_count,
     tell_launcher,
 )
-from fsdp_qlora.track.run_folder import RunFolder
-from fsdp_qlora.training import fit
+from fsdp_qlora.run.fit import fit
+from fsdp_qlora.run.folder import RunFolder
+from fsdp_qlora.run.prepare import prepare
+from fsdp_qlora.run.world import World
+from fsdp_qlora.shown import visible
 
 _ANSWER_SECONDS = 2.0
 """How long the storage of the run folder is waited for with the last word."""

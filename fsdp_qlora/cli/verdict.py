@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError, RunFolderError
+from fsdp_qlora.run.exit import NOTHING_TO_SAVE, Ending, first_failure, tellings
+from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.shown import visible
-from fsdp_qlora.track.process_exit import NOTHING_TO_SAVE, Ending, first_failure, tellings
-from fsdp_qlora.track.run_folder import RunFolder
 
 _LOCK_SECONDS = 3.0
 """How long the run folder may stay locked by ranks that have been killed."""

@@ -21,9 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from fsdp_qlora.data.locks import alone, try_lock
 from fsdp_qlora.errors import StorageError, typed_line
-from fsdp_qlora.files import file_sha256, sync
+from fsdp_qlora.files.locks import alone, try_lock
+from fsdp_qlora.files.read import file_sha256
+from fsdp_qlora.files.write import sync
 
 SUMS = "SHA256SUMS"
 MAX_BYTES = 64 * 2**30

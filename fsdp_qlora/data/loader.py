@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 import torch
 
-from fsdp_qlora.plan.batch import IGNORE, Sequences, deal, supervised_positions
+from fsdp_qlora.data.deal import deal
+from fsdp_qlora.data.labels import IGNORE, Sequences, supervised_positions
 
 if TYPE_CHECKING:
     from datasets import Dataset

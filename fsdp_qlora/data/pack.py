@@ -2,7 +2,7 @@
 
 Attention is kept inside a row by the attention backend. One with a dense mask reads the restarting positions
 (transformers' packed format); a varlen one (flash attention) reads boundaries, and gets its micro-batch as one flat row
-(`FlatRows`): of several rows, transformers would take each for a single sequence. `fsdp_qlora.model.isolation` proves
+(`FlatRows`): of several rows, transformers would take each for a single sequence. `fsdp_qlora.checks.isolation` proves
 at start-up that rows are kept apart.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from fsdp_qlora.data.forms import repeat_last, rounded
+from fsdp_qlora.data.labels import IGNORE, Sequences
 from fsdp_qlora.data.loader import MicroBatch, Piece, Rows, TokenRows
-from fsdp_qlora.plan.batch import IGNORE, Sequences
 
 
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:

@@ -29,7 +29,7 @@ from fsdp_qlora.data.sources import fingerprint, names_of, read_source, stated
 from fsdp_qlora.data.stream import Stream
 from fsdp_qlora.data.tokens import Counts, Fit, ReadRow, Tokenized, reader, tokenize
 from fsdp_qlora.errors import DataError
-from fsdp_qlora.module_path import look_here_last
+from fsdp_qlora.files.module_path import look_here_last
 from fsdp_qlora.shown import shown_source
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from fsdp_qlora.data.readers import COMPRESSED, KINDS, kind_of, read_file
 from fsdp_qlora.data.remote import stamp
 from fsdp_qlora.data.tables import null_dropper, without_nulls
 from fsdp_qlora.errors import DataError, first_line
-from fsdp_qlora.files import file_sha256
+from fsdp_qlora.files.read import file_sha256
 from fsdp_qlora.shown import shown_source, visible
 
 if TYPE_CHECKING:

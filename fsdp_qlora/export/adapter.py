@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -15,20 +13,18 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.adapters.folder import (
+    WEIGHTS_NAME,
+    _opened,
+    _require_finite,
+)
+from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.checkpoint.manifest import Manifest, sha256
 from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
-from fsdp_qlora.config.schema import LoraSettings
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.errors import CheckpointError, ModelError, NumericsError, StorageError
-from fsdp_qlora.export.adapter_config import CONFIG_NAME, adapted_modules, read_adapter_config
-from fsdp_qlora.export.modes import open_as_a_new_file
-from fsdp_qlora.files import copy_regular, own_file, write_text
-from fsdp_qlora.model.lora import trainable_parameters
-from fsdp_qlora.model.stream import fill_slice
-from fsdp_qlora.plan.layout import endings
-from fsdp_qlora.scratch import fresh_folder, move_into
-
-WEIGHTS_NAME = "adapter_model.safetensors"
+from fsdp_qlora.errors import CheckpointError, NumericsError, StorageError
+from fsdp_qlora.files.scratch import fresh_folder, move_into
+from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_text
+from fsdp_qlora.shapes.targets import endings
 
 
 def gather_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -137,81 +133,3 @@ def copy_adapter(checkpoint: Path, manifest: Manifest, target: Path) -> None:
             for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
                 _require_finite(name, stored.get_tensor(name), checkpoint / ADAPTER_FOLDER / WEIGHTS_NAME)
         move_into(staging, target)
-
-
-def _require_finite(name: str, values: torch.Tensor, file: Path) -> None:
-    if not bool(torch.isfinite(values.float()).all()):  # 8-bit floats know no isfinite
-        raise ModelError(f"adapter: {name} in {file} holds values that are not finite numbers.")
-
-
-def stored_modules(folder: Path, r: int | None = None) -> list[str]:
-    """Return the names of the modules that an adapter folder has tensors for.
-
-    Raises:
-        ModelError: if there is no file of tensors, one that holds other things than LoRA matrices, or of a rank other
-            than ``r``.
-        SecurityError: if the file is a link to elsewhere.
-    """
-    file = own_file(folder, WEIGHTS_NAME)
-    if not file.is_file():
-        raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")
-    with _opened(file) as stored:
-        names = stored.keys()
-        for name in names if r is not None else ():
-            if name.endswith("lora_A.weight") and (shape := stored.get_slice(name).get_shape())[:1] != [r]:
-                raise ModelError(f"adapter: {folder / CONFIG_NAME} says r={r}, but {name} is {shape} in {file}.")
-        return adapted_modules(names, file)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as stored:
-            yield stored
-    except SafetensorError as error:
-        raise ModelError(f"adapter: {file} is damaged: {error}.") from error
-
-
-@torch.no_grad()
-def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size: int = 1) -> None:
-    """Fill a model's adapters from a PEFT adapter folder.
-
-    Raises:
-        ModelError: if its tensors are not just the model's, by name and shape.
-    """
-    file = own_file(folder, WEIGHTS_NAME)
-    parameters = dict(trainable_parameters(model))
-    modules = stored_modules(folder)
-    with _opened(file) as stored:
-        names = set(stored.keys())
-        if odd := sorted(names ^ parameters.keys()):
-            ours = sorted(set(adapted_modules(parameters, file)) - set(modules))
-            hint = f" It has no adapter for {ours[0]}: set lora.target_modules to its own." if ours else ""
-            raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors, first {odd[0]}.{hint}")
-        for name, parameter in parameters.items():
-            value = stored.get_tensor(name)
-            if value.shape != parameter.shape:
-                raise ModelError(f"adapter: {name} is {list(value.shape)} in {file}, not {list(parameter.shape)}.")
-            _require_finite(name, value, file)
-            fill_slice(parameter, value, shard_rank, shard_size)
-
-
-def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks: Ranks) -> None:
-    """Fill a model's fresh adapters from a PEFT adapter of an earlier training (``lora.init_from``).
-
-    Raises:
-        ModelError: if it was trained with another scaling or does not fit this model's adapters.
-    """
-    found = read_adapter_config(folder).settings([])
-    differ = [
-        f"lora.{key}: {ours}, but the adapter in lora.init_from={folder} has {theirs}; set lora.{key}={theirs:{form}}."
-        for key, theirs, ours, form in (
-            ("r", found.r, lora.r, ""),
-            ("alpha", found.alpha, float(lora.alpha), "g"),
-            ("variant", found.variant, lora.variant, ""),
-        )
-        if theirs != ours
-    ]
-    if differ:
-        raise ModelError("\n".join(differ))
-    load_adapter(folder, model, ranks.shard_rank, ranks.shard_size)

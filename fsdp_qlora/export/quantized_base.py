@@ -18,15 +18,15 @@ from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from fsdp_qlora.errors import ModelError, StorageError
-from fsdp_qlora.export.modes import open_as_a_new_file
-from fsdp_qlora.files import copy_regular, own_file, read_json, sync, write_json
-from fsdp_qlora.model.prequantized import find_kept, packed_format, quantization_of
+from fsdp_qlora.files.read import own_file, read_json
+from fsdp_qlora.files.scratch import fresh_folder
+from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, sync, write_json
+from fsdp_qlora.load.safetensors import SafetensorsFolder, TensorEntry, weight_files
+from fsdp_qlora.load.stored import find_kept, packed_format, quantization_of
 from fsdp_qlora.model.skeleton import read_shapes
-from fsdp_qlora.model.weights import SafetensorsFolder, TensorEntry, weight_files
-from fsdp_qlora.plan.layout import LinearShape, ModelShapes, quantized_linears
 from fsdp_qlora.quant.bnb_state import bnb_tensors
 from fsdp_qlora.quant.formats import QuantFormat, quantize
-from fsdp_qlora.scratch import fresh_folder
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_linears
 
 FILE_BYTES = 2_000_000_000
 """Tensors of one safetensors file; also what the export holds in memory."""

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
-from fsdp_qlora.config.convert import nearest
-from fsdp_qlora.errors import FsdpQloraError, ModelError, typed_line
-from fsdp_qlora.files import own_file
-from fsdp_qlora.model.attention import BLOCKWISE  # noqa: F401 - registers it
+from fsdp_qlora.adapters.names import names_taken_for_experts, renamed_by_peft
+from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers it
+from fsdp_qlora.errors import FsdpQloraError, ModelError
+from fsdp_qlora.model.config import load_config, not_buildable
 from fsdp_qlora.model.construct import (
     float32_parameters,
     keep_in_float32,
@@ -30,80 +23,9 @@ from fsdp_qlora.model.construct import (
     parameters_on_meta,
     unmade_buffers,
 )
-from fsdp_qlora.model.linears import is_plain_linear, replaceable_linears
-from fsdp_qlora.model.model_config import load_config, not_buildable, require_sane
-from fsdp_qlora.model.peft_names import names_taken_for_experts, renamed_by_peft
-from fsdp_qlora.plan.layout import ModelShapes
-
-_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates", "*/*.jinja")
-_DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-
-
-def needs_hub(name: str) -> bool:
-    """Whether a model's name is that of no folder here but of one on the hub."""
-    folder = Path(name).expanduser()
-    return not (folder.is_dir() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1)
-
-
-def resolve_folder(name: str, revision: str | None = None) -> Path:
-    """Return the folder of a model: itself where ``name`` is one, else its download from the hub.
-
-    Raises:
-        ModelError: if the folder is not there, or the hub does not give it.
-    """
-    if not name:
-        raise ModelError(
-            "model.name: not set. Give a hub name (model.name=Qwen/Qwen3-8B), a folder, or experiment=quickstart."
-        )
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model.name: {name} has no config.json: it is not a transformers model folder.")
-        return folder.absolute()
-    if not needs_hub(name):
-        raise ModelError(f"model.name: there is no folder {name}.{_embedded_hint(name)}")
-    return _download(name, revision)
-
-
-def _embedded_hint(name: str) -> str:
-    if "embedded" in Path(name).parts:
-        return (
-            " The embedded model and data are fetched by `fsdp-qlora prepare experiment=quickstart` (or `make train`)."
-        )
-    return ""
-
-
-class _TerminalBar(tqdm):
-    """The hub's progress bar, where somebody sees it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "disable": None})
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import constants, snapshot_download
-
-    folder = Path(name).absolute()
-    try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=_DOWNLOAD_PATTERNS, tqdm_class=_TerminalBar)
-        )
-    except Exception as error:  # the hub's, or those of whichever HTTP library it stands on
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
-        raise ModelError(
-            f"model.name: {name} is no folder here and the hub did not give it{offline}: {typed_line(error)} "
-            f"Looked for: the folder {folder}{_beside(folder)}; then {name} on {constants.ENDPOINT}. A name that "
-            "begins with ./ or / is always a folder's."
-        ) from error
-
-
-def _beside(folder: Path) -> str:
-    """Return what a missing folder may be a misspelling of, to be put behind its name."""
-    try:
-        there = sorted(place.name for place in folder.parent.iterdir() if place.is_dir())
-    except OSError:  # nor is there a folder that would hold it
-        return ""
-    return f" ({folder.parent.name} is here, without it.{nearest(folder.name, there)})"
+from fsdp_qlora.model.families import _auto_class, decoder_layers, task_type
+from fsdp_qlora.model.replaceable import is_plain_linear, replaceable_linears
+from fsdp_qlora.shapes.linears import ModelShapes
 
 
 def build_skeleton(
@@ -151,54 +73,6 @@ def build_skeleton(
     keep_in_float32(model, dtype)
     model.requires_grad_(False)
     return model.eval()
-
-
-def _auto_class(config: Any) -> Any:
-    if getattr(config, "is_encoder_decoder", False):
-        return AutoModelForSeq2SeqLM
-    names = getattr(config, "architectures", None)
-    first = names[0] if isinstance(names, list) and names else None
-    return AutoModelForMaskedLM if str(first).endswith("ForMaskedLM") else AutoModelForCausalLM
-
-
-def is_causal(model_config: Any) -> bool:
-    """Whether a config is that of a causal language model, and not of an encoder-decoder or a masked one."""
-    return _auto_class(model_config) is AutoModelForCausalLM
-
-
-def task_type(model: PreTrainedModel) -> str | None:
-    """Return what PEFT calls the model's task: ``CAUSAL_LM``, ``SEQ_2_SEQ_LM``, or None for a masked one."""
-    found = _auto_class(model.config)
-    return {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSeq2SeqLM: "SEQ_2_SEQ_LM"}.get(found)
-
-
-def _longest_list(model: nn.Module) -> list[nn.Module]:
-    """Return the modules of the longest list of modules of one class: the layers, where transformers does not say."""
-    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    return max(
-        lists, key=lambda layers: (len(layers), sum(p.numel() for x in layers for p in x.parameters())), default=[]
-    )
-
-
-def build_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of ``folder``.
-
-    Raises:
-        ModelError: if it has none that transformers can load.
-        SecurityError: if one of its files is a link to elsewhere: the adapter's folder gets a copy of the tokenizer.
-    """
-    for pattern in _TOKENIZER_FILES:
-        for file in folder.glob(pattern):
-            own_file(folder, str(file.relative_to(folder)))
-    require_sane(folder)  # which transformers reads for some tokenizers, too
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        tokenizer("a")  # odd settings show when it is used
-    except Exception as error:  # of no special kind where tokenizer.json is damaged
-        if "trust_remote_code" in str(error):
-            raise not_buildable(folder, error) from error
-        raise ModelError(f"model.name: {folder} has no usable tokenizer: {error}") from error
-    return tokenizer
 
 
 def read_shapes(model: PreTrainedModel) -> ModelShapes:
@@ -256,21 +130,3 @@ def _number(config: Any, key: str) -> int:
     except Exception:  # transformers refuses, with an error of its own, to give one number for what layers differ in
         return 0
     return value if isinstance(value, int) else 0
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the layers that text runs through: what transformers says must not be split across devices.
-
-    Not what holds the embedding, nor, in a causal model that also sees or hears, the layers that only images or sound
-    run through.
-    """
-    classes = set(model._no_split_modules or [])  # read only; spelt so by transformers since v4
-    table = model.get_input_embeddings()
-    found = [module for module in model.modules() if type(module).__name__ in classes] or _longest_list(model)
-    found = [module for module in found if all(inner is not table for inner in module.modules())]
-    inside = {inner for module in found for inner in module.modules() if inner is not module}
-    found = [module for module in found if module not in inside]
-    if task_type(model) == "CAUSAL_LM" and hasattr(model, "get_decoder"):
-        within = set(model.get_decoder().modules())
-        found = [module for module in found if module in within] or found
-    return found

@@ -14,8 +14,8 @@ from math import prod
 import torch
 from bitsandbytes import functional
 
-from fsdp_qlora.plan.rows import row_range
-from fsdp_qlora.plan.states import BLOCK_SIZE, num_blocks
+from fsdp_qlora.distributed.shards import row_range
+from fsdp_qlora.optim.sizes import BLOCK_SIZE, num_blocks
 
 
 def borders_coincide(shape: Sequence[int], num_ranks: int) -> bool:

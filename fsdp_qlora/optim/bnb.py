@@ -16,8 +16,8 @@ import torch
 from bitsandbytes import functional
 
 from fsdp_qlora.config.schema import OptimSettings
+from fsdp_qlora.optim.sizes import keeps_8bit, num_blocks, num_codes
 from fsdp_qlora.optim.state import Blocks, Leaf, LocalOptimizer, Part
-from fsdp_qlora.plan.states import keeps_8bit, num_blocks, num_codes
 
 PAGED_NUMEL = 100_000
 """Smaller states are not paged (bitsandbytes' own border)."""

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.config.schema import OptimSettings
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.optim.adafactor import ShardedAdafactor
 from fsdp_qlora.optim.bnb import UPDATES, BlockwiseOptimizer
 from fsdp_qlora.optim.state import (
@@ -113,7 +113,7 @@ class ShardedOptimizer:
         return StateLoad(self._leaves, self._optimizer, saved)
 
     def state_bytes(self) -> int:
-        """Return the bytes of state this rank holds, without the step counters (`plan/states.py` counts the same)."""
+        """Return the bytes of state this rank holds, without the step counters (`optim/sizes.py` counts the same)."""
         states: list[dict[str, Any]] = list(self._optimizer.state.values())
         tensors = [v for s in states for v in s.values() if isinstance(v, torch.Tensor) and v.dim()]
         return sum(v.numel() * v.element_size() for v in tensors)

@@ -17,13 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fsdp_qlora.plan.layout import LinearShape, ModelShapes
-
-FLOAT32 = 4
-QUERY_BLOCK = 128
-"""Queries (of one head) whose scores exist at the same time in blockwise attention."""
-KEPT_SCORES_LENGTH = 1024
-"""Up to so many tokens blockwise attention keeps its probabilities for backward; of longer ones it makes them again."""
+from fsdp_qlora.attention.blocks import QUERY_BLOCK
+from fsdp_qlora.shapes.linears import FLOAT32, LinearShape, ModelShapes
 
 
 @dataclass(frozen=True)
@@ -96,22 +91,6 @@ def layer_activations(
         * itemsize,
         blocks=3 * shapes.num_attention_heads * QUERY_BLOCK * itemsize if blocks else 0,
     )
-
-
-def kept_scores(shapes: ModelShapes, attention: str, itemsize: int, length: int) -> int:
-    """Return the bytes of probabilities that attention keeps for a token of a sequence of ``length``.
-
-    Eager attention keeps them in float32 and in the activations' dtype, for all positions; blockwise attention those of
-    each block of queries with the keys up to its end.
-    """
-    heads = shapes.num_attention_heads
-    if attention == "eager":
-        return heads * (itemsize + FLOAT32) * length
-    if attention == "blockwise" and length <= KEPT_SCORES_LENGTH:
-        blocks, rest = divmod(length, QUERY_BLOCK)
-        seen = QUERY_BLOCK * QUERY_BLOCK * blocks * (blocks + 1) // 2 + rest * length
-        return -(-heads * itemsize * seen // length)
-    return 0
 
 
 def _group(parent: str, group: list[LinearShape], adapted: frozenset[str], eager: bool) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from fsdp_qlora.plan.layout import ModelShapes
 from fsdp_qlora.plan.plan import TrainPlan
+from fsdp_qlora.shapes.linears import ModelShapes
 
 
 def fates(plan: TrainPlan, shapes: ModelShapes) -> dict[str, dict[str, int]]:

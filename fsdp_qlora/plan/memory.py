@@ -18,18 +18,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 
+from fsdp_qlora.adapters.sizes import lora_parameters, lora_shapes
+from fsdp_qlora.attention.blocks import kept_scores
 from fsdp_qlora.config.schema import OptimSettings
-from fsdp_qlora.plan.activations import FLOAT32, LayerActivations, kept_scores, layer_activations
-from fsdp_qlora.plan.layout import SLICE_WEIGHTS, WHOLE_WEIGHTS, LinearShape, ModelShapes
-from fsdp_qlora.plan.rows import CHUNK_WEIGHTS, row_range
-from fsdp_qlora.plan.states import state_bytes
+from fsdp_qlora.distributed.shards import row_range
+from fsdp_qlora.optim.sizes import state_bytes
+from fsdp_qlora.plan.activations import LayerActivations, layer_activations
+from fsdp_qlora.quant.matrix import SLICE_WEIGHTS, WHOLE_WEIGHTS
+from fsdp_qlora.shapes.linears import FLOAT32, LinearShape, ModelShapes
+from fsdp_qlora.shapes.rows import CHUNK_WEIGHTS
 
 LOGIT_COPIES = 2
 """Tensors ``[chunk, vocab]`` of the chunked cross entropy at once: this chunk's and the last one's."""
 SLICE_COPIES = 5
 """Float32 tensors of the sliced cross entropy at once: of this slice three, of the last two."""
 FLOAT_LOGITS_BYTES = 64 * 2**20
-"""Of a chunk's logits that are float32 at the same time (`model/head.py`)."""
+"""Of a chunk's logits that are float32 at the same time (`heads/dense.py`)."""
 FILE_ITEMSIZE = 2
 """Bytes of an element in the model's files (bf16)."""
 LAYERS_ON_DEVICE = 2
@@ -139,18 +143,6 @@ class Unit:
     """Elements of its adapters."""
 
 
-def lora_shapes(linear: LinearShape, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the shapes of A and B; of stacked matrices, those of all."""
-    return (linear.count * r, linear.in_features), (linear.out_features, linear.count * r)
-
-
-def lora_parameters(linear: LinearShape, r: int) -> dict[str, tuple[int, int]]:
-    """Return name in PEFT's file -> shape of A and B."""
-    a, b = lora_shapes(linear, r)
-    prefix = f"base_model.model.{linear.name}"
-    return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
-
-
 class MemoryModel:
     """A model's fixed bytes, computed once; `plan` then answers for any batch and setting of storage.
 
@@ -219,7 +211,9 @@ class MemoryModel:
             "update": 0 if settings.offload_parameters else sum(fixed) + 3 * fixed[3],
         }
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
-        if settings.adapter_copies > 1:  # reduced as one tensor beside them, with a count each (`model/replicated.py`),
+        if (
+            settings.adapter_copies > 1
+        ):  # reduced as one tensor beside them, with a count each (`adapters/replicated.py`),
             gradients = 2 * gradients + FLOAT32 * 2 * len(self.targets)  # when all else of a step is gone
         bytes_ = BytesPerRank(
             packed,

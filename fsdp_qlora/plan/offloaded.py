@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.plan.layout import ModelShapes
+from fsdp_qlora.shapes.linears import ModelShapes
 
 
 def offloaded_parameters(

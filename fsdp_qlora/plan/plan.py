@@ -6,16 +6,19 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from fsdp_qlora.adapters.sizes import lora_parameters
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.data.deal import BatchPlan
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.plan.batch import BatchPlan
+from fsdp_qlora.optim.sizes import unmatched
 from fsdp_qlora.plan.choices import choose
-from fsdp_qlora.plan.layout import LinearShape, ModelShapes, fsdp_units, target_linears
-from fsdp_qlora.plan.memory import BytesPerRank, HostBytes, MemoryModel, StorageSettings, lora_parameters
+from fsdp_qlora.plan.memory import BytesPerRank, HostBytes, MemoryModel, StorageSettings
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
-from fsdp_qlora.plan.states import unmatched
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
+from fsdp_qlora.shapes.targets import target_linears
+from fsdp_qlora.shapes.units import fsdp_units
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import cast
 
 from fsdp_qlora.config.schema import QuantSettings
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.plan.layout import LinearShape, ModelShapes, endings, quantized_edges, quantized_linears
-from fsdp_qlora.plan.rows import BLOCK_WEIGHTS, FormatName, QuantLayout
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_edges, quantized_linears
+from fsdp_qlora.shapes.rows import BLOCK_WEIGHTS, FormatName, QuantLayout
+from fsdp_qlora.shapes.targets import endings
 
 _MOST_KEPT = 0.1
 """Share of the decoder layers' weights that may stay in 16 bit without a word."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fsdp_qlora.plan.batch import BatchPlan
+from fsdp_qlora.data.deal import BatchPlan
 from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
 
 SETTINGS = (

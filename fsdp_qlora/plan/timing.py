@@ -27,9 +27,9 @@ from math import ceil
 from typing import Any
 
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect
-from fsdp_qlora.plan.layout import LinearShape, ModelShapes, quantized_linears
 from fsdp_qlora.plan.memory import FLOAT32, StorageSettings
 from fsdp_qlora.plan.plan import TrainPlan
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_linears
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from math import prod
 import torch
 from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
 
-from fsdp_qlora.plan.rows import ROW_BLOCKS
 from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor
 from fsdp_qlora.quant.packing import bits_to_float, rows_to_bytes
+from fsdp_qlora.shapes.rows import ROW_BLOCKS
 
 STATE_SUFFIX = ".quant_state.bitsandbytes__"
 """What comes between a weight's name and its format in the name of its JSON state."""

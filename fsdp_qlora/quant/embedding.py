@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.plan.rows import ROW_WEIGHTS
 from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, dequantize, dequantize_codes
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.packing import bits_to_float, rows_to_bytes
+from fsdp_qlora.shapes.rows import ROW_WEIGHTS
 
 
 class QuantEmbedding(QuantMatrices):

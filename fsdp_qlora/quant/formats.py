@@ -2,9 +2,9 @@
 
 Formats: NF4 and double quantization are from QLoRA (Dettmers et al., 2023, https://arxiv.org/abs/2305.14314,
 sections 3 and 3.1); FP4 is bitsandbytes' 4-bit float; int8 is LLM.int8 (Dettmers et al., 2022,
-https://arxiv.org/abs/2208.07339). Every function here works on *whole rows* of storage (`plan/rows.py`), so quantizing
-a tensor slice by slice gives bit for bit what `bitsandbytes.functional.quantize_4bit` (or `int8_vectorwise_quant`)
-gives for the whole tensor.
+https://arxiv.org/abs/2208.07339). Every function here works on *whole rows* of storage (`shapes/rows.py`), so
+quantizing a tensor slice by slice gives bit for bit what `bitsandbytes.functional.quantize_4bit` (or
+`int8_vectorwise_quant`) gives for the whole tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 
 from fsdp_qlora.errors import NumericsError
-from fsdp_qlora.plan.rows import ROW_BLOCKS, ROW_WEIGHTS, QuantLayout
 from fsdp_qlora.quant.lookup import quantize_nf4
 from fsdp_qlora.quant.packing import (
     STORAGE_DTYPE,
@@ -30,6 +29,7 @@ from fsdp_qlora.quant.packing import (
     rows_to_bytes,
     values_to_rows,
 )
+from fsdp_qlora.shapes.rows import ROW_BLOCKS, ROW_WEIGHTS, QuantLayout
 
 _CPU_WEIGHTS = 16 * ROW_WEIGHTS
 """Weights quantized at a time on a CPU: bitsandbytes makes several float32 copies there. In its caches they take half

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fsdp_qlora.quant.formats import QuantFormat
-from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices, frozen, local_tensor
+from fsdp_qlora.quant.matrices import QuantMatrices, frozen
 
 
 class QuantLinear(QuantMatrices):
@@ -34,6 +34,3 @@ class QuantLinear(QuantMatrices):
     def extra_repr(self) -> str:
         """Show shape, bias and format."""
         return f"{super().extra_repr()}, bias={self.bias is not None}"
-
-
-__all__ = ["STATISTICS", "QuantLinear", "local_tensor"]

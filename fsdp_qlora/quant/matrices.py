@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fsdp_qlora.plan.layout import WHOLE_WEIGHTS, LinearShape
-from fsdp_qlora.plan.rows import BLOCK_WEIGHTS
+from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor
-from fsdp_qlora.quant.matrix import Matrix
+from fsdp_qlora.quant.matrix import WHOLE_WEIGHTS, Matrix
 from fsdp_qlora.quant.products import densify, multiply
+from fsdp_qlora.shapes.linears import LinearShape
+from fsdp_qlora.shapes.rows import BLOCK_WEIGHTS
 
 STATISTICS = ("absmax", "nested")
 """Names of the parameters beside ``packed``."""
@@ -111,11 +112,6 @@ class QuantMatrices(nn.Module):
         if self.quant_format.threshold:
             kind += f", threshold={self.quant_format.threshold:g}"
         return f"{many}in_features={self.in_features}, out_features={self.out_features}, {kind}"
-
-
-def local_tensor(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the local shard of a DTensor, or the tensor itself (call under ``torch.no_grad`` to write into it)."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[attr-defined]
 
 
 def frozen(tensor: torch.Tensor) -> nn.Parameter:

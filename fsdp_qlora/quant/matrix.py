@@ -8,7 +8,6 @@ from math import gcd
 
 import torch
 
-from fsdp_qlora.plan.layout import SLICE_WEIGHTS, WHOLE_WEIGHTS
 from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, dequantize, multiply_int8
 from fsdp_qlora.quant.gemm import add_product, matmul
 
@@ -78,3 +77,9 @@ class Matrix:
             into = matmul(part, dense) if into is None else add_product(into, part, dense)
         assert into is not None
         return into
+
+
+SLICE_WEIGHTS = 2**26
+"""Weights of a quantized head, or of a very large linear, that are dense at the same time (128 MiB in bf16)."""
+WHOLE_WEIGHTS = 2**28
+"""A linear of up to so many weights (512 MiB in bf16) is dequantized whole; larger ones slice by slice."""

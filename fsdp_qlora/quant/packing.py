@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fsdp_qlora.plan.rows import ROW_BYTES
+from fsdp_qlora.shapes.rows import ROW_BYTES
 
 STORAGE_DTYPE = torch.bfloat16
 """Dtype that packed weights pretend to have."""

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.plan.layout import LinearShape
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.matrices import QuantMatrices
+from fsdp_qlora.shapes.linears import LinearShape
 
 
 def swap_linears(

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.plan.layout import ModelShapes
+from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.simulate.tracker import TensorBytes
 
 Counts = tuple[int, ...]

@@ -15,23 +15,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fsdp_qlora.building import build_sharded
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.replicated import ReplicatedGradients
+from fsdp_qlora.attention.blockwise import only_causal_masks
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.loader import Batch, MicroBatch
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.model.attention import only_causal_masks
-from fsdp_qlora.model.causal import CausalModel
-from fsdp_qlora.model.lora import seed_of, trainable_parameters
-from fsdp_qlora.model.replicated import ReplicatedGradients
-from fsdp_qlora.model.shard import synchronize_gradients
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.seeds import seed_of
+from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.model.skeleton import read_shapes
+from fsdp_qlora.objectives.sft import OBJECTIVES
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.plan.layout import ModelShapes
+from fsdp_qlora.parallel.shard import synchronize_gradients
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.plan.quantized import layout_of
-from fsdp_qlora.planning import planned, planned_skeleton
 from fsdp_qlora.quant.experts import spread_evenly
 from fsdp_qlora.quant.formats import QuantFormat, dequantize, quantize
+from fsdp_qlora.run.build import build_sharded
+from fsdp_qlora.run.decide import planned, planned_skeleton
+from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.simulate.depth import (
     Counts,
     Cut,
@@ -45,7 +47,6 @@ from fsdp_qlora.simulate.depth import (
 )
 from fsdp_qlora.simulate.tracker import NOT_COUNTED, Place, TensorBytes, fake_mode, measure_step, simulated_ranks
 from fsdp_qlora.track.console import megabytes
-from fsdp_qlora.train.objectives import OBJECTIVES
 from fsdp_qlora.train.step import StepSettings, forward_backward
 
 WHOLE_LAYERS = 8

@@ -25,9 +25,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState, _register
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from fsdp_qlora.dist.mesh import REPLICATE, SHARD, Ranks, degrees
+from fsdp_qlora.attention import blockwise as attention
+from fsdp_qlora.attention import varlen
+from fsdp_qlora.distributed.mesh import REPLICATE, SHARD, Ranks, degrees
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.model import attention, varlen
 from fsdp_qlora.quant import products
 
 T = TypeVar("T")

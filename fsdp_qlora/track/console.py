@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from fsdp_qlora.shown import visible
 
@@ -89,23 +88,3 @@ def megabytes(count: float) -> str:
 def clock(seconds: float) -> str:
     """Return seconds as m:ss."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Print rows of name and value."""
-    table = Table(title=visible(title), show_header=False, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(visible(name), visible(value))
-    console(width=None if sys.stdout.isatty() else 110).print(table)
-
-
-def print_columns(title: str, header: list[str], lines: list[list[str]]) -> None:
-    """Print lines under a header."""
-    table = Table(title=visible(title), title_justify="left")
-    for name in header:
-        table.add_column(visible(name), overflow="fold")
-    for line in lines:
-        table.add_row(*map(visible, line))
-    console(width=None if sys.stdout.isatty() else 110).print(table)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.files import append_to, write_text
+from fsdp_qlora.files.write import append_to, write_text
 from fsdp_qlora.track.unwritten import Unwritten
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fsdp_qlora.errors import typed_line
-from fsdp_qlora.files import append_to, read_regular, replacing
+from fsdp_qlora.files.read import read_regular
+from fsdp_qlora.files.write import append_to, replacing
 from fsdp_qlora.track.lines import Appended
 from fsdp_qlora.track.unwritten import Unwritten
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from fsdp_qlora.config.schema import TrackSettings
 from fsdp_qlora.errors import first_line
+from fsdp_qlora.files.home import home_folder
 from fsdp_qlora.shown import shown_source
-from fsdp_qlora.track.home import home_folder
 from fsdp_qlora.track.tracker import Sink
 
 _KEY = "WANDB_API_KEY"

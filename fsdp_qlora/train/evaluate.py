@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import all_sum
-from fsdp_qlora.train.objectives import Objective
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import all_sum
+from fsdp_qlora.objectives.objective import Objective
 from fsdp_qlora.train.step import NumberedMicroBatch
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_type_hints
 
-from fsdp_qlora.files import misfit
+from fsdp_qlora.files.read import misfit
 
 RECENT_STEPS = 16
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import all_sum
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import all_sum
 from fsdp_qlora.errors import LossSpikeError, NonFiniteError
+from fsdp_qlora.objectives.objective import MicroBatch, Objective
 from fsdp_qlora.scopes import OPTIMIZER
-from fsdp_qlora.train.objectives import MicroBatch, Objective
 
 
 class Optimizer(Protocol):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.nodes import once_per_node
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.nodes import once_per_node
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from tests.build import build
 from tests.tiers import some_in_full
@@ -133,7 +133,7 @@ def _same_in_pieces(ranks: Ranks, folder: str) -> bool:
 
     whole = {n: t.clone() for n, t in _local_tensors(ranks, folder).items()}
     with (
-        mock.patch("fsdp_qlora.model.stream.CHUNK_WEIGHTS", 1),
+        mock.patch("fsdp_qlora.load.stream.CHUNK_WEIGHTS", 1),
         mock.patch("fsdp_qlora.quant.formats._CPU_WEIGHTS", 16384),
     ):
         pieces = _local_tensors(ranks, folder)

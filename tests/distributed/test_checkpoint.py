@@ -18,7 +18,7 @@ from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.checkpoint.retention import Retention
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import FsdpQloraError
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from fsdp_qlora.checkpoint.manifest import COMPLETE
-from fsdp_qlora.claim import claim
 from fsdp_qlora.config.convert import to_dict
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import FsdpQloraError
-from fsdp_qlora.track.run_folder import RunFolder
+from fsdp_qlora.run.claim import claim
+from fsdp_qlora.run.folder import RunFolder
 from tests.build import config_of
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from fsdp_qlora import api
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.model.compile import MOST_COMPILATIONS
-from fsdp_qlora.model.skeleton import decoder_layers
+from fsdp_qlora.model.families import decoder_layers
+from fsdp_qlora.parallel.compile import MOST_COMPILATIONS
 from fsdp_qlora.plan.choices import Compilation
-from fsdp_qlora.training import fit
+from fsdp_qlora.run import prepare as api
+from fsdp_qlora.run.fit import fit
 from tests.build import build, losses, metrics, run_fit
 from tests.families import write_family
 from tests.pool import Pool

@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.loader import Cut, Loader, TokenRows
 from fsdp_qlora.data.prepare import prepare_data
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.dist.reduce import all_sum
-from fsdp_qlora.model.stream import resident_bytes
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import all_sum
+from fsdp_qlora.load.stream import resident_bytes
 from fsdp_qlora.quant.matrices import QuantMatrices
 from tests.build import build, losses, run_fit
 from tests.families import FAMILIES, adapter_targets, reference, reference_losses, write_family

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.model.skeleton import decoder_layers
-from fsdp_qlora.quant.matrices import local_tensor
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import local_tensor
+from fsdp_qlora.model.families import decoder_layers
 from tests.build import build, losses, norms, run_fit
 from tests.pool import Pool
 

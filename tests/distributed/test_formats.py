@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import FsdpQloraError
-from fsdp_qlora.model.stream import resident_bytes
+from fsdp_qlora.load.stream import resident_bytes
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.matrices import QuantMatrices

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import NumericsError, PlanError
-from fsdp_qlora.plan.rows import num_blocks
 from fsdp_qlora.quant.formats import QuantFormat
-from fsdp_qlora.quant.linear import QuantLinear, local_tensor
+from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.packing import ROW_ELEMENTS, bits_to_float, raw_bytes, rows_to_bytes
+from fsdp_qlora.shapes.rows import num_blocks
 from tests import tiny
 from tests.build import build
 
@@ -118,7 +119,7 @@ def _logits_equal_dequantized_reference(ranks: Ranks, folder: str) -> bool:
 def _odd_bytes_survive(ranks: Ranks, precision: str) -> bool:
     from torch import nn
 
-    from fsdp_qlora.model.shard import mixed_precision, shard_model
+    from fsdp_qlora.parallel.shard import mixed_precision, shard_model
 
     layer = QuantLinear(256, 256, QuantFormat())  # 4 rows
     model = nn.Sequential(nn.Sequential(layer), nn.Linear(256, 256, bias=False, device="meta"))
@@ -145,8 +146,8 @@ def test_every_bit_pattern_survives_the_gather(pool, num_ranks, precision):
 def _refusals(ranks: Ranks, folder: str) -> list[str]:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    from fsdp_qlora.model.shard import require_sharded, shard_model
-    from fsdp_qlora.model.stream import verify_gather
+    from fsdp_qlora.checks.gather import verify_gather
+    from fsdp_qlora.parallel.shard import require_sharded, shard_model
 
     said = []
     model = torch.nn.Sequential(QuantLinear(64, 64, QuantFormat()))

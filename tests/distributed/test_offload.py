@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
 from tests.build import build, essence, run_fit
 from tests.pool import RankError
 from tests.tiers import some_in_full
@@ -170,7 +170,7 @@ def test_prefetch_names_the_layers_that_come_next(pool, model):
 
 
 def _policies(ranks: Ranks, folder: str, offload: str) -> set[str]:
-    from fsdp_qlora.model import shard
+    from fsdp_qlora.parallel import shard
 
     original, found = shard.fully_shard, set()
 
@@ -195,8 +195,8 @@ def test_every_unit_is_offloaded_where_asked(pool, model):
 
 def _moved(ranks: Ranks, folder: str, rows: str, root: str, checkpointing: str) -> dict[str, int]:
     """Train; count what autograd saved in the layers, what was moved, and whether it was a parameter."""
-    from fsdp_qlora.model.offload import HostActivations, _Kept
-    from fsdp_qlora.training import fit
+    from fsdp_qlora.parallel.offload import HostActivations, _Kept
+    from fsdp_qlora.run.fit import fit
 
     pack, count = HostActivations._pack, {"parameter": 0, "parameter moved": 0, "moved": 0, "in place": 0, "largest": 0}
     parameters: list[torch.nn.Parameter] = []
@@ -246,9 +246,10 @@ def test_saved_tensors_lie_elsewhere_and_parameters_are_left_alone(pool, model, 
 
 
 def _state(ranks: Ranks, folder: str, rows: str, root: str, steps: int, offload: str) -> dict:
-    from fsdp_qlora.dist.signals import StopSignals
-    from fsdp_qlora.track.run_folder import RunFolder
-    from fsdp_qlora.training import Training, _tracker
+    from fsdp_qlora.distributed.signals import StopSignals
+    from fsdp_qlora.run.fit import _tracker
+    from fsdp_qlora.run.folder import RunFolder
+    from fsdp_qlora.run.training import Training
 
     groups = _groups(offload=offload)
     groups["train"]["max_steps"] = steps

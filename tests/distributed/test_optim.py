@@ -12,17 +12,17 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.sizes import lora_parameters
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.contents import checkpoint_tensors, optimizer_shapes
 from fsdp_qlora.config.schema import OptimSettings
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.model.lora import trainable_parameters
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import row_range
 from fsdp_qlora.optim.blockwise import borders_coincide
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.plan.memory import lora_parameters
+from fsdp_qlora.optim.sizes import keeps_8bit
 from fsdp_qlora.plan.plan import make_plan
-from fsdp_qlora.plan.rows import row_range
-from fsdp_qlora.plan.states import keeps_8bit
 from tests.build import build, essence, losses, metrics, run_fit
 from tests.tiers import some_in_full
 from tests.unit.test_optim import IN_8_BIT, OPTIMIZERS, gradients, parameters, settings_of

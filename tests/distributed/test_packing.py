@@ -8,15 +8,16 @@ from typing import Any, cast
 import pytest
 import torch
 
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.attention.layout import Layout
+from fsdp_qlora.checks.isolation import try_isolation
 from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.pack import PackedRows, pack
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.model.causal import CausalModel
-from fsdp_qlora.model.lora import trainable_parameters
-from fsdp_qlora.model.shard import synchronize_gradients
-from fsdp_qlora.train.layout import Layout, try_isolation
-from fsdp_qlora.train.objectives import OBJECTIVES, token_losses
+from fsdp_qlora.model.root import CausalModel
+from fsdp_qlora.objectives.sft import OBJECTIVES, token_losses
+from fsdp_qlora.parallel.shard import synchronize_gradients
 from tests.build import build, losses, metrics, run_fit
 
 BACKENDS = ("eager", "sdpa")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import FsdpQloraError
-from fsdp_qlora.quant.linear import STATISTICS, QuantLinear, local_tensor
+from fsdp_qlora.quant.linear import QuantLinear
+from fsdp_qlora.quant.matrices import STATISTICS
 from fsdp_qlora.quant.packing import raw_bytes
 from tests import tiny
 from tests.build import build, losses, run_fit

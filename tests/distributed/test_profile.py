@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.track.phases import PHASES, divide_steps
-from fsdp_qlora.track.trace import read_trace
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.profile.phases import PHASES, divide_steps
+from fsdp_qlora.profile.trace import read_trace
 from tests.build import build, essence, metrics, run_fit
 
 
@@ -66,7 +66,7 @@ def test_two_ranks_tell_where_their_steps_went(pool, tiny_model, chat_rows, tmp_
 
 
 def _fit_twice(ranks: Ranks, model: str, root: str, groups: dict) -> list[bool]:
-    from fsdp_qlora.training import fit
+    from fsdp_qlora.run.fit import fit
 
     found = []
     for name, steps in (("short", 3), ("longer", 4)):

@@ -12,18 +12,19 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.write import read_tensors
+from fsdp_qlora.checks.copies import require_equal_copies
 from fsdp_qlora.config.rules import failures
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import NumericsError
-from fsdp_qlora.model.lora import trainable_parameters
-from fsdp_qlora.model.replicated import ReplicatedGradients, require_equal_copies
-from fsdp_qlora.model.shard import require_sharded
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
+from fsdp_qlora.parallel.shard import require_sharded
+from fsdp_qlora.run.folder import RunFolder
+from fsdp_qlora.run.training import Training
 from fsdp_qlora.simulate.step import step_runner, worst_batch
-from fsdp_qlora.track.run_folder import RunFolder
-from fsdp_qlora.training import Training
 from tests.build import build, config_of, losses, metrics, norms, run_fit
 from tests.tiers import some_in_full
 

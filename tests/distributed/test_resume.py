@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.write import read_tensors
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.track.run_folder import RunFolder
-from fsdp_qlora.training import Training
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.run.folder import RunFolder
+from fsdp_qlora.run.training import Training
 from tests.build import build, essence, metrics, next_rows, run_fit
 from tests.tiers import some_in_full
 from tests.tiny import poisoned

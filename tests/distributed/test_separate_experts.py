@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.model.shard import mixed_precision, reach_all_experts, shard_model
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.parallel.shard import mixed_precision, reach_all_experts, shard_model
 
 EXPERTS, WIDTH = 4, 8
 

@@ -10,11 +10,11 @@ from unittest import mock
 import pytest
 import torch
 
-from fsdp_qlora.api import Prepared
-from fsdp_qlora.dist.mesh import Ranks
-from fsdp_qlora.model.lora import trainable_parameters
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.quant import gemm
+from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.simulate.step import simulate, step_runner, worst_batch
 from fsdp_qlora.simulate.tracker import measure_step
 from tests import tiny

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
 from tests.build import build, losses, next_rows, norms, run_fit
 from tests.tiers import some_in_full
 
@@ -189,9 +189,9 @@ def test_early_stopping(pool, tiny_model, chat_rows, tmp_path):
 def _poisoned(ranks: Ranks, folder: str, rows: str, root: str) -> str:
     import torch
 
+    from fsdp_qlora.adapters.names import trainable_parameters
     from fsdp_qlora.errors import NonFiniteError
-    from fsdp_qlora.model.lora import trainable_parameters
-    from fsdp_qlora.training import fit
+    from fsdp_qlora.run.fit import fit
 
     prepared = build(ranks, folder, data={"train": rows}, run={"output_root": root, "name": "poison"})
     before = {n: p.full_tensor().clone() for n, p in trainable_parameters(prepared.model)}
@@ -214,7 +214,7 @@ def test_a_nan_on_one_rank_stops_all_before_the_update(pool, tiny_model, chat_ro
 
 def _dead(ranks: Ranks, folder: str, rows: str, root: str, how: str) -> str:
     from fsdp_qlora.errors import NumericsError
-    from fsdp_qlora.training import fit
+    from fsdp_qlora.run.fit import fit
 
     prepared = build(ranks, folder, data={"train": rows}, run={"output_root": root, "name": f"dead-{how}"})
     layer = prepared.model.base.get_submodule("model.layers.1.self_attn.q_proj")
@@ -238,9 +238,10 @@ def test_an_adapter_that_is_not_reached_is_named(pool, tiny_model, chat_rows, tm
 
 
 def _state(ranks: Ranks, folder: str, rows: str, root: str, steps: int, resume: str) -> dict:
-    from fsdp_qlora.dist.signals import StopSignals
-    from fsdp_qlora.track.run_folder import RunFolder
-    from fsdp_qlora.training import Training, _tracker
+    from fsdp_qlora.distributed.signals import StopSignals
+    from fsdp_qlora.run.fit import _tracker
+    from fsdp_qlora.run.folder import RunFolder
+    from fsdp_qlora.run.training import Training
 
     prepared = build(
         ranks, folder, data={"train": rows}, run={"output_root": root, "name": "r"}, checkpoint={"resume": resume},

@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fsdp_qlora import building
-from fsdp_qlora.building import check_model, load_model, open_model
+from fsdp_qlora.adapters.linear import QuantLoraLinear
+from fsdp_qlora.attention.candidates import attention_candidates
 from fsdp_qlora.checks import reference
 from fsdp_qlora.checks.twin import check_twin
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.dist.mesh import Ranks
+from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import FsdpQloraError
 from fsdp_qlora.model import skeleton
-from fsdp_qlora.model.attention_choice import attention_candidates
-from fsdp_qlora.model.causal import CausalModel
-from fsdp_qlora.model.lora import QuantLoraLinear
-from fsdp_qlora.model.skeleton import decoder_layers
+from fsdp_qlora.model.families import decoder_layers
+from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.quant.matrices import QuantMatrices
+from fsdp_qlora.run import build as building
+from fsdp_qlora.run.build import check_model, load_model, open_model
 from tests import upstream
 from tests.build import build
 from tests.families import write_family

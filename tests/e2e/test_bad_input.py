@@ -115,9 +115,9 @@ DATA = {
 @pytest.mark.parametrize("case", DATA)
 def test_data_is_refused(tmp_path, tiny_model, case, monkeypatch):
     # In this process, through the same functions `train` calls: a launch each would cost 10 s.
-    from fsdp_qlora.api import prepare_tokens
     from fsdp_qlora.config.convert import from_dict
     from fsdp_qlora.errors import DataError
+    from fsdp_qlora.run.prepare import prepare_tokens
 
     text, words = DATA[case]
     file = tmp_path / "rows.jsonl"
@@ -154,7 +154,7 @@ def test_more_ranks_than_devices(cli, tiny_run):
 
 
 def test_more_ranks_than_devices_says_how_many(monkeypatch):
-    from fsdp_qlora.dist import process
+    from fsdp_qlora.distributed import process
     from fsdp_qlora.errors import ConfigError
 
     monkeypatch.setattr(process, "device_types", lambda: {"cuda": 1, "cpu": 0})
@@ -164,7 +164,7 @@ def test_more_ranks_than_devices_says_how_many(monkeypatch):
 
 def test_bad_model_files(tmp_path):
     from fsdp_qlora.errors import ModelError
-    from fsdp_qlora.model.weights import SafetensorsFolder
+    from fsdp_qlora.load.safetensors import SafetensorsFolder
 
     with pytest.raises(ModelError, match=r"no \*\.safetensors"):
         SafetensorsFolder(tmp_path)

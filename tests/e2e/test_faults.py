@@ -13,12 +13,12 @@ import pytest
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.contents import whole_of
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
-from fsdp_qlora.model.weights import file_digests
+from fsdp_qlora.load.safetensors import file_digests
 from tests import warm
 from tests.build import essence, metrics
-from tests.soak import soak
 from tests.tiers import some_in_full
 from tests.tiny import make_model, poisoned
+from tools.soak import soak
 
 KEPT = ("checkpoint.every_steps=2", "checkpoint.keep_last=1", "train.max_steps=6", "train.eval_every=2")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_package import plain_loss
-from tests.real_models import GEMMA
+from tools.real_models import GEMMA
 
 pytestmark = [pytest.mark.launch, pytest.mark.full]
 
@@ -19,7 +19,7 @@ def checkpoint(request: pytest.FixtureRequest, real_model: Path) -> Path:
     if request.param != "gemma-3-270m":
         return real_model
     if not (GEMMA / "config.json").is_file():
-        pytest.skip("not here; `python -m tests.real_models` fetches it")
+        pytest.skip("not here; `python -m tools.real_models` fetches it")
     return GEMMA
 
 

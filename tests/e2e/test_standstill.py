@@ -10,7 +10,7 @@ import time
 import pytest
 
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
-from fsdp_qlora.dist.meeting import MEETING_VARIABLE
+from fsdp_qlora.distributed.meeting import MEETING_VARIABLE
 from tests import warm
 from tests.processes import alive, ranks_of, start, wait_for_step
 from tests.tiers import some_in_full

@@ -16,29 +16,34 @@ import pytest
 import torch
 from torch import nn
 
+from fsdp_qlora.adapters.lora import attach_lora, initialize_adapters
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.attention.candidates import attention_candidates
+from fsdp_qlora.checks.gather import verify_gather
+from fsdp_qlora.checks.gradients import FirstGradients
 from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.schema import DataSettings, LoraSettings, OptimSettings, PrecisionSettings, RunConfig
+from fsdp_qlora.data.labels import IGNORE
 from fsdp_qlora.data.loader import Batch, MicroBatch
-from fsdp_qlora.dist.mesh import Ranks, build_ranks
-from fsdp_qlora.dist.process import Placement, choose_device, memory_peak, process_group, use_device
-from fsdp_qlora.model.around_head import after_head
-from fsdp_qlora.model.attention_choice import attention_candidates
-from fsdp_qlora.model.causal import CausalModel, install_loss_head
-from fsdp_qlora.model.checks import FirstGradients
-from fsdp_qlora.model.lora import attach_lora, initialize_adapters, seed_of, trainable_parameters
-from fsdp_qlora.model.model_config import load_config
-from fsdp_qlora.model.shard import mixed_precision, model_dtype, require_sharded, shard_model, synchronize_gradients
+from fsdp_qlora.distributed.mesh import Ranks, build_ranks
+from fsdp_qlora.distributed.process import Placement, choose_device, memory_peak, process_group, use_device
+from fsdp_qlora.distributed.seeds import seed_of
+from fsdp_qlora.distributed.shards import local_tensor
+from fsdp_qlora.heads.around import after_head
+from fsdp_qlora.load.safetensors import SafetensorsFolder
+from fsdp_qlora.load.stream import stream_weights
+from fsdp_qlora.model.config import load_config
+from fsdp_qlora.model.root import CausalModel, install_loss_head
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
-from fsdp_qlora.model.stream import stream_weights, verify_gather
-from fsdp_qlora.model.weights import SafetensorsFolder
+from fsdp_qlora.objectives.sft import OBJECTIVES
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.plan.batch import IGNORE
+from fsdp_qlora.parallel.shard import mixed_precision, model_dtype, require_sharded, shard_model, synchronize_gradients
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, dequantize, quantize
-from fsdp_qlora.quant.linear import STATISTICS, QuantLinear, local_tensor
+from fsdp_qlora.quant.linear import QuantLinear
+from fsdp_qlora.quant.matrices import STATISTICS
 from fsdp_qlora.quant.packing import STORAGE_DTYPE, bits_to_float, raw_bytes, rows_to_bytes
 from fsdp_qlora.quant.swap import swap_linears
-from fsdp_qlora.train.objectives import OBJECTIVES
 from fsdp_qlora.train.step import StepSettings, train_step
 
 DEVICE = os.environ.get("FSDP_QLORA_TEST_DEVICE", "cuda")

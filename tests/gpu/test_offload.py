@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fsdp_qlora.building import build_sharded
+from fsdp_qlora.adapters.lora import initialize_adapters
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.attention.layout import Layout
+from fsdp_qlora.checks.gather import verify_gather
+from fsdp_qlora.checks.gradients import FirstGradients
+from fsdp_qlora.checks.isolation import try_isolation
 from fsdp_qlora.config.schema import (
     DataSettings,
     FsdpSettings,
@@ -23,19 +28,18 @@ from fsdp_qlora.config.schema import (
     TrainSettings,
 )
 from fsdp_qlora.data.loader import Batch, MicroBatch
-from fsdp_qlora.dist.process import memory_peak
+from fsdp_qlora.distributed.process import memory_peak
+from fsdp_qlora.distributed.seeds import seed_of
+from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.export.adapter import gather_adapter
-from fsdp_qlora.model.checks import FirstGradients
-from fsdp_qlora.model.lora import initialize_adapters, seed_of, trainable_parameters
-from fsdp_qlora.model.shard import model_dtype, synchronize_gradients
+from fsdp_qlora.load.safetensors import SafetensorsFolder
+from fsdp_qlora.load.stream import stream_weights
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
-from fsdp_qlora.model.stream import stream_weights, verify_gather
-from fsdp_qlora.model.weights import SafetensorsFolder
+from fsdp_qlora.objectives.sft import OBJECTIVES
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
+from fsdp_qlora.parallel.shard import model_dtype, synchronize_gradients
 from fsdp_qlora.plan.plan import make_plan
-from fsdp_qlora.quant.linear import local_tensor
-from fsdp_qlora.train.layout import Layout, try_isolation
-from fsdp_qlora.train.objectives import OBJECTIVES
+from fsdp_qlora.run.build import build_sharded
 from fsdp_qlora.train.step import StepSettings, train_step
 from tests.gpu.test_gpu import _HERE, DEVICE, batch_of, world
 

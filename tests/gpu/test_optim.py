@@ -13,7 +13,7 @@ from fsdp_qlora.config.convert import field_types
 from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.optim.bnb import BlockwiseOptimizer
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.plan.states import state_bytes
+from fsdp_qlora.optim.sizes import state_bytes
 from tests.gpu.test_gpu import _HERE, DEVICE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not _HERE, reason=f"torch finds no {DEVICE} device here")]

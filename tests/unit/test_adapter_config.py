@@ -10,9 +10,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+from fsdp_qlora.adapters.folder import adapted_modules, blamed_on_adapter, read_adapter_config, stored_modules
 from fsdp_qlora.errors import FsdpQloraError, ModelError, PlanError
-from fsdp_qlora.export.adapter import stored_modules
-from fsdp_qlora.export.adapter_config import adapted_modules, blamed_on_adapter, read_adapter_config
 
 
 def _folder(tmp_path, **settings):

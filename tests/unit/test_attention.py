@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from fsdp_qlora.attention import blockwise as attention
+from fsdp_qlora.attention.blockwise import blockwise_forward, ops
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.model import attention
-from fsdp_qlora.model.attention import blockwise_forward, ops
 
 CASES = {
     "short, as many key heads": (2, 4, 4, 7, 16),

@@ -11,15 +11,16 @@ import yaml
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from fsdp_qlora.bounded import OutOfBoundsError, require_bounded_values
 from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError, ModelError, SecurityError
+from fsdp_qlora.files.bounded import OutOfBoundsError, require_bounded_values
+from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.construct import parameters_on_meta
-from fsdp_qlora.model.model_config import load_config
-from fsdp_qlora.model.skeleton import build_skeleton, build_tokenizer
-from fsdp_qlora.plan.known import SHAPES
+from fsdp_qlora.model.skeleton import build_skeleton
+from fsdp_qlora.model.tokenizer import build_tokenizer
+from fsdp_qlora.shapes.known import SHAPES
 from tests.families import SMALL
 
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from fsdp_qlora.files import sync, write_first
-from fsdp_qlora.track.home import settle_without_home
-from fsdp_qlora.track.run_folder import RunFolder
+from fsdp_qlora.files.home import settle_without_home
+from fsdp_qlora.files.write import sync, write_first
+from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.track.tracker import Beside, JsonLines, Tracker
 from fsdp_qlora.track.unwritten import Unwritten
 
@@ -24,7 +24,7 @@ def _python(cli_env, code: str, **env: str | None) -> subprocess.CompletedProces
 
 
 _CACHE = (
-    "from fsdp_qlora.track.process_exit import guarded; from fsdp_qlora.track.home import cache_folder\n"
+    "from fsdp_qlora.run.exit import guarded; from fsdp_qlora.files.home import cache_folder\n"
     "raise SystemExit(guarded(lambda: print(cache_folder()) or 0))"
 )
 HOMES = {
@@ -115,7 +115,7 @@ def test_without_locks_a_run_warns_and_goes_on(tmp_path, capsys, number):
 )
 def test_what_the_system_refuses_is_one_line(cli_env, name):
     code = (
-        "import errno, os; from fsdp_qlora.track.process_exit import guarded\n"
+        "import errno, os; from fsdp_qlora.run.exit import guarded\n"
         f"def work(): raise OSError(errno.{name}, os.strerror(errno.{name}), '/the/file')\n"
         "raise SystemExit(guarded(work))"
     )

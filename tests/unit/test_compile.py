@@ -5,16 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fsdp_qlora.model.attention_choice import attention_candidates
-from fsdp_qlora.model.compile import COMPILED_TYPES, compile_layers, uncompiled, want_input_gradient
-from fsdp_qlora.model.construct import to_empty_but_buffers
-from fsdp_qlora.model.lora import attach_lora, initialize_adapters, trainable_parameters, use_fused_products
-from fsdp_qlora.model.model_config import load_config
-from fsdp_qlora.model.skeleton import build_skeleton, decoder_layers, read_shapes
-from fsdp_qlora.plan.layout import quantized_linears, target_linears
+from fsdp_qlora.adapters.linear import use_fused_products
+from fsdp_qlora.adapters.lora import attach_lora, initialize_adapters
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.attention.candidates import attention_candidates
+from fsdp_qlora.load.buffers import to_empty_but_buffers
+from fsdp_qlora.model.config import load_config
+from fsdp_qlora.model.families import decoder_layers
+from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
+from fsdp_qlora.parallel.compile import COMPILED_TYPES, compile_layers, uncompiled, want_input_gradient
 from fsdp_qlora.quant.formats import QuantFormat, quantize
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.swap import swap_linears
+from fsdp_qlora.shapes.linears import quantized_linears
+from fsdp_qlora.shapes.targets import target_linears
 from tests.families import FAMILIES, write_family
 
 

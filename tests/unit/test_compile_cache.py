@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.errors import SecurityError
-from fsdp_qlora.track.compile_cache import settle_compile_caches
-from fsdp_qlora.track.home import COMPILED_PLACES
+from fsdp_qlora.files.home import COMPILED_PLACES
+from fsdp_qlora.parallel.compile_cache import settle_compile_caches
 
 COMPILE = """
 import os, sys, torch
-from fsdp_qlora.model.compile import compile_layers
-from fsdp_qlora.track.compile_cache import settle_compile_caches
+from fsdp_qlora.parallel.compile import compile_layers
+from fsdp_qlora.parallel.compile_cache import settle_compile_caches
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event in ("open", "os.listdir", "os.scandir") else None)
 class Layer(torch.nn.Module):

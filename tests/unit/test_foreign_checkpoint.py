@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.contrast import contrast
 from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST
-from fsdp_qlora.claim import _decide
 from fsdp_qlora.cli import export, inspect
 from fsdp_qlora.config.convert import from_dict, to_dict
 from fsdp_qlora.errors import CheckpointError, ConfigError, FsdpQloraError, ModelError, SecurityError
-from fsdp_qlora.track.run_folder import RunFolder
+from fsdp_qlora.run.claim import _decide
+from fsdp_qlora.run.folder import RunFolder
 from tests.forged import NAME, SHARD, make_checkpoint, vouch, vouch_for
 
 SECRET = "CANARY: the user's own key"

@@ -12,18 +12,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fsdp_qlora.api import _with_adapter
+from fsdp_qlora.adapters.folder import load_adapter, read_adapter_config
 from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import FsdpQloraError, ModelError, SecurityError
-from fsdp_qlora.export.adapter import load_adapter
-from fsdp_qlora.export.adapter_config import read_adapter_config
 from fsdp_qlora.export.quantized_base import export_base
-from fsdp_qlora.model.end_of_turn import end_of_turn
-from fsdp_qlora.model.model_config import load_config
-from fsdp_qlora.model.prequantized import quantization_of
-from fsdp_qlora.model.skeleton import build_skeleton, build_tokenizer, read_shapes
+from fsdp_qlora.inference.end_of_turn import end_of_turn
+from fsdp_qlora.load.stored import quantization_of
+from fsdp_qlora.model.config import load_config
+from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
+from fsdp_qlora.model.tokenizer import build_tokenizer
 from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.run.inference import _with_adapter
 
 SECRET = "CANARY"
 CPU = torch.device("cpu")

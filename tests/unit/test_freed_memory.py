@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = """
 import sys, torch
-from fsdp_qlora.dist.process import keep_freed_memory
+from fsdp_qlora.distributed.process import keep_freed_memory
 def resident():
     return next(int(l.split()[1]) // 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
 keep_freed_memory(sys.argv[1] == "keep")

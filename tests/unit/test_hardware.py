@@ -14,7 +14,7 @@ from fsdp_qlora.errors import PlanError
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 
 ROOT = Path(fsdp_qlora.__file__).parent
-ALLOWED = {"dist/process.py", "config/schema.py"}
+ALLOWED = {"distributed/process.py", "config/schema.py"}
 """Where a device type is chosen, and where a person may ask for one."""
 
 

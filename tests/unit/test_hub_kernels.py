@@ -43,7 +43,7 @@ assert is_kernels_available(), "transformers must take this package for the real
 import torch
 from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.errors import FsdpQloraError
-from fsdp_qlora.planning import attentions_for, replace_attention, skeleton
+from fsdp_qlora.run.decide import attentions_for, replace_attention, skeleton
 asked, trust, folder = sys.argv[1], sys.argv[2] == "trust", Path(sys.argv[3])
 config = from_dict({"model": {"name": str(folder), "attn_implementation": asked, "trust_remote_code": trust}})
 try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora.dist.torchrun import forget_leftovers, is_rank, leftovers
+from fsdp_qlora.distributed.torchrun import forget_leftovers, is_rank, leftovers
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
@@ -48,7 +48,7 @@ def test_half_a_set_is_forgotten_with_a_note(case):
 @pytest.mark.parametrize("case", ["an address", "no port", "a rank that is none"])
 def test_the_library_opens_a_world_of_its_own_beside_leftovers(cli_env, case):
     code = (
-        "import torch; from fsdp_qlora.dist.process import Placement, process_group\n"
+        "import torch; from fsdp_qlora.distributed.process import Placement, process_group\n"
         "placement = Placement.from_env()\n"
         "with process_group(torch.device('cpu'), placement, 5) as group: print(placement.world_size, group.size())"
     )
@@ -62,7 +62,7 @@ def test_the_library_opens_a_world_of_its_own_beside_leftovers(cli_env, case):
 
 _STOP = """
 import os, signal, sys
-from fsdp_qlora.dist.signals import StopSignals
+from fsdp_qlora.distributed.signals import StopSignals
 with StopSignals() as stop:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         os.kill(os.getpid(), number)
@@ -93,7 +93,7 @@ def test_a_signal_handled_in_c_is_no_obstacle(cli_env):
         "import ctypes, signal; libc = ctypes.CDLL(None)\n"
         "handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: None)\n"
         "libc.signal(int(signal.SIGUSR1), handler)\n"
-        "from fsdp_qlora.dist.signals import StopSignals\n"
+        "from fsdp_qlora.distributed.signals import StopSignals\n"
         "with StopSignals(): pass\nprint('left')"
     )
     done = subprocess.run([sys.executable, "-c", code], env=cli_env, capture_output=True, text=True, check=False)
@@ -101,7 +101,7 @@ def test_a_signal_handled_in_c_is_no_obstacle(cli_env):
 
 
 _WHERE = (
-    "from fsdp_qlora.module_path import leave_here, look_here_last; leave_here(); import sys; print(*sys.path, sep=',');"
+    "from fsdp_qlora.files.module_path import leave_here, look_here_last; leave_here(); import sys; print(*sys.path, sep=',');"
     "look_here_last(); print(*sys.path, sep=',')"
 )
 

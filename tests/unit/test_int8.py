@@ -6,8 +6,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
+from fsdp_qlora.distributed.shards import row_range
 from fsdp_qlora.errors import NumericsError
-from fsdp_qlora.plan.rows import row_range
 from fsdp_qlora.quant.embedding import QuantEmbedding
 from fsdp_qlora.quant.formats import QuantFormat, quantize
 from fsdp_qlora.quant.linear import QuantLinear

@@ -10,7 +10,7 @@ from typing import Any
 
 from fsdp_qlora.cli import launcher
 from fsdp_qlora.config.convert import from_dict, to_dict
-from fsdp_qlora.track.process_exit import CONFIG_VARIABLE
+from fsdp_qlora.run.exit import CONFIG_VARIABLE
 
 
 def test_settings_of_a_megabyte_reach_the_ranks(monkeypatch):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
+from fsdp_qlora.data.deal import BatchPlan, deal, num_steps
 from fsdp_qlora.data.loader import IGNORE, Cut, Loader, TokenRows, build_batch
-from fsdp_qlora.plan.batch import BatchPlan, deal, num_steps
 
 
 @pytest.fixture(scope="module")

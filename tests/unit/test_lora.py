@@ -6,11 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
-from fsdp_qlora.model.lora import QuantLoraLinear, attach_lora, initialize_adapters, trainable_parameters
+from fsdp_qlora.adapters.linear import QuantLoraLinear
+from fsdp_qlora.adapters.lora import attach_lora, initialize_adapters
+from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
-from fsdp_qlora.plan.layout import quantized_linears, target_linears
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
+from fsdp_qlora.shapes.linears import quantized_linears
+from fsdp_qlora.shapes.targets import target_linears
 
 
 def _skeleton(folder):

@@ -11,8 +11,10 @@ import torch
 
 from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.errors import ConfigError, ModelError
-from fsdp_qlora.model.model_config import load_config
-from fsdp_qlora.model.skeleton import build_skeleton, build_tokenizer, needs_hub, resolve_folder
+from fsdp_qlora.model.config import load_config
+from fsdp_qlora.model.folder import needs_hub, resolve_folder
+from fsdp_qlora.model.skeleton import build_skeleton
+from fsdp_qlora.model.tokenizer import build_tokenizer
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.errors import ConfigError, NumericsError
-from fsdp_qlora.model.offload import HostActivations, _Kept, offload_activations
-from fsdp_qlora.model.stream import _allocate
-from fsdp_qlora.plan.layout import LinearShape, ModelShapes
+from fsdp_qlora.load.stream import _allocate
+from fsdp_qlora.parallel.offload import HostActivations, _Kept, offload_activations
 from fsdp_qlora.plan.plan import make_plan
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 
 
 class LateCopies:

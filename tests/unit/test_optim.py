@@ -16,16 +16,16 @@ from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.config.convert import field_types, from_dict, to_dict
 from fsdp_qlora.config.rules import failures
 from fsdp_qlora.config.schema import OptimSettings, RunConfig
+from fsdp_qlora.distributed.shards import row_range
 from fsdp_qlora.errors import ConfigError, PlanError
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.optim.blockwise import absmax_of_elements, borders_coincide, fit_blocks, quantize_state, table_shape
 from fsdp_qlora.optim.bnb import BlockwiseOptimizer
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
+from fsdp_qlora.optim.sizes import keeps_8bit, state_bytes
 from fsdp_qlora.optim.state import Blocks, LocalOptimizer, parts_of
 from fsdp_qlora.plan.plan import make_plan
-from fsdp_qlora.plan.rows import row_range
-from fsdp_qlora.plan.states import keeps_8bit, state_bytes
-from fsdp_qlora.planning import planned_skeleton
+from fsdp_qlora.run.decide import planned_skeleton
 from fsdp_qlora.simulate.step import simulate
 from tests.build import config_of
 

@@ -14,11 +14,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from fsdp_qlora.cli.show import print_samples
+from fsdp_qlora.cli.tables import print_columns, print_table
 from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.shown import visible
-from fsdp_qlora.track.console import ConsoleProgress, print_columns, print_table
+from fsdp_qlora.track.console import ConsoleProgress
 from fsdp_qlora.track.lines import read_lines, to_line, write_lines
-from fsdp_qlora.track.run_folder import RunFolder
 
 TEXTS = [
     "[INST] hi [/INST]", "[/]", "[bold", "a[/b]c", ":smile: \\[x]", "你好 👩‍👩‍👧‍👦 שלום 🇳🇴 ﷽", "lone \ud83d surrogate",
@@ -29,9 +30,9 @@ TEXTS = [
 _PRINTS = """
 import sys
 from pathlib import Path
-from fsdp_qlora.track.output import withstand
+from fsdp_qlora.cli.output import withstand
 withstand()
-from fsdp_qlora.track.console import print_table
+from fsdp_qlora.cli.tables import print_table
 texts = eval(sys.argv[1])
 for turn in range(40):
     print(*texts, flush=turn % 2 == 0)

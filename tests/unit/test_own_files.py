@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.errors import RunFolderError, SecurityError
-from fsdp_qlora.files import append_to, replacing, write_first, write_text
-from fsdp_qlora.scratch import fresh_folder, move_into, scratch_folder
-from fsdp_qlora.track.run_folder import RunFolder
+from fsdp_qlora.files.scratch import fresh_folder, move_into, scratch_folder
+from fsdp_qlora.files.write import append_to, replacing, write_first, write_text
+from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.track.tracker import JsonLines
 from fsdp_qlora.track.unwritten import Unwritten
 
@@ -239,7 +239,7 @@ def test_scratch_folders_of_dead_processes_go_and_those_in_use_stay(tmp_path, mo
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = (
         "import sys, tempfile, time; tempfile.tempdir = sys.argv[1]\n"
-        "from fsdp_qlora.scratch import scratch_folder\n"
+        "from fsdp_qlora.files.scratch import scratch_folder\n"
         "with scratch_folder('ours-') as mine: print(mine, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:

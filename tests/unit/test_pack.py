@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from fsdp_qlora.data.labels import IGNORE
 from fsdp_qlora.data.pack import best_fit_decreasing, pack
-from fsdp_qlora.plan.batch import IGNORE
 
 
 def test_every_item_once_and_no_bin_too_full():

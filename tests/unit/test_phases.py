@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fsdp_qlora import scopes
 from fsdp_qlora.cli.show import print_profile
-from fsdp_qlora.model.scopes import record_modules
-from fsdp_qlora.track.phases import PHASES, divide_steps
-from fsdp_qlora.track.trace import Event, Trace, read_trace
+from fsdp_qlora.profile.modules import record_modules
+from fsdp_qlora.profile.phases import PHASES, divide_steps
+from fsdp_qlora.profile.trace import Event, Trace, read_trace
 
 MAIN, GLOO = 1, 2
 

@@ -11,25 +11,28 @@ import socket
 import pytest
 import torch
 
+from fsdp_qlora.adapters.linear import use_fused_products
+from fsdp_qlora.adapters.lora import attach_lora
+from fsdp_qlora.attention.blocks import kept_scores
 from fsdp_qlora.cli.compose import compose_config, conf_dir
 from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.errors import ConfigError, ModelError
-from fsdp_qlora.model.known import config_for_plan
-from fsdp_qlora.model.lora import attach_lora, use_fused_products
+from fsdp_qlora.model.folder import config_for_plan
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
-from fsdp_qlora.plan.activations import kept_scores, layer_activations
+from fsdp_qlora.plan.activations import layer_activations
 from fsdp_qlora.plan.devices import DEVICES, INTERCONNECTS, find_device, find_interconnect
 from fsdp_qlora.plan.fates import fates
-from fsdp_qlora.plan.known import SHAPES, known_config, known_models
-from fsdp_qlora.plan.layout import quantized_linears, target_linears
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.plan.report import report
-from fsdp_qlora.plan.rows import num_rows
 from fsdp_qlora.plan.search import best, fastest, search
 from fsdp_qlora.plan.timing import flops_per_token, step_time
-from fsdp_qlora.planning import planned_skeleton
 from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
+from fsdp_qlora.run.decide import planned_skeleton
+from fsdp_qlora.shapes.known import SHAPES, known_config, known_models
+from fsdp_qlora.shapes.linears import quantized_linears
+from fsdp_qlora.shapes.rows import num_rows
+from fsdp_qlora.shapes.targets import target_linears
 from tests.tiers import some_in_full
 
 PARAMETERS = {  # as the hub counts them

@@ -15,13 +15,13 @@ from fsdp_qlora.config.schema import QuantSettings
 from fsdp_qlora.errors import ConfigError, ModelError, StorageError
 from fsdp_qlora.export import quantized_base
 from fsdp_qlora.export.quantized_base import export_base
-from fsdp_qlora.model.prequantized import PackedWeight, fill_packed, find_kept, find_weight, require_readable
+from fsdp_qlora.load.safetensors import SafetensorsFolder
+from fsdp_qlora.load.stored import PackedWeight, fill_packed, find_kept, find_weight, require_readable
 from fsdp_qlora.model.skeleton import build_skeleton
-from fsdp_qlora.model.weights import SafetensorsFolder
-from fsdp_qlora.plan.layout import LinearShape
 from fsdp_qlora.quant.formats import QuantFormat, quantize
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.packing import raw_bytes
+from fsdp_qlora.shapes.linears import LinearShape
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import pytest
 _RANK = """
 import atexit, os
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.track.process_exit import guarded
+from fsdp_qlora.run.exit import guarded
 atexit.register(os.abort)  # as a thread of gloo's does now and then
 def work():
     print("worked")

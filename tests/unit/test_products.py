@@ -6,20 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from fsdp_qlora.model.lora import (
-    SharedInput,
-    attach_lora,
-    initialize_adapters,
-    trainable_parameters,
-    use_fused_products,
-)
+from fsdp_qlora.adapters.linear import SharedInput, use_fused_products
+from fsdp_qlora.adapters.lora import attach_lora, initialize_adapters
+from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
-from fsdp_qlora.plan.layout import quantized_linears, target_linears
 from fsdp_qlora.quant.formats import QuantFormat, quantize
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.products import densify, multiply, ops
 from fsdp_qlora.quant.swap import swap_linears
+from fsdp_qlora.shapes.linears import quantized_linears
+from fsdp_qlora.shapes.targets import target_linears
 
 SIZES = (96, 40, 40)
 INTO = 64

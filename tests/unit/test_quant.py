@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from fsdp_qlora.config.schema import BLOCK_SIZES
-from fsdp_qlora.plan.rows import ROW_WEIGHTS, num_blocks, num_rows, row_range
+from fsdp_qlora.distributed.shards import row_range
 from fsdp_qlora.quant.formats import QuantFormat, dequantize, one_thread, quantize, to_rows
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.packing import bits_to_float, rows_to_bytes
+from fsdp_qlora.shapes.rows import ROW_WEIGHTS, num_blocks, num_rows
 
 SHAPES = [(576, 1536), (7, 13), (100, 333), (1, 1), (16384, 3), (3, 5461), (64, 256), (129, 128)]
 

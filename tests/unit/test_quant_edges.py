@@ -8,12 +8,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.errors import ModelError, PlanError
-from fsdp_qlora.model.around_head import AfterHead
-from fsdp_qlora.model.conversions import arrangement
-from fsdp_qlora.model.head import LossHead
-from fsdp_qlora.model.quant_head import QuantLossHead
+from fsdp_qlora.heads.around import AfterHead
+from fsdp_qlora.heads.dense import LossHead
+from fsdp_qlora.heads.quantized import QuantLossHead
+from fsdp_qlora.load.conversions import arrangement
+from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
-from fsdp_qlora.model.weights import SafetensorsFolder
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.quant.embedding import QuantEmbedding
 from fsdp_qlora.quant.formats import QuantFormat, quantize

@@ -9,9 +9,9 @@ from fsdp_qlora.config.rules import failures
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.plan.devices import DEVICES, DRIVER_NAMES, device_of_driver
 from fsdp_qlora.plan.timing import flops_per_token, model_flops
-from fsdp_qlora.planning import plan_for, planned_skeleton
+from fsdp_qlora.profile.roofline import GemmTimes, mfu
+from fsdp_qlora.run.decide import plan_for, planned_skeleton
 from fsdp_qlora.track.meter import Meter, Window
-from fsdp_qlora.track.roofline import GemmTimes, mfu
 
 
 def _planned(model: str, length: int, checkpointing: str = "none"):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fsdp_qlora.errors import RunFolderError
-from fsdp_qlora.track.run_folder import RunFolder
+from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.track.tracker import JsonLines
 from fsdp_qlora.track.unwritten import Unwritten
 
@@ -33,7 +33,7 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_blocks_nothing(tmp_p
     folder = RunFolder(str(tmp_path), "r")
     folder.create()
     code = (
-        "import sys, time; from fsdp_qlora.track.run_folder import RunFolder; f = RunFolder(sys.argv[1], 'r');"
+        "import sys, time; from fsdp_qlora.run.folder import RunFolder; f = RunFolder(sys.argv[1], 'r');"
         "f.lock(); print('locked', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:

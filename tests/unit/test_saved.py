@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.publish import remove, tidy
-from fsdp_qlora.data import embedded
+from fsdp_qlora.cli import embedded
 from fsdp_qlora.errors import StorageError
-from fsdp_qlora.track.run_folder import RunFolder
+from fsdp_qlora.run.folder import RunFolder
 from tests.forged import make_checkpoint
 from tests.unit.test_unwritten import room
 
@@ -65,7 +65,7 @@ import os, sys
 from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor, Shard
-from fsdp_qlora.api import open_world
+from fsdp_qlora.run.world import open_world
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.retention import Retention
 from fsdp_qlora.config.convert import from_dict

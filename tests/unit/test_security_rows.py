@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.security_rows import BEGIN, DOCUMENT, END, found, rows, table
+from tools.security_rows import BEGIN, DOCUMENT, END, found, rows, table
 
 
 def test_every_row_has_a_test():
@@ -11,5 +11,5 @@ def test_every_row_has_a_test():
 
 
 def test_the_document_has_the_table_as_it_is_now():
-    """`python -m tests.security_rows` writes it."""
+    """`python -m tools.security_rows` writes it."""
     assert BEGIN + table() + END in DOCUMENT.read_text(encoding="utf-8")

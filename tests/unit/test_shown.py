@@ -13,8 +13,8 @@ from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.export.card import model_card
+from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.shown import has_password, published, shown_source
-from fsdp_qlora.track.run_folder import RunFolder
 
 SHOWN = {
     "https://host/a/rows.jsonl?X-Amz-Signature=CANARY&b=1#CANARY": "https://host/a/rows.jsonl",

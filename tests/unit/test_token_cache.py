@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.cache import SUMS, hold, obtain, prune, sweep
-from fsdp_qlora.data.locks import alone
 from fsdp_qlora.data.prepare import prepare_data
 from fsdp_qlora.errors import StorageError
+from fsdp_qlora.files.locks import alone
 
 FILES = ("tokens.arrow", "train.npy", "eval.npy", "counts.json", "bad_rows.jsonl", SUMS)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora.batches import _bad_row_list
 from fsdp_qlora.errors import DataError, StorageError
+from fsdp_qlora.run.batches import _bad_row_list
 from fsdp_qlora.track.lines import read_lines
 from fsdp_qlora.track.tracker import JsonLines
 from fsdp_qlora.track.unwritten import Unwritten

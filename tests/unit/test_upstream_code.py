@@ -12,16 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from fsdp_qlora.adapters.names import names_taken_for_experts
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.model.around_head import after_head, head_input
-from fsdp_qlora.model.construct import float32_parameters, persistent_buffers
-from fsdp_qlora.model.conversions import arrangement
-from fsdp_qlora.model.inventory import take_stock
-from fsdp_qlora.model.linears import is_plain_linear, kept_linears
-from fsdp_qlora.model.peft_names import names_taken_for_experts
+from fsdp_qlora.heads.around import after_head, head_input
+from fsdp_qlora.load.buffers import persistent_buffers
+from fsdp_qlora.load.conversions import arrangement
+from fsdp_qlora.load.inventory import take_stock
+from fsdp_qlora.load.safetensors import SafetensorsFolder
+from fsdp_qlora.model.construct import float32_parameters
+from fsdp_qlora.model.families import decoder_layers
+from fsdp_qlora.model.replaceable import is_plain_linear, kept_linears
 from fsdp_qlora.model.rope import rope_choice, settle_rope
-from fsdp_qlora.model.skeleton import build_skeleton, decoder_layers, read_shapes
-from fsdp_qlora.model.weights import SafetensorsFolder
+from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from tests import upstream
 from tests.matrix import small_config
 

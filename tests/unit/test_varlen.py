@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from fsdp_qlora.attention.candidates import why_not
+from fsdp_qlora.attention.flatten import decoder_inputs, reads_boundaries
+from fsdp_qlora.attention.varlen import ops, varlen_forward
+from fsdp_qlora.data.labels import IGNORE
 from fsdp_qlora.data.loader import MicroBatch
 from fsdp_qlora.data.pack import flat_batch, pack
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.model.attention_choice import why_not
-from fsdp_qlora.model.flatten import decoder_inputs, reads_boundaries
-from fsdp_qlora.model.varlen import ops, varlen_forward
-from fsdp_qlora.plan.batch import IGNORE
 
 ENDS = [0, 5, 5, 150, 151, 400, 400]
 """Boundaries: an empty sequence, one of a single token, some longer than a block of queries, the last one repeated."""

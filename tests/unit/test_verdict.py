@@ -13,8 +13,8 @@ import pytest
 
 from fsdp_qlora.cli.verdict import record, stopped_by, verdict
 from fsdp_qlora.errors import DataError, StorageError
-from fsdp_qlora.track.process_exit import Ending, ending_of
-from fsdp_qlora.track.run_folder import RunFolder
+from fsdp_qlora.run.exit import Ending, ending_of
+from fsdp_qlora.run.folder import RunFolder
 
 ECHO = Ending(1, 0, "RuntimeError: connection closed by peer", expected=False, time=1.0)
 REASON = Ending(74, 1, "rank 1 could not write", time=2.0)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.model.weights import SafetensorsFolder
+from fsdp_qlora.load.safetensors import SafetensorsFolder
 from tests import tiny
 
 INDEX = "model.safetensors.index.json"

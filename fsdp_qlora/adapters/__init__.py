@@ -1,0 +1,1 @@
+"""What is trained: adapters on a frozen base."""

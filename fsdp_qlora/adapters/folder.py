@@ -1,0 +1,224 @@
+"""adapter_config.json of somebody's adapter: what it says is honoured, or refused by name.
+
+PEFT adds settings with every release, and most change what an adapter computes. So the file is read as it is: what we
+honour and what is known to change nothing is listed here, and any other key must be at its default.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.config.schema import LoraSettings
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import fill_slice
+from fsdp_qlora.errors import FsdpQloraError, ModelError
+from fsdp_qlora.files.read import own_file, read_json
+
+CONFIG_NAME = "adapter_config.json"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
+_HONOURED = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora"}
+_SELECTING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+"""Which modules have an adapter: honoured as well, by the names of the tensors that are in the file."""
+_HARMLESS = {
+    "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "megatron_core", "megatron_config",
+    "fan_in_fan_out",  # how the base is stored, which we find out ourselves
+    "runtime_config", "ensure_weight_tying",
+    "qalora_group_size",  # read with use_qalora only
+    "eva_config", "corda_config", "lora_ga_config", "loftq_config",  # read with their init_lora_weights only
+}  # fmt: skip
+"""Keys that change nothing of what a trained adapter computes."""
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of ``init_lora_weights`` that leave the base as it is; the others take the adapter's start out of it."""
+_MAX_ALPHA = 1e9
+"""Above it the product is no number any more."""
+_OFF = (None, False, "none", {}, [])
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What we read of an adapter's config."""
+
+    r: int
+    alpha: float
+    use_rslora: bool
+    base_model: str | None
+    revision: str | None
+    """Branch, tag or commit of the base model."""
+
+    def settings(self, targets: list[str]) -> LoraSettings:
+        """Return it as our settings."""
+        variant = "rslora" if self.use_rslora else "lora"
+        return LoraSettings(variant=variant, r=self.r, alpha=self.alpha, target_modules=targets)
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read adapter_config.json.
+
+    Raises:
+        ModelError: if it is missing, damaged, not of a LoRA adapter, or says what we do not do.
+    """
+    file = own_file(folder, CONFIG_NAME)
+    try:
+        values = read_json(file)
+    except FileNotFoundError as error:
+        raise ModelError(f"adapter: {folder} has no {CONFIG_NAME}: it is not a PEFT adapter folder.") from error
+    except OSError as error:
+        raise ModelError(f"adapter: {file} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ModelError(f"adapter: {file} is not JSON: {error}.") from error
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        raise ModelError(f"adapter: {folder} is not a LoRA adapter.")
+    if refused := _refused(values):
+        raise ModelError(
+            f"adapter: {file} has settings that change what the adapter computes and are not supported: "
+            f"{', '.join(refused)}. Merge it into its base with PEFT, or train one without them."
+        )
+    return _adapter_config(values, file)
+
+
+def _adapter_config(values: dict[str, Any], file: Path) -> AdapterConfig:
+    r, alpha, rslora = values.get("r", 8), values.get("lora_alpha", 8), values.get("use_rslora", False)
+    names = [values.get("base_model_name_or_path"), values.get("revision")]
+    wrong = [] if type(r) is int and r > 0 else [f"r={r!r}"]
+    wrong += [] if type(alpha) in (int, float) and 0 < alpha < _MAX_ALPHA else [f"lora_alpha={alpha!r}"]
+    wrong += [] if isinstance(rslora, bool) else [f"use_rslora={rslora!r}"]
+    wrong += [f"{name!r} as a name" for name in names if not isinstance(name, str | None)]
+    if wrong:
+        raise ModelError(f"adapter: {file} is malformed: {', '.join(wrong)[:500]}.")
+    return AdapterConfig(r, float(alpha), rslora, *names)
+
+
+def _refused(values: dict[str, Any]) -> list[str]:
+    """Return the settings that are neither honoured nor harmless, with their values."""
+    defaults = {f.name: f.default for f in fields(LoraConfig) if f.default is not MISSING}
+    known = _HONOURED | _SELECTING | _HARMLESS
+    found = []
+    for key, value in values.items():
+        if key == "init_lora_weights":
+            plain = any(value is v if isinstance(v, bool) else value == v for v in _PLAIN_STARTS)
+        else:
+            plain = key in known or value in _OFF or (key in defaults and value == defaults[key])
+        if not plain:
+            found.append(f"{key}={json.dumps(value)}"[:200])
+    return found
+
+
+def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
+    """Return the modules that have an adapter, by the names of an adapter file's tensors.
+
+    Raises:
+        ModelError: if a tensor is of no plain LoRA on a linear.
+    """
+    found = {name: _TENSOR.fullmatch(name) for name in names}
+    if odd := sorted(name for name, match in found.items() if match is None):
+        raise ModelError(
+            f"adapter: {file} holds {len(odd)} tensor(s) that are no LoRA matrices of a linear, first {odd[0]}; such "
+            "adapters are not supported."
+        )
+    if not found:
+        raise ModelError(f"adapter: {file} holds no tensors.")
+    return sorted({match[1] for match in found.values() if match is not None})
+
+
+def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
+    """Return an error about ``lora`` settings that came from an adapter's folder as one about the adapter."""
+    text = str(error)
+    if not text.startswith("lora."):
+        return error
+    said = FsdpQloraError(f"adapter: {folder} does not go with this model: {text.partition(': ')[2]}")
+    said.exit_code, said.alike = error.exit_code, error.alike
+    return said
+
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def _require_finite(name: str, values: torch.Tensor, file: Path) -> None:
+    if not bool(torch.isfinite(values.float()).all()):  # 8-bit floats know no isfinite
+        raise ModelError(f"adapter: {name} in {file} holds values that are not finite numbers.")
+
+
+def stored_modules(folder: Path, r: int | None = None) -> list[str]:
+    """Return the names of the modules that an adapter folder has tensors for.
+
+    Raises:
+        ModelError: if there is no file of tensors, one that holds other things than LoRA matrices, or of a rank other
+            than ``r``.
+        SecurityError: if the file is a link to elsewhere.
+    """
+    file = own_file(folder, WEIGHTS_NAME)
+    if not file.is_file():
+        raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")
+    with _opened(file) as stored:
+        names = stored.keys()
+        for name in names if r is not None else ():
+            if name.endswith("lora_A.weight") and (shape := stored.get_slice(name).get_shape())[:1] != [r]:
+                raise ModelError(f"adapter: {folder / CONFIG_NAME} says r={r}, but {name} is {shape} in {file}.")
+        return adapted_modules(names, file)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            yield stored
+    except SafetensorError as error:
+        raise ModelError(f"adapter: {file} is damaged: {error}.") from error
+
+
+@torch.no_grad()
+def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size: int = 1) -> None:
+    """Fill a model's adapters from a PEFT adapter folder.
+
+    Raises:
+        ModelError: if its tensors are not just the model's, by name and shape.
+    """
+    file = own_file(folder, WEIGHTS_NAME)
+    parameters = dict(trainable_parameters(model))
+    modules = stored_modules(folder)
+    with _opened(file) as stored:
+        names = set(stored.keys())
+        if odd := sorted(names ^ parameters.keys()):
+            ours = sorted(set(adapted_modules(parameters, file)) - set(modules))
+            hint = f" It has no adapter for {ours[0]}: set lora.target_modules to its own." if ours else ""
+            raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors, first {odd[0]}.{hint}")
+        for name, parameter in parameters.items():
+            value = stored.get_tensor(name)
+            if value.shape != parameter.shape:
+                raise ModelError(f"adapter: {name} is {list(value.shape)} in {file}, not {list(parameter.shape)}.")
+            _require_finite(name, value, file)
+            fill_slice(parameter, value, shard_rank, shard_size)
+
+
+def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks: Ranks) -> None:
+    """Fill a model's fresh adapters from a PEFT adapter of an earlier training (``lora.init_from``).
+
+    Raises:
+        ModelError: if it was trained with another scaling or does not fit this model's adapters.
+    """
+    found = read_adapter_config(folder).settings([])
+    differ = [
+        f"lora.{key}: {ours}, but the adapter in lora.init_from={folder} has {theirs}; set lora.{key}={theirs:{form}}."
+        for key, theirs, ours, form in (
+            ("r", found.r, lora.r, ""),
+            ("alpha", found.alpha, float(lora.alpha), "g"),
+            ("variant", found.variant, lora.variant, ""),
+        )
+        if theirs != ours
+    ]
+    if differ:
+        raise ModelError("\n".join(differ))
+    load_adapter(folder, model, ranks.shard_rank, ranks.shard_size)

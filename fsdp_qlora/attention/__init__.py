@@ -1,0 +1,1 @@
+"""How tokens see each other."""

@@ -1,0 +1,26 @@
+"""What blockwise attention keeps: arithmetic over its blocks of queries."""
+
+from __future__ import annotations
+
+from fsdp_qlora.shapes.linears import FLOAT32, ModelShapes
+
+QUERY_BLOCK = 128
+"""Queries (of one head) whose scores exist at the same time in blockwise attention."""
+KEPT_SCORES_LENGTH = 1024
+"""Up to so many tokens blockwise attention keeps its probabilities for backward; of longer ones it makes them again."""
+
+
+def kept_scores(shapes: ModelShapes, attention: str, itemsize: int, length: int) -> int:
+    """Return the bytes of probabilities that attention keeps for a token of a sequence of ``length``.
+
+    Eager attention keeps them in float32 and in the activations' dtype, for all positions; blockwise attention those of
+    each block of queries with the keys up to its end.
+    """
+    heads = shapes.num_attention_heads
+    if attention == "eager":
+        return heads * (itemsize + FLOAT32) * length
+    if attention == "blockwise" and length <= KEPT_SCORES_LENGTH:
+        blocks, rest = divmod(length, QUERY_BLOCK)
+        seen = QUERY_BLOCK * QUERY_BLOCK * blocks * (blocks + 1) // 2 + rest * length
+        return -(-heads * itemsize * seen // length)
+    return 0

@@ -1,0 +1,258 @@
+"""``attn_implementation=blockwise``: exact attention for CPUs, a block of queries at a time.
+
+On a CPU the bf16 flash kernel behind sdpa takes longer than matrix products and a softmax over whole score matrices
+(eager), and that one computes the half that a causal mask throws away, copies keys and values for every query head, and
+makes a float32 score matrix. Here each block of queries is multiplied with the keys that it sees and no others; query
+heads that share a key head are rows of one product; the softmax adds up in float32 inside torch's own kernel, so that
+the results are those of eager attention. Backward makes the scores of a block again, unless sequences are short.
+
+It is an op with a fake implementation, known to transformers by name through its public attention interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from fsdp_qlora.attention.blocks import KEPT_SCORES_LENGTH, QUERY_BLOCK
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.quant.gemm import matmul
+from fsdp_qlora.quant.ops import register
+
+BLOCKWISE = "blockwise"
+"""Name in transformers' attention interface."""
+
+
+_HARMLESS = frozenset(
+    ["sliding_window", "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states",
+     "output_router_logits", "logits_to_keep", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
+     "max_length_k"]
+)  # fmt: skip
+"""What attention functions are given that changes nothing here: windows and boundaries are in the mask already."""
+_simulated = {"only causal": False}
+"""A plain value: the compiler cannot look into a context variable."""
+
+
+@contextmanager
+def only_causal_masks() -> Iterator[None]:
+    """Take every mask for a causal one: for a simulated step.
+
+    transformers leaves a mask out where positions do not restart; it cannot see that on tensors without numbers.
+    """
+    _simulated["only causal"] = True
+    try:
+        yield
+    finally:
+        _simulated["only causal"] = False
+
+
+def refuse_unknown(attention: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse what a model asks of an attention function of ours that does not know it.
+
+    Raises:
+        ModelError: naming the argument.
+    """
+    for name, asked in arguments.items():
+        if asked is not None and asked is not False and name not in _HARMLESS:
+            raise ModelError(
+                f"model.attn_implementation: {attention} has no {name}, which this model needs; use eager."
+            )
+
+
+def blockwise_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attend, as transformers' attention functions do.
+
+    Args:
+        module: the attention module; its ``is_causal`` counts where the argument is None.
+        query: ``[rows, heads, queries, size]``.
+        key: ``[rows, key heads, keys, size]``.
+        value: ``[rows, key heads, keys, value size]``.
+        attention_mask: bool ``[rows, 1, queries, keys]``, True where a query sees a key; None for causal attention.
+        dropout: must be 0.
+        scaling: factor on the scores.
+        is_causal: whether later keys are hidden, where there is no mask.
+        kwargs: what other models ask for; soft caps and sinks are refused.
+
+    Returns:
+        ``[rows, queries, heads, value size]``, and no scores.
+    """
+    refuse_unknown(BLOCKWISE, kwargs)
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise ModelError("model.attn_implementation: blockwise takes no scores in masks; use eager.")
+    if dropout:
+        raise ModelError("model.attn_implementation: blockwise has no attention dropout; use eager.")
+    if _simulated["only causal"]:
+        attention_mask = None
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    length = query.shape[2]
+    causal = bool(causal) and attention_mask is None and length > 1
+    keep = causal and torch.is_grad_enabled() and length <= KEPT_SCORES_LENGTH
+    out: Tensor = _Attention.apply(query, key, value, attention_mask, scale, causal, keep)  # type: ignore[assignment]
+    return out, None
+
+
+def _blocks(length: int, keys: int, mask: Tensor | None, causal: bool) -> Iterator[tuple[int, int, int, int]]:
+    """Yield ``(start, stop)`` of each block of queries and ``(first, last)`` of the keys that any of them sees."""
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        if mask is None:
+            yield start, stop, 0, stop if causal else keys
+        else:
+            places = mask[:, :, start:stop].flatten(0, 2).any(0).nonzero()
+            first, last = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, keys)
+            yield start, stop, first, last
+
+
+class _Heads:
+    """Queries, keys and values laid out for products by key head."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        self.rows, heads, self.length, self.size = query.shape
+        self.key_heads, self.keys = key.shape[1], key.shape[2]
+        self.group = heads // self.key_heads
+        self.query = (query * scale).view(self.rows, self.key_heads, self.group, self.length, self.size)
+        self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
+
+    def block(self, of: Tensor, start: int, stop: int) -> Tensor:
+        """Return a block of ``[rows, key heads, group, length, size]``, ``[rows x key heads, group x block, size]``."""
+        return of[:, :, :, start:stop].reshape(self.rows * self.key_heads, self.group * (stop - start), of.shape[-1])
+
+    def unblock(self, block: Tensor, into: Tensor, start: int, stop: int) -> None:
+        """Write what `block` gave into ``into``."""
+        into[:, :, :, start:stop] = block.view(self.rows, self.key_heads, self.group, stop - start, block.shape[-1])
+
+    def probabilities(
+        self, start: int, stop: int, first: int, last: int, mask: Tensor | None, causal: bool, out: Tensor | None = None
+    ) -> Tensor:
+        """Return the softmax of a block's scores, ``[rows x key heads, group x block, last - first]``, in ``out``."""
+        scores = matmul(self.block(self.query, start, stop), self.key[:, first:last].transpose(1, 2))
+        if causal:
+            hidden = torch.ones(stop - start, stop - start, dtype=torch.bool, device=scores.device).triu_(1)
+            own = scores.view(-1, stop - start, last - first)[..., start - first :]
+            own.masked_fill_(hidden, -torch.inf)
+        elif mask is not None:
+            by_row = scores.view(self.rows, -1, stop - start, last - first)
+            by_row.masked_fill_(~mask[:, :, start:stop, first:last], torch.finfo(scores.dtype).min)
+        return torch.softmax(scores, dim=-1) if out is None else torch.softmax(scores, -1, out=out.view_as(scores))
+
+
+def _kept_scores(rows: int, heads: int, length: int, keep: bool) -> int:
+    """Return how many probabilities are kept: those of each block of queries with the keys up to its end."""
+    whole, rest = length // QUERY_BLOCK, length % QUERY_BLOCK
+    return rows * heads * (QUERY_BLOCK * QUERY_BLOCK * whole * (whole + 1) // 2 + rest * length) if keep else 0
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the output and, where they are kept, the probabilities of one block after the other."""
+    heads = _Heads(query, key, value, scale)
+    out = query.new_empty(heads.rows, heads.length, heads.key_heads, heads.group, value.shape[-1])
+    laid = out.permute(0, 2, 3, 1, 4)
+    rows, heads_of_queries, length, _ = query.shape
+    kept, place = query.new_empty(_kept_scores(rows, heads_of_queries, length, keep)), 0
+    for start, stop, first, last in _blocks(heads.length, heads.keys, mask, causal):
+        size = rows * heads_of_queries * (stop - start) * (last - first) if keep else 0
+        own = kept[place : place + size] if keep else None
+        scores = heads.probabilities(start, stop, first, last, mask, causal, own)
+        heads.unblock(matmul(scores, heads.value[:, first:last]), laid, start, stop)
+        place += size
+    return out.flatten(2, 3), kept
+
+
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, mask: Tensor | None, kept: Tensor | None,
+    scale: float, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of query, key and value (flash attention's formulas, https://arxiv.org/abs/2205.14135)."""
+    heads = _Heads(query, key, value, scale)
+    shape = (heads.rows, heads.length, heads.key_heads, heads.group, value.shape[-1])
+    grads = grad.reshape(shape).permute(0, 2, 3, 1, 4)
+    # the sum over keys of probability x its gradient is the product of the output with its own
+    dots = (grad.reshape(shape).float() * out.view(shape)).sum(-1, keepdim=True).to(grad.dtype).permute(0, 2, 3, 1, 4)
+    grad_query = grad.new_empty(heads.query.shape)
+    grad_key = torch.zeros(heads.key.shape, dtype=torch.float32, device=grad.device)
+    grad_value = torch.zeros(heads.value.shape, dtype=torch.float32, device=grad.device)
+    place = 0
+    for start, stop, first, last in _blocks(heads.length, heads.keys, mask, causal):
+        part = heads.block(grads, start, stop)
+        if kept is not None:
+            size = part.shape[0] * part.shape[1] * (last - first)
+            scores = kept[place : place + size].view(*part.shape[:2], last - first)
+            place += size
+        else:
+            scores = heads.probabilities(start, stop, first, last, mask, causal)
+        grad_value[:, first:last] += matmul(scores.transpose(1, 2), part)
+        slope = matmul(part, heads.value[:, first:last].transpose(1, 2))
+        slope.sub_(heads.block(dots, start, stop)).mul_(scores)
+        heads.unblock(matmul(slope, heads.key[:, first:last]), grad_query, start, stop)
+        grad_key[:, first:last] += matmul(slope.transpose(1, 2), heads.block(heads.query, start, stop))
+    return (
+        grad_query.mul_(scale).view(query.shape),
+        grad_key.to(key.dtype).view(key.shape),
+        grad_value.to(value.dtype).view(value.shape),
+    )
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool, keep: bool
+    ) -> Tensor:
+        out, kept = ops.attention(query, key, value, mask, scale, causal, keep)
+        ctx.save_for_backward(query, key, value, out, mask, *([kept] if keep else []))
+        ctx.scale, ctx.causal = scale, causal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, mask, *kept = ctx.saved_tensors
+        known = kept[0] if kept else None
+        found = ops.attention_backward(grads[0], query, key, value, out, mask, known, ctx.scale, ctx.causal)
+        return (*found, None, None, None, None)
+
+
+def _fake_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool, keep: bool
+) -> tuple[Tensor, Tensor]:
+    rows, heads, length, _ = query.shape
+    out = query.new_empty(rows, length, heads, value.shape[-1])
+    return out, query.new_empty(_kept_scores(rows, heads, length, keep))
+
+
+def _fake_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, mask: Tensor | None, kept: Tensor | None,
+    scale: float, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+ops = torch.ops.fsdp_qlora
+_FUNCTIONS = register(
+    {"attention": (_attention, _fake_attention), "attention_backward": (_attention_backward, _fake_attention_backward)}
+)
+AttentionInterface.register(BLOCKWISE, blockwise_forward)
+AttentionMaskInterface.register(BLOCKWISE, sdpa_mask)
+
+
+def _every_key(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """Return ``function`` without its mask: a simulated step has no numbers to tell which keys a mask hides."""
+
+    def called(*arguments: Any) -> Any:
+        return function(*(None if i == place else a for i, a in enumerate(arguments)))
+
+    return called
+
+
+BODIES = {op: _every_key(f, 5 if f is _attention_backward else 3) for op, f in _FUNCTIONS.items()}
+"""The functions that the ops stand for, by op; see `quant/products.py`."""

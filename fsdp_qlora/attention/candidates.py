@@ -1,0 +1,117 @@
+"""Which attention implementation a model runs with: those that its class says it can, the fastest first.
+
+Flags of a class are a claim, not a proof: a class with attention code of its own may ignore the setting and apply no
+causal mask at all. So ``auto`` is a list of candidates, and the check at the start takes the first that computes what
+upstream's eager attention does (`fsdp_qlora.checks.twin`); a plan, which runs nothing, takes the first.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.import_utils import is_flash_attn_2_available, is_kernels_available
+
+from fsdp_qlora.attention.blockwise import BLOCKWISE
+from fsdp_qlora.attention.flatten import reads_boundaries
+from fsdp_qlora.attention.varlen import VARLEN
+from fsdp_qlora.errors import ModelError
+
+EAGER, _FLASH = "eager", "flash_attention_2"
+_CAPS, _DROPOUTS = ("attn_logit_softcapping", "attention_logit_cap"), ("attention_dropout", "attn_pdrop")
+"""Keys of configs under which scores are capped, and dropped."""
+
+
+def attention_candidates(
+    device: torch.device, asked: str, model_config: Any, dtype: torch.dtype, trust_remote_code: bool = False
+) -> tuple[str, ...]:
+    """Return the attention implementations to try, in this order; the one asked for where that is not ``auto``.
+
+    On an accelerator flash attention (in 16 bits, where the package is installed) and sdpa, on a CPU `blockwise`, each
+    only where the class claims it and no setting of the config is beyond it; eager always comes last.
+
+    Raises:
+        ModelError: if what is asked for cannot be had on this device or in this dtype, or would be downloaded as
+            compiled code that is not trusted.
+    """
+    text, kind = model_config.get_text_config(), _model_class(model_config)
+    if asked != "auto":
+        if (why := why_not(asked, device, dtype, text)) is not None:
+            raise ModelError(f"model.attn_implementation: {why}.")
+        if asked == _FLASH and not trust_remote_code and (why := _from_hub(kind)) is not None:
+            raise ModelError(
+                f"model.attn_implementation: {asked} would download compiled code from the hub and run it: {why}. "
+                "Choose sdpa, install flash-attn, or set model.trust_remote_code=true if you trust that code."
+            )
+        return (asked,)
+    if kind is None:  # an encoder, an encoder-decoder, or code of the folder's own
+        return (EAGER,) if device.type == "cpu" else ("sdpa", EAGER)
+    capped, found = _has(text, _CAPS), []
+    if device.type == "cpu":
+        if kind._supports_attention_backend and not capped and not _has(text, _DROPOUTS):
+            found.append(BLOCKWISE)
+    else:
+        if kind._supports_flash_attn and is_flash_attn_2_available() and dtype.itemsize == 2 and not capped:
+            found += [] if _from_hub(kind) else [_FLASH]
+        if kind._supports_sdpa and not capped:
+            found.append("sdpa")
+    return (*found, EAGER)
+
+
+def _from_hub(kind: Any) -> str | None:
+    """Return why transformers takes flash attention for a class from a kernel of the hub; None where it does not.
+
+    It does so without asking, in the constructor of a model, where the package ``kernels`` is installed.
+    """
+    if not is_kernels_available():
+        return None
+    theirs = getattr(kind, "_compatible_flash_implementations", None)
+    if theirs is not None and _FLASH not in theirs:
+        return f"{kind.__name__} goes with {theirs[0]}"
+    return None if is_flash_attn_2_available() else "the package flash-attn is not installed, kernels is"
+
+
+def why_not(attention: str, device: torch.device, dtype: torch.dtype, text_config: Any) -> str | None:
+    """Return why an attention that `reads_boundaries` cannot be had, and what to do; None where nothing speaks against.
+
+    What only a forward shows is not seen.
+    """
+    if not reads_boundaries(attention):
+        return None
+    on_cpu = attention == VARLEN and device.type == "cpu"
+    if dtype not in (torch.bfloat16, torch.float16) and not on_cpu:
+        return f"{attention} computes in 16 bits only; choose sdpa or eager, or precision=bf16"
+    return _lacking_in_varlen(text_config, on_cpu) if attention == VARLEN else None
+
+
+def _lacking_in_varlen(text_config: Any, on_cpu: bool) -> str | None:
+    if "chunked_attention" in (getattr(text_config, "layer_types", None) or ()):
+        return "varlen has no chunked_attention, which this model needs; choose sdpa or eager"
+    if _has(text_config, _DROPOUTS):
+        return "varlen has no attention dropout, which this model needs; choose sdpa or eager"
+    if _has(text_config, _CAPS) and not on_cpu:
+        return "varlen has no soft cap on a GPU, which this model needs; choose eager"
+    return None
+
+
+def _has(text_config: Any, keys: tuple[str, ...]) -> bool:
+    return any(getattr(text_config, key, None) for key in keys)
+
+
+def code_files(model_config: Any, folder: Path, trust_remote_code: bool) -> list[Path]:
+    """Return the files that hold the model's own code: upstream's module, and the folder's where it is trusted."""
+    found = sorted(folder.glob("*.py")) if trust_remote_code and folder.is_dir() else []
+    kind = _model_class(model_config)
+    module = sys.modules.get(kind.__module__) if kind is not None else None
+    return [*found, Path(module.__file__)] if module is not None and module.__file__ else found
+
+
+def _model_class(model_config: Any) -> Any:
+    """Return transformers' class of a causal language model with this config, None where it has none."""
+    if getattr(model_config, "is_encoder_decoder", False) or type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    names = getattr(model_config, "architectures", None) or [""]
+    return None if names[0].endswith("ForMaskedLM") else MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]

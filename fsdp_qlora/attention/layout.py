@@ -1,0 +1,100 @@
+"""How a run's rows become micro-batches: padded, packed, or one flat row; and the probe that tries the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from fsdp_qlora.attention.blocks import KEPT_SCORES_LENGTH
+from fsdp_qlora.attention.blockwise import BLOCKWISE
+from fsdp_qlora.attention.flatten import reads_boundaries
+from fsdp_qlora.attention.varlen import VARLEN
+from fsdp_qlora.config.schema import DataSettings, RunConfig
+from fsdp_qlora.data.forms import Form, width_step
+from fsdp_qlora.data.loader import MicroBatch, Piece, Rows, TokenRows
+from fsdp_qlora.data.pack import FlatRows, PackedRows, flat_batch, pack
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows become micro-batches: padded, packed, or flat."""
+
+    data: DataSettings
+    attention: str
+    """Its implementation; one that `reads_boundaries` takes flat micro-batches."""
+    num_sequences: int
+    """Sequences of a micro-batch."""
+    step: int
+    """Packed and flat micro-batches have a multiple of so many tokens."""
+    is_main: bool
+
+    @classmethod
+    def of(cls, config: RunConfig, attention: str, compiled: bool = False, is_main: bool = False) -> Self:
+        """Return what the settings ask for with the attention that the model has.
+
+        Args:
+            config: the settings.
+            attention: the implementation, decided.
+            compiled: whether layers are; micro-batches then come in few widths.
+            is_main: whether to say how well sequences are filled.
+        """
+        data, train = config.data, config.train
+        by_tokens = max(2, train.micro_batch_tokens // data.max_length)
+        num_sequences = by_tokens if train.micro_batch_tokens else train.micro_batch_size
+        return cls(data, attention, num_sequences, width_step(data.max_length) if compiled else 1, is_main)
+
+    @property
+    def varlen(self) -> bool:
+        """Whether attention reads boundaries."""
+        return reads_boundaries(self.attention)
+
+    @property
+    def flat(self) -> bool:
+        """Whether a micro-batch is one row."""
+        return self.varlen or self.data.padding_free
+
+    @property
+    def shared_rows(self) -> list[int] | None:
+        """How many rows each sequence of a micro-batch has, for the probe; None where no two share one."""
+        if self.data.packing:
+            return [2] * self.num_sequences
+        if self.data.padding_free:
+            return [max(2, self.num_sequences)]
+        return [1] * self.num_sequences if self.varlen and self.num_sequences > 1 else None
+
+    def __call__(self, rows: TokenRows) -> Rows:
+        """Lay out rows."""
+        laid: Rows = _packed(rows, self.data.max_length, self.step, self.is_main) if self.data.packing else rows
+        return FlatRows(laid, self.data.max_length, self.step, self.varlen) if self.flat else laid
+
+    def micro_batch(self, sequences: list[list[Piece]]) -> MicroBatch:
+        """Lay out given sequences of rows as those of the data are."""
+        if self.flat:
+            return flat_batch(sequences, self.data.max_length, self.step, self.varlen)
+        laid = pack(sequences)
+        return laid if self.data.packing else replace(laid, position_ids=None)
+
+    def turning_points(self, text_config: Any) -> list[int]:
+        """Return the lengths at which attention changes its way, ascending."""
+        window = getattr(text_config, "sliding_window", None)
+        points = {window} if window and self.attention != VARLEN else set()
+        points |= {KEPT_SCORES_LENGTH} if self.attention == BLOCKWISE else set()
+        widest = self.data.max_length * (self.num_sequences if self.flat else 1)
+        return sorted(point for point in points if point < widest)
+
+    def expected_forms(self, num_turning_points: int, limit: int) -> frozenset[Form]:
+        """Return the forms to compile where no batch is known: long ones first."""
+        restarts = self.flat and not self.varlen
+        bands = [0] if restarts else range(num_turning_points, -1, -1)
+        return frozenset([Form(self.flat or self.num_sequences == 1, restarts, band) for band in bands][:limit])
+
+
+def _packed(rows: TokenRows, capacity: int, step: int, is_main: bool) -> PackedRows:
+    packed = PackedRows(rows, capacity, step)
+    if is_main:
+        print(
+            f"packing: {len(rows)} rows in {len(packed)} sequences of {capacity} tokens, "
+            f"{100 * packed.efficiency:.1f} % filled",
+            flush=True,
+        )
+    return packed

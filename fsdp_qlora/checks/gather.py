@@ -1,0 +1,80 @@
+"""Does a rank gather what the ranks loaded? Compared by digest before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import gather_json
+from fsdp_qlora.distributed.shards import local_tensor, row_range
+from fsdp_qlora.errors import NumericsError
+from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices
+from fsdp_qlora.quant.packing import raw_bytes
+
+
+def verify_gather(model: nn.Module, ranks: Ranks) -> None:
+    """Check that what FSDP gathers is what was loaded, on one sampled layer, byte for byte on every rank.
+
+    Raises:
+        NumericsError: naming the first parameter and rank whose bytes changed on the way.
+    """
+    units = [m for m in model.modules() if m is not model and isinstance(m, FSDPModule) and _quantized_inside(m)]
+    if not units:  # nothing is quantized
+        return
+    unit = units[0]
+    modules = _quantized_inside(unit)
+    loaded = gather_json({n: _digests(m) for n, m in modules.items()}, ranks)
+    unit.unshard()
+    try:
+        for name, module in modules.items():
+            gathered = _digests(module, ranks.shard_size)
+            for part, digests in gathered.items():
+                for shard, digest in enumerate(digests):
+                    for owner in range(shard, ranks.size, ranks.shard_size):
+                        if loaded[owner][name][part][0] != digest:
+                            raise NumericsError(
+                                f"{name}.{part}: rank {ranks.rank} gathers other bytes than rank {owner} loaded."
+                            )
+    finally:
+        unit.reshard()
+
+
+def verify_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Check that every rank holds the same buffers, bit for bit.
+
+    Raises:
+        NumericsError: naming the first that differs, and the rank.
+    """
+    mine = {name: _sha256(buffer) for name, buffer in model.named_buffers() if buffer.numel()}
+    first, *others = gather_json(mine, ranks)
+    for rank, digests in enumerate(others, start=1):
+        for name in (n for n in first if digests.get(n) != first[n]):
+            raise NumericsError(f"{name}: this buffer has another value on rank {rank} than on rank 0.")
+
+
+def _quantized_inside(unit: nn.Module) -> dict[str, QuantMatrices]:
+    return {name: m for name, m in unit.named_modules() if isinstance(m, QuantMatrices)}
+
+
+def _digests(module: QuantMatrices, num_shards: int = 0) -> dict[str, list[str]]:
+    """Return sha256 of the local shard, or of each rank's rows of a gathered parameter, by parameter name."""
+    found: dict[str, list[str]] = {}
+    for name in ("packed", *STATISTICS):
+        parameter = getattr(module, name)
+        if parameter is None:
+            continue
+        if num_shards == 0:
+            pieces = [local_tensor(parameter)]
+        else:
+            pieces = [parameter[slice(*row_range(parameter.shape[0], i, num_shards))] for i in range(num_shards)]
+        found[name] = [_sha256(piece) for piece in pieces]
+    return found
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    # A copy: a tensor that has been a numpy array can no longer be resized, and FSDP frees by resizing.
+    return hashlib.sha256(raw_bytes(tensor).to("cpu", copy=True).numpy().data).hexdigest()

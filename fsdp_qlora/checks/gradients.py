@@ -1,0 +1,48 @@
+"""Checks on the first gradients: everything trained must be reached by them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import local_tensor
+from fsdp_qlora.errors import NumericsError
+
+
+class FirstGradients:
+    """Called with each step's number after its backward; looks at the first two steps of a start, then rests."""
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self._model, self._ranks, self._seen = model, ranks, 0
+
+    def __call__(self, step: int) -> None:
+        """Check that all trainables have gradients (first call), and each A/B pair one that is not zero (second).
+
+        Raises:
+            NumericsError: on every rank alike, naming the first parameter that fails.
+        """
+        self._seen += 1
+        if self._seen == 1:
+            missing = [name for name, p in trainable_parameters(self._model) if p.grad is None]
+            if missing:
+                raise NumericsError(
+                    f"step {step}: {len(missing)} trained parameters got no gradient, first {missing[0]}: the loss "
+                    "does not depend on them."
+                )
+        elif self._seen == 2:  # at the first step B is zero, so A's gradient is
+            self._require_nonzero(step)
+
+    def _require_nonzero(self, step: int) -> None:
+        largest: dict[str, torch.Tensor] = {}
+        for name, parameter in trainable_parameters(self._model):
+            pair = name.replace(".lora_A.", ".lora_*.").replace(".lora_B.", ".lora_*.")
+            grad = local_tensor(parameter.grad)  # type: ignore[arg-type]
+            value = grad.abs().max().float() if grad.numel() else torch.zeros((), device=grad.device)
+            largest[pair] = torch.maximum(largest.get(pair, value), value)
+        values = torch.stack(list(largest.values())).to(self._ranks.device)  # gradients may be in host memory
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self._ranks.group)
+        dead = [pair for pair, value in zip(largest, values.tolist(), strict=True) if value == 0.0]
+        if dead:
+            raise NumericsError(f"step {step}: {len(dead)} adapters have a gradient of zero, first {dead[0]}.")

@@ -1,0 +1,30 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.table import Table
+
+from fsdp_qlora.shown import visible
+from fsdp_qlora.track.console import console
+
+
+def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """Print rows of name and value."""
+    table = Table(title=visible(title), show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(visible(name), visible(value))
+    console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def print_columns(title: str, header: list[str], lines: list[list[str]]) -> None:
+    """Print lines under a header."""
+    table = Table(title=visible(title), title_justify="left")
+    for name in header:
+        table.add_column(visible(name), overflow="fold")
+    for line in lines:
+        table.add_row(*map(visible, line))
+    console(width=None if sys.stdout.isatty() else 110).print(table)

@@ -1,1 +1,0 @@
-"""Who we are: processes, meshes and reductions over torch.distributed."""

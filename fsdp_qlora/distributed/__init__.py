@@ -1,0 +1,1 @@
+"""Who we are: processes, groups, and how they wait for each other."""

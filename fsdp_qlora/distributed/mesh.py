@@ -1,0 +1,104 @@
+"""The device mesh: ``replicate`` x ``shard``, and the group of all its ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fsdp_qlora.distributed.phases import AT_REST, Phases
+from fsdp_qlora.errors import ConfigError
+
+REPLICATE, SHARD = "replicate", "shard"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run: the mesh FSDP shards over and the group that reductions run over."""
+
+    mesh: DeviceMesh
+    """1-D ``(shard,)``, or 2-D ``(replicate, shard)`` for hybrid sharding."""
+    group: dist.ProcessGroup
+    """All ranks of the mesh."""
+    background: dist.ProcessGroup
+    """The same ranks over gloo, for one background thread at a time (checkpoints); the main thread never uses it."""
+    device: torch.device
+    phases: Phases = field(default_factory=Phases, compare=False)
+    """What this rank is doing, for the watch that names a rank which holds up the others."""
+    saving: Phases = field(default_factory=lambda: Phases(name=AT_REST), compare=False)
+    """The same of the background thread."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the group."""
+        return dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return dist.get_world_size(self.group)
+
+    @property
+    def shard_rank(self) -> int:
+        """This process's number on the shard axis."""
+        return self.mesh.get_local_rank(SHARD)
+
+    @property
+    def shard_size(self) -> int:
+        """Number of ranks that share one copy of the parameters."""
+        return self.mesh.size(self._axis(SHARD))
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup:
+        """The ranks that share one copy of the parameters with this one."""
+        return self.mesh.get_group(SHARD)
+
+    @property
+    def num_replicas(self) -> int:
+        """Number of copies of the parameters."""
+        return self.size // self.shard_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @property
+    def in_background(self) -> Ranks:
+        """The same ranks as the background thread sees them."""
+        return replace(self, group=self.background, device=torch.device("cpu"), phases=self.saving)
+
+    def _axis(self, name: str) -> int:
+        assert self.mesh.mesh_dim_names is not None
+        return self.mesh.mesh_dim_names.index(name)
+
+
+def degrees(shard_degree: int, replicate_degree: int, world_size: int) -> tuple[int, int]:
+    """Return ``(replicate, shard)``; a ``shard_degree`` of 0 takes what ``replicate_degree`` leaves.
+
+    Raises:
+        ConfigError: if they do not multiply to ``world_size``.
+    """
+    shard = shard_degree or world_size // replicate_degree
+    if shard * replicate_degree != world_size:
+        raise ConfigError(
+            f"fsdp.shard_degree: {shard} x fsdp.replicate_degree {replicate_degree} is not the number of ranks, "
+            f"{world_size}; set fsdp.shard_degree=0 to take what fits."
+        )
+    return replicate_degree, shard
+
+
+def build_ranks(
+    group: dist.ProcessGroup, device: torch.device, shard_degree: int = 0, replicate_degree: int = 1
+) -> Ranks:
+    """Build the mesh over the default group's ranks."""
+    replicate, shard = degrees(shard_degree, replicate_degree, dist.get_world_size(group))
+    if replicate == 1:
+        mesh = init_device_mesh(device.type, (shard,), mesh_dim_names=(SHARD,))
+    else:
+        mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=(REPLICATE, SHARD))
+    background = dist.new_group(backend="gloo")
+    assert isinstance(background, dist.ProcessGroup)
+    return Ranks(mesh, group, background, device)

@@ -1,0 +1,89 @@
+"""Something long that one rank of each node does while the others wait, in no collective that could time out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fsdp_qlora.distributed.board import Board, open_board
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import gather_json
+from fsdp_qlora.errors import FsdpQloraError, StorageError, raise_alike
+
+_POLL_SECONDS = 0.2
+_LEAVE_SECONDS = 5.0
+_SAY_SECONDS = 60.0
+
+
+def once_per_node(work: Callable[[], Any], ranks: Ranks, local_rank: int, waiting: Callable[[str], None]) -> Any:
+    """Do something on local rank 0 of each node; every rank returns what its own node's rank did, as JSON holds it.
+
+    Every rank calls it and returns when all nodes are done.
+
+    Args:
+        work: what is done, once on each node.
+        ranks: all ranks.
+        local_rank: this process's number on its node.
+        waiting: takes a line for a person, now and then, while this rank waits.
+
+    Raises:
+        FsdpQloraError: on every rank alike, with the first failing rank's message; an `OSError` becomes code 74.
+    """
+    leaders = [rank for rank, local in enumerate(gather_json(local_rank, ranks)) if local == 0]
+    mine = max(rank for rank in leaders if rank <= ranks.rank)
+    if ranks.size == 1:
+        return work()
+    board = open_board(ranks)
+    if mine == ranks.rank:
+        board.write(_key(mine), json.dumps(_attempt(work)))
+    found = _wait(board, leaders, waiting)
+    board.write(f"read-{ranks.rank}", "")
+    if ranks.is_main:  # it may hold the board: it stays until all have read
+        _wait_for_readers(board, ranks.size)
+    for rank, verdict in found.items():
+        if "code" in verdict:
+            raise_alike({**verdict, "message": f"rank {rank}: {verdict['message']}" if rank else verdict["message"]})
+    return found[mine]["result"]
+
+
+def _attempt(work: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"result": work()}
+    except FsdpQloraError as error:
+        return {"code": error.exit_code, "message": str(error)}
+    except OSError as error:
+        return {"code": StorageError.exit_code, "message": str(error)}
+
+
+def _wait_for_readers(board: Board, count: int) -> None:
+    deadline = time.monotonic() + _LEAVE_SECONDS
+    missing = set(range(count))
+    while missing and time.monotonic() < deadline:
+        missing = {rank for rank in missing if board.read(f"read-{rank}") is None}
+        if missing:
+            time.sleep(_POLL_SECONDS)
+
+
+def _wait(board: Board, leaders: list[int], waiting: Callable[[str], None]) -> dict[int, dict[str, Any]]:
+    """Return what the leaders told, all of them or the first one that failed."""
+    found: dict[int, dict[str, Any]] = {}
+    started = said = time.monotonic()
+    while len(found) < len(leaders):
+        for rank in leaders:
+            if rank not in found and (told := board.read(_key(rank))) is not None:
+                found[rank] = json.loads(told)
+        if any("code" in verdict for verdict in found.values()):
+            return {rank: verdict for rank, verdict in found.items() if "code" in verdict}
+        if len(found) < len(leaders):
+            if time.monotonic() - said > _SAY_SECONDS:
+                said = time.monotonic()
+                missing = ", ".join(str(rank) for rank in leaders if rank not in found)
+                waiting(f"waiting for rank {missing}: {said - started:.0f} s")
+            time.sleep(_POLL_SECONDS)
+    return found
+
+
+def _key(rank: int) -> str:
+    return f"done-{rank}"

@@ -1,0 +1,113 @@
+"""Small reductions and exchanges between the ranks; every call here is a collective: all ranks must make it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.errors import FsdpQloraError, StorageError, raise_alike
+
+_T = TypeVar("_T")
+
+
+def all_sum(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> list[float]:
+    """Return the sums over all ranks of some numbers, added in float64."""
+    tensor = torch.as_tensor(values, dtype=torch.float64).to(ranks.device)
+    dist.all_reduce(tensor, group=ranks.group)
+    return tensor.tolist()
+
+
+def all_max(value: float, ranks: Ranks) -> float:
+    """Return the largest of a number over all ranks."""
+    tensor = torch.tensor([value], dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=ranks.group)
+    return tensor.item()
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """Return whether any rank raised ``flag``: a signal to one is a decision of all."""
+    return all_max(float(flag), ranks) > 0
+
+
+def gather_json(value: Any, ranks: Ranks) -> list[Any]:
+    """Return every rank's ``value`` (anything JSON holds) in the order of ranks.
+
+    Bytes of JSON, not `all_gather_object`: that one unpickles what other ranks send.
+    """
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(ranks.device)
+    sizes = all_gather(torch.tensor([data.numel()], device=ranks.device), ranks.group)
+    longest = max(int(size.item()) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=ranks.device)
+    padded[: data.numel()] = data
+    parts = all_gather(padded, ranks.group)
+    return [json.loads(bytes(p[: int(n.item())].tolist())) for p, n in zip(parts, sizes, strict=True)]
+
+
+def on_main(work: Callable[[], Any], ranks: Ranks) -> Any:
+    """Do something on rank 0 alone; every rank returns its result (anything JSON holds) or raises what it met.
+
+    Raises:
+        FsdpQloraError: on every rank alike, with rank 0's message and exit code; an `OSError` becomes code 74.
+    """
+    verdict: dict[str, Any] = {}
+    if ranks.is_main:
+        try:
+            with ranks.phases.by_itself():
+                verdict = {"result": work()}
+        except FsdpQloraError as error:
+            verdict = {"code": error.exit_code, "message": str(error)}
+        except OSError as error:
+            verdict = {"code": StorageError.exit_code, "message": str(error)}
+    verdict = gather_json(verdict, ranks)[0]
+    raise_alike(verdict)
+    return verdict["result"]
+
+
+def on_every(work: Callable[[], _T], ranks: Ranks) -> _T:
+    """Do something on every rank; each returns its own result, or all raise what the first failing rank met.
+
+    Raises:
+        FsdpQloraError: on every rank alike, with that rank's message and exit code; an `OSError` becomes code 74.
+    """
+    verdict: dict[str, Any] = {}
+    result: Any = None
+    try:
+        with ranks.phases.by_itself():
+            result = work()
+    except FsdpQloraError as error:
+        verdict = {"code": error.exit_code, "message": str(error)}
+    except OSError as error:
+        verdict = {"code": StorageError.exit_code, "message": str(error)}
+    if any_rank(bool(verdict), ranks):
+        found = gather_json(verdict, ranks)
+        rank = next(rank for rank, verdict in enumerate(found) if verdict)
+        where = f"rank {rank}: " if not all(found) else ""
+        raise_alike({**found[rank], "message": where + found[rank]["message"]})
+    return result
+
+
+def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Return every rank's ``tensor``; all must have the same shape."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return parts
+
+
+def from_main(data: bytes, ranks: Ranks) -> bytes:
+    """Return rank 0's ``data`` on every rank."""
+    own = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8).to(ranks.device)
+    size = torch.tensor([len(data)], device=ranks.device)
+    dist.broadcast(size, group_src=0, group=ranks.group)
+    sent = own[: len(data)] if ranks.is_main else torch.empty(int(size), dtype=torch.uint8, device=ranks.device)
+    dist.broadcast(sent, group_src=0, group=ranks.group)
+    return sent.cpu().numpy().tobytes()
+
+
+def barrier(ranks: Ranks) -> None:
+    """Wait until every rank is here."""
+    all_sum([0.0], ranks)

@@ -1,0 +1,29 @@
+"""Which rows of a tensor a rank holds, and how they are filled."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import DTensor
+
+
+def row_range(rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """Return ``(start, stop)`` of the rows that ``rank`` holds: dim-0 sharding as in `torch.chunk` and FSDP2."""
+    chunk = -(-rows // num_ranks)
+    return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
+
+
+def local_tensor(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the local shard of a DTensor, or the tensor itself (call under ``torch.no_grad`` to write into it)."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[attr-defined]
+
+
+def fill_slice(parameter: torch.Tensor, whole: torch.Tensor, shard_rank: int, shard_size: int) -> None:
+    """Write this rank's dim-0 rows of ``whole`` into ``parameter``, all of them where it is not sharded.
+
+    Call it under ``torch.no_grad``.
+    """
+    start, stop = row_range(whole.shape[0], shard_rank, shard_size)
+    local_tensor(parameter).copy_(whole[start:stop] if isinstance(parameter, DTensor) else whole)
+
+
+HOST = torch.device("cpu")

@@ -1,0 +1,174 @@
+"""A thread beside each rank: it ends the rank when another one has ended the run, and says who holds up the others.
+
+A rank whose main thread waits in a collective runs no signal handler and raises nothing until the collective's own
+timeout, which with NCCL is an abort without a word; and a call into a storage that hangs never returns at all. This
+thread goes on: it puts what the rank is doing and a sign of life on a board that all ranks can read. When this rank has
+done nothing for too long in what it does by itself, it says so; when it has been waiting for too long, it looks who
+never came, and who came and gives no sign any more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fsdp_qlora.distributed.board import STORE_SECONDS, Board, open_board
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.patience import Patience, Since
+from fsdp_qlora.distributed.phases import AT_REST
+from fsdp_qlora.errors import StorageError
+
+_INTERVAL_SECONDS = 0.5
+_BEAT_SECONDS = 1.0
+"""How often a rank gives a sign of life."""
+_GRACE_SECONDS = 3.0
+_SHARE_OF_TIMEOUT = 0.8
+"""Share of the collectives' timeout after which a waiting rank speaks: before they give up."""
+_SHARE_ALONE = 0.7
+"""And after which a rank speaks that gets nothing done by itself: before those that wait for it."""
+_SILENT_SHARE = 0.25
+"""Share of that time without a sign of life after which a rank stands still, and at least so many beats:"""
+_SILENT_BEATS = 5
+_ANSWER_SECONDS = 2.0
+"""How long the run folder is waited for: its storage may be what hangs."""
+
+
+class Leave(NamedTuple):
+    """Why this rank leaves."""
+
+    code: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What the watch asks and tells outside the run's own processes."""
+
+    ended_elsewhere: Callable[[], int | None]
+    """Exit code with which another rank has ended the run, if one has; reads the run folder."""
+    stopped: Callable[[], Leave | None]
+    """What to leave with where this rank was asked to stop and there is nothing to save."""
+    leave: Callable[[Leave], None]
+    """Takes the last word; the process ends after it."""
+
+
+class Watch:
+    """The thread, from `start` until `stop`."""
+
+    def __init__(self, ranks: Ranks, timeout_seconds: float) -> None:
+        """Open the board. A collective: every rank calls it."""
+        self._rank, self._size = ranks.rank, ranks.size
+        self._threads = {"main": ranks.phases, "saving": ranks.saving}
+        self._limit = timeout_seconds * _SHARE_OF_TIMEOUT
+        self._limit_alone = timeout_seconds * _SHARE_ALONE
+        self._stop = threading.Event()
+        self._silence = max(_SILENT_SHARE * self._limit, _SILENT_BEATS * _BEAT_SECONDS)
+        self._board: Board | None = open_board(ranks) if ranks.size > 1 else None
+        self._beat, self._beaten = 0, 0.0
+        self._since = Since(STORE_SECONDS + _ANSWER_SECONDS + 1.0)
+        self._storage = Patience(_ANSWER_SECONDS, "the storage")
+
+    def start(self, outside: Outside) -> None:
+        """Start watching."""
+
+        def watch() -> None:
+            while not self._stop.wait(_INTERVAL_SECONDS):
+                if (reason := self._reason(outside)) is not None and not self._stop.is_set():
+                    if reason.message:
+                        outside.leave(reason)
+                    os._exit(reason.code)
+
+        threading.Thread(target=watch, name="watch-other-ranks", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._stop.set()
+
+    def _reason(self, outside: Outside) -> Leave | None:
+        """Return why this rank leaves, if it does."""
+        self._since.look()
+        try:
+            code = self._storage.ask(outside.ended_elsewhere)
+        except TimeoutError:
+            code = None
+        if code is not None:
+            self._stop.wait(_GRACE_SECONDS)  # a rank that sees the failure itself ends by its own means
+            return Leave(code, "")
+        if outside.stopped() is not None and not self._stop.wait(_GRACE_SECONDS):
+            return outside.stopped()  # None where the main thread has got on meanwhile
+        return self._stuck() or self._late()
+
+    def _stuck(self) -> Leave | None:
+        """Say so where this rank gets nothing done in what it does by itself."""
+        for thread, phases in self._threads.items():
+            alone, name = phases.alone, phases.name
+            still = self._since.unchanged(f"{thread}'s work", phases.signs)
+            if alone and still > self._limit_alone:
+                return Leave(
+                    StorageError.exit_code,
+                    f"rank {self._rank} stands still in {name!r}: nothing has come of it for {still:.0f} s. A file "
+                    "system that does not answer? (launcher.timeout_seconds is how long it may take.)",
+                )
+        return None
+
+    def _late(self) -> Leave | None:
+        """Show where this rank is; say who holds it up if it has waited there for too long."""
+        if self._board is None:
+            return None
+        try:
+            self._show(self._board)
+            others = self._others(self._board) if self._waited()[0] > self._limit - 2 * self._silence else {}
+        except (ValueError, OSError) as error:  # rank 0, where it holds the board, is gone or still; or a full disk
+            others = error
+        self._since.look()  # the answer may have taken its time
+        waited, thread = self._waited()
+        if waited < self._limit:
+            return None
+        if isinstance(others, Exception):
+            message = f"rank {self._rank} waits in {self._threads[thread].name!r} for {waited:.0f} s"
+            return Leave(1, f"{message}, and cannot ask the others: {others}.")
+        missing = self._missing(others, thread)
+        return Leave(1, f"{missing}; the other ranks waited {waited:.0f} s.") if missing else None
+
+    def _waited(self) -> tuple[float, str]:
+        """Return for how long the thread that has waited longest has been in its phase, and which one it is."""
+        return max(
+            (0.0 if phases.name == AT_REST else self._since.unchanged(thread, phases.number), thread)
+            for thread, phases in self._threads.items()
+        )
+
+    def _show(self, board: Board) -> None:
+        if (now := time.monotonic()) - self._beaten < _BEAT_SECONDS:
+            return
+        self._beat, self._beaten = self._beat + 1, now
+        doing = {thread: [p.number, p.name, p.entered] for thread, p in self._threads.items()}
+        board.write(str(self._rank), json.dumps({**doing, "beat": self._beat, "process": os.getpid()}))
+
+    def _others(self, board: Board) -> dict[int, tuple[dict[str, Any], float]]:
+        """Return what the other ranks show, and for how long they have given no sign of life."""
+        found = {}
+        for rank in range(self._size):
+            if rank != self._rank and (note := board.read(str(rank))) is not None:
+                shown = json.loads(note)
+                found[rank] = shown, self._since.unchanged(f"rank {rank}", shown["beat"])
+        return found
+
+    def _missing(self, others: dict[int, tuple[dict[str, Any], float]], thread: str) -> str:
+        mine = self._threads[thread]
+        never = [
+            f"rank {rank} never reached {mine.name!r} (last seen entering {shown[thread][1] or 'the end of it'!r} "
+            f"{time.time() - shown[thread][2]:.0f} s ago)"
+            for rank, (shown, _) in others.items()
+            if shown[thread][0] < mine.number
+        ]
+        still = [
+            f"rank {rank} stands still in {shown[thread][1]!r}: no sign of life for {silent:.0f} s"
+            for rank, (shown, silent) in others.items()
+            if silent > self._silence
+        ]
+        return "; ".join(never or still)

@@ -1,0 +1,210 @@
+"""Files on any file system: where it lacks an operation (locks, links, syncing folders), there is another way.
+
+Two promises have their one place here.
+
+*What others may have written* is read by `read_regular` and `read_json`: a regular file, opened without following a
+link or waiting for a pipe, of at most so many bytes, and JSON of just the types that are asked for.
+
+*What we write* is written by `replacing` and what is built on it: beside its place, under a name that nobody can have
+put a link under, synced, renamed. A link that lies in its place is replaced, not followed. Modes follow the umask.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+import sys
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.errors import SecurityError
+
+LACKING = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.ENOTTY)
+"""What the kernel answers where a file system (FUSE, NFS, SMB, FAT) does not have an operation."""
+JSON_BYTES = 50_000_000
+"""No honest manifest or config is larger."""
+_MAX_DEPTH = 64
+_MAX_NUMBER = 2**63
+
+
+def open_regular(file: Path, flags: int = os.O_RDONLY, changes: bool = True) -> int:
+    """Open a regular file (or make a new one, as ``flags`` say) and return its descriptor; no link is followed.
+
+    ``changes``: whether a file that is opened for writing is written into, and not locked alone.
+
+    Raises:
+        SecurityError: if it is a link, a folder, a pipe or a device; or is changed, and has a second name elsewhere.
+        OSError: if it cannot be opened.
+    """
+    try:
+        # O_NONBLOCK: else opening a pipe waits for somebody at its other end
+        handle = os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if file.is_symlink():
+            raise SecurityError(f"{file} is a link; links are not followed here. Put the file itself there.") from error
+        if error.errno in (errno.EISDIR, errno.ENXIO):
+            raise SecurityError(f"{file} is not a regular file.") from error
+        raise
+    found = os.fstat(handle)
+    written = changes and flags & (os.O_WRONLY | os.O_RDWR)
+    if stat.S_ISREG(found.st_mode) and not (written and found.st_nlink > 1):
+        return handle
+    os.close(handle)
+    what = "has a second name elsewhere (a hard link)" if stat.S_ISREG(found.st_mode) else "is not a regular file"
+    raise SecurityError(f"{file} {what}; remove it.")
+
+
+def read_regular(file: Path, limit: int | None = JSON_BYTES) -> bytes:
+    """Return the content of a file that others may have written.
+
+    Raises:
+        SecurityError: if it is no regular file, or larger than ``limit`` bytes.
+        OSError: if it cannot be read.
+    """
+    with os.fdopen(open_regular(file), "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if limit is not None and size > limit:
+            raise SecurityError(f"{file} has {size} bytes, more than any honest one ({limit}).")
+        return stream.read(size)
+
+
+def file_sha256(file: Path) -> str:
+    """Return the sha256 of a file of the user's or ours, in hexadecimal; links are followed."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(file: Path, kind: Any = Any, limit: int = JSON_BYTES) -> Any:
+    """Return the JSON in a file that others may have written; see `read_regular` and `parse_json`."""
+    return parse_json(read_regular(file, limit), kind)
+
+
+def parse_json(data: bytes, kind: Any = Any) -> Any:
+    """Return ``data`` as JSON of the type ``kind`` (``dict[str, list[int]]``; ``Any`` takes everything).
+
+    Raises:
+        ValueError: if it is not UTF-8, not JSON, has a key twice, is nested too deeply, or has another type.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unequal_keys)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    layer = [value]
+    for _ in range(_MAX_DEPTH):
+        layer = [inner for item in layer if isinstance(item, dict | list) for inner in _items(item)]
+    if layer:  # who writes it out again would recurse as deeply
+        raise ValueError("it is nested too deeply")
+    if (wrong := misfit(value, kind)) is not None:
+        raise ValueError(wrong)
+    return value
+
+
+def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _unequal_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("it has a key twice")
+    return found
+
+
+def misfit(value: Any, kind: Any, name: str = "it") -> str | None:
+    """Return what of a JSON value is not of the type ``kind``, or None; whole numbers have at most 63 bits."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return None
+    if origin in (types.UnionType, typing.Union):
+        found = [misfit(value, inner, name) for inner in args]
+        return None if None in found else found[0]
+    if origin is dict and isinstance(value, dict):
+        return next((wrong for k, v in value.items() if (wrong := misfit(v, args[1], f"{name}[{k[:80]!r}]"))), None)
+    if origin is list and isinstance(value, list):
+        return next((wrong for n, v in enumerate(value) if (wrong := misfit(v, args[0], f"{name}[{n}]"))), None)
+    if kind in (int, float) and type(value) is int:
+        fits = abs(value) < _MAX_NUMBER
+    else:
+        fits = origin is None and isinstance(value, kind)
+    fits = fits and not (kind is int and isinstance(value, bool))
+    return None if fits else f"{name} is {json.dumps(value)[:80]}, not {getattr(kind, '__name__', kind)}"
+
+
+def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield all that lies in a folder, its folders' content too, following no link. Any depth: it does not recurse."""
+    left = [str(folder)]
+    while left:
+        with os.scandir(left.pop()) as found:
+            for entry in found:
+                yield entry
+                if entry.is_dir(follow_symlinks=False):
+                    left.append(entry.path)
+
+
+def refuse_irregular(folder: Path, may_link: bool = False, apart: str | None = None) -> None:
+    """Check that a folder holds files and folders only.
+
+    Args:
+        folder: is looked through whole; it may itself be reached by a link.
+        may_link: whether it may hold links to what lies in it, too.
+        apart: name of a folder in it in which we write nothing; what it holds is not looked at.
+
+    Raises:
+        SecurityError: naming the first link, pipe or device.
+    """
+    home = _real(folder)
+    for entry in walk(folder):
+        path = Path(entry.path)
+        if apart is not None and folder / apart in path.parents and not (folder / apart).is_symlink():
+            continue
+        if entry.is_symlink():
+            if may_link and _real(path).is_relative_to(home):
+                continue
+            raise SecurityError(f"{path} is a link; links are not followed here. Put the file itself there.")
+        if not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
+            raise SecurityError(f"{entry.path} is neither a file nor a folder; remove it.")
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """Return where a file of somebody's model or adapter folder lies, there or not.
+
+    In the hub's cache files are links to the blobs of the same model. A link that leads elsewhere is refused: what it
+    leads to would be read, and given away, as a part of the model.
+
+    Raises:
+        SecurityError: if it is such a link.
+    """
+    home, real = _real(folder), _real(folder / name)
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        home = home.parent.parent
+    if not real.is_relative_to(home):
+        raise SecurityError(f"{folder / name} is a link that leaves {home}. If it is yours, put a copy in its place.")
+    return real
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises where links go round in circles
+
+
+def who_else_changes(path: Path) -> str | None:
+    """Return who but this user and root can change a file or a folder, if anybody; as far as its mode says."""
+    found = path.lstat()
+    if found.st_uid not in (0, os.geteuid()):
+        return f"{path} belongs to another user (uid {found.st_uid})"
+    if found.st_mode & stat.S_IWOTH and not stat.S_ISLNK(found.st_mode):
+        return f"everybody can write {path} (mode {stat.S_IMODE(found.st_mode):o})"
+    return None
+
+
+def warn_of_others(*paths: Path) -> None:
+    """Say on stderr of the first path that somebody else can change, if there is one."""
+    for path in paths:
+        if (why := who_else_changes(path)) is not None:
+            print(f"fsdp-qlora: {why}: what lies there may not be what was written.", file=sys.stderr, flush=True)
+            return

@@ -1,0 +1,1 @@
+"""What comes after the decoder: output heads and their log-probabilities."""

@@ -1,0 +1,112 @@
+"""Cross entropy over supervised tokens, a chunk of logits at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fsdp_qlora.quant.gemm import matmul, product_into
+
+CACHED_BYTES = 3 * 2**20
+"""Of float32 logits that a CPU works on at a time: in its caches the passes over them cost little."""
+
+
+def rows_at_a_time(vocab_size: int, device: torch.device) -> int:
+    """Return how many rows of logits are float32 at the same time: all of a chunk on an accelerator."""
+    return max(1, CACHED_BYTES // (4 * vocab_size)) if device.type == "cpu" else 2**31
+
+
+def token_losses(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None, wants_grad: bool
+) -> torch.Tensor:
+    """Return the cross entropy of each row, float32 ``[rows]``; with ``wants_grad`` its gradient replaces the logits.
+
+    Args:
+        logits: ``[rows, vocab]``, as the head's product gives them; all else is computed in float32.
+        targets: int64 ``[rows]``.
+        scale: factor on the logits.
+        softcap: see `LossHead`.
+        wants_grad: whether ``logits`` become (softmax - one-hot) times what scale and cap add.
+    """
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    size = rows_at_a_time(logits.shape[1], logits.device)
+    for raw, target, loss in zip(logits.split(size), targets[:, None].split(size), losses.split(size), strict=True):
+        values = raw.float() if raw.dtype != torch.float32 else raw.clone()
+        if scale != 1.0:
+            values *= scale
+        capped = None
+        if softcap is not None:
+            capped = torch.tanh_(values.div_(softcap))  # in (-1, 1)
+            values = capped * softcap
+        top = values.amax(dim=-1, keepdim=True)
+        chosen = values.gather(1, target) - top
+        values.sub_(top).exp_()
+        total = values.sum(dim=-1, keepdim=True)
+        loss.copy_((total.log() - chosen).squeeze(1))
+        if wants_grad:
+            values.div_(total).scatter_add_(1, target, torch.full_like(top, -1.0))
+            if capped is not None:
+                values.mul_(capped.square_().neg_().add_(1))
+            if scale != 1.0:
+                values *= scale
+            raw.copy_(values)
+    return losses
+
+
+def token_losses_by_code(
+    logits: torch.Tensor, targets: torch.Tensor, code: Callable[[torch.Tensor], torch.Tensor], wants_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cross entropy of what ``code`` makes of the logits, float32 ``[rows]``, and its gradient.
+
+    Args:
+        logits: ``[rows, vocab]``, as the head's product gives them.
+        targets: int64 ``[rows]``.
+        code: upstream's code after the head; it may change columns, not rows.
+        wants_grad: whether the gradient is that of ``logits``; else the logits are returned in its place.
+    """
+    with torch.set_grad_enabled(wants_grad):
+        raw = logits.detach().requires_grad_(wants_grad)
+        losses = torch.nn.functional.cross_entropy(code(raw).float(), targets, reduction="none")
+        grad = torch.autograd.grad(losses.sum(), raw)[0] if wants_grad else logits
+    return losses.detach(), grad
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Per-token cross entropy of ``hidden @ weight.T`` (frozen weight) against labels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        chunk: int,
+        scale: float,
+        softcap: float | None,
+        code: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        wants_grad = ctx.needs_input_grad[0]
+        losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if wants_grad else None
+        for start in range(0, labels.numel(), chunk):
+            part = slice(start, start + chunk)
+            logits = matmul(hidden[part], weight.t())
+            if bias is not None:
+                logits += bias
+            if code is None:
+                losses[part] = token_losses(logits, labels[part], scale, softcap, wants_grad)
+            else:
+                losses[part], logits = token_losses_by_code(logits, labels[part], code, wants_grad)
+            if grad is not None:
+                product_into(grad[part], logits, weight)
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        return (grad_hidden * grads[0].unsqueeze(1).to(grad_hidden.dtype), None, None, None, None, None, None, None)

@@ -1,0 +1,153 @@
+"""Embedding and head in 4-bit: looked-up rows alone are dequantized, and the head a slice of the vocabulary at a time.
+
+The dense head never exists whole. The cross entropy goes over the slices twice: once for each token's log-sum-exp (a
+running maximum and sum, as in online softmax, https://arxiv.org/abs/1805.02867), once for the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from fsdp_qlora.errors import PlanError
+from fsdp_qlora.heads.around import AfterHead
+from fsdp_qlora.quant.embedding import QuantEmbedding
+from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.quant.matrices import QuantMatrices, frozen
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
+
+
+class QuantLossHead(nn.Module):
+    """An output head on a 4-bit matrix, its own or the embedding's; `LossHead`'s interface.
+
+    Attributes:
+        logit_scale: factor on the logits.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; None = not.
+        chunk: tokens whose logits exist at the same time.
+    """
+
+    def __init__(self, own: QuantMatrices | None, tied: QuantEmbedding | None, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.matrices = own
+        self._tied = (tied,)  # in a tuple: the embedding is not this module's child
+        self.bias = bias
+        self.logit_scale, self.chunk = 1.0, 256
+        self.softcap: float | None = None
+
+    @property
+    def source(self) -> QuantMatrices:
+        """The matrix ``[vocab, hidden]``."""
+        found = self.matrices if self.matrices is not None else self._tied[0]
+        assert found is not None
+        return found
+
+    def dense(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return weight ``[stop - start, hidden]`` and bias of a slice."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return self.source.matrix().rows(start, stop, dtype), bias
+
+    def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits ``[..., vocab]``; with ``labels`` int64 ``[tokens]``, the float32 losses ``[tokens]``."""
+        if labels is None:
+            return torch.cat(
+                [F.linear(input, *self.dense(a, b, input.dtype)) for a, b in self.source.matrix().slices()], dim=-1
+            )
+        return _SlicedCrossEntropy.apply(input, labels, self)  # type: ignore[return-value]
+
+    def logits(self, hidden: torch.Tensor, dense: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+        """Return a slice's final float32 logits."""
+        raw = F.linear(hidden, *dense).float() * self.logit_scale
+        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+
+
+class _SlicedCrossEntropy(torch.autograd.Function):
+    """Per-token cross entropy; the gradient of the hidden states is computed in forward, for the head is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: QuantLossHead) -> torch.Tensor:
+        chunks = [slice(i, i + head.chunk) for i in range(0, labels.numel(), head.chunk)]
+        largest = torch.full(labels.shape, -torch.inf, dtype=torch.float32, device=hidden.device)
+        total, target = torch.zeros_like(largest), torch.zeros_like(largest)
+        for start, stop in head.source.matrix().slices():
+            dense = head.dense(start, stop, hidden.dtype)
+            for part in chunks:
+                logits = head.logits(hidden[part], dense)
+                top = torch.maximum(largest[part], logits.amax(dim=-1))
+                total[part] = total[part] * torch.exp(largest[part] - top) + torch.exp(logits - top[:, None]).sum(-1)
+                largest[part] = top
+                inside = (labels[part] >= start) & (labels[part] < stop)
+                place = torch.where(inside, labels[part] - start, 0)
+                target[part] += torch.where(inside, logits.gather(1, place[:, None]).squeeze(1), 0.0)
+        log_sum = largest + torch.log(total)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(_gradient(hidden, labels, head, log_sum, chunks))
+        return log_sum - target
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grads[0].unsqueeze(1).to(grad_hidden.dtype), None, None
+
+
+def _gradient(
+    hidden: torch.Tensor, labels: torch.Tensor, head: QuantLossHead, log_sum: torch.Tensor, chunks: list[slice]
+) -> torch.Tensor:
+    """Return d loss / d hidden, ``[tokens, hidden]``: (softmax - one-hot) @ weight, added up over the slices."""
+    grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    for start, stop in head.source.matrix().slices():
+        dense = head.dense(start, stop, hidden.dtype)
+        for part in chunks:
+            logits = head.logits(hidden[part], dense)
+            slope = torch.exp(logits - log_sum[part, None])
+            inside = (labels[part] >= start) & (labels[part] < stop)
+            place = torch.where(inside, labels[part] - start, 0)
+            slope.scatter_add_(1, place[:, None], -inside.float()[:, None])
+            if head.softcap is not None:
+                slope *= 1 - (logits / head.softcap) ** 2
+            grad[part] += (slope * head.logit_scale).to(hidden.dtype) @ dense[0]
+    return grad.to(hidden.dtype)
+
+
+def quantize_edges(model: PreTrainedModel, shapes: ModelShapes, quant_format: QuantFormat) -> None:
+    """Replace embedding and head of a meta model by 4-bit ones; tied ones share one packed table.
+
+    Raises:
+        PlanError: if the embedding does more than look up and scale.
+    """
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(table, nn.Embedding) and isinstance(head, nn.Linear)
+    scale = getattr(table, "scalar_embed_scale", None)
+    if type(table) is not nn.Embedding and scale is None:
+        raise PlanError(
+            f"quant.embeddings: a {type(table).__name__} does more than look up rows, so it cannot be replaced. Set "
+            "quant.embeddings=none."
+        )
+    vocab, hidden = shapes.vocab_size, shapes.hidden_size
+    embedding = QuantEmbedding(vocab, hidden, quant_format, table.weight.dtype, 1.0 if scale is None else scale)
+    embedding.stored = LinearShape(shapes.embedding, vocab, hidden)
+    own = None
+    if not shapes.tied:
+        own = QuantMatrices(hidden, vocab, quant_format)
+        own.stored = LinearShape(shapes.head, vocab, hidden)
+    model.set_input_embeddings(embedding)
+    bias = None if head.bias is None else frozen(head.bias.detach())
+    model.set_output_embeddings(QuantLossHead(own, embedding if shapes.tied else None, bias))
+
+
+def configure_loss_head(head: QuantLossHead, after: AfterHead, chunk: int) -> None:
+    """Give the head the logits' scale and cap, and the size of its chunks.
+
+    Raises:
+        PlanError: if upstream does more with the logits, which takes all of a token's at once.
+    """
+    if after.code is not None:
+        raise PlanError(
+            "quant.embeddings: this model does more with its logits than scale and cap them, which takes them whole, "
+            "and a quantized head makes them a slice at a time. Set quant.embeddings=none."
+        )
+    head.logit_scale, head.softcap = after.scale, after.softcap
+    head.chunk = chunk

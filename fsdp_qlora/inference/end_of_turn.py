@@ -1,0 +1,85 @@
+"""Where an answer ends: everything that says so counts.
+
+The tokenizer, the model's config and generation_config.json each name end tokens, and often not the same ones (a base
+model's tokenizer knows the end of a text, its chat template ends a turn otherwise). What training taught is what the
+chat template writes after an answer: it may be none of these tokens, or no single token at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.inference.rendering import render_apart
+
+_FILE = "generation_config.json"
+_ANSWER = "Zqxj7"
+"""An answer that no template writes by itself, and none trims."""
+
+
+@dataclass(frozen=True)
+class EndOfTurn:
+    """What ends an answer."""
+
+    ids: list[int]
+    """Token ids, the likeliest first."""
+    text: str | None = None
+    """What the chat template ends a turn with, where that is no single token."""
+
+
+def end_of_turn(folder: Path, model_config: Any, tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
+    """Return all that ends an answer of the model in ``folder``."""
+    learned = _learned_end(tokenizer)
+    ids = [learned] if isinstance(learned, int) else []
+    for named in (tokenizer.eos_token_id, _configured(model_config), _from_file(folder / _FILE)):
+        ids += _ids(named)
+    return EndOfTurn(list(dict.fromkeys(ids)), learned if isinstance(learned, str) else None)
+
+
+def _configured(model_config: Any) -> list[int]:
+    """Return the end tokens of a config and of its text part (a model that also sees pictures has both)."""
+    parts = (model_config, model_config.get_text_config() if hasattr(model_config, "get_text_config") else None)
+    return [i for part in parts for i in _ids(getattr(part, "eos_token_id", None))]
+
+
+def _from_file(file: Path) -> Any:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None  # nobody needs this file
+    return values.get("eos_token_id") if isinstance(values, dict) else None
+
+
+def _ids(value: Any) -> list[int]:
+    items: Iterable[Any] = value if isinstance(value, (list, tuple)) else [value]
+    return [item for item in items if isinstance(item, int) and not isinstance(item, bool) and item >= 0]
+
+
+def _learned_end(tokenizer: PreTrainedTokenizerBase) -> int | str | None:
+    """Return the token, or the text, that the chat template writes after an answer; None where it writes none.
+
+    White space ends nothing: an answer may have it, too.
+    """
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = render_apart(tokenizer, messages)
+    except ModelError:  # the prompt's own rendering says what is wrong with it
+        return None
+    _, found, after = text.rpartition(_ANSWER)
+    after = after.strip()
+    if not found or not after:
+        return None
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    assert isinstance(ids, list)
+    first = ids[0]
+    if first in tokenizer.added_tokens_decoder or first in tokenizer.all_special_ids or len(ids) == 1:
+        return first
+    return after.splitlines()[0].strip()

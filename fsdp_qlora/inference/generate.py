@@ -1,0 +1,81 @@
+"""Answers: a prompt through the chat template, greedy or sampled, streamed or returned."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+
+from fsdp_qlora.inference.end_of_turn import EndOfTurn
+from fsdp_qlora.inference.rendering import render_apart
+from fsdp_qlora.model.root import CausalModel
+from fsdp_qlora.shown import visible
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, torch.Tensor]:
+    """Render a user's prompt as the model's chat expects it (as plain text where there is no chat template)."""
+    if not tokenizer.chat_template:
+        return dict(tokenizer(prompt, return_tensors="pt"))
+    text = render_apart(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    return dict(tokenizer(text, add_special_tokens=False, return_tensors="pt"))
+
+
+@torch.no_grad()
+def answer(
+    model: CausalModel,
+    tokenizer: PreTrainedTokenizerBase,
+    end: EndOfTurn,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stream: bool = False,
+) -> str:
+    """Return the model's answer, up to what ends it; with ``stream``, print it as it comes.
+
+    Under FSDP every rank calls it with the same arguments (greedy, or all would sample apart).
+    """
+    inputs = {k: v.to(model.device) for k, v in encode_prompt(tokenizer, prompt).items() if k != "token_type_ids"}
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_p": top_p}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=end.ids or None, pad_token_id=end.ids[0] if end.ids else None,
+        stop_strings=[end.text] if end.text else None, **sampling,
+    )  # fmt: skip
+    was_training = model.training
+    model.eval()
+    streamer = _Streamer(tokenizer, end.text or "") if stream else None
+    reads_text = {"tokenizer": tokenizer} if end.text else {}
+    out = model.generate(**inputs, generation_config=config, streamer=streamer, **reads_text)
+    model.train(was_training)
+    sys.stdout.flush()
+    text = str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return (text.partition(end.text)[0] if end.text else text).strip()
+
+
+class _Streamer(TextStreamer):
+    """Prints an answer as it comes, without the text that ends it: what may be its beginning waits for what follows."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end: str) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self._end, self._held, self._ended = end, "", False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what is no part of the end."""
+        if self._ended:
+            text = ""
+        elif self._end:
+            text = self._held + text
+            text, found, _ = text.partition(self._end)
+            self._ended = bool(found)
+            kept = 0 if found or stream_end else _overlap(text, self._end)
+            text, self._held = text[: len(text) - kept], text[len(text) - kept :]
+        super().on_finalized_text(visible(text), stream_end)
+
+
+def _overlap(text: str, end: str) -> int:
+    """Return how many characters at the end of ``text`` may be the beginning of ``end``."""
+    return next((n for n in range(min(len(text), len(end) - 1), 0, -1) if text.endswith(end[:n])), 0)

@@ -1,0 +1,41 @@
+"""A prompt through a chat template, in a process that can be ended (`fsdp_qlora.distributed.apart`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.distributed.apart import Apart, StuckError
+from fsdp_qlora.errors import ModelError
+
+_TEXT, _REFUSAL = b"t", b"r"
+
+
+def render_apart(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **settings: Any) -> str:
+    """Return the text of ``messages``.
+
+    Raises:
+        ModelError: if the chat template refuses them, does not end, or takes too much memory.
+    """
+
+    def render(_: None) -> bytes:
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+            assert isinstance(text, str)
+            return _TEXT + text.encode("utf-8", "surrogatepass")
+        except Exception as error:  # a template is a program: it may raise anything
+            return _REFUSAL + f"{type(error).__name__}: {error}".encode(errors="replace")
+
+    process = Apart(render)
+    try:
+        (said,) = process.results([None])
+    except StuckError as error:
+        raise ModelError(
+            f"model.name: its chat template {error}; take another model, or set another template (data.template=FILE)."
+        ) from error
+    finally:
+        process.close()
+    if said.startswith(_REFUSAL):
+        raise ModelError(f"model.name: its chat template refuses the prompt: {said[1:].decode()}")
+    return said[1:].decode("utf-8", "surrogatepass")

@@ -1,0 +1,1 @@
+"""How weights come in: from safetensors into shards."""

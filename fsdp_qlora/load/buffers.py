@@ -1,0 +1,38 @@
+"""Buffers: which of them files hold, and how they outlive ``to_empty``."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from fsdp_qlora.quant.matrices import QuantMatrices
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that ``state_dict`` holds and files may change, by name."""
+    return {
+        f"{prefix}{'.' if prefix else ''}{name}": buffer
+        for prefix, module in model.named_modules()
+        if not isinstance(module, QuantMatrices)
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def to_empty_but_buffers(model: nn.Module, shards_on: torch.device, device: torch.device) -> None:
+    """Allocate the parameters of ``model``, on meta, on ``shards_on``; its buffers keep their values, on ``device``.
+
+    Only buffers that are on meta, too (those of our own layers, which are filled with their weights), are left empty.
+    """
+    buffers = [(m, n, b) for m in model.modules() for n, b in list(m.named_buffers(recurse=False))]
+    model.to_empty(device=shards_on)
+    for module, name, buffer in buffers:
+        made = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+        module._buffers[name] = made
+
+
+def matches_any(name: str, patterns: set[str] | list[str] | None) -> bool:
+    """Whether one of upstream's regular expressions is found in ``name``."""
+    return any(re.search(pattern, name) for pattern in patterns or ())

@@ -1,0 +1,259 @@
+"""Weights that a checkpoint already holds in bitsandbytes' 4-bit form: their bytes are read, never computed again.
+
+What transformers' ``save_pretrained`` writes for ``load_in_4bit`` lies in the same blocks as our rows (see
+`fsdp_qlora.quant.bnb_state`), so each rank reads just its byte ranges of codes and statistics. Whatever would make the
+numbers other than ours (another block size, another map) is refused by the name of its tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fsdp_qlora.config.schema import BLOCK_SIZES, QuantSettings
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.load.safetensors import SafetensorsFolder, StoredTensor, TensorEntry
+from fsdp_qlora.quant.bnb_state import STATE_SUFFIX, nested_quant_map, quant_map
+from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, nested_of_rows
+from fsdp_qlora.quant.matrices import QuantMatrices
+from fsdp_qlora.quant.packing import bytes_to_rows, float_to_bits, values_to_rows
+from fsdp_qlora.shapes.rows import ROW_BLOCKS, ROW_BYTES
+
+_CONFIG_KEYS = ("quantization_config", "compression_config")
+_FORMATS = ("nf4", "fp4")
+_MAX_STATE_BYTES = 65536
+_AGAIN = "quantize the 16-bit model anew"
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Where the 4-bit form of one weight lies."""
+
+    codes: TensorEntry
+    """Two codes a byte, in any dtype (bitsandbytes' ``quant_storage``): the bytes count."""
+    absmax: TensorEntry
+    """uint8 ``[blocks]`` (double quantization) or float32 ``[blocks]``."""
+    nested: TensorEntry | None
+    """float32 ``[ceil(blocks / 256)]``; None without double quantization."""
+    offset: float
+    """Mean of the absmax; 0 without double quantization."""
+
+
+def require_readable(folder: Path, settings: QuantSettings) -> None:
+    """Check from config.json alone that the model's stored weights can be used with these settings.
+
+    Raises:
+        ModelError: if they are quantized by another method, or in another 4-bit format than the settings ask for.
+    """
+    found = quantization_of(folder)
+    if found is None:
+        return
+    method = str(found.get("quant_method") or ("bitsandbytes" if _flag(found, 4) or _flag(found, 8) else "unknown"))
+    if method == "bitsandbytes" and _flag(found, 8):
+        method = "bitsandbytes int8"
+    if method != "bitsandbytes":
+        raise ModelError(
+            f"model.name: {folder} is quantized with {method} (quantization_config in its config.json); only "
+            "bitsandbytes' 4-bit form can be read. Give the 16-bit model that it was made from."
+        )
+    if _flag(found, 4):
+        name = str(found.get("bnb_4bit_quant_type", "fp4"))  # transformers' own default
+        _require_format(name, bool(found.get("bnb_4bit_use_double_quant")), settings, f"model.name: {folder}")
+
+
+def quantization_of(folder: Path) -> dict[str, Any] | None:
+    """Return what config.json says of the stored weights' quantization, or None where they are plain.
+
+    Raises:
+        ModelError: if config.json is not a JSON object, or that part of it is none.
+    """
+    file = folder if folder.is_file() else folder / "config.json"  # a plan may know the config alone
+    try:
+        config = json.loads(file.read_text())
+        inner = config.get("text_config") or {}
+        found = next((c[k] for c in (config, inner) for k in _CONFIG_KEYS if c.get(k)), None)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{file} is not a model's configuration: {error}") from error
+    if found is not None and not isinstance(found, dict):
+        raise ModelError(f"{file}: quantization_config is not a JSON object.")
+    return found
+
+
+def _flag(found: dict[str, Any], bits: int) -> bool:
+    return bool(found.get(f"load_in_{bits}bit") or found.get(f"_load_in_{bits}bit"))
+
+
+def _require_format(name: str, double_quant: bool, settings: QuantSettings | QuantFormat, what: str) -> None:
+    wrong = [] if settings.name == name else [f"quant={name}"]
+    if wrong or settings.double_quant != double_quant:
+        wrong.append(f"quant.double_quant={str(double_quant).lower()}")
+    if wrong:
+        raise ModelError(
+            f"{what} is stored in {_spell(name, double_quant)}, the settings ask for "
+            f"{_spell(settings.name, settings.double_quant)}; set {' '.join(wrong)}."
+        )
+
+
+def _spell(name: str, double_quant: bool) -> str:
+    if name in ("none", "int8"):
+        return "16 bit" if name == "none" else name
+    return f"{name} {'with' if double_quant else 'without'} double quantization"
+
+
+def packed_format(source: SafetensorsFolder, name: str) -> str | None:
+    """Return ``nf4`` or ``fp4`` where the weight ``name`` is stored so, None where it is not.
+
+    Raises:
+        ModelError: if it is stored in bitsandbytes' int8 form, or has statistics but not one state.
+    """
+    found = [kind for kind in _FORMATS if f"{name}{STATE_SUFFIX}{kind}" in source.entries]
+    if f"{name.removesuffix('weight')}SCB" in source.entries:
+        raise ModelError(
+            f"{source.entries[name].file if name in source.entries else source.folder}: {name} is stored in "
+            "bitsandbytes' int8 form, which cannot be read; give the 16-bit model that it was made from."
+        )
+    if len(found) == 1:
+        return found[0]
+    if found or f"{name}.absmax" in source.entries:
+        raise ModelError(f"{source.folder}: {name} has {len(found)} of the tensors {name}{STATE_SUFFIX}nf4|fp4, not 1.")
+    return None
+
+
+def find_kept(source: SafetensorsFolder, name: str, shape: tuple[int, ...]) -> StoredTensor:
+    """Return where a tensor lies that is kept as it is.
+
+    Raises:
+        ModelError: as `SafetensorsFolder.find`, or if it is stored in 4-bit.
+    """
+    if kind := packed_format(source, name):
+        raise ModelError(
+            f"{source.folder}: {name} is stored in {kind}, but this run keeps that tensor in 16 bit (quant=none, or "
+            "not a linear layer inside the decoder layers); give a model that holds it in 16 bit."
+        )
+    return source.find(name, shape)
+
+
+def find_weight(source: SafetensorsFolder, module: QuantMatrices) -> StoredTensor | PackedWeight:
+    """Return where the weight of ``module`` lies: its 4-bit form if the files hold that, else its float values.
+
+    Raises:
+        ModelError: as `SafetensorsFolder.find`; or if its 4-bit form is incomplete, damaged, of another format than
+            ``module`` has, or made with other blocks or maps than ours.
+    """
+    assert module.stored is not None, "a module made by hand has no place in the files"
+    name = module.stored.parameter
+    kind = packed_format(source, name)
+    if kind is None:
+        return source.find(name, module.stored.stored_shape)
+    state_entry = _entry(source, f"{name}{STATE_SUFFIX}{kind}", "U8")
+    state = _read_state(source, state_entry)
+    double_quant = "nested_blocksize" in state or f"{name}.nested_absmax" in source.entries
+    _require_format(kind, double_quant, module.quant_format, f"{state_entry.file}: {name}")
+    quant_format = module.quant_format
+    if (found := state.get("blocksize")) in BLOCK_SIZES and found != quant_format.block_size:
+        raise ModelError(
+            f"{state_entry.file}: {name} is stored in blocks of {found}, the settings ask for "
+            f"{quant_format.block_size}; set quant.block_size={found}."
+        )
+    shape = list(module.shape)
+    _require_state(state, state_entry, {"quant_type": kind, "blocksize": quant_format.block_size, "shape": shape})
+    numel = prod(module.shape)
+    codes = _entry(source, name, None, (numel + 1) // 2)
+    blocks = quant_format.num_statistics(*module.shape)
+    _require_map(source, f"{name}.quant_map", quant_map(kind))
+    if not double_quant:
+        return PackedWeight(codes, _entry(source, f"{name}.absmax", "F32", 4 * blocks), None, 0.0)
+    _require_state(state, state_entry, {"nested_blocksize": ROW_BLOCKS, "nested_dtype": "float32"})
+    _require_map(source, f"{name}.nested_quant_map", nested_quant_map())
+    nested = _entry(source, f"{name}.nested_absmax", "F32", 4 * -(-blocks // ROW_BLOCKS))
+    return PackedWeight(codes, _entry(source, f"{name}.absmax", "U8", blocks), nested, _offset(state, state_entry))
+
+
+def _entry(source: SafetensorsFolder, name: str, dtype: str | None, num_bytes: int | None = None) -> TensorEntry:
+    entry = source.entries.get(name)
+    if entry is None:
+        raise ModelError(f"{source.folder}: no tensor {name}, which this 4-bit weight needs; download the model anew.")
+    if dtype is not None and entry.dtype != dtype:
+        raise ModelError(f"{entry.file}: tensor {name} is {entry.dtype}, not {dtype}; {_AGAIN}.")
+    if num_bytes is not None and entry.num_bytes != num_bytes:
+        raise ModelError(f"{entry.file}: tensor {name} has {entry.num_bytes} bytes, its weight needs {num_bytes}.")
+    return entry
+
+
+def _read_state(source: SafetensorsFolder, entry: TensorEntry) -> dict[str, Any]:
+    if entry.num_bytes > _MAX_STATE_BYTES:
+        raise ModelError(f"{entry.file} is damaged: {entry.name} has {entry.num_bytes} bytes.")
+    try:
+        state = json.loads(bytes(source.read_bytes(entry, 0, entry.num_bytes).tolist()))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{entry.file} is damaged: {entry.name} is not JSON ({error}).") from error
+    if not isinstance(state, dict):
+        raise ModelError(f"{entry.file} is damaged: {entry.name} is not a JSON object.")
+    return state
+
+
+def _require_state(state: dict[str, Any], entry: TensorEntry, wanted: dict[str, Any]) -> None:
+    for key, value in wanted.items():
+        if state.get(key) != value:
+            raise ModelError(f"{entry.file}: {entry.name}: {key} is {state.get(key)}, not {value}; {_AGAIN}.")
+
+
+def _require_map(source: SafetensorsFolder, name: str, ours: torch.Tensor) -> None:
+    entry = _entry(source, name, "F32", 4 * ours.numel())
+    if not torch.equal(source.read_entry(entry, 0, ours.numel()), ours):
+        raise ModelError(f"{entry.file}: tensor {name} holds other values than bitsandbytes' own; {_AGAIN}.")
+
+
+def _offset(state: dict[str, Any], entry: TensorEntry) -> float:
+    value = state.get("nested_offset")
+    # Spelt so that NaN fails, too, and what float32 cannot hold.
+    if not isinstance(value, (int, float)) or not abs(value) <= torch.finfo(torch.float32).max:
+        raise ModelError(f"{entry.file}: {entry.name}: nested_offset is {value}, not a finite number.")
+    return float(value)
+
+
+@torch.no_grad()
+def fill_packed(
+    module: QuantMatrices, weight: PackedWeight, source: SafetensorsFolder, rows: tuple[int, int], device: torch.device
+) -> None:
+    """Read rows ``[rows[0], rows[1])`` of a stored 4-bit weight and write them into ``module``'s local shard.
+
+    Raises:
+        ModelError: if a statistic among them is not a finite number.
+    """
+    first, last = rows
+    count = last - first
+    codes = source.read_bytes(weight.codes, *_within(first, last, ROW_BYTES, weight.codes.num_bytes))
+    quant_format = module.quant_format
+    columns, together = quant_format.row_statistics, quant_format.nested_rows
+    blocks = _within(first, last, columns, quant_format.num_statistics(*module.shape))
+    nested = offset = None
+    if weight.nested is None:
+        absmax = float_to_bits(_finite(source.read_entry(weight.absmax, *blocks), weight.absmax))
+    else:
+        absmax = source.read_bytes(weight.absmax, *blocks)
+        found = _finite(source.read_entry(weight.nested, first // together, -(-last // together)), weight.nested)
+        of_rows = nested_of_rows(quant_format, found, first, last)
+        nested = values_to_rows(float_to_bits(of_rows), count, 1).to(device)
+        offset = torch.tensor(weight.offset, dtype=torch.float32, device=device)
+    module.fill(
+        QuantizedTensor(
+            bytes_to_rows(codes, count).to(device), values_to_rows(absmax, count, columns).to(device), nested, offset
+        )
+    )
+
+
+def _within(first: int, last: int, each: int, total: int) -> tuple[int, int]:
+    """Return the run of ``each`` items a row for rows ``[first, last)``; the last row may be partial."""
+    return min(first * each, total), min(last * each, total)
+
+
+def _finite(values: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise ModelError(f"{entry.file}: tensor {entry.name} holds values that are not finite numbers.")
+    return values

@@ -1,0 +1,280 @@
+"""Read my slice -> quantize -> fill my shard: how a sharded meta model becomes real.
+
+No rank reads, holds or quantizes more than its own rows of a weight (and one exchange of the small statistics, because
+double quantization subtracts the mean over the *whole* tensor).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import all_gather, on_every
+from fsdp_qlora.distributed.shards import HOST, local_tensor, row_range
+from fsdp_qlora.errors import ModelError, NumericsError
+from fsdp_qlora.load.buffers import persistent_buffers, to_empty_but_buffers
+from fsdp_qlora.load.safetensors import SafetensorsFolder, StoredTensor
+from fsdp_qlora.load.stored import PackedWeight, fill_packed, find_kept, find_weight
+from fsdp_qlora.quant.formats import nested_of_rows, one_thread
+from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices
+from fsdp_qlora.quant.packing import float_to_bits, values_to_rows
+from fsdp_qlora.shapes.rows import CHUNK_WEIGHTS
+
+Progress = Callable[[int, int], None]
+"""Called with (tensors done, tensors in all)."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading took on this rank."""
+
+    bytes_read: int
+    """Bytes read from the model's files, headers included."""
+    file_bytes: int
+    """Size of those files."""
+    quantized_bytes: int
+    """Resident bytes of this rank's packed weights and statistics."""
+    seconds: float
+    stored: int = 0
+    """Linears that the files hold in 4-bit already: their bytes were read, nothing was quantized."""
+
+
+def stream_weights(
+    model: nn.Module,
+    base: PreTrainedModel,
+    source: SafetensorsFolder,
+    ranks: Ranks,
+    progress: Progress | None = None,
+    shards_on: torch.device | None = None,
+    on_host: Iterable[nn.Module] = (),
+) -> LoadReport:
+    """Materialise ``model`` (sharded, on meta) and fill the base's parameters from ``source``.
+
+    ``base`` is the transformers model inside ``model``. Adapters are left for `initialize_adapters`. Shards are
+    allocated on ``shards_on`` (None: on the ranks' device; the CPU where `shard_model` offloads them); those of the
+    modules ``on_host`` on the CPU.
+
+    Raises:
+        FsdpQloraError: on every rank alike, if on any a tensor is missing, has the wrong shape, or holds a value that
+            is not a finite number (code 2), or a file cannot be read (code 74).
+        NumericsError: if a planned linear was not filled or the tie of head and embedding was lost.
+    """
+    started = time.perf_counter()
+    tied = _shares_weight(base)
+    _allocate(model, shards_on or ranks.device, ranks.device, on_host)
+    on_every(lambda: _fill_buffers(base, source), ranks)
+    quantized = [m for m in base.modules() if isinstance(m, QuantMatrices)]
+    kept = [(_file_name(n), p) for n, p in base.named_parameters() if not _is_ours(n, p, base)]
+    entries = on_every(lambda: [find_weight(source, m) for m in quantized], ranks)
+    kept_entries = on_every(lambda: [find_kept(source, name, tuple(p.shape)) for name, p in kept], ranks)
+    total = len(entries) + len(kept)
+    with one_thread(), torch.no_grad():
+        for done, (module, entry) in enumerate(zip(quantized, entries, strict=True)):
+            if isinstance(entry, PackedWeight):
+                rows = _rows_of(module.packed, ranks)
+                on_every(partial(fill_packed, module, entry, source, rows, ranks.device), ranks)
+            else:
+                _fill_quantized(module, entry, source, ranks)
+            if progress:
+                progress(done + 1, total)
+        for done, ((_, parameter), entry) in enumerate(zip(kept, kept_entries, strict=True)):
+            _fill_kept(parameter, entry, source, ranks)
+            if progress:
+                progress(len(entries) + done + 1, total)
+    if tied and not _shares_weight(base):
+        raise NumericsError("head and embedding share one weight in this model, but no longer after loading.")
+    size = sum(resident_bytes(module) for module in quantized)
+    stored = sum(isinstance(entry, PackedWeight) for entry in entries)
+    return LoadReport(source.bytes_read, source.total_bytes, size, time.perf_counter() - started, stored)
+
+
+def _allocate(model: nn.Module, shards_on: torch.device, device: torch.device, on_host: Iterable[nn.Module]) -> None:
+    """Allocate sharded parameters on ``shards_on``, those of ``on_host`` on the host, whole ones on ``device``.
+
+    FSDP moves its own to compute, but neither buffers, which stay as they were constructed, nor what it does not shard.
+    """
+    to_empty_but_buffers(model, shards_on, device)
+    if shards_on != HOST:
+        for module in on_host:
+            module.to_empty(device=HOST, recurse=False)
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor) and not parameter.requires_grad and parameter.device.type != device.type:
+            parameter.data = torch.empty_like(parameter, device=device)
+
+
+def _fill_buffers(base: PreTrainedModel, source: SafetensorsFolder) -> None:
+    """Load the buffers that the files hold, whole on every rank; the others keep what upstream's constructor made."""
+    for name, buffer in persistent_buffers(base).items():
+        stored = _file_name(name)
+        if source.has(stored):
+            buffer.copy_(source.read_buffer(stored, tuple(buffer.shape)))
+
+
+def _shares_weight(base: PreTrainedModel) -> bool:
+    """Whether head and embedding are one 16-bit parameter (4-bit ones share a module, which nothing can part)."""
+    weights = [getattr(m, "weight", None) for m in (base.get_input_embeddings(), base.get_output_embeddings())]
+    return weights[0] is not None and weights[0] is weights[1]
+
+
+def _file_name(name: str) -> str:
+    return name.replace(".base_layer.", ".")
+
+
+def _is_ours(name: str, parameter: nn.Parameter, base: PreTrainedModel) -> bool:
+    """Whether a parameter is an adapter, or packed bytes or statistics: not in the model's files under that name."""
+    owner, _, child = name.rpartition(".")
+    return parameter.requires_grad or (
+        child in ("packed", *STATISTICS) and isinstance(base.get_submodule(owner), QuantMatrices)
+    )
+
+
+def _fill_quantized(module: QuantMatrices, entry: StoredTensor, source: SafetensorsFolder, ranks: Ranks) -> None:
+    whole: torch.Tensor | None = None
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        nonlocal whole
+        if module.stored is None or not module.stored.transposed:
+            weights = source.read(entry, start, stop)
+            _require_finite(weights, entry)
+            return weights
+        if whole is None:  # stored the other way round (Conv1D): its rows lie across the file, so all of it is read
+            stored = source.read(entry, 0, entry.numel).view(module.in_features, module.out_features)
+            _require_finite(stored, entry)
+            whole = stored.t().reshape(-1)
+        return whole[start:stop]
+
+    stream_linear(module, read, ranks)
+
+
+@torch.no_grad()
+def stream_linear(module: QuantMatrices, read: Callable[[int, int], torch.Tensor], ranks: Ranks) -> None:
+    """Quantize this rank's rows of a weight and write them into ``module``. Every rank calls it.
+
+    Args:
+        module: a layer that is real; sharded (then each rank fills its own rows) or not.
+        read: called with ``(start, stop)``; returns those elements of the flattened weight (of all its matrices, one
+            after the other), in their own dtype. Called with a bounded number of elements at a time.
+        ranks: whom to exchange the statistics with.
+    """
+    first, last = _rows_of(module.packed, ranks)
+    packed = local_tensor(module.packed)
+    quant_format = module.quant_format
+    absmax = torch.zeros(last - first, quant_format.row_statistics, dtype=torch.float32, device=ranks.device)
+
+    def quantize_mine() -> None:
+        for start, stop, begin, end in _chunks(module, first, last):
+            codes, found = quant_format.quantize_run(read(begin, end).to(ranks.device), module.in_features)
+            packed[start - first : stop - first].copy_(quant_format.pack(codes, stop - start))
+            absmax[start - first : stop - first].view(-1)[: found.numel()] = found
+
+    on_every(quantize_mine, ranks)
+    if module.nested is None:
+        local_tensor(module.absmax).copy_(float_to_bits(absmax))
+    else:
+        _nest(module, absmax, first, last, ranks)
+
+
+def _overlaps(module: QuantMatrices, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Yield ``(matrix, start, stop)``: the rows of each matrix within ``[first, last)``."""
+    each = module.rows_each
+    for index in range(first // each, -(-last // each) if last > first else 0):
+        yield index, max(first, index * each), min(last, (index + 1) * each)
+
+
+def _chunks(module: QuantMatrices, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield ``(start row, stop row, first element, last element)`` of bounded pieces, none across two matrices."""
+    weights = module.quant_format.row_weights(module.in_features)
+    size = max(1, CHUNK_WEIGHTS // weights)
+    for index, low, high in _overlaps(module, first, last):
+        base, shift = index * module.rows_each, index * module.numel
+        for start in range(low, high, size):
+            stop = min(start + size, high)
+            begin, end = ((row - base) * weights for row in (start, stop))
+            yield start, stop, shift + min(begin, module.numel), shift + min(end, module.numel)
+
+
+def _nest(module: QuantMatrices, absmax: torch.Tensor, first: int, last: int, ranks: Ranks) -> None:
+    """Quantize the statistics of this rank's rows, each matrix with the mean of its own.
+
+    A nested block that spans several rows is quantized by each rank that has one of them, from the same values.
+    """
+    quant_format = module.quant_format
+    columns, together = quant_format.row_statistics, quant_format.nested_rows
+    blocks = quant_format.num_statistics(module.out_features, module.in_features)
+    everywhere = _of_all_ranks(module, absmax, ranks).view(module.count, -1)
+    offsets = torch.stack([matrix[:blocks].mean() for matrix in everywhere])
+    assert isinstance(module.offset, torch.Tensor) and module.nested is not None
+    module.offset.copy_(offsets)
+    coded, nested = local_tensor(module.absmax), local_tensor(module.nested)
+    for index, start, stop in _overlaps(module, first, last):
+        base = index * module.rows_each
+        low, high = (start - base) // together * together, -(-(stop - base) // together) * together
+        own = everywhere[index, low * columns : min(high * columns, blocks)]  # the last row may hold fewer
+        codes, found = quant_format.nest(own, offsets[index])
+        mine = codes[(start - base - low) * columns :][: (stop - start) * columns]
+        of_rows = nested_of_rows(quant_format, found, start - base, stop - base)
+        rows = slice(start - first, stop - first)
+        coded[rows].copy_(values_to_rows(mine, stop - start, columns))
+        nested[rows].copy_(values_to_rows(float_to_bits(of_rows), stop - start, 1))
+
+
+def _of_all_ranks(module: QuantMatrices, absmax: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Return the float32 absmax ``[rows, statistics]`` of all rows: a mean depends on the order of what it is of."""
+    rows = module.packed.shape[0]
+    if not isinstance(module.packed, DTensor):
+        return absmax
+    padded = torch.zeros(row_range(rows, 0, ranks.shard_size)[1], absmax.shape[1], device=absmax.device)
+    padded[: absmax.shape[0]] = absmax
+    return torch.cat(all_gather(padded, ranks.shard_group))[:rows]
+
+
+def _rows_of(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:
+    """Return the dim-0 range of ``parameter`` that this rank holds, checked against what FSDP gave it."""
+    rows = parameter.shape[0]
+    if not isinstance(parameter, DTensor):
+        return 0, rows
+    start, stop = row_range(rows, ranks.shard_rank, ranks.shard_size)
+    local = parameter.to_local().shape[0]
+    if local != stop - start:
+        raise NumericsError(f"FSDP gave this rank {local} rows of {rows}, the layout expects {stop - start}.")
+    return start, stop
+
+
+def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut a range of elements into such as are read at a time."""
+    return ((a, min(a + CHUNK_WEIGHTS, stop)) for a in range(start, stop, CHUNK_WEIGHTS))
+
+
+def _fill_kept(parameter: torch.Tensor, entry: StoredTensor, source: SafetensorsFolder, ranks: Ranks) -> None:
+    first, last = _rows_of(parameter, ranks)
+    width = prod(entry.shape[1:])
+    local = local_tensor(parameter).view(-1)
+
+    def fill_mine() -> None:
+        for a, b in _pieces(first * width, last * width):
+            values = source.read(entry, a, b)
+            _require_finite(values, entry)
+            local[a - first * width : b - first * width] = values
+
+    on_every(fill_mine, ranks)
+
+
+def _require_finite(values: torch.Tensor, entry: StoredTensor) -> None:
+    # The smallest and the largest: NaN comes through both, and no tensor of booleans is made.
+    if values.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
+        raise ModelError(f"{entry.file}: tensor {entry.name} holds values that are not finite numbers.")
+
+
+def resident_bytes(module: QuantMatrices) -> int:
+    """Return the bytes of packed weight and statistics that this rank holds of ``module``."""
+    parts = [getattr(module, name) for name in ("packed", *STATISTICS)]
+    return sum(local_tensor(p).numel() * p.element_size() for p in parts if p is not None)

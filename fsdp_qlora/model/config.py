@@ -1,0 +1,113 @@
+"""A model folder's transformers config with ``model.config_overrides`` in it; messages for what cannot be built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from fsdp_qlora.config.convert import nearest
+from fsdp_qlora.errors import ModelError, typed_line
+from fsdp_qlora.files.bounded import OutOfBoundsError, require_bounded_config, require_bounded_values
+
+_UNBUILDABLE = (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, StrictDataclassError)
+_ROPE, _ROPE_KEYS = "rope_parameters", ("rope_theta", "partial_rotary_factor")
+
+
+def load_config(folder: Path, trust_remote_code: bool = False, overrides: Mapping[str, Any] | None = None) -> Any:
+    """Return the transformers config of ``folder`` with ``overrides`` applied.
+
+    Raises:
+        ModelError: if the architecture is unknown, needs code that is not trusted, or an override does not go with it.
+    """
+    require_sane(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever upstream's code makes of odd values: a division by zero, an index, ...
+        raise not_buildable(folder, error) from error
+    if not overrides:
+        return config
+    try:
+        require_bounded_values(wanted := _merged(config, overrides, ""))
+        changed = type(config).from_dict(wanted)
+    except _UNBUILDABLE as error:
+        raise ModelError(
+            f"model.config_overrides: {dict(overrides)} does not go with {folder}: {_said(error)}"
+        ) from error
+    _require_taken(_merged(config, overrides, ""), changed, folder)
+    return changed
+
+
+def require_sane(folder: Path) -> None:
+    """Check that the numbers of a folder's config.json can be those of a model, before anything is built from them.
+
+    Raises:
+        ModelError: naming the key.
+    """
+    try:
+        require_bounded_config(folder)
+    except OutOfBoundsError as error:
+        raise ModelError(f"model.name: {folder} cannot be built: {error}.") from error
+
+
+def not_buildable(folder: Path, error: Exception) -> ModelError:
+    """Return what to tell a person about an error of transformers."""
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"model.trust_remote_code: {folder} can only be built by Python code that comes with it. "
+            "Read that code; if you trust it, set model.trust_remote_code=true."
+        )
+    said = _said(error) if isinstance(error, _UNBUILDABLE) else typed_line(error)
+    return ModelError(f"model.name: {folder} cannot be built: {said}")
+
+
+def _said(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def _merged(config: PreTrainedConfig, overrides: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the config as a dictionary with the overrides in it; a mapping is merged into the one that is there."""
+    values = config.to_dict()
+    for key, value in _current_spelling(values, overrides).items():
+        if key not in values:
+            raise ModelError(
+                f"model.config_overrides.{prefix}{key}: {type(config).__name__} has no such key.{nearest(key, values)}"
+            )
+        inner = getattr(config, key, None)
+        if isinstance(inner, PreTrainedConfig) and isinstance(value, Mapping):
+            values[key] = _merged(inner, value, f"{prefix}{key}.")
+        elif isinstance(values[key], dict) and isinstance(value, Mapping):
+            values[key] = {**values[key], **value}
+        else:
+            values[key] = value
+    return values
+
+
+def _current_spelling(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides with ``rope_theta`` and ``rope_scaling`` as transformers 5 keeps them: in one mapping.
+
+    As keywords beside that mapping they would lose against it, without a word.
+    """
+    found, rope = dict(overrides), values.get(_ROPE)
+    if not isinstance(rope, dict) or any(isinstance(part, dict) for part in rope.values()):
+        return found  # another spelling, or one mapping for each kind of layer: then only the full key is clear
+    merged = dict(found.pop(_ROPE, {}))
+    if "rope_scaling" in found and "rope_scaling" not in values:
+        merged |= found.pop("rope_scaling")
+    merged |= {key: found.pop(key) for key in _ROPE_KEYS if key in found and key not in values}
+    if "type" in merged:
+        merged.setdefault("rope_type", merged["type"])
+    return {**found, _ROPE: merged} if merged else found
+
+
+def _require_taken(wanted: Mapping[str, Any], config: PreTrainedConfig, folder: Path) -> None:
+    taken = config.to_dict()
+    for key, value in wanted.items():
+        if key in taken and taken[key] != value and not isinstance(value, dict):
+            raise ModelError(
+                f"model.config_overrides.{key}: {folder} does not take {value!r}; it keeps {taken[key]!r}."
+            )

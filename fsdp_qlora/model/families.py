@@ -1,0 +1,60 @@
+"""What kind of language model it is, by upstream's own words, and which modules are its layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
+
+from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers it
+
+
+def _auto_class(config: Any) -> Any:
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
+    names = getattr(config, "architectures", None)
+    first = names[0] if isinstance(names, list) and names else None
+    return AutoModelForMaskedLM if str(first).endswith("ForMaskedLM") else AutoModelForCausalLM
+
+
+def is_causal(model_config: Any) -> bool:
+    """Whether a config is that of a causal language model, and not of an encoder-decoder or a masked one."""
+    return _auto_class(model_config) is AutoModelForCausalLM
+
+
+def task_type(model: PreTrainedModel) -> str | None:
+    """Return what PEFT calls the model's task: ``CAUSAL_LM``, ``SEQ_2_SEQ_LM``, or None for a masked one."""
+    found = _auto_class(model.config)
+    return {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSeq2SeqLM: "SEQ_2_SEQ_LM"}.get(found)
+
+
+def _longest_list(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of the longest list of modules of one class: the layers, where transformers does not say."""
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+    return max(
+        lists, key=lambda layers: (len(layers), sum(p.numel() for x in layers for p in x.parameters())), default=[]
+    )
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the layers that text runs through: what transformers says must not be split across devices.
+
+    Not what holds the embedding, nor, in a causal model that also sees or hears, the layers that only images or sound
+    run through.
+    """
+    classes = set(model._no_split_modules or [])  # read only; spelt so by transformers since v4
+    table = model.get_input_embeddings()
+    found = [module for module in model.modules() if type(module).__name__ in classes] or _longest_list(model)
+    found = [module for module in found if all(inner is not table for inner in module.modules())]
+    inside = {inner for module in found for inner in module.modules() if inner is not module}
+    found = [module for module in found if module not in inside]
+    if task_type(model) == "CAUSAL_LM" and hasattr(model, "get_decoder"):
+        within = set(model.get_decoder().modules())
+        found = [module for module in found if module in within] or found
+    return found

@@ -1,0 +1,110 @@
+"""The folder of a model: on this machine, or its download from the hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers it
+from fsdp_qlora.config.convert import nearest
+from fsdp_qlora.errors import ModelError, typed_line
+from fsdp_qlora.shapes.known import closest, known_config
+
+_DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def needs_hub(name: str) -> bool:
+    """Whether a model's name is that of no folder here but of one on the hub."""
+    folder = Path(name).expanduser()
+    return not (folder.is_dir() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1)
+
+
+def resolve_folder(name: str, revision: str | None = None) -> Path:
+    """Return the folder of a model: itself where ``name`` is one, else its download from the hub.
+
+    Raises:
+        ModelError: if the folder is not there, or the hub does not give it.
+    """
+    if not name:
+        raise ModelError(
+            "model.name: not set. Give a hub name (model.name=Qwen/Qwen3-8B), a folder, or experiment=quickstart."
+        )
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.name: {name} has no config.json: it is not a transformers model folder.")
+        return folder.absolute()
+    if not needs_hub(name):
+        raise ModelError(f"model.name: there is no folder {name}.{_embedded_hint(name)}")
+    return _download(name, revision)
+
+
+def _embedded_hint(name: str) -> str:
+    if "embedded" in Path(name).parts:
+        return (
+            " The embedded model and data are fetched by `fsdp-qlora prepare experiment=quickstart` (or `make train`)."
+        )
+    return ""
+
+
+class _TerminalBar(tqdm):
+    """The hub's progress bar, where somebody sees it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": None})
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    folder = Path(name).absolute()
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=_DOWNLOAD_PATTERNS, tqdm_class=_TerminalBar)
+        )
+    except Exception as error:  # the hub's, or those of whichever HTTP library it stands on
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
+        raise ModelError(
+            f"model.name: {name} is no folder here and the hub did not give it{offline}: {typed_line(error)} "
+            f"Looked for: the folder {folder}{_beside(folder)}; then {name} on {constants.ENDPOINT}. A name that "
+            "begins with ./ or / is always a folder's."
+        ) from error
+
+
+def _beside(folder: Path) -> str:
+    """Return what a missing folder may be a misspelling of, to be put behind its name."""
+    try:
+        there = sorted(place.name for place in folder.parent.iterdir() if place.is_dir())
+    except OSError:  # nor is there a folder that would hold it
+        return ""
+    return f" ({folder.parent.name} is here, without it.{nearest(folder.name, there)})"
+
+
+def config_for_plan(name: str, revision: str | None = None) -> Path:
+    """Return the folder or file of a model's config; never asks the network.
+
+    Raises:
+        ModelError: if there is none here.
+    """
+    if not name or Path(name).expanduser().is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return resolve_folder(name, revision)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError as error:
+        raise ModelError(f"model.name: {error}") from error
+    if isinstance(cached, str):
+        return Path(cached).parent
+    if (known := known_config(name)) is not None:
+        return known
+    like = closest(name)
+    raise ModelError(
+        f"model.name: {name} is no folder, not in the hub's cache here, and not one of the models whose shapes are "
+        f"known{' (like ' + ', '.join(like) + ')' if like else ''}. A plan asks no network: fetch its config with "
+        f"`hf download {name} config.json`, or name a folder with one."
+    )

@@ -1,0 +1,108 @@
+"""Which linears of a model may be replaced by quantized ones: those that are nothing but a product and a bias.
+
+A subclass with a ``forward`` of its own would silently lose it; a module that reads the ``.weight`` of a linear it owns
+(the time-step projections of Mamba's kind, DeepSeek-V3.2's indexer, much remote code) would find packed bytes or
+nothing. Such linears stay as they are: unquantized and without adapter.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from functools import cache
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fsdp_qlora.shapes.linears import LinearShape
+
+_READS = re.compile(r"\.(\w+)\.(?:weight|bias)\b")
+_INIT = re.compile(r"^( *)def (_init_weights|reset_parameters|init_weights)\b.*?(?=^\1(?:def |@)|\Z)", re.M | re.S)
+
+
+def is_plain_linear(module: nn.Module | None) -> bool:
+    """Whether ``module`` is a linear layer with upstream's own forward."""
+    return isinstance(module, nn.Linear | Conv1D) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def replaceable_linears(model: PreTrainedModel) -> Iterator[LinearShape]:
+    """Yield what of ``model`` can be stored quantized, in the order of its modules; a head may be among it."""
+    read = set(_read_by_others(model))
+    for name, module in model.named_modules():
+        if name in read:
+            continue
+        yield from _shapes(name, module)
+
+
+def kept_linears(model: PreTrainedModel, inside: tuple[str, ...]) -> dict[str, str]:
+    """Return the linears within the modules ``inside`` that are left as they are, and why."""
+    read = _read_by_others(model)
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or not name.startswith(tuple(f"{x}." for x in inside)):
+            continue
+        if not is_plain_linear(module):
+            found[name] = f"a {type(module).__name__} has a forward of its own"
+        elif name in read:
+            found[name] = f"{read[name]} reads its weight"
+        elif _in_float32(module, model):
+            found[name] = "upstream keeps it in float32"
+    return found
+
+
+def _shapes(name: str, module: nn.Module) -> Iterator[LinearShape]:
+    """Yield a linear's weight, or the stacked weights of a module of experts."""
+    if isinstance(module, nn.Linear) and is_plain_linear(module):
+        yield LinearShape(name, module.out_features, module.in_features, module.bias is not None)
+    elif isinstance(module, Conv1D) and is_plain_linear(module):
+        yield LinearShape(name, module.nf, module.nx, True, transposed=True)
+    elif _takes_experts_forward(module):
+        for key in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+            weight = getattr(module, key, None)
+            if isinstance(weight, nn.Parameter) and weight.dim() == 3:
+                count, rows, columns = weight.shape
+                yield LinearShape(f"{name}.{key}", rows, columns, count=count, stacked=True)
+
+
+def _takes_experts_forward(module: nn.Module) -> bool:
+    """Whether transformers' experts interface runs this module, and its weights lie as ours do."""
+    if getattr(module, "has_gate", None) is None or not hasattr(type(module).forward, "__wrapped__"):
+        return False
+    return not (module.is_transposed or module.has_bias)
+
+
+def _in_float32(module: nn.Linear | Conv1D, model: PreTrainedModel) -> bool:
+    return module.weight.dtype != model.dtype and model.dtype.itemsize < module.weight.dtype.itemsize
+
+
+def _read_by_others(model: PreTrainedModel) -> dict[str, str]:
+    """Return the names of linears whose weight or bias the code of a module around them reads: name -> that class."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    found: dict[str, str] = {
+        name: "upstream"
+        for name in linears
+        if _in_float32(model.get_submodule(name), model)  # type: ignore[arg-type]
+    }
+    for owner, module in model.named_modules():
+        children = _children_read(type(module)) if owner else frozenset()
+        for name in linears if children else ():
+            if name.startswith(f"{owner}.") and name.rpartition(".")[2] in children:
+                found.setdefault(name, type(module).__name__)
+    return found
+
+
+@cache
+def _children_read(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the names of the submodules whose ``.weight`` or ``.bias`` the methods of a class read."""
+    names: set[str] = set()
+    for each in kind.__mro__:
+        if each.__module__.startswith(("torch.", "builtins", "transformers.modeling_utils", "fsdp_qlora.", "peft.")):
+            continue
+        try:
+            source = inspect.getsource(each)
+        except (OSError, TypeError):  # made at run time: nothing to read
+            continue
+        names.update(_READS.findall(_INIT.sub("", source)))
+    return frozenset(names)

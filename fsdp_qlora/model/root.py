@@ -1,0 +1,143 @@
+"""`CausalModel`: the module that FSDP makes its root and the loop calls.
+
+It runs upstream's forward up to the head, keeps the supervised positions, and asks the head for their losses; so all
+logits never exist, for any transformers causal LM, without touching its code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from fsdp_qlora.attention.flatten import decoder_inputs
+from fsdp_qlora.data.labels import Sequences, supervised_positions
+from fsdp_qlora.heads.around import AfterHead, head_input
+from fsdp_qlora.heads.dense import LossHead
+from fsdp_qlora.heads.quantized import QuantLossHead, configure_loss_head
+from fsdp_qlora.parallel.compile import CompiledLayers, uncompiled
+from fsdp_qlora.parallel.shard import release_gathered
+
+
+class CausalModel(nn.Module):
+    """A transformers causal LM (plain or with PEFT adapters) whose forward returns token losses."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.model = model
+        self.compiled_layers: CompiledLayers | None = None
+        """Its decoder layers' switch between compiled and not, where they are compiled (`compile_layers`)."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its layers run compiled in training."""
+        return self.compiled_layers is not None and self.compiled_layers.failure is None
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model under the adapters."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
+
+    @property
+    def peft(self) -> PeftModel | None:
+        """PEFT's model around the transformers model, where there are adapters."""
+        return self.model if isinstance(self.model, PeftModel) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; its shards may lie in host memory."""
+        parameter = next(self.parameters())
+        return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
+
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None,
+        supervised: torch.Tensor | None = None, sequences: Sequences | None = None, rare: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return the float32 losses ``[targets]`` of the supervised tokens, in row-major order.
+
+        Args:
+            input_ids: int64 ``[rows, length]``, padded on the right (causal attention then needs no mask).
+            labels: int64 ``[rows, length]``, the token itself where it is learned and -100 elsewhere.
+            position_ids: int64 ``[rows, length]``, starting anew where a packed row begins; transformers' attention
+                masks then keep the rows apart. None where each sequence is one row.
+            supervised: `supervised_positions` of the labels; None finds them here, which waits for the device.
+            sequences: for varlen attention, which takes one flat row: where each row in it begins and ends.
+            rare: whether to run compiled layers as written: the form of this micro-batch is not worth a compilation.
+        """
+        base = self.base
+        inputs = decoder_inputs(input_ids, position_ids, sequences)
+        if self.compiled_layers is not None:
+            self.compiled_layers.begin(rare)
+        with nullcontext() if self.training and torch.is_grad_enabled() else self._without_backward():
+            hidden = head_input(base, **inputs)
+        if supervised is None:
+            supervised = supervised_positions(labels)
+        head = base.get_output_embeddings()
+        assert head is not None
+        targets = labels.flatten().index_select(0, supervised + 1)
+        return head(hidden.flatten(0, 1).index_select(0, supervised), labels=targets)
+
+    def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the logits ``[rows, length, vocab]`` (for checks: in training they never exist whole).
+
+        Not for a backward: a sharded head is not gathered for it.
+        """
+        places = {} if position_ids is None else {"position_ids": position_ids}
+        with self._without_backward():
+            return self.model(input_ids=input_ids, use_cache=False, **places).logits
+
+    def outputs(self, **inputs: Any) -> Any:
+        """Return the transformers model's own outputs: the way of encoder-decoders and masked language models."""
+        return self.model(**inputs)
+
+    def generate(self, **settings: Any) -> torch.Tensor:
+        """Generate as transformers does; under FSDP all ranks call it together."""
+        with self._inputs_on(self.device), self._without_backward():
+            return self.model.generate(**settings)  # type: ignore[operator]
+
+    @contextmanager
+    def _without_backward(self) -> Iterator[None]:
+        """Run what no backward follows: layers as they are written, and nothing left gathered behind."""
+        try:
+            with uncompiled() if self.compiled_layers else nullcontext():  # importing the compiler takes seconds
+                yield
+        finally:
+            release_gathered(self)
+
+    @contextmanager
+    def _inputs_on(self, device: torch.device) -> Iterator[None]:
+        """Send the model's inputs to ``device``: transformers sends them to where it finds the first parameter.
+
+        That is the host where parameters are offloaded, and it warns of it.
+        """
+
+        def send(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return args, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+
+        handle = self.base.register_forward_pre_hook(send, with_kwargs=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="You are calling .generate.* device type different")
+                yield
+        finally:
+            handle.remove()
+
+
+def install_loss_head(model: PreTrainedModel, after: AfterHead, chunk: int) -> None:
+    """Replace the output head by a `LossHead` that shares its weight; a 4-bit head is one already.
+
+    ``after`` is what `after_head` found while the head was still upstream's own.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, QuantLossHead):
+        configure_loss_head(head, after, chunk)
+        return
+    assert isinstance(head, nn.Linear)
+    model.set_output_embeddings(LossHead.from_linear(head, after, chunk))

@@ -1,0 +1,74 @@
+"""What an optimizer keeps for a parameter, and in how many bytes: arithmetic only. `optim/` makes what is counted here.
+
+Not counted are the step counters (numbers on the host) and the two tables of 256 values that all 8-bit states of a
+process share (2 KiB).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from math import prod
+
+from fsdp_qlora.config.schema import OptimSettings
+from fsdp_qlora.distributed.shards import row_range
+from fsdp_qlora.shapes.linears import FLOAT32
+
+BLOCK_SIZE = 256
+"""Elements of an 8-bit state that share one float32 absmax (bitsandbytes' block of optimizer states)."""
+MIN_8BIT_SIZE = 4096
+"""Smaller parameters have float32 states (bitsandbytes' ``min_8bit_size``): by all their elements, not by a rank's."""
+EMBEDDINGS = ("*embed*", "*.wte.*", "*.wpe.*", "*.shared.*")
+"""Names of embeddings, whose states stay in float32 (as in transformers): their rows get gradients unevenly."""
+MOMENTS = {
+    "adamw": 2,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "paged_adamw_32bit": 2,
+    "lion_8bit": 1,
+    "ademamix_8bit": 3,
+    "sgd": 1,
+}
+"""Optimizer -> states with a value for each element; adafactor has rows and columns instead."""
+
+
+def num_blocks(numel: int) -> int:
+    """Return the number of blocks that ``numel`` elements fill."""
+    return -(-numel // BLOCK_SIZE)
+
+
+def num_codes(optimizer: str, numel: int) -> int:
+    """Return the 8-bit codes of one state of ``numel`` elements.
+
+    AdEMAMix's fill whole blocks: its CUDA kernel finds the second moment's absmax at ``numel // 256``, which is the
+    first moment's last one unless the blocks are full.
+    """
+    return num_blocks(numel) * BLOCK_SIZE if optimizer == "ademamix_8bit" else numel
+
+
+def keeps_8bit(settings: OptimSettings, name: str, numel: int) -> bool:
+    """Return whether the states of a parameter of ``numel`` elements over all ranks are kept in 8 bits."""
+    small = numel < MIN_8BIT_SIZE
+    kept = any(fnmatchcase(name, pattern) for pattern in (*EMBEDDINGS, *settings.override_32bit))
+    return settings.name.endswith("_8bit") and not small and not kept
+
+
+def state_bytes(settings: OptimSettings, name: str, shape: Sequence[int], rank: int = 0, num_ranks: int = 1) -> int:
+    """Return the bytes of state that ``rank`` keeps for a parameter, sharded along dimension 0; rank 0 has the most."""
+    start, stop = row_range(shape[0], rank, num_ranks)
+    numel = (stop - start) * prod(shape[1:])
+    if settings.name == "adafactor":
+        if len(shape) == 1:
+            return FLOAT32 * numel
+        columns = shape[1] if len(shape) == 2 else numel // shape[-2]  # a matrix' columns are whole on every rank
+        return FLOAT32 * (numel // shape[-1] + columns)
+    moments = MOMENTS[settings.name] if settings.name != "sgd" or settings.beta1 else 0
+    if not keeps_8bit(settings, name, prod(shape)):
+        return FLOAT32 * numel * moments
+    return moments * (num_codes(settings.name, numel) + FLOAT32 * num_blocks(numel))
+
+
+def unmatched(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the patterns that match no name."""
+    known = tuple(names)
+    return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in known)]

@@ -1,0 +1,67 @@
+"""Where compiled code is kept between runs: a folder that nobody else can write. Imports no torch.
+
+torch keeps it in ``torchinductor_<user>`` of the machine's temporary folder, uses that folder whoever made it,
+unpickles its entries and loads its libraries: another user of the machine who makes it first runs code as this one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import stat
+from collections.abc import MutableMapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from fsdp_qlora.errors import ConfigError, SecurityError, StorageError
+from fsdp_qlora.files.home import COMPILED_PLACES, cache_folder
+from fsdp_qlora.files.scratch import scratch_folder
+
+
+def settle_compile_caches(env: MutableMapping[str, str]) -> None:
+    """Give torch's and Triton's compilers folders of ours in ``env``; call it before anything is compiled.
+
+    A folder that ``env`` names already is kept, if this user alone can write it.
+
+    Raises:
+        SecurityError: if somebody else could put code into a folder.
+        StorageError: if one cannot be made.
+    """
+    for variable, name in COMPILED_PLACES.items():
+        named = env.get(variable)
+        folder = Path(named) if named else _private_place() / name
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not named and not folder.is_symlink() and folder.stat().st_uid == os.geteuid():
+                folder.chmod(0o700)
+        except OSError as error:
+            raise StorageError(f"{variable}: {folder} cannot be used: {error.strerror}.") from error
+        if why := who_else_writes(folder):
+            raise SecurityError(
+                f"{variable}: {folder} holds code that would be run, and {why}. Name a folder that only you can write."
+            )
+        env[variable] = str(folder)
+
+
+def _private_place() -> Path:
+    try:
+        return cache_folder()
+    except (ConfigError, StorageError):  # no home, or none that can be written: for this process and its children
+        stack = ExitStack()
+        atexit.register(stack.close)
+        return stack.enter_context(scratch_folder("fsdp_qlora-compiled-"))
+
+
+def who_else_writes(folder: Path) -> str | None:
+    """Return who but this user and root could put a file into ``folder`` or put another folder in its place, if any."""
+    trusted = {0, os.geteuid()}
+    resolved = folder.resolve()
+    for place in (resolved, *resolved.parents):
+        found = place.stat()
+        if found.st_uid not in trusted:
+            return f"{place} belongs to another user (uid {found.st_uid})"
+        if place == resolved and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return f"others can write {place} (mode {stat.S_IMODE(found.st_mode):o})"
+        if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+            return f"everybody can write {place}"
+    return None

@@ -1,0 +1,236 @@
+"""`fully_shard` on the plan's units, with mixed precision and plain sums as the reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.errors import NumericsError, PlanError
+from fsdp_qlora.quant.linear import QuantLinear
+from fsdp_qlora.quant.packing import STORAGE_DTYPE
+
+Precision = Literal["bf16", "fp32"]
+
+
+def model_dtype(precision: Precision) -> torch.dtype:
+    """Return the dtype of the unquantized base parameters."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:
+    """Return FSDP's policy: what is gathered in which dtype; gradients are always reduced in float32.
+
+    ``fp32`` means *no cast* (``param_dtype=None``): a float32 ``param_dtype`` would convert packed bytes as numbers.
+    """
+    param_dtype = torch.bfloat16 if precision == "bf16" else None
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+
+
+def shard_model(
+    model: nn.Module,
+    units: Sequence[Sequence[nn.Module]],
+    ranks: Ranks,
+    policy: MixedPrecisionPolicy,
+    reshard_after_forward: bool = True,
+    offload_parameters: bool = False,
+    replicated: Iterable[nn.Parameter] = (),
+    on_host: Iterable[nn.Module] = (),
+) -> None:
+    """Shard ``model`` in place: each unit, then the model itself as the root.
+
+    Adapters must be attached before: what is attached later would be neither sharded nor reduced. With
+    ``offload_parameters`` shards, gradients and optimizer states are kept in (pinned) host memory.
+
+    Parameters in ``replicated`` stay whole on every rank, as they are. FSDP does not reduce their gradients;
+    `fsdp_qlora.adapters.replicated.ReplicatedGradients` does.
+
+    The shards of modules in ``on_host`` (units, or parts of units that then become units) are kept in host memory; see
+    `keep_on_host`.
+
+    Raises:
+        PlanError: if the policy would cast packed bytes as if they were numbers.
+    """
+    _refuse_casting(model, policy)
+    pinned = ranks.device.type != "cpu"  # pinning takes an accelerator
+    to_host = CPUOffloadPolicy(pin_memory=pinned)
+    offload = to_host if offload_parameters else OffloadPolicy()
+    ignored, apart = set(replicated), set(on_host)
+    whole_units = {module for unit in units for module in unit}
+    inside = [[module] for module in model.modules() if module in apart and module not in whole_units]
+    for unit in (*inside, *units):
+        fully_shard(
+            list(unit), mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward,
+            offload_policy=to_host if apart.intersection(unit) else offload, ignored_params=ignored,
+        )  # fmt: skip
+    fully_shard(
+        model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False, offload_policy=offload,
+        ignored_params=ignored,
+    )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is a sum over target tokens divided by their global count; FSDP must only add. The order of
+            # these two lines matters: without the first, gloo lacks the operation that the second asks for.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def untie_across(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> None:
+    """Give each unit a frozen meta parameter of its own where several units share one: FSDP shards none twice.
+
+    (BERT's head and the module around it share a bias.) They are loaded from one tensor and never change. What one unit
+    holds alone, such as the weight of a tied embedding and head, stays shared.
+    """
+    unit_of = {inner: i for i, unit in enumerate(units) for module in unit for inner in module.modules()}
+    owners: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        mine = unit_of.get(module, -1)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if owners.setdefault(parameter, mine) != mine and not parameter.requires_grad:
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter), requires_grad=False))
+
+
+class _Reached(torch.autograd.Function):
+    """The identity, with a gradient of zero for parameters that the layer may not use."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parameters)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grads[0], *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def reach_all_experts(layers: Iterable[nn.Module]) -> None:
+    """Give every adapter of a layer a gradient on every rank, also of experts that none of the rank's tokens chose.
+
+    FSDP reduces the gradients that a rank has, one after the other: where experts are modules of their own, ranks whose
+    tokens chose different ones would add up gradients of different experts. Call it after `shard_model`.
+    """
+
+    def reach(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if not torch.is_grad_enabled():
+            return None
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        if args:
+            return (_Reached.apply(args[0], *trained), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": _Reached.apply(kwargs["hidden_states"], *trained)}
+
+    for layer in layers:
+        lists = [m for m in layer.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+        if any(p.requires_grad for each in lists for p in each.parameters()):
+            layer.register_forward_pre_hook(reach, with_kwargs=True)
+
+
+def host_modules(base: nn.Module, names: Collection[str]) -> list[nn.Module]:
+    """Return the modules of ``base`` that own the parameters ``names`` (as they are called without adapters)."""
+    found = []
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        module = base.get_submodule(owner)
+        found.append(getattr(module, "base_layer", module))  # beneath its adapter
+    return found
+
+
+def keep_on_host(modules: Iterable[nn.Module]) -> None:
+    """Make the frozen weights of ``modules``, on meta, float32: they are rounded when they are gathered.
+
+    A value that the files hold in bfloat16 comes out as it went in, so no result changes.
+    """
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+
+
+def set_prefetch(layers: Sequence[nn.Module], depth: int) -> None:
+    """Let each layer, once gathered, start gathering the next ``depth`` ones, in forward and in backward.
+
+    ``layers`` are sharded units in the order of forward. A depth of 1 is what FSDP does by itself; with 0 a layer waits
+    for its own gather, and no second one is held.
+    """
+    if depth == 1:
+        return
+    units: list[FSDPModule] = [layer for layer in layers if isinstance(layer, FSDPModule)]
+    for place, unit in enumerate(units):
+        if depth == 0:  # an empty list would mean FSDP's default; a unit that is gathered already is nothing to gather
+            unit.set_modules_to_backward_prefetch([unit])
+            continue
+        unit.set_modules_to_forward_prefetch(units[place + 1 : place + 1 + depth])
+        unit.set_modules_to_backward_prefetch(units[max(0, place - depth) : place][::-1])
+
+
+def skip_gather_in_backward(*modules: nn.Module | None) -> None:
+    """Let the units of a frozen embedding and of the loss head be gathered for forward only.
+
+    Nothing behind a frozen embedding wants a gradient, and the head makes the one of its input in forward. FSDP does
+    not know: it would gather both once more, and hold them beside the layers that really compute.
+    """
+    for module in modules:
+        if isinstance(module, FSDPModule) and not any(p.requires_grad for p in module.parameters()):
+            module.set_unshard_in_backward(False)
+
+
+def _refuse_casting(model: nn.Module, policy: MixedPrecisionPolicy) -> None:
+    if policy.param_dtype in (None, STORAGE_DTYPE):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            raise PlanError(
+                f"{name}: param_dtype={policy.param_dtype} would convert its packed bytes ({STORAGE_DTYPE}) as if they "
+                "were numbers. Use precision=bf16 or precision=fp32; storage follows from it."
+            )
+
+
+def require_sharded(model: nn.Module, ranks: Ranks, replicated: bool = False) -> None:
+    """Check that every trainable parameter is a float32 DTensor on our mesh; where ``replicated``, a whole float32 one.
+
+    Raises:
+        NumericsError: naming the first that is not: each rank would train its own copy of it.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if replicated and isinstance(parameter, DTensor):
+            raise NumericsError(f"{name} is trained and sharded, but fsdp.adapters=replicated keeps adapters whole.")
+        if not replicated and (not isinstance(parameter, DTensor) or parameter.device_mesh != ranks.mesh):
+            raise NumericsError(f"{name} is trained but not sharded: attach adapters before shard_model().")
+        if parameter.dtype != torch.float32:
+            raise NumericsError(f"{name} is trained in {parameter.dtype}; adapters are kept in float32.")
+
+
+def synchronize_gradients(model: nn.Module, enabled: bool) -> None:
+    """Let the next backward reduce gradients over the ranks, or keep adding them up locally.
+
+    Until then layers that stay gathered between forward and backward stay so from one micro-batch to the next.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+    for unit in _gathered_units(model):
+        unit.set_reshard_after_backward(enabled, recurse=False)
+
+
+_GATHERED = "fsdp_qlora_stays_gathered"
+
+
+def stay_gathered(layers: Iterable[nn.Module]) -> None:
+    """Hold ``layers``' parameters, once gathered, for the rest of the step: they are gathered once."""
+    for layer in layers:
+        if isinstance(layer, FSDPModule):
+            layer.set_reshard_after_forward(False, recurse=False)
+            setattr(layer, _GATHERED, True)
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Free what `stay_gathered` holds: after a forward that no backward follows, which would do it."""
+    for unit in _gathered_units(model):
+        unit.reshard()
+
+
+def _gathered_units(model: nn.Module) -> list[FSDPModule]:
+    return [m for m in model.modules() if isinstance(m, FSDPModule) and getattr(m, _GATHERED, False)]

@@ -1,0 +1,67 @@
+"""Whether the base model's files are still those that a checkpoint was trained on, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.checks.digests import WholeDigests
+from fsdp_qlora.distributed.nodes import once_per_node
+from fsdp_qlora.distributed.reduce import any_rank, on_every
+from fsdp_qlora.distributed.torchrun import is_rank
+from fsdp_qlora.errors import ConfigError, StorageError
+from fsdp_qlora.files.home import cache_folder
+from fsdp_qlora.load.safetensors import weight_files
+from fsdp_qlora.run.prepared import Prepared
+
+
+class BaseFiles:
+    """Digests of the base model's files in a run: each node's first rank makes those of its own files."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared, self._ranks = prepared, prepared.ranks
+        self._local_rank = int(os.environ.get("LOCAL_RANK", "0")) if is_rank(os.environ) else 0
+        self._digests = WholeDigests(weight_files(prepared.folder), _kept())
+
+    def known(self) -> dict[str, str]:
+        """Return the whole digests that are known by now."""
+        return dict(self._digests.known)
+
+    def begin(self) -> None:
+        """Make those that are not, in the background."""
+        if self._local_rank == 0:
+            self._digests.begin()
+
+    def close(self) -> None:
+        """Leave off."""
+        self._digests.close()
+
+    def compare(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
+        """Check the files against the whole digests in a checkpoint; those that are new here are read first.
+
+        Every rank calls it.
+
+        Raises:
+            ConfigError: on every rank alike, naming the first file that differs.
+        """
+        digests, ranks = self._digests, self._ranks
+        if any_rank(self._local_rank == 0 and digests.missing(saved), ranks):
+            self._ranks.phases.enter("reading the base model's files whole")
+            if ranks.is_main:
+                print(
+                    f"fsdp-qlora: reading the base model's files whole, to compare them with those of {checkpoint}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            once_per_node(lambda: digests.make(saved), ranks, self._local_rank, lambda _: None)
+        on_every(lambda: digests.compare(saved, checkpoint), ranks)
+
+
+def _kept() -> Path | None:
+    try:
+        return cache_folder() / "digests"
+    except (ConfigError, StorageError):  # no home: they are made again by each run
+        return None

@@ -1,0 +1,123 @@
+"""Which batches a run trains on, from tokenized rows or a stream, and which of them compiled layers are for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fsdp_qlora.attention.layout import Layout
+from fsdp_qlora.checks.isolation import try_isolation
+from fsdp_qlora.config.schema import DataSettings
+from fsdp_qlora.data.ahead import Ahead
+from fsdp_qlora.data.forms import mark_rare, usual_forms
+from fsdp_qlora.data.limits import tokens_known
+from fsdp_qlora.data.loader import Batch, Cut, Loader, MicroBatch, TokenRows
+from fsdp_qlora.data.stream import StreamLoader
+from fsdp_qlora.errors import DataError
+from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.track.lines import Appended, read_lines, to_line, write_lines
+from fsdp_qlora.track.unwritten import Unwritten
+from fsdp_qlora.train.length import Length
+
+_SEEN_ROWS = 1000
+"""Rows whose micro-batches are looked at to see which forms are usual."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """This rank's part of each global batch, and where they end."""
+
+    batch_at: Ahead
+    num_rows: int
+    """Rows (packed: sequences) of an epoch; of a stream, all that are read."""
+    length: Length
+
+
+def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> Batches:
+    """Make the loader that the settings ask for.
+
+    ``bad_rows`` lists what a stream passes over; ``unwritten`` is told where it cannot be written.
+
+    Raises:
+        ModelError: if rows that share a sequence would see each other.
+    """
+    assert prepared.data is not None
+    train, data, seed = prepared.config.train, prepared.config.data, prepared.config.run.seed
+    cut = Cut(train.micro_batch_size, prepared.ranks.rank, prepared.ranks.size, train.micro_batch_tokens)
+    attention = str(prepared.model.base.config.get_text_config()._attn_implementation)
+    compiled = prepared.model.compiled_layers is not None
+    layout = Layout.of(prepared.config, attention, compiled, prepared.ranks.is_main)
+    if layout.shared_rows is not None:
+        prepared.ranks.phases.enter("trying whether rows that share a sequence see each other")
+        try_isolation(prepared.model, layout, prepared.ranks)
+    if prepared.data.stream is not None:
+        note = _bad_row_list(bad_rows, unwritten) if prepared.ranks.is_main else _ignore
+        known = tokens_known(prepared.tokenizer, prepared.shapes.embedding_rows)
+        streamed = StreamLoader(
+            prepared.data.stream, train.global_batch_size, cut, lambda rows: layout(known(rows)), note
+        )  # fmt: skip
+        read = train.max_steps * train.global_batch_size
+        length = Length(train.global_batch_size, train.max_steps)
+        return Batches(Ahead(marked(streamed.batch_at, prepared, layout, []), read), read, length)
+    assert prepared.data.train is not None
+    rows = layout(TokenRows(prepared.data.train))
+    loader = Loader(rows, train.global_batch_size, cut, seed, data.length_grouped)
+    last = None if train.max_steps else max(1, round(train.num_epochs * len(rows)))
+    length = Length(train.global_batch_size, train.max_steps, last or 0)
+    first = Loader(rows, train.global_batch_size, replace(cut, rank=0, num_ranks=1), seed, data.length_grouped)
+    batch_at = marked(
+        lambda position: loader.batch_at(position, last), prepared, layout, _first_batches(first, length.planned_steps)
+    )
+    return Batches(Ahead(batch_at, last or train.max_steps * train.global_batch_size), len(rows), length)
+
+
+def _first_batches(loader: Loader, steps: int) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of all ranks in the first steps, as many as `_SEEN_ROWS` fill."""
+    size = loader.global_batch_size
+    for step in range(max(1, min(steps, _SEEN_ROWS // size))):
+        yield from loader.batch_at(step * size).micro_batches
+
+
+def marked(
+    batch_at: Callable[[int], Batch], prepared: Prepared, layout: Layout, first: Iterable[MicroBatch]
+) -> Callable[[int], Batch]:
+    """Return ``batch_at`` with the micro-batches marked that layers are not compiled for, if layers are compiled.
+
+    Args:
+        batch_at: this rank's part of each global batch.
+        prepared: the model and settings.
+        layout: how its rows are laid out.
+        first: micro-batches that show what is usual; of a stream none is known, and the settings say.
+    """
+    if (layers := prepared.model.compiled_layers) is None:
+        return batch_at
+    turning_points = layout.turning_points(prepared.model.base.config.get_text_config())
+    usual = usual_forms(first, turning_points, layers.max_forms) or layout.expected_forms(
+        len(turning_points), layers.max_forms
+    )
+    return mark_rare(batch_at, usual, turning_points)
+
+
+def _ignore(where: str, problem: DataError) -> None:
+    """Leave it to the first rank."""
+
+
+def _bad_row_list(file: Path, unwritten: Unwritten) -> Callable[[str, DataError], None]:
+    """Return what adds a row to the list, once: a resumed run may pass over it again."""
+    before = read_lines(file) if file.is_file() else []
+    if before:
+        write_lines(file, before)  # without half a line at its end
+    known, lines = {line["where"] for line in before}, Appended(file, unwritten)
+
+    def note(where: str, problem: DataError) -> None:
+        if where not in known:
+            known.add(where)
+            lines.add(to_line({"where": where, "problem": str(problem)}))
+
+    return note
+
+
+def data_key(key: str, data: DataSettings) -> str:
+    """Return what must be equal for the same rows to come in the same order."""
+    return f"{key}{' packed' if data.packing else ''}{' length_grouped' if data.length_grouped else ''}"

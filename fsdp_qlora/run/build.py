@@ -1,0 +1,276 @@
+"""A model from its folder to its shards: checked against upstream, opened, quantized, adapted, sharded, filled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fsdp_qlora.adapters.linear import use_fused_products
+from fsdp_qlora.adapters.lora import attach_lora, initialize_adapters
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.attention.candidates import code_files
+from fsdp_qlora.checks.remember import recall, remember, twin_key
+from fsdp_qlora.checks.twin import Verdict, check_twin, is_about_attention
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import any_rank, gather_json, on_every
+from fsdp_qlora.distributed.shards import HOST
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.files.home import cache_folder
+from fsdp_qlora.heads.around import after_head
+from fsdp_qlora.heads.quantized import quantize_edges
+from fsdp_qlora.load.buffers import persistent_buffers
+from fsdp_qlora.load.conversions import arrangement
+from fsdp_qlora.load.inventory import take_stock
+from fsdp_qlora.load.safetensors import SafetensorsFolder
+from fsdp_qlora.load.stream import LoadReport, Progress, stream_weights
+from fsdp_qlora.model.config import load_config
+from fsdp_qlora.model.experts import use_quantized_experts
+from fsdp_qlora.model.families import decoder_layers, is_causal, task_type
+from fsdp_qlora.model.replaceable import kept_linears
+from fsdp_qlora.model.root import CausalModel, install_loss_head
+from fsdp_qlora.model.skeleton import read_shapes
+from fsdp_qlora.parallel.compile import compile_layers, want_input_gradient
+from fsdp_qlora.parallel.compile_cache import settle_compile_caches
+from fsdp_qlora.parallel.offload import offload_activations
+from fsdp_qlora.parallel.recompute import checkpoint_activations
+from fsdp_qlora.parallel.shard import (
+    host_modules,
+    keep_on_host,
+    mixed_precision,
+    reach_all_experts,
+    require_sharded,
+    set_prefetch,
+    shard_model,
+    skip_gather_in_backward,
+    stay_gathered,
+    untie_across,
+)
+from fsdp_qlora.plan.choices import decided
+from fsdp_qlora.plan.plan import TrainPlan, make_plan
+from fsdp_qlora.quant.backend import bitsandbytes_backend
+from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.quant.swap import swap_linears
+from fsdp_qlora.run.decide import attentions_for, replace_attention, skeleton
+from fsdp_qlora.shapes.linears import ModelShapes
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """All of a model but its weights."""
+
+    config: RunConfig
+    """The settings with every ``auto`` decided."""
+    base: PreTrainedModel
+    """On meta, as transformers builds it."""
+    source: SafetensorsFolder
+    shapes: ModelShapes
+    plan: TrainPlan
+
+    @property
+    def repairs(self) -> tuple[str, ...]:
+        """What changed the losses of models like this one since 0.1.0 began: a run from before cannot go on."""
+        rope = getattr(self.base.config.get_text_config(), "rope_parameters", None) or {}
+        applies = {
+            "buffers of the files are loaded": bool(persistent_buffers(self.base)),
+            "float32 parameters stay in float32": bool(self.shapes.float32),
+            "rotary factors are chosen once by data.max_length": rope.get("rope_type") == "longrope",
+            "linears that other code reads are not quantized": bool(kept_linears(self.base, self.shapes.layers)),
+        }
+        return tuple(name for name, does in applies.items() if does)
+
+    def compiled(self, on: bool) -> OpenedModel:
+        """Return the same with ``train.compile`` decided."""
+        train = replace(self.config.train, compile="true" if on else "false")
+        return replace(self, config=replace(self.config, train=train))
+
+
+def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
+    """Compare a small twin of the model with upstream's code, or recall that it was; return which attention equals it.
+
+    ``config`` has all decided but the attention (`OpenedModel.config`): the twin runs as the model will.
+
+    Raises:
+        ModelError: on every rank alike, if none does.
+    """
+    model = config.model
+    model_config = on_every(lambda: load_config(folder, model.trust_remote_code, model.config_overrides), ranks)
+    candidates = on_every(lambda: attentions_for(config, ranks.device, folder), ranks)
+    _require_alike(candidates, ranks)
+    if model.check == "off" or not is_causal(model_config):
+        return Verdict(candidates[0])
+    kept, key, known = on_every(lambda: _remembered(config, model_config, folder, candidates, ranks), ranks)
+    if not any_rank(known is None or model.check != "auto", ranks) and known is not None:
+        _require_alike([known.attention], ranks)
+        return known
+
+    def build(settings: RunConfig, twin: Path) -> tuple[CausalModel, OpenedModel]:
+        opened = on_every(lambda: open_model(settings, twin, ranks, None, say=False), ranks)
+        return load_model(opened.compiled(False), ranks)[0], opened
+
+    own_code = folder if model.trust_remote_code and any(folder.glob("*.py")) else None
+    verdict = check_twin(config, model_config, own_code, candidates, ranks, build)
+    remember(kept, key, verdict)
+    return verdict
+
+
+def _remembered(
+    config: RunConfig, model_config: PreTrainedConfig, folder: Path, candidates: Sequence[str], ranks: Ranks
+) -> tuple[Path, str, Verdict | None]:
+    """Return where results are kept, under what this one is, and the one that is there."""
+    code = code_files(model_config, folder, config.model.trust_remote_code)
+    key = twin_key(config, model_config, code, candidates, ranks.device, ranks.size)
+    kept = cache_folder() / "checks"
+    return kept, key, recall(kept, key, model_config)
+
+
+def _require_alike(attentions: Sequence[str], ranks: Ranks) -> None:
+    """Raise on all ranks where they would take different attention implementations."""
+    found = gather_json(list(attentions), ranks)
+    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    if other is not None:
+        raise ModelError(
+            f"model.attn_implementation: rank 0 would take {', '.join(found[0])} and rank {other} "
+            f"{', '.join(found[other])}: their machines have different libraries. Install the same on all."
+        )
+
+
+def told(verdict: Verdict) -> str:
+    """Return the attention and why those that are preferred fell, in a line."""
+    fell = "; ".join(f"{attention} fell: {why}" for attention, why in verdict.fell.items())
+    return f"{verdict.attention} ({fell})" if fell else verdict.attention
+
+
+def open_and_check(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> tuple[OpenedModel, Verdict]:
+    """Open a model, and see which attention computes what upstream's code does with all that the plan decided.
+
+    Raises:
+        ModelError: if it cannot be opened, or no attention does.
+        PlanError: if the settings do not go with it.
+    """
+    opened = on_every(lambda: _open_first(config, folder, ranks, budget), ranks)
+    taken = opened.config.model.attn_implementation
+    ranks.phases.enter("comparing a small twin of the model with upstream's code")
+    verdict = check_model(replace_attention(opened.config, config.model.attn_implementation), folder, ranks)
+    if verdict.attention != taken:
+        chosen = replace_attention(config, verdict.attention)
+        opened = on_every(lambda: open_model(chosen, folder, ranks, budget, say=False), ranks)
+    return opened, verdict
+
+
+def _open_first(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> OpenedModel:
+    """Open the model with the first attention that its class takes."""
+    *others, last = attentions_for(config, ranks.device, folder)
+    for attention in others:
+        try:
+            return open_model(replace_attention(config, attention), folder, ranks, budget)
+        except ModelError as error:
+            if not is_about_attention(error):
+                raise
+    return open_model(replace_attention(config, last), folder, ranks, budget)
+
+
+def open_model(
+    config: RunConfig, folder: Path, ranks: Ranks, budget: int | None, say: bool = True
+) -> OpenedModel:  # fmt: skip
+    """Open all of a model but its weights; what is wrong with it shows here, before anything long is done.
+
+    ``config`` has its attention decided (`check_model`). Rank 0 says what of the files is left out.
+
+    Raises:
+        ModelError: if it cannot be built, or its files do not hold what it needs.
+        PlanError: if the settings do not go with it.
+    """
+    base = skeleton(config, folder)
+    source = SafetensorsFolder(folder)
+    source.arrange(arrangement(base, source.entries))
+    stock = take_stock(base, source)
+    if (line := stock.describe()) and ranks.is_main and say:
+        print(f"{config.model.name}: {line}", flush=True)
+    shapes = read_shapes(base)
+    if config.data.train is not None and task_type(base) != "CAUSAL_LM":
+        raise ModelError(
+            f"model.name: a {type(base).__name__} is no causal language model, and objective=sft trains only those. It "
+            "can be planned and loaded, and trained by a loop of your own (`prepare` without data)."
+        )
+    plan = make_plan(config, shapes, ranks.size, budget)
+    if plan.quantized or plan.quantized_edges:
+        bitsandbytes_backend(ranks.device)
+    return OpenedModel(decided(config, plan.settings), base, source, shapes, plan)
+
+
+def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = None) -> tuple[CausalModel, LoadReport]:
+    """Quantize, adapt and shard an opened model, load its weights and initialise its adapters."""
+    config = opened.config
+    model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks)
+    shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
+    on_host = host_modules(model.base, opened.plan.offloaded)
+    report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host)
+    initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size)
+    return model, report
+
+
+def build_sharded(
+    config: RunConfig,
+    base: PreTrainedModel,
+    shapes: ModelShapes,
+    plan: TrainPlan,
+    ranks: Ranks,
+    host: torch.device = HOST,
+) -> CausalModel:
+    """Swap, adapt and shard a meta model as planned; the order is the point (see docs/architecture.md).
+
+    ``config`` has every ``auto`` decided (`decided`, `prepare`); what is left at ``auto`` is not done.
+    """
+    task, lora = task_type(base), config.lora
+    after = after_head(base) if task == "CAUSAL_LM" else None
+    whole = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
+    _quantize(base, plan, shapes, config.quant.cache_dequantized == "true")
+    if after is not None:
+        install_loss_head(base, after, config.train.logits_chunk)
+    model = CausalModel(attach_lora(base, plan.targets, lora.r, lora.alpha, lora.dropout, lora.variant, task))
+    if config.debug.name != "plain":
+        use_fused_products(model)
+    units = [[base.get_submodule(name) for name in unit] for unit in plan.units]
+    if (kind := config.train.activation_checkpointing) in ("selective", "full"):
+        checkpoint_activations(base, kind)
+    layers, fsdp = decoder_layers(base), config.fsdp
+    if fsdp.offloads_activations:
+        offload_activations(layers, ranks.device, host=host)
+    untie_across(base, units)
+    policy = mixed_precision(config.precision.name)
+    replicated = [p for _, p in trainable_parameters(model)] if fsdp.adapters == "replicated" else []
+    on_host = host_modules(base, plan.offloaded)
+    keep_on_host(on_host)
+    shard_model(model, units, ranks, policy, True, fsdp.offloads_parameters, [*replicated, *whole], on_host)
+    if config.train.compile == "true":
+        settle_compile_caches(os.environ)
+        kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
+        model.compiled_layers = compile_layers(layers, kinds)
+    if ranks.size > 1:
+        reach_all_experts(layers)
+    if fsdp.reshard_after_forward == "false":
+        stay_gathered(layers)
+    set_prefetch(layers, fsdp.prefetch)
+    if model.compiled:
+        want_input_gradient(base.get_input_embeddings())
+    skip_gather_in_backward(base.get_input_embeddings(), base.get_output_embeddings())
+    for method in ("generate", "logits", "outputs"):
+        register_fsdp_forward_method(model, method)
+    require_sharded(model, ranks, fsdp.adapters == "replicated")
+    return model
+
+
+def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache: bool) -> None:
+    """Put modules with packed parameters in the place of what is planned to be quantized."""
+    swap_linears(base, plan.quantized, cache_dequantized=cache)
+    if any(x.stacked for x in plan.quantized):
+        use_quantized_experts(base)
+    if plan.quantized_edges:
+        quantize_edges(base, shapes, QuantFormat.of(plan.quantized_edges[0].layout))

@@ -1,0 +1,98 @@
+"""Taking the run folder: what to do with what a run finds there (ADR 0003: the second run).
+
+Nothing in the folder is changed before it is sure that the run may start: `RunFolder.begin` does that, once `fit` has
+found and checked what it resumes from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fsdp_qlora.checkpoint.contents import blocking_settings, without
+from fsdp_qlora.checkpoint.manifest import compare
+from fsdp_qlora.checkpoint.publish import complete_checkpoints
+from fsdp_qlora.config.convert import to_dict
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import gather_json, on_main
+from fsdp_qlora.errors import ConfigError, FsdpQloraError, RunFolderError, typed_line
+from fsdp_qlora.run.folder import RunFolder, read_config
+from fsdp_qlora.shown import published
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks agree to do."""
+
+    start: bool
+    """False where the folder holds this very run, finished."""
+    note: str = ""
+    """What a person should know."""
+
+
+def claim(folder: RunFolder, config: RunConfig, ranks: Ranks) -> Decision:
+    """Take the folder on rank 0 and agree on what to do. Every rank calls it.
+
+    Raises:
+        ConfigError: if the ranks were started with different settings.
+        FsdpQloraError: on every rank alike, if the folder is in use or holds a run that does not go with the settings.
+    """
+    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+    digests = gather_json(digest, ranks)
+    for rank, other in enumerate(digests):
+        if other != digests[0]:
+            raise ConfigError(f"rank {rank} was started with other settings than rank 0; start all ranks alike.")
+    return Decision(**on_main(lambda: asdict(_take(folder, config)), ranks))
+
+
+def _take(folder: RunFolder, config: RunConfig) -> Decision:
+    folder.create()
+    folder.lock()
+    try:
+        decision = _decide(folder, config)
+    except FsdpQloraError as error:
+        folder.clear_exit()
+        folder.write_exit(error.exit_code, 0, str(error))
+        raise
+    if decision.start:
+        folder.clear_exit()
+    return decision
+
+
+def _decide(folder: RunFolder, config: RunConfig) -> Decision:
+    if config.checkpoint.resume == "never":
+        if folder.finished:
+            return Decision(True, f"the finished run that was here is now {folder.move_away()}")
+        if complete_checkpoints(folder.checkpoints):
+            raise RunFolderError(
+                f"run.name: {folder.path} holds an unfinished run with checkpoints. Go on with it "
+                "(checkpoint.resume=auto), or start anew under another run.name."
+            )
+        return Decision(True)
+    if config.checkpoint.resume == "auto" and folder.started:
+        saved = read_config(str(folder.config_file))
+        try:
+            before = blocking_settings(saved)
+            finished = folder.finished and _covers(folder, saved["train"], config)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RunFolderError(
+                f"run.name: {folder.config_file} does not hold a run's settings ({typed_line(error)}). Choose another "
+                "run.name, or remove the folder."
+            ) from error
+        if complete_checkpoints(folder.checkpoints):
+            free, now = config.checkpoint.resume_overrides, blocking_settings(published(to_dict(config)))
+            compare(without(before, free), without(now, free), folder.path)
+        if finished:
+            return Decision(False, f"{folder.path} holds this run, finished; nothing to do.")
+    return Decision(True)
+
+
+def _covers(folder: RunFolder, saved: dict[str, Any], config: RunConfig) -> bool:
+    """Whether the finished run has all the steps now asked for."""
+    asked = config.train
+    if asked.max_steps == saved["max_steps"] and asked.num_epochs == saved["num_epochs"]:
+        return True
+    return 0 < asked.max_steps <= folder.read_summary().get("steps", 0)

@@ -1,0 +1,118 @@
+"""What is decided before a byte is allocated: attention, plan, memory to plan with, and whether to compile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from fsdp_qlora.attention.candidates import EAGER, attention_candidates
+from fsdp_qlora.config.rules import check
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.data.deal import num_steps
+from fsdp_qlora.data.prepare import PreparedData
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.process import ACCELERATORS, Placement, device_types, memory_of
+from fsdp_qlora.distributed.reduce import all_max
+from fsdp_qlora.load.stored import require_readable
+from fsdp_qlora.model.config import load_config
+from fsdp_qlora.model.folder import config_for_plan
+from fsdp_qlora.model.rope import settle_rope
+from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
+from fsdp_qlora.parallel.compile import COMPILED_TYPES, can_compile
+from fsdp_qlora.parallel.shard import model_dtype
+from fsdp_qlora.plan.choices import Compilation, Work, choose_compilation, decided, tensor_budget
+from fsdp_qlora.plan.devices import find_device
+from fsdp_qlora.plan.plan import TrainPlan, make_plan
+from fsdp_qlora.plan.sizes import parse_bytes
+
+
+def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
+    """Plan a run from the model's config alone: no weights, no process group, no network."""
+    return planned(config, world_size)[2]
+
+
+def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedModel, TrainPlan]:
+    """Return the settings with every ``auto`` decided, the meta model and the plan, from the model's config alone."""
+    config, base = planned_skeleton(config)
+    plan = make_plan(config, read_shapes(base), world_size, planned_budget(config, world_size))
+    return decided(config, plan.settings), base, plan
+
+
+def planned_budget(config: RunConfig, world_size: int) -> int:
+    """Return the bytes that tensors may take on the planned device, or on this machine's where none is named."""
+    if config.plan.gpu or config.plan.device:
+        capacity = config.plan.gpu or find_device(config.plan.device or "").memory
+        return tensor_budget(parse_bytes(capacity), True)
+    kind = next(iter(device_types()))
+    return tensor_budget(memory_of(torch.device(kind), world_size), kind != "cpu")
+
+
+def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
+    """Return the settings as they mean on the planned device (a GPU where one is named), and the meta model.
+
+    Raises:
+        ModelError: if the model is no folder, not in the hub's cache, and not one of those known by name.
+    """
+    check(config)
+    source = config_for_plan(config.model.name, config.model.revision)
+    device = ACCELERATORS[0] if config.plan.gpu or config.plan.device else next(iter(device_types()))
+    config = with_attention(config, torch.device(device), source)
+    return config, skeleton(config, source)
+
+
+def with_attention(config: RunConfig, device: torch.device, source: Path) -> RunConfig:
+    """Return the settings with ``auto`` attention replaced by the first candidate for this device and model."""
+    return replace_attention(config, attentions_for(config, device, source)[0])
+
+
+def attentions_for(config: RunConfig, device: torch.device, source: Path) -> tuple[str, ...]:
+    """Return the attention implementations that may be tried, the preferred one first."""
+    model, asked = config.model, config.model.attn_implementation
+    if config.debug.name == "plain" and asked == "auto":
+        asked = EAGER
+    model_config = load_config(source, model.trust_remote_code, model.config_overrides)
+    dtype = model_dtype(config.precision.name)
+    return attention_candidates(device, asked, model_config, dtype, model.trust_remote_code)
+
+
+def replace_attention(config: RunConfig, attention: str) -> RunConfig:
+    """Return the settings with this attention implementation."""
+    return replace(config, model=replace(config.model, attn_implementation=attention))
+
+
+def skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
+    """Build the meta model of ``folder`` with the settings' attention and rotary tables for their longest row."""
+    model = config.model
+    require_readable(folder, config.quant)
+    base = build_skeleton(
+        folder, model_dtype(config.precision.name), model.attn_implementation, model.trust_remote_code,
+        model.config_overrides,
+    )  # fmt: skip
+    settle_rope(base, config.data.max_length)
+    return base
+
+
+def rank_budget(ranks: Ranks, placement: Placement) -> int:
+    """Return the bytes that a rank's tensors may take: of the rank that has least, so that all plan alike."""
+    device = ranks.device
+    capacity = memory_of(device, placement.local_world_size)
+    return tensor_budget(int(-all_max(-float(capacity), ranks)), device.type != "cpu")
+
+
+def compilation_for(
+    config: RunConfig, base: PreTrainedModel, plan: TrainPlan, data: PreparedData | None, device: torch.device
+) -> Compilation:
+    """Decide ``train.compile``."""
+    train, settings = config.train, plan.settings
+    rows = len(data.train) if data is not None and data.train is not None else 0
+    steps = num_steps(train.max_steps, train.num_epochs, rows, train.global_batch_size)
+    weights = sum(x.numel_each for x in plan.quantized)
+    length = settings.max_length
+    if data is not None and data.train is not None and not config.data.packing:
+        length = min(length, data.train_counts.tokens // max(1, rows))
+    work = Work(plan.batch.accumulation_steps, plan.batch.micro_batch_size * length, weights)
+    known = base.config.model_type in COMPILED_TYPES and plan.quantized != ()
+    return choose_compilation(config, work, steps, device.type, known and can_compile(device))

@@ -1,0 +1,43 @@
+"""Held-out loss of a prepared model, source by source."""
+
+from __future__ import annotations
+
+from fsdp_qlora.data.loader import Cut, TokenRows, build_batch
+from fsdp_qlora.errors import DataError
+from fsdp_qlora.objectives.sft import OBJECTIVES
+from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.shown import shown_source
+from fsdp_qlora.train.evaluate import Evaluation, evaluate, together
+
+
+def evaluate_prepared(prepared: Prepared) -> Evaluation:
+    """Evaluate a prepared model on its held-out rows. Every rank calls it.
+
+    Raises:
+        DataError: if there are none.
+    """
+    if prepared.data is None or prepared.data.eval is None:
+        raise DataError("data.eval: there is nothing to evaluate on; set data.eval or data.eval_fraction.")
+    return _evaluate(prepared, TokenRows(prepared.data.eval))
+
+
+def _evaluate(prepared: Prepared, rows: TokenRows) -> Evaluation:
+    ranks, config = prepared.ranks, prepared.config
+    objective, parts = OBJECTIVES[config.objective.name], {}
+    for source in sorted(set(rows.sources.tolist())):
+        chosen = [row for row in range(len(rows)) if rows.sources[row] == source]
+        batch = build_batch(rows, chosen, Cut(config.train.eval_batch_size, ranks.rank, ranks.size))
+        found = evaluate(prepared.model, batch.micro_batches, objective, batch.num_targets, ranks)
+        parts[_source_name(prepared, source)] = found
+    return together(parts)
+
+
+def _source_name(prepared: Prepared, source: int) -> str:
+    assert prepared.data is not None
+    names = [shown_source(name) for name in (*prepared.data.train_sources, *prepared.data.eval_sources)]
+    name = names[source]
+    return (
+        name
+        if names.count(name) == 1 or prepared.data.train_sources == prepared.data.eval_sources
+        else f"{name} ({source})"
+    )

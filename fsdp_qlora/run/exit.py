@@ -1,0 +1,169 @@
+"""How a process ends: one message for a person, the true exit code, and word of it to the launcher.
+
+torchrun turns every worker's code into 1, so the code also goes into files: the run folder's exit.json, and one that
+our own launcher names in the environment.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError, StorageError
+from fsdp_qlora.files.write import write_first
+from fsdp_qlora.shown import visible
+
+CONFIG_VARIABLE = "FSDP_QLORA_RESOLVED_CONFIG"
+"""Environment variable that names the file of the composed settings (JSON), set by our launcher for its ranks."""
+EXIT_VARIABLE = "FSDP_QLORA_EXIT_FILE"
+"""Environment variable that names the file through which a rank tells our launcher how it ended."""
+
+NOTHING_TO_SAVE = "stopped before the first step; there was nothing to save."
+
+_REMEDIES = {
+    errno.ENOSPC: "make room", errno.EDQUOT: "make room in the quota", errno.EACCES: "", errno.EPERM: "",
+    errno.EROFS: "it is mounted read-only", errno.EIO: "", errno.ESTALE: "the network file system has lost it",
+    errno.ENOTDIR: "", errno.ENAMETOOLONG: "choose shorter names", errno.ELOOP: "its links go round in circles",
+    errno.EFBIG: "raise the limit on files (ulimit -f)", errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "the machine has no more open files to give", errno.ENOTSUP: "this file system lacks the operation",
+    errno.ENOSYS: "this file system lacks the operation", errno.ENOLCK: "this file system lacks locks",
+    errno.ENOMEM: "the machine has no memory left for it (see also `ulimit -v`)",
+    errno.EAGAIN: "raise the limit on processes (ulimit -u)",
+}  # fmt: skip
+"""What an operating system refuses that is no bug of ours, and what helps."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a rank ended: exit code, exit.json and the last line on the screen are made from one of these."""
+
+    code: int
+    rank: int
+    message: str = ""
+    expected: bool = True
+    """False for what may be an echo of another rank's end (a broken connection)."""
+    time: float = field(default_factory=time.time)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended neither well nor stopped and saved."""
+        return self.code not in (0, STOPPED_EXIT_CODE)
+
+
+def own_rank() -> int:
+    """Return this process's rank, 0 where it is none."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ending_of(error: BaseException) -> Ending:
+    """Return how a process ends that meets ``error``."""
+    rank = own_rank()
+    if isinstance(error, FsdpQloraError):
+        return Ending(error.exit_code, rank, str(error))
+    if isinstance(error, OSError) and error.errno in _REMEDIES:  # that no code of ours has put into words
+        remedy = _REMEDIES[error.errno]
+        return Ending(StorageError.exit_code, rank, f"{error}{f' ({remedy})' if remedy else ''}")
+    if isinstance(error, KeyboardInterrupt):
+        return Ending(130, rank, "interrupted.")
+    if isinstance(error, SystemExit):
+        return Ending(error.code if isinstance(error.code, int) else 1, rank, expected=False)
+    return Ending(1, rank, f"{type(error).__name__}: {error}", expected=False)
+
+
+def tell_launcher(ending: Ending) -> None:
+    """Write how this rank ended to a file of its own, where our launcher looks for it."""
+    if has_launcher():
+        file = Path(f"{os.environ[EXIT_VARIABLE]}.{restart_count()}.{own_rank()}")
+        write_first(file, json.dumps(asdict(ending)))
+
+
+def tellings(exit_file: Path, attempt: int) -> list[Ending]:
+    """Return what the ranks of the ``attempt``-th start have told, in the order of time."""
+    found = []
+    for file in exit_file.parent.glob(f"{exit_file.name}.{attempt}.*"):
+        with suppress(OSError, ValueError):
+            found.append(Ending(**json.loads(file.read_text(encoding="utf-8"))))
+    return sorted(found, key=lambda ending: ending.time)
+
+
+def first_failure(told: Sequence[Ending]) -> Ending | None:
+    """Return what ended a run: the first failure that a rank could explain, else the first."""
+    failed = [ending for ending in told if ending.code != 0]
+    return next((ending for ending in failed if ending.expected), failed[0] if failed else None)
+
+
+def has_launcher() -> bool:
+    """Whether our own launcher started this process, and prints what it is told."""
+    return EXIT_VARIABLE in os.environ
+
+
+def restart_count() -> int:
+    """Return how often torch's elastic agent has started the ranks anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def end_by_signal(_number: int, _frame: object) -> NoReturn:
+    """Handle a signal that asks to stop before there is anything to save."""
+    ending = Ending(STOPPED_EXIT_CODE, own_rank(), NOTHING_TO_SAVE)
+    tell_launcher(ending)
+    if not has_launcher() and ending.rank == 0:
+        os.write(2, f"fsdp-qlora: {ending.message}\n".encode())  # print may be what the signal has interrupted
+    os._exit(ending.code)
+
+
+def _told(attempt: int) -> Ending | None:
+    return first_failure(tellings(Path(os.environ[EXIT_VARIABLE]), attempt)) if has_launcher() else None
+
+
+def _ended_for_good() -> Ending | None:
+    """Return how the attempt before this one ended, if another attempt would end the same way."""
+    before = _told(restart_count() - 1) if restart_count() else None
+    return before if before is not None and before.expected else None
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Run a verb; turn what escapes into a message and an exit code."""
+    quiet = False
+    try:
+        ending = _ended_for_good() or Ending(work(), own_rank())
+    except BaseException as error:
+        ending = ending_of(error)
+        quiet = isinstance(error, FsdpQloraError) and error.alike and ending.rank != 0
+        bug = not ending.expected and not isinstance(error, SystemExit)  # of ours, or of what we stand on
+        if bug and _told(restart_count()) is None:
+            traceback.print_exc()
+    tell_launcher(ending)
+    if ending.message and not quiet and not has_launcher():
+        print(f"{_where()}{visible(ending.message)}", file=sys.stderr, flush=True)
+    if "RANK" in os.environ:
+        if ending.failed:
+            _record_for_torchrun(ending.message)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit. After a failure, closing a process group whose other ranks wait in a collective can hang. After
+        # a success, gloo's threads outlive the group, and one that drops a tensor while the interpreter is being
+        # finalized aborts the process ("terminate called without an active exception").
+        os._exit(ending.code)
+    return ending.code
+
+
+def _where() -> str:
+    rank = os.environ.get("RANK")
+    return f"fsdp-qlora, rank {rank}: " if rank is not None else "fsdp-qlora: "
+
+
+def _record_for_torchrun(message: str) -> None:
+    """Let torchrun show this rank's message in its summary, which is the last thing on the screen."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE") and "torch" in sys.modules:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(RuntimeError(message))

@@ -1,0 +1,112 @@
+"""`fit`: train what `prepare` made, keep it resumable, give the adapter away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fsdp_qlora.config.convert import to_dict
+from fsdp_qlora.distributed.reduce import any_rank, on_main
+from fsdp_qlora.distributed.signals import StopSignals
+from fsdp_qlora.errors import STOPPED_EXIT_CODE, RunFolderError
+from fsdp_qlora.files.read import read_json
+from fsdp_qlora.files.write import write_json
+from fsdp_qlora.run.claim import claim
+from fsdp_qlora.run.folder import RunFolder
+from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.run.summary import summarize
+from fsdp_qlora.run.training import FitResult, Training
+from fsdp_qlora.shown import published
+from fsdp_qlora.track.console import ConsoleProgress
+from fsdp_qlora.track.tracker import Beside, JsonLines, Sink, Tracker
+from fsdp_qlora.track.wandb import open_wandb
+
+
+def fit(prepared: Prepared, folder: RunFolder | None = None, signals: StopSignals | None = None) -> FitResult:
+    """Train, resume where asked to, save, and write the adapter. Every rank calls it.
+
+    Args:
+        prepared: what `prepare` returned.
+        folder: the run folder, claimed already; None claims ``<run.output_root>/<run.name>`` and lets go of it after.
+        signals: handlers that are in force already; None installs them for the time of the training.
+
+    Raises:
+        FsdpQloraError: of the kind that says what went wrong, on every rank where the ranks can know.
+    """
+    if folder is not None:
+        return _fit(prepared, folder, signals or StopSignals())
+    folder = RunFolder(prepared.config.run.output_root, prepared.config.run.name)
+    try:
+        decision = claim(folder, prepared.config, prepared.ranks)
+        if not decision.start:
+            return FitResult(True, folder.read_summary())
+        result = _fit(prepared, folder, signals or StopSignals())
+        if prepared.ranks.is_main:
+            folder.write_exit(0 if result.finished else STOPPED_EXIT_CODE, 0)
+        return result
+    finally:
+        folder.unlock()
+
+
+def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
+    with stop as signals:
+        training = Training(prepared, folder)
+        resumed = training.resume()
+        on_main(lambda: folder.begin(published(to_dict(prepared.config))), prepared.ranks)
+        before = _before(training, folder, resumed)
+        if any_rank(signals.requested, prepared.ranks):  # asked to stop while loading: nothing to save yet
+            return FitResult(False, {})
+        with _tracker(training, folder) as tracker:
+            finished = training.run(tracker, signals)
+        on_main(training.unwritten.require_none, prepared.ranks)
+        profile = training.profiling.finish()
+        if not finished:
+            return FitResult(False, {})
+        size = training.export(folder.adapter)
+        summary = summarize(
+            prepared, training.progress, training.profiling.meter, training.batches.num_rows, before,
+            training.answers(), size,
+        ) | ({"profile": profile} if profile else {})  # fmt: skip
+    on_main(lambda: folder.write_summary(summary), prepared.ranks)
+    return FitResult(True, summary)
+
+
+def _before(training: Training, folder: RunFolder, resumed: Path | None) -> list[str]:
+    """Return the answers before training; a resumed run takes them from where the first start left them."""
+    file = folder.path / "answers_before.json"
+    if resumed is not None and file.is_file():
+        try:
+            return read_json(file, list[str])
+        except ValueError as error:
+            raise RunFolderError(f"{file} is damaged: {error}. Remove it, and the answers are made again.") from error
+    answers = training.answers()
+    on_main(lambda: write_json(file, answers), training.ranks)
+    return answers
+
+
+@contextmanager
+def _tracker(training: Training, folder: RunFolder) -> Iterator[Tracker]:
+    sinks: list[Sink] = []
+
+    def open_sinks() -> None:
+        sinks.extend(_sinks(training, folder))
+
+    on_main(open_sinks, training.ranks)
+    tracker = Tracker(sinks, training.ranks.phases.by_itself)
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
+def _sinks(training: Training, folder: RunFolder) -> list[Sink]:
+    config, total = training.config, training.batches.length.total_steps(training.progress)
+    sinks: list[Sink] = [
+        JsonLines(folder.metrics_file, training.progress.step, training.unwritten),
+        Beside(ConsoleProgress(total, training.progress.step), "the progress display"),
+    ]
+    if config.track.name == "wandb":
+        sink = open_wandb(folder.path, config.run.name, config.track, published(to_dict(config)))
+        sinks += [Beside(sink, "track=wandb")] if sink is not None else []
+    return sinks

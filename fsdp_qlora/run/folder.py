@@ -1,0 +1,223 @@
+"""The run folder: a lock held by the kernel, config.yaml, versions.json, exit.json, summary.json.
+
+Layout and exit codes: README.md, "What a run leaves behind".
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fsdp_qlora.errors import ConfigError, RunFolderError, SecurityError, StorageError
+from fsdp_qlora.files.bounded import OutOfBoundsError, read_settings
+from fsdp_qlora.files.read import LACKING, open_regular, read_json, read_regular, refuse_irregular, warn_of_others
+from fsdp_qlora.files.scratch import sweep
+from fsdp_qlora.files.write import write_first, write_json, write_text
+from fsdp_qlora.track.lines import read_lines, write_lines
+
+_WANDB = "wandb"
+"""W&B's own folder in the run folder; it links from there to its newest run."""
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "fsdp-qlora")
+
+
+class RunFolder:
+    """``<output_root>/<name>`` and what is in it."""
+
+    def __init__(self, output_root: str, name: str) -> None:
+        self.path = Path(output_root).expanduser().absolute() / name
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.summary_file = self.path / "summary.json"
+        self.answers_file = self.path / "answers.jsonl"
+        self.exit_file = self.path / "exit.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self._lock: int | None = None
+        self._holder = self.path / ".lock.holder"
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            StorageError: if that is not possible.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"run.output_root: {self.path} cannot be made: {error.strerror}.") from error
+
+    def lock(self, flock: Callable[[int, int], None] = fcntl.flock) -> None:
+        """Take the folder for this process until it ends; the kernel lets go of it even after kill -9.
+
+        What a killed process left half written goes.
+
+        Raises:
+            RunFolderError: if another process has it, naming that process.
+            SecurityError: if it holds links or pipes: what is written there would go elsewhere. Nothing was written.
+            StorageError: if it cannot be read, written or locked.
+        """
+        try:
+            handle = open_regular(self.path / ".lock", os.O_RDWR | os.O_CREAT, changes=False)
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be written: {error.strerror}.") from error
+        try:
+            locked = self._flock(handle, flock)
+            refuse_irregular(self.path, may_link=True, apart=_WANDB)
+            # Not into the lock itself: it may have a second name elsewhere, in a backup or made by somebody else.
+            write_text(self._holder, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
+        except BaseException as error:
+            os.close(handle)
+            if isinstance(error, OSError):
+                raise StorageError(f"{error.filename or self.path} cannot be used: {error.strerror}.") from error
+            raise
+        self._lock = handle
+        for folder in (self.path, self.checkpoints) if locked else ():
+            sweep(folder)
+        warn_of_others(self.path, *([self.checkpoints] if self.checkpoints.is_dir() else []))
+
+    def _flock(self, handle: int, flock: Callable[[int, int], None]) -> bool:
+        """Lock, or refuse; return False, after a word of warning, where the file system has no locks."""
+        try:
+            flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = "another process"
+            with suppress(OSError, SecurityError):
+                holder = read_regular(self._holder, 4096).decode(errors="replace").strip() or holder
+            raise RunFolderError(
+                f"run.name: {self.path} is in use by {holder}. Wait for it, stop it, or choose another run.name."
+            ) from None
+        except OSError as error:
+            if error.errno not in LACKING:
+                raise StorageError(f"{self.path} cannot be locked: {error.strerror}.") from error
+            _say(
+                f"run.output_root: this file system knows no locks ({error.strerror}); see to it yourself "
+                f"that no second run uses {self.path}."
+            )
+            return False
+        return True
+
+    def unlock(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run ended here by itself."""
+        return self.summary_file.is_file()
+
+    @property
+    def started(self) -> bool:
+        """Whether a run began here."""
+        return self.config_file.is_file()
+
+    def move_away(self) -> Path:
+        """Rename the folder to the next free ``<name>.N``; return where it is now. The lock moves along."""
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        self.path.rename(target)
+        self.unlock()
+        self.create()
+        self.lock()
+        return target
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Write the resolved settings and the versions of what runs them; what was finished is so no more."""
+        self.summary_file.unlink(missing_ok=True)
+        write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_json(self.path / "versions.json", versions())
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write what came of the run; the folder then counts as finished."""
+        write_json(self.summary_file, summary)
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return what `write_summary` wrote."""
+        try:
+            return read_json(self.summary_file, dict[str, Any])
+        except ValueError as error:
+            raise RunFolderError(f"{self.summary_file} is damaged: {error}. Remove it to run again.") from error
+
+    @property
+    def bad_rows(self) -> Path:
+        """List of the rows of the data that were passed over, if any were."""
+        return self.path / "bad_rows.jsonl"
+
+    def add_answers(self, step: int, answers: list[dict[str, str]]) -> None:
+        """Append the answers at an evaluation to answers.jsonl; those of steps that are run again are replaced."""
+        file = self.answers_file
+        kept = [line for line in (read_lines(file) if file.is_file() else []) if line["step"] < step]
+        write_lines(file, [*kept, *({"step": step, **answer} for answer in answers)])
+
+    def clear_exit(self) -> None:
+        """Forget how the last start ended."""
+        self.exit_file.unlink(missing_ok=True)
+
+    def write_exit(self, code: int, rank: int, message: str = "") -> bool:
+        """Write how this start ended, unless a rank did so before; return whether it was written."""
+        body = {"code": code, "rank": rank, "message": message, "time": time.time()}
+        try:
+            return write_first(self.exit_file, json.dumps(body) + "\n")  # the first failure stays
+        except OSError:
+            return False
+
+    def read_exit(self) -> dict[str, Any] | None:
+        """Return what `write_exit` wrote, or None."""
+        try:
+            found = read_json(self.exit_file, dict[str, Any])
+        except (OSError, ValueError, SecurityError):
+            return None
+        kinds = {"code": int, "rank": int, "message": str, "time": int | float}
+        return found if all(isinstance(found.get(key), kind) for key, kind in kinds.items()) else None
+
+
+def _say(message: str) -> None:
+    print(f"fsdp-qlora: {message}", file=sys.stderr, flush=True)
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """Read a config.yaml as data, or that of a run's folder.
+
+    Raises:
+        ConfigError: if it is not there, is no mapping, or is more than settings can be.
+    """
+    path = Path(file).expanduser()
+    path = path / "config.yaml" if path.is_dir() else path
+    try:
+        values = yaml.safe_load(read_settings(path))
+    except SecurityError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"run_from: {path} cannot be read: {error.strerror}.") from error
+    except OutOfBoundsError as error:
+        raise ConfigError(f"run_from: {path} holds more than settings can: {error}.") from error
+    except Exception as error:  # of any kind: a date that there is not is a ValueError, a number without digits another
+        raise ConfigError(f"run_from: {path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"run_from: {path} holds no settings.")
+    return values
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and the packages that decide the numbers."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

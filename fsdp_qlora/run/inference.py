@@ -1,0 +1,50 @@
+"""A model ready to answer: a base in the format of the settings, with a PEFT adapter on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from fsdp_qlora.adapters.folder import (
+    CHAT_TEMPLATE_NAME,
+    blamed_on_adapter,
+    load_adapter,
+    read_adapter_config,
+    stored_modules,
+)
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.errors import FsdpQloraError
+from fsdp_qlora.files.read import own_file
+from fsdp_qlora.run.prepare import prepare
+from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.run.world import World
+
+
+def load_for_inference(config: RunConfig, adapter: Path | None = None, world: World | None = None) -> Prepared:
+    """Load a base model in the settings' format, with a PEFT adapter on it if one is named.
+
+    The adapter's own config decides rank, scaling and targets, and the base model where ``config.model.name`` is empty.
+
+    Raises:
+        ModelError: if the folder is no LoRA adapter, or not one for this model.
+    """
+    if adapter is not None:
+        config = _with_adapter(config, adapter)
+    try:
+        prepared = prepare(config, world, training=False)
+    except FsdpQloraError as error:
+        raise (error if adapter is None else blamed_on_adapter(error, adapter)) from error
+    if adapter is not None:
+        load_adapter(adapter, prepared.model, prepared.ranks.shard_rank, prepared.ranks.shard_size)
+    prepared.model.eval()
+    return prepared
+
+
+def _with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
+    """Return the settings with what an adapter folder says: base model, adapters, and the chat it was trained with."""
+    found, model, data = read_adapter_config(adapter), config.model, config.data
+    if not model.name and found.base_model:
+        model = replace(model, name=found.base_model, revision=model.revision or found.revision)
+    if data.template is None and (adapter / CHAT_TEMPLATE_NAME).is_file():
+        data = replace(data, template=str(own_file(adapter, CHAT_TEMPLATE_NAME)))
+    return replace(config, model=model, data=data, lora=found.settings(stored_modules(adapter, found.r)))

@@ -1,0 +1,56 @@
+"""`Prepared`: a sharded model with its weights loaded, and what belongs to it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import PeftModel
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.data.prepare import PreparedData
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.load.stream import LoadReport
+from fsdp_qlora.model.root import CausalModel
+from fsdp_qlora.plan.plan import TrainPlan
+from fsdp_qlora.shapes.linears import ModelShapes
+
+
+@dataclass
+class Prepared:
+    """A sharded model with its weights loaded, and what belongs to it."""
+
+    config: RunConfig
+    plan: TrainPlan
+    model: CausalModel
+    tokenizer: PreTrainedTokenizerBase
+    ranks: Ranks
+    folder: Path
+    """Folder of the base model."""
+    shapes: ModelShapes
+    load: LoadReport
+    data: PreparedData | None
+    threads: int
+    choices: dict[str, str] = field(default_factory=dict)
+    """What the plan and the device decided of what was left to them (``auto``), by key, and why."""
+    repairs: tuple[str, ...] = ()
+    """What changed this model's losses: see `fsdp_qlora.run.build.OpenedModel.repairs`."""
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The device mesh the model is sharded over."""
+        return self.ranks.mesh
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The transformers model with its adapters."""
+        assert isinstance(self.model.model, PeftModel)
+        return self.model.model
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self._stack.close()

@@ -1,0 +1,54 @@
+"""What summary.json says of a finished run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fsdp_qlora.data.sources import names_of
+from fsdp_qlora.distributed.process import memory_peak
+from fsdp_qlora.distributed.reduce import gather_json
+from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.shown import shown_source
+from fsdp_qlora.track.meter import Meter
+from fsdp_qlora.train.progress import Progress
+
+
+def summarize(
+    prepared: Prepared, progress: Progress, meter: Meter, num_rows: int, before: list[str], after: list[str],
+    adapter_bytes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the summary, equal on every rank; every rank calls it."""
+    config, ranks = prepared.config, prepared.ranks
+    peak, kind = memory_peak(ranks.device)
+    own = {
+        "rank": ranks.rank,
+        "bytes_read": prepared.load.bytes_read,
+        "quantized_bytes": prepared.load.quantized_bytes,
+        "peak_memory_bytes": peak,
+    }
+    speed = meter.total_tokens / max(1e-9, meter.total_seconds)
+    prompts = config.train.sample_prompts
+    return {
+        "steps": progress.step,
+        "eval_loss_before": progress.first_eval_loss,
+        "eval_loss_after": progress.last_eval_loss,
+        "tokens_per_second": speed,
+        "tokens": progress.tokens,
+        "target_tokens": progress.target_tokens,
+        "rows_left_out": progress.rows_left_out,
+        "trainable_parameters": prepared.plan.trainable_parameters,
+        "base_parameters": prepared.plan.base_parameters,
+        "adapter_bytes": adapter_bytes,
+        "model_file_bytes": prepared.load.file_bytes,
+        "memory_kind": kind,
+        "auto": prepared.choices,
+        "planned_bytes_per_rank": prepared.plan.peak,
+        "device": str(ranks.device),
+        "threads_per_rank": prepared.threads,
+        "load_seconds": prepared.load.seconds,
+        "data": {"train": [shown_source(name) for name in names_of(config.data.train)], "rows": num_rows},
+        "samples": [
+            {"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=False)
+        ],
+        "ranks": gather_json(own, ranks),
+    }  # fmt: skip

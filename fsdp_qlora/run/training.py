@@ -1,0 +1,272 @@
+"""What a run does while it trains: resume, step, evaluate, save, export."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fsdp_qlora.adapters.lora import lora_config
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.replicated import ReplicatedGradients
+from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
+from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of, optimizer_shapes, whole_of, with_whole
+from fsdp_qlora.checkpoint.manifest import Manifest
+from fsdp_qlora.checkpoint.retention import Retention
+from fsdp_qlora.checks.copies import require_equal_copies
+from fsdp_qlora.checks.gradients import FirstGradients
+from fsdp_qlora.checks.nonfinite import locate_nonfinite
+from fsdp_qlora.config.convert import to_dict
+from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.distributed.process import memory_peak
+from fsdp_qlora.distributed.reduce import on_main
+from fsdp_qlora.distributed.seeds import seed_of
+from fsdp_qlora.distributed.signals import StopSignals
+from fsdp_qlora.errors import DataError, NonFiniteError
+from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
+from fsdp_qlora.export.card import model_card
+from fsdp_qlora.inference.end_of_turn import end_of_turn
+from fsdp_qlora.inference.generate import answer
+from fsdp_qlora.load.safetensors import file_digests
+from fsdp_qlora.objectives.sft import OBJECTIVES
+from fsdp_qlora.optim.optimizers import ShardedOptimizer
+from fsdp_qlora.optim.schedules import build_schedule, warmup_notice
+from fsdp_qlora.parallel.fallback import EagerFallback
+from fsdp_qlora.parallel.shard import release_gathered, synchronize_gradients
+from fsdp_qlora.run.base_files import BaseFiles
+from fsdp_qlora.run.batches import build_batches, data_key
+from fsdp_qlora.run.evaluate import _evaluate
+from fsdp_qlora.run.folder import RunFolder, versions
+from fsdp_qlora.run.prepare import debug_context
+from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.run.profiling import Profiling
+from fsdp_qlora.shown import published
+from fsdp_qlora.track.tracker import Tracker
+from fsdp_qlora.track.unwritten import Unwritten
+from fsdp_qlora.train.evaluate import Evaluation
+from fsdp_qlora.train.loop import Due, LoopHooks, train_loop
+from fsdp_qlora.train.progress import Progress
+from fsdp_qlora.train.recovery import Recovery
+from fsdp_qlora.train.step import NumberedMicroBatch, StepSettings
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a training ended."""
+
+    finished: bool
+    """False when a signal stopped it (it was saved, and a resume goes on)."""
+    summary: dict[str, Any]
+    """What summary.json holds; equal on every rank. Empty when stopped."""
+
+
+class Training:
+    """One run's moving parts: made from a `Prepared`, driven by `fit`."""
+
+    def __init__(self, prepared: Prepared, folder: RunFolder) -> None:
+        if prepared.data is None:
+            raise DataError(
+                "data.train: not set. Give a JSONL, JSON or Parquet file, a hub data set, or a list of them."
+            )
+        self.prepared, self.folder, self.config = prepared, folder, prepared.config
+        self.model, self.ranks = prepared.model, prepared.ranks
+        self.eval_rows = TokenRows(prepared.data.eval) if prepared.data.eval is not None else None
+        self.unwritten = Unwritten()
+        self.batches = build_batches(prepared, folder.bad_rows, self.unwritten)
+        self.optimizer = ShardedOptimizer(trainable_parameters(self.model), self.config.optim)
+        num_steps = self.batches.length.planned_steps
+        for notice in (self.optimizer.notice, warmup_notice(self.config.schedule, num_steps)):
+            if self.ranks.is_main and notice:
+                print(f"fsdp-qlora: {notice}", file=sys.stderr, flush=True)
+        self.reduce_replicated = ReplicatedGradients(self.optimizer.parameters.items(), self.ranks)
+        self.schedule = build_schedule(self.config.schedule, num_steps)
+        self.objective = OBJECTIVES[self.config.objective.name]
+        self.checkpointer = self._checkpointer()
+        self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
+        base = file_digests(prepared.folder)
+        self.base_files = BaseFiles(prepared)
+        self.identity = identity_of(
+            to_dict(self.config), base, data_key(prepared.data.key, self.config.data), prepared.repairs
+        )
+
+    def resume(self) -> Path | None:
+        """Go on from the checkpoint that the settings ask for; return its folder, or None for a new start."""
+        settings = self.config.checkpoint
+        self.prepared.ranks.phases.enter("finding the checkpoint to go on from")
+        found = self.checkpointer.find(settings.resume, self.identity, settings.resume_overrides)
+        if found is None:
+            return None
+        self.base_files.compare(whole_of(found[1].identity), found[0])
+        self._load(*found)
+        return found[0]
+
+    def _load(self, folder: Path, manifest: Manifest) -> None:
+        self.progress.restore(manifest.progress)
+        state = self.optimizer.load_state(manifest.step, optimizer_shapes(manifest.tensors))
+        self.checkpointer.load(folder, manifest, checkpoint_tensors(self.optimizer.parameters.items(), state))
+        state.finish()
+
+    def _checkpointer(self) -> Checkpointer:
+        settings = self.config.checkpoint
+        return Checkpointer(
+            self.folder.checkpoints,
+            self.ranks,
+            Retention(settings.keep_last, settings.keep_every, settings.keep_best),
+            fallback=Path(settings.fallback_dir).expanduser() / self.config.run.name if settings.fallback_dir else None,
+            asynchronous=settings.asynchronous,
+            write_adapter=self._write_adapter,
+        )
+
+    def save(self, progress: Progress) -> None:
+        """Start a checkpoint with a ready adapter in it."""
+        self.prepared.ranks.phases.enter(f"checkpoint of step {progress.step}")
+        self.checkpointer.save(self._snapshot(progress), self._tensors)
+
+    def finish(self, progress: Progress) -> None:
+        """See to it that this state is on disk."""
+        self.prepared.ranks.phases.enter(f"last checkpoint, of step {progress.step}")
+        self.checkpointer.finish(self._snapshot(progress), self._tensors)
+
+    def _snapshot(self, progress: Progress) -> Snapshot:
+        identity = with_whole(self.identity, self.base_files.known())
+        return Snapshot(progress.step, progress.to_dict(), identity, versions())
+
+    def _tensors(self) -> dict[str, Any]:
+        # The optimizer's own list: while a unit is gathered, FSDP shows other parameters under the same names.
+        return checkpoint_tensors(self.optimizer.parameters.items(), self.optimizer)
+
+    def export(self, folder: Path) -> int:
+        """Write the adapter as PEFT does. Every rank calls it, rank 0 writes; return the bytes of its weights."""
+        self.prepared.ranks.phases.enter("writing the adapter")
+        require_equal_copies(self.optimizer.parameters.items(), self.ranks)
+        tensors = gather_adapter(self.model)
+        return on_main(lambda: self._write_adapter(folder, tensors, self.progress.to_dict()), self.ranks)
+
+    def _write_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], progress: dict[str, Any]) -> int:
+        lora = self.config.lora
+        targets = short_targets(self.prepared.plan.targets, self.model.base)
+        card = model_card(published(to_dict(self.config)), self._facts(progress))
+        peft_config = lora_config(targets, lora.r, lora.alpha, lora.dropout, lora.variant)
+        base = self.config.model.name
+        base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
+        return export_adapter(folder, tensors, peft_config, base, self.prepared.tokenizer, card)
+
+    def _facts(self, progress: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "base_model": self.config.model.name,
+            "train_rows": self.batches.num_rows,
+            "steps": progress["step"],
+            "trainable_parameters": self.prepared.plan.trainable_parameters,
+            "eval_loss_before": progress["first_eval_loss"],
+            "eval_loss_after": progress["last_eval_loss"],
+            "versions": versions(),
+        }
+
+    def evaluate(self) -> Evaluation | None:
+        """Evaluate on the held-out rows, if there are any."""
+        self.prepared.ranks.phases.enter(f"evaluation after step {self.progress.step}")
+        result = None if self.eval_rows is None else _evaluate(self.prepared, self.eval_rows)
+        if self.config.train.sample_at_eval and self.config.train.sample_prompts:
+            answers = [
+                {"prompt": p, "answer": a}
+                for p, a in zip(self.config.train.sample_prompts, self.answers(), strict=True)
+            ]
+            if self.ranks.is_main:
+                self.unwritten.attempt(
+                    self.folder.answers_file, lambda: self.folder.add_answers(self.progress.step, answers)
+                )
+        return result
+
+    def answers(self) -> list[str]:
+        """Answer the sample prompts, greedily, with all ranks."""
+        self.prepared.ranks.phases.enter(f"answers after step {self.progress.step}")
+        tokens = self.config.train.sample_tokens
+        tokenizer = self.prepared.tokenizer
+        end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
+        return [answer(self.model, tokenizer, end, p, tokens) for p in self.config.train.sample_prompts]
+
+    def _recovery(self) -> Recovery:
+        train = self.config.train
+        return Recovery(
+            train.on_nonfinite, train.max_bad_steps,
+            locate=self._locate,
+            drop_gradients=self.optimizer.zero_grad, restore=self._restore,
+        )  # fmt: skip
+
+    def _locate(self, micro_batches: Sequence[NumberedMicroBatch], step: int) -> str:
+        def run(micro_batch: NumberedMicroBatch) -> None:
+            torch.manual_seed(seed_of(self.config.run.seed, step, micro_batch.number))
+            self.objective(self.model, micro_batch, self.ranks.device)
+
+        try:
+            return locate_nonfinite(self.model, self.ranks, micro_batches, run)
+        finally:
+            release_gathered(self.model)
+
+    def _fallback(self) -> list[EagerFallback]:
+        """Return what looks after layers that cannot be compiled, if any are to be."""
+        if (layers := self.model.compiled_layers) is None:
+            return []
+
+        def say(step: int, reason: str) -> None:
+            self.prepared.choices["train.compile"] = f"false (compiling failed at step {step}: {reason})"
+            if self.ranks.is_main:
+                print(
+                    f"fsdp-qlora: step {step}: compiling failed, going on without: {reason}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+        return [EagerFallback(layers, self.ranks, self.config.train.compile == "true", say)]
+
+    def _restore(self) -> None:
+        """Go back to the newest checkpoint."""
+        self.checkpointer.settle()
+        found = self.checkpointer.find("auto", self.identity, self.config.checkpoint.resume_overrides)
+        if found is None:
+            raise NonFiniteError("train.on_nonfinite: rollback found no checkpoint of this run yet; it stops.")
+        self._load(*found)
+
+    def run(self, tracker: Tracker, signals: StopSignals) -> bool:
+        """Train to the end; return False if stopped."""
+        train = self.config.train
+
+        def before_update() -> None:
+            signals.something_to_save = True
+            self.checkpointer.before_update()
+
+        due = Due(
+            self.batches.length, train.log_every, train.eval_every,
+            self.config.checkpoint.every_steps, train.early_stopping_patience, train.spike_factor,
+        )  # fmt: skip
+        settings = StepSettings(
+            objective=self.objective, ranks=self.ranks, seed=self.config.run.seed, max_grad_norm=train.max_grad_norm,
+            synchronize=synchronize_gradients, seed_of=seed_of, around=debug_context(self.config),
+            enter=self.prepared.ranks.phases.enter,
+            before_update=before_update,
+            after_backward=(self.reduce_replicated, *self._fallback(), FirstGradients(self.model, self.ranks)),
+        )  # fmt: skip
+        hooks = LoopHooks(
+            batch_at=self.batches.batch_at,
+            evaluate=self.evaluate,
+            save=self.save,
+            save_stall=self.checkpointer.take_stall,
+            finish=self.finish,
+            stop_requested=lambda: signals.requested or self.checkpointer.gave_up or bool(self.unwritten.problem),
+            peak_memory=lambda: memory_peak(self.ranks.device)[0],
+            around_step=self.profiling.profiler.around_step if self.profiling.profiler else nullcontext,
+        )
+        self.base_files.begin()
+        try:
+            return train_loop(
+                self.model, self.optimizer, self.schedule, self.config.optim.lr, self.progress, due, settings, hooks,
+                self._recovery(), tracker, self.profiling.meter,
+            )  # fmt: skip
+        finally:
+            self.batches.batch_at.close()
+            self.base_files.close()

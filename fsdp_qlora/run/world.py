@@ -1,0 +1,51 @@
+"""The open process group and this process's place in it."""
+
+from __future__ import annotations
+
+import atexit
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.distributed.mesh import Ranks, build_ranks
+from fsdp_qlora.distributed.process import (
+    Placement,
+    choose_device,
+    keep_freed_memory,
+    process_group,
+    set_threads,
+    use_device,
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """The open process group and this process's place in it."""
+
+    ranks: Ranks
+    placement: Placement
+    threads: int
+    stack: ExitStack
+
+
+def open_world(config: RunConfig) -> World:
+    """Choose the device, open the process group and build the mesh (torchrun's environment, or one process)."""
+    placement = Placement.from_env()
+    device = choose_device(config.launcher.device, placement)
+    use_device(device)
+    threads = set_threads(config.launcher.threads_per_rank, placement.local_world_size)
+    if device.type == "cpu":
+        keep_freed_memory(config.launcher.keep_freed_memory)
+    stack = ExitStack()
+    group = stack.enter_context(process_group(device, placement, config.launcher.timeout_seconds))
+    ranks = build_ranks(group, device, config.fsdp.shard_degree, config.fsdp.replicate_degree)
+    atexit.register(_abandon)
+    return World(ranks, placement, threads, stack)
+
+
+def _abandon() -> None:
+    """Leave the group without waiting for the others: a script that ends on an error must not hang them."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
