@@ -9,9 +9,9 @@ rank therefore quantizes just its own rows and gets the very bits that quantizin
 import bitsandbytes.functional as bnb
 import torch
 
-from fsdp_qlora import QuantFormat, dequantize, quantize
+from fsdp_qlora import build_format, dequantize, quantize
 from fsdp_qlora.distributed.shards import row_range
-from fsdp_qlora.shapes.rows import ROW_WEIGHTS
+from fsdp_qlora.quant.packing import ROW_WEIGHTS
 
 NUM_RANKS = 3
 
@@ -25,7 +25,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the mean that double quantization subtracts depends, in its last bit, on the threads
     torch.manual_seed(0)
     weight = torch.randn(576, 1000).to(torch.bfloat16)
-    quant_format = QuantFormat("nf4", double_quant=True)
+    quant_format = build_format("nf4", double_quant=True)
 
     ours = quantize(weight, quant_format)
     print(f"weight   {tuple(weight.shape)} bfloat16: {weight.nbytes:,} bytes")

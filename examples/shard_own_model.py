@@ -9,17 +9,17 @@ weight. The trainable parts are small: drawn alike on every rank, of which FSDP2
 import torch
 from torch import nn
 
-from fsdp_qlora import QuantFormat, QuantLinear, shard_model
+from fsdp_qlora import QuantLinear, build_format, shard_model
 from fsdp_qlora.distributed.mesh import Ranks, build_ranks
 from fsdp_qlora.distributed.process import Placement, process_group
 from fsdp_qlora.distributed.reduce import all_sum, gather_json
 from fsdp_qlora.distributed.shards import row_range
 from fsdp_qlora.parallel.shard import mixed_precision
 from fsdp_qlora.quant.formats import to_rows
-from fsdp_qlora.shapes.rows import ROW_WEIGHTS
+from fsdp_qlora.quant.packing import ROW_WEIGHTS
 
 WIDTH, NUM_BLOCKS, BATCH = 1024, 4, 8  # BATCH: examples in a step, over all ranks
-FORMAT = QuantFormat("nf4", double_quant=False)  # with True the ranks must also agree on the mean of absmax
+FORMAT = build_format("nf4", double_quant=False)  # with True the ranks must also agree on the mean of absmax
 
 
 class Block(nn.Module):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
     from fsdp_qlora.parallel.shard import mixed_precision, shard_model
     from fsdp_qlora.plan.plan import TrainPlan, make_plan
-    from fsdp_qlora.quant.formats import QuantFormat, dequantize, quantize
+    from fsdp_qlora.quant.formats import Format, build_format, dequantize, quantize
     from fsdp_qlora.quant.linear import QuantLinear
     from fsdp_qlora.run.decide import plan_for
     from fsdp_qlora.run.fit import fit
@@ -30,30 +30,31 @@ if TYPE_CHECKING:
     from fsdp_qlora.run.world import open_world
 
 _HOME = {
-    "SafetensorsFolder": "model.weights",
-    "stream_linear": "model.stream",
-    "mixed_precision": "model.shard",
-    "build_ranks": "dist.mesh",
-    "Ranks": "dist.mesh",
+    "SafetensorsFolder": "load.safetensors",
+    "stream_linear": "load.stream",
+    "mixed_precision": "parallel.shard",
+    "build_ranks": "distributed.mesh",
+    "Ranks": "distributed.mesh",
     "from_dict": "config.convert",
-    "plan_for": "planning",
-    "open_world": "api",
-    "Prepared": "api",
-    "prepare": "api",
-    "load_for_inference": "api",
+    "plan_for": "run.decide",
+    "open_world": "run.world",
+    "Prepared": "run.prepared",
+    "prepare": "run.prepare",
+    "load_for_inference": "run.inference",
     "Checkpointer": "checkpoint.checkpointer",
     "RunConfig": "config.schema",
     "export_adapter": "export.adapter",
-    "FitResult": "training",
-    "fit": "training",
-    "attach_lora": "model.lora",
-    "shard_model": "model.shard",
+    "FitResult": "run.training",
+    "fit": "run.fit",
+    "attach_lora": "adapters.lora",
+    "shard_model": "parallel.shard",
     "build_skeleton": "model.skeleton",
     "read_shapes": "model.skeleton",
-    "stream_weights": "model.stream",
+    "stream_weights": "load.stream",
     "TrainPlan": "plan.plan",
     "make_plan": "plan.plan",
-    "QuantFormat": "quant.formats",
+    "Format": "quant.formats",
+    "build_format": "quant.formats",
     "dequantize": "quant.formats",
     "quantize": "quant.formats",
     "QuantLinear": "quant.linear",
@@ -62,14 +63,15 @@ _HOME = {
 __all__ = [
     "Checkpointer",
     "FitResult",
+    "Format",
     "Prepared",
-    "QuantFormat",
     "QuantLinear",
     "Ranks",
     "RunConfig",
     "SafetensorsFolder",
     "TrainPlan",
     "attach_lora",
+    "build_format",
     "build_ranks",
     "build_skeleton",
     "dequantize",

@@ -21,7 +21,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from fsdp_qlora.shapes.linears import LinearShape
+from fsdp_qlora.quant.formats import Format, Packed, dequantize, quantize
+from fsdp_qlora.quant.formats.blocks4 import Blocks4
 
 MATRIX_STD, NOISE, WIDE = 0.08, 0.05, 256
 _KEPT = 4
@@ -115,17 +116,24 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_co
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module, quantized: Iterable[LinearShape]) -> None:
-    """Send weights through bitsandbytes' 4-bit quantization and back, each matrix by itself."""
-    for linear in quantized:
-        parameter, layout = model.get_parameter(linear.parameter), linear.layout
+def round_weights(model: nn.Module, quantized: Iterable[Packed]) -> None:
+    """Send weights through their format and back, each matrix by itself; 4-bit ones by bitsandbytes' own functions."""
+    for packed in quantized:
+        linear = packed.linear
+        parameter = model.get_parameter(linear.parameter)
         for matrix in parameter if linear.stacked else [parameter]:
             whole = (matrix.t() if linear.transposed else matrix).contiguous()
-            codes, state = bitsandbytes.functional.quantize_4bit(
-                whole, blocksize=layout.block_size, quant_type=layout.name, compress_statistics=layout.double_quant
-            )
-            rounded = bitsandbytes.functional.dequantize_4bit(codes, state)
+            rounded = _rounded(whole, packed.layout)
             matrix.copy_(rounded.t() if linear.transposed else rounded)
+
+
+def _rounded(whole: torch.Tensor, layout: Format) -> torch.Tensor:
+    if not isinstance(layout, Blocks4):  # no code of upstream's knows it; what it means is what it says
+        return dequantize(quantize(whole, layout), layout, tuple(whole.shape), whole.dtype)
+    codes, state = bitsandbytes.functional.quantize_4bit(
+        whole, blocksize=layout.block_size, quant_type=layout.name, compress_statistics=layout.double_quant
+    )
+    return bitsandbytes.functional.dequantize_4bit(codes, state)
 
 
 def adapt(

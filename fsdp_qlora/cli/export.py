@@ -16,8 +16,7 @@ from fsdp_qlora.export.quantized_base import export_base
 from fsdp_qlora.model.folder import resolve_folder
 from fsdp_qlora.model.skeleton import build_skeleton
 from fsdp_qlora.parallel.shard import model_dtype
-from fsdp_qlora.plan.quantized import layout_of
-from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.plan.quantized import format_of
 from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.track.console import megabytes
 
@@ -37,7 +36,7 @@ def _base_4bit(config: RunConfig) -> int:
     source, target = resolve_folder(config.model.name, config.model.revision), Path(config.export.to).expanduser()
     base = build_skeleton(source, model_dtype(config.precision.name), "eager", config.model.trust_remote_code)
     done = export_base(
-        base, source, target, QuantFormat.of(layout_of(config.quant)), device,
+        base, source, target, format_of(config.quant), device,
         loading("quantizing and writing"),
     )  # fmt: skip
     print(

@@ -25,7 +25,7 @@ from fsdp_qlora.load.safetensors import SafetensorsFolder, TensorEntry, weight_f
 from fsdp_qlora.load.stored import find_kept, packed_format, quantization_of
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.quant.bnb_state import bnb_tensors
-from fsdp_qlora.quant.formats import QuantFormat, quantize
+from fsdp_qlora.quant.formats import Format, quantize
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_linears
 
 FILE_BYTES = 2_000_000_000
@@ -48,7 +48,7 @@ def export_base(
     base: PreTrainedModel,
     source: Path,
     target: Path,
-    quant_format: QuantFormat,
+    quant_format: Format,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
     file_bytes: int = FILE_BYTES,
@@ -108,7 +108,7 @@ def _written(shapes: ModelShapes) -> list[LinearShape]:
 def _stored(
     shapes: ModelShapes,
     files: SafetensorsFolder,
-    quant_format: QuantFormat,
+    quant_format: Format,
     device: torch.device,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -183,9 +183,7 @@ def _size(tensors: dict[str, torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _write_config(
-    base: PreTrainedModel, source: Path, folder: Path, quant_format: QuantFormat, shapes: ModelShapes
-) -> None:
+def _write_config(base: PreTrainedModel, source: Path, folder: Path, quant_format: Format, shapes: ModelShapes) -> None:
     """Write config.json, which also says how the weights are stored."""
     ours = {x.name for x in _written(shapes)}
     outside = [x.name for x in shapes.linears if x.name not in ours]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.heads.around import AfterHead
 from fsdp_qlora.quant.embedding import QuantEmbedding
-from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.quant.formats import Format
 from fsdp_qlora.quant.matrices import QuantMatrices, frozen
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 
@@ -112,7 +112,7 @@ def _gradient(
     return grad.to(hidden.dtype)
 
 
-def quantize_edges(model: PreTrainedModel, shapes: ModelShapes, quant_format: QuantFormat) -> None:
+def quantize_edges(model: PreTrainedModel, shapes: ModelShapes, quant_format: Format) -> None:
     """Replace embedding and head of a meta model by 4-bit ones; tied ones share one packed table.
 
     Raises:

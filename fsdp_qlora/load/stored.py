@@ -19,10 +19,9 @@ from fsdp_qlora.config.schema import BLOCK_SIZES, QuantSettings
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.load.safetensors import SafetensorsFolder, StoredTensor, TensorEntry
 from fsdp_qlora.quant.bnb_state import STATE_SUFFIX, nested_quant_map, quant_map
-from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, nested_of_rows
+from fsdp_qlora.quant.formats import Format, QuantizedTensor, nested_of_rows
 from fsdp_qlora.quant.matrices import QuantMatrices
-from fsdp_qlora.quant.packing import bytes_to_rows, float_to_bits, values_to_rows
-from fsdp_qlora.shapes.rows import ROW_BLOCKS, ROW_BYTES
+from fsdp_qlora.quant.packing import ROW_BLOCKS, ROW_BYTES, bytes_to_rows, float_to_bits, values_to_rows
 
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 _FORMATS = ("nf4", "fp4")
@@ -88,7 +87,7 @@ def _flag(found: dict[str, Any], bits: int) -> bool:
     return bool(found.get(f"load_in_{bits}bit") or found.get(f"_load_in_{bits}bit"))
 
 
-def _require_format(name: str, double_quant: bool, settings: QuantSettings | QuantFormat, what: str) -> None:
+def _require_format(name: str, double_quant: bool, settings: QuantSettings | Format, what: str) -> None:
     wrong = [] if settings.name == name else [f"quant={name}"]
     if wrong or settings.double_quant != double_quant:
         wrong.append(f"quant.double_quant={str(double_quant).lower()}")

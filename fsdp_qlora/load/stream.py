@@ -26,8 +26,7 @@ from fsdp_qlora.load.safetensors import SafetensorsFolder, StoredTensor
 from fsdp_qlora.load.stored import PackedWeight, fill_packed, find_kept, find_weight
 from fsdp_qlora.quant.formats import nested_of_rows, one_thread
 from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices
-from fsdp_qlora.quant.packing import float_to_bits, values_to_rows
-from fsdp_qlora.shapes.rows import CHUNK_WEIGHTS
+from fsdp_qlora.quant.packing import CHUNK_WEIGHTS, float_to_bits, values_to_rows
 
 Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""

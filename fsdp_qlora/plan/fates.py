@@ -11,7 +11,7 @@ from fsdp_qlora.shapes.linears import ModelShapes
 
 def fates(plan: TrainPlan, shapes: ModelShapes) -> dict[str, dict[str, int]]:
     """Return ``{"quantized" | "kept" | "trained": {name: how many}}``; a layer's number in a name is written ``*``."""
-    packed = {x.parameter for x in (*plan.quantized, *plan.quantized_edges)}
+    packed = {x.linear.parameter for x in (*plan.quantized, *plan.quantized_edges)}
     adapters = (f"{name}.lora_{part}.weight" for name in plan.targets for part in "AB")
     return {
         "quantized": alike(name for name in shapes.parameters if name in packed),

@@ -24,9 +24,10 @@ from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.distributed.shards import row_range
 from fsdp_qlora.optim.sizes import state_bytes
 from fsdp_qlora.plan.activations import LayerActivations, layer_activations
+from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.quant.matrix import SLICE_WEIGHTS, WHOLE_WEIGHTS
+from fsdp_qlora.quant.packing import CHUNK_WEIGHTS
 from fsdp_qlora.shapes.linears import FLOAT32, LinearShape, ModelShapes
-from fsdp_qlora.shapes.rows import CHUNK_WEIGHTS
 
 LOGIT_COPIES = 2
 """Tensors ``[chunk, vocab]`` of the chunked cross entropy at once: this chunk's and the last one's."""
@@ -159,7 +160,7 @@ class MemoryModel:
     def __init__(
         self,
         shapes: ModelShapes,
-        quantized: Iterable[LinearShape],
+        quantized: Iterable[Packed],
         targets: Iterable[LinearShape],
         settings: StorageSettings,
         offloaded: frozenset[str] = frozenset(),
@@ -168,11 +169,12 @@ class MemoryModel:
         self.offloaded_inside = any(name.startswith(layer + ".") for name in offloaded for layer in shapes.layers)
         self.targets = tuple(targets)
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
-        self.packed = {x.parameter: x for x in quantized}
-        dense = (min(x.numel_each, 2 * SLICE_WEIGHTS) if x.numel_each > WHOLE_WEIGHTS else x.numel_each
-                 for x in quantized if x.name not in edges)  # fmt: skip
+        self.packed = {x.linear.parameter: x for x in quantized}
+        inside = [x for x in quantized if x.linear.name not in edges]
+        sizes = [x.linear.numel_each for x in inside]
+        dense = (min(size, 2 * SLICE_WEIGHTS) if size > WHOLE_WEIGHTS else size for size in sizes)
         self.dense = max(dense, default=0)
-        kept_dense = (x for x in quantized if x.name not in edges and not x.layout.is_int8)
+        kept_dense = (x.linear for x in inside if x.layout.dense_forward)
         self.all_dense = sum(x.numel for x in kept_dense if x.numel_each <= WHOLE_WEIGHTS)
         self.host_shards = [
             FLOAT32 * _share(shape[0], settings.shard_size) * prod(shape[1:])
@@ -284,7 +286,7 @@ class MemoryModel:
                 if packed is None:
                     total += prod(shape) * self.settings.itemsize
                 else:
-                    total += packed.rows * (packed.row_bytes + packed.layout.statistics_bytes)
+                    total += packed.bytes
         lora = sum(
             prod(s) for x in self.targets if x.name.startswith(prefix + ".") for s in lora_shapes(x, self.settings.r)
         )
@@ -373,8 +375,8 @@ class MemoryModel:
         largest = 0
         for name, shape in self.shapes.parameters.items():
             if (packed := self.packed.get(name)) is not None:
-                chunk = max(CHUNK_WEIGHTS, packed.layout.row_weights(packed.in_features))
-                whole = prod(shape) if packed.transposed else chunk
+                chunk = max(CHUNK_WEIGHTS, packed.layout.row_weights(packed.linear.in_features))
+                whole = prod(shape) if packed.linear.transposed else chunk
                 largest = max(largest, min(whole, prod(shape)))
             else:
                 largest = max(largest, _share(shape[0] if shape else 1, shard_size) * prod(shape[1:]))

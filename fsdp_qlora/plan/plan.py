@@ -16,7 +16,8 @@ from fsdp_qlora.plan.memory import BytesPerRank, HostBytes, MemoryModel, Storage
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
-from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
+from fsdp_qlora.quant.formats import Packed
+from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.targets import target_linears
 from fsdp_qlora.shapes.units import fsdp_units
 
@@ -27,9 +28,9 @@ class TrainPlan:
 
     world_size: int
     shard_size: int
-    quantized: tuple[LinearShape, ...]
-    """Weights of the decoder layers stored quantized, each with its layout; empty with ``quant=none``."""
-    quantized_edges: tuple[LinearShape, ...]
+    quantized: tuple[Packed, ...]
+    """Weights of the decoder layers stored quantized, each with its format; empty with ``quant=none``."""
+    quantized_edges: tuple[Packed, ...]
     """Embedding and head, where they are stored quantized: one table when they are tied."""
     targets: tuple[str, ...]
     """Linears that get an adapter."""
@@ -111,7 +112,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     settings = storage_settings(config, batch, shard_degree(config, world_size))
     stored = (*quantized, *edges)
     offloaded = offloaded_parameters(
-        config.fsdp.offload_modules, shapes, {x.parameter for x in stored}, {x.name for x in stored}
+        config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
     )
     memory = MemoryModel(shapes, stored, [by_name[name] for name in targets], settings, offloaded)
     if memory.offloaded_inside and config.train.activation_checkpointing == "selective":

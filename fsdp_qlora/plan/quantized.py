@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import cast
 
 from fsdp_qlora.config.schema import QuantSettings
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_edges, quantized_linears
-from fsdp_qlora.shapes.rows import BLOCK_WEIGHTS, FormatName, QuantLayout
+from fsdp_qlora.quant.formats import Format, Packed, build_format
+from fsdp_qlora.shapes.linears import ModelShapes, quantized_edges, quantized_linears
 from fsdp_qlora.shapes.targets import endings
 
 _MOST_KEPT = 0.1
 """Share of the decoder layers' weights that may stay in 16 bit without a word."""
 
 
-def layout_of(settings: QuantSettings, name: str | None = None) -> QuantLayout:
-    """Return the layout of the format ``name``, by default the settings' own; never of ``none``."""
+def format_of(settings: QuantSettings, name: str | None = None) -> Format:
+    """Return the format ``name``, by default the settings' own, never ``none``, with the settings' options."""
     name = settings.name if name is None else name
-    assert name != "none"
-    kind = cast(FormatName, name)  # those of overrides are checked text (`config/rules.py`): OmegaConf has no Literal
-    return QuantLayout(kind, settings.double_quant, settings.block_size, settings.llm_int8_threshold)
+    return build_format(name, settings.double_quant, settings.block_size, settings.llm_int8_threshold)
 
 
-def chosen_linears(settings: QuantSettings, shapes: ModelShapes) -> tuple[LinearShape, ...]:
-    """Return the weights of the decoder layers that are stored quantized, each with its layout.
+def chosen_linears(settings: QuantSettings, shapes: ModelShapes) -> tuple[Packed, ...]:
+    """Return the weights of the decoder layers that are stored quantized, each with its format.
 
     Raises:
         PlanError: if a pattern matches nothing, or much of the decoder layers would stay in 16 bit unasked.
     """
     inside = quantized_linears(shapes)
     formats = {x.name: settings.name for x in inside} | _overridden(settings.overrides, [x.name for x in inside])
-    chosen = tuple(replace(x, layout=layout_of(settings, formats[x.name])) for x in inside if formats[x.name] != "none")
+    chosen = tuple(Packed(x, format_of(settings, formats[x.name])) for x in inside if formats[x.name] != "none")
     if chosen and not settings.allow_16bit:
         _require_most(shapes, {x.parameter for x in inside})
     return chosen
 
 
-def chosen_edges(settings: QuantSettings, shapes: ModelShapes) -> tuple[LinearShape, ...]:
+def chosen_edges(settings: QuantSettings, shapes: ModelShapes) -> tuple[Packed, ...]:
     """Return embedding and head as far as they are stored quantized.
 
     Raises:
@@ -50,7 +46,7 @@ def chosen_edges(settings: QuantSettings, shapes: ModelShapes) -> tuple[LinearSh
         return ()
     if not shapes.edges_apart:
         raise PlanError("quant.embeddings: only those of causal language models can be quantized; set it to none.")
-    return tuple(replace(x, layout=layout_of(settings, settings.embeddings)) for x in quantized_edges(shapes))
+    return tuple(Packed(x, format_of(settings, settings.embeddings)) for x in quantized_edges(shapes))
 
 
 def _overridden(overrides: Mapping[str, str], names: list[str]) -> dict[str, str]:
@@ -84,15 +80,10 @@ def _require_most(shapes: ModelShapes, can: set[str]) -> None:
         )
 
 
-def describe(linears: tuple[LinearShape, ...]) -> str:
+def describe(packed: tuple[Packed, ...]) -> str:
     """Return how many weights are stored in which format: ``24 int8, 186 nf4 with double quantization``."""
     counts: dict[str, int] = {}
-    for x in linears:
-        layout = x.layout
-        words = layout.name + (" with double quantization" if layout.double_quant else "")
-        if layout.is_int8:
-            words += f" (threshold {layout.threshold:g})" if layout.threshold else " (no threshold)"
-        elif layout.block_size != BLOCK_WEIGHTS:
-            words += f" in blocks of {layout.block_size}"
+    for x in packed:
+        words = x.layout.describe()
         counts[words] = counts.get(words, 0) + 1
     return ", ".join(f"{count} {words}" for words, count in counts.items()) or "none"

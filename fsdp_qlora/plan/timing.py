@@ -158,8 +158,9 @@ def _dequantized_bytes(plan: TrainPlan, shapes: ModelShapes, settings: StorageSe
     times = 3 if settings.checkpointing == "full" else 1 if settings.cache_dequantized else 2
     total = 0.0
     for x in plan.quantized:
-        if x.name in inside:  # int8 is dense in backward only
-            total += x.numel * ((1 + settings.itemsize) if x.layout.is_int8 else (0.5 + settings.itemsize) * times)
+        if x.linear.name in inside:
+            uses = times if x.layout.dense_forward else 1  # else it is dense in backward only
+            total += x.linear.numel * (x.code_bytes + settings.itemsize) * uses
     return total
 
 

@@ -13,9 +13,8 @@ from math import prod
 import torch
 from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
 
-from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor
-from fsdp_qlora.quant.packing import bits_to_float, rows_to_bytes
-from fsdp_qlora.shapes.rows import ROW_BLOCKS
+from fsdp_qlora.quant.formats import Format, QuantizedTensor
+from fsdp_qlora.quant.packing import ROW_BLOCKS, bits_to_float, rows_to_bytes
 
 STATE_SUFFIX = ".quant_state.bitsandbytes__"
 """What comes between a weight's name and its format in the name of its JSON state."""
@@ -34,7 +33,7 @@ def nested_quant_map() -> torch.Tensor:
 
 
 def bnb_tensors(
-    name: str, quantized: QuantizedTensor, quant_format: QuantFormat, shape: tuple[int, ...], dtype: torch.dtype
+    name: str, quantized: QuantizedTensor, quant_format: Format, shape: tuple[int, ...], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return what transformers stores of one 4-bit weight, by tensor name, on the CPU.
 

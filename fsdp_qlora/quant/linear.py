@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.quant.formats import Format
 from fsdp_qlora.quant.matrices import QuantMatrices, frozen
 
 
@@ -18,7 +18,7 @@ class QuantLinear(QuantMatrices):
         self,
         in_features: int,
         out_features: int,
-        quant_format: QuantFormat,
+        quant_format: Format,
         bias: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "meta",

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from fsdp_qlora.distributed.shards import local_tensor
-from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor
+from fsdp_qlora.quant.formats import Format, QuantizedTensor
 from fsdp_qlora.quant.matrix import WHOLE_WEIGHTS, Matrix
+from fsdp_qlora.quant.packing import BLOCK_WEIGHTS
 from fsdp_qlora.quant.products import densify, multiply
 from fsdp_qlora.shapes.linears import LinearShape
-from fsdp_qlora.shapes.rows import BLOCK_WEIGHTS
 
 STATISTICS = ("absmax", "nested")
 """Names of the parameters beside ``packed``."""
@@ -34,7 +34,7 @@ class QuantMatrices(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        quant_format: QuantFormat,
+        quant_format: Format,
         count: int = 1,
         device: torch.device | str = "meta",
     ) -> None:
@@ -90,8 +90,7 @@ class QuantMatrices(nn.Module):
         """Return the matrix as `multiply` should have it for ``x``: dense, where backward is to find it so."""
         matrix = self.matrix(index)
         keep = self.cache_dequantized and self.training and torch.is_grad_enabled() and self.numel <= WHOLE_WEIGHTS
-        keep = keep and not self.quant_format.is_int8  # that is multiplied in 8 bit, and dense in backward only
-        return densify(matrix, x.dtype) if keep else matrix
+        return densify(matrix, x.dtype) if keep and self.quant_format.dense_forward else matrix
 
     @torch.no_grad()
     def fill(self, quantized: QuantizedTensor) -> None:

@@ -8,7 +8,7 @@ from math import gcd
 
 import torch
 
-from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, dequantize, multiply_int8
+from fsdp_qlora.quant.formats import Format, QuantizedTensor, dequantize
 from fsdp_qlora.quant.gemm import add_product, matmul
 
 
@@ -19,7 +19,7 @@ class Matrix:
     out_features: int
     in_features: int
     quantized: QuantizedTensor | None
-    quant_format: QuantFormat
+    quant_format: Format
     dense: torch.Tensor | None = None
     """``[out_features, in_features]``, where it was dequantized already; ``quantized`` is None then."""
 
@@ -59,9 +59,9 @@ class Matrix:
             yield from self.slices()
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x @ matrix.T``: ``[tokens, in_features]`` -> ``[tokens, out_features]``; of int8 in 8 bit."""
-        if self.quantized is not None and self.quant_format.is_int8:
-            return multiply_int8(x, self.quantized, self.quant_format.threshold)
+        """Return ``x @ matrix.T``: ``[tokens, in_features]`` -> ``[tokens, out_features]``."""
+        if self.quantized is not None and (product := self.quant_format.multiply(x, self.quantized)) is not None:
+            return product
         pieces = list(self._pieces())
         if len(pieces) == 1:
             return matmul(x, self.whole(x.dtype).t())

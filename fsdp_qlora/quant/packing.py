@@ -9,12 +9,25 @@ from __future__ import annotations
 
 import torch
 
-from fsdp_qlora.shapes.rows import ROW_BYTES
-
+BLOCK_WEIGHTS = 64
+"""Weights that share one absmax, by default."""
+ROW_BLOCKS = 256
+"""Blocks of 64 in a row; also bitsandbytes' nested block (absmax values that share one nested absmax)."""
+ROW_WEIGHTS = BLOCK_WEIGHTS * ROW_BLOCKS
+"""Weights in a row of 4-bit storage."""
+ROW_BYTES = ROW_WEIGHTS // 2
+"""Bytes of 4-bit codes in a row."""
+CHUNK_WEIGHTS = 64 * ROW_WEIGHTS
+"""Weights that are read and quantized at a time: 2 MiB in bf16."""
 STORAGE_DTYPE = torch.bfloat16
 """Dtype that packed weights pretend to have."""
 ROW_ELEMENTS = ROW_BYTES // STORAGE_DTYPE.itemsize
 """Storage elements in a row: 4,096."""
+
+
+def num_rows(numel: int) -> int:
+    """Return the rows of 4-bit storage that ``numel`` weights take."""
+    return -(-numel // ROW_WEIGHTS)
 
 
 def bytes_to_rows(data: torch.Tensor, rows: int) -> torch.Tensor:
@@ -54,16 +67,3 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def from_bytes(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a uint8 vector's bytes as a vector of ``dtype``."""
     return data.view(dtype)
-
-
-__all__ = [
-    "ROW_ELEMENTS",
-    "STORAGE_DTYPE",
-    "bits_to_float",
-    "bytes_to_rows",
-    "float_to_bits",
-    "from_bytes",
-    "raw_bytes",
-    "rows_to_bytes",
-    "values_to_rows",
-]

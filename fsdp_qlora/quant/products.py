@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor
+from fsdp_qlora.quant.formats import QuantizedTensor, build_format, format_of_key
 from fsdp_qlora.quant.gemm import add_product, matmul
 from fsdp_qlora.quant.matrix import Matrix
 from fsdp_qlora.quant.ops import register
@@ -41,10 +41,10 @@ def _matrices(
 ) -> list[Matrix]:  # fmt: skip
     if name == DENSE:
         return [
-            Matrix(out, in_features, None, QuantFormat(), dense)
+            Matrix(out, in_features, None, build_format(), dense)
             for out, dense in zip(out_features, packed, strict=True)
         ]
-    quant_format = QuantFormat.of_key(name, bool(nested), block_size)
+    quant_format = format_of_key(name, bool(nested), block_size)
     found = []
     for i, out in enumerate(out_features):
         second = (nested[i], offset[i]) if nested else (None, None)

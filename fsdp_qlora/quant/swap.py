@@ -8,28 +8,32 @@ import torch
 from torch import nn
 
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.quant.formats import Format, Packed, build_format
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.shapes.linears import LinearShape
 
 
 def swap_linears(
-    model: nn.Module, linears: Iterable[LinearShape], quant_format: QuantFormat | None = None,
+    model: nn.Module, linears: Iterable[LinearShape | Packed], quant_format: Format | None = None,
     cache_dequantized: bool = False,
 ) -> list[str]:  # fmt: skip
     """Put a `QuantLinear` on meta in the place of each linear, `QuantMatrices` in that of stacked ones.
 
-    All are made in ``quant_format``, or each as it is planned; with ``cache_dequantized`` dense matrices are kept from
+    Each is stored in ``quant_format``, or as its `Packed` says; with ``cache_dequantized`` dense matrices are kept from
     forward to backward. Return the names swapped.
 
     Raises:
         PlanError: if one is no linear layer of ``model``, or is not on the meta device (its weight would be lost).
     """
-    return [_swap(model, x, quant_format or QuantFormat.of(x.layout), cache_dequantized) for x in linears]
+    names = []
+    for x in linears:
+        packed = x if isinstance(x, Packed) else Packed(x, quant_format or build_format())
+        names.append(_swap(model, packed.linear, quant_format or packed.layout, cache_dequantized))
+    return names
 
 
-def _swap(model: nn.Module, linear: LinearShape, quant_format: QuantFormat, cache_dequantized: bool) -> str:
+def _swap(model: nn.Module, linear: LinearShape, quant_format: Format, cache_dequantized: bool) -> str:
     parent_name, _, child = linear.name.rpartition(".")
     parent = model.get_submodule(parent_name)
     found = getattr(parent, child)

@@ -55,7 +55,6 @@ from fsdp_qlora.parallel.shard import (
 from fsdp_qlora.plan.choices import decided
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.quant.backend import bitsandbytes_backend
-from fsdp_qlora.quant.formats import QuantFormat
 from fsdp_qlora.quant.swap import swap_linears
 from fsdp_qlora.run.decide import attentions_for, replace_attention, skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
@@ -270,7 +269,7 @@ def build_sharded(
 def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache: bool) -> None:
     """Put modules with packed parameters in the place of what is planned to be quantized."""
     swap_linears(base, plan.quantized, cache_dequantized=cache)
-    if any(x.stacked for x in plan.quantized):
+    if any(x.linear.stacked for x in plan.quantized):
         use_quantized_experts(base)
     if plan.quantized_edges:
-        quantize_edges(base, shapes, QuantFormat.of(plan.quantized_edges[0].layout))
+        quantize_edges(base, shapes, plan.quantized_edges[0].layout)

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from fsdp_qlora.shapes.rows import NF4, QuantLayout
-
 
 @dataclass(frozen=True)
 class LinearShape:
@@ -26,8 +24,6 @@ class LinearShape:
     """Whether files hold ``[in_features, out_features]`` (GPT-2's Conv1D)."""
     stacked: bool = False
     """Whether it is a 3-D parameter and not a layer: it takes no adapter here."""
-    layout: QuantLayout = NF4
-    """How it is stored where it is quantized."""
 
     @property
     def numel_each(self) -> int:
@@ -38,16 +34,6 @@ class LinearShape:
     def numel(self) -> int:
         """Number of weights, the bias not counted."""
         return self.count * self.numel_each
-
-    @property
-    def rows(self) -> int:
-        """Rows of packed storage; each of the stacked matrices starts on one of its own."""
-        return self.count * self.layout.num_rows(self.out_features, self.in_features)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of codes in a row of packed storage."""
-        return self.layout.row_bytes(self.in_features)
 
     @property
     def parameter(self) -> str:

@@ -28,9 +28,9 @@ from fsdp_qlora.objectives.sft import OBJECTIVES
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.parallel.shard import synchronize_gradients
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
-from fsdp_qlora.plan.quantized import layout_of
+from fsdp_qlora.plan.quantized import format_of
 from fsdp_qlora.quant.experts import spread_evenly
-from fsdp_qlora.quant.formats import QuantFormat, dequantize, quantize
+from fsdp_qlora.quant.formats import dequantize, quantize
 from fsdp_qlora.run.build import build_sharded
 from fsdp_qlora.run.decide import planned, planned_skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
@@ -156,7 +156,7 @@ def _make_tables(config: RunConfig) -> None:
     """Dequantize one real block: the code tables that are kept from then on must not be fake tensors."""
     quant = config.quant
     for name in {quant.name, quant.embeddings, *quant.overrides.values()} - {"none", "int8"}:
-        quant_format = QuantFormat.of(layout_of(quant, name))
+        quant_format = format_of(quant, name)
         dequantize(quantize(torch.zeros(64), quant_format), quant_format, (64,), torch.float32)
 
 

@@ -10,10 +10,9 @@ from safetensors.torch import load_file
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import NumericsError, PlanError
-from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.quant.formats import build_format
 from fsdp_qlora.quant.linear import QuantLinear
-from fsdp_qlora.quant.packing import ROW_ELEMENTS, bits_to_float, raw_bytes, rows_to_bytes
-from fsdp_qlora.shapes.rows import num_blocks
+from fsdp_qlora.quant.packing import ROW_ELEMENTS, bits_to_float, num_blocks, raw_bytes, rows_to_bytes
 from tests import tiny
 from tests.build import build
 
@@ -121,7 +120,7 @@ def _odd_bytes_survive(ranks: Ranks, precision: str) -> bool:
 
     from fsdp_qlora.parallel.shard import mixed_precision, shard_model
 
-    layer = QuantLinear(256, 256, QuantFormat())  # 4 rows
+    layer = QuantLinear(256, 256, build_format())  # 4 rows
     model = nn.Sequential(nn.Sequential(layer), nn.Linear(256, 256, bias=False, device="meta"))
     shard_model(model, [[model[0]]], ranks, mixed_precision(precision))
     model.to_empty(device="cpu")
@@ -150,7 +149,7 @@ def _refusals(ranks: Ranks, folder: str) -> list[str]:
     from fsdp_qlora.parallel.shard import require_sharded, shard_model
 
     said = []
-    model = torch.nn.Sequential(QuantLinear(64, 64, QuantFormat()))
+    model = torch.nn.Sequential(QuantLinear(64, 64, build_format()))
     try:
         shard_model(model, [], ranks, MixedPrecisionPolicy(param_dtype=torch.float32))
     except PlanError as error:

@@ -8,7 +8,7 @@ import torch
 
 from fsdp_qlora.config.schema import BLOCK_SIZES
 from fsdp_qlora.quant.backend import bitsandbytes_backend
-from fsdp_qlora.quant.formats import QuantFormat, dequantize, quantize
+from fsdp_qlora.quant.formats import build_format, dequantize, quantize
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.packing import rows_to_bytes
 from tests.gpu.test_gpu import _HERE, DEVICE
@@ -23,7 +23,7 @@ def _draw(seed: int, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 def test_int8_is_linear8bitlt(threshold):
     weight = _draw(1, 512, 256) * 0.1
-    ours = QuantLinear(256, 512, QuantFormat("int8", threshold=threshold), device=DEVICE)
+    ours = QuantLinear(256, 512, build_format("int8", threshold=threshold), device=DEVICE)
     ours.fill(quantize(weight.to(DEVICE), ours.quant_format))
     theirs = bnb.nn.Linear8bitLt(256, 512, bias=False, has_fp16_weights=False, threshold=threshold)
     theirs.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)  # type: ignore[call-arg]
@@ -42,7 +42,7 @@ def test_int8_is_linear8bitlt(threshold):
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_blocks_of_any_size_are_bitsandbytes(block_size, double_quant):
     weight = _draw(3, 512, 4096).to(DEVICE)
-    quant_format = QuantFormat("nf4", double_quant, block_size)
+    quant_format = build_format("nf4", double_quant, block_size)
     codes, state = bnb.functional.quantize_4bit(
         weight, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
     )

@@ -39,7 +39,7 @@ from fsdp_qlora.objectives.sft import OBJECTIVES
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.parallel.shard import mixed_precision, model_dtype, require_sharded, shard_model, synchronize_gradients
 from fsdp_qlora.plan.plan import make_plan
-from fsdp_qlora.quant.formats import QuantFormat, QuantizedTensor, dequantize, quantize
+from fsdp_qlora.quant.formats import QuantizedTensor, build_format, dequantize, quantize
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.matrices import STATISTICS
 from fsdp_qlora.quant.packing import STORAGE_DTYPE, bits_to_float, raw_bytes, rows_to_bytes
@@ -51,7 +51,7 @@ _HERE = DEVICE == "cpu" or getattr(torch, DEVICE).is_available()
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not _HERE, reason=f"torch finds no {DEVICE} device here")]
 
-FORMATS = [QuantFormat(name, double) for name in ("nf4", "fp4") for double in (True, False)]
+FORMATS = [build_format(name, double) for name in ("nf4", "fp4") for double in (True, False)]
 SHAPE = (384, 500)  # 192,000 weights: 11 rows and a part of the twelfth
 LEVEL = 1 / 3
 """Widest gap between neighbouring values of NF4 and FP4, as a share of the block's absmax."""
@@ -116,7 +116,7 @@ def test_dequantize_gives_the_weights_of_the_cpu(quant_format, dtype):
 
 
 def test_quant_linear_multiplies_and_differentiates_as_on_the_cpu():
-    quant_format = QuantFormat()
+    quant_format = build_format()
     quantized = quantize(torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)), quant_format)
     results = []
     for device in ("cpu", DEVICE):
@@ -146,7 +146,7 @@ def test_every_bit_pattern_survives_the_gather(precision):
         offset=torch.tensor(0.5),
     )
     with world(DEVICE) as ranks:
-        model = nn.Sequential(*(QuantLinear(size, size, QuantFormat()) for _ in range(2)))
+        model = nn.Sequential(*(QuantLinear(size, size, build_format()) for _ in range(2)))
         shard_model(model, [[layer] for layer in model], ranks, mixed_precision(precision))
         model.to_empty(device=ranks.device)
         for layer in model:
@@ -202,7 +202,7 @@ def make_real(folder: Path, config: RunConfig, ranks: Ranks) -> CausalModel:
     base = build_skeleton(folder, dtype, attention_candidates(ranks.device, "auto", load_config(folder), dtype)[0])
     after = after_head(base)
     plan = make_plan(config, read_shapes(base), ranks.size)
-    swapped = swap_linears(base, plan.quantized, QuantFormat())
+    swapped = swap_linears(base, plan.quantized, build_format())
     assert len(swapped) == 14
     install_loss_head(base, after, chunk=32)
     model = CausalModel(attach_lora(base, plan.targets, config.lora.r, config.lora.alpha))

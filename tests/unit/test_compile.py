@@ -14,7 +14,7 @@ from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.families import decoder_layers
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.parallel.compile import COMPILED_TYPES, compile_layers, uncompiled, want_input_gradient
-from fsdp_qlora.quant.formats import QuantFormat, quantize
+from fsdp_qlora.quant.formats import build_format, quantize
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.swap import swap_linears
 from fsdp_qlora.shapes.linears import quantized_linears
@@ -27,7 +27,7 @@ def _model(folder, dtype=torch.float32):
     attention = attention_candidates(torch.device("cpu"), "auto", load_config(folder), dtype)[0]
     base = build_skeleton(folder, dtype, attention)
     shapes = read_shapes(base)
-    swap_linears(base, quantized_linears(shapes), QuantFormat())
+    swap_linears(base, quantized_linears(shapes), build_format())
     model = attach_lora(base, target_linears(shapes, "all-linear"), r=4, alpha=8)
     use_fused_products(model)
     layers = decoder_layers(base)

@@ -22,7 +22,7 @@ from fsdp_qlora.load.stored import quantization_of
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.model.tokenizer import build_tokenizer
-from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.quant.formats import build_format
 from fsdp_qlora.run.inference import _with_adapter
 
 SECRET = "CANARY"
@@ -44,7 +44,7 @@ def private(tmp_path: Path) -> Path:
 
 def _base_4bit(model: Path, target: Path) -> None:
     base = build_skeleton(model, torch.float32, "eager")
-    export_base(base, model, target, QuantFormat("nf4", True), CPU)
+    export_base(base, model, target, build_format("nf4", True), CPU)
 
 
 NAMES = ["chat_template.jinja", "tokenizer_config.json", "more.txt", "notes.json", "x.model"]
@@ -112,7 +112,7 @@ def test_a_target_that_another_export_filled_is_left_alone(model, tmp_path):
             (tmp_path / "base/config.json").write_text("the other's")
 
     with pytest.raises(ModelError, match=r"export\.to: .*another process"):
-        export_base(base, model, tmp_path / "base", QuantFormat("nf4", True), CPU, other)
+        export_base(base, model, tmp_path / "base", build_format("nf4", True), CPU, other)
     assert {f.name for f in tmp_path.iterdir()} == {"base", "theirs"}
     assert (tmp_path / "base/config.json").read_text() == "the other's"
 

@@ -9,14 +9,14 @@ import torch
 from fsdp_qlora.distributed.shards import row_range
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.quant.embedding import QuantEmbedding
-from fsdp_qlora.quant.formats import QuantFormat, quantize
+from fsdp_qlora.quant.formats import build_format, quantize
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.packing import bits_to_float
 
 
 def _layers(threshold: float, dtype: torch.dtype) -> tuple[QuantLinear, bnb.nn.Linear8bitLt]:
     weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)).to(dtype) * 0.1
-    ours = QuantLinear(96, 40, QuantFormat("int8", threshold=threshold), dtype=dtype, device="cpu")
+    ours = QuantLinear(96, 40, build_format("int8", threshold=threshold), dtype=dtype, device="cpu")
     ours.fill(quantize(weight, ours.quant_format))
     theirs = bnb.nn.Linear8bitLt(96, 40, bias=False, has_fp16_weights=False, threshold=threshold)
     theirs.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
@@ -53,7 +53,7 @@ def test_a_threshold_keeps_planted_outliers_from_spoiling_the_rest():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_slices_of_rows_equal_the_whole(world_size):
     weight = torch.randn(41, 96).bfloat16()
-    quant_format = QuantFormat("int8")
+    quant_format = build_format("int8")
     codes, absmax, _ = bnb.functional.int8_vectorwise_quant(weight.half())
     ranges = [row_range(41, rank, world_size) for rank in range(world_size)]
     parts = [quant_format.quantize_run(weight[a:b].reshape(-1), 96) for a, b in ranges]
@@ -65,22 +65,22 @@ def test_slices_of_rows_equal_the_whole(world_size):
 
 
 def test_layout_has_one_byte_a_weight_and_four_a_row():
-    layout = QuantFormat("int8", double_quant=True, block_size=128, threshold=6.0)
+    layout = build_format("int8", double_quant=True, block_size=128, threshold=6.0)
     assert (layout.double_quant, layout.block_size, layout.threshold) == (False, 64, 6.0)
     assert layout.num_rows(41, 96) * (layout.row_bytes(96) + layout.statistics_bytes) == 41 * (96 + 4)
-    assert QuantFormat("nf4", threshold=6.0).threshold == 0.0
+    assert build_format("nf4", threshold=6.0).threshold == 0.0
 
 
 def test_weights_out_of_float16_are_refused():
     weight = torch.ones(2, 8)
     weight[1, 3] = 1e6
     with pytest.raises(NumericsError, match="65504"):
-        quantize(weight, QuantFormat("int8"))
+        quantize(weight, build_format("int8"))
 
 
 def test_embedding_equals_bitsandbytes():
     table = torch.randn(30, 16)
-    ours = QuantEmbedding(30, 16, QuantFormat("int8"), torch.float32, device="cpu")
+    ours = QuantEmbedding(30, 16, build_format("int8"), torch.float32, device="cpu")
     ours.fill(quantize(table, ours.quant_format))
     theirs = bnb.nn.Embedding8bit(30, 16, dtype=torch.float32)
     theirs.weight = bnb.nn.Int8Params(table.clone(), requires_grad=False, has_fp16_weights=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fsdp_qlora.config.schema import BLOCK_SIZES
-from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.quant.formats import build_format
 from fsdp_qlora.quant.lookup import quantize_nf4
 
 
@@ -51,5 +51,5 @@ def test_what_the_table_does_not_hold_is_left_to_bitsandbytes(value):
     weights = torch.zeros(128).bfloat16()
     weights[70] = value
     assert quantize_nf4(weights, 64) is None
-    found, wanted = QuantFormat("nf4").quantize_blocks(weights), _theirs(weights, 64)
+    found, wanted = build_format("nf4").quantize_blocks(weights), _theirs(weights, 64)
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1].nan_to_num(), wanted[1].nan_to_num())

@@ -10,7 +10,7 @@ from fsdp_qlora.adapters.linear import QuantLoraLinear
 from fsdp_qlora.adapters.lora import attach_lora, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
-from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.quant.formats import build_format
 from fsdp_qlora.quant.swap import swap_linears
 from fsdp_qlora.shapes.linears import quantized_linears
 from fsdp_qlora.shapes.targets import target_linears
@@ -26,7 +26,7 @@ def _skeleton(folder):
 def test_keys_and_shapes_equal_plain_pefts(tiny_model, quantized, targets):
     model, shapes = _skeleton(tiny_model)
     if quantized:
-        swap_linears(model, quantized_linears(shapes), QuantFormat())
+        swap_linears(model, quantized_linears(shapes), build_format())
     names = target_linears(shapes, targets)
     ours = attach_lora(model, names, r=3, alpha=6)
     assert any(isinstance(m, QuantLoraLinear) for m in ours.modules()) == quantized

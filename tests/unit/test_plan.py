@@ -26,12 +26,12 @@ from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.plan.report import report
 from fsdp_qlora.plan.search import best, fastest, search
 from fsdp_qlora.plan.timing import flops_per_token, step_time
-from fsdp_qlora.quant.formats import QuantFormat
+from fsdp_qlora.quant.formats import build_format
+from fsdp_qlora.quant.packing import num_rows
 from fsdp_qlora.quant.swap import swap_linears
 from fsdp_qlora.run.decide import planned_skeleton
 from fsdp_qlora.shapes.known import SHAPES, known_config, known_models
 from fsdp_qlora.shapes.linears import quantized_linears
-from fsdp_qlora.shapes.rows import num_rows
 from fsdp_qlora.shapes.targets import target_linears
 from tests.tiers import some_in_full
 
@@ -273,7 +273,7 @@ def test_planned_activations_are_what_autograd_keeps(family, attention, tmp_path
     base = build_skeleton(tmp_path, torch.bfloat16, attention)
     shapes = read_shapes(base)
     names = target_linears(shapes, "all-linear")
-    swap_linears(base, quantized_linears(shapes), QuantFormat())
+    swap_linears(base, quantized_linears(shapes), build_format())
     model = attach_lora(base, names, r=4, alpha=4).to_empty(device="cpu")
     use_fused_products(model)
     for parameter in (*model.parameters(), *model.buffers()):

@@ -18,7 +18,7 @@ from fsdp_qlora.export.quantized_base import export_base
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stored import PackedWeight, fill_packed, find_kept, find_weight, require_readable
 from fsdp_qlora.model.skeleton import build_skeleton
-from fsdp_qlora.quant.formats import QuantFormat, quantize
+from fsdp_qlora.quant.formats import build_format, quantize
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.packing import raw_bytes
 from fsdp_qlora.shapes.linears import LinearShape
@@ -44,7 +44,7 @@ def packed(tiny_model, tmp_path_factory):
 
 
 def _layer(key, shape, name="nf4", double_quant=True) -> QuantLinear:
-    layer = QuantLinear(shape[1], shape[0], QuantFormat(name, double_quant), device="cpu")
+    layer = QuantLinear(shape[1], shape[0], build_format(name, double_quant), device="cpu")
     layer.stored = LinearShape(key.removesuffix(".weight"), *shape)
     return layer
 
@@ -201,7 +201,7 @@ def test_other_methods_are_refused_by_name(tmp_path, config, said):
 
 def _export(folder: Path, target: Path, name="nf4", double_quant=True, **settings):
     base = build_skeleton(folder, torch.bfloat16, "eager")
-    return export_base(base, folder, target, QuantFormat(name, double_quant), CPU, **settings)
+    return export_base(base, folder, target, build_format(name, double_quant), CPU, **settings)
 
 
 @pytest.mark.parametrize(("name", "double_quant"), FORMATS)

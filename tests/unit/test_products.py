@@ -10,7 +10,7 @@ from fsdp_qlora.adapters.linear import SharedInput, use_fused_products
 from fsdp_qlora.adapters.lora import attach_lora, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
-from fsdp_qlora.quant.formats import QuantFormat, quantize
+from fsdp_qlora.quant.formats import Format, build_format, quantize
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.products import densify, multiply, ops
@@ -22,7 +22,7 @@ SIZES = (96, 40, 40)
 INTO = 64
 
 
-def _matrices(quant_format: QuantFormat) -> list[QuantMatrices]:
+def _matrices(quant_format: Format) -> list[QuantMatrices]:
     found = []
     for seed, out in enumerate(SIZES):
         made = QuantMatrices(INTO, out, quant_format, device="cpu")
@@ -38,7 +38,7 @@ def _adapters(dtype: torch.dtype) -> tuple[list[nn.Parameter], list[nn.Parameter
     return down, up
 
 
-@pytest.mark.parametrize("quant_format", [QuantFormat(n, d) for n in ("nf4", "fp4") for d in (True, False)], ids=str)
+@pytest.mark.parametrize("quant_format", [build_format(n, d) for n in ("nf4", "fp4") for d in (True, False)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dense", [False, True])
 def test_equals_products_apart(quant_format, dtype, dense):
@@ -64,7 +64,7 @@ def test_equals_products_apart(quant_format, dtype, dense):
 
 
 def test_outputs_that_nobody_uses_and_inputs_that_want_no_gradient():
-    matrices, (down, up) = [m.matrix() for m in _matrices(QuantFormat())], _adapters(torch.float32)
+    matrices, (down, up) = [m.matrix() for m in _matrices(build_format())], _adapters(torch.float32)
     x = torch.randn(5, INTO)
     multiply(x, matrices, down, up, [1.0] * 3)[1].square().sum().backward()
     assert x.grad is None and down[1].grad.abs().sum() > 0 and up[1].grad.abs().sum() > 0
@@ -75,7 +75,7 @@ def test_outputs_that_nobody_uses_and_inputs_that_want_no_gradient():
 
 
 def test_backward_keeps_the_input_once_and_no_dense_weight():
-    modules, (down, up) = _matrices(QuantFormat()), _adapters(torch.float32)
+    modules, (down, up) = _matrices(build_format()), _adapters(torch.float32)
     x = torch.randn(5, INTO, requires_grad=True)
     held = {t.data_ptr() for m in modules for t in (*m.parameters(), *m.buffers())} | {
         p.data_ptr() for p in (*down, *up, x)
@@ -87,7 +87,7 @@ def test_backward_keeps_the_input_once_and_no_dense_weight():
 
 
 def test_shapes_on_fake_tensors_are_the_real_ones():
-    module, (down, up) = _matrices(QuantFormat())[0], _adapters(torch.float32)
+    module, (down, up) = _matrices(build_format())[0], _adapters(torch.float32)
     q = module.matrix().quantized
     frozen = ([q.packed], [q.absmax], [q.nested], [q.offset])
     x = torch.randn(2, 5, INTO)
@@ -103,7 +103,7 @@ def test_shapes_on_fake_tensors_are_the_real_ones():
 def _layers(folder, fused):
     base = build_skeleton(folder, torch.float32, "eager")
     shapes = read_shapes(base)
-    swap_linears(base, quantized_linears(shapes), QuantFormat())
+    swap_linears(base, quantized_linears(shapes), build_format())
     model = attach_lora(base, target_linears(shapes, "all-linear"), r=4, alpha=8)
     groups = use_fused_products(model) if fused else []
     model.to_empty(device="cpu")

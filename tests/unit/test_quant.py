@@ -10,10 +10,9 @@ import torch
 
 from fsdp_qlora.config.schema import BLOCK_SIZES
 from fsdp_qlora.distributed.shards import row_range
-from fsdp_qlora.quant.formats import QuantFormat, dequantize, one_thread, quantize, to_rows
+from fsdp_qlora.quant.formats import build_format, dequantize, one_thread, quantize, to_rows
 from fsdp_qlora.quant.linear import QuantLinear
-from fsdp_qlora.quant.packing import bits_to_float, rows_to_bytes
-from fsdp_qlora.shapes.rows import ROW_WEIGHTS, num_blocks, num_rows
+from fsdp_qlora.quant.packing import ROW_WEIGHTS, bits_to_float, num_blocks, num_rows, rows_to_bytes
 
 SHAPES = [(576, 1536), (7, 13), (100, 333), (1, 1), (16384, 3), (3, 5461), (64, 256), (129, 128)]
 
@@ -24,7 +23,7 @@ SHAPES = [(576, 1536), (7, 13), (100, 333), (1, 1), (16384, 3), (3, 5461), (64, 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_slices_equal_the_whole(shape, name, double_quant, world_size):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
-    quant_format = QuantFormat(name, double_quant)
+    quant_format = build_format(name, double_quant)
     flat, numel = weight.reshape(-1), weight.numel()
     with one_thread():
         codes, state = bnb.quantize_4bit(weight, compress_statistics=double_quant, quant_type=name)
@@ -49,7 +48,7 @@ def test_slices_equal_the_whole(shape, name, double_quant, world_size):
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_dequantize_equals_bitsandbytes(shape, name, double_quant):
     weight = torch.randn(shape)
-    quant_format = QuantFormat(name, double_quant)
+    quant_format = build_format(name, double_quant)
     with one_thread():
         codes, state = bnb.quantize_4bit(weight, compress_statistics=double_quant, quant_type=name)
         state.shape = torch.Size([1, weight.numel()])
@@ -62,7 +61,7 @@ def test_dequantize_equals_bitsandbytes(shape, name, double_quant):
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_block_sizes_equal_bitsandbytes(shape, double_quant, block_size):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(7)).bfloat16()
-    quant_format = QuantFormat("nf4", double_quant, block_size)
+    quant_format = build_format("nf4", double_quant, block_size)
     with one_thread():
         codes, state = bnb.quantize_4bit(
             weight, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
@@ -87,7 +86,7 @@ def test_block_sizes_equal_bitsandbytes(shape, double_quant, block_size):
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_quant_linear_equals_its_dequantized_weight(name, bias):
     torch.manual_seed(0)
-    layer = QuantLinear(96, 40, QuantFormat(name), bias=bias, dtype=torch.float32, device="cpu")
+    layer = QuantLinear(96, 40, build_format(name), bias=bias, dtype=torch.float32, device="cpu")
     layer.fill(quantize(torch.randn(40, 96), layer.quant_format))
     if bias:
         layer.bias.data.normal_()
@@ -101,7 +100,7 @@ def test_quant_linear_equals_its_dequantized_weight(name, bias):
 
 
 def test_forward_keeps_nothing_full_size_for_backward():
-    layer = QuantLinear(512, 512, QuantFormat(), device="cpu")
+    layer = QuantLinear(512, 512, build_format(), device="cpu")
     layer.fill(quantize(torch.randn(512, 512), layer.quant_format))
     kept: list[torch.Tensor] = []
 
@@ -117,7 +116,7 @@ def test_forward_keeps_nothing_full_size_for_backward():
 
 def test_gradients_after_an_evaluation_equal_those_without():
     # bitsandbytes' own Linear4bit repacks itself in an eval forward on some CPUs, and its gradients are wrong after.
-    layer = QuantLinear(256, 128, QuantFormat(), device="cpu")
+    layer = QuantLinear(256, 128, build_format(), device="cpu")
     layer.fill(quantize(torch.randn(128, 256), layer.quant_format))
     x = torch.randn(4, 256, dtype=torch.bfloat16, requires_grad=True)
     (before,) = torch.autograd.grad(layer(x).float().square().sum(), x)
@@ -130,4 +129,4 @@ def test_gradients_after_an_evaluation_equal_those_without():
 
 
 def test_has_no_weight_that_could_be_taken_for_numbers():
-    assert not hasattr(QuantLinear(64, 64, QuantFormat()), "weight")
+    assert not hasattr(QuantLinear(64, 64, build_format()), "weight")

@@ -16,7 +16,7 @@ from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.quant.embedding import QuantEmbedding
-from fsdp_qlora.quant.formats import QuantFormat, quantize
+from fsdp_qlora.quant.formats import build_format, quantize
 from fsdp_qlora.quant.matrices import QuantMatrices
 from tests.families import write_family
 
@@ -34,7 +34,7 @@ def _filled(kind, quant_format, **settings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_looked_up_rows_are_the_dequantized_tables_to_the_bit(double_quant, dtype):
     settings = {"num_embeddings": VOCAB, "embedding_dim": HIDDEN, "dtype": dtype}
-    embedding = _filled(QuantEmbedding, QuantFormat("nf4", double_quant), **settings)
+    embedding = _filled(QuantEmbedding, build_format("nf4", double_quant), **settings)
     ids = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_seed(1))
     ids[0, :3] = torch.tensor([0, VOCAB - 1, VOCAB - 1])
     assert torch.equal(embedding(ids), embedding.dequantize(dtype)[ids])
@@ -42,14 +42,14 @@ def test_looked_up_rows_are_the_dequantized_tables_to_the_bit(double_quant, dtyp
 
 def test_an_embedding_whose_rows_share_blocks_is_refused():
     with pytest.raises(PlanError, match=r"quant\.embeddings: the hidden size 100 is no multiple of 64"):
-        QuantEmbedding(10, 100, QuantFormat(), torch.float32)
+        QuantEmbedding(10, 100, build_format(), torch.float32)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_sliced_head_has_the_dense_heads_losses_gradients_and_logits(monkeypatch, softcap, bias):
     monkeypatch.setattr("fsdp_qlora.quant.matrix.SLICE_WEIGHTS", 300 * HIDDEN)  # four slices
-    matrices = _filled(QuantMatrices, QuantFormat(), in_features=HIDDEN, out_features=VOCAB)
+    matrices = _filled(QuantMatrices, build_format(), in_features=HIDDEN, out_features=VOCAB)
     generator = torch.Generator().manual_seed(2)
     shift = torch.nn.Parameter(torch.randn(VOCAB, generator=generator), requires_grad=False) if bias else None
     head = QuantLossHead(matrices, None, shift)
@@ -77,7 +77,7 @@ def test_the_sliced_head_has_the_dense_heads_losses_gradients_and_logits(monkeyp
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_very_large_matrix_is_multiplied_slice_by_slice(monkeypatch, double_quant):
-    matrices = _filled(QuantMatrices, QuantFormat("nf4", double_quant), in_features=HIDDEN, out_features=VOCAB)
+    matrices = _filled(QuantMatrices, build_format("nf4", double_quant), in_features=HIDDEN, out_features=VOCAB)
     x = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(4))
     found = []
     for whole in (2**28, 1000):

@@ -1,0 +1,152 @@
+"""nf4 and fp4: 4-bit codes of blocks of a flattened weight, on bitsandbytes' registered ops.
+
+NF4 is QLoRA's 4-bit NormalFloat (Dettmers et al., 2023, https://arxiv.org/abs/2305.14314, section 3), FP4 bitsandbytes'
+4-bit float. The *block-aligned* layout: flat elements lie in rows of 16,384 = 64 x 256. With blocks of 64 a row is one
+nested block, so a rank can read and quantize just its rows. Longer blocks (up to 4,096) divide a row; their nested
+blocks span several rows, each of which holds the nested statistic itself. Slices of whole rows give bit for bit what
+`bitsandbytes.functional.quantize_4bit` gives for the whole tensor.
+
+    one row      | block 0: 64 weights | block 1 | ...                         | block 255 |   8,192 bytes of codes
+    its absmax   |  1                  |  1      | ...                         |  1        |   256 values
+    nested       |  1 for all 256                                                          |   1 value
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from fsdp_qlora.quant.formats.format import Format, QuantizedTensor, register, statistics_of
+from fsdp_qlora.quant.lookup import quantize_nf4
+from fsdp_qlora.quant.packing import (
+    BLOCK_WEIGHTS,
+    ROW_BYTES,
+    ROW_WEIGHTS,
+    STORAGE_DTYPE,
+    bits_to_float,
+    bytes_to_rows,
+    num_rows,
+    rows_to_bytes,
+)
+
+_CPU_WEIGHTS = 16 * ROW_WEIGHTS
+"""Weights quantized at a time on a CPU: bitsandbytes makes several float32 copies there. In its caches they take half
+the time, and they stay small."""
+
+
+@dataclass(frozen=True)
+class Blocks4(Format):
+    """A 4-bit format whose blocks are runs of the flattened weight."""
+
+    storage_dtype = STORAGE_DTYPE
+    double_quant: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", 0.0)  # inputs are not quantized
+        super().__post_init__()
+
+    def num_rows(self, out_features: int, in_features: int) -> int:
+        """Return the rows of storage of a matrix."""
+        return num_rows(out_features * in_features)
+
+    def row_weights(self, in_features: int) -> int:
+        """Return the weights in a row."""
+        return ROW_WEIGHTS
+
+    def row_bytes(self, in_features: int) -> int:
+        """Return the bytes of codes in a row."""
+        return ROW_BYTES
+
+    def num_statistics(self, out_features: int, in_features: int) -> int:
+        """Return the number of blocks of a matrix; the last one may be partial."""
+        return -(-out_features * in_features // self.block_size)
+
+    @property
+    def row_statistics(self) -> int:
+        """Blocks in a row."""
+        return ROW_WEIGHTS // self.block_size
+
+    def describe(self) -> str:
+        """Return it in words."""
+        blocks = f" in blocks of {self.block_size}" if self.block_size != BLOCK_WEIGHTS else ""
+        return f"{self.name}{' with double quantization' if self.double_quant else ''}{blocks}"
+
+    def quantize_run(self, weights: torch.Tensor, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize a flat run of whole blocks: codes uint8 ``[ceil(n / 2)]``, absmax ``[ceil(n / block_size)]``."""
+        if weights.numel() == 0:
+            empty = torch.empty(0, device=weights.device)
+            return empty.to(torch.uint8), empty.float()
+        size = _CPU_WEIGHTS if weights.device.type == "cpu" else weights.numel()
+        parts = [self._quantize_piece(piece) for piece in weights.split(size)]
+        return torch.cat([codes for codes, _ in parts]), torch.cat([absmax for _, absmax in parts])
+
+    def _quantize_piece(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(weights, self.block_size, self.name, torch.uint8)
+        return codes.reshape(-1), absmax
+
+    def pack(self, codes: torch.Tensor, rows: int) -> torch.Tensor:
+        """Return `quantize_run`'s codes as ``rows`` rows of storage, bfloat16 ``[rows, 4096]``."""
+        return bytes_to_rows(codes, rows)
+
+    def dequantize(self, quantized: QuantizedTensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return the weights of ``shape`` and ``dtype`` that all rows of ``quantized`` stand for."""
+        codes = rows_to_bytes(quantized.packed, prod(shape))
+        return self.dequantize_codes(codes, statistics_of(self, quantized, shape), shape, dtype)
+
+    def dequantize_codes(
+        self, codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return the weights of ``shape`` of codes, uint8 ``[ceil(n / 2)]``, and float32 absmax ``[blocks]``."""
+        size, numel, own = self.block_size, prod(shape), shape
+        if shape[-1] % size:  # bitsandbytes' CPU kernel takes another absmax than it should where blocks cross rows
+            own = (numel // size, size) if numel % size == 0 else (1, numel)
+        found = torch.ops.bitsandbytes.dequantize_4bit.default(codes, absmax, size, self.name, list(own), dtype)
+        return found.view(shape)
+
+    def cannot_look_up(self, width: int) -> str:
+        """Return why rows of a table cannot be looked up by themselves."""
+        return f"the rows of {width} share blocks of {self.block_size}" if width % self.block_size else ""
+
+    def look_up(self, table: QuantizedTensor, ids: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the rows ``ids``, int64 ``[n]``, of a table: ``[n, width]`` in ``dtype``; no others are dequantized.
+
+        Row ``i`` of the table begins at element ``i * width`` of the flattened weight, which is within row of storage
+        ``i * width // 16384``, whose nested statistic its blocks are scaled by.
+        """
+        numel = table.packed.shape[0] * ROW_WEIGHTS // width * width
+        codes = rows_to_bytes(table.packed, numel).view(-1, width // 2)[ids]
+        absmax = self._absmax(table, ids, width // self.block_size)
+        return self.dequantize_codes(codes.reshape(-1), absmax.reshape(-1), (ids.numel(), width), dtype)
+
+    def _absmax(self, table: QuantizedTensor, ids: torch.Tensor, blocks: int) -> torch.Tensor:
+        """Return the float32 statistics ``[ids, blocks]`` of the rows ``ids``."""
+        places = ids[:, None] * blocks + torch.arange(blocks, device=ids.device)
+        coded = table.absmax.reshape(-1)[places]
+        if table.nested is None or table.offset is None:
+            return bits_to_float(coded)
+        nested = bits_to_float(table.nested).reshape(-1)[places * self.block_size // ROW_WEIGHTS]
+        return self.code(ids.device)[coded.long()] * nested + table.offset
+
+
+@register
+class NF4(Blocks4):
+    """4-bit NormalFloat: the codes' values are quantiles of a normal distribution."""
+
+    name = "nf4"
+
+    def _quantize_piece(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        whole_blocks = weights.numel() % self.block_size == 0
+        if weights.dtype == torch.bfloat16 and weights.device.type == "cpu" and whole_blocks:
+            found = quantize_nf4(weights, self.block_size)
+            if found is not None:
+                return found
+        return super()._quantize_piece(weights)
+
+
+@register
+class FP4(Blocks4):
+    """4-bit float."""
+
+    name = "fp4"

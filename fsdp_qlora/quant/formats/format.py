@@ -1,0 +1,301 @@
+"""`Format`: what a format of quantized weights stores, what it costs and what it computes.
+
+A weight is quantized in *rows of storage*: FSDP2 shards along dimension 0, so a rank holds whole rows and must be able
+to quantize and dequantize just those. Codes of a row are bytes; beside them lie its *statistics* (``absmax``), a fixed
+number for each row. Statistics may be quantized themselves (double quantization, QLoRA, Dettmers et al., 2023,
+https://arxiv.org/abs/2305.14314, section 3.1): minus their mean over the whole tensor, to 8 bits in blocks of 256, the
+*nested* blocks.
+
+    weights of a row    ->  packed [rows, ...]         absmax [rows, k]        nested [rows, 1]    offset []
+                            codes, as storage_dtype    uint8, or bits of       bits of float32     float32, the mean of
+                                                       float32 as int32                            the whole's absmax
+                                                                               '------ double quantization only ------'
+
+Statistics are integers because FSDP2 casts floating-point parameters when it gathers them (docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from math import prod
+from typing import ClassVar
+
+import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
+import torch
+from bitsandbytes.functional import create_dynamic_map
+
+from fsdp_qlora.config import choices
+from fsdp_qlora.quant.packing import BLOCK_WEIGHTS, ROW_BLOCKS, bits_to_float, float_to_bits, values_to_rows
+from fsdp_qlora.shapes.linears import LinearShape
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A quantized tensor in rows of storage, or some of its rows; what the parameters of `QuantMatrices` hold."""
+
+    packed: torch.Tensor
+    """Codes, ``[rows, width]`` in the format's `Format.storage_dtype`."""
+    absmax: torch.Tensor
+    """Statistics, ``[rows, Format.row_statistics]``: uint8 (double quantization), else int32, the bits of float32."""
+    nested: torch.Tensor | None
+    """int32 ``[rows, 1]``, the bits of float32; None without double quantization."""
+    offset: torch.Tensor | None
+    """float32 ``[]``, mean of the whole tensor's statistics; None without double quantization."""
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """A format of quantized weights. The defaults are those of one whose row of storage is a row of the matrix."""
+
+    name: ClassVar[str]
+    """Its name in ``quant=``."""
+    storage_dtype: ClassVar[torch.dtype]
+    """Dtype of ``packed``: an integer, or bfloat16, which FSDP2 does not cast here."""
+    dense_forward: ClassVar[bool] = True
+    """Whether forward multiplies with dequantized weights: they may be kept for backward, and take time to make."""
+
+    double_quant: bool = False
+    """Whether statistics are quantized, too."""
+    block_size: int = BLOCK_WEIGHTS
+    """Weights that share one statistic, where that can be chosen."""
+    threshold: float = 0.0
+    """Inputs from this magnitude on are multiplied without quantizing their columns, where inputs are quantized."""
+    key: str = field(init=False, default="", repr=False)
+    """Name and threshold as one word, which compiled code takes for a constant (it would make the float an input)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", f"{self.name}>{self.threshold!r}" if self.threshold else self.name)
+
+    # What it stores.
+
+    def num_rows(self, out_features: int, in_features: int) -> int:
+        """Return the rows of storage of a matrix."""
+        return out_features
+
+    def row_weights(self, in_features: int) -> int:
+        """Return the weights in a row."""
+        return in_features
+
+    @abstractmethod
+    def row_bytes(self, in_features: int) -> int:
+        """Return the bytes of codes in a row."""
+
+    def num_statistics(self, out_features: int, in_features: int) -> int:
+        """Return the number of statistics of a matrix."""
+        return self.num_rows(out_features, in_features) * self.row_statistics
+
+    @property
+    def row_statistics(self) -> int:
+        """Statistics in a row."""
+        return 1
+
+    @property
+    def nested_rows(self) -> int:
+        """Rows whose statistics are one nested block."""
+        return max(1, ROW_BLOCKS // self.row_statistics)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of statistics of a row: uint8 and one float32, or a float32 each."""
+        return self.row_statistics + 4 if self.double_quant else 4 * self.row_statistics
+
+    @property
+    def absmax_dtype(self) -> torch.dtype:
+        """Dtype of ``absmax``: 8-bit codes, or the bits of float32 values."""
+        return torch.uint8 if self.double_quant else torch.int32
+
+    def describe(self) -> str:
+        """Return it in words, as a plan prints it."""
+        return self.name
+
+    # What it computes.
+
+    @abstractmethod
+    def quantize_run(self, weights: torch.Tensor, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize a flat run of whole rows of storage (only the tensor's last one may be partial).
+
+        Args:
+            weights: float vector ``[n]`` (bf16, fp16 or fp32).
+            in_features: of the matrix that they are part of.
+
+        Returns:
+            The codes, as `pack` takes them, and the statistics, float32 ``[values]``.
+        """
+
+    def pack(self, codes: torch.Tensor, rows: int) -> torch.Tensor:
+        """Return `quantize_run`'s codes as ``rows`` rows of storage."""
+        return codes
+
+    @abstractmethod
+    def dequantize(self, quantized: QuantizedTensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return the weights of ``shape`` and ``dtype`` that all rows of ``quantized`` stand for."""
+
+    def multiply(self, x: torch.Tensor, quantized: QuantizedTensor) -> torch.Tensor | None:
+        """Return ``x @ weight.T``, ``[tokens, in]`` -> ``[tokens, out]``; None: dequantize the weight and multiply."""
+        return None
+
+    def cannot_look_up(self, width: int) -> str:
+        """Return why rows of a table ``[n, width]`` cannot be looked up by themselves; nothing where they can."""
+        return ""
+
+    def look_up(self, table: QuantizedTensor, ids: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the rows ``ids``, int64 ``[n]``, of a table: ``[n, width]`` in ``dtype``."""
+        nested = None if table.nested is None else table.nested[ids]
+        rows = QuantizedTensor(table.packed[ids], table.absmax[ids], nested, table.offset)
+        return self.dequantize(rows, (ids.numel(), width), dtype)
+
+    # Statistics that are quantized themselves.
+
+    @staticmethod
+    def code(device: torch.device) -> torch.Tensor:
+        """Return the 256 float32 values that 8-bit statistics stand for."""
+        return _dynamic_map(device)
+
+    def nest(self, absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize statistics: absmax float32 ``[b]`` minus its offset to uint8 ``[b]``, float32 ``[ceil(b/256)]``.
+
+        ``offset`` is the mean of the *whole* tensor's absmax, float32 ``[]``.
+        """
+        if absmax.numel() == 0:
+            return absmax.to(torch.uint8), absmax
+        code = self.code(absmax.device)
+        return torch.ops.bitsandbytes.quantize_blockwise.default(absmax - offset, code, ROW_BLOCKS)
+
+    def unnest(self, absmax: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """Return the float32 statistics ``[b]`` of `nest`'s codes and the nested statistic of each of their rows."""
+        code = self.code(absmax.device)
+        if self.nested_rows == 1:
+            values = torch.ops.bitsandbytes.dequantize_blockwise.default(
+                absmax, nested, code, ROW_BLOCKS, torch.float32
+            )
+        else:  # the first row may be within a nested block
+            values = code[absmax.long()].mul_(nested.repeat_interleave(self.row_statistics)[: absmax.numel()])
+        values += offset
+        return values
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A linear, or stacked matrices, and the format that it is stored in."""
+
+    linear: LinearShape
+    layout: Format
+
+    @property
+    def rows(self) -> int:
+        """Rows of packed storage; each of the stacked matrices starts on one of its own."""
+        return self.linear.count * self.layout.num_rows(self.linear.out_features, self.linear.in_features)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of codes in a row of packed storage."""
+        return self.layout.row_bytes(self.linear.in_features)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all codes and statistics."""
+        return self.rows * (self.row_bytes + self.layout.statistics_bytes)
+
+    @property
+    def code_bytes(self) -> float:
+        """Bytes of a weight's code."""
+        return self.row_bytes / self.layout.row_weights(self.linear.in_features)
+
+
+_FORMATS: dict[str, type[Format]] = {}
+
+
+def register(kind: type[Format]) -> type[Format]:
+    """Make a format known by its name: ``quant=NAME`` then takes it (on the command line: those that ship)."""
+    _FORMATS[kind.name] = kind
+    choices.FORMATS.add(kind.name)
+    return kind
+
+
+def build_format(
+    name: str = "nf4", double_quant: bool = True, block_size: int = BLOCK_WEIGHTS, threshold: float = 0.0
+) -> Format:
+    """Return the format called ``name``; what it has no use for among the other arguments is left at its default."""
+    return _FORMATS[name](double_quant, block_size, threshold)
+
+
+def format_of_key(key: str, double_quant: bool, block_size: int) -> Format:
+    """Return the format that has this `Format.key`."""
+    name, _, threshold = key.partition(">")
+    return build_format(name, double_quant, block_size, float(threshold or 0))
+
+
+@cache
+def _dynamic_map(device: torch.device) -> torch.Tensor:
+    """Return the 256 values of bitsandbytes' signed 8-bit dynamic type, float32, on ``device``."""
+    return create_dynamic_map().to(device)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch with one CPU thread: the mean over absmax values depends on the number of threads otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def nested_of_rows(quant_format: Format, nested: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Return the nested statistic of each of the rows ``[first, last)``, from those of all blocks or from the first's.
+
+    ``nested`` begins with the nested block of row ``first``.
+    """
+    each = quant_format.nested_rows
+    return nested if each == 1 else nested.repeat_interleave(each)[first % each :][: last - first]
+
+
+def to_rows(
+    quant_format: Format, codes: torch.Tensor, absmax: torch.Tensor, offset: torch.Tensor | None, rows: int
+) -> QuantizedTensor:
+    """Lay `Format.quantize_run`'s result of a whole tensor into ``rows`` rows, nesting the statistics if asked."""
+    packed, columns = quant_format.pack(codes, rows), quant_format.row_statistics
+    if not quant_format.double_quant:
+        return QuantizedTensor(packed, values_to_rows(float_to_bits(absmax), rows, columns), None, None)
+    assert offset is not None
+    coded, nested = quant_format.nest(absmax, offset)
+    of_rows = nested_of_rows(quant_format, nested, 0, rows)
+    return QuantizedTensor(
+        packed,
+        values_to_rows(coded, rows, columns),
+        values_to_rows(float_to_bits(of_rows), rows, 1),
+        offset,
+    )
+
+
+def quantize(weight: torch.Tensor, quant_format: Format) -> QuantizedTensor:
+    """Quantize a whole float tensor: of any shape to 4-bit, a matrix to a format whose rows are the matrix's.
+
+    Bit-equal to `bitsandbytes.functional.quantize_4bit` and `int8_vectorwise_quant`.
+    """
+    width = weight.shape[-1]
+    with one_thread():
+        codes, absmax = quant_format.quantize_run(weight.reshape(-1), width)
+        offset = absmax.mean() if quant_format.double_quant else None
+        rows = quant_format.num_rows(weight.numel() // max(1, width), width)
+        return to_rows(quant_format, codes, absmax, offset, rows)
+
+
+def dequantize(
+    quantized: QuantizedTensor, quant_format: Format, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the weights of ``shape`` and ``dtype`` that all rows of ``quantized`` stand for."""
+    return quant_format.dequantize(quantized, shape, dtype)
+
+
+def statistics_of(quant_format: Format, quantized: QuantizedTensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the float32 statistics of a tensor of ``shape``, ``[Format.num_statistics]``."""
+    absmax = quantized.absmax.reshape(-1)[: quant_format.num_statistics(1, prod(shape))]
+    if quantized.nested is None or quantized.offset is None:
+        return bits_to_float(absmax)
+    return quant_format.unnest(absmax, bits_to_float(quantized.nested).reshape(-1), quantized.offset)
