@@ -59,7 +59,7 @@ lint: $(DEV_READY) ## ruff, pyright, the layer contract, the size rules
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/python tools/size_rules.py
+	$(BIN)/python tools/house_rules.py
 
 check: lint test ## lint and test
 

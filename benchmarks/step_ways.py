@@ -55,7 +55,7 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
     from fsdp_qlora.config.convert import from_dict
     from fsdp_qlora.data.loader import Batch, MicroBatch
     from fsdp_qlora.distributed.seeds import seed_of
-    from fsdp_qlora.objectives.sft import OBJECTIVES
+    from fsdp_qlora.objectives import build_objective
     from fsdp_qlora.optim.optimizers import ShardedOptimizer
     from fsdp_qlora.parallel.shard import synchronize_gradients
     from fsdp_qlora.plan.timing import model_flops
@@ -78,7 +78,7 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
     ranks = prepared.ranks
     optimizer = ShardedOptimizer(trainable_parameters(prepared.model), config.optim)
     settings = StepSettings(
-        objective=OBJECTIVES["sft"], ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,
+        objective=build_objective("sft"), ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,
         seed_of=seed_of, around=contextlib.nullcontext,
         after_backward=(ReplicatedGradients(optimizer.parameters.items(), ranks), *_compiled(prepared)),
     )  # fmt: skip
@@ -103,7 +103,7 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
         ),
     }  # fmt: skip
     try:
-        yield step, {**known, "choices": prepared.choices}
+        yield step, {**known, "choices": {key: str(choice) for key, choice in prepared.choices.items()}}
     finally:
         prepared.close()
 

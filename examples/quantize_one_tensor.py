@@ -48,7 +48,7 @@ def main() -> None:
     for rank in range(NUM_RANKS):
         start, stop = row_range(rows, rank, NUM_RANKS)
         piece = weight.reshape(-1)[start * ROW_WEIGHTS : stop * ROW_WEIGHTS]
-        own, _ = quant_format.quantize_blocks(piece)
+        own, _ = quant_format.quantize_run(piece, weight.shape[1])
         expected = ours.packed[start:stop].view(torch.uint8).reshape(-1)[: own.numel()]
         print(f"rank {rank}: rows {start} to {stop} of {rows}, {piece.numel():,} weights, equal: {same(own, expected)}")
 

@@ -42,7 +42,7 @@ def fill(layer: QuantLinear, seed: int, ranks: Ranks) -> int:
     # Yours come from a file: elements first * ROW_WEIGHTS to last * ROW_WEIGHTS. Here each row has a seed of its own.
     generators = [torch.Generator().manual_seed(1000 * seed + row) for row in range(first, last)]
     weights = torch.stack([torch.randn(ROW_WEIGHTS, generator=g) for g in generators]) / WIDTH**0.5
-    codes, absmax = FORMAT.quantize_blocks(weights.flatten())
+    codes, absmax = FORMAT.quantize_run(weights.flatten(), weights.shape[1])
     layer.fill(to_rows(FORMAT, codes, absmax, None, last - first))
     return sum(p.to_local().nbytes for p in layer.parameters())
 

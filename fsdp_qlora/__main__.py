@@ -28,7 +28,7 @@ VERBS = {
     "train": "fine-tune a model and write its adapter",
     "prepare": "fetch the embedded model and data (experiment=quickstart), tokenize the data",
     "plan": "show what a run would do and hold, without weights",
-    "evaluate": "loss and perplexity of a base or an adapter on data.eval",
+    "evaluate": "loss and metrics of a base or an adapter on data.eval",
     "generate": "answer a prompt, with or without an adapter",
     "export": "write the adapter of a run's checkpoint, or the quantized base (what=base-4bit)",
     "inspect": "show a checkpoint, or compare two: inspect PATH [PATH]",

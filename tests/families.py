@@ -130,12 +130,12 @@ def reference_losses(model: nn.Module, batches: Iterator[Batch], lr: float) -> l
         for m in batch.micro_batches:
             logits = model(input_ids=m.input_ids, use_cache=False).logits.float()
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), m.labels[:, 1:].flatten(), reduction="sum")
-            (loss / batch.num_targets).backward()
+            (loss / batch.weights["tokens"]).backward()
             total += float(loss.detach())
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        found.append(total / batch.num_targets)
+        found.append(total / batch.weights["tokens"])
     return found
 
 

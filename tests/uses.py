@@ -13,9 +13,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from fsdp_qlora.adapters.lora import lora_config
+from fsdp_qlora.adapters import build_method
 from fsdp_qlora.checks.agree import require_losses_agree
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ModelError, typed_line
 from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
@@ -71,7 +71,12 @@ def export_differs(
     """Compare the loss of plain PEFT with the exported adapter on upstream's model."""
     targets = short_targets(opened.plan.targets, model.base)
     with TemporaryDirectory() as scratch:
-        export_adapter(Path(scratch), gather_adapter(model), lora_config(targets, 4, 8.0), str(folder))
+        export_adapter(
+            Path(scratch),
+            gather_adapter(model),
+            build_method("lora").peft(targets, LoraSettings(r=4, alpha=8.0), "CAUSAL_LM"),
+            str(folder),
+        )
         judge = rounded(folder, torch.float32, opened.plan.quantized)
         adapted = PeftModel.from_pretrained(judge, scratch, is_trainable=True).train(trains)
         found = float(upstream.loss_sum(adapted, ids).detach())

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from fsdp_qlora.adapters.method import method_of, tensor_names
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.mesh import Ranks
@@ -28,7 +29,6 @@ from fsdp_qlora.files.read import own_file, read_json
 
 CONFIG_NAME = "adapter_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
-_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 _HONOURED = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora"}
 _SELECTING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 """Which modules have an adapter: honoured as well, by the names of the tensors that are in the file."""
@@ -53,15 +53,15 @@ class AdapterConfig:
 
     r: int
     alpha: float
-    use_rslora: bool
+    variant: str
+    """Name of its method."""
     base_model: str | None
     revision: str | None
     """Branch, tag or commit of the base model."""
 
     def settings(self, targets: list[str]) -> LoraSettings:
         """Return it as our settings."""
-        variant = "rslora" if self.use_rslora else "lora"
-        return LoraSettings(variant=variant, r=self.r, alpha=self.alpha, target_modules=targets)
+        return LoraSettings(variant=self.variant, r=self.r, alpha=self.alpha, target_modules=targets)
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -98,7 +98,9 @@ def _adapter_config(values: dict[str, Any], file: Path) -> AdapterConfig:
     wrong += [f"{name!r} as a name" for name in names if not isinstance(name, str | None)]
     if wrong:
         raise ModelError(f"adapter: {file} is malformed: {', '.join(wrong)[:500]}.")
-    return AdapterConfig(r, float(alpha), rslora, *names)
+    method = method_of(values)
+    assert method is not None, "use_rslora is true or false"
+    return AdapterConfig(r, float(alpha), method.name, *names)
 
 
 def _refused(values: dict[str, Any]) -> list[str]:
@@ -122,7 +124,8 @@ def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
     Raises:
         ModelError: if a tensor is of no plain LoRA on a linear.
     """
-    found = {name: _TENSOR.fullmatch(name) for name in names}
+    tensors = "|".join(map(re.escape, sorted(tensor_names())))
+    found = {name: re.fullmatch(rf"base_model\.model\.(.+)\.(?:{tensors})", name) for name in names}
     if odd := sorted(name for name, match in found.items() if match is None):
         raise ModelError(
             f"adapter: {file} holds {len(odd)} tensor(s) that are no LoRA matrices of a linear, first {odd[0]}; such "

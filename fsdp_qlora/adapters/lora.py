@@ -1,4 +1,4 @@
-"""PEFT's adapters on a meta model: attach, initialise the same on any number of ranks.
+"""LoRA (https://arxiv.org/abs/2106.09685) and rsLoRA (https://arxiv.org/abs/2312.03732) on a meta model.
 
 PEFT gives the config, the file format and the adapter modules. Its dispatcher learns our 4-bit layer through
 ``LoraConfig._register_custom_module`` (private by name; `tests/unit/test_lora.py` says when it breaks).
@@ -7,7 +7,8 @@ PEFT gives the config, the file format and the adapter modules. Its dispatcher l
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,35 +16,78 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters.linear import QuantLoraLinear
+from fsdp_qlora.adapters.method import Method, build_method, register
 from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.seeds import seed_of
 from fsdp_qlora.distributed.shards import fill_slice, local_tensor
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.quant.linear import QuantLinear
+from fsdp_qlora.shapes.linears import LinearShape
 
 
-def lora_config(
-    target_modules: Sequence[str], r: int, alpha: float, dropout: float = 0.0, variant: str = "lora",
-    task_type: str | None = "CAUSAL_LM",
-) -> LoraConfig:  # fmt: skip
-    """Return PEFT's config for the adapters."""
-    return LoraConfig(
-        task_type=task_type,  # type: ignore[arg-type]
-        target_modules=list(target_modules),
-        r=r,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
-        lora_dropout=dropout,
-        use_rslora=variant == "rslora",
-    )
+@register
+class LoRA(Method):
+    """``base(x) + B(A(x)) * alpha / r``."""
+
+    name = "lora"
+    layer = QuantLoraLinear
+
+    def shapes(self, linear: LinearShape, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A and B; of stacked matrices, those of all."""
+        r = linear.count * lora.r
+        return {"lora_A.weight": (r, linear.in_features), "lora_B.weight": (linear.out_features, r)}
+
+    def peft(self, targets: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM") -> LoraConfig:
+        """Return PEFT's config."""
+        return LoraConfig(
+            task_type=task_type,  # type: ignore[arg-type]
+            target_modules=list(targets),
+            r=lora.r,
+            lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+        )
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        """Whether it scales by alpha / r."""
+        return not config.get("use_rslora", False)
+
+    def initial(self, name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor | None:
+        """Return what PEFT starts from: A uniform as `nn.Linear`, B zero."""
+        if ".lora_B." in name:
+            return None
+        if ".lora_A." not in name:
+            raise NumericsError(f"{name}: no initialisation is known for this trainable parameter.")
+        bound = shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5)), PEFT's and nn.Linear's own
+        return torch.empty(tuple(shape), dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+
+
+@register
+class RsLoRA(LoRA):
+    """``base(x) + B(A(x)) * alpha / sqrt(r)``."""
+
+    name = "rslora"
+
+    def peft(self, targets: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM") -> LoraConfig:
+        """Return PEFT's config; PEFT computes the scaling from it."""
+        config = super().peft(targets, lora, task_type)
+        config.use_rslora = True
+        return config
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        """Whether it scales by alpha / sqrt(r)."""
+        return config.get("use_rslora", False) is True
 
 
 def attach_lora(
     model: PreTrainedModel, target_modules: Sequence[str], r: int, alpha: float, dropout: float = 0.0,
     variant: str = "lora", task_type: str | None = "CAUSAL_LM",
 ) -> PeftModel:  # fmt: skip
-    """Add LoRA adapters (float32, on meta) to the named linears of a meta model and freeze all else."""
-    config = lora_config(target_modules, r, alpha, dropout, variant, task_type)
-    config._register_custom_module({QuantLinear: QuantLoraLinear})
+    """Add adapters (float32, on meta) to the named linears of a meta model and freeze all else."""
+    method = build_method(variant)
+    lora = LoraSettings(variant=variant, r=r, alpha=alpha, dropout=dropout)
+    config = method.peft(target_modules, lora, task_type)
+    config._register_custom_module({QuantLinear: method.layer})
     with warnings.catch_warnings():
         # peft warns of a tied embedding that it would have to untie to merge; we neither target nor merge it here
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
@@ -57,18 +101,17 @@ def attach_lora(
 
 
 @torch.no_grad()
-def initialize_adapters(model: nn.Module, seed: int, shard_rank: int = 0, shard_size: int = 1) -> None:
-    """Initialise the adapters as PEFT does (A uniform as `nn.Linear`, B zero), each from a seed of its own name.
+def initialize_adapters(
+    model: nn.Module, seed: int, shard_rank: int = 0, shard_size: int = 1, variant: str = "lora"
+) -> None:
+    """Give each trained tensor its method's start, from a seed of its own name.
 
     Each tensor is drawn whole on the CPU and sliced, so the values do not depend on the number of ranks.
     """
+    method = build_method(variant)
     for name, parameter in trainable_parameters(model):
-        if ".lora_B." in name:
+        whole = method.initial(name, parameter.shape, torch.Generator().manual_seed(seed_of(seed, name)))
+        if whole is None:
             local_tensor(parameter).zero_()
-            continue
-        if ".lora_A." not in name:
-            raise NumericsError(f"{name}: no initialisation is known for this trainable parameter.")
-        generator = torch.Generator().manual_seed(seed_of(seed, name))
-        bound = parameter.shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5)), PEFT's and nn.Linear's own
-        whole = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-        fill_slice(parameter, whole, shard_rank, shard_size)
+        else:
+            fill_slice(parameter, whole, shard_rank, shard_size)

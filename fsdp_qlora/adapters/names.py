@@ -11,6 +11,7 @@ it changes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -44,6 +45,7 @@ def renamed_by_peft(model: PreTrainedModel, names: Iterable[str]) -> frozenset[s
 
 
 ADAPTER = "default"
+"""Name of the one adapter that is trained, as PEFT calls it."""
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -53,6 +55,11 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
             yield adapter_key(name), parameter
 
 
+def adapter_of(name: str) -> str:
+    """Return what the tensors of one adapter have in common in their names: ``...q_proj.lora_*.weight``."""
+    return re.sub(r"\.lora_[^.]+", ".lora_*", name)
+
+
 def adapter_key(name: str) -> str:
     """Return a parameter's name in PEFT's file: from ``base_model`` on, without the adapter's name."""
-    return name[name.index("base_model") :].replace(f".{ADAPTER}.", ".")
+    return re.sub(rf"\.{ADAPTER}(?=\.|$)", "", name[name.index("base_model") :])

@@ -26,9 +26,9 @@ _CAPS, _DROPOUTS = ("attn_logit_softcapping", "attention_logit_cap"), ("attentio
 
 
 def attention_candidates(
-    device: torch.device, asked: str, model_config: Any, dtype: torch.dtype, trust_remote_code: bool = False
+    device: torch.device, asked: str | None, model_config: Any, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> tuple[str, ...]:
-    """Return the attention implementations to try, in this order; the one asked for where that is not ``auto``.
+    """Return the attention implementations to try, in this order; the one asked for, if one is.
 
     On an accelerator flash attention (in 16 bits, where the package is installed) and sdpa, on a CPU `blockwise`, each
     only where the class claims it and no setting of the config is beyond it; eager always comes last.
@@ -38,7 +38,7 @@ def attention_candidates(
             compiled code that is not trusted.
     """
     text, kind = model_config.get_text_config(), _model_class(model_config)
-    if asked != "auto":
+    if asked is not None:
         if (why := why_not(asked, device, dtype, text)) is not None:
             raise ModelError(f"model.attn_implementation: {why}.")
         if asked == _FLASH and not trust_remote_code and (why := _from_hub(kind)) is not None:

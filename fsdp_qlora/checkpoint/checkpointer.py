@@ -29,6 +29,7 @@ from fsdp_qlora.checkpoint.publish import complete_checkpoints, remove, set_asid
 from fsdp_qlora.checkpoint.retention import Retention, superfluous
 from fsdp_qlora.checkpoint.verify import verify
 from fsdp_qlora.checkpoint.write import Stage, WriteAdapter, write_checkpoint
+from fsdp_qlora.config.decided import Resume
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.process import use_device
 from fsdp_qlora.distributed.reduce import barrier, on_main
@@ -222,12 +223,12 @@ class Checkpointer:
         raise StorageError(message + f"It was saved to {saved}; go on with checkpoint.resume={saved}.")
 
     def find(
-        self, resume: str, identity: dict[str, Any], overrides: Sequence[str] = ()
+        self, resume: Resume, identity: dict[str, Any], overrides: Sequence[str] = ()
     ) -> tuple[Path, Manifest] | None:
         """Return the checkpoint to resume from, decided by rank 0 for all, or None to start anew.
 
-        ``resume`` is ``auto`` (the newest valid one; a damaged one is passed over and said), ``never`` or a path.
-        Settings named in ``overrides`` may differ.
+        Of several the newest valid one counts; a damaged one is passed over and said. Settings named in ``overrides``
+        may differ.
 
         Raises:
             CheckpointError: if a demanded checkpoint is missing or damaged, or none of several is valid.
@@ -248,11 +249,11 @@ class Checkpointer:
         found = on_main(search, self.ranks)
         return None if found is None else (Path(found[0]), Manifest(**found[1]))
 
-    def _search(self, resume: str) -> tuple[Path, Manifest] | None:
-        if resume == "never":
+    def _search(self, resume: Resume) -> tuple[Path, Manifest] | None:
+        if resume.never:
             return None
-        if resume != "auto":
-            return open_checkpoint(Path(resume).expanduser())
+        if resume.folder is not None:
+            return open_checkpoint(resume.folder)
         problems = []
         for folder in reversed(complete_checkpoints(self.folder)):
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.names import adapter_of, trainable_parameters
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import NumericsError
@@ -18,7 +18,7 @@ class FirstGradients:
         self._model, self._ranks, self._seen = model, ranks, 0
 
     def __call__(self, step: int) -> None:
-        """Check that all trainables have gradients (first call), and each A/B pair one that is not zero (second).
+        """Check that all trainables have gradients (first call), and each adapter one that is not zero (second).
 
         Raises:
             NumericsError: on every rank alike, naming the first parameter that fails.
@@ -37,7 +37,7 @@ class FirstGradients:
     def _require_nonzero(self, step: int) -> None:
         largest: dict[str, torch.Tensor] = {}
         for name, parameter in trainable_parameters(self._model):
-            pair = name.replace(".lora_A.", ".lora_*.").replace(".lora_B.", ".lora_*.")
+            pair = adapter_of(name)
             grad = local_tensor(parameter.grad)  # type: ignore[arg-type]
             value = grad.abs().max().float() if grad.numel() else torch.zeros((), device=grad.device)
             largest[pair] = torch.maximum(largest.get(pair, value), value)

@@ -136,17 +136,8 @@ def _rounded(whole: torch.Tensor, layout: Format) -> torch.Tensor:
     return bitsandbytes.functional.dequantize_4bit(codes, state)
 
 
-def adapt(
-    model: PreTrainedModel, targets: Sequence[str], values: Mapping[str, torch.Tensor], r: int, alpha: Any, rslora: bool
-) -> nn.Module:
+def adapt(model: PreTrainedModel, config: LoraConfig, values: Mapping[str, torch.Tensor]) -> nn.Module:
     """Put PEFT's adapters with these values on ``model``."""
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=r,
-        lora_alpha=alpha,
-        target_modules=list(targets),
-        use_rslora=rslora,  # type: ignore[arg-type]
-    )
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     with torch.no_grad():
         for name, parameter in _adapters(peft_model).items():

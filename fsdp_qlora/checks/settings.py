@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from fsdp_qlora.attention.flatten import reads_boundaries
+from fsdp_qlora.config.choices import NONE
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.quant.formats import build_format
 
 LENGTHS = (64, 41)
 """Of the twin's rows: longer than its windows and chunks, and uneven, so that one is padded."""
@@ -16,19 +18,22 @@ NO_DROPOUT = 1e-9
 """Takes the path through the code that dropout takes, and drops nothing."""
 
 
+def _comparable(name: str) -> str:
+    """Return a format whose forward upstream's own can be compared with: int8 rounds activations, too."""
+    if name == NONE or build_format(name).dense_forward:
+        return name
+    return "nf4"  # int8 itself is compared elsewhere (tests/distributed/test_formats.py)
+
+
 def twin_settings(config: RunConfig, folder: Path, attention: str, device: torch.device) -> RunConfig:
     """Return the run's settings for its twin: the same paths through the code, small sizes, nothing random."""
     precision = "bf16" if reads_boundaries(attention) and device.type != "cpu" else "fp32"
-    quant = config.quant
-    if quant.name == "int8":  # rounds activations, too: compared elsewhere (tests/distributed/test_formats.py)
-        quant = replace(quant, name="nf4")
+    quant = replace(config.quant, name=_comparable(config.quant.name), embeddings=_comparable(config.quant.embeddings))
     overrides = {  # of single layers, which the twin may not have, another one may stand for
-        pattern: "nf4" if kind == "int8" else kind
+        pattern: _comparable(kind)
         for pattern, kind in quant.overrides.items()
         if not any(character.isdigit() for character in pattern)
     }
-    if quant.embeddings == "int8":
-        quant = replace(quant, embeddings="nf4")
     targets = config.lora.target_modules
     if isinstance(targets, list | tuple) and any("." in name for name in targets):
         targets = "all-linear"  # names of layers that the twin may not have

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fsdp_qlora.adapters.lora import lora_config
+from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.attention.layout import Layout
@@ -185,7 +185,7 @@ class _Twin:
     def _read_by_peft(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         lora, folder = self.config.lora, self.folder / "adapter"
         targets = short_targets(self.plan.targets, self.model.base)
-        peft_config = lora_config(targets, lora.r, lora.alpha, lora.dropout, lora.variant)
+        peft_config = build_method(lora.variant).peft(targets, lora, "CAUSAL_LM")
         export_adapter(folder, {name: value.contiguous() for name, value in values.items()}, peft_config, "twin")
         model = reference.load(self.folder, torch.float32, torch.device("cpu"), self.config.model.trust_remote_code)
         return reference.read_adapter(model, folder)
@@ -238,7 +238,8 @@ class _Twin:
         with one_thread():
             reference.round_weights(model, (*self.plan.quantized, *self.plan.quantized_edges))
         lora = self.config.lora
-        adapted = reference.adapt(model, self.plan.targets, values, lora.r, lora.alpha, lora.variant == "rslora")
+        plain = replace(lora, dropout=0.0)
+        adapted = reference.adapt(model, build_method(lora.variant).peft(self.plan.targets, plain, "CAUSAL_LM"), values)
         random = any_rank(reference.is_random(adapted, rows[0]), self.ranks)
         return reference.compute(adapted.train(not random), rows), random
 

@@ -98,7 +98,7 @@ def _twin(schema: type, groups: dict[str, type] | None = None) -> type:
             kind = groups[item.name]
             fields.append((item.name, kind, field(default_factory=kind)))
             continue
-        if typing.get_origin(kind) is typing.Literal:
+        if typing.get_origin(kind) in (typing.Literal, typing.Annotated):
             kind = str
         default = item.default_factory if item.default is dataclasses.MISSING else item.default
         is_factory = item.default is dataclasses.MISSING

@@ -1,4 +1,4 @@
-"""`evaluate`: loss and perplexity of the base, or of the base with an adapter, on the held-out rows."""
+"""`evaluate`: loss and metrics of the base, or of the base with an adapter, on the held-out rows."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ def run(config: RunConfig) -> int:
 def _evaluate(config: RunConfig, world: World) -> int:
     adapter = Path(config.adapter).expanduser() if config.adapter else None
     result = evaluate_prepared(load_for_inference(config, adapter, world))
-    values = {
-        "eval_loss": result.loss, "eval_perplexity": result.perplexity, "target_tokens": result.target_tokens,
-    }  # fmt: skip
     if world.ranks.is_main:
-        print(f"loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, {result.target_tokens} supervised tokens")
+        metrics = "".join(f", {name} {value:.2f}" for name, value in result.metrics.items())
+        print(f"loss {result.loss:.4f}{metrics}, {result.target_tokens} supervised tokens")
         if config.evaluate.json:
+            values = result.values() | {"target_tokens": result.target_tokens}
             write_json(Path(config.evaluate.json).expanduser(), values)
     return 0

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.cli.launcher import ranks_to_start
 from fsdp_qlora.cli.tables import print_columns, print_table
+from fsdp_qlora.config.decided import asked
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.model.replaceable import kept_linears
 from fsdp_qlora.model.rope import rope_choice
@@ -70,7 +71,7 @@ def _of_the_model(
     by_reason = {why: alike(n for n, w in kept.items() if w == why) for why in dict.fromkeys(kept.values())}
     return {
         "attention": counted.model.attn_implementation,
-        "attention_asked_for": config.model.attn_implementation != "auto",
+        "attention_asked_for": asked(config.model.attn_implementation) is not None,
         "rope": rope_choice(base.config, config.data.max_length),
         "left_as_they_are": by_reason,
         "without_adapter": alike(shapes.not_adapted),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from math import exp
 from typing import Any
 
 from rich.table import Table
@@ -18,6 +17,7 @@ from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.data.samples import segments
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.files.write import copy_regular
+from fsdp_qlora.objectives import Objective
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.profile.phases import PHASES, WAITING
 from fsdp_qlora.quant.backend import bitsandbytes_backend
@@ -111,13 +111,14 @@ def print_stopped(folder: RunFolder) -> None:
     print(f"stopped by a signal: {state}the same command with checkpoint.resume=auto goes on.", flush=True)
 
 
-def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
+def print_summary(summary: dict[str, Any], folder: RunFolder, objective: Objective) -> None:
     """Print the table at the end of a run."""
     rows: list[tuple[str, str]] = []
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     if before is not None and after is not None:
         rows.append(("held-out loss", f"{before:.4f} -> {after:.4f}"))
-        rows.append(("held-out perplexity", f"{exp(min(before, 700)):.2f} -> {exp(min(after, 700)):.2f}"))
+        ends = [objective.metrics(loss, {}) for loss in (before, after)]
+        rows += [(f"held-out {name}", f"{ends[0][name]:.2f} -> {ends[1][name]:.2f}") for name in ends[0]]
     for sample in summary["samples"]:
         rows.append((f"{sample['prompt']} (before)", sample["before"]))
         rows.append((f"{sample['prompt']} (after)", sample["after"]))

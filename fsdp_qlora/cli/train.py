@@ -13,6 +13,7 @@ from fsdp_qlora.distributed.patience import Patience
 from fsdp_qlora.distributed.signals import STOP_SIGNALS, StopSignals, take_signals
 from fsdp_qlora.distributed.watch import Leave, Outside, Watch
 from fsdp_qlora.errors import STOPPED_EXIT_CODE
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.claim import claim
 from fsdp_qlora.run.exit import (
     NOTHING_TO_SAVE,
@@ -58,7 +59,7 @@ def _rank(config: RunConfig, world: World, signals: StopSignals) -> int:
     run.claimed = True
     if not decision.start:
         watch.stop()
-        _show(folder, world.ranks.is_main, decision.note)
+        _show(config, folder, world.ranks.is_main, decision.note)
         return 0
     try:
         return _train(config, folder, world, decision.note, signals, watch)
@@ -113,13 +114,13 @@ def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signal
     if main:
         folder.write_exit(code, 0)
         if result.finished:
-            print_summary(result.summary, folder)
+            print_summary(result.summary, folder, build_objective(config.objective.name))
         else:
             print_stopped(folder)
     return code
 
 
-def _show(folder: RunFolder, main: bool, note: str) -> None:
+def _show(config: RunConfig, folder: RunFolder, main: bool, note: str) -> None:
     if main:
         print(note)
-        print_summary(folder.read_summary(), folder)
+        print_summary(folder.read_summary(), folder, build_objective(config.objective.name))

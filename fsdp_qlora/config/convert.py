@@ -7,7 +7,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
@@ -26,7 +26,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def field_types(schema: type) -> dict[str, Any]:
     """Return name -> type for a group's fields, in their order."""
-    hints = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(schema)}
 
 
@@ -81,8 +81,8 @@ def convert(value: Any, kind: Any) -> Any:
     if kind is Any:
         return value
     origin = typing.get_origin(kind)
-    if origin is Literal:
-        return _choice(value, typing.get_args(kind))
+    if origin in (Literal, Annotated):
+        return _choice(value, words_of(kind))
     if origin is types.UnionType or origin is typing.Union:
         return None if value is None else convert(value, next(k for k in typing.get_args(kind) if k is not type(None)))
     if origin is list:
@@ -94,6 +94,14 @@ def convert(value: Any, kind: Any) -> Any:
             raise ValueError(f"expected a mapping {{name: value}}, got {value!r}.")
         return {str(key): convert(item, typing.get_args(kind)[1]) for key, item in value.items()}
     return _scalar(value, kind)
+
+
+def words_of(kind: Any) -> tuple[str, ...]:
+    """Return what a setting of a type with a few words takes: a literal's, or a registry's names and words beside."""
+    if typing.get_origin(kind) is Literal:
+        return typing.get_args(kind)
+    _, names, *words = typing.get_args(kind)
+    return (*names, *words)
 
 
 def _choice(value: Any, choices: tuple[str, ...]) -> str:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-OptimizerName = Literal[
-    "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "ademamix_8bit", "sgd", "adafactor"
-]
+from fsdp_qlora.config import choices
 
 
 @dataclass(frozen=True)
 class OptimSettings:
     """The optimizer."""
 
-    name: OptimizerName = "adamw"
+    name: Annotated[str, choices.OPTIMIZERS] = "adamw"
     """AdamW, Lion, AdEMAMix (``_8bit``: states in 8 bits, by bitsandbytes), plain SGD with momentum, or Adafactor.
     The states of ``paged_`` ones may move to host memory when the GPU is full; on a CPU there is nothing to page."""
     lr: float = 2e-4

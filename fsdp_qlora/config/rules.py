@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import get_args
 
+from fsdp_qlora.config import choices
 from fsdp_qlora.config.convert import known_keys, nearest
-from fsdp_qlora.config.schema import BLOCK_SIZES, QuantName, RunConfig
+from fsdp_qlora.config.schema import BLOCK_SIZES, RunConfig
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.shown import has_password, shown_source
 
@@ -227,8 +227,8 @@ def _quantization(config: RunConfig) -> Iterator[str]:
         yield f"quant.block_size: must be one of {', '.join(map(str, BLOCK_SIZES))}, got {quant.block_size}."
     kinds = {quant.name, quant.embeddings, *quant.overrides.values()}
     for pattern, kind in quant.overrides.items():
-        if kind not in get_args(QuantName):
-            known = get_args(QuantName)
+        known = (*choices.FORMATS, choices.NONE)
+        if kind not in known:
             yield f"quant.overrides: {pattern}: {kind!r} is not one of {', '.join(known)}.{nearest(kind, known)}"
     if "int8" in kinds and not kinds & {"nf4", "fp4"} and quant.double_quant:
         yield (

@@ -8,14 +8,15 @@ Frozen dataclasses of plain values; nothing here imports torch, hydra or omegaco
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from fsdp_qlora.config import choices
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
 
 Switch = Literal["auto", "true", "false"]
 """``auto``: the plan decides, and says so."""
-QuantName = Literal["nf4", "fp4", "int8", "none"]
+QuantName = Annotated[str, choices.FORMATS, choices.NONE]
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of weights that may share one statistic: bitsandbytes' own, from 64 on (of 32 a nested block parts a row)."""
 Checkpointing = Literal["auto", "none", "selective", "full"]
@@ -144,7 +145,7 @@ class QuantSettings:
 class LoraSettings:
     """The trainable adapters."""
 
-    variant: Literal["lora", "rslora"] = "lora"
+    variant: Annotated[str, choices.METHODS] = "lora"
     """Scaling: alpha/r (``lora``) or alpha/sqrt(r) (``rslora``)."""
     r: int = 16
     """Rank of the adapters."""
@@ -252,7 +253,7 @@ class TrainSettings:
 class ObjectiveSettings:
     """What the loss is."""
 
-    name: Literal["sft"] = "sft"
+    name: Annotated[str, choices.OBJECTIVES] = "sft"
     """Cross entropy on the supervised tokens: their sum over the global count."""
 
 
@@ -282,7 +283,7 @@ class CheckpointSettings:
 class TrackSettings:
     """Where metrics go besides metrics.jsonl."""
 
-    name: Literal["console", "wandb"] = "console"
+    name: Annotated[str, choices.TRACKERS] = "console"
     """``wandb`` also sends them to Weights & Biases (offline when there is no key)."""
     wandb_project: str = "fsdp_qlora"
     """Project in W&B."""
@@ -354,7 +355,7 @@ class RunConfig:
     """`generate`: a file that holds the prompt."""
     adapter: str | None = None
     """`generate`, `evaluate`: folder of a PEFT adapter; null = the bare base model."""
-    what: Literal["adapter", "base-4bit"] = "adapter"
+    what: Annotated[str, choices.EXPORTS] = "adapter"
     """`export`: the adapter of a checkpoint, or the base in bitsandbytes' 4-bit form (loads without quantizing)."""
     run_from: str | None = None
     """A config.yaml of an earlier run, or its folder; its settings are the starting point."""

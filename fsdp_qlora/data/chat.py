@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fsdp_qlora.config.decided import asked
 from fsdp_qlora.data.messages import Message, Turn, decoded, payload_of, read_turn, text_of
 from fsdp_qlora.errors import DataError
 
@@ -79,8 +80,7 @@ def read_row(row: Mapping[str, Any], row_format: str, ignored: frozenset[str] = 
     """
     if not isinstance(row, Mapping):
         raise DataError(f"expected a row {{...}}, got {type(row).__name__}")
-    if row_format == "auto":
-        row_format = _format_of(row)
+    row_format = asked(row_format) or _format_of(row)
     try:
         example = _READERS[row_format](row, ignored)
     except KeyError as error:
@@ -144,10 +144,10 @@ def _alpaca(row: Mapping[str, Any], ignored: frozenset[str]) -> Example:
 
 
 def _history(value: Any) -> list[Turn]:
-    """Return the turns before an Alpaca row's own: pairs of what was asked and answered."""
+    """Return the turns before an Alpaca row's own: pairs of what was question and answered."""
     turns = []
-    for asked, answered in decoded(value) or []:
-        turns += [Turn.of("user", asked), Turn.of("assistant", answered)]
+    for question, answered in decoded(value) or []:
+        turns += [Turn.of("user", question), Turn.of("assistant", answered)]
     return turns
 
 

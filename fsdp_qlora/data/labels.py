@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 """Label of a token that is not learned (torch's ``ignore_index``)."""
+TOKENS, ROWS = "tokens", "rows"
+"""What losses are divided by: a global batch's supervised tokens, or its rows (packed: sequences)."""
 
 
 @dataclass(frozen=True)

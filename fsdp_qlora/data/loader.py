@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fsdp_qlora.data.deal import deal
-from fsdp_qlora.data.labels import IGNORE, Sequences, supervised_positions
+from fsdp_qlora.data.labels import IGNORE, ROWS, TOKENS, Sequences, supervised_positions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,8 +60,8 @@ class Batch:
     num_rows: int
     num_tokens: int
     """Tokens without padding, over all ranks."""
-    num_targets: int
-    """Supervised tokens over all ranks: what the loss is divided by."""
+    weights: dict[str, int]
+    """What losses are divided by, over all ranks: `TOKENS` that are supervised, `ROWS`."""
 
 
 Piece = tuple[torch.Tensor, torch.Tensor]
@@ -225,5 +225,5 @@ def build_batch(rows: Rows, chosen: list[int], cut: Cut) -> Batch:
         ],
         num_rows=len(chosen),
         num_tokens=int(rows.lengths[chosen].sum()),
-        num_targets=int(rows.targets[chosen].sum()),
+        weights={TOKENS: int(rows.targets[chosen].sum()), ROWS: len(chosen)},
     )

@@ -9,7 +9,7 @@ agree on how they are cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -129,4 +129,4 @@ class StreamLoader:
                 "supervised token to learn from."
             )
         batch = build_batch(rows, list(range(len(rows))), self.cut)
-        return Batch(batch.micro_batches, self.global_batch_size, batch.num_tokens, batch.num_targets)
+        return replace(batch, num_rows=self.global_batch_size)

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from fsdp_qlora.config.decided import asked
 from fsdp_qlora.distributed.cgroup import memory_limit
 from fsdp_qlora.distributed.meeting import meeting_folder, meeting_store
 from fsdp_qlora.distributed.torchrun import is_rank, leftovers
@@ -63,14 +64,14 @@ def device_types() -> dict[str, int]:
     return {**found, "cpu": 0}
 
 
-def choose_device(asked: str, placement: Placement) -> torch.device:
+def choose_device(device: str, placement: Placement) -> torch.device:
     """Return this rank's device: the asked type, or the best there is for ``auto``.
 
     Raises:
         ConfigError: if the type is not there, or there are fewer devices than ranks on this node.
     """
     found = device_types()
-    kind = next(iter(found)) if asked == "auto" else asked
+    kind = asked(device) or next(iter(found))
     if kind not in found:
         raise ConfigError(f"launcher.device: {kind} is not available here; there is {', '.join(found)}.")
     if kind == "cpu":

@@ -1,1 +1,6 @@
-"""What the loss is."""
+"""What the loss is, a file for each objective. `build_objective` makes one by its name, `register` adds another."""
+
+from fsdp_qlora.objectives.objective import Objective, Sums, build_objective, loss_of, register
+from fsdp_qlora.objectives.sft import SupervisedFineTuning, token_losses
+
+__all__ = ["Objective", "Sums", "SupervisedFineTuning", "build_objective", "loss_of", "register", "token_losses"]

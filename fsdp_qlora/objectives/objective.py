@@ -1,49 +1,67 @@
-"""What an objective is: it turns the model and a micro-batch into a *sum* over what is learned."""
+"""`Objective`: what the loss is.
+
+An objective gives *sums* and names what each is divided by, a count over the whole global batch. Not means: a mean of
+means over micro-batches and ranks with unequal numbers of targets is another loss.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from fsdp_qlora.data.labels import Sequences
+from fsdp_qlora.config import choices
+from fsdp_qlora.data.loader import MicroBatch
+
+Sums = dict[str, tuple[torch.Tensor, str]]
+"""Name -> a sum over a micro-batch, float32 ``[]``, and the weight that it is divided by (`Batch.weights`)."""
 
 
-class MicroBatch(Protocol):
-    """What an objective needs of a micro-batch."""
+class Objective(ABC):
+    """What the loss is. Stateless; the model is an `nn.Module` that gives the losses of supervised tokens."""
 
-    @property
-    def input_ids(self) -> torch.Tensor:
-        """int64 ``[rows, length]``."""
-        ...
+    name: ClassVar[str]
+    """Its name in ``objective=``."""
 
-    @property
-    def labels(self) -> torch.Tensor:
-        """int64 ``[rows, length]``, -100 where not learned."""
-        ...
+    @abstractmethod
+    def sums(self, model: nn.Module, micro_batch: MicroBatch, device: torch.device) -> Sums:
+        """Return the sums of a micro-batch, under the same names for every micro-batch.
 
-    @property
-    def position_ids(self) -> torch.Tensor | None:
-        """int64 ``[rows, length]``, starting anew at each packed row; None where a sequence is one row."""
-        ...
+        The loss is the sum of each over its weight, and so are gradients. Every rank calls it as often: there are
+        gathers in the model.
+        """
 
-    @property
-    def sequences(self) -> Sequences | None:
-        """Where the rows of one flat row begin and end; None where positions tell, or each line is one row."""
-        ...
+    def metrics(self, loss: float, means: Mapping[str, float]) -> dict[str, float]:
+        """Return what an evaluation says beside the loss.
 
-    @property
-    def rare(self) -> bool:
-        """Whether layers are not worth compiling for its form."""
-        ...
-
-    @property
-    def supervised(self) -> torch.Tensor:
-        """int64 ``[targets]``: positions of the flattened labels whose next token is learned."""
-        ...
+        Args:
+            loss: the sum of ``means``.
+            means: each sum over its weight, over all held-out rows.
+        """
+        return {}
 
 
-Objective = Callable[[nn.Module, MicroBatch, torch.device], torch.Tensor]
-"""(model, micro-batch, device) -> sum of losses, a float32 scalar."""
+def loss_of(
+    sums: Mapping[str, torch.Tensor], divided_by: Mapping[str, str], weights: Mapping[str, int]
+) -> torch.Tensor:
+    """Return the loss of sums, ``[]``: each over its weight, added up."""
+    parts = [value / max(1, weights[divided_by[name]]) for name, value in sums.items()]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+_OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+def register(kind: type[Objective]) -> type[Objective]:
+    """Make an objective known by its name: ``objective=NAME`` then takes it (on the command line: those that ship)."""
+    _OBJECTIVES[kind.name] = kind
+    choices.OBJECTIVES.add(kind.name)
+    return kind
+
+
+def build_objective(name: str) -> Objective:
+    """Return the objective called ``name``."""
+    return _OBJECTIVES[name]()

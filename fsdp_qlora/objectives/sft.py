@@ -1,16 +1,17 @@
-"""What the loss is: an objective turns the model and a micro-batch into a *sum* over what is learned.
-
-Sums, not means: a mean of means over micro-batches and ranks with unequal numbers of targets is another loss.
-"""
+"""sft: supervised fine-tuning, the cross entropy of the tokens that are learned."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from fsdp_qlora.objectives.objective import MicroBatch, Objective
+from fsdp_qlora.data.labels import TOKENS
+from fsdp_qlora.data.loader import MicroBatch
+from fsdp_qlora.objectives.objective import Objective, Sums, register
 
 
 def token_losses(model: nn.Module, micro_batch: MicroBatch, device: torch.device) -> torch.Tensor:
@@ -25,9 +26,16 @@ def token_losses(model: nn.Module, micro_batch: MicroBatch, device: torch.device
     )  # fmt: skip
 
 
-def supervised_fine_tuning(model: nn.Module, micro_batch: MicroBatch, device: torch.device) -> torch.Tensor:
-    """Return the sum of the cross entropy of all supervised tokens."""
-    return token_losses(model, micro_batch, device).sum()
+@register
+class SupervisedFineTuning(Objective):
+    """The mean cross entropy over all supervised tokens of the global batch."""
 
+    name = "sft"
 
-OBJECTIVES: dict[str, Objective] = {"sft": supervised_fine_tuning}
+    def sums(self, model: nn.Module, micro_batch: MicroBatch, device: torch.device) -> Sums:
+        """Return the sum of the cross entropy of all supervised tokens."""
+        return {"loss": (token_losses(model, micro_batch, device).sum(), TOKENS)}
+
+    def metrics(self, loss: float, means: Mapping[str, float]) -> dict[str, float]:
+        """Return the perplexity: exp(loss), infinite where that overflows."""
+        return {"perplexity": math.exp(loss) if loss < 700 else math.inf}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from fsdp_qlora.config.decided import Choice, as_word, asked, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
 from fsdp_qlora.plan.sizes import reserve_bytes
@@ -22,12 +23,15 @@ LADDER: _Ladder = (
 )
 """(checkpointing, reshard after forward, cache dequantized), fastest first: computing a layer again costs most, then
 gathering it again, then dequantizing it again (`benchmarks/auto.py` holds the order against measured times)."""
-_KEYS = ("train.activation_checkpointing", "fsdp.reshard_after_forward", "quant.cache_dequantized")
+_Asked = tuple[str | None, bool | None, bool | None]
+"""A rung as the settings ask for it; None where the choice is ours."""
+_PLAIN = ("none", True, False)
+"""The rung of ``debug=plain``."""
 
 
 def choose(
     config: RunConfig, memory: MemoryModel, settings: StorageSettings, budget: int | None
-) -> tuple[StorageSettings, dict[str, str]]:
+) -> tuple[StorageSettings, dict[str, Choice]]:
     """Return the settings with every ``auto`` decided, and what was decided by key.
 
     Args:
@@ -36,21 +40,36 @@ def choose(
         settings: storage, with what was asked for in it.
         budget: bytes that tensors may take; None takes what holds least without computing anything twice.
     """
-    asked: tuple[str, ...] = (
-        config.train.activation_checkpointing, config.fsdp.reshard_after_forward, config.quant.cache_dequantized,
-    )  # fmt: skip
-    if config.debug.name == "plain":
-        asked = tuple(a if a != "auto" else b for a, b in zip(asked, ("none", "true", "false"), strict=True))
-    candidates = list(_candidates(asked, memory, settings))
+    wanted = _wanted(config)
+    candidates = list(_candidates(wanted, memory, settings))
     if budget is None:
-        chosen = replace(settings, cache_dequantized=asked[2] == "true")
-        why = "the memory is not known"
+        chosen, why = replace(settings, cache_dequantized=bool(wanted[2])), "the memory is not known"
     else:
         fitting = [c for c in candidates if memory.plan(c).peak <= budget]
         chosen = fitting[0] if fitting else candidates[-1]
         why = f"fits in {budget / 1e9:.1f} GB" if fitting else f"nothing fits in {budget / 1e9:.1f} GB"
-    found = (chosen.checkpointing, _word(chosen.reshard_after_forward), _word(chosen.cache_dequantized))
-    return chosen, {key: f"{value} ({why})" for key, value, a in zip(_KEYS, found, asked, strict=True) if a == "auto"}
+    made = {
+        "train.activation_checkpointing": (wanted[0], chosen.checkpointing),
+        "fsdp.reshard_after_forward": (wanted[1], as_word(chosen.reshard_after_forward)),
+        "quant.cache_dequantized": (wanted[2], as_word(chosen.cache_dequantized)),
+    }
+    return chosen, {key: Choice(value, why) for key, (given, value) in made.items() if given is None}
+
+
+def _wanted(config: RunConfig) -> _Asked:
+    given = (
+        asked(config.train.activation_checkpointing),
+        switch(config.fsdp.reshard_after_forward),
+        switch(config.quant.cache_dequantized),
+    )
+    if config.debug.name != "plain":
+        return given
+    checkpointing, reshard, cache = given
+    return (
+        checkpointing or _PLAIN[0],
+        _PLAIN[1] if reshard is None else reshard,
+        _PLAIN[2] if cache is None else cache,
+    )
 
 
 def decided(config: RunConfig, settings: StorageSettings) -> RunConfig:
@@ -58,8 +77,8 @@ def decided(config: RunConfig, settings: StorageSettings) -> RunConfig:
     return replace(
         config,
         train=replace(config.train, activation_checkpointing=settings.checkpointing),
-        fsdp=replace(config.fsdp, reshard_after_forward=_word(settings.reshard_after_forward)),
-        quant=replace(config.quant, cache_dequantized=_word(settings.cache_dequantized)),
+        fsdp=replace(config.fsdp, reshard_after_forward=as_word(settings.reshard_after_forward)),
+        quant=replace(config.quant, cache_dequantized=as_word(settings.cache_dequantized)),
     )
 
 
@@ -86,8 +105,8 @@ def choose_compilation(config: RunConfig, plan: Work, num_steps: int, device_typ
         device_type: what computes.
         possible: whether a compiler is there and the model's layers are known to be one graph each.
     """
-    if config.train.compile != "auto":
-        return Compilation(config.train.compile == "true", "as asked")
+    if (wanted := switch(config.train.compile)) is not None:
+        return Compilation(wanted, "as asked")
     if not possible or config.fsdp.offloads_activations or config.fsdp.offload_modules:
         return Compilation(False, "not possible here")
     rate, gain, cost = COMPILATION["cpu" if device_type == "cpu" else "accelerator"]
@@ -115,20 +134,15 @@ class Work:
     """That a token is multiplied with."""
 
 
-def _candidates(asked: tuple[str, ...], memory: MemoryModel, settings: StorageSettings) -> Iterator[StorageSettings]:
+def _candidates(wanted: _Asked, memory: MemoryModel, settings: StorageSettings) -> Iterator[StorageSettings]:
     """Yield the rungs of the ladder that go with what was asked for."""
     for rung in LADDER:
-        words = (rung[0], _word(rung[1]), _word(rung[2]))
-        if any(a not in ("auto", word) for a, word in zip(asked, words, strict=True)):
+        if any(given is not None and given != value for given, value in zip(wanted, rung, strict=True)):
             continue
-        if asked[1] == "auto" and settings.shard_size == 1 and not rung[1]:
+        if wanted[1] is None and settings.shard_size == 1 and not rung[1]:
             continue  # a single rank has nothing to gather
         if rung[2] and not memory.all_dense:
             continue
         if rung[0] == "selective" and memory.offloaded_inside:
             continue
         yield replace(settings, checkpointing=rung[0], reshard_after_forward=rung[1], cache_dequantized=rung[2])
-
-
-def _word(value: bool) -> str:
-    return "true" if value else "false"

@@ -18,9 +18,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 
-from fsdp_qlora.adapters.sizes import lora_parameters, lora_shapes
+from fsdp_qlora.adapters import build_method, parameters_of
 from fsdp_qlora.attention.blocks import kept_scores
-from fsdp_qlora.config.schema import OptimSettings
+from fsdp_qlora.config.schema import LoraSettings, OptimSettings
 from fsdp_qlora.distributed.shards import row_range
 from fsdp_qlora.optim.sizes import state_bytes
 from fsdp_qlora.plan.activations import LayerActivations, layer_activations
@@ -98,7 +98,7 @@ class StorageSettings:
     shard_size: int
     itemsize: int
     """Bytes of an unquantized base element and of an activation: 2 (bf16) or 4 (fp32)."""
-    r: int
+    lora: LoraSettings
     optim: OptimSettings
     micro_batch_size: int
     max_length: int
@@ -118,7 +118,6 @@ class StorageSettings:
     cache_dequantized: bool = False
     """Dense weights are kept from forward to backward."""
     accumulation_steps: int = 1
-    dropout: bool = False
     adapter_copies: int = 0
     """Ranks that each hold the adapters whole (``fsdp.adapters=replicated``); 0 where they are sharded."""
 
@@ -168,6 +167,9 @@ class MemoryModel:
         self.shapes, self.settings, self.offloaded = shapes, settings, offloaded
         self.offloaded_inside = any(name.startswith(layer + ".") for name in offloaded for layer in shapes.layers)
         self.targets = tuple(targets)
+        method = build_method(settings.lora.variant)
+        self.trained = {x.name: parameters_of(method, x, settings.lora) for x in self.targets}
+        """Target -> name in PEFT's file -> shape."""
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.linear.parameter: x for x in quantized}
         inside = [x for x in quantized if x.linear.name not in edges]
@@ -186,7 +188,7 @@ class MemoryModel:
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
         adapted = frozenset(x.name for x in self.targets)
         self.activations: tuple[LayerActivations, ...] = tuple(
-            layer_activations(shapes, layer, adapted, settings.itemsize, settings.dropout, settings.attention)
+            layer_activations(shapes, layer, adapted, settings.itemsize, settings.lora.dropout > 0, settings.attention)
             for layer in shapes.layers
         )
 
@@ -242,7 +244,7 @@ class MemoryModel:
 
     def trainable(self) -> int:
         """Return the number of adapter elements."""
-        return sum(prod(s) for x in self.targets for s in lora_shapes(x, self.settings.r))
+        return sum(prod(shape) for shapes in self.trained.values() for shape in shapes.values())
 
     def _fixed(self, settings: StorageSettings) -> tuple[int, int, int, int, int]:
         """Return this rank's packed bytes, statistics, kept weights, adapters and optimizer states."""
@@ -261,15 +263,15 @@ class MemoryModel:
             adapters,
             sum(
                 state_bytes(settings.optim, name, shape, num_ranks=settings.adapter_shards)
-                for x in self.targets
-                for name, shape in lora_parameters(x, settings.r).items()
+                for shapes in self.trained.values()
+                for name, shape in shapes.items()
             ),
         )
 
     def _held(self, settings: StorageSettings) -> int:
         """Return the adapter elements that this rank holds."""
         shards = settings.adapter_shards
-        return sum(_share(s[0], shards) * s[1] for x in self.targets for s in lora_shapes(x, settings.r))
+        return sum(_share(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values())
 
     def _gradients(self, settings: StorageSettings) -> int:
         """Return the adapters' float32 gradients: whole while micro-batches add up, this rank's share otherwise."""
@@ -287,10 +289,9 @@ class MemoryModel:
                     total += prod(shape) * self.settings.itemsize
                 else:
                     total += packed.bytes
-        lora = sum(
-            prod(s) for x in self.targets if x.name.startswith(prefix + ".") for s in lora_shapes(x, self.settings.r)
-        )
-        return Unit(prefix, total + (0 if self.settings.adapter_copies else lora * self.settings.itemsize), lora)
+        inside = (shapes for name, shapes in self.trained.items() if name.startswith(prefix + "."))
+        trained = sum(prod(shape) for shapes in inside for shape in shapes.values())
+        return Unit(prefix, total + (0 if self.settings.adapter_copies else trained * self.settings.itemsize), trained)
 
     def _gathered(self, units: Sequence[Unit], settings: StorageSettings) -> int:
         """Return what is gathered while one of ``units`` computes: it, and the buffers of those on their way."""
@@ -355,7 +356,7 @@ class MemoryModel:
 
     def _saved(self, layer: LayerActivations, settings: StorageSettings) -> int:
         saved = settings.tokens * (layer.saved + self._scores(settings))
-        if settings.adapter_copies and settings.dropout and settings.itemsize < FLOAT32:  # what they were cast to
+        if settings.adapter_copies and settings.lora.dropout and settings.itemsize < FLOAT32:  # what they were cast to
             saved += max((unit.adapters for unit in self.layers), default=0) * settings.itemsize
         return saved
 

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from fsdp_qlora.adapters.sizes import lora_parameters
+from fsdp_qlora.adapters import build_method, parameters_of
+from fsdp_qlora.config.decided import Choice, asked, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.deal import BatchPlan
 from fsdp_qlora.errors import PlanError
@@ -47,8 +48,8 @@ class TrainPlan:
     base_parameters: int
     memory: MemoryModel
     settings: StorageSettings
-    choices: dict[str, str]
-    """What ``auto`` became, by the setting's key, and why."""
+    choices: dict[str, Choice]
+    """What ``auto`` became, by the setting's key."""
 
     @property
     def peak(self) -> int:
@@ -103,7 +104,8 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     """
     targets = target_linears(shapes, config.lora.target_modules)
     by_name = {x.name: x for x in shapes.linears}
-    _require_matches(config, [name for t in targets for name in lora_parameters(by_name[t], config.lora.r)])
+    method = build_method(config.lora.variant)
+    _require_matches(config, [name for t in targets for name in parameters_of(method, by_name[t], config.lora)])
     quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
     rows = config.train.micro_batch_size
     if config.train.micro_batch_tokens:  # the worst case: all rows as long as they may be
@@ -168,20 +170,19 @@ def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> St
     return StorageSettings(
         shard_size=shard_size,
         itemsize=2 if config.precision.name == "bf16" else 4,
-        r=config.lora.r,
+        lora=config.lora,
         optim=config.optim,
         micro_batch_size=batch.micro_batch_size,
         max_length=config.data.max_length,
-        checkpointing=config.train.activation_checkpointing.replace("auto", "none"),
+        checkpointing=asked(config.train.activation_checkpointing) or "none",
         attention=config.model.attn_implementation,
         logits_chunk=config.train.logits_chunk,
         quantized_embeddings=config.quant.embeddings != "none",
         offload_parameters=config.fsdp.offloads_parameters,
         offload_activations=config.fsdp.offloads_activations,
         prefetch=config.fsdp.prefetch,
-        reshard_after_forward=config.fsdp.reshard_after_forward != "false",
-        cache_dequantized=config.quant.cache_dequantized == "true",
+        reshard_after_forward=switch(config.fsdp.reshard_after_forward) is not False,
+        cache_dequantized=switch(config.quant.cache_dequantized) is True,
         accumulation_steps=batch.accumulation_steps,
-        dropout=config.lora.dropout > 0,
         adapter_copies=batch.num_ranks if config.fsdp.adapters == "replicated" else 0,
     )

@@ -17,6 +17,7 @@ from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.attention.candidates import code_files
 from fsdp_qlora.checks.remember import recall, remember, twin_key
 from fsdp_qlora.checks.twin import Verdict, check_twin, is_about_attention
+from fsdp_qlora.config.decided import Choice, as_word, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import any_rank, gather_json, on_every
@@ -86,7 +87,7 @@ class OpenedModel:
 
     def compiled(self, on: bool) -> OpenedModel:
         """Return the same with ``train.compile`` decided."""
-        train = replace(self.config.train, compile="true" if on else "false")
+        train = replace(self.config.train, compile=as_word(on))
         return replace(self, config=replace(self.config, train=train))
 
 
@@ -105,7 +106,7 @@ def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
     if model.check == "off" or not is_causal(model_config):
         return Verdict(candidates[0])
     kept, key, known = on_every(lambda: _remembered(config, model_config, folder, candidates, ranks), ranks)
-    if not any_rank(known is None or model.check != "auto", ranks) and known is not None:
+    if not any_rank(known is None or model.check == "always", ranks) and known is not None:
         _require_alike([known.attention], ranks)
         return known
 
@@ -140,10 +141,10 @@ def _require_alike(attentions: Sequence[str], ranks: Ranks) -> None:
         )
 
 
-def told(verdict: Verdict) -> str:
-    """Return the attention and why those that are preferred fell, in a line."""
+def told(verdict: Verdict) -> Choice:
+    """Return the attention and why those that are preferred fell."""
     fell = "; ".join(f"{attention} fell: {why}" for attention, why in verdict.fell.items())
-    return f"{verdict.attention} ({fell})" if fell else verdict.attention
+    return Choice(verdict.attention, fell)
 
 
 def open_and_check(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> tuple[OpenedModel, Verdict]:
@@ -211,7 +212,7 @@ def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = No
     shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
     on_host = host_modules(model.base, opened.plan.offloaded)
     report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host)
-    initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size)
+    initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora.variant)
     return model, report
 
 
@@ -230,7 +231,7 @@ def build_sharded(
     task, lora = task_type(base), config.lora
     after = after_head(base) if task == "CAUSAL_LM" else None
     whole = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
-    _quantize(base, plan, shapes, config.quant.cache_dequantized == "true")
+    _quantize(base, plan, shapes, switch(config.quant.cache_dequantized) is True)
     if after is not None:
         install_loss_head(base, after, config.train.logits_chunk)
     model = CausalModel(attach_lora(base, plan.targets, lora.r, lora.alpha, lora.dropout, lora.variant, task))
@@ -248,13 +249,13 @@ def build_sharded(
     on_host = host_modules(base, plan.offloaded)
     keep_on_host(on_host)
     shard_model(model, units, ranks, policy, True, fsdp.offloads_parameters, [*replicated, *whole], on_host)
-    if config.train.compile == "true":
+    if switch(config.train.compile) is True:
         settle_compile_caches(os.environ)
         kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
         model.compiled_layers = compile_layers(layers, kinds)
     if ranks.size > 1:
         reach_all_experts(layers)
-    if fsdp.reshard_after_forward == "false":
+    if switch(fsdp.reshard_after_forward) is False:
         stay_gathered(layers)
     set_prefetch(layers, fsdp.prefetch)
     if model.compiled:

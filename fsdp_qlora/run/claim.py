@@ -15,6 +15,7 @@ from fsdp_qlora.checkpoint.contents import blocking_settings, without
 from fsdp_qlora.checkpoint.manifest import compare
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.config.convert import to_dict
+from fsdp_qlora.config.decided import Resume
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import gather_json, on_main
@@ -63,7 +64,8 @@ def _take(folder: RunFolder, config: RunConfig) -> Decision:
 
 
 def _decide(folder: RunFolder, config: RunConfig) -> Decision:
-    if config.checkpoint.resume == "never":
+    resume = Resume.of(config.checkpoint.resume)
+    if resume.never:
         if folder.finished:
             return Decision(True, f"the finished run that was here is now {folder.move_away()}")
         if complete_checkpoints(folder.checkpoints):
@@ -72,7 +74,7 @@ def _decide(folder: RunFolder, config: RunConfig) -> Decision:
                 "(checkpoint.resume=auto), or start anew under another run.name."
             )
         return Decision(True)
-    if config.checkpoint.resume == "auto" and folder.started:
+    if resume.newest and folder.started:
         saved = read_config(str(folder.config_file))
         try:
             before = blocking_settings(saved)

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fsdp_qlora.attention.candidates import EAGER, attention_candidates
+from fsdp_qlora.config.decided import asked
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.deal import num_steps
@@ -70,12 +71,12 @@ def with_attention(config: RunConfig, device: torch.device, source: Path) -> Run
 
 def attentions_for(config: RunConfig, device: torch.device, source: Path) -> tuple[str, ...]:
     """Return the attention implementations that may be tried, the preferred one first."""
-    model, asked = config.model, config.model.attn_implementation
-    if config.debug.name == "plain" and asked == "auto":
-        asked = EAGER
+    model, wanted = config.model, asked(config.model.attn_implementation)
+    if config.debug.name == "plain":
+        wanted = wanted or EAGER
     model_config = load_config(source, model.trust_remote_code, model.config_overrides)
     dtype = model_dtype(config.precision.name)
-    return attention_candidates(device, asked, model_config, dtype, model.trust_remote_code)
+    return attention_candidates(device, wanted, model_config, dtype, model.trust_remote_code)
 
 
 def replace_attention(config: RunConfig, attention: str) -> RunConfig:
@@ -109,7 +110,7 @@ def compilation_for(
     train, settings = config.train, plan.settings
     rows = len(data.train) if data is not None and data.train is not None else 0
     steps = num_steps(train.max_steps, train.num_epochs, rows, train.global_batch_size)
-    weights = sum(x.numel_each for x in plan.quantized)
+    weights = sum(x.linear.numel_each for x in plan.quantized)
     length = settings.max_length
     if data is not None and data.train is not None and not config.data.packing:
         length = min(length, data.train_counts.tokens // max(1, rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fsdp_qlora.data.loader import Cut, TokenRows, build_batch
 from fsdp_qlora.errors import DataError
-from fsdp_qlora.objectives.sft import OBJECTIVES
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.shown import shown_source
 from fsdp_qlora.train.evaluate import Evaluation, evaluate, together
@@ -23,13 +23,13 @@ def evaluate_prepared(prepared: Prepared) -> Evaluation:
 
 def _evaluate(prepared: Prepared, rows: TokenRows) -> Evaluation:
     ranks, config = prepared.ranks, prepared.config
-    objective, parts = OBJECTIVES[config.objective.name], {}
+    objective, parts = build_objective(config.objective.name), {}
     for source in sorted(set(rows.sources.tolist())):
         chosen = [row for row in range(len(rows)) if rows.sources[row] == source]
         batch = build_batch(rows, chosen, Cut(config.train.eval_batch_size, ranks.rank, ranks.size))
-        found = evaluate(prepared.model, batch.micro_batches, objective, batch.num_targets, ranks)
+        found = evaluate(prepared.model, batch.micro_batches, objective, batch.weights, ranks)
         parts[_source_name(prepared, source)] = found
-    return together(parts)
+    return together(parts, objective)
 
 
 def _source_name(prepared: Prepared, source: int) -> str:

@@ -17,6 +17,7 @@ from fsdp_qlora.adapters.folder import (
 from fsdp_qlora.checks.agree import require_losses_agree
 from fsdp_qlora.checks.gather import verify_buffers, verify_gather
 from fsdp_qlora.checks.twin import Verdict
+from fsdp_qlora.config.decided import Choice, as_word
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import ModelSettings, RunConfig
 from fsdp_qlora.data.limits import require_rows_fit
@@ -35,6 +36,8 @@ from fsdp_qlora.run.decide import compilation_for, rank_budget
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.world import World, open_world
 from fsdp_qlora.shapes.linears import ModelShapes
+
+_EQUAL = "equal to upstream's own code"
 
 
 def prepare(
@@ -76,8 +79,8 @@ def prepare(
     return Prepared(
         config, plan, model, tokenizer, world.ranks, folder, opened.shapes, report, data, world.threads,
         {**plan.choices, "model.attn_implementation": told(verdict),
-         "model.check": "off: nothing was compared" if config.model.check == "off" else "equal to upstream's own code",
-         "train.compile": f"{'true' if compilation.on else 'false'} ({compilation.why})"},
+         "model.check": Choice("off: nothing was compared" if config.model.check == "off" else _EQUAL, ""),
+         "train.compile": Choice(as_word(compilation.on), compilation.why)},
         repairs, world.stack,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.config.decided import Choice
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.distributed.mesh import Ranks
@@ -34,7 +35,7 @@ class Prepared:
     load: LoadReport
     data: PreparedData | None
     threads: int
-    choices: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
     """What the plan and the device decided of what was left to them (``auto``), by key, and why."""
     repairs: tuple[str, ...] = ()
     """What changed this model's losses: see `fsdp_qlora.run.build.OpenedModel.repairs`."""

@@ -41,7 +41,7 @@ def summarize(
         "adapter_bytes": adapter_bytes,
         "model_file_bytes": prepared.load.file_bytes,
         "memory_kind": kind,
-        "auto": prepared.choices,
+        "auto": {key: str(choice) for key, choice in prepared.choices.items()},
         "planned_bytes_per_rank": prepared.plan.peak,
         "device": str(ranks.device),
         "threads_per_rank": prepared.threads,

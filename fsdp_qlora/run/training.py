@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fsdp_qlora.adapters.lora import lora_config
+from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
@@ -22,7 +22,8 @@ from fsdp_qlora.checks.copies import require_equal_copies
 from fsdp_qlora.checks.gradients import FirstGradients
 from fsdp_qlora.checks.nonfinite import locate_nonfinite
 from fsdp_qlora.config.convert import to_dict
-from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.config.decided import Choice, Resume, switch
+from fsdp_qlora.data.loader import MicroBatch, TokenRows
 from fsdp_qlora.distributed.process import memory_peak
 from fsdp_qlora.distributed.reduce import on_main
 from fsdp_qlora.distributed.seeds import seed_of
@@ -33,7 +34,7 @@ from fsdp_qlora.export.card import model_card
 from fsdp_qlora.inference.end_of_turn import end_of_turn
 from fsdp_qlora.inference.generate import answer
 from fsdp_qlora.load.safetensors import file_digests
-from fsdp_qlora.objectives.sft import OBJECTIVES
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule, warmup_notice
 from fsdp_qlora.parallel.fallback import EagerFallback
@@ -52,7 +53,7 @@ from fsdp_qlora.train.evaluate import Evaluation
 from fsdp_qlora.train.loop import Due, LoopHooks, train_loop
 from fsdp_qlora.train.progress import Progress
 from fsdp_qlora.train.recovery import Recovery
-from fsdp_qlora.train.step import NumberedMicroBatch, StepSettings
+from fsdp_qlora.train.step import StepSettings
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Training:
                 print(f"fsdp-qlora: {notice}", file=sys.stderr, flush=True)
         self.reduce_replicated = ReplicatedGradients(self.optimizer.parameters.items(), self.ranks)
         self.schedule = build_schedule(self.config.schedule, num_steps)
-        self.objective = OBJECTIVES[self.config.objective.name]
+        self.objective = build_objective(self.config.objective.name)
         self.checkpointer = self._checkpointer()
         self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
         base = file_digests(prepared.folder)
@@ -98,7 +99,7 @@ class Training:
         """Go on from the checkpoint that the settings ask for; return its folder, or None for a new start."""
         settings = self.config.checkpoint
         self.prepared.ranks.phases.enter("finding the checkpoint to go on from")
-        found = self.checkpointer.find(settings.resume, self.identity, settings.resume_overrides)
+        found = self.checkpointer.find(Resume.of(settings.resume), self.identity, settings.resume_overrides)
         if found is None:
             return None
         self.base_files.compare(whole_of(found[1].identity), found[0])
@@ -151,7 +152,7 @@ class Training:
         lora = self.config.lora
         targets = short_targets(self.prepared.plan.targets, self.model.base)
         card = model_card(published(to_dict(self.config)), self._facts(progress))
-        peft_config = lora_config(targets, lora.r, lora.alpha, lora.dropout, lora.variant)
+        peft_config = build_method(lora.variant).peft(targets, lora, "CAUSAL_LM")
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
         return export_adapter(folder, tensors, peft_config, base, self.prepared.tokenizer, card)
@@ -198,10 +199,10 @@ class Training:
             drop_gradients=self.optimizer.zero_grad, restore=self._restore,
         )  # fmt: skip
 
-    def _locate(self, micro_batches: Sequence[NumberedMicroBatch], step: int) -> str:
-        def run(micro_batch: NumberedMicroBatch) -> None:
+    def _locate(self, micro_batches: Sequence[MicroBatch], step: int) -> str:
+        def run(micro_batch: MicroBatch) -> None:
             torch.manual_seed(seed_of(self.config.run.seed, step, micro_batch.number))
-            self.objective(self.model, micro_batch, self.ranks.device)
+            self.objective.sums(self.model, micro_batch, self.ranks.device)
 
         try:
             return locate_nonfinite(self.model, self.ranks, micro_batches, run)
@@ -214,7 +215,8 @@ class Training:
             return []
 
         def say(step: int, reason: str) -> None:
-            self.prepared.choices["train.compile"] = f"false (compiling failed at step {step}: {reason})"
+            why = f"compiling failed at step {step}: {reason}"
+            self.prepared.choices["train.compile"] = Choice("false", why)
             if self.ranks.is_main:
                 print(
                     f"fsdp-qlora: step {step}: compiling failed, going on without: {reason}",
@@ -222,12 +224,12 @@ class Training:
                     flush=True,
                 )
 
-        return [EagerFallback(layers, self.ranks, self.config.train.compile == "true", say)]
+        return [EagerFallback(layers, self.ranks, switch(self.config.train.compile) is True, say)]
 
     def _restore(self) -> None:
         """Go back to the newest checkpoint."""
         self.checkpointer.settle()
-        found = self.checkpointer.find("auto", self.identity, self.config.checkpoint.resume_overrides)
+        found = self.checkpointer.find(Resume.of("auto"), self.identity, self.config.checkpoint.resume_overrides)
         if found is None:
             raise NonFiniteError("train.on_nonfinite: rollback found no checkpoint of this run yet; it stops.")
         self._load(*found)

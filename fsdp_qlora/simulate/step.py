@@ -19,12 +19,13 @@ from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.attention.blockwise import only_causal_masks
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.data.labels import ROWS, TOKENS
 from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.seeds import seed_of
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.model.skeleton import read_shapes
-from fsdp_qlora.objectives.sft import OBJECTIVES
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.parallel.shard import synchronize_gradients
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
@@ -200,7 +201,7 @@ def step_runner(
 
     def run(before_each: Callable[[], None]) -> object:
         settings = StepSettings(
-            objective=OBJECTIVES[config.objective.name], ranks=ranks, seed=config.run.seed,
+            objective=build_objective(config.objective.name), ranks=ranks, seed=config.run.seed,
             max_grad_norm=config.train.max_grad_norm, synchronize=synchronize_gradients, seed_of=seed_of,
             around=nullcontext, enter=lambda _: before_each(),
         )  # fmt: skip
@@ -225,7 +226,9 @@ def worst_batch(plan: TrainPlan, max_length: int, shapes: ModelShapes, packed: b
         positions = torch.arange(max_length).expand(rows, -1).contiguous() if packed else None
         micro_batches.append(MicroBatch(number, ids, ids.clone(), rows=tuple(range(rows)), position_ids=positions))
     tokens = count * rows * max_length * plan.world_size
-    return Batch(micro_batches, count * rows, tokens, tokens - count * rows * plan.world_size)
+    return Batch(
+        micro_batches, count * rows, tokens, {TOKENS: tokens - count * rows * plan.world_size, ROWS: count * rows}
+    )
 
 
 def _by_name(

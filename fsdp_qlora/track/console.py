@@ -67,7 +67,8 @@ def describe(values: dict[str, Any]) -> str:
     if "checkpoint_stall_seconds" in values:
         return f"checkpoint begun, training held up for {values['checkpoint_stall_seconds']:.3f} s"
     if "eval_loss" in values:
-        return f"eval loss {values['eval_loss']:.4f}, perplexity {values['eval_perplexity']:.2f}"
+        metrics = {name.removeprefix("eval_"): value for name, value in values.items() if isinstance(value, float)}
+        return f"eval loss {metrics.pop('loss'):.4f}" + "".join(f", {n} {v:.2f}" for n, v in metrics.items())
     return (
         f"loss {values['loss']:.4f}, grad norm {values['grad_norm']:.3f}, lr {values['lr']:.2e}, "
         f"{values['tokens_per_second']:.0f} tok/s, {megabytes(values['peak_memory_bytes'])}"

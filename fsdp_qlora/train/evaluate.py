@@ -1,18 +1,18 @@
-"""Held-out loss, weighted by token and equal on any number of ranks."""
+"""Held-out loss, weighted as the objective says and equal on any number of ranks."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from fsdp_qlora.data.labels import TOKENS
+from fsdp_qlora.data.loader import MicroBatch
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import all_sum
-from fsdp_qlora.objectives.objective import Objective
-from fsdp_qlora.train.step import NumberedMicroBatch
+from fsdp_qlora.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -20,37 +20,60 @@ class Evaluation:
     """What an evaluation gave."""
 
     loss: float
-    """Mean cross entropy of the supervised tokens."""
-    target_tokens: int
+    """The sum of ``means``: of supervised fine-tuning the mean cross entropy of the supervised tokens."""
+    means: dict[str, float]
+    """Each of the objective's sums over its weight."""
+    divided_by: dict[str, str]
+    """Name of a sum -> name of its weight."""
+    weights: Mapping[str, int]
+    metrics: dict[str, float]
+    """What the objective says beside the loss."""
     by_source: dict[str, float] = field(default_factory=dict)
     """Loss of each source's rows, where there are several."""
 
     @property
-    def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+    def target_tokens(self) -> int:
+        """Supervised tokens."""
+        return self.weights[TOKENS]
+
+    def values(self) -> dict[str, float]:
+        """Return loss and metrics as metrics.jsonl has them."""
+        return {"eval_loss": self.loss} | {f"eval_{name}": value for name, value in self.metrics.items()}
 
 
-def together(parts: dict[str, Evaluation]) -> Evaluation:
-    """Return the evaluation of all parts' tokens from those of the parts."""
-    targets = sum(part.target_tokens for part in parts.values())
-    loss = sum(part.loss * part.target_tokens for part in parts.values()) / max(1, targets)
-    return Evaluation(loss, targets, {name: part.loss for name, part in parts.items()} if len(parts) > 1 else {})
+def together(parts: dict[str, Evaluation], objective: Objective) -> Evaluation:
+    """Return the evaluation of all parts' rows from those of the parts."""
+    evaluations = list(parts.values())
+    divided_by = evaluations[0].divided_by
+    weights = {name: sum(part.weights[name] for part in evaluations) for name in evaluations[0].weights}
+    means = {
+        name: sum(part.means[name] * part.weights[weight] for part in evaluations) / max(1, weights[weight])
+        for name, weight in divided_by.items()
+    }
+    loss = sum(means.values())
+    by_source = {name: part.loss for name, part in parts.items()} if len(parts) > 1 else {}
+    return Evaluation(loss, means, divided_by, weights, objective.metrics(loss, means), by_source)
 
 
 def evaluate(
-    model: nn.Module, micro_batches: Iterable[NumberedMicroBatch], objective: Objective, num_targets: int, ranks: Ranks
-) -> Evaluation:
-    """Evaluate on this rank's ``micro_batches``; every rank has the same number of them.
+    model: nn.Module, micro_batches: Iterable[MicroBatch], objective: Objective, weights: Mapping[str, int],
+    ranks: Ranks,
+) -> Evaluation:  # fmt: skip
+    """Evaluate on this rank's ``micro_batches``; every rank has the same number of them, at least one.
 
     Leaves the model in the mode it was in, and its gradients untouched.
     """
     was_training = model.training
     model.eval()
-    total = 0.0
+    totals: dict[str, float] = {}
+    divided_by: dict[str, str] = {}
     with torch.no_grad():
         for micro_batch in micro_batches:
-            total += float(objective(model, micro_batch, ranks.device)) * micro_batch.weight
+            for name, (value, weight) in objective.sums(model, micro_batch, ranks.device).items():
+                totals[name] = totals.get(name, 0.0) + float(value) * micro_batch.weight
+                divided_by[name] = weight
     model.train(was_training)
-    (loss_sum,) = all_sum([total], ranks)
-    return Evaluation(loss_sum / max(1, num_targets), num_targets)
+    sums = zip(totals, all_sum(list(totals.values()), ranks), strict=True)
+    means = {name: total / max(1, weights[divided_by[name]]) for name, total in sums}
+    loss = sum(means.values())
+    return Evaluation(loss, means, divided_by, weights, objective.metrics(loss, means))

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from torch import nn
 from torch.profiler import record_function
 
+from fsdp_qlora.data.labels import TOKENS
+from fsdp_qlora.data.loader import Batch
 from fsdp_qlora.errors import NonFiniteError
 from fsdp_qlora.optim.schedules import Schedule
 from fsdp_qlora.scopes import DATA
@@ -18,21 +20,7 @@ from fsdp_qlora.train.evaluate import Evaluation
 from fsdp_qlora.train.length import Length
 from fsdp_qlora.train.progress import Progress
 from fsdp_qlora.train.recovery import Recovery
-from fsdp_qlora.train.step import Optimizer, StepBatch, StepSettings, train_step
-
-
-class CountedBatch(StepBatch, Protocol):
-    """A batch that knows what it adds to the progress."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rows over all ranks."""
-        ...
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens without padding, over all ranks."""
-        ...
+from fsdp_qlora.train.step import Optimizer, StepSettings, train_step
 
 
 class Tracker(Protocol):
@@ -79,7 +67,7 @@ class Due:
 class LoopHooks:
     """What the loop asks of the outside."""
 
-    batch_at: Callable[[int], CountedBatch]
+    batch_at: Callable[[int], Batch]
     """Row position -> this rank's part of the global batch that starts there."""
     evaluate: Callable[[], Evaluation | None]
     save: Callable[[Progress], None]
@@ -128,8 +116,8 @@ def train_loop(
         recovery.went_well()
         if (stall := hooks.save_stall()) is not None:  # of the checkpoint of the step before
             tracker.log(progress.step, {"checkpoint_stall_seconds": stall})
-        progress.advance(batch.num_rows, batch.num_tokens, batch.num_targets, outcome.loss)
-        meter.count(batch.num_tokens, batch.num_targets, batch.num_rows)
+        progress.advance(batch.num_rows, batch.num_tokens, batch.weights[TOKENS], outcome.loss)
+        meter.count(batch.num_tokens, batch.weights[TOKENS], batch.num_rows)
         if due.log(progress):
             values = {"loss": outcome.loss, "grad_norm": outcome.grad_norm, "lr": lr}
             totals = {"tokens": progress.tokens, "target_tokens": progress.target_tokens}
@@ -161,5 +149,6 @@ def record_evaluation(result: Evaluation | None, progress: Progress, tracker: Tr
     if result is None:
         return
     progress.evaluated(result.loss)
-    values: dict[str, Any] = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
-    tracker.log(progress.step, values | ({"eval_loss_by_source": result.by_source} if result.by_source else {}))
+    tracker.log(
+        progress.step, result.values() | ({"eval_loss_by_source": result.by_source} if result.by_source else {})
+    )

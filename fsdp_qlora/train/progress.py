@@ -36,13 +36,13 @@ class Progress:
     evaluated_step: int = -1
     """Step of the last evaluation."""
 
-    def advance(self, num_rows: int, num_tokens: int, num_targets: int, loss: float) -> None:
+    def advance(self, num_rows: int, num_tokens: int, target_tokens: int, loss: float) -> None:
         """Count one optimizer step."""
         self.step += 1
         self.recent_losses = [*self.recent_losses, loss][-RECENT_STEPS:]
         self.position += num_rows
         self.tokens += num_tokens
-        self.target_tokens += num_targets
+        self.target_tokens += target_tokens
 
     def evaluated(self, loss: float) -> None:
         """Count one evaluation."""

@@ -10,23 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.errors import NonFiniteError
 from fsdp_qlora.train.progress import Progress
-from fsdp_qlora.train.step import NumberedMicroBatch
-
-
-class BadBatch(Protocol):
-    """The batch of a bad step."""
-
-    @property
-    def micro_batches(self) -> Sequence[NumberedMicroBatch]:
-        """What this rank ran."""
-        ...
-
-    @property
-    def num_rows(self) -> int:
-        """Rows over all ranks."""
-        ...
 
 
 class Rewindable(Protocol):
@@ -47,14 +33,14 @@ class Recovery:
 
     policy: Literal["stop", "skip", "rollback"]
     max_bad_steps: int
-    locate: Callable[[Sequence[NumberedMicroBatch], int], str]
+    locate: Callable[[Sequence[MicroBatch], int], str]
     """(this rank's micro-batches, step) -> which ranks, rows and modules; every rank calls it."""
     drop_gradients: Callable[[], None]
     restore: Callable[[], None]
     """Load the newest checkpoint, progress included."""
     in_a_row: int = 0
 
-    def __call__(self, error: NonFiniteError, batch: BadBatch, progress: Progress, tracker: Rewindable) -> None:
+    def __call__(self, error: NonFiniteError, batch: Batch, progress: Progress, tracker: Rewindable) -> None:
         """Recover as the policy says, with ``progress`` behind the bad batch.
 
         Raises:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
+from fsdp_qlora.data.loader import Batch
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import all_sum
 from fsdp_qlora.errors import LossSpikeError, NonFiniteError
-from fsdp_qlora.objectives.objective import MicroBatch, Objective
+from fsdp_qlora.objectives import Objective, loss_of
 from fsdp_qlora.scopes import OPTIMIZER
 
 
@@ -28,39 +29,6 @@ class Optimizer(Protocol):
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """Update the parameters and drop the gradients."""
-        ...
-
-
-class NumberedMicroBatch(MicroBatch, Protocol):
-    """A micro-batch with its place in the global batch."""
-
-    @property
-    def number(self) -> int:
-        """Number within the global batch, the same on any number of ranks."""
-        ...
-
-    @property
-    def weight(self) -> float:
-        """0 where it only keeps this rank in step."""
-        ...
-
-    @property
-    def rows(self) -> Sequence[int]:
-        """Numbers of its rows in the prepared data."""
-        ...
-
-
-class StepBatch(Protocol):
-    """This rank's part of a global batch."""
-
-    @property
-    def micro_batches(self) -> Sequence[NumberedMicroBatch]:
-        """What this rank runs."""
-        ...
-
-    @property
-    def num_targets(self) -> int:
-        """Supervised tokens over all ranks."""
         ...
 
 
@@ -98,34 +66,40 @@ class StepOutcome:
     """What a step gave, equal on every rank."""
 
     loss: float
-    """Sum of losses over the global count of supervised tokens."""
+    """Each of the objective's sums over its weight, added up."""
     grad_norm: float
     """Before clipping."""
     stop: bool
     """Whether any rank was asked to stop."""
 
 
-def forward_backward(model: nn.Module, batch: StepBatch, number: int, settings: StepSettings) -> torch.Tensor:
-    """Run this rank's micro-batches of step ``number``; return its sum of losses, float64 ``[]``.
+def forward_backward(
+    model: nn.Module, batch: Batch, number: int, settings: StepSettings
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Run this rank's micro-batches of step ``number``; return its sums, float64 ``[]``, and what each is divided by.
 
     Leaves the gradients on the parameters, those of sharded ones reduced over the ranks.
     """
     last = len(batch.micro_batches) - 1
-    loss_sum = torch.zeros((), dtype=torch.float64, device=settings.ranks.device)
+    totals: dict[str, torch.Tensor] = {}
+    divided_by: dict[str, str] = {}
     for turn, micro_batch in enumerate(batch.micro_batches):
         settings.enter(f"step {number}, micro-batch {turn + 1} of {last + 1}")
         settings.synchronize(model, turn == last)
         # Dropout depends on the micro-batch, not on the rank that happens to run it.
         torch.manual_seed(settings.seed_of(settings.seed, number, micro_batch.number))
         with settings.around():
-            loss = settings.objective(model, micro_batch, settings.ranks.device) * micro_batch.weight
-            (loss / max(1, batch.num_targets)).backward()
-        loss_sum += loss.detach()
-    return loss_sum
+            found = settings.objective.sums(model, micro_batch, settings.ranks.device)
+            sums = {name: value * micro_batch.weight for name, (value, _) in found.items()}
+            divided_by = {name: weight for name, (_, weight) in found.items()}
+            loss_of(sums, divided_by, batch.weights).backward()
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + value.detach().double()
+    return totals, divided_by
 
 
 def train_step(
-    model: nn.Module, batch: StepBatch, optimizer: Optimizer, lr: float, number: int, stop: bool,
+    model: nn.Module, batch: Batch, optimizer: Optimizer, lr: float, number: int, stop: bool,
     settings: StepSettings, spike_above: float = math.inf,
 ) -> StepOutcome:  # fmt: skip
     """Run step ``number`` (from 1) and update the parameters.
@@ -135,14 +109,16 @@ def train_step(
         LossSpikeError: likewise, if the loss is above ``spike_above``.
     """
     ranks = settings.ranks
-    loss_sum = forward_backward(model, batch, number, settings)
+    sums, divided_by = forward_backward(model, batch, number, settings)
     settings.enter(f"step {number}, update")
     for check in settings.after_backward:
         check(number)
     with record_function(OPTIMIZER):
         own_squares = optimizer.grad_square_sum(ranks)
-    loss_total, squares, stops = all_sum([float(loss_sum), own_squares, float(stop)], ranks)
-    loss_mean, grad_norm = loss_total / max(1, batch.num_targets), math.sqrt(max(0.0, squares))
+    *totals, squares, stops = all_sum([*map(float, sums.values()), own_squares, float(stop)], ranks)
+    weights = (max(1, batch.weights[divided_by[name]]) for name in sums)
+    loss_mean = sum(total / weight for total, weight in zip(totals, weights, strict=True))
+    grad_norm = math.sqrt(max(0.0, squares))
     if math.isnan(squares) or not math.isfinite(loss_mean) or not math.isfinite(grad_norm):
         raise NonFiniteError(
             f"step {number}: loss {loss_mean}, gradient norm {grad_norm}; the parameters were not updated."

@@ -114,7 +114,11 @@ def test_compiled_layers_keep_what_checkpointing_keeps(pool: Pool, tiny_model: P
 
 def _choices(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[dict[str, str], str, bool]:
     prepared = build(ranks, folder, **groups)
-    return prepared.choices, prepared.plan.settings.checkpointing, prepared.model.compiled
+    return (
+        {key: str(choice) for key, choice in prepared.choices.items()},
+        prepared.plan.settings.checkpointing,
+        prepared.model.compiled,
+    )
 
 
 def test_auto_is_said_and_done(pool: Pool, tiny_model: Path, chat_rows: Path) -> None:

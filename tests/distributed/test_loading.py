@@ -12,7 +12,7 @@ from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import NumericsError, PlanError
 from fsdp_qlora.quant.formats import build_format
 from fsdp_qlora.quant.linear import QuantLinear
-from fsdp_qlora.quant.packing import ROW_ELEMENTS, bits_to_float, num_blocks, raw_bytes, rows_to_bytes
+from fsdp_qlora.quant.packing import ROW_ELEMENTS, bits_to_float, raw_bytes, rows_to_bytes
 from tests import tiny
 from tests.build import build
 
@@ -42,7 +42,7 @@ def test_sharded_bytes_equal_bitsandbytes(pool, tiny_model, num_ranks, name, dou
     for layer, found in results[0].items():
         weight = weights[f"{layer}.weight"]
         codes, state = bnb.quantize_4bit(weight, compress_statistics=double_quant, quant_type=name)
-        blocks = num_blocks(weight.numel())
+        blocks = build_format().num_statistics(1, weight.numel())
         assert torch.equal(rows_to_bytes(found["packed"], weight.numel()), codes.reshape(-1)), layer
         absmax = found["absmax"].reshape(-1)[:blocks]
         if double_quant:

@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fsdp_qlora.adapters.names import trainable_parameters
-from fsdp_qlora.adapters.sizes import lora_parameters
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.contents import checkpoint_tensors, optimizer_shapes
+from fsdp_qlora.config.decided import Resume
 from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import row_range
@@ -122,7 +122,7 @@ def _save(ranks: Ranks, folder: str, name: str) -> dict[str, torch.Tensor]:
 def _go_on(ranks: Ranks, folder: str, name: str) -> dict[str, torch.Tensor]:
     sharded, optimizer = _start(ranks, settings_of(name))
     checkpointer = Checkpointer(Path(folder), ranks)
-    found = checkpointer.find("auto", {})
+    found = checkpointer.find(Resume.of("auto"), {})
     assert found is not None
     state = optimizer.load_state(found[1].step, optimizer_shapes(found[1].tensors))
     checkpointer.load(*found, checkpoint_tensors(sharded.items(), state))
@@ -166,7 +166,7 @@ def _bytes(ranks: Ranks, folder: str) -> dict[str, tuple[int, int, bool]]:
         plan = make_plan(replace(prepared.config, optim=optim), prepared.shapes, ranks.size)
         optimizer = ShardedOptimizer(trainable_parameters(prepared.model), optim)
         optimizer.prepare_state(1)
-        named = {n for x in plan.memory.targets for n in lora_parameters(x, 32)} == optimizer.parameters.keys()
+        named = {n for shapes in plan.memory.trained.values() for n in shapes} == optimizer.parameters.keys()
         found[name] = plan.bytes.optimizer, optimizer.state_bytes(), named
     return found
 

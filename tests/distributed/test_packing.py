@@ -16,7 +16,7 @@ from fsdp_qlora.data.pack import PackedRows, pack
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.root import CausalModel
-from fsdp_qlora.objectives.sft import OBJECTIVES, token_losses
+from fsdp_qlora.objectives import build_objective, token_losses
 from fsdp_qlora.parallel.shard import synchronize_gradients
 from tests.build import build, losses, metrics, run_fit
 
@@ -43,7 +43,7 @@ def _gradients(ranks: Ranks, model: str, rows: str, attention: str) -> list[floa
     """Return the losses of packed and unpacked rows, and the relative distance of their gradients."""
     prepared = _prepared(ranks, model, rows, attention)
     _wake(prepared.model)
-    objective, tokens = OBJECTIVES["sft"], TokenRows(prepared.data.train)
+    objective, tokens = build_objective("sft"), TokenRows(prepared.data.train)
     packed = PackedRows(tokens, 160)
     assert len(packed) < len(tokens) / 2
     sums, grads = [], []
@@ -51,7 +51,7 @@ def _gradients(ranks: Ranks, model: str, rows: str, attention: str) -> list[floa
         total = 0.0
         synchronize_gradients(prepared.model, True)
         for number in range(len(source)):
-            loss = objective(prepared.model, source.collate([number], number), ranks.device)
+            loss, _ = objective.sums(prepared.model, source.collate([number], number), ranks.device)["loss"]
             loss.backward()
             total += float(loss)
         sums.append(total)

@@ -174,7 +174,7 @@ def try_twin(ranks: Ranks, model_type: str, fault: str | None, how: dict[str, An
         return model, opened
 
     small = small_config(model_type)
-    candidates = attention_candidates(ranks.device, "auto", small, torch.float32)[:1]
+    candidates = attention_candidates(ranks.device, None, small, torch.float32)[:1]
     try:
         check_twin(config, small, None, candidates, ranks, build)
     except FsdpQloraError as error:

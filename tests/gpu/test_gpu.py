@@ -35,7 +35,7 @@ from fsdp_qlora.load.stream import stream_weights
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.root import CausalModel, install_loss_head
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
-from fsdp_qlora.objectives.sft import OBJECTIVES
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.parallel.shard import mixed_precision, model_dtype, require_sharded, shard_model, synchronize_gradients
 from fsdp_qlora.plan.plan import make_plan
@@ -199,7 +199,7 @@ def make_real(folder: Path, config: RunConfig, ranks: Ranks) -> CausalModel:
     """The stages of `fsdp_qlora.prepare`, one by one."""
     precision = config.precision.name
     dtype = model_dtype(precision)
-    base = build_skeleton(folder, dtype, attention_candidates(ranks.device, "auto", load_config(folder), dtype)[0])
+    base = build_skeleton(folder, dtype, attention_candidates(ranks.device, None, load_config(folder), dtype)[0])
     after = after_head(base)
     plan = make_plan(config, read_shapes(base), ranks.size)
     swapped = swap_linears(base, plan.quantized, build_format())
@@ -233,7 +233,7 @@ def train(folder: Path, kind: str, precision: str, num_steps: int = 3) -> tuple[
         optimizer = ShardedOptimizer(trainable_parameters(model), config.optim)
         seen: set[str] = set()
         settings = StepSettings(
-            objective=OBJECTIVES["sft"], ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,
+            objective=build_objective("sft"), ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,
             seed_of=seed_of, around=nullcontext,
             after_backward=(FirstGradients(model, ranks), partial(note_gradients, model, seen)),
         )  # fmt: skip

@@ -35,7 +35,7 @@ from fsdp_qlora.export.adapter import gather_adapter
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import stream_weights
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
-from fsdp_qlora.objectives.sft import OBJECTIVES
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.parallel.shard import model_dtype, synchronize_gradients
 from fsdp_qlora.plan.plan import make_plan
@@ -93,7 +93,7 @@ def train(folder: Path, offload: str, checkpointing: str, prefetch: int = 1) -> 
         try_isolation(model.train(), Layout.of(packed, "eager"), ranks)
         optimizer = ShardedOptimizer(trainable_parameters(model), config.optim)
         settings = StepSettings(
-            objective=OBJECTIVES["sft"], ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,
+            objective=build_objective("sft"), ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,
             seed_of=seed_of, around=nullcontext, after_backward=(FirstGradients(model, ranks),),
         )  # fmt: skip
         if DEVICE != "cpu":

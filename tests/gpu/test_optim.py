@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fsdp_qlora.config.convert import field_types
+from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.optim.bnb import BlockwiseOptimizer
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
@@ -18,7 +18,7 @@ from tests.gpu.test_gpu import _HERE, DEVICE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not _HERE, reason=f"torch finds no {DEVICE} device here")]
 
-OPTIMIZERS: tuple[str, ...] = field_types(OptimSettings)["name"].__args__
+OPTIMIZERS = choices.OPTIMIZERS.shipped
 SHAPES = {"x.a": (16, 4096), "x.b": (8192, 16), "x.small": (8, 100), "x.odd": (70, 67)}
 """``x.b`` is large enough to be paged; ``x.odd`` ends within a block."""
 

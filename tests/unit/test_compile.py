@@ -24,7 +24,7 @@ from tests.families import FAMILIES, write_family
 
 def _model(folder, dtype=torch.float32):
     """Return a small model with random 4-bit weights and adapters, and its layers."""
-    attention = attention_candidates(torch.device("cpu"), "auto", load_config(folder), dtype)[0]
+    attention = attention_candidates(torch.device("cpu"), None, load_config(folder), dtype)[0]
     base = build_skeleton(folder, dtype, attention)
     shapes = read_shapes(base)
     swap_linears(base, quantized_linears(shapes), build_format())

@@ -46,9 +46,9 @@ def test_a_resume_at_any_position_goes_on_where_it_was(rows, position):
 def test_every_rank_runs_as_many_micro_batches_and_the_totals_are_global(rows, num_ranks):
     batches = [build_batch(rows, list(range(7)), Cut(2, rank, num_ranks)) for rank in range(num_ranks)]
     assert len({len(b.micro_batches) for b in batches}) == 1
-    assert {b.num_targets for b in batches} == {int(rows.targets[:7].sum())}
+    assert {b.weights["tokens"] for b in batches} == {int(rows.targets[:7].sum())}
     own = sum(int((m.labels[:, 1:] != IGNORE).sum()) for b in batches for m in b.micro_batches if m.weight)
-    assert own == batches[0].num_targets
+    assert own == batches[0].weights["tokens"]
     numbers = sorted(m.number for b in batches for m in b.micro_batches if m.weight)
     assert numbers == [0, 1, 2, 3]
 

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsdp_qlora.checkpoint.contents import blocking_settings
 from fsdp_qlora.cli.compose import compose_config
-from fsdp_qlora.config.convert import field_types, from_dict, to_dict
+from fsdp_qlora.config import choices
+from fsdp_qlora.config.convert import from_dict, to_dict
 from fsdp_qlora.config.rules import failures
 from fsdp_qlora.config.schema import OptimSettings, RunConfig
 from fsdp_qlora.distributed.shards import row_range
@@ -29,7 +30,7 @@ from fsdp_qlora.run.decide import planned_skeleton
 from fsdp_qlora.simulate.step import simulate
 from tests.build import config_of
 
-OPTIMIZERS: tuple[str, ...] = field_types(OptimSettings)["name"].__args__
+OPTIMIZERS = choices.OPTIMIZERS.shipped
 IN_8_BIT = tuple(name for name in OPTIMIZERS if name.endswith("_8bit"))
 SHAPES = {"a": (16, 576), "b": (576, 16), "small": (8, 100), "odd": (70, 67), "vector": (5000,), "stack": (3, 40, 50)}
 NEW_KEYS = ("optim.beta3", "optim.alpha", "optim.t_alpha", "optim.t_beta3", "optim.override_32bit")

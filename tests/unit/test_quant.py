@@ -12,7 +12,7 @@ from fsdp_qlora.config.schema import BLOCK_SIZES
 from fsdp_qlora.distributed.shards import row_range
 from fsdp_qlora.quant.formats import build_format, dequantize, one_thread, quantize, to_rows
 from fsdp_qlora.quant.linear import QuantLinear
-from fsdp_qlora.quant.packing import ROW_WEIGHTS, bits_to_float, num_blocks, num_rows, rows_to_bytes
+from fsdp_qlora.quant.packing import ROW_WEIGHTS, bits_to_float, num_rows, rows_to_bytes
 
 SHAPES = [(576, 1536), (7, 13), (100, 333), (1, 1), (16384, 3), (3, 5461), (64, 256), (129, 128)]
 
@@ -28,11 +28,11 @@ def test_slices_equal_the_whole(shape, name, double_quant, world_size):
     with one_thread():
         codes, state = bnb.quantize_4bit(weight, compress_statistics=double_quant, quant_type=name)
         ranges = [row_range(num_rows(numel), rank, world_size) for rank in range(world_size)]
-        parts = [quant_format.quantize_blocks(flat[a * ROW_WEIGHTS : b * ROW_WEIGHTS]) for a, b in ranges]
+        parts = [quant_format.quantize_run(flat[a * ROW_WEIGHTS : b * ROW_WEIGHTS], 1) for a, b in ranges]
         offset = torch.cat([absmax for _, absmax in parts]).mean() if double_quant else None
         shards = [to_rows(quant_format, c, m, offset, b - a) for (c, m), (a, b) in zip(parts, ranges, strict=True)]
     packed = torch.cat([s.packed for s in shards])
-    absmax = torch.cat([s.absmax for s in shards]).reshape(-1)[: num_blocks(numel)]
+    absmax = torch.cat([s.absmax for s in shards]).reshape(-1)[: build_format().num_statistics(1, numel)]
     assert torch.equal(rows_to_bytes(packed, numel), codes.reshape(-1))
     if double_quant:
         nested = torch.cat([s.nested for s in shards])

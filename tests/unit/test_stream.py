@@ -59,7 +59,7 @@ def test_each_row_once_a_pass_and_the_same_batches_on_any_world(tmp_path, tokeni
         parts = [loader.batch_at(position) for loader in ranks]
         texts = sorted(text for part in parts for text in _texts(part, tokenizer))
         assert texts == _texts(one.batch_at(position), tokenizer)
-        assert len({(p.num_rows, p.num_tokens, p.num_targets, len(p.micro_batches)) for p in parts}) == 1
+        assert len({(p.num_rows, p.num_tokens, p.weights["tokens"], len(p.micro_batches)) for p in parts}) == 1
         seen += texts
     assert Counter(seen[:30]) == Counter(seen[30:]) == Counter({f"a{n:02d}": 1 for n in range(30)})
     assert seen[:30] != sorted(seen[:30])

@@ -41,11 +41,8 @@ class Blocks4(Format):
     """A 4-bit format whose blocks are runs of the flattened weight."""
 
     storage_dtype = STORAGE_DTYPE
+    takes = frozenset({"double_quant", "block_size"})
     double_quant: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "threshold", 0.0)  # inputs are not quantized
-        super().__post_init__()
 
     def num_rows(self, out_features: int, in_features: int) -> int:
         """Return the rows of storage of a matrix."""

@@ -58,6 +58,9 @@ class Format(ABC):
     dense_forward: ClassVar[bool] = True
     """Whether forward multiplies with dequantized weights: they may be kept for backward, and take time to make."""
 
+    takes: ClassVar[frozenset[str]] = frozenset()
+    """Which of the options below it has a use for; the others stay at their defaults."""
+
     double_quant: bool = False
     """Whether statistics are quantized, too."""
     block_size: int = BLOCK_WEIGHTS
@@ -68,6 +71,9 @@ class Format(ABC):
     """Name and threshold as one word, which compiled code takes for a constant (it would make the float an input)."""
 
     def __post_init__(self) -> None:
+        for name, default in (("double_quant", False), ("block_size", BLOCK_WEIGHTS), ("threshold", 0.0)):
+            if name not in self.takes:
+                object.__setattr__(self, name, default)
         object.__setattr__(self, "key", f"{self.name}>{self.threshold!r}" if self.threshold else self.name)
 
     # What it stores.

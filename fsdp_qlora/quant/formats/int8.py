@@ -11,7 +11,7 @@ import torch
 
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.quant.formats.format import Format, QuantizedTensor, register
-from fsdp_qlora.quant.packing import BLOCK_WEIGHTS, bits_to_float
+from fsdp_qlora.quant.packing import bits_to_float
 
 
 @register
@@ -22,11 +22,7 @@ class Int8(Format):
     name = "int8"
     storage_dtype = torch.int8
     dense_forward = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "double_quant", False)
-        object.__setattr__(self, "block_size", BLOCK_WEIGHTS)
-        super().__post_init__()
+    takes = frozenset({"threshold"})
 
     def row_bytes(self, in_features: int) -> int:
         """Return the bytes of codes in a row."""
