@@ -25,7 +25,7 @@ from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.loader import Cut, Loader, TokenRows
 from fsdp_qlora.data.pack import best_fit_decreasing
 from fsdp_qlora.data.prepare import PreparedData, prepare_data
-from fsdp_qlora.run.prepare import cache_folder
+from fsdp_qlora.files.home import cache_folder
 
 
 def _write_rows(folder: Path, repeats: int) -> tuple[Path, Path]:

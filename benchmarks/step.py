@@ -32,7 +32,7 @@ import torch
 from benchmarks.ranks import Way, machine
 from benchmarks.step_rows import random_llama, save_tokenizer, small_model, write_rows
 from benchmarks.step_ways import Spec
-from fsdp_qlora.run.prepare import cache_folder
+from fsdp_qlora.files.home import cache_folder
 
 Found = dict[str, Any]
 FAST = {"train": {"compile": "true"}, "data": {"packing": True}, "fsdp": {"adapters": "replicated"}}

@@ -10,8 +10,8 @@ import torch
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.data.prepare import prepare_data
+from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.model.tokenizer import build_tokenizer
-from fsdp_qlora.run.prepare import cache_folder
 
 
 class Rows:

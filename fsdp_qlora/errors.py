@@ -5,11 +5,14 @@ Anything else that escapes is a bug of ours and ends with code 1 and a traceback
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 class FsdpQloraError(Exception):
-    """An error with a message for the person who runs us; ``exit_code`` is the process's."""
+    """An error with a message for the user; ``exit_code`` is the process's."""
 
     exit_code = 1
     alike = False
@@ -64,6 +67,16 @@ def first_line(error: BaseException) -> str:
 def typed_line(error: BaseException) -> str:
     """Return an error of somebody else's code in one line: its type and the first line of its text."""
     return f"{type(error).__name__}: {first_line(error)}"[:300]
+
+
+def attempt(work: Callable[[], _T]) -> tuple[_T | None, dict[str, Any]]:
+    """Return what ``work`` gives, and what `raise_alike` takes on other ranks if it failed."""
+    try:
+        return work(), {}
+    except FsdpQloraError as error:
+        return None, {"code": error.exit_code, "message": str(error)}
+    except OSError as error:
+        return None, {"code": StorageError.exit_code, "message": str(error)}
 
 
 def raise_alike(verdict: dict[str, Any]) -> None:

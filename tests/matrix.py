@@ -19,7 +19,8 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor, row_range
 from fsdp_qlora.errors import FsdpQloraError, typed_line
 from fsdp_qlora.model.cut import cut_config, shallow_config
-from fsdp_qlora.run.build import check_model, load_model, open_model
+from fsdp_qlora.run.build import load_model, open_model
+from fsdp_qlora.run.check import check_model
 from fsdp_qlora.run.decide import replace_attention
 from tests import upstream, uses
 

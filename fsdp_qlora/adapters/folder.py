@@ -26,6 +26,7 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import fill_slice
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file, read_json
+from fsdp_qlora.load.finite import require_finite
 
 CONFIG_NAME = "adapter_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
@@ -149,11 +150,6 @@ def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 
-def _require_finite(name: str, values: torch.Tensor, file: Path) -> None:
-    if not bool(torch.isfinite(values.float()).all()):  # 8-bit floats know no isfinite
-        raise ModelError(f"adapter: {name} in {file} holds values that are not finite numbers.")
-
-
 def stored_modules(folder: Path, r: int | None = None) -> list[str]:
     """Return the names of the modules that an adapter folder has tensors for.
 
@@ -202,7 +198,7 @@ def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size
             value = stored.get_tensor(name)
             if value.shape != parameter.shape:
                 raise ModelError(f"adapter: {name} is {list(value.shape)} in {file}, not {list(parameter.shape)}.")
-            _require_finite(name, value, file)
+            require_finite(value, f"adapter: {name} in {file}")
             fill_slice(parameter, value, shard_rank, shard_size)
 
 

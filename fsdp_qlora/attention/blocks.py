@@ -10,6 +10,19 @@ KEPT_SCORES_LENGTH = 1024
 """Up to so many tokens blockwise attention keeps its probabilities for backward; of longer ones it makes them again."""
 
 
+def pairs_seen(length: int) -> int:
+    """Return how many (query, key) pairs blocks of queries cover, each with the keys up to its own end.
+
+    With 2 whole blocks and a rest, of a length of 300::
+
+        queries    0..127    x keys 0..127        128 * 128
+                 128..255    x keys 0..255        128 * 256     = 128 * 128 * (1 + 2)
+                 256..299    x keys 0..299         44 * 300
+    """
+    whole, rest = length // QUERY_BLOCK, length % QUERY_BLOCK
+    return QUERY_BLOCK * QUERY_BLOCK * whole * (whole + 1) // 2 + rest * length
+
+
 def kept_scores(shapes: ModelShapes, attention: str, itemsize: int, length: int) -> int:
     """Return the bytes of probabilities that attention keeps for a token of a sequence of ``length``.
 
@@ -20,7 +33,5 @@ def kept_scores(shapes: ModelShapes, attention: str, itemsize: int, length: int)
     if attention == "eager":
         return heads * (itemsize + FLOAT32) * length
     if attention == "blockwise" and length <= KEPT_SCORES_LENGTH:
-        blocks, rest = divmod(length, QUERY_BLOCK)
-        seen = QUERY_BLOCK * QUERY_BLOCK * blocks * (blocks + 1) // 2 + rest * length
-        return -(-heads * itemsize * seen // length)
+        return -(-heads * itemsize * pairs_seen(length) // length)
     return 0

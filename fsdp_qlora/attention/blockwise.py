@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from fsdp_qlora.attention.blocks import KEPT_SCORES_LENGTH, QUERY_BLOCK
+from fsdp_qlora.attention.blocks import KEPT_SCORES_LENGTH, QUERY_BLOCK, pairs_seen
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.quant.gemm import matmul
 from fsdp_qlora.quant.ops import register
@@ -148,8 +148,7 @@ class _Heads:
 
 def _kept_scores(rows: int, heads: int, length: int, keep: bool) -> int:
     """Return how many probabilities are kept: those of each block of queries with the keys up to its end."""
-    whole, rest = length // QUERY_BLOCK, length % QUERY_BLOCK
-    return rows * heads * (QUERY_BLOCK * QUERY_BLOCK * whole * (whole + 1) // 2 + rest * length) if keep else 0
+    return rows * heads * pairs_seen(length) if keep else 0
 
 
 def _attention(

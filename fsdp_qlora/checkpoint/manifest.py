@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError
-from fsdp_qlora.files.read import misfit, open_regular, parse_json, read_regular, walk
+from fsdp_qlora.files.read import misfit, parse_json, read_regular, walk
 from fsdp_qlora.files.write import write_json
 from fsdp_qlora.train.progress import Progress
 
@@ -102,12 +102,6 @@ def _require_values(values: dict[str, Any], file: Path) -> None:
 def list_files(folder: Path) -> list[str]:
     """Return the names of the files in a checkpoint's folder, those of subfolders with the subfolder's name."""
     return sorted(os.path.relpath(f.path, folder) for f in walk(folder) if not f.is_dir(follow_symlinks=False))
-
-
-def sha256(file: Path) -> str:
-    """Return a file's digest; a link is not followed."""
-    with os.fdopen(open_regular(file), "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

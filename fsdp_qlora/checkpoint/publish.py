@@ -11,8 +11,9 @@ import re
 import shutil
 from pathlib import Path
 
-from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST, Manifest, sha256
+from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST, Manifest
 from fsdp_qlora.errors import SecurityError
+from fsdp_qlora.files.read import file_sha256
 from fsdp_qlora.files.write import sync, write_text
 
 STEP_FOLDER = re.compile(r"step_(\d{8})")
@@ -66,7 +67,7 @@ def publish(staging: Path, target: Path, manifest: Manifest) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     staging.rename(target)
-    write_text(target / COMPLETE, sha256(target / MANIFEST) + "\n")
+    write_text(target / COMPLETE, file_sha256(target / MANIFEST, follow=False) + "\n")
     sync(target)
     sync(target.parent)
     if replaced.exists():

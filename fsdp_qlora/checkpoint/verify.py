@@ -13,9 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST, Manifest, list_files, sha256
+from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST, Manifest, list_files
 from fsdp_qlora.errors import CheckpointError, SecurityError
-from fsdp_qlora.files.read import misfit, parse_json, read_regular, refuse_irregular
+from fsdp_qlora.files.read import file_sha256, misfit, parse_json, read_regular, refuse_irregular
 
 ADAPTER_FOLDER = "adapter"
 _ADAPTER_SUFFIXES = (".safetensors", ".json", ".md", ".jinja", ".txt", ".model")
@@ -39,7 +39,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing.")
-        if file.stat().st_size != known["size"] or sha256(file) != known["sha256"]:
+        if file.stat().st_size != known["size"] or file_sha256(file, follow=False) != known["sha256"]:
             raise CheckpointError(f"{file} is damaged: its content is not what was written.")
     covered = dict.fromkeys(manifest.tensors, 0)
     for name in manifest.files:

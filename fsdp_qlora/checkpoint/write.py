@@ -19,13 +19,14 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from fsdp_qlora.checkpoint.manifest import Manifest, list_files, sha256
+from fsdp_qlora.checkpoint.manifest import Manifest, list_files
 from fsdp_qlora.checkpoint.publish import make_fresh, publish, staging_for
 from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.phases import Phases
 from fsdp_qlora.distributed.reduce import gather_json
 from fsdp_qlora.errors import FsdpQloraError, StorageError
+from fsdp_qlora.files.read import file_sha256
 from fsdp_qlora.files.write import sync
 
 MODEL_PREFIX = "model."
@@ -125,7 +126,7 @@ def _write_shards(staging: Path, tensors: dict[str, torch.Tensor], ranks: Ranks)
 def _digests(staging: Path, prefix: str) -> dict[str, dict[str, Any]]:
     """Return size and sha256 of the files whose name starts with ``prefix``."""
     return {
-        name: {"size": (staging / name).stat().st_size, "sha256": sha256(staging / name)}
+        name: {"size": (staging / name).stat().st_size, "sha256": file_sha256(staging / name, follow=False)}
         for name in list_files(staging)
         if name.startswith(prefix)
     }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
 from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.adapters.replicated import Named
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import gather_json
+from fsdp_qlora.distributed.shards import tensor_sha256
 from fsdp_qlora.errors import NumericsError
 
 
@@ -19,14 +19,10 @@ def require_equal_copies(parameters: Named, ranks: Ranks) -> None:
     Raises:
         NumericsError: on every rank alike, naming the first parameter and rank that differ.
     """
-    digests = {name: _sha256(p) for name, p in parameters if not isinstance(p, DTensor)}
+    digests = {name: tensor_sha256(p) for name, p in parameters if not isinstance(p, DTensor)}
     everywhere = gather_json(hashlib.sha256("".join(digests.values()).encode()).hexdigest(), ranks)
     if len(set(everywhere)) == 1:
         return
     first, *others = gather_json(digests, ranks)
     rank, name = next((r, n) for r, other in enumerate(others, start=1) for n in digests if other[n] != first[n])
     raise NumericsError(f"{name}: rank {rank} has other values than rank 0; replicated adapters must be equal on all.")
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().to("cpu", copy=True).contiguous().numpy().data).hexdigest()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-
-import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import gather_json
-from fsdp_qlora.distributed.shards import local_tensor, row_range
+from fsdp_qlora.distributed.shards import local_tensor, row_range, tensor_sha256
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices
-from fsdp_qlora.quant.packing import raw_bytes
 
 
 def verify_gather(model: nn.Module, ranks: Ranks) -> None:
@@ -49,7 +45,7 @@ def verify_buffers(model: nn.Module, ranks: Ranks) -> None:
     Raises:
         NumericsError: naming the first that differs, and the rank.
     """
-    mine = {name: _sha256(buffer) for name, buffer in model.named_buffers() if buffer.numel()}
+    mine = {name: tensor_sha256(buffer) for name, buffer in model.named_buffers() if buffer.numel()}
     first, *others = gather_json(mine, ranks)
     for rank, digests in enumerate(others, start=1):
         for name in (n for n in first if digests.get(n) != first[n]):
@@ -71,10 +67,5 @@ def _digests(module: QuantMatrices, num_shards: int = 0) -> dict[str, list[str]]
             pieces = [local_tensor(parameter)]
         else:
             pieces = [parameter[slice(*row_range(parameter.shape[0], i, num_shards))] for i in range(num_shards)]
-        found[name] = [_sha256(piece) for piece in pieces]
+        found[name] = [tensor_sha256(piece) for piece in pieces]
     return found
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    # A copy: a tensor that has been a numpy array can no longer be resized, and FSDP frees by resizing.
-    return hashlib.sha256(raw_bytes(tensor).to("cpu", copy=True).numpy().data).hexdigest()

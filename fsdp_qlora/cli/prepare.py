@@ -15,7 +15,7 @@ from fsdp_qlora.data.report import histogram, packing_efficiency
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.run.folder import RunFolder
-from fsdp_qlora.run.prepare import prepare_tokens
+from fsdp_qlora.run.tokens import prepare_tokens
 from fsdp_qlora.track.console import clock
 
 

@@ -144,7 +144,7 @@ def _alpaca(row: Mapping[str, Any], ignored: frozenset[str]) -> Example:
 
 
 def _history(value: Any) -> list[Turn]:
-    """Return the turns before an Alpaca row's own: pairs of what was question and answered."""
+    """Return the turns before an Alpaca row's own: pairs of question and answer."""
     turns = []
     for question, answered in decoded(value) or []:
         turns += [Turn.of("user", question), Turn.of("assistant", answered)]

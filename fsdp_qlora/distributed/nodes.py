@@ -10,7 +10,7 @@ from typing import Any
 from fsdp_qlora.distributed.board import Board, open_board
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import gather_json
-from fsdp_qlora.errors import FsdpQloraError, StorageError, raise_alike
+from fsdp_qlora.errors import attempt, raise_alike
 
 _POLL_SECONDS = 0.2
 _LEAVE_SECONDS = 5.0
@@ -37,7 +37,8 @@ def once_per_node(work: Callable[[], Any], ranks: Ranks, local_rank: int, waitin
         return work()
     board = open_board(ranks)
     if mine == ranks.rank:
-        board.write(_key(mine), json.dumps(_attempt(work)))
+        result, verdict = attempt(work)
+        board.write(_key(mine), json.dumps(verdict or {"result": result}))
     found = _wait(board, leaders, waiting)
     board.write(f"read-{ranks.rank}", "")
     if ranks.is_main:  # it may hold the board: it stays until all have read
@@ -46,15 +47,6 @@ def once_per_node(work: Callable[[], Any], ranks: Ranks, local_rank: int, waitin
         if "code" in verdict:
             raise_alike({**verdict, "message": f"rank {rank}: {verdict['message']}" if rank else verdict["message"]})
     return found[mine]["result"]
-
-
-def _attempt(work: Callable[[], Any]) -> dict[str, Any]:
-    try:
-        return {"result": work()}
-    except FsdpQloraError as error:
-        return {"code": error.exit_code, "message": str(error)}
-    except OSError as error:
-        return {"code": StorageError.exit_code, "message": str(error)}
 
 
 def _wait_for_readers(board: Board, count: int) -> None:

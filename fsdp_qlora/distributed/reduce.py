@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.errors import FsdpQloraError, StorageError, raise_alike
+from fsdp_qlora.errors import attempt, raise_alike
 
 _T = TypeVar("_T")
 
@@ -56,13 +56,9 @@ def on_main(work: Callable[[], Any], ranks: Ranks) -> Any:
     """
     verdict: dict[str, Any] = {}
     if ranks.is_main:
-        try:
-            with ranks.phases.by_itself():
-                verdict = {"result": work()}
-        except FsdpQloraError as error:
-            verdict = {"code": error.exit_code, "message": str(error)}
-        except OSError as error:
-            verdict = {"code": StorageError.exit_code, "message": str(error)}
+        with ranks.phases.by_itself():
+            result, verdict = attempt(work)
+        verdict = verdict or {"result": result}
     verdict = gather_json(verdict, ranks)[0]
     raise_alike(verdict)
     return verdict["result"]
@@ -74,21 +70,14 @@ def on_every(work: Callable[[], _T], ranks: Ranks) -> _T:
     Raises:
         FsdpQloraError: on every rank alike, with that rank's message and exit code; an `OSError` becomes code 74.
     """
-    verdict: dict[str, Any] = {}
-    result: Any = None
-    try:
-        with ranks.phases.by_itself():
-            result = work()
-    except FsdpQloraError as error:
-        verdict = {"code": error.exit_code, "message": str(error)}
-    except OSError as error:
-        verdict = {"code": StorageError.exit_code, "message": str(error)}
+    with ranks.phases.by_itself():
+        result, verdict = attempt(work)
     if any_rank(bool(verdict), ranks):
         found = gather_json(verdict, ranks)
         rank = next(rank for rank, verdict in enumerate(found) if verdict)
         where = f"rank {rank}: " if not all(found) else ""
         raise_alike({**found[rank], "message": where + found[rank]["message"]})
-    return result
+    return cast(_T, result)
 
 
 def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:

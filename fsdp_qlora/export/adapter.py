@@ -16,14 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.adapters.folder import (
     WEIGHTS_NAME,
     _opened,
-    _require_finite,
 )
 from fsdp_qlora.adapters.names import trainable_parameters
-from fsdp_qlora.checkpoint.manifest import Manifest, sha256
+from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
 from fsdp_qlora.errors import CheckpointError, NumericsError, StorageError
+from fsdp_qlora.files.read import file_sha256
 from fsdp_qlora.files.scratch import fresh_folder, move_into
 from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_text
+from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.shapes.targets import endings
 
 
@@ -127,9 +128,10 @@ def copy_adapter(checkpoint: Path, manifest: Manifest, target: Path) -> None:
             copy = staging / name.removeprefix(f"{ADAPTER_FOLDER}/")
             copy.parent.mkdir(exist_ok=True)
             copy_regular(checkpoint / name, copy)
-            if sha256(copy) != manifest.files[name]["sha256"]:
+            if file_sha256(copy, follow=False) != manifest.files[name]["sha256"]:
                 raise CheckpointError(f"{checkpoint / name} is damaged: its content is not what was written.")
         with _opened(staging / WEIGHTS_NAME) as stored:
             for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
-                _require_finite(name, stored.get_tensor(name), checkpoint / ADAPTER_FOLDER / WEIGHTS_NAME)
+                where = checkpoint / ADAPTER_FOLDER / WEIGHTS_NAME
+                require_finite(stored.get_tensor(name), f"adapter: {name} in {where}")
         move_into(staging, target)

@@ -21,7 +21,8 @@ from fsdp_qlora.errors import ModelError, StorageError
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.files.scratch import fresh_folder
 from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, sync, write_json
-from fsdp_qlora.load.safetensors import SafetensorsFolder, TensorEntry, weight_files
+from fsdp_qlora.load.finite import require_finite
+from fsdp_qlora.load.safetensors import SafetensorsFolder, weight_files
 from fsdp_qlora.load.stored import find_kept, packed_format, quantization_of
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.quant.bnb_state import bnb_tensors
@@ -122,22 +123,17 @@ def _stored(
             raise ModelError(f"{entry.file}: {entry.name} is in 4-bit already; give the 16-bit model.")
         if entry.name in linears:
             weight = files.read_entry(entry, 0, entry.numel).view(entry.shape)
-            _require_finite(weight, entry)
+            require_finite(weight, f"{entry.file}: tensor {entry.name}")
             weight = weight.t().contiguous() if linears[entry.name].transposed else weight
             quantized = quantize(weight.to(device), quant_format)
             yield bnb_tensors(entry.name, quantized, quant_format, tuple(weight.shape), weight.dtype)
         else:
             with safe_open(entry.file, framework="pt") as stream:  # anew for each: mapped pages stay resident
                 kept = stream.get_tensor(entry.name)
-            _require_finite(kept, entry)
+            require_finite(kept, f"{entry.file}: tensor {entry.name}")
             yield {entry.name: kept.clone()}
         if progress:
             progress(done + 1, len(entries))
-
-
-def _require_finite(values: torch.Tensor, entry: TensorEntry) -> None:
-    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-        raise ModelError(f"{entry.file}: tensor {entry.name} holds values that are not finite numbers.")
 
 
 @dataclass

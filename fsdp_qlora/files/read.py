@@ -74,10 +74,10 @@ def read_regular(file: Path, limit: int | None = JSON_BYTES) -> bytes:
         return stream.read(size)
 
 
-def file_sha256(file: Path) -> str:
-    """Return the sha256 of a file of the user's or ours, in hexadecimal; links are followed."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def file_sha256(file: Path, follow: bool = True) -> str:
+    """Return the sha256 of a file in hexadecimal; of one that a stranger may have put there do not ``follow`` links."""
+    with file.open("rb") if follow else os.fdopen(open_regular(file), "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def read_json(file: Path, kind: Any = Any, limit: int = JSON_BYTES) -> Any:

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import all_gather, on_every
 from fsdp_qlora.distributed.shards import HOST, local_tensor, row_range
-from fsdp_qlora.errors import ModelError, NumericsError
+from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.load.buffers import persistent_buffers, to_empty_but_buffers
+from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.load.safetensors import SafetensorsFolder, StoredTensor
 from fsdp_qlora.load.stored import PackedWeight, fill_packed, find_kept, find_weight
 from fsdp_qlora.quant.formats import nested_of_rows, one_thread
@@ -143,11 +144,11 @@ def _fill_quantized(module: QuantMatrices, entry: StoredTensor, source: Safetens
         nonlocal whole
         if module.stored is None or not module.stored.transposed:
             weights = source.read(entry, start, stop)
-            _require_finite(weights, entry)
+            require_finite(weights, f"{entry.file}: tensor {entry.name}")
             return weights
         if whole is None:  # stored the other way round (Conv1D): its rows lie across the file, so all of it is read
             stored = source.read(entry, 0, entry.numel).view(module.in_features, module.out_features)
-            _require_finite(stored, entry)
+            require_finite(stored, f"{entry.file}: tensor {entry.name}")
             whole = stored.t().reshape(-1)
         return whole[start:stop]
 
@@ -261,16 +262,10 @@ def _fill_kept(parameter: torch.Tensor, entry: StoredTensor, source: Safetensors
     def fill_mine() -> None:
         for a, b in _pieces(first * width, last * width):
             values = source.read(entry, a, b)
-            _require_finite(values, entry)
+            require_finite(values, f"{entry.file}: tensor {entry.name}")
             local[a - first * width : b - first * width] = values
 
     on_every(fill_mine, ranks)
-
-
-def _require_finite(values: torch.Tensor, entry: StoredTensor) -> None:
-    # The smallest and the largest: NaN comes through both, and no tensor of booleans is made.
-    if values.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
-        raise ModelError(f"{entry.file}: tensor {entry.name} holds values that are not finite numbers.")
 
 
 def resident_bytes(module: QuantMatrices) -> int:

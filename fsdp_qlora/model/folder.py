@@ -17,7 +17,7 @@ _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def needs_hub(name: str) -> bool:
-    """Whether a model's name is that of no folder here but of one on the hub."""
+    """Whether ``name`` is a hub id rather than a local folder."""
     folder = Path(name).expanduser()
     return not (folder.is_dir() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1)
 
@@ -89,7 +89,7 @@ def config_for_plan(name: str, revision: str | None = None) -> Path:
     Raises:
         ModelError: if there is none here.
     """
-    if not name or Path(name).expanduser().is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not needs_hub(name):
         return resolve_folder(name, revision)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.optim.adafactor import ShardedAdafactor
 from fsdp_qlora.optim.bnb import UPDATES, BlockwiseOptimizer
 from fsdp_qlora.optim.state import (
@@ -25,7 +26,6 @@ from fsdp_qlora.optim.state import (
     LocalOptimizer,
     Part,
     StateLoad,
-    local_of,
     parts_of,
     present,
 )
@@ -38,7 +38,9 @@ class ShardedOptimizer:
         """Build the optimizer; ``parameters`` are ``(name, DTensor parameter)`` as a checkpoint should name them."""
         self.parameters = dict(parameters)
         self.settings = settings
-        self._leaves = [Leaf(n, nn.Parameter(local_of(p)), Layout.of(p)) for n, p in self.parameters.items()]
+        self._leaves = [
+            Leaf(n, nn.Parameter(local_tensor(p).detach()), Layout.of(p)) for n, p in self.parameters.items()
+        ]
         self._optimizer = _build(self._leaves, settings)
 
     @property
@@ -61,7 +63,7 @@ class ShardedOptimizer:
             chosen = [
                 p.grad for p in self.parameters.values() if isinstance(p, DTensor) != whole and p.grad is not None
             ]
-            grads = [grad for grad in map(local_of, chosen) if grad.numel()]
+            grads = [grad for grad in map(local_tensor, chosen) if grad.numel()]
             norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
             total += float(torch.stack(norms).square().sum()) / copies if norms else 0.0
         return total
@@ -72,8 +74,8 @@ class ShardedOptimizer:
         for leaf in self._leaves:
             parameter = self.parameters[leaf.name]
             # FSDP lays its shards anew when it first runs, so the leaf looks where the shard is now.
-            leaf.local.data = local_of(parameter)
-            leaf.local.grad = None if parameter.grad is None else local_of(parameter.grad)
+            leaf.local.data = local_tensor(parameter).detach()
+            leaf.local.grad = None if parameter.grad is None else local_tensor(parameter.grad).detach()
             if leaf.local.grad is not None and grad_scale != 1.0:
                 leaf.local.grad.mul_(grad_scale)
         for group in self._optimizer.param_groups:

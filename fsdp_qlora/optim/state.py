@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.optim.blockwise import fit_blocks, table_shape
 
 ABSMAX = "_absmax"
@@ -154,14 +155,14 @@ class StateLoad:
 
     def _copy(self, name: str, into: torch.Tensor) -> None:
         tensor = self._tensors[name]
-        self._fill.append(lambda: into.copy_(local_of(tensor)))  # type: ignore[func-returns-value]
+        self._fill.append(lambda: into.copy_(local_tensor(tensor).detach()))  # type: ignore[func-returns-value]
 
     def _add_table(self, leaf: Leaf, part: Blocks, saved: Sequence[int] | None) -> None:
         layout, name = leaf.layout, f"{leaf.name}.{part.name}{ABSMAX}"
         others = saved is not None and len(saved) == 2 and saved[0] > 0 and saved[0] != layout.num_ranks
         if saved is None or not others or tuple(saved) != table_shape(layout.shape, saved[0]):
             row = self._tensors[name]
-            self._fill.append(lambda: part.absmax.copy_(local_of(row)[0, : part.absmax.numel()]))  # type: ignore
+            self._fill.append(lambda: part.absmax.copy_(local_tensor(row).detach()[0, : part.absmax.numel()]))  # type: ignore
             return
         table = self._tensors[name] = torch.zeros(tuple(saved))  # plain, so every rank reads all of it
         self._fill.append(
@@ -179,11 +180,6 @@ class StateLoad:
         """Bring what was loaded into the optimizer."""
         for fill in self._fill:
             fill()
-
-
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's plain part of a tensor."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def parts_of(leaves: Sequence[Leaf], optimizer: LocalOptimizer) -> Iterator[tuple[Leaf, Part | Blocks]]:

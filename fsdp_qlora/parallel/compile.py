@@ -25,6 +25,9 @@ COMPILED_TYPES = frozenset(
     ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox"]
 )
 """Families whose layers are known to be one graph (`tests/unit/test_compile.py`): those that ``auto`` compiles."""
+COMPILATION = {"cpu": (1.2e11, 0.08, 60.0), "accelerator": (2e14, 0.12, 60.0)}
+"""(operations a second of a rank, share of a step that compiled layers save, seconds that compiling takes): the CPU's
+as measured in docs/performance.md, an accelerator's assumed."""
 MOST_COMPILATIONS = 4
 """In a run: kinds of layers times forms of micro-batches."""
 

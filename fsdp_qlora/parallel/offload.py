@@ -28,6 +28,8 @@ from torch.distributed.tensor import DTensor
 from fsdp_qlora.distributed.shards import HOST, local_tensor
 from fsdp_qlora.errors import NumericsError
 
+LAYERS_ON_DEVICE = 2
+"""Layers whose offloaded tensors are on the device at a time: the one in use and the one on its way."""
 MIN_BYTES = 1 << 20
 """Smaller tensors stay on the device: a copy's fixed costs would be more than the memory is worth."""
 LEAVING = 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from fsdp_qlora.config.decided import Choice, as_word, asked, switch
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.parallel.compile import COMPILATION
 from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
 from fsdp_qlora.plan.sizes import reserve_bytes
 
@@ -115,11 +116,6 @@ def choose_compilation(config: RunConfig, plan: Work, num_steps: int, device_typ
     won = gain * seconds
     why = f"about {won:.0f} s to win of {seconds:.0f}, {cost:.0f} s to compile"
     return Compilation(won > cost, why)
-
-
-COMPILATION = {"cpu": (1.2e11, 0.08, 60.0), "accelerator": (2e14, 0.12, 60.0)}
-"""(operations a second of a rank, share of a step that compiled layers save, seconds that compiling takes): the CPU's
-as measured in docs/performance.md, an accelerator's assumed."""
 
 
 @dataclass(frozen=True)

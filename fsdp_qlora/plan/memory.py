@@ -22,23 +22,17 @@ from fsdp_qlora.adapters import build_method, parameters_of
 from fsdp_qlora.attention.blocks import kept_scores
 from fsdp_qlora.config.schema import LoraSettings, OptimSettings
 from fsdp_qlora.distributed.shards import row_range
+from fsdp_qlora.heads.costs import chunked_bytes, sliced_bytes
 from fsdp_qlora.optim.sizes import state_bytes
+from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE
 from fsdp_qlora.plan.activations import LayerActivations, layer_activations
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.quant.matrix import SLICE_WEIGHTS, WHOLE_WEIGHTS
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS
 from fsdp_qlora.shapes.linears import FLOAT32, LinearShape, ModelShapes
 
-LOGIT_COPIES = 2
-"""Tensors ``[chunk, vocab]`` of the chunked cross entropy at once: this chunk's and the last one's."""
-SLICE_COPIES = 5
-"""Float32 tensors of the sliced cross entropy at once: of this slice three, of the last two."""
-FLOAT_LOGITS_BYTES = 64 * 2**20
-"""Of a chunk's logits that are float32 at the same time (`heads/dense.py`)."""
 FILE_ITEMSIZE = 2
 """Bytes of an element in the model's files (bf16)."""
-LAYERS_ON_DEVICE = 2
-"""Layers whose offloaded tensors are on the device at a time: the one in use and the one on its way."""
 
 
 @dataclass(frozen=True)
@@ -361,15 +355,10 @@ class MemoryModel:
         return saved
 
     def _logits(self, settings: StorageSettings) -> int:
-        chunk = min(settings.logits_chunk, settings.tokens)
-        if not settings.quantized_embeddings:
-            logits = chunk * self.shapes.vocab_size
-            return LOGIT_COPIES * (logits * settings.itemsize + min(logits * FLOAT32, FLOAT_LOGITS_BYTES))
-        hidden = self.shapes.hidden_size
-        rows = min(SLICE_WEIGHTS // hidden, self.shapes.vocab_size)
-        slope = settings.tokens * hidden * (FLOAT32 + settings.itemsize)  # added up over the slices, then rounded
-        dense = 2 * rows * hidden * settings.itemsize  # a slice is freed when the next one is there
-        return chunk * rows * FLOAT32 * SLICE_COPIES + dense + slope
+        chunk, shapes = min(settings.logits_chunk, settings.tokens), self.shapes
+        if settings.quantized_embeddings:
+            return sliced_bytes(chunk, settings.tokens, shapes.vocab_size, shapes.hidden_size, settings.itemsize)
+        return chunked_bytes(chunk, shapes.vocab_size, settings.itemsize)
 
     def _largest_slice(self, shard_size: int) -> int:
         """Return the most elements that this rank reads at a time: a chunk of a weight, a share of what is kept."""

@@ -10,6 +10,7 @@ from fsdp_qlora.adapters import build_method, parameters_of
 from fsdp_qlora.config.decided import Choice, asked, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.deal import BatchPlan
+from fsdp_qlora.distributed.mesh import degrees
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.optim.sizes import unmatched
 from fsdp_qlora.plan.choices import choose
@@ -111,7 +112,8 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     if config.train.micro_batch_tokens:  # the worst case: all rows as long as they may be
         rows = max(1, config.train.micro_batch_tokens // config.data.max_length)
     batch = BatchPlan(config.train.global_batch_size, rows, world_size)
-    settings = storage_settings(config, batch, shard_degree(config, world_size))
+    _, shard = degrees(config.fsdp.shard_degree, config.fsdp.replicate_degree, world_size)
+    settings = storage_settings(config, batch, shard)
     stored = (*quantized, *edges)
     offloaded = offloaded_parameters(
         config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
@@ -150,19 +152,6 @@ def _require_matches(config: RunConfig, trained: list[str]) -> None:
             f"optim.override_32bit: {', '.join(map(repr, odd))} matches none of the {len(trained)} trained parameters; "
             f"they are named like {trained[0]!r}, and a pattern has to match the whole name (*.q_proj.*)."
         )
-
-
-def shard_degree(config: RunConfig, world_size: int) -> int:
-    """Return the ranks that share one copy of the base.
-
-    Raises:
-        PlanError: if that and the number of copies do not multiply to the ranks there are.
-    """
-    replicate = config.fsdp.replicate_degree
-    shard = config.fsdp.shard_degree or world_size // replicate
-    if shard * replicate != world_size:
-        raise PlanError(f"fsdp.shard_degree: {shard} x replicate_degree {replicate} is not {world_size} ranks.")
-    return shard
 
 
 def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> StorageSettings:

@@ -104,9 +104,12 @@ def rank_budget(ranks: Ranks, placement: Placement) -> int:
 
 
 def compilation_for(
-    config: RunConfig, base: PreTrainedModel, plan: TrainPlan, data: PreparedData | None, device: torch.device
-) -> Compilation:
+    config: RunConfig, base: PreTrainedModel, plan: TrainPlan, data: PreparedData | None, device: torch.device,
+    training: bool,
+) -> Compilation:  # fmt: skip
     """Decide ``train.compile``."""
+    if not training:
+        return Compilation(False, "no training")
     train, settings = config.train, plan.settings
     rows = len(data.train) if data is not None and data.train is not None else 0
     steps = num_steps(train.max_steps, train.num_epochs, rows, train.global_batch_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from fsdp_qlora.checks.gradients import FirstGradients
 from fsdp_qlora.checks.nonfinite import locate_nonfinite
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.decided import Choice, Resume, switch
+from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.loader import MicroBatch, TokenRows
 from fsdp_qlora.distributed.process import memory_peak
 from fsdp_qlora.distributed.reduce import on_main
@@ -43,7 +44,6 @@ from fsdp_qlora.run.base_files import BaseFiles
 from fsdp_qlora.run.batches import build_batches, data_key
 from fsdp_qlora.run.evaluate import _evaluate
 from fsdp_qlora.run.folder import RunFolder, versions
-from fsdp_qlora.run.prepare import debug_context
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.profiling import Profiling
 from fsdp_qlora.shown import published
@@ -272,3 +272,8 @@ class Training:
         finally:
             self.batches.batch_at.close()
             self.base_files.close()
+
+
+def debug_context(config: RunConfig) -> Callable[[], Any]:
+    """Return the context that forward and backward run in."""
+    return torch.autograd.detect_anomaly if config.debug.name == "anomaly" else nullcontext

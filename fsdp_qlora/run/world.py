@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks, build_ranks
+from fsdp_qlora.distributed.nodes import once_per_node
 from fsdp_qlora.distributed.process import (
     Placement,
     choose_device,
@@ -28,6 +30,15 @@ class World:
     placement: Placement
     threads: int
     stack: ExitStack
+
+    def share(self, work: Callable[[], str], doing: str = "preparing the data") -> str:
+        """Do something in one process of each node; every rank returns what its node's process returned."""
+
+        def say(line: str) -> None:
+            if self.ranks.is_main:
+                print(f"{doing}: {line}", flush=True)
+
+        return once_per_node(work, self.ranks, self.placement.local_rank, say)
 
 
 def open_world(config: RunConfig) -> World:

@@ -25,7 +25,8 @@ from fsdp_qlora.model.families import decoder_layers
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.run import build as building
-from fsdp_qlora.run.build import check_model, load_model, open_model
+from fsdp_qlora.run.build import load_model, open_model
+from fsdp_qlora.run.check import check_model
 from tests import upstream
 from tests.build import build
 from tests.families import write_family

@@ -16,7 +16,7 @@ from fsdp_qlora.attention.varlen import VARLEN
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import FsdpQloraError
-from fsdp_qlora.run.build import check_model
+from fsdp_qlora.run.check import check_model
 from tests import upstream
 from tests.gpu.test_gpu import _HERE, DEVICE, world
 from tests.matrix import VARIANTS, small_config

@@ -167,7 +167,7 @@ def test_visible_leaves_lines_and_scripts():
 def test_what_is_given_away_has_the_mode_of_a_new_file(cli_env, tmp_path, mask):
     code = (
         "import os, sys, pathlib; os.umask(int(sys.argv[2])); file = pathlib.Path(sys.argv[1]); file.touch(0o600)\n"
-        "from fsdp_qlora.export.modes import open_as_a_new_file; open_as_a_new_file(file)"
+        "from fsdp_qlora.files.write import open_as_a_new_file; open_as_a_new_file(file)"
     )
     file = tmp_path / "weights"
     subprocess.run([sys.executable, "-c", code, str(file), str(mask)], env=cli_env, check=True)

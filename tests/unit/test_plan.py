@@ -136,7 +136,7 @@ def test_an_experiment_fits_the_hardware_in_its_name(name):
     assert found["peak_planned_bytes"] == max(found["bytes_at_moment"].values()) <= plan.bytes.total
     assert found["time"]["step_seconds"] > 0
     # what is stored is known to the byte: 8,452 bytes for 16,384 weights, and the rest in 16 bits
-    rows = {x.name: x.rows for x in plan.quantized}
+    rows = {x.linear.name: x.rows for x in plan.quantized}
     if config.quant.embeddings == "nf4":
         rows |= dict.fromkeys(("embedding", "head"), num_rows(shapes.vocab_size * shapes.hidden_size))
     assert plan.bytes.base_packed == 8192 * sum(-(-n // plan.shard_size) for n in rows.values())
@@ -177,9 +177,10 @@ def test_what_does_not_fit_is_said():
 
 def test_experts_start_at_rows_of_their_own():
     _, shapes, plan = planned("model.name=Qwen/Qwen3-30B-A3B", "plan.world_size=1", "plan.device=rtx4090")
-    experts = [x for x in plan.quantized if x.count > 1]
+    packed = [x for x in plan.quantized if x.linear.count > 1]
+    experts = [x.linear for x in packed]
     assert {x.count for x in experts} == {128} and len(experts) == 96
-    assert all(x.rows == 128 * num_rows(x.out_features * x.in_features) for x in experts)
+    assert all(x.rows == 128 * num_rows(x.linear.out_features * x.linear.in_features) for x in packed)
     assert not set(plan.targets) & {x.name for x in experts}
     flops = flops_per_token(plan, shapes)
     assert flops.forward == pytest.approx(2 * 3.04e9 + 48 * 2 * 4096 * 2048 + 2 * plan.trainable_parameters, rel=0.01)

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from fsdp_qlora.adapters.folder import load_adapter
+from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.convert import from_dict
-from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.load.stream import resident_bytes
@@ -37,10 +36,11 @@ def _bytes(ranks, model, rows, toy):
     """Return what this rank holds, and what the plan says of the fullest rank."""
     assert toys  # registers
     prepared = build(ranks, model, **_groups(rows, toy))
-    optimizer = ShardedOptimizer(list(_trained(prepared)), prepared.config.optim)
+    optimizer = ShardedOptimizer(trainable_parameters(prepared.model), prepared.config.optim)
+    optimizer.prepare_state(1)
     held = {
         "base": sum(resident_bytes(m) for m in prepared.model.modules() if isinstance(m, QuantMatrices)),
-        "adapters": sum(local_tensor(p).numel() * 4 for _, p in _trained(prepared)),
+        "adapters": sum(local_tensor(p).numel() * 4 for _, p in trainable_parameters(prepared.model)),
         "optimizer": optimizer.state_bytes(),
     }
     planned = prepared.plan.bytes
@@ -49,10 +49,6 @@ def _bytes(ranks, model, rows, toy):
         "adapters": planned.adapters,
         "optimizer": planned.optimizer,
     }
-
-
-def _trained(prepared):
-    return ((name, p) for name, p in prepared.model.named_parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("toy", TOYS)
@@ -72,12 +68,6 @@ def test_a_toy_trains_on_two_ranks_resumes_and_is_exported(pool, tiny_model, cha
     with safe_open(tmp_path / "split/adapter/adapter_model.safetensors", framework="pt") as stored:
         names = {name.rpartition("_proj.")[2] for name in stored.keys()}  # noqa: SIM118
     assert names == {"lora_A.weight", "lora_B.weight"} | ({"lora_scale"} if toy == "method" else set())
-
-
-def _loads(ranks, model, rows, toy, folder):
-    prepared = build(ranks, model, **_groups(rows, toy))
-    load_adapter(Path(folder), prepared.model, ranks.shard_rank, ranks.shard_size)
-    return len(TokenRows(prepared.data.train))
 
 
 def test_a_toy_has_at_most_40_lines():

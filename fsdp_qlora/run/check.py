@@ -1,0 +1,108 @@
+"""A model is opened, and compared with upstream's own code before anything long is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from fsdp_qlora.attention.candidates import code_files
+from fsdp_qlora.checks.remember import recall, remember, twin_key
+from fsdp_qlora.checks.twin import Verdict, check_twin, is_about_attention
+from fsdp_qlora.config.decided import Choice
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import any_rank, gather_json, on_every
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.files.home import cache_folder
+from fsdp_qlora.model.config import load_config
+from fsdp_qlora.model.families import is_causal
+from fsdp_qlora.model.root import CausalModel
+from fsdp_qlora.run.build import OpenedModel, load_model, open_model
+from fsdp_qlora.run.decide import attentions_for, replace_attention
+
+
+def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
+    """Compare a small twin of the model with upstream's code, or recall that it was; return which attention equals it.
+
+    ``config`` has all decided but the attention (`OpenedModel.config`): the twin runs as the model will.
+
+    Raises:
+        ModelError: on every rank alike, if none does.
+    """
+    model = config.model
+    model_config = on_every(lambda: load_config(folder, model.trust_remote_code, model.config_overrides), ranks)
+    candidates = on_every(lambda: attentions_for(config, ranks.device, folder), ranks)
+    _require_alike(candidates, ranks)
+    if model.check == "off" or not is_causal(model_config):
+        return Verdict(candidates[0])
+    kept, key, known = on_every(lambda: _remembered(config, model_config, folder, candidates, ranks), ranks)
+    if not any_rank(known is None or model.check == "always", ranks) and known is not None:
+        _require_alike([known.attention], ranks)
+        return known
+
+    def build(settings: RunConfig, twin: Path) -> tuple[CausalModel, OpenedModel]:
+        opened = on_every(lambda: open_model(settings, twin, ranks, None, say=False), ranks)
+        return load_model(opened.compiled(False), ranks)[0], opened
+
+    own_code = folder if model.trust_remote_code and any(folder.glob("*.py")) else None
+    verdict = check_twin(config, model_config, own_code, candidates, ranks, build)
+    remember(kept, key, verdict)
+    return verdict
+
+
+def _remembered(
+    config: RunConfig, model_config: PreTrainedConfig, folder: Path, candidates: Sequence[str], ranks: Ranks
+) -> tuple[Path, str, Verdict | None]:
+    """Return where results are kept, under what this one is, and the one that is there."""
+    code = code_files(model_config, folder, config.model.trust_remote_code)
+    key = twin_key(config, model_config, code, candidates, ranks.device, ranks.size)
+    kept = cache_folder() / "checks"
+    return kept, key, recall(kept, key, model_config)
+
+
+def _require_alike(attentions: Sequence[str], ranks: Ranks) -> None:
+    """Raise on all ranks where they would take different attention implementations."""
+    found = gather_json(list(attentions), ranks)
+    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    if other is not None:
+        raise ModelError(
+            f"model.attn_implementation: rank 0 would take {', '.join(found[0])} and rank {other} "
+            f"{', '.join(found[other])}: their machines have different libraries. Install the same on all."
+        )
+
+
+def told(verdict: Verdict) -> Choice:
+    """Return the attention and why those that are preferred fell."""
+    fell = "; ".join(f"{attention} fell: {why}" for attention, why in verdict.fell.items())
+    return Choice(verdict.attention, fell)
+
+
+def open_and_check(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> tuple[OpenedModel, Verdict]:
+    """Open a model, and see which attention computes what upstream's code does with all that the plan decided.
+
+    Raises:
+        ModelError: if it cannot be opened, or no attention does.
+        PlanError: if the settings do not go with it.
+    """
+    opened = on_every(lambda: _open_first(config, folder, ranks, budget), ranks)
+    taken = opened.config.model.attn_implementation
+    ranks.phases.enter("comparing a small twin of the model with upstream's code")
+    verdict = check_model(replace_attention(opened.config, config.model.attn_implementation), folder, ranks)
+    if verdict.attention != taken:
+        chosen = replace_attention(config, verdict.attention)
+        opened = on_every(lambda: open_model(chosen, folder, ranks, budget, say=False), ranks)
+    return opened, verdict
+
+
+def _open_first(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> OpenedModel:
+    """Open the model with the first attention that its class takes."""
+    *others, last = attentions_for(config, ranks.device, folder)
+    for attention in others:
+        try:
+            return open_model(replace_attention(config, attention), folder, ranks, budget)
+        except ModelError as error:
+            if not is_about_attention(error):
+                raise
+    return open_model(replace_attention(config, last), folder, ranks, budget)

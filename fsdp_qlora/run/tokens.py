@@ -1,0 +1,69 @@
+"""The rows of a run as tokens: made once on each node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.checks.twin import Verdict
+from fsdp_qlora.config.rules import check
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.data.limits import require_rows_fit
+from fsdp_qlora.data.prepare import PreparedData, prepare_data
+from fsdp_qlora.distributed.reduce import on_every
+from fsdp_qlora.errors import DataError
+from fsdp_qlora.files.home import cache_folder
+from fsdp_qlora.model.folder import resolve_folder
+from fsdp_qlora.model.tokenizer import build_tokenizer
+from fsdp_qlora.run.build import OpenedModel
+from fsdp_qlora.run.world import World
+from fsdp_qlora.shapes.linears import ModelShapes
+
+
+def tokenize(
+    config: RunConfig, folder: Path, opened: OpenedModel, verdict: Verdict, world: World
+) -> tuple[PreTrainedTokenizerBase, PreparedData | None]:  # fmt: skip
+    """Return the tokenizer, and the rows where any are named; one process of each node makes them.
+
+    Raises:
+        DataError: if they cannot be read, or do not go with the model.
+    """
+    ranks = world.ranks
+    tokenizer = on_every(lambda: _tokenizer(config, folder), ranks)
+    if config.data.train is None:
+        return tokenizer, None
+    ranks.phases.enter("preparing the data")
+    data = prepare_data(
+        config.data, config.run.seed, tokenizer, cache_folder(), world.share, lambda _: ranks.phases.sign(),
+        ranks.phases.by_itself,
+    )  # fmt: skip
+    limit = _longest_row(opened.shapes, verdict)
+    on_every(lambda: require_rows_fit(data, config.data, tokenizer, opened.shapes.embedding_rows, limit), ranks)
+    return tokenizer, data
+
+
+def _longest_row(shapes: ModelShapes, verdict: Verdict) -> int | None:
+    """Return how many positions rows can have; None where there is no end to them."""
+    unusable = verdict.unusable_positions
+    return shapes.max_positions - unusable if unusable is not None and shapes.max_positions else None
+
+
+def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = None) -> PreparedData:
+    """Tokenize the data alone: no model, no process group. ``progress`` takes the rows read so far."""
+    check(config)
+    tokenizer = _tokenizer(config, resolve_folder(config.model.name, config.model.revision))
+    return prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), progress=progress)
+
+
+def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = build_tokenizer(folder, config.model.trust_remote_code)
+    if config.data.template is not None:
+        try:
+            tokenizer.chat_template = Path(config.data.template).expanduser().read_text(encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"data.template: {config.data.template} cannot be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"data.template: {config.data.template} is not valid UTF-8.") from error
+    return tokenizer
