@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from benchmarks.loading import FILE_BYTES, SHAPE
 from fsdp_qlora.cli.quiet import quieten
-from fsdp_qlora.config.convert import from_dict
+from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.distributed.mesh import Ranks, build_ranks
 from fsdp_qlora.distributed.process import Placement, process_group, set_threads
 from fsdp_qlora.distributed.reduce import barrier

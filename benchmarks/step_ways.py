@@ -52,7 +52,7 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
     """Train as `fsdp-qlora train` does: `prepare`, then `train_step`."""
     from fsdp_qlora.adapters.names import trainable_parameters
     from fsdp_qlora.adapters.replicated import ReplicatedGradients
-    from fsdp_qlora.config.convert import from_dict
+    from fsdp_qlora.config.schema import from_dict
     from fsdp_qlora.data.loader import Batch, MicroBatch
     from fsdp_qlora.distributed.seeds import seed_of
     from fsdp_qlora.objectives import build_objective

@@ -10,15 +10,17 @@ environment. Every rank makes the same calls; rank 0 writes.
 import argparse
 from pathlib import Path
 
-from fsdp_qlora import RunConfig, fit, prepare
-from fsdp_qlora.config.schema import (
+from fsdp_qlora import (
     CheckpointSettings,
     DataSettings,
     LoraSettings,
     ModelSettings,
     OptimSettings,
+    RunConfig,
     RunSettings,
     TrainSettings,
+    fit,
+    prepare,
 )
 
 

@@ -12,8 +12,16 @@ from pathlib import Path
 
 import torch
 
-from fsdp_qlora import RunConfig, build_skeleton, make_plan, read_shapes
-from fsdp_qlora.config.schema import DataSettings, LoraSettings, ModelSettings, TrainSettings
+from fsdp_qlora import (
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    RunConfig,
+    TrainSettings,
+    build_skeleton,
+    make_plan,
+    read_shapes,
+)
 
 WORLD_SIZES = (1, 2, 4, 8)
 

@@ -9,9 +9,7 @@ rank therefore quantizes just its own rows and gets the very bits that quantizin
 import bitsandbytes.functional as bnb
 import torch
 
-from fsdp_qlora import build_format, dequantize, quantize
-from fsdp_qlora.distributed.shards import row_range
-from fsdp_qlora.quant.packing import ROW_WEIGHTS
+from fsdp_qlora import ROW_WEIGHTS, build_format, dequantize, quantize, row_range
 
 NUM_RANKS = 3
 

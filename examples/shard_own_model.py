@@ -9,14 +9,21 @@ weight. The trainable parts are small: drawn alike on every rank, of which FSDP2
 import torch
 from torch import nn
 
-from fsdp_qlora import QuantLinear, build_format, shard_model
-from fsdp_qlora.distributed.mesh import Ranks, build_ranks
-from fsdp_qlora.distributed.process import Placement, process_group
-from fsdp_qlora.distributed.reduce import all_sum, gather_json
-from fsdp_qlora.distributed.shards import row_range
-from fsdp_qlora.parallel.shard import mixed_precision
-from fsdp_qlora.quant.formats import to_rows
-from fsdp_qlora.quant.packing import ROW_WEIGHTS
+from fsdp_qlora import (
+    ROW_WEIGHTS,
+    Placement,
+    QuantLinear,
+    Ranks,
+    all_sum,
+    build_format,
+    build_ranks,
+    gather_json,
+    mixed_precision,
+    process_group,
+    row_range,
+    shard_model,
+    to_rows,
+)
 
 WIDTH, NUM_BLOCKS, BATCH = 1024, 4, 8  # BATCH: examples in a step, over all ranks
 FORMAT = build_format("nf4", double_quant=False)  # with True the ranks must also agree on the mean of absmax

@@ -10,17 +10,37 @@ TYPE_CHECKING = False  # as type checkers know it, without importing typing
 if TYPE_CHECKING:
     from fsdp_qlora.adapters.lora import attach_lora
     from fsdp_qlora.checkpoint.checkpointer import Checkpointer
-    from fsdp_qlora.config.convert import from_dict
-    from fsdp_qlora.config.schema import RunConfig
+    from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
+    from fsdp_qlora.config.schema import (
+        CheckpointSettings,
+        DataSettings,
+        DebugSettings,
+        FsdpSettings,
+        LauncherSettings,
+        LoraSettings,
+        ModelSettings,
+        ObjectiveSettings,
+        PrecisionSettings,
+        QuantSettings,
+        RunConfig,
+        RunSettings,
+        TrackSettings,
+        TrainSettings,
+        from_dict,
+    )
     from fsdp_qlora.distributed.mesh import Ranks, build_ranks
+    from fsdp_qlora.distributed.process import Placement, process_group
+    from fsdp_qlora.distributed.reduce import all_sum, gather_json
+    from fsdp_qlora.distributed.shards import row_range
     from fsdp_qlora.export.adapter import export_adapter
     from fsdp_qlora.load.safetensors import SafetensorsFolder
     from fsdp_qlora.load.stream import stream_linear, stream_weights
     from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
     from fsdp_qlora.parallel.shard import mixed_precision, shard_model
     from fsdp_qlora.plan.plan import TrainPlan, make_plan
-    from fsdp_qlora.quant.formats import Format, build_format, dequantize, quantize
+    from fsdp_qlora.quant.formats import Format, build_format, dequantize, quantize, to_rows
     from fsdp_qlora.quant.linear import QuantLinear
+    from fsdp_qlora.quant.packing import ROW_WEIGHTS
     from fsdp_qlora.run.decide import plan_for
     from fsdp_qlora.run.fit import fit
     from fsdp_qlora.run.inference import load_for_inference
@@ -30,46 +50,86 @@ if TYPE_CHECKING:
     from fsdp_qlora.run.world import open_world
 
 _HOME = {
-    "SafetensorsFolder": "load.safetensors",
-    "stream_linear": "load.stream",
-    "mixed_precision": "parallel.shard",
-    "build_ranks": "distributed.mesh",
-    "Ranks": "distributed.mesh",
-    "from_dict": "config.convert",
-    "plan_for": "run.decide",
-    "open_world": "run.world",
-    "Prepared": "run.prepared",
-    "prepare": "run.prepare",
-    "load_for_inference": "run.inference",
+    "CheckpointSettings": "config.schema",
     "Checkpointer": "checkpoint.checkpointer",
-    "RunConfig": "config.schema",
-    "export_adapter": "export.adapter",
+    "DataSettings": "config.schema",
+    "DebugSettings": "config.schema",
     "FitResult": "run.training",
-    "fit": "run.fit",
-    "attach_lora": "adapters.lora",
-    "shard_model": "parallel.shard",
-    "build_skeleton": "model.skeleton",
-    "read_shapes": "model.skeleton",
-    "stream_weights": "load.stream",
-    "TrainPlan": "plan.plan",
-    "make_plan": "plan.plan",
     "Format": "quant.formats",
-    "build_format": "quant.formats",
-    "dequantize": "quant.formats",
-    "quantize": "quant.formats",
+    "FsdpSettings": "config.schema",
+    "LauncherSettings": "config.schema",
+    "LoraSettings": "config.schema",
+    "ModelSettings": "config.schema",
+    "ObjectiveSettings": "config.schema",
+    "OptimSettings": "config.optim",
+    "Placement": "distributed.process",
+    "PrecisionSettings": "config.schema",
+    "Prepared": "run.prepared",
     "QuantLinear": "quant.linear",
+    "QuantSettings": "config.schema",
+    "ROW_WEIGHTS": "quant.packing",
+    "Ranks": "distributed.mesh",
+    "RunConfig": "config.schema",
+    "RunSettings": "config.schema",
+    "SafetensorsFolder": "load.safetensors",
+    "ScheduleSettings": "config.optim",
+    "TrackSettings": "config.schema",
+    "TrainPlan": "plan.plan",
+    "TrainSettings": "config.schema",
+    "all_sum": "distributed.reduce",
+    "attach_lora": "adapters.lora",
+    "build_format": "quant.formats",
+    "build_ranks": "distributed.mesh",
+    "build_skeleton": "model.skeleton",
+    "dequantize": "quant.formats",
+    "export_adapter": "export.adapter",
+    "fit": "run.fit",
+    "from_dict": "config.schema",
+    "gather_json": "distributed.reduce",
+    "load_for_inference": "run.inference",
+    "make_plan": "plan.plan",
+    "mixed_precision": "parallel.shard",
+    "open_world": "run.world",
+    "plan_for": "run.decide",
+    "prepare": "run.prepare",
+    "process_group": "distributed.process",
+    "quantize": "quant.formats",
+    "read_shapes": "model.skeleton",
+    "row_range": "distributed.shards",
+    "shard_model": "parallel.shard",
+    "stream_linear": "load.stream",
+    "stream_weights": "load.stream",
+    "to_rows": "quant.formats",
 }
 
 __all__ = [
+    "ROW_WEIGHTS",
+    "CheckpointSettings",
     "Checkpointer",
+    "DataSettings",
+    "DebugSettings",
     "FitResult",
     "Format",
+    "FsdpSettings",
+    "LauncherSettings",
+    "LoraSettings",
+    "ModelSettings",
+    "ObjectiveSettings",
+    "OptimSettings",
+    "Placement",
+    "PrecisionSettings",
     "Prepared",
     "QuantLinear",
+    "QuantSettings",
     "Ranks",
     "RunConfig",
+    "RunSettings",
     "SafetensorsFolder",
+    "ScheduleSettings",
+    "TrackSettings",
     "TrainPlan",
+    "TrainSettings",
+    "all_sum",
     "attach_lora",
     "build_format",
     "build_ranks",
@@ -78,17 +138,21 @@ __all__ = [
     "export_adapter",
     "fit",
     "from_dict",
+    "gather_json",
     "load_for_inference",
     "make_plan",
     "mixed_precision",
     "open_world",
     "plan_for",
     "prepare",
+    "process_group",
     "quantize",
     "read_shapes",
+    "row_range",
     "shard_model",
     "stream_linear",
     "stream_weights",
+    "to_rows",
 ]
 
 

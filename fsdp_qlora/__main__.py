@@ -14,9 +14,10 @@ from pathlib import Path
 from fsdp_qlora.cli.launcher import launch, ranks_to_start
 from fsdp_qlora.cli.output import restart_in_utf8, withstand
 from fsdp_qlora.cli.quiet import quieten
-from fsdp_qlora.config.convert import from_dict, nearest
+from fsdp_qlora.cli.said import listen
+from fsdp_qlora.config.convert import nearest
 from fsdp_qlora.config.rules import check_verb
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.distributed.meeting import MEETING_VARIABLE
 from fsdp_qlora.distributed.parent import die_with_parent
 from fsdp_qlora.distributed.signals import STOP_SIGNALS, take_signals
@@ -50,6 +51,7 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the process's exit code."""
     withstand()
+    listen()
     if arguments is None:
         leave_here()
         restart_in_utf8()
@@ -71,6 +73,9 @@ def _run(verb: str, arguments: list[str]) -> int:
     _require_current_folder()
     if verb not in VERBS:
         raise ConfigError(f"{verb}: there is no such verb.{nearest(verb, VERBS)}\n{usage()}")
+    if arguments[:1] in (["--help"], ["-h"]) and verb != "inspect":
+        print(import_module("fsdp_qlora.cli.help").show(verb, VERBS[verb], *arguments[1:2]))
+        return 0
     if verb == "inspect":  # paths, not settings
         quieten()
         return import_module("fsdp_qlora.cli.inspect").run(arguments)

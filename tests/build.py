@@ -7,8 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.config.convert import from_dict
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.process import Placement
 from fsdp_qlora.distributed.reduce import gather_json

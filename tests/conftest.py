@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from fsdp_qlora.cli.said import listen
 from tests import tiny, warm
 from tests.pool import Pool
 
+listen()
 ROOT = Path(__file__).resolve().parent.parent
 
 

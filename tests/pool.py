@@ -89,11 +89,13 @@ def _work(rank: int, port: int, pipe: Connection) -> None:
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     from fsdp_qlora.cli.quiet import quieten
+    from fsdp_qlora.cli.said import listen
     from fsdp_qlora.distributed.mesh import Ranks
     from fsdp_qlora.distributed.parent import die_with_parent
 
     die_with_parent()
     quieten()
+    listen()
     torch.set_num_threads(1)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
     dist.init_process_group("gloo", rank=rank, world_size=POOL_SIZE, timeout=timedelta(seconds=120))

@@ -20,9 +20,9 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ModelError, typed_line
 from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
 from fsdp_qlora.model.root import CausalModel
+from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.run.build import OpenedModel, load_model, open_model
 from fsdp_qlora.run.decide import planned
-from fsdp_qlora.shapes.linears import LinearShape
 from tests import upstream
 
 NEW_TOKENS = 8
@@ -83,10 +83,11 @@ def export_differs(
     return "" if abs(found - wanted) <= 1e-5 * wanted else f"exported, PEFT's loss is {found}, not {wanted}"
 
 
-def rounded(folder: Path, dtype: torch.dtype, quantized: Sequence[LinearShape]) -> Any:
+def rounded(folder: Path, dtype: torch.dtype, quantized: Sequence[Packed]) -> Any:
     """Return upstream's model with the weights that we quantize sent through NF4."""
     judge = upstream.load(folder, dtype)
-    upstream.round_to_nf4(judge, [x.parameter for x in quantized], [x.parameter for x in quantized if x.transposed])
+    linears = [x.linear for x in quantized]
+    upstream.round_to_nf4(judge, [x.parameter for x in linears], [x.parameter for x in linears if x.transposed])
     return judge
 
 

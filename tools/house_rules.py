@@ -6,6 +6,8 @@
 - ``auto`` is compared with where it is decided, and nowhere else.
 - Layers: no exception to the import contract, no own module imported inside a function, hydra and omegaconf in `cli/`
   alone, nothing unpickled, no loose module at the root.
+- Upstream's private names are used in one module each, and listed (`tools/private_names.py`).
+- Examples import what is public and nothing else.
 - ruff looks at every file (it skips folders with some names).
 """
 
@@ -18,6 +20,10 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.private_names import own_names
+from tools.private_names import problems as private_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fsdp_qlora"
@@ -99,6 +105,10 @@ def the_whole() -> Iterator[str]:
     for file in sorted(PACKAGE.glob("*.py")):
         if file.stem not in AT_THE_ROOT:
             yield f"{file.name}: no loose module at the root"
+    for file in sorted((ROOT / "examples").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fsdp_qlora."):
+                yield f"{file.relative_to(ROOT)}: imports {node.module}, which is not public"
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     if any(contract.get("ignore_imports") for contract in contracts):
         yield "pyproject.toml: the import contract has exceptions"
@@ -111,10 +121,13 @@ def the_whole() -> Iterator[str]:
 def problems() -> list[str]:
     """Return everything that breaks a rule."""
     found = list(the_whole())
-    for file in sorted(PACKAGE.rglob("*.py")):
-        tree = ast.parse(file.read_text())
+    trees = {file: ast.parse(file.read_text()) for file in sorted(PACKAGE.rglob("*.py"))}
+    own = own_names(list(trees.values()))
+    for file, tree in trees.items():
         for rule in (size, imports, rooms, undecided):
             found += [f"{file.relative_to(ROOT)}: {problem}" for problem in rule(file, tree)]
+        private = private_problems(str(file.relative_to(PACKAGE)), tree, own)
+        found += [f"{file.relative_to(ROOT)}: {problem}" for problem in private]
     return found
 
 

@@ -79,7 +79,7 @@ class SharedInput:
             layer.sharing = self
 
     def product(self, layer: QuantLoraLinear, x: torch.Tensor) -> torch.Tensor:
-        """Return ``layer``'s product of ``x``, once; it is let go of."""
+        """Return the product for ``layer`` and drop it from the cache."""
         place = self.layers.index(layer)
         if self._input is not x or place not in self._made:
             self._input, self._made = x, dict(enumerate(products(self.layers, x)))
@@ -94,7 +94,7 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def use_fused_products(model: nn.Module) -> list[SharedInput]:
-    """Let adapted linears make one product of base and adapter, and those that read one input theirs together.
+    """Fuse base and adapter into one product, and linears that share an input into one call.
 
     Return the groups of the latter. Adapters with dropout stay as they are: it comes between the two products.
     """

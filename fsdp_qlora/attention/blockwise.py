@@ -11,8 +11,7 @@ It is an op with a fake implementation, known to transformers by name through it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,21 +34,6 @@ _HARMLESS = frozenset(
      "max_length_k"]
 )  # fmt: skip
 """What attention functions are given that changes nothing here: windows and boundaries are in the mask already."""
-_simulated = {"only causal": False}
-"""A plain value: the compiler cannot look into a context variable."""
-
-
-@contextmanager
-def only_causal_masks() -> Iterator[None]:
-    """Take every mask for a causal one: for a simulated step.
-
-    transformers leaves a mask out where positions do not restart; it cannot see that on tensors without numbers.
-    """
-    _simulated["only causal"] = True
-    try:
-        yield
-    finally:
-        _simulated["only causal"] = False
 
 
 def refuse_unknown(attention: str, arguments: Mapping[str, Any]) -> None:
@@ -90,8 +74,6 @@ def blockwise_forward(
         raise ModelError("model.attn_implementation: blockwise takes no scores in masks; use eager.")
     if dropout:
         raise ModelError("model.attn_implementation: blockwise has no attention dropout; use eager.")
-    if _simulated["only causal"]:
-        attention_mask = None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     length = query.shape[2]
@@ -237,21 +219,9 @@ def _fake_attention_backward(
 
 
 ops = torch.ops.fsdp_qlora
-_FUNCTIONS = register(
+BODIES = register(
     {"attention": (_attention, _fake_attention), "attention_backward": (_attention_backward, _fake_attention_backward)}
 )
+"""The functions that the ops stand for, by op."""
 AttentionInterface.register(BLOCKWISE, blockwise_forward)
 AttentionMaskInterface.register(BLOCKWISE, sdpa_mask)
-
-
-def _every_key(function: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """Return ``function`` without its mask: a simulated step has no numbers to tell which keys a mask hides."""
-
-    def called(*arguments: Any) -> Any:
-        return function(*(None if i == place else a for i, a in enumerate(arguments)))
-
-    return called
-
-
-BODIES = {op: _every_key(f, 5 if f is _attention_backward else 3) for op, f in _FUNCTIONS.items()}
-"""The functions that the ops stand for, by op; see `quant/products.py`."""

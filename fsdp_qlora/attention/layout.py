@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -13,6 +14,8 @@ from fsdp_qlora.config.schema import DataSettings, RunConfig
 from fsdp_qlora.data.forms import Form, width_step
 from fsdp_qlora.data.loader import MicroBatch, Piece, Rows, TokenRows
 from fsdp_qlora.data.pack import FlatRows, PackedRows, flat_batch, pack
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,8 @@ class Layout:
 def _packed(rows: TokenRows, capacity: int, step: int, is_main: bool) -> PackedRows:
     packed = PackedRows(rows, capacity, step)
     if is_main:
-        print(
-            f"packing: {len(rows)} rows in {len(packed)} sequences of {capacity} tokens, "
-            f"{100 * packed.efficiency:.1f} % filled",
-            flush=True,
+        filled = 100 * packed.efficiency
+        _log.info(
+            "packing: %d rows in %d sequences of %d tokens, %.1f %% filled", len(rows), len(packed), capacity, filled
         )
     return packed

@@ -10,7 +10,7 @@ Without boundaries (evaluation, generation) each row of the batch is a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -168,19 +168,20 @@ class _Heads:
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float, window: int, softcap: float
 ) -> Tensor:
-    return _forward(query, key, value, boundaries.tolist(), scale, window, softcap)
+    return forward(query, key, value, boundaries.tolist(), scale, window, softcap)
 
 
 def _attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, boundaries: Tensor, scale: float, window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward(grad, query, key, value, out, boundaries.tolist(), scale, window, softcap)
+    return backward(grad, query, key, value, out, boundaries.tolist(), scale, window, softcap)
 
 
-def _forward(
+def forward(
     query: Tensor, key: Tensor, value: Tensor, ends: list[int], scale: float, window: int, softcap: float
 ) -> Tensor:
+    """Attend within each sequence; the boundaries are numbers here."""
     heads = _Heads(query, key, value, scale, window, softcap)
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     laid = heads.by_head(out)
@@ -190,7 +191,7 @@ def _forward(
     return out
 
 
-def _backward(
+def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, ends: list[int], scale: float, window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -254,27 +255,12 @@ def _fake_attention_backward(
 
 
 ops = torch.ops.fsdp_qlora
-_FUNCTIONS = register(
+BODIES = register(
     {
         "varlen_attention": (_attention, _fake_attention),
         "varlen_attention_backward": (_attention_backward, _fake_attention_backward),
     }
 )
+"""The functions that the ops stand for, by op."""
 AttentionInterface.register(VARLEN, varlen_forward)
 AttentionMaskInterface.register(VARLEN, _mask)
-
-
-def _one_sequence(function: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """Return ``function`` for one sequence of all tokens: a simulated step has no numbers to read boundaries from."""
-
-    def called(*arguments: Any) -> Any:
-        return function(*([0, arguments[0].shape[0]] if i == place else a for i, a in enumerate(arguments)))
-
-    return called
-
-
-BODIES = {
-    op: _one_sequence(_backward, 5) if f is _attention_backward else _one_sequence(_forward, 3)
-    for op, f in _FUNCTIONS.items()
-}
-"""The functions that the ops stand for, by op; see `quant/products.py`."""

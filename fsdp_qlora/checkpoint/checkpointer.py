@@ -8,7 +8,7 @@ which would hide anything else in a pickle inside a .safetensors file.
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +36,8 @@ from fsdp_qlora.distributed.reduce import barrier, on_main
 from fsdp_qlora.errors import CheckpointError, FsdpQloraError, SecurityError, StorageError
 from fsdp_qlora.files.read import walk, warn_of_others
 
+_log = logging.getLogger(__name__)
+
 MAX_FAILURES = 2
 """Failed saves in a row after which a run stops."""
 Tensors = Callable[[], Mapping[str, torch.Tensor]]
@@ -52,10 +54,6 @@ class Snapshot:
     versions: dict[str, str]
 
 
-def _say(message: str) -> None:
-    print(f"fsdp-qlora: {message}", file=sys.stderr, flush=True)
-
-
 class Checkpointer:
     """The checkpoints of one run."""
 
@@ -67,7 +65,7 @@ class Checkpointer:
         fallback: Path | None = None,
         asynchronous: bool = True,
         write_adapter: WriteAdapter | None = None,
-        say: Callable[[str], None] = _say,
+        say: Callable[[str], None] = _log.warning,
     ) -> None:
         """Manage the checkpoints in ``folder``.
 
@@ -114,7 +112,7 @@ class Checkpointer:
         self.settle()  # at most one in flight
         staged: Future[None] = Future()
         pending = self._submit(snapshot, lambda: self._stage(tensors, staged))
-        pending.add_done_callback(lambda _: staged.done() or staged.set_result(None))  # whatever became of it
+        pending.add_done_callback(lambda _: staged.done() or staged.set_result(None))  # even if the save failed
         self._staging = staged
         if not self._asynchronous:
             self.settle()
@@ -181,7 +179,7 @@ class Checkpointer:
         return pending
 
     def close(self) -> None:
-        """Wait for the save in flight and let go of the thread."""
+        """Wait for the save in flight and end the thread."""
         self.settle()
         self._thread.shutdown()
         self._stager.close()
@@ -227,7 +225,7 @@ class Checkpointer:
     ) -> tuple[Path, Manifest] | None:
         """Return the checkpoint to resume from, decided by rank 0 for all, or None to start anew.
 
-        Of several the newest valid one counts; a damaged one is passed over and said. Settings named in ``overrides``
+        Of several the newest valid one counts; a damaged one is skipped with a warning. Settings named in ``overrides``
         may differ.
 
         Raises:
@@ -296,7 +294,7 @@ class Checkpointer:
 
 
 def open_checkpoint(folder: Path) -> tuple[Path, Manifest]:
-    """Read and verify a checkpoint without loading it; one that somebody else can change is said.
+    """Read and verify a checkpoint without loading it; warn of one that somebody else can change.
 
     Raises:
         CheckpointError: if it is incomplete or damaged.

@@ -8,31 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-NEVER_BLOCKS = frozenset(
-    {
-        "train.max_steps",
-        "train.num_epochs",
-        "train.log_every",
-        "train.eval_every",
-        "train.eval_batch_size",
-        "train.early_stopping_patience",
-        "train.on_nonfinite",
-        "train.spike_factor",
-        "train.max_bad_steps",
-        "lora.init_from",
-        "train.sample_prompts",
-        "train.sample_tokens",
-        "train.sample_at_eval",
-        "train.activation_checkpointing",
-        "train.compile",
-        "quant.cache_dequantized",
-        "train.logits_chunk",
-        "model.name",
-        "model.revision",
-        "model.trust_remote_code",
-        "model.check",
-    }
-)
+from fsdp_qlora.config.facts import MAY_CHANGE, keys_with
+from fsdp_qlora.config.schema import RunConfig
+
+_MAY_CHANGE = keys_with(RunConfig, MAY_CHANGE)
 """Settings of the blocking groups that may differ on a resume (the base model itself goes by its files)."""
 _READ_BY = {
     "optim.beta3": ("ademamix_8bit",),
@@ -77,7 +56,7 @@ def blocking_settings(config: dict[str, Any]) -> dict[str, Any]:
     for group in BLOCKING_GROUPS:
         for key, value in config[group].items():
             read_by = _READ_BY.get(f"{group}.{key}")
-            if f"{group}.{key}" not in NEVER_BLOCKS and (read_by is None or config["optim"]["name"] in read_by):
+            if f"{group}.{key}" not in _MAY_CHANGE and (read_by is None or config["optim"]["name"] in read_by):
                 found[f"{group}.{key}"] = value
     return found
 

@@ -46,7 +46,7 @@ def write_checkpoint(
     """Write the checkpoint ``target``; it appears whole or not at all.
 
     Raises:
-        StorageError: on every rank alike, naming the rank that could not write.
+        StorageError: identically on every rank, naming the rank that could not write.
     """
     staging, tensors = staging_for(target), {}
 

@@ -21,7 +21,7 @@ def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
     """Compare the two ways on one row; every rank calls it. Leaves the mode as it was.
 
     Raises:
-        ModelError: on every rank alike, if they differ, or cannot be computed.
+        ModelError: identically on every rank, if they differ, or cannot be computed.
     """
     weight = getattr(model.base.get_input_embeddings(), "weight", None)
     vocab = weight.shape[0] if isinstance(weight, torch.Tensor) else 256

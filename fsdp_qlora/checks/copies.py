@@ -17,7 +17,7 @@ def require_equal_copies(parameters: Named, ranks: Ranks) -> None:
     """Check that parameters which are whole on every rank hold the same bytes on all. Every rank calls it.
 
     Raises:
-        NumericsError: on every rank alike, naming the first parameter and rank that differ.
+        NumericsError: identically on every rank, naming the first parameter and rank that differ.
     """
     digests = {name: tensor_sha256(p) for name, p in parameters if not isinstance(p, DTensor)}
     everywhere = gather_json(hashlib.sha256("".join(digests.values()).encode()).hexdigest(), ranks)

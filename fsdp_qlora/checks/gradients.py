@@ -21,7 +21,7 @@ class FirstGradients:
         """Check that all trainables have gradients (first call), and each adapter one that is not zero (second).
 
         Raises:
-            NumericsError: on every rank alike, naming the first parameter that fails.
+            NumericsError: identically on every rank, naming the first parameter that fails.
         """
         self._seen += 1
         if self._seen == 1:

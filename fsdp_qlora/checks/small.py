@@ -19,6 +19,7 @@ from fsdp_qlora.checks.settings import LENGTHS
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import from_main, gather_json
 from fsdp_qlora.errors import ModelError, typed_line
+from fsdp_qlora.model.construct import kept_in_float32
 from fsdp_qlora.model.cut import cut_config, shallow_config
 from fsdp_qlora.model.families import decoder_layers
 
@@ -58,7 +59,7 @@ def write_small(
         ranks: the run's.
 
     Raises:
-        ModelError: on every rank alike, if neither can be made, or upstream's own code does not run on it.
+        ModelError: identically on every rank, if neither can be made, or upstream's own code does not run on it.
     """
     problem, written = "", SmallModel(None, None)
     if ranks.is_main:
@@ -136,5 +137,4 @@ def _write(folder: Path, config: PreTrainedConfig, code: Path | None) -> SmallMo
         logits = model(input_ids=torch.zeros(1, LENGTHS[0], dtype=torch.long), use_cache=False).logits
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("upstream's own code gives values that are not finite")
-    float32 = bool(getattr(model, "_keep_in_fp32_modules_strict", None))
-    return SmallModel(reference.unusable_positions(model), None, float32)
+    return SmallModel(reference.unusable_positions(model), None, bool(kept_in_float32(model)))

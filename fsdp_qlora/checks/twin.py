@@ -105,7 +105,7 @@ def check_twin(
         build: builds our side.
 
     Raises:
-        ModelError: on every rank alike, if none is equal: what differs, where first, by how much, and what to set.
+        ModelError: identically on every rank, if none is equal: what differs, where first, how much, and what to set.
     """
     fell: dict[str, str] = {}
     with scratch_folder("fsdp-qlora-twin-") as folder:

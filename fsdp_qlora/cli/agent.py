@@ -50,7 +50,7 @@ def main() -> int:
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "fsdp_qlora", verb)
     except ChildFailedError as error:
-        # A rank that a signal ended says nothing itself, and what the others say then is an echo of its end.
+        # A rank killed by a signal reports nothing; errors on the others are consequences.
         # SIGTERM is not among those: it is how this agent ends the others.
         rank, failure = min(error.failures.items(), key=lambda item: (not _killed(item[1].exitcode), item[1].timestamp))
         _tell(rank, failure.exitcode)

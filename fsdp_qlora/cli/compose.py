@@ -28,37 +28,17 @@ from omegaconf.errors import OmegaConfBaseException
 from fsdp_qlora.cli.foreign import TAKEN, is_taken, refuse_hydras_own, require_typed
 from fsdp_qlora.cli.outside import Outside
 from fsdp_qlora.cli.quoting import list_of_names, literal, quoted, sweep_hint
-from fsdp_qlora.config.convert import convert, field_types, from_dict, known_keys, nearest
+from fsdp_qlora.config.convert import convert, field_types, known_keys, nearest
+from fsdp_qlora.config.facts import VERBATIM, keys_with
 from fsdp_qlora.config.rules import check
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.saved import read_config
+from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
-from fsdp_qlora.run.folder import read_config
 from fsdp_qlora.shown import visible
 
 _MAPPINGS = ("data.columns", "model.config_overrides", "quant.overrides")
 """Settings that are mappings with free keys."""
-VERBATIM = frozenset(
-    {
-        "prompt",
-        "prompt_file",
-        "adapter",
-        "run_from",
-        "model.name",
-        "data.train",
-        "data.template",
-        "data.eval",
-        "run.name",
-        "run.output_root",
-        "checkpoint.resume",
-        "checkpoint.fallback_dir",
-        "lora.init_from",
-        "export.to",
-        "export.checkpoint",
-        "evaluate.json",
-        "track.wandb_project",
-        "track.wandb_entity",
-    }
-)
+_VERBATIM = keys_with(RunConfig, VERBATIM)
 """Keys whose values are taken as typed: no quoting, no Hydra grammar (a list may still be written ``[a,b]``)."""
 
 GROUPS = [name for name, kind in field_types(RunConfig).items() if dataclasses.is_dataclass(kind)]
@@ -138,7 +118,7 @@ def split(arguments: Sequence[str]) -> CommandLine:
             flags.append(argument)
             if argument in ("--cfg", "-c", "--package", "-p", "--info", "-i"):
                 flags.extend(typing.cast(list[str], [v]) if (v := next(rest, None)) else [])
-        elif equals and key.lstrip("+") in VERBATIM:
+        elif equals and key.lstrip("+") in _VERBATIM:
             verbatim[key.lstrip("+")] = _verbatim(key.lstrip("+"), value)
         elif equals and _mapping(key.lstrip("+")):
             overrides.append(f"++{argument.lstrip('+')}")  # Hydra lets no plain override add a key, here neither
@@ -231,8 +211,10 @@ def _start_from(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
     if EXPERIMENT in chosen:
         raise ConfigError("run_from: cannot be joined with experiment=; the earlier run's settings are the experiment.")
     saved = flatten(read_config(file))
-    if unknown := sorted(saved.keys() - set(known_keys())):
-        raise ConfigError("\n".join(f"{file}: {k}: there is no such key.{nearest(k, known_keys())}" for k in unknown))
+    if unknown := sorted(saved.keys() - set(known_keys(RunConfig))):
+        raise ConfigError(
+            "\n".join(f"{file}: {k}: there is no such key.{nearest(k, known_keys(RunConfig))}" for k in unknown)
+        )
     return {k: v for k, v in saved.items() if k.partition(".")[0] not in chosen}, line
 
 
@@ -301,8 +283,8 @@ def _override_problems(parsed: Override, line: CommandLine) -> Iterator[str]:
                 why = REFUSED.get((key, word)) or nearest(word, options)
                 yield f"{key}: {word!r} is not one of {', '.join(options)}.{why}"
         return
-    if key not in known_keys() and not _mapping(key):
-        yield f"{key}: there is no such key.{nearest(key, [*known_keys(), EXPERIMENT])}"
+    if key not in known_keys(RunConfig) and not _mapping(key):
+        yield f"{key}: there is no such key.{nearest(key, [*known_keys(RunConfig), EXPERIMENT])}"
         return
     if parsed.is_delete():
         yield f"{key}: a key cannot be deleted; set it to null or to its default."

@@ -13,7 +13,8 @@ from rich.text import Text
 from fsdp_qlora.cli.foreign import switches_on
 from fsdp_qlora.cli.quoting import command
 from fsdp_qlora.cli.tables import print_table
-from fsdp_qlora.config.convert import from_dict
+from fsdp_qlora.config.saved import read_config
+from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.data.samples import segments
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.files.write import copy_regular
@@ -21,7 +22,7 @@ from fsdp_qlora.objectives import Objective
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.profile.phases import PHASES, WAITING
 from fsdp_qlora.quant.backend import bitsandbytes_backend
-from fsdp_qlora.run.folder import RunFolder, read_config
+from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.shown import visible
 from fsdp_qlora.track.console import console, megabytes

@@ -43,7 +43,9 @@ def verdict(
         _killed(exit_file.with_name("agent.json")),
         failure,
     ]
-    wordless = Ending(max(agent_code, 1), 0, f"the ranks ended without a word (launcher code {agent_code}).")
+    wordless = Ending(
+        max(agent_code, 1), 0, f"the ranks exited without reporting an error (launcher code {agent_code})."
+    )
     return next((ending for ending in candidates if ending is not None), wordless)
 
 

@@ -1,4 +1,4 @@
-"""Plain dictionaries <-> `RunConfig`, with every type checked and all failures reported at once."""
+"""Plain dictionaries <-> dataclasses of settings, with every type checked and all failures reported at once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.facts import plain
 from fsdp_qlora.errors import ConfigError
+
+T = typing.TypeVar("T")
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -19,7 +21,7 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
+def to_dict(config: Any) -> dict[str, Any]:
     """Return the settings as nested plain dictionaries (JSON and YAML can hold them)."""
     return dataclasses.asdict(config)
 
@@ -27,10 +29,10 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def field_types(schema: type) -> dict[str, Any]:
     """Return name -> type for a group's fields, in their order."""
     hints = typing.get_type_hints(schema, include_extras=True)
-    return {f.name: hints[f.name] for f in dataclasses.fields(schema)}
+    return {f.name: plain(hints[f.name]) for f in dataclasses.fields(schema)}
 
 
-def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
+def known_keys(schema: type, prefix: str = "") -> list[str]:
     """List every dotted key of the schema, groups included."""
     keys: list[str] = []
     for name, kind in field_types(schema).items():
@@ -40,24 +42,24 @@ def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """Build a `RunConfig` from nested dictionaries; missing keys take their defaults.
+def build(schema: type[T], values: Mapping[str, Any]) -> T:
+    """Build a schema from nested dictionaries; missing keys take their defaults.
 
     Raises:
         ConfigError: naming every unknown key and every value of the wrong type.
     """
     problems: list[str] = []
-    config = _build(RunConfig, values, "", problems)
+    built = _build(schema, values, "", problems, known_keys(schema))
     if problems:
         raise ConfigError("\n".join(problems))
-    return config
+    return built
 
 
-def _build(schema: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+def _build(schema: type, values: Mapping[str, Any], prefix: str, problems: list[str], known: list[str]) -> Any:
     kinds = field_types(schema)
     for name in values.keys() - kinds.keys():
         key = f"{prefix}{name}"
-        problems.append(f"{key}: there is no such key.{nearest(key, known_keys())}")
+        problems.append(f"{key}: there is no such key.{nearest(key, known)}")
     given: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name not in values:
@@ -65,7 +67,7 @@ def _build(schema: type, values: Mapping[str, Any], prefix: str, problems: list[
         key, value = f"{prefix}{name}", values[name]
         if dataclasses.is_dataclass(kind):
             if isinstance(value, Mapping):
-                given[name] = _build(typing.cast(type, kind), value, f"{key}.", problems)
+                given[name] = _build(typing.cast(type, kind), value, f"{key}.", problems, known)
             else:
                 problems.append(f"{key}: is a group of keys, not a value; got {value!r}.")
             continue

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import reduce
 
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.convert import known_keys, nearest
+from fsdp_qlora.config.facts import Range, facts
 from fsdp_qlora.config.schema import BLOCK_SIZES, RunConfig
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.shown import has_password, shown_source
@@ -18,84 +20,11 @@ from fsdp_qlora.shown import has_password, shown_source
 Rule = Callable[[RunConfig], Iterator[str]]
 
 
-def _positive(config: RunConfig) -> Iterator[str]:
-    for key, value in {
-        "data.max_length": config.data.max_length,
-        "lora.r": config.lora.r,
-        "lora.alpha": config.lora.alpha,
-        "train.global_batch_size": config.train.global_batch_size,
-        "train.micro_batch_size": config.train.micro_batch_size,
-        "data.shuffle_window": config.data.shuffle_window,
-        "train.eval_batch_size": config.train.eval_batch_size,
-        "train.logits_chunk": config.train.logits_chunk,
-        "fsdp.replicate_degree": config.fsdp.replicate_degree,
-        "launcher.timeout_seconds": config.launcher.timeout_seconds,
-        "checkpoint.keep_last": config.checkpoint.keep_last,
-        "optim.eps": config.optim.eps,
-        "train.max_bad_steps": config.train.max_bad_steps,
-        "generate.max_new_tokens": config.generate.max_new_tokens,
-        "train.sample_tokens": config.train.sample_tokens,
-        "debug.record_steps": config.debug.record_steps,
-    }.items():
-        if not value > 0:
-            yield f"{key}: must be above 0, got {value}."
-
-
-def _not_negative(config: RunConfig) -> Iterator[str]:
-    for key, value in {
-        "train.max_steps": config.train.max_steps,
-        "train.micro_batch_tokens": config.train.micro_batch_tokens,
-        "train.num_epochs": config.train.num_epochs,
-        "train.eval_every": config.train.eval_every,
-        "train.log_every": config.train.log_every,
-        "train.max_grad_norm": config.train.max_grad_norm,
-        "train.early_stopping_patience": config.train.early_stopping_patience,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.keep_every": config.checkpoint.keep_every,
-        "checkpoint.keep_best": config.checkpoint.keep_best,
-        "schedule.warmup_steps": config.schedule.warmup_steps,
-        "fsdp.shard_degree": config.fsdp.shard_degree,
-        "fsdp.prefetch": config.fsdp.prefetch,
-        "launcher.max_restarts": config.launcher.max_restarts,
-        "train.spike_factor": config.train.spike_factor,
-        "data.temperature": config.data.temperature,
-        "data.show_samples": config.data.show_samples,
-        "launcher.nproc_per_node": config.launcher.nproc_per_node,
-        "launcher.threads_per_rank": config.launcher.threads_per_rank,
-        "launcher.shutdown_seconds": config.launcher.shutdown_seconds,
-        "optim.lr": config.optim.lr,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.alpha": config.optim.alpha,
-        "optim.t_alpha": config.optim.t_alpha,
-        "optim.t_beta3": config.optim.t_beta3,
-        "run.seed": config.run.seed,
-        "plan.world_size": config.plan.world_size,
-        "generate.temperature": config.generate.temperature,
-        "debug.warmup_steps": config.debug.warmup_steps,
-        "quant.llm_int8_threshold": config.quant.llm_int8_threshold,
-    }.items():
-        if value < 0:
-            yield f"{key}: must not be negative, got {value}."
-
-
-def _shares(config: RunConfig) -> Iterator[str]:
-    for key, value in {
-        "data.eval_fraction": config.data.eval_fraction,
-        "lora.dropout": config.lora.dropout,
-        "optim.beta1": config.optim.beta1,
-        "optim.beta2": config.optim.beta2,
-        "optim.beta3": config.optim.beta3,
-        "schedule.warmup_ratio": config.schedule.warmup_ratio,
-    }.items():
-        if not 0 <= value < 1:
-            yield f"{key}: must be at least 0 and below 1, got {value}."
-    for key, value in {
-        "schedule.decay_ratio": config.schedule.decay_ratio,
-        "schedule.min_lr_ratio": config.schedule.min_lr_ratio,
-        "generate.top_p": config.generate.top_p,
-    }.items():
-        if not 0 <= value <= 1:
-            yield f"{key}: must be between 0 and 1, got {value}."
+def _ranges(config: RunConfig) -> Iterator[str]:
+    for key, fact in facts(RunConfig):
+        value = reduce(getattr, key.split("."), config)
+        if isinstance(fact, Range) and not fact.holds(value):  # type: ignore[arg-type]
+            yield f"{key}: {fact.rule}, got {value}."
 
 
 def _finite(config: RunConfig) -> Iterator[str]:
@@ -200,7 +129,7 @@ def _is_name_or_names(value: object) -> bool:
 
 
 def _resume(config: RunConfig) -> Iterator[str]:
-    known = known_keys()
+    known = known_keys(RunConfig)
     for key in config.checkpoint.resume_overrides:
         if key not in known:
             yield f"checkpoint.resume_overrides: there is no setting {key!r}.{nearest(key, known)}"
@@ -290,9 +219,7 @@ def _prompts(config: RunConfig) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     _finite,
-    _positive,
-    _not_negative,
-    _shares,
+    _ranges,
     _optimizer,
     _batches,
     _packing,

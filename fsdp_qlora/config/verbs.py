@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, SHARE, VERBATIM
 
 
 @dataclass(frozen=True)
@@ -11,7 +14,7 @@ class PlanSettings:
 
     json: bool = False
     """Print JSON instead of a table."""
-    world_size: int = 0
+    world_size: Annotated[int, NOT_NEGATIVE] = 0
     """Ranks to plan for; 0 = as many as `train` would start."""
     gpu: str | None = None
     """Memory of one device (``24GiB``): answers whether the plan fits."""
@@ -31,7 +34,7 @@ class PlanSettings:
 class EvaluateSettings:
     """The `evaluate` verb."""
 
-    json: str | None = None
+    json: Annotated[str | None, VERBATIM] = None
     """File for ``{eval_loss, eval_perplexity, target_tokens}``."""
 
 
@@ -39,11 +42,11 @@ class EvaluateSettings:
 class GenerateSettings:
     """The `generate` verb."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: Annotated[int, POSITIVE] = 256
     """Longest answer."""
-    temperature: float = 0.0
+    temperature: Annotated[float, NOT_NEGATIVE] = 0.0
     """0 = greedy, the same answer every time."""
-    top_p: float = 1.0
+    top_p: Annotated[float, SHARE] = 1.0
     """Nucleus sampling, when the temperature is above 0."""
 
 
@@ -51,7 +54,7 @@ class GenerateSettings:
 class ExportSettings:
     """The `export` verb."""
 
-    checkpoint: str | None = None
+    checkpoint: Annotated[str | None, VERBATIM] = None
     """Checkpoint folder to export; null takes the newest complete one of the run."""
-    to: str | None = None
+    to: Annotated[str | None, VERBATIM] = None
     """Folder to write; null takes ``<run folder>/adapter`` for an adapter."""

@@ -11,10 +11,10 @@ Who trains on a folder holds a lock on its SHA256SUMS, so that nobody removes it
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +25,8 @@ from fsdp_qlora.errors import StorageError, typed_line
 from fsdp_qlora.files.locks import alone, try_lock
 from fsdp_qlora.files.read import file_sha256
 from fsdp_qlora.files.write import sync
+
+_log = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
 MAX_BYTES = 64 * 2**30
@@ -62,7 +64,7 @@ def _obtain(folder: Path, load: Callable[[Path], object], make: Callable[[Path],
         problem = _problem(folder, load)  # another process may have made it meanwhile
         if problem is not None:
             if os.path.lexists(folder):
-                print(f"fsdp-qlora: {folder}: {problem}. The data are tokenized anew.", file=sys.stderr, flush=True)
+                _log.warning("%s: %s. The data are tokenized anew.", folder, problem)
             _make(folder, make)
     _note_use(folder)
     sweep(folder.parent)

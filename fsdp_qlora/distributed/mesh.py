@@ -41,6 +41,16 @@ class Ranks:
         return dist.get_world_size(self.group)
 
     @property
+    def data_rank(self) -> int:
+        """Which part of a global batch this process works on; ranks that shared a sequence would share it."""
+        return self.rank
+
+    @property
+    def data_size(self) -> int:
+        """Number of parts that a global batch is dealt into."""
+        return self.size
+
+    @property
     def shard_rank(self) -> int:
         """This process's number on the shard axis."""
         return self.mesh.get_local_rank(SHARD)

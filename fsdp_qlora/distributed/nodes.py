@@ -1,4 +1,4 @@
-"""Something long that one rank of each node does while the others wait, in no collective that could time out."""
+"""Run long work once per node while the other ranks poll, outside any collective that could time out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def once_per_node(work: Callable[[], Any], ranks: Ranks, local_rank: int, waitin
         waiting: takes a line for a person, now and then, while this rank waits.
 
     Raises:
-        FsdpQloraError: on every rank alike, with the first failing rank's message; an `OSError` becomes code 74.
+        FsdpQloraError: identically on every rank, with the first failing rank's message; an `OSError` becomes code 74.
     """
     leaders = [rank for rank, local in enumerate(gather_json(local_rank, ranks)) if local == 0]
     mine = max(rank for rank in leaders if rank <= ranks.rank)

@@ -11,7 +11,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Let the kernel kill this process when its parent dies: a launcher that is killed leaves no writers behind.
+    """Let the kernel kill this process when its parent dies: so that a killed launcher leaves no orphans writing.
 
     Args:
         parent: process id that the parent should have; another one means that it is dead already.

@@ -6,9 +6,9 @@ Every function takes its group explicitly, so that tests can run on sub-groups o
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ from fsdp_qlora.distributed.cgroup import memory_limit
 from fsdp_qlora.distributed.meeting import meeting_folder, meeting_store
 from fsdp_qlora.distributed.torchrun import is_rank, leftovers
 from fsdp_qlora.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Placement:
         env = os.environ
         if not is_rank(env):
             if note := leftovers(env):
-                print(f"fsdp-qlora: {note}", file=sys.stderr, flush=True)
+                _log.warning("%s", note)
             return Placement(0, 0, 1, 1)
         world, rank = int(env["WORLD_SIZE"]), int(env["RANK"])
         return Placement(rank, int(env.get("LOCAL_RANK", rank)), world, int(env.get("LOCAL_WORLD_SIZE", world)))

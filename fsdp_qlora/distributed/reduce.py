@@ -52,7 +52,7 @@ def on_main(work: Callable[[], Any], ranks: Ranks) -> Any:
     """Do something on rank 0 alone; every rank returns its result (anything JSON holds) or raises what it met.
 
     Raises:
-        FsdpQloraError: on every rank alike, with rank 0's message and exit code; an `OSError` becomes code 74.
+        FsdpQloraError: identically on every rank, with rank 0's message and exit code; an `OSError` becomes code 74.
     """
     verdict: dict[str, Any] = {}
     if ranks.is_main:
@@ -68,7 +68,7 @@ def on_every(work: Callable[[], _T], ranks: Ranks) -> _T:
     """Do something on every rank; each returns its own result, or all raise what the first failing rank met.
 
     Raises:
-        FsdpQloraError: on every rank alike, with that rank's message and exit code; an `OSError` becomes code 74.
+        FsdpQloraError: identically on every rank, with that rank's message and exit code; an `OSError` becomes code 74.
     """
     with ranks.phases.by_itself():
         result, verdict = attempt(work)

@@ -1,7 +1,7 @@
 """A thread beside each rank: it ends the rank when another one has ended the run, and says who holds up the others.
 
 A rank whose main thread waits in a collective runs no signal handler and raises nothing until the collective's own
-timeout, which with NCCL is an abort without a word; and a call into a storage that hangs never returns at all. This
+timeout, which with NCCL aborts silently; and a call into a storage that hangs never returns at all. This
 thread goes on: it puts what the rank is doing and a sign of life on a board that all ranks can read. When this rank has
 done nothing for too long in what it does by itself, it says so; when it has been waiting for too long, it looks who
 never came, and who came and gives no sign any more.

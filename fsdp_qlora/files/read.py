@@ -14,9 +14,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import stat
-import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.errors import SecurityError
+
+_log = logging.getLogger(__name__)
 
 LACKING = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.ENOTTY)
 """What the kernel answers where a file system (FUSE, NFS, SMB, FAT) does not have an operation."""
@@ -203,8 +205,8 @@ def who_else_changes(path: Path) -> str | None:
 
 
 def warn_of_others(*paths: Path) -> None:
-    """Say on stderr of the first path that somebody else can change, if there is one."""
+    """Warn of the first path that somebody else can change, if there is one."""
     for path in paths:
         if (why := who_else_changes(path)) is not None:
-            print(f"fsdp-qlora: {why}: what lies there may not be what was written.", file=sys.stderr, flush=True)
+            _log.warning("%s: what lies there may not be what was written.", why)
             return

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.load.buffers import in_no_file
 
 _PROBES = 61
 """Logits that the code after the head is tried on; odd, so that zero is one of them."""
@@ -143,7 +144,7 @@ def _candidates(config: Any, slope: float) -> list[tuple[float, float | None]]:
 
 def _has_own_buffers(model: PreTrainedModel) -> bool:
     """Whether the model's outermost module holds values that files may change (BART's bias on the logits)."""
-    return any(name not in model._non_persistent_buffers_set for name, _ in model.named_buffers(recurse=False))
+    return any(name not in in_no_file(model) for name, _ in model.named_buffers(recurse=False))
 
 
 def _code_after(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -10,6 +10,11 @@ from torch import nn
 from fsdp_qlora.quant.matrices import QuantMatrices
 
 
+def in_no_file(module: nn.Module) -> set[str]:
+    """Return the names of a module's own buffers that ``state_dict`` leaves out; torch has no public way to ask."""
+    return module._non_persistent_buffers_set
+
+
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the buffers that ``state_dict`` holds and files may change, by name."""
     return {
@@ -17,7 +22,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
         for prefix, module in model.named_modules()
         if not isinstance(module, QuantMatrices)
         for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
+        if name not in in_no_file(module)
     }
 
 
@@ -30,7 +35,7 @@ def to_empty_but_buffers(model: nn.Module, shards_on: torch.device, device: torc
     model.to_empty(device=shards_on)
     for module, name, buffer in buffers:
         made = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-        module._buffers[name] = made
+        setattr(module, name, made)
 
 
 def matches_any(name: str, patterns: set[str] | list[str] | None) -> bool:

@@ -64,8 +64,8 @@ def stream_weights(
     modules ``on_host`` on the CPU.
 
     Raises:
-        FsdpQloraError: on every rank alike, if on any a tensor is missing, has the wrong shape, or holds a value that
-            is not a finite number (code 2), or a file cannot be read (code 74).
+        FsdpQloraError: identically on every rank, if on any a tensor is missing, has the wrong shape, or holds a value
+            that is not a finite number (code 2), or a file cannot be read (code 74).
         NumericsError: if a planned linear was not filled or the tie of head and embedding was lost.
     """
     started = time.perf_counter()
@@ -228,7 +228,7 @@ def _nest(module: QuantMatrices, absmax: torch.Tensor, first: int, last: int, ra
 
 
 def _of_all_ranks(module: QuantMatrices, absmax: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Return the float32 absmax ``[rows, statistics]`` of all rows: a mean depends on the order of what it is of."""
+    """Return the float32 absmax ``[rows, statistics]`` of all rows: floating-point means depend on summation order."""
     rows = module.packed.shape[0]
     if not isinstance(module.packed, DTensor):
         return absmax

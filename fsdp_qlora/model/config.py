@@ -90,7 +90,7 @@ def _merged(config: PreTrainedConfig, overrides: Mapping[str, Any], prefix: str)
 def _current_spelling(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the overrides with ``rope_theta`` and ``rope_scaling`` as transformers 5 keeps them: in one mapping.
 
-    As keywords beside that mapping they would lose against it, without a word.
+    As keywords beside that mapping they would be silently overridden by it.
     """
     found, rope = dict(overrides), values.get(_ROPE)
     if not isinstance(rope, dict) or any(isinstance(part, dict) for part in rope.values()):

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import guard_torch_init_functions
 
-from fsdp_qlora.load.buffers import persistent_buffers
+from fsdp_qlora.load.buffers import in_no_file, persistent_buffers
 from fsdp_qlora.quant.matrices import QuantMatrices
 
 
@@ -75,7 +75,7 @@ def make_buffers(model: PreTrainedModel) -> None:
     """
     with guard_torch_init_functions():
         for owner, module in _with_owners(model):
-            if module._non_persistent_buffers_set and module._buffers:
+            if in_no_file(module) and next(module.buffers(recurse=False), None) is not None:
                 owner._init_weights(module)
 
 
@@ -89,12 +89,17 @@ def _with_owners(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.M
         pending += [(owner, child) for child in module.children()]
 
 
+def kept_in_float32(model: PreTrainedModel) -> list[str]:
+    """Return the patterns of what upstream keeps in float32 in any 16-bit model, by its own list."""
+    return sorted(model._keep_in_fp32_modules_strict or ())
+
+
 def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give the meta parameters and buffers that upstream keeps in float32 that dtype, as ``from_pretrained`` does.
 
     ``from_config`` does not look at ``_keep_in_fp32_modules_strict``. (The list without ``strict`` is for float16.)
     """
-    patterns = sorted(model._keep_in_fp32_modules_strict or ())
+    patterns = kept_in_float32(model)
     if not patterns or dtype not in (torch.float16, torch.bfloat16):
         return
     matching, _, _ = build_glob_alternation(list(patterns))
@@ -124,5 +129,5 @@ def unmade_buffers(model: nn.Module) -> list[str]:
         for prefix, module in model.named_modules()
         if not isinstance(module, QuantMatrices)
         for name, buffer in module.named_buffers(recurse=False)
-        if buffer.is_meta and name in module._non_persistent_buffers_set
+        if buffer.is_meta and name in in_no_file(module)
     ]

@@ -1,9 +1,9 @@
 """`torch.compile` by decoder layer: one compilation serves all layers, and FSDP's hooks stay outside of it.
 
-Compilations are dear (some 15 s each on a CPU), and torch gives up at the ninth. So nothing that changes from batch to
-batch may ask for another one: sizes are symbols, equal ones stay independent of each other, and the first layer's input
-wants a gradient like all others'. What cannot be a symbol (one row or several, a mask or none) is a `Form`
-(`fsdp_qlora.data.forms`): layers are compiled for a run's usual ones and run as written for the rare rest.
+Compiling is expensive (some 15 s each time on a CPU), and torch gives up at the ninth. So nothing that changes from
+batch to batch may ask for another one: sizes are symbols, equal ones stay independent of each other, and the first
+layer's input wants a gradient like all others'. What cannot be a symbol (one row or several, a mask or none) is a
+`Form` (`fsdp_qlora.data.forms`): layers are compiled for a run's usual ones and run as written for the rare rest.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def compile_layers(layers: Sequence[nn.Module], layer_types: Sequence[str] = ())
 
     # FSDP2 warns that a compiled layer's output is a view; transformers' models never write into it
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-    # A checkpointed layer hands products from one linear to the next (`SharedInput`) and is left as it was found:
-    # the recomputation is of the graph and has nothing to hand on
+    # A checkpointed layer passes products from one linear to the next (`SharedInput`); recomputation replays the graph,
+    # so there is nothing to pass on
     dynamo_config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     # Compiled headers would lie in the temporary folder of all users, wherever the cache is
     inductor_config.cpp_cache_precompile_headers = False

@@ -32,7 +32,7 @@ class EagerFallback:
         """Compare notes. A collective.
 
         Raises:
-            ConfigError: on every rank alike, if compiling was asked for and fails in the first step of a start.
+            ConfigError: identically on every rank, if compiling was asked for and fails in the first step of a start.
         """
         self._steps += 1
         if self._agreed or not any_rank(self._layers.failure is not None, self._ranks):

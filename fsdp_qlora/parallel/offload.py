@@ -1,7 +1,7 @@
 """What decoder layers keep for backward, in host memory (``fsdp.offload=activations``).
 
 While a layer runs forward, what autograd saves in it is copied to pinned host memory on a side stream, beside the
-computation. The device's copy is let go one layer later; in backward a layer's tensors are brought back while the layer
+computation. The device's copy is freed one layer later; in backward a layer's tensors are brought back while the layer
 behind it computes. So about two layers' tensors are on the device at any time. With activation checkpointing a layer
 saves its input alone.
 

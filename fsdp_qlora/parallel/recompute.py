@@ -25,16 +25,16 @@ DEAR = frozenset(
 
 
 def checkpoint_activations(model: PreTrainedModel, kind: Literal["selective", "full"]) -> None:
-    """Recompute each decoder layer in backward instead of keeping its activations: all of it, or all but what is dear.
+    """Recompute decoder layers in backward instead of keeping activations: everything, or all except expensive ops.
 
     Non-reentrant: the reentrant kind loses the gradients of adapters behind a frozen embedding.
     """
     settings: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
-        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_what_is_dear)
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive_ops)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     model.train()  # transformers checkpoints in training mode only
 
 
-def _keep_what_is_dear(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _keep_expensive_ops(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in DEAR else CheckpointPolicy.PREFER_RECOMPUTE

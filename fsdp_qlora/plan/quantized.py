@@ -13,7 +13,7 @@ from fsdp_qlora.shapes.linears import ModelShapes, quantized_edges, quantized_li
 from fsdp_qlora.shapes.targets import endings
 
 _MOST_KEPT = 0.1
-"""Share of the decoder layers' weights that may stay in 16 bit without a word."""
+"""Share of the decoder layers' weights that may stay in 16 bits without confirmation."""
 
 
 def format_of(settings: QuantSettings, name: str | None = None) -> Format:

@@ -1,4 +1,4 @@
-"""Whose time a step's time is: every nanosecond of a recorded step goes to one phase, so the phases add up to the step.
+"""Attributes each nanosecond of a recorded step to one phase, so the phases add up to the step.
 
 On a CPU the time is that of the main thread, which runs forward, backward and update. Events nest; at each moment the
 innermost one decides, unless one around it claims all that is inside (`_classify` has the rules). On a device it is the

@@ -83,7 +83,7 @@ class StepProfiler:
     def _write(self, found: profile) -> None:
         try:
             found.export_chrome_trace(str(self.file))
-        except OSError as error:  # told later, by all ranks together: alone, this one would leave the others waiting
+        except OSError as error:  # raised later on every rank; raising here would deadlock the others
             self._failure = f"{self.file} cannot be written: {error.strerror}."
 
     def close(self) -> None:

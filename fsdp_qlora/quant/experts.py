@@ -6,6 +6,7 @@ the forward registered here multiplies with one expert at a time, so one dense e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ EXPERTS_IMPLEMENTATION = "fsdp_qlora_4bit"
 def experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
+    """Return each token's weighted sum over its experts, ``[tokens, hidden]``; see `experts_by_counts`."""
+    return experts_by_counts(self, hidden_states, top_k_index, top_k_weights, _tokens_per_expert)
+
+
+def experts_by_counts(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
+    counts: Callable[[torch.Tensor, int], list[int]],
+) -> torch.Tensor:  # fmt: skip
     """Return each token's weighted sum over its experts, ``[tokens, hidden]``.
 
     Args:
@@ -27,11 +36,12 @@ def experts_forward(
         hidden_states: ``[tokens, hidden]``.
         top_k_index: int64 ``[tokens, k]``, the experts of each token.
         top_k_weights: ``[tokens, k]``.
+        counts: gives the tokens of each expert from ``top_k_index`` and the number of experts.
     """
     up, down = first_matrices(self), self.down_proj
     order = top_k_index.reshape(-1).argsort(stable=True)
     tokens = order // top_k_index.shape[-1]
-    parts = hidden_states[tokens].split(_tokens_per_expert(self, top_k_index, up.count))
+    parts = hidden_states[tokens].split(counts(top_k_index, up.count))
     found = []
     for expert, part in enumerate(parts):
         if part.shape[0] == 0:
@@ -43,18 +53,8 @@ def experts_forward(
     return torch.zeros_like(hidden_states).index_add_(0, tokens, weighted.to(hidden_states.dtype))
 
 
-def _tokens_per_expert(module: Any, top_k_index: torch.Tensor, count: int) -> list[int]:
-    if getattr(module, "spread_evenly", False):  # a simulated step: there are no numbers to route by
-        each, more = divmod(top_k_index.numel(), count)
-        return [each + (expert < more) for expert in range(count)]
+def _tokens_per_expert(top_k_index: torch.Tensor, count: int) -> list[int]:
     return torch.bincount(top_k_index.reshape(-1), minlength=count).tolist()
-
-
-def spread_evenly(model: nn.Module) -> None:
-    """Let every expert of ``model`` take as many tokens: for a simulated step, which has no numbers to route by."""
-    for module in model.modules():
-        if isinstance(getattr(module, "down_proj", None), QuantMatrices) and hasattr(module, "has_gate"):
-            module.spread_evenly = True  # type: ignore[assignment]
 
 
 def first_matrices(module: nn.Module) -> QuantMatrices:

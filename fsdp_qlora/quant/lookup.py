@@ -19,7 +19,8 @@ _EXPONENTS = 11
 _PER_SIGN = (_EXPONENTS + 1) * _MANTISSAS
 _EXPONENT_BITS = 0x7F80
 _LOWEST, _HIGHEST = _EXPONENTS + 1 << 7, 252 << 7
-"""Bits of an absmax beside which what is no normal number is as good as zero, and whose reciprocal is normal."""
+"""Range of absmax bit patterns that the table covers: from `_LOWEST` on subnormal weights quantize to zero; below
+`_HIGHEST` the reciprocal is normal."""
 
 
 def quantize_nf4(weights: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor] | None:

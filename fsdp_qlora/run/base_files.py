@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from fsdp_qlora.errors import ConfigError, StorageError
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.load.safetensors import weight_files
 from fsdp_qlora.run.prepared import Prepared
+
+_log = logging.getLogger(__name__)
 
 
 class BaseFiles:
@@ -45,17 +47,13 @@ class BaseFiles:
         Every rank calls it.
 
         Raises:
-            ConfigError: on every rank alike, naming the first file that differs.
+            ConfigError: identically on every rank, naming the first file that differs.
         """
         digests, ranks = self._digests, self._ranks
         if any_rank(self._local_rank == 0 and digests.missing(saved), ranks):
             self._ranks.phases.enter("reading the base model's files whole")
             if ranks.is_main:
-                print(
-                    f"fsdp-qlora: reading the base model's files whole, to compare them with those of {checkpoint}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                _log.warning("reading the base model's files whole, to compare them with those of %s", checkpoint)
             once_per_node(lambda: digests.make(saved), ranks, self._local_rank, lambda _: None)
         on_every(lambda: digests.compare(saved, checkpoint), ranks)
 

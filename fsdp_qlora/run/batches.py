@@ -44,8 +44,8 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
     """
     assert prepared.data is not None
     train, data, seed = prepared.config.train, prepared.config.data, prepared.config.run.seed
-    cut = Cut(train.micro_batch_size, prepared.ranks.rank, prepared.ranks.size, train.micro_batch_tokens)
-    attention = str(prepared.model.base.config.get_text_config()._attn_implementation)
+    cut = Cut(train.micro_batch_size, prepared.ranks.data_rank, prepared.ranks.data_size, train.micro_batch_tokens)
+    attention = prepared.choices["model.attn_implementation"].value
     compiled = prepared.model.compiled_layers is not None
     layout = Layout.of(prepared.config, attention, compiled, prepared.ranks.is_main)
     if layout.shared_rows is not None:

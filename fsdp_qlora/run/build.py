@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,8 @@ from fsdp_qlora.quant.swap import swap_linears
 from fsdp_qlora.run.decide import skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class OpenedModel:
@@ -101,7 +104,7 @@ def open_model(
     source.arrange(arrangement(base, source.entries))
     stock = take_stock(base, source)
     if (line := stock.describe()) and ranks.is_main and say:
-        print(f"{config.model.name}: {line}", flush=True)
+        _log.info("%s: %s", config.model.name, line)
     shapes = read_shapes(base)
     if config.data.train is not None and task_type(base) != "CAUSAL_LM":
         raise ModelError(

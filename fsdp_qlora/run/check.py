@@ -29,7 +29,7 @@ def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
     ``config`` has all decided but the attention (`OpenedModel.config`): the twin runs as the model will.
 
     Raises:
-        ModelError: on every rank alike, if none does.
+        ModelError: identically on every rank, if none does.
     """
     model = config.model
     model_config = on_every(lambda: load_config(folder, model.trust_remote_code, model.config_overrides), ranks)

@@ -16,11 +16,12 @@ from fsdp_qlora.checkpoint.manifest import compare
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.decided import Resume
+from fsdp_qlora.config.saved import read_config
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import gather_json, on_main
 from fsdp_qlora.errors import ConfigError, FsdpQloraError, RunFolderError, typed_line
-from fsdp_qlora.run.folder import RunFolder, read_config
+from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.shown import published
 
 
@@ -39,7 +40,7 @@ def claim(folder: RunFolder, config: RunConfig, ranks: Ranks) -> Decision:
 
     Raises:
         ConfigError: if the ranks were started with different settings.
-        FsdpQloraError: on every rank alike, if the folder is in use or holds a run that does not go with the settings.
+        FsdpQloraError: identically on every rank, if the folder is in use or holds a run with other settings.
     """
     digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
     digests = gather_json(digest, ranks)

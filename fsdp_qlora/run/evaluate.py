@@ -26,7 +26,7 @@ def _evaluate(prepared: Prepared, rows: TokenRows) -> Evaluation:
     objective, parts = build_objective(config.objective.name), {}
     for source in sorted(set(rows.sources.tolist())):
         chosen = [row for row in range(len(rows)) if rows.sources[row] == source]
-        batch = build_batch(rows, chosen, Cut(config.train.eval_batch_size, ranks.rank, ranks.size))
+        batch = build_batch(rows, chosen, Cut(config.train.eval_batch_size, ranks.data_rank, ranks.data_size))
         found = evaluate(prepared.model, batch.micro_batches, objective, batch.weights, ranks)
         parts[_source_name(prepared, source)] = found
     return together(parts, objective)

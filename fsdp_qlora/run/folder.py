@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import socket
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,13 +20,13 @@ from typing import Any
 
 import yaml
 
-from fsdp_qlora.errors import ConfigError, RunFolderError, SecurityError, StorageError
-from fsdp_qlora.files.bounded import OutOfBoundsError, read_settings
+from fsdp_qlora.errors import RunFolderError, SecurityError, StorageError
 from fsdp_qlora.files.read import LACKING, open_regular, read_json, read_regular, refuse_irregular, warn_of_others
 from fsdp_qlora.files.scratch import sweep
 from fsdp_qlora.files.write import write_first, write_json, write_text
 from fsdp_qlora.track.lines import read_lines, write_lines
 
+_log = logging.getLogger(__name__)
 _WANDB = "wandb"
 """W&B's own folder in the run folder; it links from there to its newest run."""
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "fsdp-qlora")
@@ -101,7 +101,7 @@ class RunFolder:
         except OSError as error:
             if error.errno not in LACKING:
                 raise StorageError(f"{self.path} cannot be locked: {error.strerror}.") from error
-            _say(
+            _log.warning(
                 f"run.output_root: this file system knows no locks ({error.strerror}); see to it yourself "
                 f"that no second run uses {self.path}."
             )
@@ -136,7 +136,7 @@ class RunFolder:
         return target
 
     def begin(self, config: dict[str, Any]) -> None:
-        """Write the resolved settings and the versions of what runs them; what was finished is so no more."""
+        """Write the resolved settings and the versions of what runs them; a finished run is reopened."""
         self.summary_file.unlink(missing_ok=True)
         write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         write_json(self.path / "versions.json", versions())
@@ -183,33 +183,6 @@ class RunFolder:
             return None
         kinds = {"code": int, "rank": int, "message": str, "time": int | float}
         return found if all(isinstance(found.get(key), kind) for key, kind in kinds.items()) else None
-
-
-def _say(message: str) -> None:
-    print(f"fsdp-qlora: {message}", file=sys.stderr, flush=True)
-
-
-def read_config(file: str) -> dict[str, Any]:
-    """Read a config.yaml as data, or that of a run's folder.
-
-    Raises:
-        ConfigError: if it is not there, is no mapping, or is more than settings can be.
-    """
-    path = Path(file).expanduser()
-    path = path / "config.yaml" if path.is_dir() else path
-    try:
-        values = yaml.safe_load(read_settings(path))
-    except SecurityError:
-        raise
-    except OSError as error:
-        raise ConfigError(f"run_from: {path} cannot be read: {error.strerror}.") from error
-    except OutOfBoundsError as error:
-        raise ConfigError(f"run_from: {path} holds more than settings can: {error}.") from error
-    except Exception as error:  # of any kind: a date that there is not is a ValueError, a number without digits another
-        raise ConfigError(f"run_from: {path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"run_from: {path} holds no settings.")
-    return values
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -55,6 +55,8 @@ from fsdp_qlora.train.progress import Progress
 from fsdp_qlora.train.recovery import Recovery
 from fsdp_qlora.train.step import StepSettings
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class FitResult:
@@ -83,7 +85,7 @@ class Training:
         num_steps = self.batches.length.planned_steps
         for notice in (self.optimizer.notice, warmup_notice(self.config.schedule, num_steps)):
             if self.ranks.is_main and notice:
-                print(f"fsdp-qlora: {notice}", file=sys.stderr, flush=True)
+                _log.warning("%s", notice)
         self.reduce_replicated = ReplicatedGradients(self.optimizer.parameters.items(), self.ranks)
         self.schedule = build_schedule(self.config.schedule, num_steps)
         self.objective = build_objective(self.config.objective.name)
@@ -129,7 +131,7 @@ class Training:
         self.checkpointer.save(self._snapshot(progress), self._tensors)
 
     def finish(self, progress: Progress) -> None:
-        """See to it that this state is on disk."""
+        """Make sure this state is on disk."""
         self.prepared.ranks.phases.enter(f"last checkpoint, of step {progress.step}")
         self.checkpointer.finish(self._snapshot(progress), self._tensors)
 
@@ -218,11 +220,7 @@ class Training:
             why = f"compiling failed at step {step}: {reason}"
             self.prepared.choices["train.compile"] = Choice("false", why)
             if self.ranks.is_main:
-                print(
-                    f"fsdp-qlora: step {step}: compiling failed, going on without: {reason}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                _log.warning("step %d: compiling failed, going on without: %s", step, reason)
 
         return [EagerFallback(layers, self.ranks, switch(self.config.train.compile) is True, say)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from fsdp_qlora.distributed.process import (
     use_device,
 )
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class World:
@@ -36,7 +39,7 @@ class World:
 
         def say(line: str) -> None:
             if self.ranks.is_main:
-                print(f"{doing}: {line}", flush=True)
+                _log.info("%s: %s", doing, line)
 
         return once_per_node(work, self.ranks, self.placement.local_rank, say)
 

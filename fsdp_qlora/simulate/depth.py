@@ -102,7 +102,7 @@ def cut_layers(base: PreTrainedModel, shapes: ModelShapes, kept: Sequence[int]) 
         raise PlanError(f"plan.simulate: the layers of {type(base).__name__} are not one list; it cannot be cut.")
     owner, _, child = parent.rpartition(".")
     setattr(base.get_submodule(owner), child, nn.ModuleList(layers[i] for i in kept))
-    # Into the configs' own dicts: on the way they do not agree with themselves, which a setter would refuse.
+    # Into the configs' own dicts: the config is briefly inconsistent, and its setters would reject that.
     for values, key, listed in _lists(base, len(shapes.layers)):
         values[key] = [listed[i] for i in kept]
     for config in (base.config.get_text_config(), base.get_decoder().config):

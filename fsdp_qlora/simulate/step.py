@@ -1,4 +1,4 @@
-"""One sharded training step as `train` runs it, on ranks and tensors that are not there.
+"""One sharded training step as `train` runs it, on simulated ranks and fake tensors.
 
 Skeleton, swap, adapters, sharding, forward and backward, update: the functions are those of a run. A model of more than
 a few layers is simulated at a few small depths and extrapolated, after a check that this predicts another depth.
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
-from fsdp_qlora.attention.blockwise import only_causal_masks
+from fsdp_qlora.config.choices import NONE
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.labels import ROWS, TOKENS
 from fsdp_qlora.data.loader import Batch, MicroBatch
@@ -30,7 +30,6 @@ from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.parallel.shard import synchronize_gradients
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.plan.quantized import format_of
-from fsdp_qlora.quant.experts import spread_evenly
 from fsdp_qlora.quant.formats import dequantize, quantize
 from fsdp_qlora.run.build import build_sharded
 from fsdp_qlora.run.decide import planned, planned_skeleton
@@ -46,6 +45,7 @@ from fsdp_qlora.simulate.depth import (
     layer_kinds,
     relative_error,
 )
+from fsdp_qlora.simulate.stand_ins import evenly_spread_experts, only_causal_masks
 from fsdp_qlora.simulate.tracker import NOT_COUNTED, Place, TensorBytes, fake_mode, measure_step, simulated_ranks
 from fsdp_qlora.track.console import megabytes
 from fsdp_qlora.train.step import StepSettings, forward_backward
@@ -156,9 +156,9 @@ def _highest(places: dict[str, TensorBytes]) -> tuple[str, TensorBytes]:
 def _make_tables(config: RunConfig) -> None:
     """Dequantize one real block: the code tables that are kept from then on must not be fake tensors."""
     quant = config.quant
-    for name in {quant.name, quant.embeddings, *quant.overrides.values()} - {"none", "int8"}:
+    for name in {quant.name, quant.embeddings, *quant.overrides.values()} - {NONE}:
         quant_format = format_of(quant, name)
-        dequantize(quantize(torch.zeros(64), quant_format), quant_format, (64,), torch.float32)
+        dequantize(quantize(torch.zeros(1, 64), quant_format), quant_format, (1, 64), torch.float32)
 
 
 def _shallow(config: RunConfig, counts: Counts, ranks: Ranks) -> Cut:
@@ -174,7 +174,6 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> Cut
     kinds = layer_kinds(base, shapes)
     plan = make_plan(config, shapes, ranks.size)
     model = build_sharded(config, base, shapes, plan, ranks, NOT_COUNTED)
-    spread_evenly(model)
     fake = fake_mode()
     with fake:
         model.to_empty(device=ranks.device)
@@ -182,7 +181,7 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> Cut
     optimizer.prepare_state(step=1)  # as in every step after the first
     batch = worst_batch(plan, config.data.max_length, shapes, config.data.packing or config.data.padding_free)
     restarting = config.data.packing or config.data.padding_free
-    with nullcontext() if restarting else only_causal_masks():
+    with evenly_spread_experts(), nullcontext() if restarting else only_causal_masks():
         peaks = measure_step(
             model, optimizer.inner, step_runner(config, model, batch, ranks), lambda: optimizer.step(1e-6, 0.5), fake,
             ranks.device.type,

@@ -1,4 +1,4 @@
-"""torch's memory tracker around a training step, of fake or of real tensors, and ranks that are not there.
+"""torch's memory tracker around a training step, of fake or of real tensors, and simulated ranks.
 
 The only module that uses these private parts of torch: `FakeTensorMode`, the ``fake`` process group,
 `FSDPMemTracker` and, because that one takes the two modules of a shared unit (tied embedding and head) for two units,
@@ -25,14 +25,11 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState, _register
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from fsdp_qlora.attention import blockwise as attention
-from fsdp_qlora.attention import varlen
 from fsdp_qlora.distributed.mesh import REPLICATE, SHARD, Ranks, degrees
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.quant import products
+from fsdp_qlora.simulate.stand_ins import OUR_OPS
 
 T = TypeVar("T")
-OUR_OPS = products.BODIES | attention.BODIES | varlen.BODIES
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class _PlaceTracker(FSDPMemTracker):
         self._gradient_hooks: list[RemovableHandle] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Half of all calls ask a fake tensor for its device; the way through both modes takes as long as an operation.
+        # Half of all calls ask a fake tensor for its device; dispatching it through both modes costs as much as an op.
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device
         if (body := OUR_OPS.get(func)) is not None:  # an op of ours: what it does inside takes memory, too
@@ -234,7 +231,7 @@ def fake_mode() -> FakeTensorMode:
 
 @contextmanager
 def simulated_ranks(world_size: int, shard_degree: int = 0, replicate_degree: int = 1) -> Iterator[Ranks]:
-    """Be rank 0 (the fullest) of ``world_size`` ranks that are not there: their collectives do nothing.
+    """Be rank 0 (the fullest) of ``world_size`` simulated ranks: their collectives do nothing.
 
     The device is the CPU: without a CUDA build of torch no fake tensor can be on a GPU.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +15,8 @@ from fsdp_qlora.files.read import read_regular
 from fsdp_qlora.files.write import append_to, replacing
 from fsdp_qlora.track.lines import Appended
 from fsdp_qlora.track.unwritten import Unwritten
+
+_log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -82,12 +84,8 @@ class Beside:
             work(self._sink)
         except Exception as error:  # whatever it stands on: a service, a socket, a full disk
             self._sink = None
-            print(
-                f"fsdp-qlora: {self._name} failed and gets no more values ({typed_line(error)}); "
-                "metrics.jsonl has everything.",
-                file=sys.stderr,
-                flush=True,
-            )
+            failed = "%s failed and gets no more values (%s); metrics.jsonl has everything."
+            _log.warning(failed, self._name, typed_line(error))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Take the values of a step."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -16,17 +16,15 @@ from fsdp_qlora.files.home import home_folder
 from fsdp_qlora.shown import shown_source
 from fsdp_qlora.track.tracker import Sink
 
+_log = logging.getLogger(__name__)
+
 _KEY = "WANDB_API_KEY"
 _REACH_SECONDS = 30
 """Time that the server has to answer, where WANDB_INIT_TIMEOUT gives none."""
 
 
-def _warn(message: str) -> None:
-    print(f"fsdp-qlora: {message}", file=sys.stderr, flush=True)
-
-
 def open_wandb(
-    folder: Path, name: str, settings: TrackSettings, config: dict[str, Any], warn: Callable[[str], None] = _warn
+    folder: Path, name: str, settings: TrackSettings, config: dict[str, Any], warn: Callable[[str], None] = _log.warning
 ) -> Sink | None:
     """Begin W&B's run, or go on with the one whose id is in the run folder.
 

@@ -75,7 +75,7 @@ class LoopHooks:
     save_stall: Callable[[], float | None]
     """Seconds that saving has held up training since the last call, if anything was saved."""
     finish: Callable[[Progress], None]
-    """See to it that the checkpoint of this very step is on disk."""
+    """Make sure the checkpoint of this very step is on disk."""
     stop_requested: Callable[[], bool]
     """Whether this rank has a reason to stop; the step makes it a decision of all."""
     peak_memory: Callable[[], int]

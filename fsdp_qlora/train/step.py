@@ -105,7 +105,7 @@ def train_step(
     """Run step ``number`` (from 1) and update the parameters.
 
     Raises:
-        NonFiniteError: on every rank alike, before the update, if the loss or the gradient is not finite.
+        NonFiniteError: identically on every rank, before the update, if the loss or the gradient is not finite.
         LossSpikeError: likewise, if the loss is above ``spike_above``.
     """
     ranks = settings.ranks

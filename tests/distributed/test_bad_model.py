@@ -134,14 +134,14 @@ def _same_in_pieces(ranks: Ranks, folder: str) -> bool:
     whole = {n: t.clone() for n, t in _local_tensors(ranks, folder).items()}
     with (
         mock.patch("fsdp_qlora.load.stream.CHUNK_WEIGHTS", 1),
-        mock.patch("fsdp_qlora.quant.formats._CPU_WEIGHTS", 16384),
+        mock.patch("fsdp_qlora.quant.formats.blocks4._CPU_WEIGHTS", 16384),
     ):
         pieces = _local_tensors(ranks, folder)
     return whole.keys() == pieces.keys() and all(torch.equal(whole[n], pieces[n]) for n in whole)
 
 
 def _local_tensors(ranks: Ranks, folder: str) -> dict[str, torch.Tensor]:
-    from fsdp_qlora.quant.linear import local_tensor
+    from fsdp_qlora.distributed.shards import local_tensor
     from fsdp_qlora.quant.packing import raw_bytes
 
     model = build(ranks, folder).model

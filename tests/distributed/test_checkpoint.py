@@ -18,6 +18,7 @@ from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.checkpoint.retention import Retention
+from fsdp_qlora.config.decided import Resume
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import FsdpQloraError
 
@@ -45,7 +46,7 @@ def _save(ranks: Ranks, folder: str, steps: list[int], keep_last: int) -> list[s
 def _load(ranks: Ranks, folder: str, resume: str, identity: dict) -> tuple:
     checkpointer = Checkpointer(Path(folder), ranks)
     try:
-        found = checkpointer.find(resume, identity)
+        found = checkpointer.find(Resume.of(resume), identity)
     except FsdpQloraError as error:
         return error.exit_code, str(error)
     if found is None:

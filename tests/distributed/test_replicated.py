@@ -27,6 +27,7 @@ from fsdp_qlora.run.training import Training
 from fsdp_qlora.simulate.step import step_runner, worst_batch
 from tests.build import build, config_of, losses, metrics, norms, run_fit
 from tests.tiers import some_in_full
+from tests.tolerances import BF16_FIRST_LOSS, BF16_LOSSES, BF16_MEAN_LOSS, FP32_LOSSES, FP32_NORMS, apart
 
 STEPS = {"max_steps": 4, "global_batch_size": 7, "micro_batch_size": 2}  # 4 micro-batches: of weight zero on 3 ranks
 
@@ -50,10 +51,6 @@ def _train(
     return losses(lines), norms(lines)
 
 
-def _apart(found: Sequence[float], wanted: Sequence[float]) -> list[float]:
-    return [abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True)]
-
-
 def _compare(
     pool, model: Path, rows: Path, root: Path, ranks: Sequence[tuple[int, str]], **groups: dict[str, Any]
 ) -> None:
@@ -67,11 +64,12 @@ def _compare(
         settings = _groups(rows, "replicated", **{**groups, "fsdp": more})
         found = _train(pool, num_ranks, model, root, settings, layout)
         if settings["precision"]["name"] == "fp32":
-            assert max(_apart(found[0], wanted[0])) < 1e-5
-            assert max(_apart(found[1], wanted[1])) < 1e-4
+            assert max(apart(found[0], wanted[0])) < FP32_LOSSES
+            assert max(apart(found[1], wanted[1])) < FP32_NORMS
         else:
-            apart = _apart(found[0], wanted[0])
-            assert apart[0] < 1e-6 and max(apart) < 5e-3 and sum(apart) / len(apart) < 1.5e-3
+            differences = apart(found[0], wanted[0])
+            assert differences[0] < BF16_FIRST_LOSS and max(differences) < BF16_LOSSES
+            assert sum(differences) / len(differences) < BF16_MEAN_LOSS
 
 
 def test_numbers_are_those_of_sharded_adapters(pool, tiny_model, chat_rows, tmp_path):
@@ -164,8 +162,8 @@ def test_states_of_other_optimizers_go_along(pool, tiny_model, chat_rows, tmp_pa
         groups = _groups(chat_rows, kind, **optims, run={"name": "both"}, train={"max_steps": steps})
         pool.run(2, run_fit, str(tiny_model), str(tmp_path), "both", groups)
     lines = metrics(tmp_path / "both")
-    assert max(_apart(losses(lines), wanted[0])) < 1e-5
-    assert max(_apart(norms(lines), wanted[1])) < 1e-4
+    assert max(apart(losses(lines), wanted[0])) < FP32_LOSSES
+    assert max(apart(norms(lines), wanted[1])) < FP32_NORMS
 
 
 @pytest.mark.full

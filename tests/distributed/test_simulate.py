@@ -42,7 +42,7 @@ def _steps(prepared: Prepared, ranks: Ranks) -> tuple[int, list[float]]:
     losses: list[float] = []
 
     def run_and_note(before_each: Callable[[], None]) -> None:
-        losses.append(float(run(before_each)))
+        losses.append(float(run(before_each)[0]["loss"]))
 
     run(lambda: None)
     optimizer.step(1e-3, 0.5)

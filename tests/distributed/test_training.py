@@ -12,15 +12,12 @@ from safetensors.torch import load_file
 from fsdp_qlora.distributed.mesh import Ranks
 from tests.build import build, losses, next_rows, norms, run_fit
 from tests.tiers import some_in_full
+from tests.tolerances import BF16_FIRST_LOSS, BF16_LOSSES, BF16_MEAN_LOSS, FP32_LOSSES, FP32_NORMS, close
 
 
 def _train(pool, num_ranks, model, rows, root, name, layout="shard", timeout=180, **groups):
     settings = {"data": {"train": str(rows), "max_length": 64}, **copy.deepcopy(groups)}
     return pool.run(num_ranks, run_fit, str(model), str(root), name, settings, layout=layout, timeout=timeout)[0]
-
-
-def _close(found, wanted, tolerance):
-    return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True)) <= tolerance
 
 
 CASES = {
@@ -39,8 +36,8 @@ def test_ranks_do_not_change_the_numbers_fp32(pool, tiny_model, chat_rows, tmp_p
     one = _train(pool, 1, tiny_model, chat_rows, tmp_path, "one", **groups)["metrics"]
     for num_ranks in (2, 3):
         many = _train(pool, num_ranks, tiny_model, chat_rows, tmp_path, f"n{num_ranks}", **groups)["metrics"]
-        assert _close(losses(many), losses(one), 1e-5)
-        assert _close(norms(many), norms(one), 1e-4)
+        assert close(losses(many), losses(one), FP32_LOSSES)
+        assert close(norms(many), norms(one), FP32_NORMS)
         assert [m["target_tokens"] for m in many] == [m["target_tokens"] for m in one]
         assert [m["lr"] for m in many] == [m["lr"] for m in one]
 
@@ -50,9 +47,9 @@ def test_ranks_do_not_change_the_numbers_bf16(pool, tiny_model, chat_rows, tmp_p
     one = losses(_train(pool, 1, tiny_model, chat_rows, tmp_path, "one", **groups)["metrics"])
     for num_ranks in (2, 3):
         many = losses(_train(pool, num_ranks, tiny_model, chat_rows, tmp_path, f"n{num_ranks}", **groups)["metrics"])
-        assert _close(many[:1], one[:1], 1e-6)
-        assert _close(many, one, 5e-3)
-        assert sum(abs(a - b) / b for a, b in zip(many, one, strict=True)) / len(one) <= 1.5e-3
+        assert close(many[:1], one[:1], BF16_FIRST_LOSS)
+        assert close(many, one, BF16_LOSSES)
+        assert sum(abs(a - b) / b for a, b in zip(many, one, strict=True)) / len(one) <= BF16_MEAN_LOSS
 
 
 @pytest.mark.full
@@ -72,13 +69,13 @@ def test_the_real_model_over_20_steps(pool, real_model, tmp_path, precision, dro
     for num_ranks in (2, 3):
         many = _train(pool, num_ranks, real_model, rows, tmp_path, f"n{num_ranks}", timeout=600, **groups)["metrics"]
         if precision == "fp32":
-            assert _close(losses(many), losses(one), 1e-5)
-            assert _close(norms(many), norms(one), 1e-4)
+            assert close(losses(many), losses(one), FP32_LOSSES)
+            assert close(norms(many), norms(one), FP32_NORMS)
         else:
-            assert _close(losses(many)[:1], losses(one)[:1], 1e-6)
-            assert _close(losses(many), losses(one), 5e-3)
+            assert close(losses(many)[:1], losses(one)[:1], BF16_FIRST_LOSS)
+            assert close(losses(many), losses(one), BF16_LOSSES)
             pairs = zip(losses(many), losses(one), strict=True)
-            assert sum(abs(a - b) / b for a, b in pairs) / 20 <= 1.5e-3
+            assert sum(abs(a - b) / b for a, b in pairs) / 20 <= BF16_MEAN_LOSS
 
 
 def test_micro_batch_size_does_not_change_the_loss(pool, tiny_model, chat_rows, tmp_path):
@@ -87,8 +84,8 @@ def test_micro_batch_size_does_not_change_the_loss(pool, tiny_model, chat_rows, 
         groups = {"train": {"max_steps": 2, "global_batch_size": 12, "micro_batch_size": size}}
         groups["precision"] = {"name": "fp32"}
         found[size] = losses(_train(pool, 2, tiny_model, chat_rows, tmp_path, f"m{size}", **groups)["metrics"])
-    assert _close(found[1], found[12], 1e-5)
-    assert _close(found[3], found[12], 1e-5)
+    assert close(found[1], found[12], FP32_LOSSES)
+    assert close(found[3], found[12], FP32_LOSSES)
 
 
 CUTS = {
@@ -121,7 +118,7 @@ def test_24_ragged_rows_give_the_same_gradients_however_they_are_cut(pool, tiny_
     rows.write_text("".join(json.dumps(row) + "\n" for row in made))
     wanted_losses, wanted = _adapter(pool, 1, tiny_model, rows, tmp_path, "one", *CUTS["(1, 1)"][1:])
     found_losses, found = _adapter(pool, CUTS[cut][0], tiny_model, rows, tmp_path, "cut", *CUTS[cut][1:])
-    assert _close(found_losses, wanted_losses, 1e-6)
+    assert close(found_losses, wanted_losses, 1e-6)
     assert wanted_losses[0] - wanted_losses[1] > 1e-3
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
 
@@ -131,8 +128,8 @@ def test_hybrid_sharding_gives_the_same_numbers(pool, tiny_model, chat_rows, tmp
     plain = _train(pool, 4, tiny_model, chat_rows, tmp_path, "plain", **groups)["metrics"]
     groups["fsdp"] = {"replicate_degree": 2}
     hybrid = _train(pool, 4, tiny_model, chat_rows, tmp_path, "hybrid", layout="hybrid", **groups)["metrics"]
-    assert _close(losses(hybrid), losses(plain), 1e-5)
-    assert _close(norms(hybrid), norms(plain), 1e-4)
+    assert close(losses(hybrid), losses(plain), FP32_LOSSES)
+    assert close(norms(hybrid), norms(plain), FP32_NORMS)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -172,8 +169,8 @@ def test_evaluation_is_equal_on_any_number_of_ranks_and_does_not_disturb_trainin
     assert losses(found[2]["metrics"]) == losses(seldom)
     evals = {n: [m["eval_loss"] for m in r["metrics"] if "eval_loss" in m] for n, r in found.items()}
     assert len(evals[1]) == 5
-    assert _close(evals[2], evals[1], 1e-5)
-    assert _close(evals[3], evals[1], 1e-5)
+    assert close(evals[2], evals[1], FP32_LOSSES)
+    assert close(evals[3], evals[1], FP32_LOSSES)
 
 
 def test_early_stopping(pool, tiny_model, chat_rows, tmp_path):

@@ -24,7 +24,7 @@ from fsdp_qlora.model import skeleton
 from fsdp_qlora.model.families import decoder_layers
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.quant.matrices import QuantMatrices
-from fsdp_qlora.run import build as building
+from fsdp_qlora.run import check as building
 from fsdp_qlora.run.build import load_model, open_model
 from fsdp_qlora.run.check import check_model
 from tests import upstream

@@ -115,7 +115,7 @@ DATA = {
 @pytest.mark.parametrize("case", DATA)
 def test_data_is_refused(tmp_path, tiny_model, case, monkeypatch):
     # In this process, through the same functions `train` calls: a launch each would cost 10 s.
-    from fsdp_qlora.config.convert import from_dict
+    from fsdp_qlora.config.schema import from_dict
     from fsdp_qlora.errors import DataError
     from fsdp_qlora.run.tokens import prepare_tokens
 

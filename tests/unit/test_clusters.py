@@ -176,5 +176,5 @@ def test_wandb_is_offline_with_at_most_one_warning(cli_env, tmp_path, case):
     code = f"import sys; sys.path.append({str(tmp_path)!r})\n{_WANDB}"
     done = _python(cli_env, code, HOME=str(tmp_path), **env)
     assert done.returncode == 0 and done.stdout.strip() == "offline", done.stderr
-    assert done.stderr.count("fsdp-qlora: track=wandb") == warnings and "Traceback" not in done.stderr
+    assert done.stderr.count("track=wandb: ") == warnings and "Traceback" not in done.stderr
     assert "logged offline" in done.stderr or not warnings

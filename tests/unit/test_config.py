@@ -10,10 +10,13 @@ import pytest
 import yaml
 
 from fsdp_qlora.cli.compose import compose_config, conf_dir, group_options, hydra_main, split, GROUPS  # isort: skip
-from fsdp_qlora.config.convert import from_dict, known_keys, to_dict
+from fsdp_qlora.cli.help import show
+from fsdp_qlora.config.convert import known_keys, to_dict
 from fsdp_qlora.config.rules import check
-from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.config.schema import RunConfig, from_dict
+from fsdp_qlora.errors import ConfigError, SecurityError
+
+SHOWN = ("run", "model", "data", "quant", "lora", "fsdp", "train", "optim", "checkpoint", "launcher")
 
 
 def test_every_group_file_names_its_schema_and_only_known_keys():
@@ -23,7 +26,7 @@ def test_every_group_file_names_its_schema_and_only_known_keys():
         for name in names:
             values = yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text())
             assert values.pop("defaults")[0] == "schema"
-            assert {f"{group}.{key}" for key in values} <= set(known_keys())
+            assert {f"{group}.{key}" for key in values} <= set(known_keys(RunConfig))
     for number in range(max(map(len, options.values()))):  # one of each group at a time
         chosen = [f"{group}={names[number % len(names)]}" for group, names in options.items()]
         compose_config("plan", [*chosen, "model.name=x"])
@@ -128,3 +131,23 @@ def test_formats_by_pattern_come_through_the_command_line_and_back(tmp_path):
     saved = tmp_path / "config.yaml"
     saved.write_text(yaml.safe_dump(to_dict(config)))
     assert compose_config("train", [f"run_from={saved}"]).quant.overrides == wanted
+
+
+def test_help_has_a_line_for_each_key_and_imports_nothing_heavy():
+    shown = show("train", "train")
+    assert all(f"  {key}=" in shown for key in known_keys(RunConfig) if "." in key and key.split(".")[0] in SHOWN)
+    assert "lora.r=16" in show("plan", "plan", "lora") and "one of nf4, fp4, int8, " in show("plan", "plan", "quant")
+    with pytest.raises(ConfigError, match="Did you mean 'quant'"):
+        show("train", "train", "quantt")
+
+
+def test_a_saved_config_is_loaded_without_hydra_and_lets_no_code_run(tmp_path):
+    """S5, S6: what lets code run counts as an argument alone; an interpolation stays text."""
+    config = from_dict({"model": {"name": "${oc.env:HOME}"}, "optim": {"lr": 1e-3}})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    assert RunConfig.load(tmp_path) == RunConfig.load(tmp_path / "config.yaml") == config
+    values = to_dict(config) | {"model": {"name": "m", "trust_remote_code": True}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(SecurityError, match=r"model\.trust_remote_code"):
+        RunConfig.load(tmp_path / "other.yaml")
+    assert RunConfig.load(tmp_path / "other.yaml", trust_remote_code=True).model.trust_remote_code

@@ -17,7 +17,8 @@ from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.contrast import contrast
 from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST
 from fsdp_qlora.cli import export, inspect
-from fsdp_qlora.config.convert import from_dict, to_dict
+from fsdp_qlora.config.convert import to_dict
+from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.errors import CheckpointError, ConfigError, FsdpQloraError, ModelError, SecurityError
 from fsdp_qlora.run.claim import _decide
 from fsdp_qlora.run.folder import RunFolder

@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fsdp_qlora.adapters.folder import load_adapter, read_adapter_config
-from fsdp_qlora.config.convert import from_dict
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.errors import FsdpQloraError, ModelError, SecurityError
 from fsdp_qlora.export.quantized_base import export_base
 from fsdp_qlora.inference.end_of_turn import end_of_turn

@@ -41,7 +41,7 @@ from pathlib import Path
 from transformers.utils.import_utils import is_kernels_available
 assert is_kernels_available(), "transformers must take this package for the real one"
 import torch
-from fsdp_qlora.config.convert import from_dict
+from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.errors import FsdpQloraError
 from fsdp_qlora.run.decide import attentions_for, replace_attention, skeleton
 asked, trust, folder = sys.argv[1], sys.argv[2] == "trust", Path(sys.argv[3])

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.cli import launcher
-from fsdp_qlora.config.convert import from_dict, to_dict
+from fsdp_qlora.config.convert import to_dict
+from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.run.exit import CONFIG_VARIABLE
 
 

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fsdp_qlora.checkpoint.contents import blocking_settings
 from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.config import choices
-from fsdp_qlora.config.convert import from_dict, to_dict
+from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.rules import failures
-from fsdp_qlora.config.schema import OptimSettings, RunConfig
+from fsdp_qlora.config.schema import OptimSettings, RunConfig, from_dict
 from fsdp_qlora.distributed.shards import row_range
 from fsdp_qlora.errors import ConfigError, PlanError
 from fsdp_qlora.model.skeleton import read_shapes

@@ -23,6 +23,7 @@ def _divide(*host, device=(), launches=(), forward_of=None):
     events = [Event(name, thread, start, end) for name, thread, start, end in host]
     trace = Trace(events, list(launches), list(device), forward_of or {})
     steps = divide_steps(trace)
+    assert steps
     for step in steps:
         assert sum(step.phases.values()) == step.total and list(step.phases) == list(PHASES)
         assert all(value >= 0 for value in step.phases.values()) and 0 <= step.waited <= step.phases["waiting"]

@@ -15,7 +15,7 @@ from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import attach_lora
 from fsdp_qlora.attention.blocks import kept_scores
 from fsdp_qlora.cli.compose import compose_config, conf_dir
-from fsdp_qlora.config.convert import from_dict
+from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.model.folder import config_for_plan
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fsdp_qlora.config.convert import from_dict
+from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.errors import ModelError, PlanError
 from fsdp_qlora.heads.around import AfterHead
 from fsdp_qlora.heads.dense import LossHead

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.config.rules import failures
+from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.plan.devices import DEVICES, DRIVER_NAMES, device_of_driver
 from fsdp_qlora.plan.timing import flops_per_token, model_flops

@@ -68,7 +68,7 @@ from torch.distributed.tensor import DTensor, Shard
 from fsdp_qlora.run.world import open_world
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.retention import Retention
-from fsdp_qlora.config.convert import from_dict
+from fsdp_qlora.config.schema import from_dict
 os.umask(0o077)
 world, said = open_world(from_dict({"launcher": {"device": "cpu"}})), []
 ranks = world.ranks

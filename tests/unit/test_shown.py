@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from fsdp_qlora.config.convert import from_dict, to_dict
+from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.rules import check
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.export.card import model_card
 from fsdp_qlora.run.folder import RunFolder

@@ -9,9 +9,8 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from fsdp_qlora.config.convert import from_dict
 from fsdp_qlora.config.rules import failures
-from fsdp_qlora.config.schema import DataSettings
+from fsdp_qlora.config.schema import DataSettings, from_dict
 from fsdp_qlora.data.ahead import Ahead
 from fsdp_qlora.data.loader import Batch, Cut
 from fsdp_qlora.data.prepare import prepare_data

@@ -42,7 +42,7 @@ def _judge(folder: Path, told: list[Ending], agent: dict | None = None, code: in
         ([STOPPED, ECHO], None, (75, 0, "")),
         ([DONE, ECHO], None, (1, 0, "connection closed")),
         ([], {"rank": 0, "code": -11}, (1, 0, "SIGSEGV")),
-        ([], None, (1, 0, "without a word (launcher code 1)")),
+        ([], None, (1, 0, "without reporting an error (launcher code 1)")),
     ],
 )
 def test_what_ended_a_run(tmp_path, told, agent, expected):

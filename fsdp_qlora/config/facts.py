@@ -1,0 +1,57 @@
+"""What is true of a single setting, said beside it: ``r: Annotated[int, POSITIVE] = 16``."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+from fsdp_qlora.config.choices import Names
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Which numbers a setting takes."""
+
+    rule: str
+    """In words: ``must be above 0``."""
+    holds: Callable[[float], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """Something that is true of a setting or not."""
+
+    name: str
+
+
+POSITIVE = Range("must be above 0", lambda value: value > 0)
+NOT_NEGATIVE = Range("must not be negative", lambda value: not value < 0)
+BELOW_ONE = Range("must be at least 0 and below 1", lambda value: 0 <= value < 1)
+SHARE = Range("must be between 0 and 1", lambda value: 0 <= value <= 1)
+VERBATIM = Fact("taken as typed on the command line: no quoting, no Hydra grammar")
+MAY_CHANGE = Fact("may differ from the checkpoint's when a run goes on")
+
+
+def plain(kind: Any) -> Any:
+    """Return a setting's type without the facts about it; names in a registry (`choices.Names`) are part of a type."""
+    if typing.get_origin(kind) is not Annotated or isinstance(typing.get_args(kind)[1], Names):
+        return kind
+    return typing.get_args(kind)[0]
+
+
+def facts(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted key and fact, for every fact about a setting of a schema, groups included."""
+    for name, kind in typing.get_type_hints(schema, include_extras=True).items():
+        if dataclasses.is_dataclass(kind):
+            yield from facts(typing.cast(type, kind), f"{prefix}{name}.")
+        elif typing.get_origin(kind) is Annotated:
+            yield from (
+                (f"{prefix}{name}", fact) for fact in typing.get_args(kind)[1:] if isinstance(fact, Range | Fact)
+            )
+
+
+def keys_with(schema: type, fact: Fact) -> frozenset[str]:
+    """Return the dotted keys that a fact is true of."""
+    return frozenset(key for key, found in facts(schema) if found == fact)

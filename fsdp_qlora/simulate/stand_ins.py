@@ -1,0 +1,81 @@
+"""What of a step depends on numbers, for a simulated one, which has none; put in through upstream's public doors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionMaskInterface
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from fsdp_qlora.attention import blockwise, varlen
+from fsdp_qlora.attention.blockwise import BLOCKWISE
+from fsdp_qlora.quant import products
+from fsdp_qlora.quant.experts import EXPERTS_IMPLEMENTATION, experts_by_counts
+
+
+@contextmanager
+def only_causal_masks() -> Iterator[None]:
+    """Give blockwise attention no mask, which it takes for a causal one.
+
+    transformers leaves a mask out where positions do not restart; it cannot see that on tensors without numbers.
+    """
+    own = AttentionMaskInterface()[BLOCKWISE]
+    AttentionMaskInterface.register(BLOCKWISE, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register(BLOCKWISE, own)
+
+
+@contextmanager
+def evenly_spread_experts() -> Iterator[None]:
+    """Let every expert take as many tokens: there are no numbers to route by."""
+    own = ALL_EXPERTS_FUNCTIONS[EXPERTS_IMPLEMENTATION]
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _evenly)
+    try:
+        yield
+    finally:
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, own)
+
+
+def _every_key(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """Return blockwise attention without its mask: there are no numbers to tell which keys it hides."""
+
+    def called(*arguments: Any) -> Any:
+        return function(*(None if i == place else a for i, a in enumerate(arguments)))
+
+    return called
+
+
+def _one_sequence(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """Return varlen attention for one sequence of all tokens: there are no numbers to read boundaries from."""
+
+    def called(*arguments: Any) -> Any:
+        return function(*([0, arguments[0].shape[0]] if i == place else a for i, a in enumerate(arguments)))
+
+    return called
+
+
+OUR_OPS = {
+    **products.BODIES,
+    torch.ops.fsdp_qlora.attention.default: _every_key(blockwise.BODIES[torch.ops.fsdp_qlora.attention.default], 3),
+    torch.ops.fsdp_qlora.attention_backward.default: _every_key(
+        blockwise.BODIES[torch.ops.fsdp_qlora.attention_backward.default], 5
+    ),
+    torch.ops.fsdp_qlora.varlen_attention.default: _one_sequence(varlen.forward, 3),
+    torch.ops.fsdp_qlora.varlen_attention_backward.default: _one_sequence(varlen.backward, 5),
+}
+"""Ops of ours -> what they do inside, which takes memory, too."""
+
+
+def _evenly(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    def counts(index: torch.Tensor, experts: int) -> list[int]:
+        each, more = divmod(index.numel(), experts)
+        return [each + (expert < more) for expert in range(experts)]
+
+    return experts_by_counts(self, hidden_states, top_k_index, top_k_weights, counts)
