@@ -1,12 +1,12 @@
-"""fsdp_qlora: fine-tune large language models in 4-bit on many GPUs.
+"""fsdp_qlora: fine-tune large language models in 4 bits on many GPUs.
 
-The public names, loaded when first used, so that importing the package costs nothing. Imports only what ``python -m``
-has loaded before: the current folder is still the first place in which modules are looked for (`module_path`).
+Public names are loaded on first use, so importing the package costs nothing. This file imports only modules that
+``python -m`` has already loaded, because the current folder is still first on ``sys.path`` (`module_path`).
 """
 
 from importlib import import_module
 
-TYPE_CHECKING = False  # as type checkers know it, without importing typing
+TYPE_CHECKING = False  # type checkers know this name, so typing need not be imported
 if TYPE_CHECKING:
     from fsdp_qlora.adapters.lora import attach_lora
     from fsdp_qlora.checkpoint.checkpointer import Checkpointer

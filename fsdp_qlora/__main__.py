@@ -1,8 +1,8 @@
-"""`fsdp-qlora VERB [overrides]` and `torchrun -m fsdp_qlora VERB [overrides]`: compose, check, then import the verb."""
+"""`fsdp-qlora VERB [overrides]` or `torchrun -m fsdp_qlora VERB [overrides]`: composes, checks, and runs the verb."""
 
 from fsdp_qlora.files.module_path import leave_here
 
-if __name__ == "__main__":  # started by -m, which puts the current folder first: before anything else is imported
+if __name__ == "__main__":  # before any other import: -m has put the current folder first on sys.path
     leave_here()
 
 import json
@@ -28,7 +28,7 @@ from fsdp_qlora.run.exit import CONFIG_VARIABLE, EXIT_VARIABLE, end_by_signal, g
 VERBS = {
     "train": "fine-tune a model and write its adapter",
     "prepare": "fetch the embedded model and data (experiment=quickstart), tokenize the data",
-    "plan": "show what a run would do and hold, without weights",
+    "plan": "show what a run would do and the memory it needs, without weights",
     "evaluate": "loss and metrics of a base or an adapter on data.eval",
     "generate": "answer a prompt, with or without an adapter",
     "export": "write the adapter of a run's checkpoint, or the quantized base (what=base-4bit)",
@@ -36,11 +36,11 @@ VERBS = {
     "doctor": "show devices, versions and what is wrong here",
 }
 ON_RANKS = ("train", "evaluate", "generate")
-"""Verbs that run on several ranks."""
+"""Verbs that can run on several ranks."""
 
 
 def usage() -> str:
-    """Return the list of verbs."""
+    """Return the usage text with the list of verbs."""
     lines = "\n".join(f"  {name:10}{text}" for name, text in VERBS.items())
     return (
         f"usage: fsdp-qlora VERB [key=value ...]\n\n{lines}\n\n"
@@ -49,7 +49,7 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the process's exit code."""
+    """Run the command line; return the exit code of the process."""
     withstand()
     listen()
     if arguments is None:
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fsdp-qlora: {note}", file=sys.stderr, flush=True)
     if is_rank(os.environ):
         die_with_parent()
-    if verb == "train" and arguments is None:  # it takes over once its ranks are there; until then nothing is lost
+    if verb == "train" and arguments is None:  # until its own handlers take over; nothing is lost before
         take_signals(STOP_SIGNALS, end_by_signal)
     return guarded(lambda: _run(verb, rest))
 
@@ -79,7 +79,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     if verb == "inspect":  # paths, not settings
         quieten()
         return import_module("fsdp_qlora.cli.inspect").run(arguments)
-    if (composed := os.environ.get(CONFIG_VARIABLE)) is not None:  # started by our launcher, which composed for all
+    if (composed := os.environ.get(CONFIG_VARIABLE)) is not None:  # our launcher has composed it for all ranks
         return _verb(verb, from_dict(json.loads(Path(composed).read_text(encoding="utf-8"))))
     compose = import_module("fsdp_qlora.cli.compose")
     line = compose.split(arguments)
@@ -96,7 +96,7 @@ def _require_current_folder() -> None:
 
 
 def _verb(verb: str, config: RunConfig) -> int:
-    """Start the ranks that the settings ask for, or do the verb in this process."""
+    """Launch the ranks that the settings ask for, or run the verb in this process."""
     check_verb(verb, config)
     quieten()
     if verb in ON_RANKS and not is_rank(os.environ) and (num_ranks := ranks_to_start(config)) > 1:

@@ -1,6 +1,6 @@
-"""What a user can fix: every error carries its exit code and says what to do.
+"""Errors that a user can fix: each carries its exit code and says what to do.
 
-Anything else that escapes is a bug of ours and ends with code 1 and a traceback.
+Any other exception that escapes is a bug of ours and ends the process with code 1 and a traceback.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ _T = TypeVar("_T")
 
 
 class FsdpQloraError(Exception):
-    """An error with a message for the user; ``exit_code`` is the process's."""
+    """An error with a message for the user; the process ends with ``exit_code``."""
 
     exit_code = 1
     alike = False
-    """Whether every rank raises the same; then rank 0 alone says so."""
+    """Whether every rank raises the same error, so that only rank 0 prints it."""
 
 
 class ConfigError(FsdpQloraError):
-    """The configuration is wrong: a key, a type, a pair that cannot go together."""
+    """The configuration is wrong: an unknown key, a wrong type, or settings that exclude each other."""
 
     exit_code = 2
 
 
 class PlanError(ConfigError):
-    """The configuration is well formed but cannot be carried out on this model or machine."""
+    """The configuration is valid but cannot be carried out with this model or on this machine."""
 
 
 class ModelError(ConfigError):
-    """The base model cannot be found, read or trained as asked."""
+    """The base model cannot be found, read or trained as requested."""
 
 
 class DataError(ConfigError):
@@ -38,11 +38,11 @@ class DataError(ConfigError):
 
 
 class RunFolderError(ConfigError):
-    """The run folder is in use or holds something the settings do not allow to touch."""
+    """The run folder is in use, or holds a run that these settings must not change."""
 
 
 class CheckpointError(FsdpQloraError):
-    """A checkpoint is damaged, incomplete or missing where it was demanded."""
+    """A checkpoint is damaged or incomplete, or a required one is missing."""
 
     exit_code = 65
 
@@ -54,23 +54,23 @@ class StorageError(FsdpQloraError):
 
 
 class SecurityError(FsdpQloraError):
-    """A file asks for something that no honest file needs."""
+    """A file tries to do something that no legitimate file needs."""
 
     exit_code = 77
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
+    """Return the first line of an error's message, or its type if it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def typed_line(error: BaseException) -> str:
-    """Return an error of somebody else's code in one line: its type and the first line of its text."""
+    """Return a foreign error in one line: its type and the first line of its message."""
     return f"{type(error).__name__}: {first_line(error)}"[:300]
 
 
 def attempt(work: Callable[[], _T]) -> tuple[_T | None, dict[str, Any]]:
-    """Return what ``work`` gives, and what `raise_alike` takes on other ranks if it failed."""
+    """Return the result of ``work``, and the verdict to pass to `raise_alike` on all ranks if it failed."""
     try:
         return work(), {}
     except FsdpQloraError as error:
@@ -80,7 +80,7 @@ def attempt(work: Callable[[], _T]) -> tuple[_T | None, dict[str, Any]]:
 
 
 def raise_alike(verdict: dict[str, Any]) -> None:
-    """Raise on this rank what rank 0 met: ``verdict`` has ``code`` and ``message`` if it failed."""
+    """Raise the error in ``verdict``, which has ``code`` and ``message`` if another rank failed."""
     if "code" in verdict:
         error = FsdpQloraError(verdict["message"])
         error.exit_code, error.alike = verdict["code"], True
@@ -92,7 +92,7 @@ class NonFiniteError(FsdpQloraError):
 
 
 class LossSpikeError(NonFiniteError):
-    """The loss is far above what it was; the update was not made."""
+    """The loss is far above its recent values; the update was not made."""
 
 
 class NumericsError(FsdpQloraError):
@@ -100,4 +100,4 @@ class NumericsError(FsdpQloraError):
 
 
 STOPPED_EXIT_CODE = 75
-"""Stopped early on a signal, after saving: not an error, so not an exception."""
+"""Stopped early on a signal, after saving if there was anything to save: not an error, so not an exception."""

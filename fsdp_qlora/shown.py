@@ -1,7 +1,7 @@
-"""Names and texts as they may be shown and kept: without a URL's secrets and a terminal's commands. Imports no torch.
+"""Removes secrets in URLs and terminal control characters from text before it is shown or written. Imports no torch.
 
-A URL's query can be a key to the data (presigned URLs), its user part a password. What a run writes (settings, summary,
-the adapter's README, trackers) is read by others, so neither is written anywhere.
+A URL's query can grant access to the data (presigned URLs), and its user part can contain a password. Others read what
+a run writes (settings, summary, the adapter's README, trackers), so neither is written anywhere.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 _SOURCES = ("train", "eval")
-"""Keys of ``data`` that name sources."""
+"""Keys of ``data`` that name data sources."""
 
 
 def shown_source(source: str) -> str:
-    """Return the name of a source of data: a URL without user, password, query and fragment, all else as it is."""
+    """Return a data source for display: a URL without user, password, query and fragment, anything else unchanged."""
     if "://" not in source:
         return source
     try:
@@ -26,7 +26,7 @@ def shown_source(source: str) -> str:
 
 
 def has_password(source: str) -> bool:
-    """Whether a URL has a password in it."""
+    """Whether a URL contains a password."""
     try:
         return "://" in source and bool(urlsplit(source).password)
     except ValueError:
@@ -34,7 +34,7 @@ def has_password(source: str) -> bool:
 
 
 def published(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's settings, nested dictionaries, as they may be written for others to read."""
+    """Return a run's settings (nested dictionaries) in the form in which others may read them."""
     data = {key: _shown(value) if key in _SOURCES else value for key, value in settings["data"].items()}
     return {**settings, "data": data}
 
@@ -49,8 +49,8 @@ _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069
 
 
 def visible(text: str) -> str:
-    """Return ``text`` with control characters (a terminal would obey them) and halves of characters spelt out.
+    """Return ``text`` with control characters escaped, which a terminal would obey.
 
-    So are characters that turn the direction of writing. Line feeds and tabs stay.
+    Lone surrogates and characters that change the writing direction are escaped as well. Line feeds and tabs stay.
     """
     return _UNSHOWABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)

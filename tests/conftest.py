@@ -31,14 +31,14 @@ LONG = {
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a seeded fifth of the whole matrices, or what of it fits, where FSDP_QLORA_TEST_FIFTH names a seed (CI)."""
+    """Where FSDP_QLORA_TEST_FIFTH names a seed (CI), keep the examples and a seeded fifth of the whole matrices."""
     import random
 
     seed = os.environ.get("FSDP_QLORA_TEST_FIFTH")
     if seed is None:
         return
     full = [item for item in items if item.get_closest_marker("full")]
-    kept: set[pytest.Item] = set()
+    kept = {item for item in full if item.path.name == "test_examples.py" and "benchmark" not in item.name}
     left = SAMPLE_SECONDS
     for item in random.Random(seed).sample(full, -(-len(full) // 5)):
         seconds = next((seconds for part, seconds in LONG.items() if part in item.name), 4)

@@ -27,7 +27,7 @@ CASES: dict[str, list[str]] = {
     "blocks of 128, not nested": ["quant.block_size=128", "quant.double_quant=false"],
     "fp32": ["precision=fp32"],
     "embeddings": ["quant.embeddings=nf4"],
-    "overrides": ["quant.overrides={'*.v_proj': int8, '*.o_proj': none}"],
+    "overrides": ["quant.overrides={*.v_proj:int8,*.o_proj:none}"],
     "packed": ["data.packing=true"],
     "replicated": ["fsdp.adapters=replicated"],
     "dropout, rslora": ["lora.dropout=0.1", "lora.variant=rslora"],

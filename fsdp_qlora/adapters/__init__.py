@@ -1,4 +1,4 @@
-"""What is trained: adapters on a frozen base, a file for each method (`method.py` says what a method answers)."""
+"""Adapters on a frozen base, one file per method; `method.py` defines the interface."""
 
 from fsdp_qlora.adapters.lora import LoRA, RsLoRA
 from fsdp_qlora.adapters.method import Method, build_method, method_of, parameters_of, register

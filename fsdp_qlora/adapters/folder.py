@@ -1,7 +1,7 @@
-"""adapter_config.json of somebody's adapter: what it says is honoured, or refused by name.
+"""Reads PEFT adapter folders: every setting in adapter_config.json is honoured or refused by name.
 
-PEFT adds settings with every release, and most change what an adapter computes. So the file is read as it is: what we
-honour and what is known to change nothing is listed here, and any other key must be at its default.
+PEFT adds settings with every release, and most of them change what an adapter computes. So the JSON is read directly:
+the keys we honour and those known to change nothing are listed here, and any other key must have its default value.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ CONFIG_NAME = "adapter_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 _HONOURED = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora"}
 _SELECTING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-"""Which modules have an adapter: honoured as well, by the names of the tensors that are in the file."""
+"""Keys that select modules. Also honoured, but through the names of the tensors in the file."""
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "megatron_core", "megatron_config",
-    "fan_in_fan_out",  # how the base is stored, which we find out ourselves
+    "fan_in_fan_out",  # how the base is stored, which we detect ourselves
     "runtime_config", "ensure_weight_tying",
-    "qalora_group_size",  # read with use_qalora only
-    "eva_config", "corda_config", "lora_ga_config", "loftq_config",  # read with their init_lora_weights only
+    "qalora_group_size",  # only read with use_qalora
+    "eva_config", "corda_config", "lora_ga_config", "loftq_config",  # only read with their init_lora_weights
 }  # fmt: skip
-"""Keys that change nothing of what a trained adapter computes."""
+"""Keys that do not change what a trained adapter computes."""
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
-"""Values of ``init_lora_weights`` that leave the base as it is; the others take the adapter's start out of it."""
+"""Values of ``init_lora_weights`` that leave the base unchanged; others subtract the initial adapter from it."""
 _MAX_ALPHA = 1e9
-"""Above it the product is no number any more."""
+"""From here on the product overflows."""
 _OFF = (None, False, "none", {}, [])
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What we read of an adapter's config."""
+    """The settings we read from an adapter's config."""
 
     r: int
     alpha: float
     variant: str
-    """Name of its method."""
+    """Name of the adapter's method."""
     base_model: str | None
     revision: str | None
     """Branch, tag or commit of the base model."""
 
     def settings(self, targets: list[str]) -> LoraSettings:
-        """Return it as our settings."""
+        """Return the config as ``lora`` settings."""
         return LoraSettings(variant=self.variant, r=self.r, alpha=self.alpha, target_modules=targets)
 
 
@@ -69,7 +69,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Read adapter_config.json.
 
     Raises:
-        ModelError: if it is missing, damaged, not of a LoRA adapter, or says what we do not do.
+        ModelError: if it is missing, damaged, not for a LoRA adapter, or has unsupported settings.
     """
     file = own_file(folder, CONFIG_NAME)
     try:
@@ -120,10 +120,10 @@ def _refused(values: dict[str, Any]) -> list[str]:
 
 
 def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
-    """Return the modules that have an adapter, by the names of an adapter file's tensors.
+    """Return the modules with an adapter, given the tensor names in an adapter file.
 
     Raises:
-        ModelError: if a tensor is of no plain LoRA on a linear.
+        ModelError: if a tensor does not belong to plain LoRA on a linear.
     """
     tensors = "|".join(map(re.escape, sorted(tensor_names())))
     found = {name: re.fullmatch(rf"base_model\.model\.(.+)\.(?:{tensors})", name) for name in names}
@@ -138,7 +138,7 @@ def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
 
 
 def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
-    """Return an error about ``lora`` settings that came from an adapter's folder as one about the adapter."""
+    """Turn an error about ``lora`` settings that came from an adapter's folder into one about the adapter."""
     text = str(error)
     if not text.startswith("lora."):
         return error
@@ -151,12 +151,11 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def stored_modules(folder: Path, r: int | None = None) -> list[str]:
-    """Return the names of the modules that an adapter folder has tensors for.
+    """Return the names of the modules for which an adapter folder has tensors.
 
     Raises:
-        ModelError: if there is no file of tensors, one that holds other things than LoRA matrices, or of a rank other
-            than ``r``.
-        SecurityError: if the file is a link to elsewhere.
+        ModelError: if there is no file of tensors, or it holds anything but LoRA matrices, or a rank other than ``r``.
+        SecurityError: if the file is a link out of the folder.
     """
     file = own_file(folder, WEIGHTS_NAME)
     if not file.is_file():
@@ -183,7 +182,7 @@ def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size
     """Fill a model's adapters from a PEFT adapter folder.
 
     Raises:
-        ModelError: if its tensors are not just the model's, by name and shape.
+        ModelError: if its tensors do not match the model's by name and shape, or a value is not finite.
     """
     file = own_file(folder, WEIGHTS_NAME)
     parameters = dict(trainable_parameters(model))
@@ -203,10 +202,10 @@ def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size
 
 
 def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks: Ranks) -> None:
-    """Fill a model's fresh adapters from a PEFT adapter of an earlier training (``lora.init_from``).
+    """Initialize a model's adapters from a PEFT adapter of an earlier run (``lora.init_from``).
 
     Raises:
-        ModelError: if it was trained with another scaling or does not fit this model's adapters.
+        ModelError: if its rank, alpha or variant differs, or it does not fit this model's adapters.
     """
     found = read_adapter_config(folder).settings([])
     differ = [

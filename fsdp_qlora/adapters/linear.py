@@ -1,4 +1,4 @@
-"""`QuantLoraLinear`: LoRA on a frozen quantized linear, base and adapter in one product."""
+"""`QuantLoraLinear`: LoRA on a frozen quantized linear, with base and adapter fused into one op."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class QuantLoraLinear(nn.Module, LoraLayer):
     """LoRA on a `QuantLinear`: ``base(x) + B(A(dropout(x))) * scaling`` (LoRA, https://arxiv.org/abs/2106.09685).
 
     Attributes:
-        fused: whether base and adapter are one product (`quant/products.py`); else they are two, as in PEFT. Dropout
-            between the two needs the latter.
-        sharing: those that read the same input, if any do.
+        fused: whether base and adapter run as one op (`quant/products.py`) or separately, as in PEFT. Dropout on the
+            adapter's input requires the latter.
+        sharing: the group of layers that read the same input, if any.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
             return out
         for name in self.active_adapters:
             if name in self.lora_A:
-                # Adapters that FSDP does not gather (fsdp.adapters=replicated) come in float32.
+                # Adapters that FSDP does not gather (fsdp.adapters=replicated) are float32 here.
                 down, up = (cast(torch.Tensor, m[name].weight).to(x.dtype) for m in (self.lora_A, self.lora_B))
                 low = nn.functional.linear(self.lora_dropout[name](x), down)
                 out = out + nn.functional.linear(low, up) * self.scaling[name]
@@ -57,7 +57,7 @@ class QuantLoraLinear(nn.Module, LoraLayer):
 
 
 def products(layers: Sequence[QuantLoraLinear], x: torch.Tensor) -> list[torch.Tensor]:
-    """Return ``x`` times each layer's matrix and adapter, without biases; one op."""
+    """Return each layer's product of ``x`` with base and adapter, without biases, as one op."""
     down = [cast(torch.Tensor, layer.lora_A[ADAPTER].weight) for layer in layers]
     up = [cast(torch.Tensor, layer.lora_B[ADAPTER].weight) for layer in layers]
     matrices = [cast(QuantLinear, layer.base_layer).for_product(x) for layer in layers]
@@ -65,10 +65,10 @@ def products(layers: Sequence[QuantLoraLinear], x: torch.Tensor) -> list[torch.T
 
 
 class SharedInput:
-    """Layers that read one input (queries, keys and values): the first that is asked makes the products of all.
+    """Layers that read the same input (queries, keys and values): the first one called computes the products of all.
 
-    Any input may come: what was made for another tensor is never given, so a layer that does not read the same one
-    (cross-attention) is right, too, and only slower.
+    Results are used only for the very tensor they were computed from. So a layer that in fact reads another input
+    (cross-attention) is still correct, only slower.
     """
 
     def __init__(self, layers: Sequence[QuantLoraLinear]) -> None:
@@ -90,13 +90,13 @@ class SharedInput:
 
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears of one module that read the same input in transformers' models."""
+"""Linears of the same module that read the same input in transformers' models."""
 
 
 def use_fused_products(model: nn.Module) -> list[SharedInput]:
     """Fuse base and adapter into one product, and linears that share an input into one call.
 
-    Return the groups of the latter. Adapters with dropout stay as they are: it comes between the two products.
+    Returns the groups of the latter. Adapters with dropout stay unfused: it applies to the adapter's input only.
     """
     groups = []
     for parent in list(model.modules()):

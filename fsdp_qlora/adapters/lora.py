@@ -1,7 +1,7 @@
 """LoRA (https://arxiv.org/abs/2106.09685) and rsLoRA (https://arxiv.org/abs/2312.03732) on a meta model.
 
-PEFT gives the config, the file format and the adapter modules. Its dispatcher learns our 4-bit layer through
-``LoraConfig._register_custom_module`` (private by name; `tests/unit/test_lora.py` says when it breaks).
+PEFT provides the config, the file format and the adapter modules. Our quantized layer is registered with its dispatcher
+through ``LoraConfig._register_custom_module`` (private; `tests/unit/test_lora.py` fails if it breaks).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class LoRA(Method):
     layer = QuantLoraLinear
 
     def shapes(self, linear: LinearShape, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of A and B; of stacked matrices, those of all."""
+        """Return the shapes of A and B; for stacked matrices, those of all matrices together."""
         r = linear.count * lora.r
         return {"lora_A.weight": (r, linear.in_features), "lora_B.weight": (linear.out_features, r)}
 
     def peft(self, targets: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM") -> LoraConfig:
-        """Return PEFT's config."""
+        """Return the PEFT config."""
         return LoraConfig(
             task_type=task_type,  # type: ignore[arg-type]
             target_modules=list(targets),
@@ -53,12 +53,12 @@ class LoRA(Method):
         return not config.get("use_rslora", False)
 
     def initial(self, name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor | None:
-        """Return what PEFT starts from: A uniform as `nn.Linear`, B zero."""
+        """Return PEFT's initial value: A uniform as in `nn.Linear`, B zero."""
         if ".lora_B." in name:
             return None
         if ".lora_A." not in name:
             raise NumericsError(f"{name}: no initialisation is known for this trainable parameter.")
-        bound = shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5)), PEFT's and nn.Linear's own
+        bound = shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5)), as in PEFT and nn.Linear
         return torch.empty(tuple(shape), dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
@@ -69,7 +69,7 @@ class RsLoRA(LoRA):
     name = "rslora"
 
     def peft(self, targets: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM") -> LoraConfig:
-        """Return PEFT's config; PEFT computes the scaling from it."""
+        """Return the PEFT config; PEFT computes the scaling from it."""
         config = super().peft(targets, lora, task_type)
         config.use_rslora = True
         return config
@@ -83,13 +83,13 @@ def attach_lora(
     model: PreTrainedModel, target_modules: Sequence[str], r: int, alpha: float, dropout: float = 0.0,
     variant: str = "lora", task_type: str | None = "CAUSAL_LM",
 ) -> PeftModel:  # fmt: skip
-    """Add adapters (float32, on meta) to the named linears of a meta model and freeze all else."""
+    """Add adapters (float32, on meta) to the named linears of a meta model and freeze everything else."""
     method = build_method(variant)
     lora = LoraSettings(variant=variant, r=r, alpha=alpha, dropout=dropout)
     config = method.peft(target_modules, lora, task_type)
     config._register_custom_module({QuantLinear: method.layer})
     with warnings.catch_warnings():
-        # peft warns of a tied embedding that it would have to untie to merge; we neither target nor merge it here
+        # peft warns that merging would have to untie the embedding; we neither target nor merge it here
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
         warnings.filterwarnings("ignore", message="Unsupported layer type .*QuantLinear")  # it is registered above
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
@@ -104,9 +104,9 @@ def attach_lora(
 def initialize_adapters(
     model: nn.Module, seed: int, shard_rank: int = 0, shard_size: int = 1, variant: str = "lora"
 ) -> None:
-    """Give each trained tensor its method's start, from a seed of its own name.
+    """Initialize each trained tensor as its method prescribes, with a seed derived from its name.
 
-    Each tensor is drawn whole on the CPU and sliced, so the values do not depend on the number of ranks.
+    Each tensor is drawn whole on the CPU and then sliced, so values do not depend on the number of ranks.
     """
     method = build_method(variant)
     for name, parameter in trainable_parameters(model):

@@ -1,7 +1,7 @@
-"""`Method`: what is trained beside a frozen base.
+"""`Method`: a kind of adapter trained on a frozen base.
 
-A method says which tensors an adapter has, how they start, and what PEFT calls it; its `Method.layer` computes. It is
-stateless and knows nothing of FSDP: shapes are whole, and each tensor is drawn whole and sliced.
+A method defines an adapter's tensors, their initial values and its PEFT config; `Method.layer` computes. It is
+stateless and knows nothing of FSDP: shapes are unsharded, and each tensor is drawn whole and then sliced.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ class Method(ABC):
     name: ClassVar[str]
     """Its name in ``lora.variant``."""
     layer: ClassVar[type[nn.Module]]
-    """What is put on a quantized linear: made by PEFT with ``(base_layer, adapter_name, config=..., r=..., ...)``."""
+    """Wraps a quantized linear; PEFT constructs it with ``(base_layer, adapter_name, config=..., r=..., ...)``."""
 
     @abstractmethod
     def shapes(self, linear: LinearShape, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
-        """Return the trained tensors of a target: name in PEFT's file, after the target's own, -> shape.
+        """Return the trained tensors of a target: name in PEFT's file, after the target's name -> shape.
 
-        Plan, optimizer sizes and checkpoints read this; the first dimension is what ranks share.
+        The plan, optimizer sizes and checkpoints use it; tensors are sharded along the first dimension.
         """
 
     @abstractmethod
     def peft(self, targets: Sequence[str], lora: LoraSettings, task_type: str | None) -> LoraConfig:
-        """Return PEFT's config of these adapters: what is attached and what adapter_config.json says."""
+        """Return the PEFT config: it determines the attached layers and adapter_config.json."""
 
     @abstractmethod
     def recognizes(self, config: Mapping[str, Any]) -> bool:
-        """Whether an adapter_config.json is of this method."""
+        """Whether an adapter_config.json belongs to this method."""
 
     @abstractmethod
     def initial(self, name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor | None:
-        """Return the start of a trained tensor, float32 of ``shape``; None: zeros.
+        """Return the initial value of a trained tensor, float32 of ``shape``; None for zeros.
 
         Raises:
             NumericsError: if the method has no such tensor.
@@ -52,7 +52,7 @@ class Method(ABC):
 
 
 def parameters_of(method: Method, linear: LinearShape, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
-    """Return name in PEFT's file -> shape of a target's trained tensors."""
+    """Return name in PEFT's file -> shape, for a target's trained tensors."""
     return {f"base_model.model.{linear.name}.{name}": shape for name, shape in method.shapes(linear, lora).items()}
 
 
@@ -60,7 +60,7 @@ _METHODS: dict[str, type[Method]] = {}
 
 
 def register(kind: type[Method]) -> type[Method]:
-    """Make a method known by its name: ``lora.variant=NAME`` then takes it (on the command line: those that ship)."""
+    """Register a method under its name for ``lora.variant=NAME`` (the command line knows only built-in methods)."""
     _METHODS[kind.name] = kind
     choices.METHODS.add(kind.name)
     return kind
@@ -72,11 +72,11 @@ def build_method(name: str) -> Method:
 
 
 def tensor_names() -> set[str]:
-    """Return the names of the tensors of all methods, after their targets' own."""
+    """Return the tensor names of all methods, without their targets' names."""
     any_linear, any_settings = LinearShape("any", 1, 1), LoraSettings()
     return {name for kind in _METHODS.values() for name in kind().shapes(any_linear, any_settings)}
 
 
 def method_of(config: Mapping[str, Any]) -> Method | None:
-    """Return the method that an adapter_config.json is of, or None."""
+    """Return the method that an adapter_config.json belongs to, or None."""
     return next((kind() for kind in _METHODS.values() if kind().recognizes(config)), None)

@@ -1,12 +1,11 @@
-"""Linears whose adapter plain PEFT would not load where it belongs.
+"""Finds linears whose adapter plain PEFT would load in the wrong place, and names adapter tensors as PEFT does.
 
-For families whose experts transformers stacks PEFT (0.21, with transformers 5) takes target modules called
-``gate_proj``, ``up_proj``, ``down_proj`` (Mixtral's: ``w1``, ``w2``, ``w3``) for the experts' stacked parameters,
-wherever they are: an adapter on the MLP of a dense layer or of shared experts would be loaded as an adapter on all
-experts. And it sends an adapter's names through the renamings that transformers has for a family's old checkpoints;
-where one of them meets a name that is a new one already (Laguna's ``shared_experts``), the adapter is left out with a
-warning. PEFT's table is private; this is the one place that reads it, and `tests/unit/test_upstream_code.py` says when
-it changes.
+In families whose experts transformers stacks, PEFT (0.21, with transformers 5) takes any target module called
+``gate_proj``, ``up_proj`` or ``down_proj`` (Mixtral: ``w1``, ``w2``, ``w3``) for the experts' stacked parameters. An
+adapter on the MLP of a dense layer or of shared experts would be loaded as an adapter on all experts. PEFT also applies
+transformers' renamings of a family's old checkpoints to an adapter's names. If a renaming matches a name that is
+already a new one (Laguna's ``shared_experts``), the adapter is left out with a warning. PEFT's table is private; only
+this module reads it, and `tests/unit/test_upstream_code.py` fails when it changes.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN, get_ch
 
 
 def names_taken_for_experts(model_config: Any) -> frozenset[str]:
-    """Return the last parts of names that PEFT takes for stacked experts in a model with this config."""
+    """Return the last name parts that PEFT takes for stacked experts in a model with this config."""
     model_type = getattr(model_config, "model_type", None)
     if model_type is None or get_checkpoint_conversion_mapping(model_type) is None:
         return frozenset()
@@ -36,7 +35,10 @@ def names_taken_for_experts(model_config: Any) -> frozenset[str]:
 
 
 def renamed_by_peft(model: PreTrainedModel, names: Iterable[str]) -> frozenset[str]:
-    """Return those of the linears ``names`` of a (meta) model whose adapters PEFT would look for under other names."""
+    """Return those linears in ``names`` whose adapters PEFT would look up under other names.
+
+    ``model`` may be on meta.
+    """
     keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
     tensors = {key: torch.empty(1, 1, device="meta") for key in keys}
     kept = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors, "default")
@@ -45,18 +47,18 @@ def renamed_by_peft(model: PreTrainedModel, names: Iterable[str]) -> frozenset[s
 
 
 ADAPTER = "default"
-"""Name of the one adapter that is trained, as PEFT calls it."""
+"""PEFT's name of the one adapter that is trained."""
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield ``(name, parameter)`` of what is trained; the names are those of a plain PEFT adapter file."""
+    """Yield ``(name, parameter)`` for trained parameters, with the names of a plain PEFT adapter file."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield adapter_key(name), parameter
 
 
 def adapter_of(name: str) -> str:
-    """Return what the tensors of one adapter have in common in their names: ``...q_proj.lora_*.weight``."""
+    """Return the common name of all tensors of one adapter: ``...q_proj.lora_*.weight``."""
     return re.sub(r"\.lora_[^.]+", ".lora_*", name)
 
 

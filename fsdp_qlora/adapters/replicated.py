@@ -1,7 +1,7 @@
 """Adapters that are whole on every rank (``fsdp.adapters=replicated``).
 
-`shard_model` has FSDP leave them alone: they are gathered with no layer, and backward only adds up this rank's part of
-their gradients. `ReplicatedGradients` adds the parts of all ranks, once a step.
+`shard_model` excludes them from FSDP: they are never gathered, and backward accumulates only this rank's part of their
+gradients. `ReplicatedGradients` sums the parts of all ranks once per step.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Named = Iterable[tuple[str, nn.Parameter]]
 
 
 class ReplicatedGradients:
-    """Called after the last backward of a step, with its number: adds up the whole parameters' gradients.
+    """Sums the gradients of unsharded parameters; call it after the last backward of a step, with the step's number.
 
-    All gradients are laid end to end and reduced as one float32 tensor, of which they are views from then on. The
-    result has the same bits on every rank (it is added up in one place and sent to all), and so have the updated
-    parameters: that is what keeps the copies equal.
+    All gradients are concatenated and all-reduced as one float32 tensor; afterwards they are views of it. The result is
+    bit-identical on every rank (each sum is computed in one place and sent to all), and so are the updated parameters:
+    this keeps the copies equal.
     """
 
     def __init__(self, parameters: Named, ranks: Ranks) -> None:
-        """Take those of ``parameters`` that are whole; those that FSDP shards it also reduces.
+        """Select the unsharded ones among ``parameters``; FSDP itself reduces those it shards.
 
-        Make it while no unit is gathered: a gathered parameter looks like a whole one.
+        Create it while no unit is gathered: a gathered parameter looks like an unsharded one.
         """
         self._parameters = [p for _, p in parameters if not isinstance(p, DTensor)]
         self._sizes = [p.numel() for p in self._parameters]
@@ -39,13 +39,13 @@ class ReplicatedGradients:
 
     @torch.no_grad()
     def __call__(self, step: int = 0) -> None:
-        """Reduce; a parameter that no rank has a gradient of is left without one. Every rank calls it."""
+        """Reduce the gradients. Parameters without a gradient on any rank stay without one. Every rank must call it."""
         if not self._parameters or self._ranks.size == 1:
             return
         found = [p.grad is not None for p in self._parameters]
         with record_function(GATHER):
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-            # How many ranks have each gradient travels along: one that is missing here may be there on another rank.
+            # Also sum how many ranks have each gradient: one that is missing here may exist on another rank.
             counts = torch.tensor(found, dtype=torch.float32, device=grads[0].device)
             flat = torch.cat([*(grad.view(-1) for grad in grads), counts])
         dist.all_reduce(flat, group=self._ranks.group)

@@ -1,1 +1,1 @@
-"""How tokens see each other."""
+"""Attention implementations, and the layouts of rows that go with them."""

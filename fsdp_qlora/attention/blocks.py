@@ -1,19 +1,19 @@
-"""What blockwise attention keeps: arithmetic over its blocks of queries."""
+"""Memory that attention keeps: arithmetic over blocks of queries."""
 
 from __future__ import annotations
 
 from fsdp_qlora.shapes.linears import FLOAT32, ModelShapes
 
 QUERY_BLOCK = 128
-"""Queries (of one head) whose scores exist at the same time in blockwise attention."""
+"""Number of queries (per head) whose scores exist at the same time in blockwise attention."""
 KEPT_SCORES_LENGTH = 1024
-"""Up to so many tokens blockwise attention keeps its probabilities for backward; of longer ones it makes them again."""
+"""Blockwise attention keeps probabilities for backward up to this length, and recomputes them beyond it."""
 
 
 def pairs_seen(length: int) -> int:
-    """Return how many (query, key) pairs blocks of queries cover, each with the keys up to its own end.
+    """Return the number of (query, key) pairs covered by blocks of queries, each with the keys up to its own end.
 
-    With 2 whole blocks and a rest, of a length of 300::
+    A length of 300 gives two whole blocks and a rest::
 
         queries    0..127    x keys 0..127        128 * 128
                  128..255    x keys 0..255        128 * 256     = 128 * 128 * (1 + 2)
@@ -24,10 +24,10 @@ def pairs_seen(length: int) -> int:
 
 
 def kept_scores(shapes: ModelShapes, attention: str, itemsize: int, length: int) -> int:
-    """Return the bytes of probabilities that attention keeps for a token of a sequence of ``length``.
+    """Return the bytes of probabilities that attention keeps per token in a sequence of ``length``.
 
-    Eager attention keeps them in float32 and in the activations' dtype, for all positions; blockwise attention those of
-    each block of queries with the keys up to its end.
+    Eager attention keeps them for all positions, in float32 and in the activations' dtype; blockwise attention keeps
+    those of each block of queries with the keys up to its end.
     """
     heads = shapes.num_attention_heads
     if attention == "eager":

@@ -1,12 +1,12 @@
 """``attn_implementation=blockwise``: exact attention for CPUs, a block of queries at a time.
 
-On a CPU the bf16 flash kernel behind sdpa takes longer than matrix products and a softmax over whole score matrices
-(eager), and that one computes the half that a causal mask throws away, copies keys and values for every query head, and
-makes a float32 score matrix. Here each block of queries is multiplied with the keys that it sees and no others; query
-heads that share a key head are rows of one product; the softmax adds up in float32 inside torch's own kernel, so that
-the results are those of eager attention. Backward makes the scores of a block again, unless sequences are short.
+On a CPU the bf16 flash kernel behind sdpa is slower than eager attention. Eager attention in turn computes the half of
+the scores that a causal mask discards, copies keys and values for every query head, and makes a float32 score matrix.
+Here each block of queries is multiplied only with the keys it sees. Query heads that share a key head are rows of one
+product. The softmax accumulates in float32 inside torch's own kernel, so results match eager attention. Backward
+recomputes the scores of a block, unless sequences are short.
 
-It is an op with a fake implementation, known to transformers by name through its public attention interface.
+It is an op with a fake implementation, registered by name in transformers' public attention interface.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _HARMLESS = frozenset(
      "output_router_logits", "logits_to_keep", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
      "max_length_k"]
 )  # fmt: skip
-"""What attention functions are given that changes nothing here: windows and boundaries are in the mask already."""
+"""Arguments of attention functions that change nothing here: windows and boundaries are already in the mask."""
 
 
 def refuse_unknown(attention: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse what a model asks of an attention function of ours that does not know it.
+    """Reject arguments from a model that our attention function ``attention`` does not support.
 
     Raises:
-        ModelError: naming the argument.
+        ModelError: if there is one; the message names it.
     """
     for name, asked in arguments.items():
         if asked is not None and asked is not False and name not in _HARMLESS:
@@ -53,21 +53,21 @@ def blockwise_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attend, as transformers' attention functions do.
+    """Compute attention, with the interface of transformers' attention functions.
 
     Args:
-        module: the attention module; its ``is_causal`` counts where the argument is None.
+        module: the attention module; its ``is_causal`` applies if the argument is None.
         query: ``[rows, heads, queries, size]``.
         key: ``[rows, key heads, keys, size]``.
         value: ``[rows, key heads, keys, value size]``.
-        attention_mask: bool ``[rows, 1, queries, keys]``, True where a query sees a key; None for causal attention.
+        attention_mask: bool ``[rows, 1, queries, keys]``, True where a query sees a key; None for no mask.
         dropout: must be 0.
         scaling: factor on the scores.
-        is_causal: whether later keys are hidden, where there is no mask.
-        kwargs: what other models ask for; soft caps and sinks are refused.
+        is_causal: whether later keys are hidden, if there is no mask.
+        kwargs: other arguments of some models; soft caps and sinks are refused.
 
     Returns:
-        ``[rows, queries, heads, value size]``, and no scores.
+        The output ``[rows, queries, heads, value size]``, and None for the scores.
     """
     refuse_unknown(BLOCKWISE, kwargs)
     if attention_mask is not None and attention_mask.dtype != torch.bool:
@@ -84,7 +84,7 @@ def blockwise_forward(
 
 
 def _blocks(length: int, keys: int, mask: Tensor | None, causal: bool) -> Iterator[tuple[int, int, int, int]]:
-    """Yield ``(start, stop)`` of each block of queries and ``(first, last)`` of the keys that any of them sees."""
+    """Yield ``(start, stop, first, last)``: each block of queries, and the range of keys that any of them sees."""
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
         if mask is None:
@@ -96,7 +96,7 @@ def _blocks(length: int, keys: int, mask: Tensor | None, causal: bool) -> Iterat
 
 
 class _Heads:
-    """Queries, keys and values laid out for products by key head."""
+    """Queries, keys and values laid out for one product per key head."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         self.rows, heads, self.length, self.size = query.shape
@@ -106,19 +106,20 @@ class _Heads:
         self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
 
     def block(self, of: Tensor, start: int, stop: int) -> Tensor:
-        """Return a block of ``[rows, key heads, group, length, size]``, ``[rows x key heads, group x block, size]``."""
+        """Cut a block of ``[rows, key heads, group, length, size]`` as ``[rows x key heads, group x block, size]``."""
         return of[:, :, :, start:stop].reshape(self.rows * self.key_heads, self.group * (stop - start), of.shape[-1])
 
     def unblock(self, block: Tensor, into: Tensor, start: int, stop: int) -> None:
-        """Write what `block` gave into ``into``."""
+        """Invert `block`: write ``block`` into ``into``."""
         into[:, :, :, start:stop] = block.view(self.rows, self.key_heads, self.group, stop - start, block.shape[-1])
 
     def probabilities(
         self, start: int, stop: int, first: int, last: int, mask: Tensor | None, causal: bool, out: Tensor | None = None
     ) -> Tensor:
-        """Return the softmax of a block's scores, ``[rows x key heads, group x block, last - first]``, in ``out``."""
+        """Return the softmax of a block's scores, ``[rows x key heads, group x block, last - first]``."""
         scores = matmul(self.block(self.query, start, stop), self.key[:, first:last].transpose(1, 2))
         if causal:
+            # only keys start to stop need a mask: the queries of the block see all earlier keys
             hidden = torch.ones(stop - start, stop - start, dtype=torch.bool, device=scores.device).triu_(1)
             own = scores.view(-1, stop - start, last - first)[..., start - first :]
             own.masked_fill_(hidden, -torch.inf)
@@ -129,14 +130,14 @@ class _Heads:
 
 
 def _kept_scores(rows: int, heads: int, length: int, keep: bool) -> int:
-    """Return how many probabilities are kept: those of each block of queries with the keys up to its end."""
+    """Return how many probabilities are kept: for each block of queries, those of the keys up to its end."""
     return rows * heads * pairs_seen(length) if keep else 0
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the output and, where they are kept, the probabilities of one block after the other."""
+    """Return the output and, if kept, the probabilities of all blocks, one after the other."""
     heads = _Heads(query, key, value, scale)
     out = query.new_empty(heads.rows, heads.length, heads.key_heads, heads.group, value.shape[-1])
     laid = out.permute(0, 2, 3, 1, 4)
@@ -159,7 +160,7 @@ def _attention_backward(
     heads = _Heads(query, key, value, scale)
     shape = (heads.rows, heads.length, heads.key_heads, heads.group, value.shape[-1])
     grads = grad.reshape(shape).permute(0, 2, 3, 1, 4)
-    # the sum over keys of probability x its gradient is the product of the output with its own
+    # sum over keys of probability * its gradient = dot(output, gradient of the output)
     dots = (grad.reshape(shape).float() * out.view(shape)).sum(-1, keepdim=True).to(grad.dtype).permute(0, 2, 3, 1, 4)
     grad_query = grad.new_empty(heads.query.shape)
     grad_key = torch.zeros(heads.key.shape, dtype=torch.float32, device=grad.device)
@@ -222,6 +223,6 @@ ops = torch.ops.fsdp_qlora
 BODIES = register(
     {"attention": (_attention, _fake_attention), "attention_backward": (_attention_backward, _fake_attention_backward)}
 )
-"""The functions that the ops stand for, by op."""
+"""The functions behind the ops, by op."""
 AttentionInterface.register(BLOCKWISE, blockwise_forward)
 AttentionMaskInterface.register(BLOCKWISE, sdpa_mask)

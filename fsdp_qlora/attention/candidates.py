@@ -1,8 +1,8 @@
-"""Which attention implementation a model runs with: those that its class says it can, the fastest first.
+"""Chooses the attention implementations to try for a model: those that its class claims to support, fastest first.
 
-Flags of a class are a claim, not a proof: a class with attention code of its own may ignore the setting and apply no
-causal mask at all. So ``auto`` is a list of candidates, and the check at the start takes the first that computes what
-upstream's eager attention does (`fsdp_qlora.checks.twin`); a plan, which runs nothing, takes the first.
+A class's flags are a claim, not a proof: a class with its own attention code may ignore the setting and apply no causal
+mask at all. So ``auto`` is a list of candidates, and the check at the start takes the first that computes the same as
+upstream's eager attention (`fsdp_qlora.checks.twin`). A plan, which runs nothing, takes the first.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from fsdp_qlora.errors import ModelError
 
 EAGER, _FLASH = "eager", "flash_attention_2"
 _CAPS, _DROPOUTS = ("attn_logit_softcapping", "attention_logit_cap"), ("attention_dropout", "attn_pdrop")
-"""Keys of configs under which scores are capped, and dropped."""
+"""Config keys for soft caps on scores, and for attention dropout."""
 
 
 def attention_candidates(
     device: torch.device, asked: str | None, model_config: Any, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> tuple[str, ...]:
-    """Return the attention implementations to try, in this order; the one asked for, if one is.
+    """Return the attention implementations to try, in order, or only ``asked`` if it is given.
 
-    On an accelerator flash attention (in 16 bits, where the package is installed) and sdpa, on a CPU `blockwise`, each
-    only where the class claims it and no setting of the config is beyond it; eager always comes last.
+    These are flash attention (in 16 bits, if the package is installed) and sdpa on an accelerator, and `blockwise` on a
+    CPU, each only if the class claims to support it and it supports the config. Eager always comes last.
 
     Raises:
-        ModelError: if what is asked for cannot be had on this device or in this dtype, or would be downloaded as
-            compiled code that is not trusted.
+        ModelError: if ``asked`` is not available on this device or in this dtype, or would download compiled code that
+            is not trusted.
     """
     text, kind = model_config.get_text_config(), _model_class(model_config)
     if asked is not None:
@@ -47,7 +47,7 @@ def attention_candidates(
                 "Choose sdpa, install flash-attn, or set model.trust_remote_code=true if you trust that code."
             )
         return (asked,)
-    if kind is None:  # an encoder, an encoder-decoder, or code of the folder's own
+    if kind is None:  # an encoder, an encoder-decoder, or the folder's own code
         return (EAGER,) if device.type == "cpu" else ("sdpa", EAGER)
     capped, found = _has(text, _CAPS), []
     if device.type == "cpu":
@@ -62,9 +62,9 @@ def attention_candidates(
 
 
 def _from_hub(kind: Any) -> str | None:
-    """Return why transformers takes flash attention for a class from a kernel of the hub; None where it does not.
+    """Return why transformers would load flash attention for a class from the hub; None if it would not.
 
-    It does so without asking, in the constructor of a model, where the package ``kernels`` is installed.
+    If the package ``kernels`` is installed, a model's constructor does so without asking.
     """
     if not is_kernels_available():
         return None
@@ -75,9 +75,9 @@ def _from_hub(kind: Any) -> str | None:
 
 
 def why_not(attention: str, device: torch.device, dtype: torch.dtype, text_config: Any) -> str | None:
-    """Return why an attention that `reads_boundaries` cannot be had, and what to do; None where nothing speaks against.
+    """Return why an attention that `reads_boundaries` is not available, and what to do; None if it seems available.
 
-    What only a forward shows is not seen.
+    Problems that show only in a forward are not detected.
     """
     if not reads_boundaries(attention):
         return None
@@ -102,7 +102,7 @@ def _has(text_config: Any, keys: tuple[str, ...]) -> bool:
 
 
 def code_files(model_config: Any, folder: Path, trust_remote_code: bool) -> list[Path]:
-    """Return the files that hold the model's own code: upstream's module, and the folder's where it is trusted."""
+    """Return the files that hold the model's own code: upstream's module, and the folder's if trusted."""
     found = sorted(folder.glob("*.py")) if trust_remote_code and folder.is_dir() else []
     kind = _model_class(model_config)
     module = sys.modules.get(kind.__module__) if kind is not None else None
@@ -110,7 +110,7 @@ def code_files(model_config: Any, folder: Path, trust_remote_code: bool) -> list
 
 
 def _model_class(model_config: Any) -> Any:
-    """Return transformers' class of a causal language model with this config, None where it has none."""
+    """Return transformers' causal language model class for this config; None if there is none."""
     if getattr(model_config, "is_encoder_decoder", False) or type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     names = getattr(model_config, "architectures", None) or [""]

@@ -1,4 +1,4 @@
-"""What the decoder is given with the tokens: positions, and for varlen attention where each row begins and ends."""
+"""The decoder's inputs besides tokens: positions and, for varlen attention, the boundaries of each row."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fsdp_qlora.data.labels import Sequences
 
 
 def reads_boundaries(attention: str) -> bool:
-    """Return whether an attention implementation keeps the rows of one flat row apart by their boundaries.
+    """Whether an attention implementation separates the rows within a flat row by their boundaries.
 
-    That is flash attention (of the package or from the hub) and our own `varlen`. All others read positions and make a
-    dense mask.
+    Flash attention (from the package or the hub) and our own `varlen` do. All others read positions and make a dense
+    mask.
     """
     return attention == VARLEN or is_flash_attention_requested(requested_attention_implementation=attention)
 
@@ -25,8 +25,8 @@ def decoder_inputs(
 ) -> dict[str, Any]:
     """Return the decoder's arguments.
 
-    Flash attention wants all four of boundaries and lengths, and no mask. With fewer transformers looks at the
-    positions in every layer, which waits for the device, and at one row only.
+    Flash attention needs all four boundaries and lengths, and no mask. Otherwise transformers derives them from the
+    positions in every layer, which synchronises with the device and works for a single row only.
     """
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if position_ids is not None:

@@ -1,4 +1,4 @@
-"""How a run's rows become micro-batches: padded, packed, or one flat row; and the probe that tries the result."""
+"""How a run's rows become micro-batches: padded, packed, or one flat row."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class Layout:
 
     data: DataSettings
     attention: str
-    """Its implementation; one that `reads_boundaries` takes flat micro-batches."""
+    """The attention implementation; one that `reads_boundaries` takes flat micro-batches."""
     num_sequences: int
-    """Sequences of a micro-batch."""
+    """Sequences per micro-batch."""
     step: int
-    """Packed and flat micro-batches have a multiple of so many tokens."""
+    """Packed and flat micro-batches are padded to a multiple of this many tokens."""
     is_main: bool
 
     @classmethod
     def of(cls, config: RunConfig, attention: str, compiled: bool = False, is_main: bool = False) -> Self:
-        """Return what the settings ask for with the attention that the model has.
+        """Return the layout for the settings and the model's attention implementation.
 
         Args:
             config: the settings.
-            attention: the implementation, decided.
-            compiled: whether layers are; micro-batches then come in few widths.
-            is_main: whether to say how well sequences are filled.
+            attention: the attention implementation, not ``auto``.
+            compiled: whether the decoder layers are compiled; micro-batches then come in few widths.
+            is_main: whether to log how well sequences are filled.
         """
         data, train = config.data, config.train
         by_tokens = max(2, train.micro_batch_tokens // data.max_length)
@@ -48,17 +48,17 @@ class Layout:
 
     @property
     def varlen(self) -> bool:
-        """Whether attention reads boundaries."""
+        """Whether the attention implementation reads boundaries."""
         return reads_boundaries(self.attention)
 
     @property
     def flat(self) -> bool:
-        """Whether a micro-batch is one row."""
+        """Whether a micro-batch is one flat row."""
         return self.varlen or self.data.padding_free
 
     @property
     def shared_rows(self) -> list[int] | None:
-        """How many rows each sequence of a micro-batch has, for the probe; None where no two share one."""
+        """Number of rows in each sequence of the probe's micro-batch; None if rows never share a sequence."""
         if self.data.packing:
             return [2] * self.num_sequences
         if self.data.padding_free:
@@ -66,19 +66,19 @@ class Layout:
         return [1] * self.num_sequences if self.varlen and self.num_sequences > 1 else None
 
     def __call__(self, rows: TokenRows) -> Rows:
-        """Lay out rows."""
+        """Lay out rows as micro-batches."""
         laid: Rows = _packed(rows, self.data.max_length, self.step, self.is_main) if self.data.packing else rows
         return FlatRows(laid, self.data.max_length, self.step, self.varlen) if self.flat else laid
 
     def micro_batch(self, sequences: list[list[Piece]]) -> MicroBatch:
-        """Lay out given sequences of rows as those of the data are."""
+        """Lay out the given sequences of rows as the data's are."""
         if self.flat:
             return flat_batch(sequences, self.data.max_length, self.step, self.varlen)
         laid = pack(sequences)
         return laid if self.data.packing else replace(laid, position_ids=None)
 
     def turning_points(self, text_config: Any) -> list[int]:
-        """Return the lengths at which attention changes its way, ascending."""
+        """Return the lengths at which attention takes another code path, in ascending order."""
         window = getattr(text_config, "sliding_window", None)
         points = {window} if window and self.attention != VARLEN else set()
         points |= {KEPT_SCORES_LENGTH} if self.attention == BLOCKWISE else set()
@@ -86,7 +86,7 @@ class Layout:
         return sorted(point for point in points if point < widest)
 
     def expected_forms(self, num_turning_points: int, limit: int) -> frozenset[Form]:
-        """Return the forms to compile where no batch is known: long ones first."""
+        """Return the forms to compile when no batch is known yet, longest first."""
         restarts = self.flat and not self.varlen
         bands = [0] if restarts else range(num_turning_points, -1, -1)
         return frozenset([Form(self.flat or self.num_sequences == 1, restarts, band) for band in bands][:limit])

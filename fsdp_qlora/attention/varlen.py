@@ -1,11 +1,11 @@
-"""``attn_implementation=varlen``: causal attention within each of many sequences that lie end to end in one row.
+"""``attn_implementation=varlen``: causal attention within each of several sequences concatenated in one row.
 
-It does what flash attention's varlen function does, read from the same four arguments: boundaries of the sequences and
-their greatest length. On a GPU torch's own kernel does it (`torch.nn.attention.varlen`). On a CPU it is plain torch, an
-op with forward and backward of its own, block by block of queries: so all that packed rows with flash attention go
-through can be run, and is tested, without a GPU.
+It is equivalent to flash attention's varlen function and reads the boundaries of the sequences and the length of the
+longest one from the same arguments. On a GPU it uses torch's own kernel (`torch.nn.attention.varlen`). On a CPU it is
+an op in plain torch with its own forward and backward, one block of queries at a time. So the whole path of packed rows
+with flash attention can run, and is tested, without a GPU.
 
-Without boundaries (evaluation, generation) each row of the batch is a sequence.
+Without boundaries (evaluation, generation) each row of the batch is one sequence.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ def varlen_forward(
     scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, is_causal: bool | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attend, as transformers' attention functions do.
+    """Compute attention, with the interface of transformers' attention functions.
 
     Args:
         module: the attention module.
         query: ``[rows, heads, queries, size]``.
         key: ``[rows, key heads, keys, size]``.
         value: ``[rows, key heads, keys, value size]``.
-        attention_mask: bool ``[rows, 1, queries, keys]`` where some tokens are padding; None otherwise.
+        attention_mask: bool ``[rows, 1, queries, keys]`` if some tokens are padding, else None.
         dropout: must be 0.
         scaling: factor on the scores.
-        sliding_window: how many tokens, itself among them, a token sees; None = all before it.
+        sliding_window: number of tokens that a token sees, itself included; None for all before it.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
-        cu_seq_lens_q: int32 ``[sequences + 1]``, boundaries in the only row.
-        max_length_q: no sequence is longer.
-        is_causal: whether later tokens are hidden; None = the module's ``is_causal``. Must be so.
-        kwargs: what other models ask for; sinks and biases are refused.
+        cu_seq_lens_q: int32 ``[sequences + 1]``, boundaries of the sequences in a single row.
+        max_length_q: length of the longest sequence, or an upper bound.
+        is_causal: whether later tokens are hidden; None for the module's ``is_causal``. Must be true.
+        kwargs: other arguments of some models; sinks and biases are refused.
 
     Returns:
-        ``[rows, queries, heads, value size]``, and no scores.
+        The output ``[rows, queries, heads, value size]``, and None for the scores.
     """
     refuse_unknown(VARLEN, kwargs)
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
@@ -82,8 +82,8 @@ def _on_accelerator(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None,
     softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    """Return torch's own varlen attention of ``[tokens, heads, size]``."""
-    from torch.nn.attention.varlen import varlen_attn  # here: it loads kernels, which a CPU has not
+    """Return torch's own varlen attention for ``[tokens, heads, size]``."""
+    from torch.nn.attention.varlen import varlen_attn  # imported here because it loads GPU kernels
 
     if softcap is not None:
         raise ModelError(
@@ -102,7 +102,7 @@ def _with_cache(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, window: int | None,
     softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    """Return attention to cached keys, or with a mask: generation's way, whose last query sees the last key."""
+    """Return attention over cached keys or with a mask, for generation: the last query sees the last key."""
     queries, keys = query.shape[2], key.shape[2]
     if mask is None:
         places = torch.arange(keys, device=query.device)
@@ -120,7 +120,7 @@ def _with_cache(
 
 
 def _mask(q_length: int, kv_length: int, attention_mask: Tensor | None = None, **settings: Any) -> Tensor | None:
-    """Return a mask only where there is padding among the tokens: rows are kept apart by their boundaries."""
+    """Return a mask only if there is padding; boundaries separate the sequences."""
     if attention_mask is None or bool(attention_mask.all()):
         return None
     settings |= {"allow_is_causal_skip": False}
@@ -128,7 +128,7 @@ def _mask(q_length: int, kv_length: int, attention_mask: Tensor | None = None, *
 
 
 def _blocks(ends: list[int], window: int) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(start, stop)`` of each block of queries and the first key that any of them sees."""
+    """Yield ``(start, stop, first)``: each block of queries, and the first key that any of them sees."""
     for begin, end in pairwise(ends):
         for start in range(begin, end, QUERY_BLOCK):
             first = begin if window == 0 else max(begin, start - window + 1)
@@ -136,7 +136,7 @@ def _blocks(ends: list[int], window: int) -> Iterator[tuple[int, int, int]]:
 
 
 class _Heads:
-    """Queries by key head, keys and values of all tokens, for products of a block of queries with its keys."""
+    """Queries, keys and values by key head, for products of a block of queries with its keys."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float) -> None:
         self.tokens, heads, self.size = query.shape
@@ -149,17 +149,17 @@ class _Heads:
         return of.unflatten(1, (self.key_heads, self.group)).permute(1, 2, 0, 3)
 
     def block(self, of: Tensor, start: int, stop: int) -> Tensor:
-        """Return a block of what `by_head` gave, ``[key heads, group x block, size]``."""
+        """Cut a block of `by_head`'s result as ``[key heads, group x block, size]``."""
         return of[:, :, start:stop].flatten(1, 2)
 
     def probabilities(self, start: int, stop: int, first: int) -> tuple[Tensor, Tensor | None]:
-        """Return the softmax of a block's scores, ``[key heads, group x block, keys]``, and the cap's slope."""
+        """Return the softmax of a block's scores, ``[key heads, group x block, keys]``, and the cap's derivative."""
         scores = matmul(self.block(self.query, start, stop), self.key[:, first:stop].transpose(1, 2))
         slope = None
         if self.softcap:
             capped = torch.tanh(scores / self.softcap)
             scores, slope = capped * self.softcap, 1 - capped.square()
-        own = torch.arange(start, stop)[:, None] - torch.arange(first, stop)  # how far before its query a key is
+        own = torch.arange(start, stop)[:, None] - torch.arange(first, stop)  # distance from key to query
         hidden = own < 0 if self.window == 0 else (own < 0) | (own >= self.window)
         scores = scores.masked_fill_(hidden.repeat(self.group, 1), -torch.inf)
         return torch.softmax(scores, dim=-1), slope
@@ -181,7 +181,7 @@ def _attention_backward(
 def forward(
     query: Tensor, key: Tensor, value: Tensor, ends: list[int], scale: float, window: int, softcap: float
 ) -> Tensor:
-    """Attend within each sequence; the boundaries are numbers here."""
+    """Compute attention within each sequence; ``ends`` are the boundaries as Python integers."""
     heads = _Heads(query, key, value, scale, window, softcap)
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     laid = heads.by_head(out)
@@ -198,7 +198,7 @@ def backward(
     """Return the gradients of query, key and value (flash attention's formulas, https://arxiv.org/abs/2205.14135)."""
     heads = _Heads(query, key, value, scale, window, softcap)
     grads = heads.by_head(grad)
-    # the sum over keys of probability x its gradient is the product of the output with its own
+    # sum over keys of probability * its gradient = dot(output, gradient of the output)
     dots = heads.by_head((grad.float() * out.float()).sum(-1, keepdim=True).to(grad.dtype))
     grad_query = torch.empty_like(heads.query, memory_format=torch.contiguous_format)
     grad_key = torch.zeros(heads.key.shape, dtype=torch.float32, device=grad.device)
@@ -261,6 +261,6 @@ BODIES = register(
         "varlen_attention_backward": (_attention_backward, _fake_attention_backward),
     }
 )
-"""The functions that the ops stand for, by op."""
+"""The functions behind the ops, by op."""
 AttentionInterface.register(VARLEN, varlen_forward)
 AttentionMaskInterface.register(VARLEN, _mask)

@@ -1,1 +1,1 @@
-"""What is kept: sharded safetensors and a JSON manifest, no pickle anywhere."""
+"""Checkpoints as sharded safetensors with a JSON manifest, without any pickle."""

@@ -1,9 +1,9 @@
-"""`Checkpointer`: save in the background, find the newest valid one, load it onto any number of ranks.
+"""`Checkpointer`: saves in the background, finds the newest valid checkpoint, loads it onto any number of ranks.
 
-A save happens in a thread. It copies this rank's shards aside while the next forward and backward run, which change
-none of them: only the next update has to wait for the copy. Then the ranks, over a process group of their own, write
-the copies with torch's DCP as safetensors, agree that all went well, and rank 0 publishes. Only tensors enter DCP,
-which would hide anything else in a pickle inside a .safetensors file.
+A save runs in a thread. It copies this rank's shards while the next forward and backward run, which do not change them;
+only the next update has to wait for the copy. Then the ranks use their own process group to write the copies as
+safetensors with torch's DCP and to agree that all succeeded, and rank 0 publishes the checkpoint. Only tensors go to
+DCP, which would put anything else into a pickle inside a .safetensors file.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from fsdp_qlora.files.read import walk, warn_of_others
 _log = logging.getLogger(__name__)
 
 MAX_FAILURES = 2
-"""Failed saves in a row after which a run stops."""
+"""Number of consecutive failed saves after which a run stops."""
 Tensors = Callable[[], Mapping[str, torch.Tensor]]
-"""Gives this rank's shards; called in the thread."""
+"""Returns this rank's shards; `Checkpointer.save` calls it in the thread, `Checkpointer.finish` directly."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint says besides its tensors."""
+    """The contents of a checkpoint other than its tensors."""
 
     step: int
     progress: dict[str, Any]
@@ -70,14 +70,14 @@ class Checkpointer:
         """Manage the checkpoints in ``folder``.
 
         Args:
-            folder: holds ``step_<step>`` folders; every rank must see it.
+            folder: holds the ``step_<step>`` folders; every rank must have access to it.
             ranks: the ranks of the run.
-            retention: which checkpoints stay; None keeps the newest two.
-            fallback: folder for a last save where ``folder`` cannot be written any more.
-            asynchronous: write in a thread; False waits for each save.
-            write_adapter: called on rank 0, in the thread, with a folder and the whole trained tensors; it must not
-                communicate.
-            say: takes warnings, on rank 0.
+            retention: which checkpoints to keep; None keeps the newest two.
+            fallback: folder for a last save if ``folder`` becomes unwritable.
+            asynchronous: return while a save is still being written; False waits for each save.
+            write_adapter: called on rank 0, in the thread, with a folder, the whole trained tensors and the progress;
+                it must not communicate.
+            say: receives warnings, on rank 0.
         """
         self.folder, self.ranks, self.fallback = folder, ranks, fallback
         self.retention = retention or Retention()
@@ -99,14 +99,14 @@ class Checkpointer:
 
     @property
     def gave_up(self) -> bool:
-        """Whether so many saves in a row have failed, the one in flight included, that the run should stop."""
+        """Whether `MAX_FAILURES` consecutive saves have failed, including the one in flight, so the run should stop."""
         failed_now = self._pending is not None and self._pending[1].done() and self._pending[1].result() is not None
         return self._failures + failed_now >= MAX_FAILURES
 
     def save(self, snapshot: Snapshot, tensors: Tensors) -> None:
-        """Start a save with all ranks. The tensors must not change until `before_update` has returned.
+        """Start a save on all ranks. The tensors must not change until `before_update` has returned.
 
-        A save that fails is told to a person; the next one is the second try (see `gave_up`, `finish`).
+        A failed save is reported to the user, and the next save is the second attempt (see `gave_up`, `finish`).
         """
         started = time.perf_counter()
         self.settle()  # at most one in flight
@@ -119,7 +119,7 @@ class Checkpointer:
         self._stall += time.perf_counter() - started
 
     def before_update(self) -> None:
-        """Wait until what is being saved has been copied; call it before the tensors change."""
+        """Wait until the tensors of a save in flight have been copied; call it before they change."""
         if self._staging is not None:
             started = time.perf_counter()
             self._staging.result()
@@ -127,15 +127,15 @@ class Checkpointer:
             self._stall += time.perf_counter() - started
 
     def take_stall(self) -> float | None:
-        """Return the seconds that saving has held up training since the last call; None where nothing was saved."""
+        """Return the seconds for which saving has blocked training since the last call, or None if it has not."""
         stall, self._stall = self._stall, 0.0
         return stall or None
 
     def finish(self, snapshot: Snapshot, tensors: Tensors) -> None:
-        """See to it that the checkpoint of ``snapshot`` is there: wait for it, or write it now.
+        """Make sure the checkpoint of ``snapshot`` is on disk: wait for it, or write it now.
 
         Raises:
-            StorageError: on every rank, if two saves in a row have failed; after one more try in the fallback folder.
+            StorageError: on every rank, if two consecutive saves have failed; a last save goes to the fallback folder.
         """
         self.settle()
         if self._saved_step == snapshot.step:
@@ -159,7 +159,7 @@ class Checkpointer:
                 self._failures += 1
 
     def _stage(self, tensors: Tensors, done: Future[None] | None = None) -> dict[str, torch.Tensor]:
-        """Copy this rank's shards to CPU buffers that are used again and again; set ``done`` in every case."""
+        """Copy this rank's shards to reusable CPU buffers; set ``done`` even if that fails."""
         try:
             named = dict(tensors())
             for name, value in named.items():
@@ -185,7 +185,7 @@ class Checkpointer:
         self._stager.close()
 
     def _write(self, folder: Path, snapshot: Snapshot, stage: Stage) -> str | None:
-        """Stage, write and publish, in the thread; return what went wrong, the same on every rank."""
+        """Stage, write and publish, in the thread; return the error, identical on every rank, or None."""
         manifest = Manifest(
             FORMAT, snapshot.step, self.ranks.size, snapshot.progress, snapshot.identity, {}, {}, snapshot.versions
         )
@@ -205,7 +205,7 @@ class Checkpointer:
         return None
 
     def _tell_kept(self, problem: str | None) -> None:
-        """Say, once a run, that old checkpoints stay: it fills the disk, and is no reason to stop."""
+        """Warn once per run that old checkpoints cannot be deleted: they fill the disk, but need not stop the run."""
         if problem is not None and not self._told_kept:
             self._told_kept = True
             self._say(f"checkpoint.keep_last: an old checkpoint cannot be deleted and takes room ({problem}).")
@@ -223,14 +223,13 @@ class Checkpointer:
     def find(
         self, resume: Resume, identity: dict[str, Any], overrides: Sequence[str] = ()
     ) -> tuple[Path, Manifest] | None:
-        """Return the checkpoint to resume from, decided by rank 0 for all, or None to start anew.
+        """Return the checkpoint to resume from, chosen by rank 0 for all ranks, or None to start afresh.
 
-        Of several the newest valid one counts; a damaged one is skipped with a warning. Settings named in ``overrides``
-        may differ.
+        It is the newest valid one; damaged ones are skipped with a warning. Settings named in ``overrides`` may differ.
 
         Raises:
-            CheckpointError: if a demanded checkpoint is missing or damaged, or none of several is valid.
-            SecurityError: if a checkpoint holds what no save of ours can have made.
+            CheckpointError: if the requested checkpoint is missing or damaged, or if there are some but none is valid.
+            SecurityError: if a checkpoint contains something that our saves never write.
             ConfigError: if the checkpoint was made with other settings.
         """
 
@@ -266,12 +265,12 @@ class Checkpointer:
         return None
 
     def load(self, folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Fill ``tensors`` (sharded as they are now, on any number of ranks) from a checkpoint.
+        """Load a checkpoint into ``tensors``, however they are sharded now and on any number of ranks.
 
-        Newer checkpoints of this run, from which it does not go on, are set aside.
+        Newer checkpoints of this run, which it does not resume from, are set aside.
 
         Raises:
-            CheckpointError: if its tensors are not just these, by name and shape.
+            CheckpointError: if the checkpoint cannot be read, or its tensors differ from these in name or shape.
         """
         wanted = {name: list(t.shape) for name, t in tensors.items()}
         if wanted != manifest.tensors:
@@ -294,11 +293,11 @@ class Checkpointer:
 
 
 def open_checkpoint(folder: Path) -> tuple[Path, Manifest]:
-    """Read and verify a checkpoint without loading it; warn of one that somebody else can change.
+    """Read and verify a checkpoint without loading it; warn if other users can change it.
 
     Raises:
         CheckpointError: if it is incomplete or damaged.
-        SecurityError: if it holds what no save of ours can have made.
+        SecurityError: if it contains something that our saves never write.
     """
     manifest = Manifest.read(folder)
     verify(folder, manifest)

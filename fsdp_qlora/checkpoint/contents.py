@@ -1,4 +1,4 @@
-"""What goes into a checkpoint, and what must be the same for a resume."""
+"""The contents of a checkpoint, and the settings that must match for a resume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fsdp_qlora.config.facts import MAY_CHANGE, keys_with
 from fsdp_qlora.config.schema import RunConfig
 
 _MAY_CHANGE = keys_with(RunConfig, MAY_CHANGE)
-"""Settings of the blocking groups that may differ on a resume (the base model itself goes by its files)."""
+"""Settings of the blocking groups that may differ on a resume (the base model is identified by its files instead)."""
 _READ_BY = {
     "optim.beta3": ("ademamix_8bit",),
     "optim.alpha": ("ademamix_8bit",),
@@ -20,17 +20,17 @@ _READ_BY = {
     "optim.t_beta3": ("ademamix_8bit",),
     "optim.override_32bit": ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit"),
 }
-"""Settings that only some optimizers read; with another they block nothing, and are not in its checkpoints."""
+"""Settings that only some optimizers read; with any other, they do not block a resume and are not recorded."""
 BLOCKING_GROUPS = ("model", "quant", "lora", "precision", "train", "optim", "schedule", "objective")
 
 DATA_KEY = "data"
-"""Stands for sources, tokenizer, chat template and the settings of the data group together."""
+"""Key that covers data sources, tokenizer, chat template and the settings of the data group together."""
 _OPTIM = "optim."
 _BASE_FILE, _WHOLE = "base model file ", ", whole"
 
 
 class StatefulOptimizer(Protocol):
-    """An optimizer whose state is tensors."""
+    """An optimizer whose state consists of tensors."""
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Return ``<parameter>.<state>`` -> tensor."""
@@ -40,18 +40,18 @@ class StatefulOptimizer(Protocol):
 def checkpoint_tensors(
     parameters: Iterable[tuple[str, nn.Parameter]], optimizer: StatefulOptimizer
 ) -> dict[str, torch.Tensor]:
-    """Return ``model.<name>`` and ``optim.<name>.<state>`` of what is trained; the frozen base is never written."""
+    """Return the trained tensors, as ``model.<name>`` and ``optim.<name>.<state>``; the frozen base is never saved."""
     tensors: dict[str, torch.Tensor] = {f"model.{name}": p.detach() for name, p in parameters}
     return tensors | {_OPTIM + name: t for name, t in optimizer.state_tensors().items()}
 
 
 def optimizer_shapes(tensors: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    """Return the shapes of the optimizer's state among those of a checkpoint, by ``<name>.<state>``."""
+    """Return the shapes of the optimizer state in a checkpoint, by ``<name>.<state>``."""
     return {name.removeprefix(_OPTIM): shape for name, shape in tensors.items() if name.startswith(_OPTIM)}
 
 
 def blocking_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that must be the same for a resume, by dotted key."""
+    """Return the settings that must match for a resume, by dotted key."""
     found: dict[str, Any] = {"run.seed": config["run"]["seed"]}
     for group in BLOCKING_GROUPS:
         for key, value in config[group].items():
@@ -64,7 +64,7 @@ def blocking_settings(config: dict[str, Any]) -> dict[str, Any]:
 def without(identity: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return the identity without the settings that may differ (``optim`` stands for all of its keys).
 
-    Nor are whole digests in it, which not both sides know: see `whole_of`.
+    Whole-file digests are left out as well, because one of the two sides may not know them yet: see `whole_of`.
     """
     free = {DATA_KEY if key.partition(".")[0] == DATA_KEY else key for key in overrides}
     return {
@@ -77,25 +77,25 @@ def without(identity: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any
 def identity_of(
     config: dict[str, Any], base: dict[str, Any], data_key: str, repairs: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Return what must be equal between a run and the checkpoint it goes on from.
+    """Return everything that must match between a run and the checkpoint it resumes from.
 
     Args:
         config: the settings as nested dictionaries.
-        base: files of the base model -> sizes and digests of their headers.
+        base: file name -> digest of the base model's files, as `file_digests` returns them.
         data_key: key of the prepared data (sources, tokenizer, template, settings).
-        repairs: what changed the losses of this model; a checkpoint from before lacks them.
+        repairs: fixes that changed the losses of this model; checkpoints from before them lack these keys.
     """
     found = blocking_settings(config) | {DATA_KEY: data_key} | dict.fromkeys(repairs, True)
     return found | {_BASE_FILE + name: value for name, value in base.items()}
 
 
 def with_whole(identity: dict[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
-    """Return the identity with whole digests of the base model's files, as far as they are known by now."""
+    """Return the identity with the whole-file digests of the base model's files that are known so far."""
     return identity | {f"{_BASE_FILE}{name}{_WHOLE}": digest for name, digest in dict(digests).items()}
 
 
 def whole_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the whole digests of the base model's files that an identity holds, by the files' names."""
+    """Return the whole-file digests of the base model's files in an identity, by file name."""
     return {
         key.removeprefix(_BASE_FILE).removesuffix(_WHOLE): value
         for key, value in identity.items()

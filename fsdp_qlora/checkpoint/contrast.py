@@ -1,4 +1,4 @@
-"""Two checkpoints tensor by tensor."""
+"""Compares two checkpoints tensor by tensor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Difference:
 
 
 def contrast(first: Path, first_manifest: Manifest, second: Path, second_manifest: Manifest) -> Iterator[Difference]:
-    """Yield every tensor that is not bit-equal in both checkpoints; holds two tensors at a time."""
+    """Yield every tensor that is not bit-equal in both checkpoints, holding two tensors in memory at a time."""
     ours, theirs = first_manifest.tensors, second_manifest.tensors
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
@@ -39,7 +39,7 @@ def _differ(a: torch.Tensor, b: torch.Tensor) -> str | None:
     if a.dtype != b.dtype:
         return f"{a.dtype} and {b.dtype}"
     if torch.equal(a.view(torch.uint8) if a.ndim else a, b.view(torch.uint8) if b.ndim else b):
-        return None  # bit for bit: NaN equals itself, and -0.0 is not 0.0
+        return None  # compared as bits: NaN equals itself, and -0.0 differs from 0.0
     gap = (a.double() - b.double()).abs()
     share = float((gap > 0).double().mean()) if gap.numel() else 0.0
     norm = float(b.double().norm()) or 1.0

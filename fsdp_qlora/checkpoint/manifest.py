@@ -1,7 +1,6 @@
-"""manifest.json: what a checkpoint belongs to and the digest of every file in it.
+"""manifest.json: the run that a checkpoint belongs to, and the digest of each of its files.
 
-A flipped bit loads silently in DCP and in safetensors alike, so every file has a sha256. It detects accidents, not
-forgers.
+Neither DCP nor safetensors notices a flipped bit, so every file has a sha256. It detects accidents, not forgeries.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Manifest:
     world_size: int
     progress: dict[str, Any]
     identity: dict[str, Any]
-    """Dotted setting -> value of everything that must be the same for a resume to be exact."""
+    """Everything that must match for an exact resume, as dotted key -> value."""
     tensors: dict[str, list[int]]
     """Tensor name -> global shape."""
     files: dict[str, dict[str, int | str]]
@@ -53,8 +52,8 @@ class Manifest:
         """Read and check a folder's manifest.
 
         Raises:
-            CheckpointError: if it is missing, not what COMPLETE vouches for, or of another format.
-            SecurityError: if it is no manifest at all, or names a file outside the folder.
+            CheckpointError: if it is missing, does not match COMPLETE, or was written in another format.
+            SecurityError: if it matches COMPLETE but is not a manifest, or names a file outside the folder.
         """
         file = folder / MANIFEST
         try:
@@ -77,7 +76,7 @@ class Manifest:
 
 
 def _require_values(values: dict[str, Any], file: Path) -> None:
-    """Raise ValueError unless these are the values of a manifest, each of its type and in its bounds."""
+    """Raise ValueError unless these are the values of a manifest, each with the right type and within bounds."""
     kinds = get_type_hints(Manifest)
     if odd := sorted(values.keys() ^ kinds.keys()):
         raise ValueError(f"{odd[0][:80]!r} is {'not known' if odd[0] in values else 'missing'}")
@@ -100,12 +99,12 @@ def _require_values(values: dict[str, Any], file: Path) -> None:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return the names of the files in a checkpoint's folder, those of subfolders with the subfolder's name."""
+    """Return the paths of the files in a checkpoint, relative to its folder and including subfolders."""
     return sorted(os.path.relpath(f.path, folder) for f in walk(folder) if not f.is_dir(follow_symlinks=False))
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Check that a run is the one that a checkpoint was made by.
+    """Check that a run has the settings that a checkpoint was made with.
 
     Raises:
         ConfigError: naming every setting that differs, with both values.

@@ -1,8 +1,8 @@
-"""The moves on disk that make a checkpoint appear whole or not at all.
+"""The file operations that publish a checkpoint atomically.
 
-A checkpoint is written into a fresh ``.saving_`` folder, synced, renamed to ``step_<step>``, and counts only with its
-COMPLETE file, which is written last and holds the sha256 of manifest.json. What a kill leaves between two of these
-moves is told apart by its name, and `tidy` finishes or undoes it at the next start.
+A checkpoint is written to a fresh ``.saving_`` folder, synced, and renamed to ``step_<step>``. It counts only with its
+COMPLETE file, which is written last and holds the sha256 of manifest.json. If a kill interrupts these steps, the names
+show how far they got, and `tidy` finishes or undoes them at the next start.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _OURS = re.compile(rf"({re.escape(_SAVING)}|{re.escape(_REMOVING)})step_\d{{8}}"
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Return where the checkpoint of ``step`` lies."""
+    """Return the folder of the checkpoint of ``step``."""
     return folder / f"step_{step:08d}"
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder is a checkpoint that was written to its end."""
+    """Whether a folder is a completely written checkpoint."""
     return STEP_FOLDER.fullmatch(folder.name) is not None and (folder / COMPLETE).is_file()
 
 
@@ -36,7 +36,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in ``folder`` that have their COMPLETE file, oldest first.
 
     Raises:
-        SecurityError: if the folder or one of them is a link: in a stranger's run folder it would be to the user's own.
+        SecurityError: if the folder or one of them is a link: in a stranger's run folder, it may lead to yours.
     """
     found = sorted(f for f in folder.iterdir() if is_complete(f)) if folder.is_dir() else []
     for place in (folder, *found):
@@ -46,24 +46,24 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def staging_for(target: Path) -> Path:
-    """Return the temporary folder that ``target`` is written in."""
+    """Return the temporary folder in which ``target`` is written."""
     return target.with_name(_SAVING + target.name)
 
 
 def make_fresh(staging: Path) -> None:
-    """Make an empty folder."""
+    """Create an empty folder, deleting an old one of that name."""
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
 
 
 def publish(staging: Path, target: Path, manifest: Manifest) -> None:
-    """Turn a written folder into the checkpoint ``target``; an older one of that name goes only after that."""
+    """Turn a written folder into the checkpoint ``target``; an older one of that name is only deleted afterwards."""
     manifest.write(staging)
     for folder in (staging, *(f for f in staging.iterdir() if f.is_dir())):
         sync(folder)
     replaced = target.with_name(_REPLACED + target.name)
-    if target.exists():  # of another attempt at this step: it comes back if we die before COMPLETE (see tidy)
+    if target.exists():  # from another attempt at this step; `tidy` restores it if we die before COMPLETE
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     staging.rename(target)
@@ -71,14 +71,14 @@ def publish(staging: Path, target: Path, manifest: Manifest) -> None:
     sync(target)
     sync(target.parent)
     if replaced.exists():
-        shutil.rmtree(replaced, ignore_errors=True)  # `tidy` tries again, and says so
-    write_text(target.parent / LATEST, target.name + "\n")  # for people and scripts; we never read it
+        shutil.rmtree(replaced, ignore_errors=True)  # `tidy` tries again and reports failures
+    write_text(target.parent / LATEST, target.name + "\n")  # for users and scripts; we never read it
 
 
 def remove(checkpoint: Path) -> str | None:
-    """Delete a checkpoint, and what of others could not be deleted before; return what stays and why, or None.
+    """Delete a checkpoint and the remains of earlier deletions; return what could not be deleted and why, or None.
 
-    A kill on the way leaves it whole or out of sight.
+    If the process is killed meanwhile, the checkpoint is either intact or already renamed away.
     """
     trash = checkpoint.with_name(_REMOVING + checkpoint.name)
     try:
@@ -92,7 +92,7 @@ def remove(checkpoint: Path) -> str | None:
 
 
 def _delete(folder: Path) -> str | None:
-    """Delete a folder, as much of it as can be; return what could not be and why, or None."""
+    """Delete as much of a folder as possible; return what could not be deleted and why, or None."""
     try:
         shutil.rmtree(folder)
     except OSError as error:
@@ -102,9 +102,9 @@ def _delete(folder: Path) -> str | None:
 
 
 def tidy(folder: Path) -> list[str]:
-    """Finish or undo what a killed process left half done; only names of ours are touched.
+    """Finish or undo what a killed process left half done; only our own names are touched.
 
-    For the process that holds the run folder's lock. Returns what could not be deleted and why.
+    Only the process that holds the run folder's lock may call it. Returns what could not be deleted and why.
     """
     problems: list[str | None] = []
     for left in list(folder.iterdir()) if folder.is_dir() else []:
@@ -122,9 +122,9 @@ def tidy(folder: Path) -> list[str]:
 
 
 def set_aside(folder: Path, after_step: int) -> list[Path]:
-    """Rename checkpoints after ``after_step``, from which the run does not go on; return where they are now.
+    """Rename checkpoints newer than ``after_step``, which the run does not resume from; return their new paths.
 
-    Else a later resume would take them for the newest of this run.
+    Otherwise a later resume would take them for the newest of this run.
     """
     moved = []
     for newer in [f for f in complete_checkpoints(folder) if int(f.name[5:]) > after_step]:

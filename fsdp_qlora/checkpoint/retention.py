@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest ones, every so many steps, the best by held-out loss."""
+"""Decides which checkpoints to keep: the newest, those at regular steps, and the best by held-out loss."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fsdp_qlora.errors import FsdpQloraError
 
 @dataclass(frozen=True)
 class Retention:
-    """What is kept; a checkpoint stays if any of these wants it."""
+    """Which checkpoints to keep; one rule that applies is enough."""
 
     keep_last: int = 2
-    """The newest ones; at least 1, so the newest good one is never deleted."""
+    """Number of newest checkpoints; at least 1, so the newest complete one is never deleted."""
     keep_every: int = 0
-    """Those whose step is a multiple of this; 0 = none for that."""
+    """Keep checkpoints whose step is a multiple of this; 0 = off."""
     keep_best: int = 0
-    """Those with the lowest held-out loss, of those evaluated at their own step."""
+    """Number of checkpoints with the lowest held-out loss, among those evaluated at their own step."""
 
 
 def superfluous(complete: Sequence[Path], retention: Retention) -> list[Path]:
-    """Return those of the complete checkpoints (oldest first) that nothing keeps."""
+    """Return the checkpoints that no rule keeps; ``complete`` lists all complete ones, oldest first."""
     kept = set(complete[-max(1, retention.keep_last) :])
     if retention.keep_every:
         kept |= {folder for folder in complete if int(folder.name[5:]) % retention.keep_every == 0}

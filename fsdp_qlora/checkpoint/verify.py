@@ -1,7 +1,8 @@
-"""Is this checkpoint what was written, and is it only what we write?
+"""Verifies that a checkpoint is intact, and that it contains only what we write.
 
-Two questions with two answers: what differs from its digest is *damaged* (exit 65, and `resume=auto` takes the one
-before); what matches its digest but is nothing that we ever write was *made* that way, and is refused (exit 77).
+These are two separate failures. A file that differs from its digest is *damaged* (exit 65, and `resume=auto` takes the
+previous checkpoint). A file that matches its digest but is of a kind that we never write was *crafted*, and is rejected
+(exit 77).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ _MAX_JSON_BYTES = 200_000_000
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
-    """Check every file's size and digest, then that each is of a kind we write and holds what the manifest says.
+    """Check size and digest of every file, then that each is of a kind we write and agrees with the manifest.
 
     Raises:
-        CheckpointError: naming the first file that is missing, extra or not the one that was written.
-        SecurityError: naming the first file that no save of ours can have made.
+        CheckpointError: naming the first file that is missing, unexpected or damaged.
+        SecurityError: naming the first file that our saves never write.
     """
     refuse_irregular(folder)
     present = set(list_files(folder)) - {MANIFEST, COMPLETE}
@@ -52,7 +53,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
 
 def _require_kind(file: Path, name: str) -> None:
-    """Refuse what is not safetensors or text of the kinds that we write; nothing is loaded."""
+    """Reject anything but safetensors and text of the kinds that we write; no tensor is loaded."""
     inside = name.startswith(f"{ADAPTER_FOLDER}/")
     if not name.endswith(_ADAPTER_SUFFIXES if inside else ".safetensors"):
         raise SecurityError(f"{file} is no file of a checkpoint of ours.")
@@ -70,11 +71,11 @@ def _require_kind(file: Path, name: str) -> None:
 
 
 def _count(file: Path, manifest: Manifest, covered: dict[str, int]) -> None:
-    """Add up the values that a shard file holds of each tensor; refuse what lies outside its tensor."""
+    """Add a shard file's number of values per tensor to ``covered``; reject shards that lie outside their tensor."""
     with safe_open(file, framework="pt") as opened:
         try:
             places = parse_json((opened.metadata() or {}).get(_SHARDING_INFO, "null").encode(), _PLACES)
-            for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for name in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 shape, whole = opened.get_slice(name).get_shape(), manifest.tensors[name]
                 offsets = places[name]["saved_offsets"] if places is not None else [0] * len(shape)
                 if (wrong := misfit(offsets, list[int], f"the place of {name}")) is not None:

@@ -1,4 +1,4 @@
-"""Writing one checkpoint with all ranks, over a group that nothing else uses. Runs in the checkpoint thread."""
+"""Writes one checkpoint with all ranks, in the checkpoint thread, over a process group that nothing else uses."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from fsdp_qlora.files.write import sync
 
 MODEL_PREFIX = "model."
 Stage = Callable[[], dict[str, torch.Tensor]]
-"""Gives the copies that are written."""
+"""Returns the copies of the tensors to write."""
 WriteAdapter = Callable[[Path, Mapping[str, torch.Tensor], dict[str, Any]], object]
-"""Writes an adapter: (folder, whole tensors by their names in PEFT's file, the checkpoint's progress)."""
+"""Writes an adapter, given a folder, whole tensors by their names in PEFT's file, and the checkpoint's progress."""
 
 
 def write_checkpoint(
@@ -43,7 +43,7 @@ def write_checkpoint(
     ranks: Ranks,
     write_adapter: WriteAdapter | None,
 ) -> None:
-    """Write the checkpoint ``target``; it appears whole or not at all.
+    """Write the checkpoint ``target`` atomically.
 
     Raises:
         StorageError: identically on every rank, naming the rank that could not write.
@@ -68,9 +68,16 @@ def write_checkpoint(
 
 
 def together(ranks: Ranks, target: Path, work: Callable[[], Any], alone: bool = True) -> list[Any]:
-    """Do something on every rank; return all results (JSON), or raise on all if it failed on any.
+    """Run ``work`` on every rank; return all results (JSON values), or raise on all ranks if any of them failed.
 
-    ``alone``: whether no rank waits for another one in it.
+    Args:
+        ranks: the ranks, over the checkpoint's own process group.
+        target: the checkpoint, for the message.
+        work: what to run.
+        alone: whether ``work`` runs without waiting for other ranks.
+
+    Raises:
+        StorageError: identically on every rank, naming the first rank that failed.
     """
     told: dict[str, Any]
     try:
@@ -78,12 +85,12 @@ def together(ranks: Ranks, target: Path, work: Callable[[], Any], alone: bool = 
             told = {"result": work()}
     except FsdpQloraError as error:
         told = {"problem": str(error)}
-    except CheckpointException as error:  # DCP has gathered what failed where, with tracebacks
+    except CheckpointException as error:  # DCP has gathered the failures by rank, with tracebacks
         rank, (cause, _) = min(error.failures.items())
         told = {"problem": f"{type(cause).__name__}: {cause}", "rank": rank}
     except (OSError, RuntimeError) as error:
         told = {"problem": f"{type(error).__name__}: {error}"}
-    except Exception as error:  # the others wait for this rank: whatever it is, they must hear of it
+    except Exception as error:  # the other ranks wait for this one, so they must learn of any error
         told = {"problem": f"unexpected {type(error).__name__}: {error}"}
     answers = gather_json(told, ranks)
     for rank, answer in enumerate(answers):
@@ -104,7 +111,7 @@ def _begin(staging: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> 
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Says when this rank writes: around that DCP waits for the other ranks."""
+    """Marks the phase in which this rank writes alone; before and after it, DCP waits for the other ranks."""
 
     def __init__(self, folder: Path, phases: Phases) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -133,7 +140,7 @@ def _digests(staging: Path, prefix: str) -> dict[str, dict[str, Any]]:
 
 
 def _finish(staging: Path, target: Path, manifest: Manifest, write_adapter: WriteAdapter | None) -> None:
-    """On rank 0: make the adapter from the shards (which proves that they can be read), then publish."""
+    """On rank 0, build the adapter from the shards, which proves that they are readable, then publish."""
     if write_adapter is not None:
         names = [name for name in manifest.tensors if name.startswith(MODEL_PREFIX)]
         whole = read_tensors(staging, {name: manifest.tensors[name] for name in names})
@@ -146,7 +153,7 @@ def _finish(staging: Path, target: Path, manifest: Manifest, write_adapter: Writ
 
 
 def read_tensors(folder: Path, shapes: Mapping[str, list[int]]) -> dict[str, torch.Tensor]:
-    """Read whole tensors from a checkpoint's shards, on one process; each in the dtype it was saved in."""
+    """Read whole tensors from a checkpoint's shards in a single process, each in the dtype it was saved in."""
     reader = HuggingFaceStorageReader(str(folder))
     stored: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     whole = {name: torch.empty(shape, dtype=stored[name].properties.dtype) for name, shape in shapes.items()}

@@ -1,1 +1,1 @@
-"""What is watched: does this run compute what the model's authors wrote."""
+"""Checks that a run computes what the model's authors wrote."""

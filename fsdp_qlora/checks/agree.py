@@ -1,4 +1,4 @@
-"""On the real model: the losses that training computes are those of the model's own logits."""
+"""Checks on the real model that the training losses match those of the model's own logits."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fsdp_qlora.model.root import CausalModel
 
 LENGTH = 48
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Largest difference of the two mean losses, relative; both go through the same layers."""
+"""Largest relative difference of the two mean losses; both run through the same layers."""
 
 
 @torch.no_grad()
 def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
-    """Compare the two ways on one row; every rank calls it. Leaves the mode as it was.
+    """Compare both losses on one row and leave the training mode unchanged. Every rank calls it.
 
     Raises:
-        ModelError: identically on every rank, if they differ, or cannot be computed.
+        ModelError: identically on every rank, if they differ or cannot be computed.
     """
     weight = getattr(model.base.get_input_embeddings(), "weight", None)
     vocab = weight.shape[0] if isinstance(weight, torch.Tensor) else 256
@@ -35,7 +35,7 @@ def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
         logits = model.logits(ids)[0]
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError) as error:  # upstream's code has bugs that a dtype brings out (xLSTM)
+    except (RuntimeError, TypeError, ValueError) as error:  # upstream bugs that only one dtype triggers (xLSTM)
         raise ModelError(
             f"model.check: this model's own code does not run in {model.base.dtype} ({first_line(error)[:200]}). "
             "Try another precision."
@@ -43,7 +43,7 @@ def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
     finally:
         model.train(was_training)
         if isinstance(model, FSDPModule):
-            model.reshard()  # the root, which no backward frees after this
+            model.reshard()  # the root, which no backward follows to free
     theirs = float(nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:]))
     gap = all_max(abs(ours - theirs) / max(abs(theirs), 1e-6), ranks)
     if not gap <= LIMITS.get(logits.dtype, LIMITS[torch.bfloat16]):

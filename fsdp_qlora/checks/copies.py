@@ -1,4 +1,4 @@
-"""Adapters that are whole on every rank are equal on every rank: compared by digest."""
+"""Checks by digest that replicated adapters are equal on every rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fsdp_qlora.errors import NumericsError
 
 
 def require_equal_copies(parameters: Named, ranks: Ranks) -> None:
-    """Check that parameters which are whole on every rank hold the same bytes on all. Every rank calls it.
+    """Check that unsharded parameters hold the same bytes on every rank. Every rank calls it.
 
     Raises:
         NumericsError: identically on every rank, naming the first parameter and rank that differ.

@@ -1,7 +1,8 @@
-"""Whole digests of a model's weight files: read once, in the background, and kept for as long as a file stays as it is.
+"""Whole-file digests of a model's weights, computed once in the background and cached until a file changes.
 
-A run's checkpoints hold them as soon as they are known. `fsdp_qlora.load.safetensors.file_digests` reads samples of
-each file, at every start; it tells one model from another, and not one that was changed in between its samples.
+A run's checkpoints include them as soon as they are known. At every start,
+`fsdp_qlora.load.safetensors.file_digests` reads only samples of each file; they distinguish models, but miss a change
+between the samples.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _NICE = 19
 
 
 class WholeDigests:
-    """Digests of some files by their names, as far as they are known; safe to ask while they are made."""
+    """Known digests of some files, by name; safe to read while more are being computed."""
 
     def __init__(self, files: Iterable[Path], kept: Path | None) -> None:
-        """Take what is kept of these files in the folder ``kept``; None keeps nothing."""
+        """Load cached digests of these files from the folder ``kept``; None disables the cache."""
         self._files = {file.name: file for file in files}
         self._kept = kept
         self._stop = threading.Event()
@@ -37,23 +38,23 @@ class WholeDigests:
                 self.known[name] = digest
 
     def begin(self) -> None:
-        """Make those that are missing in the background, one file at a time and behind all else the CPU has to do."""
+        """Compute missing digests in the background, one file at a time and at the lowest CPU priority."""
         missing = [name for name in self._files if name not in self.known]
         threading.Thread(target=self._in_background, args=(missing,), name="whole-digests", daemon=True).start()
 
     def close(self) -> None:
-        """Leave off; what is half read is read again by the next run."""
+        """Stop the background work; the next run reads an unfinished file again."""
         self._stop.set()
 
     def _in_background(self, names: list[str]) -> None:
-        with suppress(OSError):  # of this thread alone, on Linux
+        with suppress(OSError):  # on Linux, this affects only this thread
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         for name in names:
-            with suppress(OSError):  # a file that cannot be read has no digest; the run has its weights
+            with suppress(OSError):  # an unreadable file gets no digest; its weights are already loaded
                 self._make(name)
 
     def make(self, names: Iterable[str]) -> None:
-        """Make those of ``names`` that are missing, and wait for it.
+        """Compute the missing digests among ``names`` and wait for them.
 
         Raises:
             OSError: if a file cannot be read.
@@ -62,14 +63,14 @@ class WholeDigests:
             list(pool.map(self._make, [name for name in names if name in self._files and name not in self.known]))
 
     def missing(self, names: Iterable[str]) -> bool:
-        """Whether some of ``names`` are of our files and have no digest yet."""
+        """Whether any of ``names`` is one of our files and has no digest yet."""
         return any(name in self._files and name not in self.known for name in names)
 
     def compare(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
-        """Check that files are those that a checkpoint was made on, where both digests are known.
+        """Compare the files with a checkpoint's digests, where both are known.
 
         Raises:
-            ConfigError: naming the first that is not.
+            ConfigError: naming the first file that differs.
         """
         for name, digest in saved.items():
             if (now := self.known.get(name)) is not None and now != digest:
@@ -86,7 +87,7 @@ class WholeDigests:
                 digest.update(block)
                 if self._stop.is_set():
                     return
-        if _identity(file) == before:  # else it was written meanwhile
+        if _identity(file) == before:  # else it has changed meanwhile
             self._keep(file, {**before, "sha256": digest.hexdigest()})
             self.known[name] = digest.hexdigest()
 
@@ -113,6 +114,6 @@ class WholeDigests:
 
 
 def _identity(file: Path) -> dict[str, int | str]:
-    """Return what changes with a file's content; the time of its last change cannot be set back, unlike mtime."""
+    """Return attributes that change with a file's content; unlike mtime, ctime cannot be set back."""
     found = file.stat()
     return {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns, "inode": found.st_ino}

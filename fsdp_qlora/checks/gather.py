@@ -1,4 +1,4 @@
-"""Does a rank gather what the ranks loaded? Compared by digest before the first step."""
+"""Checks by digest, before the first step, that each rank gathers what the ranks have loaded."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices
 
 
 def verify_gather(model: nn.Module, ranks: Ranks) -> None:
-    """Check that what FSDP gathers is what was loaded, on one sampled layer, byte for byte on every rank.
+    """Check byte for byte on every rank that FSDP gathers what was loaded, for the first quantized unit.
 
     Raises:
-        NumericsError: naming the first parameter and rank whose bytes changed on the way.
+        NumericsError: naming the first parameter and rank whose bytes differ.
     """
     units = [m for m in model.modules() if m is not model and isinstance(m, FSDPModule) and _quantized_inside(m)]
     if not units:  # nothing is quantized
@@ -43,7 +43,7 @@ def verify_buffers(model: nn.Module, ranks: Ranks) -> None:
     """Check that every rank holds the same buffers, bit for bit.
 
     Raises:
-        NumericsError: naming the first that differs, and the rank.
+        NumericsError: naming the first buffer that differs, and the rank.
     """
     mine = {name: tensor_sha256(buffer) for name, buffer in model.named_buffers() if buffer.numel()}
     first, *others = gather_json(mine, ranks)
@@ -57,7 +57,7 @@ def _quantized_inside(unit: nn.Module) -> dict[str, QuantMatrices]:
 
 
 def _digests(module: QuantMatrices, num_shards: int = 0) -> dict[str, list[str]]:
-    """Return sha256 of the local shard, or of each rank's rows of a gathered parameter, by parameter name."""
+    """Return sha256 digests by parameter name: of the local shard, or of each rank's rows of a gathered parameter."""
     found: dict[str, list[str]] = {}
     for name in ("packed", *STATISTICS):
         parameter = getattr(module, name)

@@ -1,4 +1,4 @@
-"""Checks on the first gradients: everything trained must be reached by them."""
+"""Checks on the first gradients that they reach everything that is trained."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fsdp_qlora.errors import NumericsError
 
 
 class FirstGradients:
-    """Called with each step's number after its backward; looks at the first two steps of a start, then rests."""
+    """Called with the step number after each backward; checks the first two steps of a start, then does nothing."""
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self._model, self._ranks, self._seen = model, ranks, 0
 
     def __call__(self, step: int) -> None:
-        """Check that all trainables have gradients (first call), and each adapter one that is not zero (second).
+        """Check that every trained parameter has a gradient (first call), and every adapter a nonzero one (second).
 
         Raises:
             NumericsError: identically on every rank, naming the first parameter that fails.
@@ -31,7 +31,7 @@ class FirstGradients:
                     f"step {step}: {len(missing)} trained parameters got no gradient, first {missing[0]}: the loss "
                     "does not depend on them."
                 )
-        elif self._seen == 2:  # at the first step B is zero, so A's gradient is
+        elif self._seen == 2:  # in the first step B is zero, and so is A's gradient
             self._require_nonzero(step)
 
     def _require_nonzero(self, step: int) -> None:

@@ -1,9 +1,9 @@
-"""Does a row see its neighbours? Tried on the model itself before training, forward and backward.
+"""Probes whether rows that share a sequence attend to each other: forward and backward on the real model.
 
-Attention backends that do not read restarting positions, or boundaries, mix the rows of a sequence without any error,
-and training on them looks fine. So rows that share a sequence are refused unless this probe passes for the model,
-backend and device in use. It runs what training runs, on batches of the run's own pattern: a backend may keep rows
-apart in a batch of one sequence and mix them in the second of two.
+Attention backends that ignore restarting positions or boundaries mix the rows of a sequence without any error, and
+training on them looks fine. So rows may share a sequence only if this probe passes for the model, backend and device
+in use. It runs the same code as training, on batches of the run's own pattern: a backend may separate rows in a batch
+of one sequence and yet mix them in the second of two.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.objectives.sft import token_losses
 
 _LENGTHS = (12, 9, 11)
-"""Tokens of the rows, by turns: no boundary is where a row of equal parts would have it."""
+"""Row lengths in tokens, used in turn; uneven, so that boundaries differ from those of equal parts."""
 _FORWARD_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 _BACKWARD_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 Losses = Callable[[list[list[torch.Tensor]]], torch.Tensor]
-"""Sequences of rows (int64 ``[length]``, all learned) -> the model's float32 losses ``[targets]``, row by row."""
+"""Maps sequences of rows (int64 ``[length]``, all learned) to the model's float32 losses ``[targets]``, row by row."""
 
 
 def require_isolation(
     model: CausalModel, together: Losses, alone: Losses, pattern: list[int], ranks: Ranks, vocab_size: int,
     attention: str, key: str = "data.packing",
 ) -> None:  # fmt: skip
-    """Check that other rows change no row's losses, and that gradients add up. Every rank calls it.
+    """Check that no row's losses depend on other rows, and that gradients add up. Every rank calls it.
 
-    Leaves mode and gradients as they were (there must be none).
+    Leaves the training mode unchanged; there must be no gradients before, and there are none after.
 
     Args:
         model: the model.
         together: runs a micro-batch as training does.
-        alone: runs each row as a sequence of its own, by a way that needs nothing of the attention but to be causal.
-        pattern: how many rows each sequence of a micro-batch has.
+        alone: runs each row as its own sequence, in a way that only requires causal attention.
+        pattern: number of rows in each sequence of a micro-batch.
         ranks: this rank and the others.
-        vocab_size: ids are below.
-        attention: its implementation, for the message.
-        key: what can be set to do without, for the message.
+        vocab_size: upper bound of the token ids, exclusive.
+        attention: the attention implementation, for the message.
+        key: the setting that turns row sharing off, for the message.
 
     Raises:
-        ModelError: if rows see each other.
+        ModelError: if rows attend to each other.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -61,7 +61,7 @@ def require_isolation(
 
     rows, others = draw(), draw()
     was_training = model.training
-    model.eval()  # dropout would hide what is looked for
+    model.eval()  # dropout would mask the effect
     try:
         leak = _forward_leak(lambda chosen: together(_split(chosen, pattern)), rows, others)
         drift = _backward_drift(
@@ -83,7 +83,7 @@ def require_isolation(
 
 
 def _split(rows: list[torch.Tensor], pattern: list[int]) -> list[list[torch.Tensor]]:
-    """Deal rows to the sequences of a micro-batch, in order."""
+    """Distribute rows to the sequences of a micro-batch, in order."""
     given = iter(rows)
     return [[next(given) for _ in range(count)] for count in pattern]
 
@@ -92,7 +92,7 @@ def _split(rows: list[torch.Tensor], pattern: list[int]) -> list[list[torch.Tens
 def _forward_leak(
     losses: Callable[[list[torch.Tensor]], torch.Tensor], rows: list[torch.Tensor], others: list[torch.Tensor]
 ) -> float:
-    """Return how far the losses of every second row move when the rows between are others, relative to their spread."""
+    """Return how far every second row's losses move when the rows between them change, relative to their spread."""
     base = losses(rows)
     parity = torch.cat([torch.full((len(row) - 1,), i % 2) for i, row in enumerate(rows)]).to(base.device)
     moved = torch.zeros((), device=base.device)
@@ -105,7 +105,7 @@ def _forward_leak(
 def _backward_drift(
     model: CausalModel, together: Callable[[], torch.Tensor], alone: Callable[[], torch.Tensor], ranks: Ranks
 ) -> float:
-    """Return how far the gradient of all rows together is from the sum of theirs alone (relative)."""
+    """Return the relative distance of the gradient of all rows together from the sum of those of each row alone."""
 
     def gradients(losses: torch.Tensor) -> list[torch.Tensor]:
         losses.sum().backward()
@@ -123,7 +123,7 @@ def _backward_drift(
 
 
 def try_isolation(model: CausalModel, layout: Layout, ranks: Ranks) -> None:
-    """See whether rows that share a micro-batch laid out like the run's see each other. Every rank calls it.
+    """Check that rows in a micro-batch laid out like the run's do not attend to each other. Every rank calls it.
 
     Raises:
         ModelError: if they do.

@@ -1,4 +1,4 @@
-"""Where did a number stop being finite? A second pass that looks at every module's output."""
+"""Locates the first non-finite value, by a second pass that inspects every module's output."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from fsdp_qlora.distributed.shards import local_tensor
 
 
 class BadMicroBatch(Protocol):
-    """A micro-batch with the rows that are in it."""
+    """A micro-batch and the rows in it."""
 
     @property
     def rows(self) -> Sequence[int]:
-        """Numbers of its rows in the prepared data."""
+        """Indices of its rows in the prepared data."""
         ...
 
     @property
     def weight(self) -> float:
-        """0 where it only keeps this rank in step."""
+        """Weight in the loss; 0 if the micro-batch only keeps this rank in step with the others."""
         ...
 
 
 @contextmanager
 def watching_outputs(model: nn.Module, tell: Callable[[str], None]) -> Iterator[None]:
-    """Call ``tell(module name)`` for each module whose output holds a value that is not finite, innermost first."""
+    """Call ``tell(module name)`` for each module whose output contains a non-finite value, innermost first."""
     handles = []
     for name, module in model.named_modules():
 
@@ -50,13 +50,13 @@ def watching_outputs(model: nn.Module, tell: Callable[[str], None]) -> Iterator[
 def locate_nonfinite(
     model: nn.Module, ranks: Ranks, micro_batches: Sequence[BadMicroBatch], run: Callable[[Any], None]
 ) -> str:
-    """Run the micro-batches of a bad step once more and say where the first bad value appears. Every rank calls it.
+    """Rerun the micro-batches of a bad step and describe where the first bad value appears. Every rank calls it.
 
     Args:
         model: the FSDP root, with the gradients of the bad step.
         ranks: its ranks.
-        micro_batches: what this rank ran.
-        run: runs one micro-batch forward, as the step did.
+        micro_batches: the micro-batches that this rank ran.
+        run: runs the forward of one micro-batch, as the step did.
     """
     found: dict[str, Any] = {"gradient": nonfinite_gradient(model), "module": None}
     found["rows"] = [row for m in micro_batches if m.weight for row in m.rows]
@@ -99,7 +99,7 @@ def _floats(value: Any) -> Iterator[torch.Tensor]:
 
 
 def nonfinite_gradient(model: nn.Module) -> str | None:
-    """Return the last parameter in forward order (the first in backward) whose gradient on this rank is not finite."""
+    """Return the last parameter in forward order (first in backward) with a non-finite gradient on this rank."""
     bad = [
         name
         for name, p in trainable_parameters(model)

@@ -1,6 +1,6 @@
-"""Upstream's own side of the twin check: stock transformers, bitsandbytes' quantization, PEFT's adapters, eager, whole.
+"""Upstream's side of the twin check: stock transformers, bitsandbytes and PEFT, unsharded with eager attention.
 
-Nothing here is ours but the order of the calls: what is compared with it must not be our own second path.
+Only the order of the calls is ours: the reference must not be a second path through our own code.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from fsdp_qlora.quant.formats.blocks4 import Blocks4
 
 MATRIX_STD, NOISE, WIDE = 0.08, 0.05, 256
 _KEPT = 4
-"""More positions than any family keeps for something else than tokens."""
+"""More positions than any family reserves for purposes other than tokens."""
 
 
 @dataclass(frozen=True)
 class Computed:
-    """What a model gives for some rows."""
+    """The losses and gradients of a model for some rows."""
 
     losses: list[torch.Tensor]
-    """Of each row's tokens after the first, float32."""
+    """For each row, the float32 losses of its tokens after the first."""
     gradients: dict[str, torch.Tensor]
-    """Of each adapter parameter by its name in PEFT's file; empty where none were asked for."""
+    """Gradients of the adapter parameters, by their names in PEFT's file; empty if not requested."""
 
 
 def write_model(folder: Path, config: PreTrainedConfig, code: Path | None = None) -> PreTrainedModel:
-    """Save a float32 model of ``config`` in which every parameter and saved buffer matters; return it.
+    """Save and return a float32 model of ``config`` in which every parameter and saved buffer matters.
 
     Args:
-        folder: where to.
-        config: of a model small enough to be made in an instant.
-        code: folder with the model's own code, where it brings some that is trusted.
+        folder: the folder to write.
+        config: config of a model small enough to build in an instant.
+        code: folder with the model's own trusted code, if it has any.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -62,9 +62,9 @@ def write_model(folder: Path, config: PreTrainedConfig, code: Path | None = None
 
 @torch.no_grad()
 def unusable_positions(model: PreTrainedModel) -> int | None:
-    """Return how many of a model's positions no row can have, None where rows may be longer than that.
+    """Return how many of a model's positions no row can use, or None if rows may exceed the number of positions.
 
-    A table of learned positions ends; some families keep its first entries for padding (RoBERTa: two).
+    A table of learned positions is finite, and some families reserve its first entries for padding (RoBERTa: two).
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < _KEPT or _runs(model, positions + 1):
@@ -75,14 +75,14 @@ def unusable_positions(model: PreTrainedModel) -> int | None:
 def _runs(model: PreTrainedModel, length: int) -> bool:
     try:
         model(input_ids=torch.full((1, length), 4), use_cache=False)
-    except Exception:  # remote code asserts, upstream's raises index, runtime and value errors
+    except Exception:  # remote code asserts; upstream raises index, runtime and value errors
         return False
     return True
 
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Keep transformers' progress bars off the screen: the model that a person waits for is another one."""
+    """Hide transformers' progress bars, because this is not the model that the user is waiting for."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -106,7 +106,7 @@ def _randomize(model: nn.Module) -> None:
 
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
-    """Return upstream's model of ``folder`` with eager attention, frozen."""
+    """Load upstream's model from ``folder`` with eager attention, frozen."""
     with _without_bars():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
@@ -117,7 +117,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_co
 
 @torch.no_grad()
 def round_weights(model: nn.Module, quantized: Iterable[Packed]) -> None:
-    """Send weights through their format and back, each matrix by itself; 4-bit ones by bitsandbytes' own functions."""
+    """Quantize and dequantize weights in place, matrix by matrix; 4-bit ones with bitsandbytes' own functions."""
     for packed in quantized:
         linear = packed.linear
         parameter = model.get_parameter(linear.parameter)
@@ -128,7 +128,7 @@ def round_weights(model: nn.Module, quantized: Iterable[Packed]) -> None:
 
 
 def _rounded(whole: torch.Tensor, layout: Format) -> torch.Tensor:
-    if not isinstance(layout, Blocks4):  # no code of upstream's knows it; what it means is what it says
+    if not isinstance(layout, Blocks4):  # our own code, as upstream has none for this format
         return dequantize(quantize(whole, layout), layout, tuple(whole.shape), whole.dtype)
     codes, state = bitsandbytes.functional.quantize_4bit(
         whole, blocksize=layout.block_size, quant_type=layout.name, compress_statistics=layout.double_quant
@@ -137,7 +137,7 @@ def _rounded(whole: torch.Tensor, layout: Format) -> torch.Tensor:
 
 
 def adapt(model: PreTrainedModel, config: LoraConfig, values: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Put PEFT's adapters with these values on ``model``."""
+    """Return ``model`` wrapped in PEFT adapters with these values."""
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     with torch.no_grad():
         for name, parameter in _adapters(peft_model).items():
@@ -146,9 +146,9 @@ def adapt(model: PreTrainedModel, config: LoraConfig, values: Mapping[str, torch
 
 
 def read_adapter(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
-    """Return the adapter's values that PEFT puts on ``model`` from an exported folder."""
+    """Return the adapter values that PEFT loads onto ``model`` from an exported folder."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they differ from what was exported
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # the caller reports these
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
     return {name: parameter.detach() for name, parameter in _adapters(adapted).items()}
 
@@ -158,12 +158,12 @@ def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def compute(model: nn.Module, rows: Sequence[torch.Tensor], gradients: bool = True) -> Computed:
-    """Return losses and gradients of each row by itself, never padded and never packed.
+    """Return losses and gradients, running each row alone, unpadded and unpacked.
 
     Args:
-        model: upstream's, with adapters, in the mode to compute in.
-        rows: int64 ``[length]`` each.
-        gradients: whether to compute those of the sum of all losses.
+        model: upstream's model with adapters, in the desired training or evaluation mode.
+        rows: token ids, each int64 ``[length]``.
+        gradients: whether to compute the gradients of the sum of all losses.
     """
     losses = []
     for row in rows:
@@ -179,14 +179,14 @@ def compute(model: nn.Module, rows: Sequence[torch.Tensor], gradients: bool = Tr
 
 @torch.no_grad()
 def is_random(model: nn.Module, row: torch.Tensor) -> bool:
-    """Whether ``model`` draws random numbers in training mode, with all its dropout off."""
+    """Whether ``model`` is random in training mode, with all its dropout off."""
     model.train()
     first, second = (model(input_ids=row[None], use_cache=False).logits for _ in range(2))
     return not torch.equal(first, second)
 
 
 def outputs_of(run: Callable[[], Any], names: Mapping[nn.Module, str]) -> dict[str, torch.Tensor]:
-    """Return what each module gives while ``run`` is called, in the order in which they finish, by name."""
+    """Return the outputs of modules during ``run``, by module name, in the order in which they finish."""
     found: dict[str, torch.Tensor] = {}
 
     def keep(module: nn.Module, _: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Results of the twin check, kept by what they depend on: a second start takes none of its seconds."""
+"""Caches results of the twin check under everything that they depend on, so that a second start skips it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "flash-attn", "flash-attn-3",
     "flash-linear-attention", "fla-core", "causal-conv1d", "mamba-ssm", "kernels", "tilelang",
 )  # fmt: skip
-"""What computes something, or brings kernels that transformers takes where they are installed."""
+"""Packages that compute something, or provide kernels that transformers uses if they are installed."""
 _GROUPS = ("quant", "lora", "precision", "train", "fsdp", "debug")
 _NO_MATTER = {
     "lora": ("init_from",),
@@ -34,21 +34,21 @@ _NO_MATTER = {
               "early_stopping_patience", "on_nonfinite", "spike_factor", "max_bad_steps", "sample_prompts",
               "sample_tokens", "sample_at_eval", "compile", "max_grad_norm"),
 }  # fmt: skip
-"""Settings that the check does not look at."""
+"""Settings of these groups that do not affect the check."""
 
 
 def twin_key(
     config: RunConfig, model_config: PreTrainedConfig, code: Iterable[Path], candidates: Iterable[str],
     device: torch.device, num_ranks: int,
 ) -> str:  # fmt: skip
-    """Return the digest of all that a result depends on: models whose twins are the same share one.
+    """Return a digest of everything that a result depends on; models with identical twins share it.
 
     Args:
         config: the run's settings.
-        model_config: the model's.
-        code: files of the model's own code: upstream's module, or the folder's.
-        candidates: attention implementations that would be tried.
-        device: what it computes on; its name counts.
+        model_config: the model's config.
+        code: files of the model's own code: upstream's module, or those in the folder.
+        candidates: attention implementations to try.
+        device: the device to compute on, which enters by name.
         num_ranks: ranks that share the model.
     """
     settings = asdict(twin_settings(config, Path("twin"), "", device))
@@ -57,7 +57,7 @@ def twin_key(
     }
     try:
         own = cut_config(model_config, config.data.max_length).to_dict()
-    except Exception:  # it has no twin, and the check will say so
+    except Exception:  # there is no twin, which the check will report
         own = model_config.to_dict()
     own["depth"] = min(getattr(model_config.get_text_config(), "num_hidden_layers", None) or 0, LAYERS)
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
@@ -77,9 +77,9 @@ def twin_key(
 
 
 def recall(folder: Path, key: str, model_config: PreTrainedConfig) -> Verdict | None:
-    """Return the result that was kept under ``key``; None where there is none, or it cannot be read.
+    """Return the result cached under ``key``, or None if there is none or it cannot be read.
 
-    A result that real layers gave, where small ones could not be made, counts for that model alone.
+    A result from real layers, used where no small ones could be built, is valid for that model only.
     """
     try:
         kept = json.loads((folder / f"{key}.json").read_text())
@@ -93,7 +93,7 @@ def recall(folder: Path, key: str, model_config: PreTrainedConfig) -> Verdict | 
 
 
 def remember(folder: Path, key: str, verdict: Verdict) -> None:
-    """Keep a result; where the folder cannot be written the next start checks again."""
+    """Cache a result; if the folder cannot be written, the next start checks again."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{key}.json", asdict(verdict))

@@ -1,4 +1,4 @@
-"""What the twin has of the run's settings: all that decides which code runs, with small sizes and nothing random."""
+"""Derives the twin's settings from the run's: the same code paths, with small sizes and nothing random."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.quant.formats import build_format
 
 LENGTHS = (64, 41)
-"""Of the twin's rows: longer than its windows and chunks, and uneven, so that one is padded."""
+"""Lengths of the twin's rows: longer than its windows and chunks, and uneven, so that one is padded."""
 NO_DROPOUT = 1e-9
-"""Takes the path through the code that dropout takes, and drops nothing."""
+"""Dropout rate that takes the code path of dropout but drops nothing."""
 
 
 def _comparable(name: str) -> str:
-    """Return a format whose forward upstream's own can be compared with: int8 rounds activations, too."""
+    """Return a format whose forward is comparable with upstream's; int8 is not, as it also rounds activations."""
     if name == NONE or build_format(name).dense_forward:
         return name
-    return "nf4"  # int8 itself is compared elsewhere (tests/distributed/test_formats.py)
+    return "nf4"  # int8 itself is tested elsewhere (tests/distributed/test_formats.py)
 
 
 def twin_settings(config: RunConfig, folder: Path, attention: str, device: torch.device) -> RunConfig:
-    """Return the run's settings for its twin: the same paths through the code, small sizes, nothing random."""
+    """Return the settings for the run's twin: the same code paths, small sizes, nothing random."""
     precision = "bf16" if reads_boundaries(attention) and device.type != "cpu" else "fp32"
     quant = replace(config.quant, name=_comparable(config.quant.name), embeddings=_comparable(config.quant.embeddings))
-    overrides = {  # of single layers, which the twin may not have, another one may stand for
+    overrides = {  # without those for numbered layers, which the twin may lack or number differently
         pattern: _comparable(kind)
         for pattern, kind in quant.overrides.items()
         if not any(character.isdigit() for character in pattern)
     }
     targets = config.lora.target_modules
     if isinstance(targets, list | tuple) and any("." in name for name in targets):
-        targets = "all-linear"  # names of layers that the twin may not have
+        targets = "all-linear"  # full names of layers, which the twin may lack
     data = replace(config.data, train=None, eval=None, max_length=LENGTHS[0])
     sequences = 1 if config.train.micro_batch_size == 1 and not config.train.micro_batch_tokens else 2
     return replace(

@@ -1,4 +1,4 @@
-"""The files of the twin: a small model of the run's class, written by upstream on rank 0, copied to every rank."""
+"""Writes the twin's files: a small model of the run's class, saved by upstream on rank 0 and copied to every rank."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from fsdp_qlora.model.cut import cut_config, shallow_config
 from fsdp_qlora.model.families import decoder_layers
 
 LARGEST = 250_000_000
-"""Most parameters of real layers that are compared where a class cannot be made small: 1 GB a copy in float32."""
+"""Maximum parameters to compare in real layers, if a class cannot be built small: 1 GB per copy in float32."""
 
 
 @dataclass(frozen=True)
 class SmallModel:
-    """What is known of a twin's files."""
+    """Facts about a twin's files."""
 
     unusable_positions: int | None
     """See `reference.unusable_positions`."""
     layers_of: str | None
-    """`config_digest` of the model, where the twin has layers as large as the model's own."""
+    """`config_digest` of the model if the twin has the model's real layers, else None."""
     float32: bool = False
-    """Whether the class keeps some parameters in float32 where all others are bf16."""
+    """Whether the class keeps some parameters in float32 when all others are bf16."""
 
 
 def config_digest(config: PreTrainedConfig) -> str:
-    """Return a digest of all of a model's config."""
+    """Return a digest of a model's whole config."""
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[:40]
 
 
@@ -49,17 +49,17 @@ def write_small(
 ) -> SmallModel:  # fmt: skip
     """Write a small model into every rank's ``folder``. Every rank calls it.
 
-    Where the class cannot be made small its real layers are taken, one of each kind, with few experts and tokens.
+    If the class cannot be built small, its real layers are taken, one of each kind, with few experts and tokens.
 
     Args:
-        folder: empty, this rank's own.
-        config: the model's.
+        folder: an empty folder of this rank's own.
+        config: the model's config.
         max_length: longest row of the run.
-        code: folder with the model's own code, where it brings some that is trusted.
-        ranks: the run's.
+        code: folder with the model's own trusted code, if it has any.
+        ranks: the ranks of the run.
 
     Raises:
-        ModelError: identically on every rank, if neither can be made, or upstream's own code does not run on it.
+        ModelError: identically on every rank, if neither can be built, or upstream's own code does not run on it.
     """
     problem, written = "", SmallModel(None, None)
     if ranks.is_main:
@@ -103,10 +103,10 @@ def with_every_kind(
     cut: Callable[[PreTrainedConfig, int, int], PreTrainedConfig], config: PreTrainedConfig, max_length: int,
     code: Path | None,
 ) -> PreTrainedConfig:  # fmt: skip
-    """Return a small config whose model has a layer of each kind that the whole one has, by what they are made of.
+    """Return a small config whose model has a layer of each kind in the whole model, going by their modules.
 
     Raises:
-        ValueError: if it has not; ``cut`` goes by names of settings, which remote code may spell as it likes.
+        ValueError: if a kind is missing: ``cut`` relies on names of settings, which remote code may spell differently.
     """
     kinds = [kind_of(layer) for layer in decoder_layers(on_meta(config, code))]
     last = max((kinds.index(kind) for kind in kinds), default=0)
@@ -121,12 +121,12 @@ def with_every_kind(
 
 
 def kind_of(layer: nn.Module) -> frozenset[tuple[str, str]]:
-    """Return what a layer is made of: its modules' names, without numbers, and classes."""
+    """Return a layer's kind: the names (without digits) and classes of its modules."""
     return frozenset((re.sub(r"[0-9]+", "", name), type(module).__name__) for name, module in layer.named_modules())
 
 
 def on_meta(config: PreTrainedConfig, code: Path | None) -> PreTrainedModel:
-    """Return upstream's model of ``config`` without any memory, to look at its modules and shapes."""
+    """Return upstream's model of ``config`` on the meta device, to inspect its modules and shapes."""
     with torch.device("meta"), no_init_weights():
         return AutoModelForCausalLM.from_config(config, trust_remote_code=code is not None)
 

@@ -1,10 +1,10 @@
-"""The twin check: before the first step our way is compared with upstream's own code, on a small twin of the model.
+"""The twin check: compares our code with upstream's before the first step, on a small twin of the model.
 
-The twin has the class, the code and every switch of the run's model and small sizes (`model/cut.py`). It is written by
-upstream's ``save_pretrained``, read by our loader, sharded over the run's own mesh, quantized, adapted and run as the
-run's settings say; upstream's side is stock transformers, bitsandbytes and PEFT in float32 with eager attention
-(`reference.py`). Losses of every token and all gradients must agree, padded and packed, and a later token must not
-change an earlier loss.
+The twin has the class, code and switches of the run's model, in small sizes (`model/cut.py`). Upstream's
+``save_pretrained`` writes it; our side loads it, shards it over the run's own mesh, quantizes, adapts and runs it under
+the run's settings. Upstream's side is stock transformers, bitsandbytes and PEFT in float32 with eager attention
+(`reference.py`). The losses of all tokens and all gradients must agree, in the run's own layout (padded or packed), and
+a later token must not change an earlier loss.
 """
 
 from __future__ import annotations
@@ -42,51 +42,51 @@ from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.quant.formats import one_thread
 
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
-"""Largest relative difference in float32: of a token's loss (to the mean loss), of all gradients together."""
+"""Largest relative differences in float32: of a token's loss (relative to the mean loss), and of all gradients."""
 ONE_LIMIT = 1e-3
-"""Largest relative difference of one parameter's gradient, where it is not a tiny part of all."""
+"""Largest relative difference of one parameter's gradient, relative to at least 1 % of the norm of all."""
 BF16_FACTOR, BF16_FLOOR = 2.0, 1e-3
-"""In bf16 our distance from upstream's float32 may be so many times upstream's own bf16 distance."""
+"""In bf16, our losses may differ from upstream's float32 by this factor times upstream's own bf16 error, plus floor."""
 BF16_GRADIENTS = 0.1
-"""The same of all gradients together: a few tokens may be routed to other experts."""
+"""The floor for all gradients, relative to their norm: a few tokens may be routed to other experts."""
 BF16_LEAK = 3e-2
-"""In bf16 a token that is changed may change the rounding of others (experts get other batches), not more."""
+"""Largest effect of a changed token on other losses in bf16, from rounding alone (experts get other batches)."""
 PACKED = (24, 40, 31, 29)
-"""Of rows that share a sequence, two of them in each; the second sequence is padded."""
+"""Lengths of rows that share sequences, two in each; the second sequence is padded."""
 ROWS_LEAK = "rows see each other"
 CHANGED = 37
-"""Place of the token that is changed to see whether earlier losses depend on it."""
+"""Index of the token that is changed to test whether earlier losses depend on it."""
 
 
 class Opened(Protocol):
-    """What of an opened model the check needs."""
+    """The part of an opened model that the check needs."""
 
     @property
     def plan(self) -> TrainPlan:
-        """What is quantized and what is trained."""
+        """The plan, which says what is quantized and what is trained."""
         ...
 
 
 Build = Callable[[RunConfig, Path], tuple[CausalModel, Opened]]
-"""Builds and loads our model of a folder with these settings, as a run does. Every rank calls it."""
+"""Builds and loads our model from a folder with these settings, as a run does. Every rank calls it."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the check found."""
+    """The result of the check."""
 
     attention: str
-    """The attention implementation that computes what upstream does."""
+    """The attention implementation that matches upstream."""
     fell: dict[str, str] = field(default_factory=dict)
-    """Those tried before it, and how they differ."""
+    """Implementations tried before it -> how they differ from upstream."""
     unusable_positions: int | None = None
-    """How many of the model's positions no row can have; None where rows may be longer than the model's positions."""
+    """See `reference.unusable_positions`."""
     layers_of: str | None = None
-    """`config_digest` of the model whose real layers were compared, where no small ones could be made."""
+    """`config_digest` of the model if its real layers were compared because no small ones could be built."""
 
 
 def is_about_attention(error: FsdpQloraError) -> bool:
-    """Whether a model is refused with one attention implementation, and may be taken with another."""
+    """Whether ``error`` concerns one attention implementation, so that the model may work with another."""
     return error.exit_code == ModelError.exit_code and str(error).startswith("model.attn_implementation")
 
 
@@ -94,18 +94,19 @@ def check_twin(
     config: RunConfig, model_config: PreTrainedConfig, code: Path | None, candidates: Sequence[str], ranks: Ranks,
     build: Build,
 ) -> Verdict:  # fmt: skip
-    """Compare and return the first of the attention ``candidates`` that equals upstream. Every rank calls it.
+    """Return the first of the attention ``candidates`` that matches upstream. Every rank calls it.
 
     Args:
         config: the run's settings.
-        model_config: the model's.
-        code: folder with the model's own code, where it brings some that is trusted.
-        candidates: attention implementations in the order of preference.
-        ranks: the run's.
+        model_config: the model's config.
+        code: folder with the model's own trusted code, if it has any.
+        candidates: attention implementations in order of preference.
+        ranks: the ranks of the run.
         build: builds our side.
 
     Raises:
-        ModelError: identically on every rank, if none is equal: what differs, where first, how much, and what to set.
+        ModelError: identically on every rank, if none matches; it says what differs, where first, by how much, and
+            what to set.
     """
     fell: dict[str, str] = {}
     with scratch_folder("fsdp-qlora-twin-") as folder:
@@ -113,7 +114,7 @@ def check_twin(
         for attention in candidates:
             settings = twin_settings(config, folder, attention, ranks.device)
             problem = _Twin(settings, folder, ranks, build).problem()
-            if problem is None and small.float32 and config.precision.name == "bf16":  # some parameters stay in float32
+            if problem is None and small.float32 and config.precision.name == "bf16":  # mixed: some stay in float32
                 rounded = replace(settings, precision=replace(settings.precision, name="bf16"))
                 problem = _Twin(rounded, folder, ranks, build).problem()
             if problem is None:
@@ -125,7 +126,7 @@ def check_twin(
 def _message(config: RunConfig, model_config: PreTrainedConfig, fell: dict[str, str]) -> str:
     lines = "; ".join(f"{attention}: {problem}" for attention, problem in fell.items())
     packs = [key for key in ("packing", "padding_free") if getattr(config.data, key)]
-    tries = [f"data.{key}=false" for key in packs]  # few classes keep rows apart that share a sequence
+    tries = [f"data.{key}=false" for key in packs]  # few classes separate rows that share a sequence
     tries += [] if "eager" in fell else ["model.attn_implementation=eager"]
     rows_leak = all(problem == ROWS_LEAK for problem in fell.values())
     tries += [] if config.debug.name == "plain" or rows_leak else ["debug=plain"]
@@ -137,14 +138,14 @@ def _message(config: RunConfig, model_config: PreTrainedConfig, fell: dict[str, 
 
 
 class _Twin:
-    """Our small model and upstream's, side by side."""
+    """Compares our small model with upstream's."""
 
     def __init__(self, config: RunConfig, folder: Path, ranks: Ranks, build: Build) -> None:
         self.config, self.folder, self.ranks, self._build = config, folder, ranks, build
         self.layout = Layout.of(config, config.model.attn_implementation)
 
     def problem(self) -> str | None:
-        """Return how our way differs from upstream's, None where it does not; the same on every rank."""
+        """Return how our model differs from upstream's, or None if it does not; identical on every rank."""
         problem: str | None = None
         try:
             self.model, opened = self._build(self.config, self.folder)
@@ -165,13 +166,13 @@ class _Twin:
 
     def _compare(self) -> str | None:
         values = self._adapter_values()
-        for draw in range(2 if self.layout.shared_rows else 1):  # what rows do to each other may be a matter of luck
+        for draw in range(2 if self.layout.shared_rows else 1):  # one draw may hide effects between rows
             if problem := self._compare_rows(values, self._rows(draw)):
                 return problem
         return self._exported_differs(values)
 
     def _exported_differs(self, values: dict[str, torch.Tensor]) -> str | None:
-        """Return which part of the adapter plain PEFT would not load from what a run exports, if any."""
+        """Return which part of an exported adapter plain PEFT would not load, or None."""
         problem = ""
         if self.ranks.is_main:
             try:
@@ -202,11 +203,11 @@ class _Twin:
 
     @property
     def _pattern(self) -> list[int]:
-        """How many rows each sequence of a micro-batch has: as many sequences as the run's have, up to two."""
+        """Number of rows in each sequence of a micro-batch, with as many sequences as in the run, up to two."""
         return self.layout.shared_rows or [1] * self.layout.num_sequences
 
     def _rows(self, draw: int = 0) -> list[torch.Tensor]:
-        """Return the rows of a micro-batch."""
+        """Return random rows for one micro-batch."""
         lengths = PACKED if max(self._pattern) > 1 else LENGTHS
         head = self.model.base.get_output_embeddings()
         top = min(int(head.out_features) if isinstance(head, nn.Linear) else head.source.out_features, 96)  # type: ignore[union-attr]
@@ -218,7 +219,7 @@ class _Twin:
 
     @torch.no_grad()
     def _adapter_values(self) -> dict[str, torch.Tensor]:
-        """Give our adapters values of which every one matters (B is zero at the start); return them whole."""
+        """Fill our adapters with random values, since B starts at zero and would hide errors; return them whole."""
         found = {}
         for number, (name, parameter) in enumerate(trainable_parameters(self.model)):
             generator = torch.Generator().manual_seed(number)
@@ -230,9 +231,9 @@ class _Twin:
     def _reference(
         self, dtype: torch.dtype, values: dict[str, torch.Tensor], rows: list[torch.Tensor]
     ) -> tuple[Computed, bool]:
-        """Return what upstream gives, and whether its training mode is random (PhiMoE's router).
+        """Return upstream's results, and whether its training mode is random (PhiMoE's router).
 
-        What it gives is then what it gives in evaluation mode.
+        If it is random, the results are those of evaluation mode.
         """
         model = reference.load(self.folder, dtype, self.ranks.device, self.config.model.trust_remote_code)
         with one_thread():
@@ -255,7 +256,7 @@ class _Twin:
         return Computed(losses, gradients)
 
     def _losses(self, rows: list[torch.Tensor], gradients: bool = False, train: bool = False) -> list[torch.Tensor]:
-        """Return our losses of each row's tokens, run in one micro-batch that is laid out as the run's are."""
+        """Return our losses for each row's tokens, run as one micro-batch in the run's own layout."""
         pieces = iter([(row.cpu(), torch.ones(len(row), dtype=torch.bool)) for row in rows])
         micro_batch = self.layout.micro_batch([[next(pieces) for _ in range(count)] for count in self._pattern])
         self.model.train(train)
@@ -266,7 +267,7 @@ class _Twin:
         return list(found.detach().split([len(row) - 1 for row in rows]))
 
     def _losses_differ(self, mine: Computed, wanted: Computed) -> str | None:
-        gap = float((torch.cat(mine.losses) - torch.cat(wanted.losses)).abs().max())  # NaN where one is
+        gap = float((torch.cat(mine.losses) - torch.cat(wanted.losses)).abs().max())  # NaN if any loss is NaN
         size = float(torch.cat(wanted.losses).mean())
         worst = all_max(_or_inf(gap / size), self.ranks)
         if worst <= LOSS_LIMIT:
@@ -274,7 +275,7 @@ class _Twin:
         return f"a token's loss is off by {worst:.1e} of the mean loss{self._first_difference()}"
 
     def _own_rows(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return what this rank has of an adapter's parameter or gradient."""
+        """Return this rank's part of an adapter parameter or gradient."""
         if self.config.fsdp.adapters == "replicated":
             return whole
         return whole[slice(*row_range(whole.shape[0], self.ranks.shard_rank, self.ranks.shard_size))]
@@ -329,7 +330,7 @@ class _Twin:
         return None
 
     def _first_difference(self) -> str:
-        """Return the first module, in the order of forward, whose output is not upstream's, as part of a sentence."""
+        """Return part of a sentence that names the first module, in forward order, whose output differs, or ''."""
         row = self._rows()[0]
         theirs = reference.load(self.folder, torch.float32, self.ranks.device, self.config.model.trust_remote_code)
         with one_thread():
@@ -358,12 +359,12 @@ class _Twin:
 
 
 def _or_inf(value: float) -> float:
-    """Return ``value``, or infinity for NaN, which a maximum over ranks may lose."""
+    """Return ``value``, or infinity for NaN, because a maximum over ranks may drop NaN."""
     return math.inf if math.isnan(value) else value
 
 
 def _bf16_problem(mine: Computed, theirs: Computed, wanted: Computed, ranks: Ranks) -> str | None:
-    """Compare in bf16: our distance from upstream's float32 beside upstream's own."""
+    """Compare our bf16 error, the distance from upstream's float32 losses, with upstream's own bf16 error."""
 
     def distance(found: Computed) -> float:
         gap = torch.cat(found.losses) - torch.cat(wanted.losses)

@@ -1,1 +1,1 @@
-"""The door: the only code that knows Hydra. One module a verb, imported once the settings are checked."""
+"""The command line, and the only code that knows Hydra: one module per verb, imported once the settings are checked."""

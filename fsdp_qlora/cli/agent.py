@@ -1,4 +1,4 @@
-"""torch's elastic agent as a process of its own.
+"""Runs torch's elastic agent in its own process.
 
 ``python -m fsdp_qlora.cli.agent RANKS VERB PARENT RESTARTS``, where PARENT is the launcher's process id.
 """
@@ -29,29 +29,29 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal
 
 
 def main() -> int:
-    """Start the ranks and wait for them; return 0 if all ended well."""
+    """Start the ranks and wait for them; return 0 if all succeeded."""
     withstand()
     num_ranks, verb, max_restarts = int(sys.argv[1]), sys.argv[2], int(sys.argv[4])
-    logging.disable(logging.ERROR)  # the parent says it in one line; torch gives each of its loggers a level of its own
+    logging.disable(logging.ERROR)  # the parent reports errors in one line; torch's loggers each have their own level
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_ranks,
         rdzv_backend="c10d",
         rdzv_endpoint=str(Path(os.environ[MEETING_VARIABLE]) / "rendezvous"),
-        # What comes through a store is unpickled, and a port could be reached by others.
+        # Not a TCP store: data from the store is unpickled, and others could reach its port.
         rdzv_configs={"store_type": "file"},
         run_id=f"fsdp_qlora-{os.getpid()}",
         max_restarts=max_restarts,
         signals_to_handle=",".join(signal.Signals(number).name for number in heeded(_SIGNALS)),
         logs_specs=DefaultLogsSpecs(str(Path(os.environ[EXIT_VARIABLE]).with_name("logs"))),  # not left in TMPDIR
-        local_addr="127.0.0.1",  # else the host's name, which need not resolve
+        local_addr="127.0.0.1",  # else the host name, which may not resolve
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "fsdp_qlora", verb)
     except ChildFailedError as error:
         # A rank killed by a signal reports nothing; errors on the others are consequences.
-        # SIGTERM is not among those: it is how this agent ends the others.
+        # SIGTERM does not count, because this agent ends the other ranks with it.
         rank, failure = min(error.failures.items(), key=lambda item: (not _killed(item[1].exitcode), item[1].timestamp))
         _tell(rank, failure.exitcode)
         return 1

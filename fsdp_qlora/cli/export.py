@@ -1,4 +1,4 @@
-"""`export`: the adapter of a run's checkpoint as a plain PEFT folder, or the base model in 4-bit."""
+"""`export`: writes a checkpoint's adapter as a plain PEFT folder, or the base model in 4 bits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Settings that others may have written (``--config-dir``, ``run_from``): they alone let no code run.
+"""Keeps settings that others may have written (``--config-dir``, ``run_from``) from running code.
 
-They set none of Hydra's own settings, which run code: callbacks and loggers are built from names of classes,
-``env_set`` changes how Python imports. And those of ours that let code run count only where they were typed.
+Such files must not set any of Hydra's own settings, because those can run code: callbacks and loggers are built from
+class names, and ``env_set`` changes how Python imports. Our own settings that enable code count only if they were
+typed on the command line.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from fsdp_qlora.errors import ConfigError, SecurityError, first_line
 from fsdp_qlora.files.bounded import OutOfBoundsError, read_settings
 
 TAKEN = ("hydra.sweep.", "hydra.verbose", "hydra/launcher", "hydra.launcher.", "hydra/sweeper", "hydra.sweeper.")
-"""Those of Hydra's own settings that the command line takes, by how they begin."""
+"""Prefixes of Hydra's own settings that the command line accepts."""
 _NAMES_HYDRA = re.compile(r"(^|[\s/@.:])hydra($|[\s/@.:])")
 _PACKAGE = re.compile(r"\s*#\s*@package\s+(\S+)")
 _ELSEWHERE = re.compile(r"\.\.|//|\$\{|:/")
-"""How a file can name others that lie elsewhere; an interpolation can put that together from harmless parts."""
+"""How a file can refer to files elsewhere; an interpolation can assemble such a path from harmless parts."""
 
 
 def refuse_hydras_own(folder: Path) -> None:
-    """Check that no file of a folder sets anything of Hydra's own.
+    """Check that no file in a folder sets Hydra's own settings.
 
     Raises:
         SecurityError: naming the file.
-        ConfigError: if a file holds more than settings can.
+        ConfigError: if a file cannot be read or exceeds the bounds on settings files.
     """
     for place in folder.rglob("*"):
-        if place.is_symlink() and place.is_dir():  # Hydra goes there, where nothing has been looked at
+        if place.is_symlink() and place.is_dir():  # Hydra would follow the link, but rglob does not
             raise SecurityError(f"--config-dir: {place} is a link to a folder; have the files themselves there.")
     for file in sorted((*folder.rglob("*.yaml"), *folder.rglob("*.yml"))):
         if why := next(_reaches_hydra(file, file.relative_to(folder)), None):
@@ -50,19 +51,19 @@ def _reaches_hydra(file: Path, place: Path) -> Iterator[str]:
     if file.is_dir() or not file.exists():
         return
     if not file.is_file():
-        raise ConfigError(f"--config-dir: {file} is no file.")  # a pipe would be waited for
+        raise ConfigError(f"--config-dir: {file} is no file.")  # reading a pipe would block
     try:
         text = read_settings(file)
         packages = [found[1] for line in text.splitlines() if (found := _PACKAGE.match(line))]
         if any(_NAMES_HYDRA.search(package) for package in packages):
             yield "puts itself among Hydra's own settings (@package)"
-        # As Hydra reads it, not as YAML's own loader would: that one fails at a tag which Hydra takes.
+        # Read it as Hydra does: PyYAML's own loader fails at a tag that Hydra accepts.
         values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except OutOfBoundsError as error:
         raise ConfigError(f"--config-dir: {file} holds more than settings can: {error}.") from error
-    except (yaml.YAMLError, OmegaConfBaseException, OSError):  # not taken by Hydra either, which says where
+    except (yaml.YAMLError, OmegaConfBaseException, OSError):  # Hydra rejects it too, and says where
         return
-    except Exception as error:  # of any kind: a date that there is not, a number without digits
+    except Exception as error:  # PyYAML leaks other types: an invalid date, a number without digits
         raise ConfigError(f"--config-dir: {file} cannot be read: {first_line(error)}.") from error
     if not isinstance(values, dict):
         return
@@ -78,12 +79,12 @@ def _reaches_hydra(file: Path, place: Path) -> Iterator[str]:
 
 
 def is_taken(key: str) -> bool:
-    """Whether the command line takes this one of Hydra's own settings."""
+    """Whether the command line accepts this setting of Hydra's own."""
     return key.startswith(TAKEN) and "_target_" not in key
 
 
 def switches_on(config: RunConfig) -> dict[str, str]:
-    """Return the settings that let code run and are on: their keys, and whose code it is."""
+    """Return the settings that enable code and are on, as ``{key: description of the code}``."""
     found = {}
     if config.model.trust_remote_code:
         found["model.trust_remote_code"] = f"Python code that comes with the model {config.model.name}"
@@ -93,12 +94,12 @@ def switches_on(config: RunConfig) -> dict[str, str]:
 
 
 def require_typed(config: RunConfig, typed: Collection[str], files: str) -> None:
-    """Check that what lets code run was typed, not only set in a file.
+    """Check that settings that enable code were typed, not only set in a file.
 
     Args:
-        config: the settings, files and command line together.
-        typed: keys of the command line.
-        files: what to call the files that are not ours.
+        config: the settings from files and command line together.
+        typed: keys on the command line.
+        files: name of the foreign files, for the message.
 
     Raises:
         SecurityError: naming what to type.

@@ -1,4 +1,4 @@
-"""`generate`: answer a prompt, token by token, with or without an adapter."""
+"""`generate`: answers a prompt, token by token, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _generate(config: RunConfig, prompt: str, world: World) -> int:
     config = replace(config, data=replace(config.data, train=None, eval=None))
     adapter = Path(config.adapter).expanduser() if config.adapter else None
     prepared = load_for_inference(config, adapter, world)
-    torch.manual_seed(config.run.seed)  # all ranks draw the same when sampling
+    torch.manual_seed(config.run.seed)  # so that all ranks sample the same tokens
     settings = config.generate
     end = end_of_turn(prepared.folder, prepared.model.base.config, prepared.tokenizer)
     answer(

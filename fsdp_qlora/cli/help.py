@@ -1,4 +1,4 @@
-"""`VERB --help`: each key with its default and what it means in a line; `VERB --help GROUP`: all of a group's."""
+"""`VERB --help`: one line per key, with its default and meaning; `VERB --help GROUP`: a group's keys in full."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fsdp_qlora.errors import ConfigError
 
 _WIDTH = 100
 _OF_VERBS = {"plan": "plan", "evaluate": "evaluate", "generate": "generate", "export": "export"}
-"""Group -> the one verb that reads it."""
+"""Group -> the only verb that reads it."""
 
 
 def show(verb: str, about: str, group: str | None = None) -> str:
-    """Return the help of a verb, or of one of its groups.
+    """Return the help text of a verb, or of one of its groups.
 
     Raises:
         ConfigError: if there is no such group.
@@ -31,7 +31,7 @@ def show(verb: str, about: str, group: str | None = None) -> str:
         if group not in groups:
             raise ConfigError(f"--help {group}: there is no such group.{nearest(group, groups)}")
         return "\n".join(_group(group, groups[group], whole=True))
-    lines = [f"fsdp-qlora {verb}: {about}", "", "Settings are key=value; --help GROUP tells more of a group's.", ""]
+    lines = [f"fsdp-qlora {verb}: {about}", "", "Settings are key=value; --help GROUP shows one group in full.", ""]
     for name, kind in groups.items():
         if _OF_VERBS.get(name, verb) == verb:
             lines += [*_group(name, kind, whole=False), ""]
@@ -45,7 +45,7 @@ def _group(name: str, kind: type, whole: bool) -> list[str]:
 
 
 def _keys(kind: type, prefix: str, whole: bool) -> Iterator[str]:
-    """Yield the keys of a group, each with its default and what it means."""
+    """Yield the lines for a group's keys, each with its default and meaning."""
     documents = _documents(kind)
     for item in dataclasses.fields(kind):
         if dataclasses.is_dataclass(typing.cast(type, field_types(kind)[item.name])):
@@ -78,7 +78,7 @@ def _first(text: str) -> str:
 
 
 def _documents(kind: type) -> dict[str, str]:
-    """Return the text under each field of a dataclass."""
+    """Return the docstring under each field of a dataclass."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(tree, ast.ClassDef)
     found = {}

@@ -1,4 +1,4 @@
-"""`inspect PATH`: what a checkpoint holds; `inspect A B`: where two differ."""
+"""`inspect PATH`: shows a checkpoint's contents; `inspect A B`: shows where two checkpoints differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 20
 
 
 def run(paths: list[str]) -> int:
-    """Show or compare; return 0, or 1 where two checkpoints differ."""
+    """Show or compare checkpoints; return 0, or 1 if two differ."""
     if not 1 <= len(paths) <= 2 or any(p.startswith("-") for p in paths):
         raise ConfigError("usage: fsdp-qlora inspect PATH [PATH]   (a checkpoint, or a run folder for its newest one)")
     found = [open_checkpoint(_checkpoint(Path(path).expanduser())) for path in paths]

@@ -1,7 +1,7 @@
-"""Start the ranks on this machine: a parent that counts signals, and torch's elastic agent in a session of its own.
+"""Starts the ranks on this machine: a parent that handles signals, and torch's elastic agent in its own session.
 
-The parent imports no torch. It hands the composed settings to the ranks, passes a first signal on, ends all at a
-second, and at the end prints the first failure's message last and exits with the true code.
+The parent imports no torch. It hands the composed settings to the ranks, forwards the first signal, and kills them on
+the second. At the end it prints the message of the first failure as the last line and exits with the true code.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from fsdp_qlora.run.folder import RunFolder
 PACKAGE = Path(__file__).resolve().parent.parent
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _LEAVE_SECONDS = 8.0
-"""Time the ranks have to leave once one of them has told of a failure."""
+"""Time that the ranks get to exit once one of them has reported a failure."""
 _ANSWER_SECONDS = 5.0
-"""How long the run folder is waited for: its storage may be what hangs."""
+"""How long to wait for the run folder, whose storage may be what hangs."""
 
 
 def ranks_to_start(config: RunConfig) -> int:
-    """Return the number of ranks: as set, or one per accelerator of this machine."""
+    """Return the number of ranks to start: as configured, or one per accelerator of this machine."""
     if config.launcher.nproc_per_node:
         return config.launcher.nproc_per_node
     has_device_files = any(any(Path("/dev").glob(name)) for name in ("nvidia[0-9]*", "dri/render*"))
@@ -56,17 +56,17 @@ def launch(verb: str, config: RunConfig, num_ranks: int) -> int:
         meeting.mkdir(mode=0o700)
         config_file.write_text(json.dumps(to_dict(config)), encoding="utf-8")
         environment = {
-            # Activations of uneven length come and go; transparent huge pages spare a CPU run a fifth of its step.
+            # Allocations of varying size come and go; transparent huge pages save a CPU run a fifth of its step time.
             "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(config.launcher.shutdown_seconds),
             **LOOPBACK,
             **os.environ,
             MEETING_VARIABLE: str(meeting),
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else the agent listens on a port for the ranks' group
-            CONFIG_VARIABLE: str(config_file),  # a file: the kernel lets no variable be longer than 128 KiB
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else the agent opens a port for the ranks' group
+            CONFIG_VARIABLE: str(config_file),  # a file, as the kernel limits a variable to 128 KiB
             EXIT_VARIABLE: str(exit_file),
         }
-        if Path.cwd() != PACKAGE.parent:  # else the current folder may be the only place that has this package
+        if Path.cwd() != PACKAGE.parent:  # keep the current folder off sys.path, unless the package is only there
             environment["PYTHONSAFEPATH"] = "1"
         restarts = config.launcher.max_restarts
         numbers = [str(os.getpid()), str(restarts)]
@@ -89,10 +89,10 @@ def launch(verb: str, config: RunConfig, num_ranks: int) -> int:
 
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
-    """Make a folder for what the ranks and their launcher tell each other.
+    """Create a folder in which the ranks and their launcher exchange files.
 
     Raises:
-        StorageError: if there is no place for one.
+        StorageError: if no temporary folder can be written.
     """
     with ExitStack() as stack:
         try:
@@ -107,9 +107,9 @@ def _scratch_folder() -> Iterator[Path]:
 def _wait(
     agent: subprocess.Popen[bytes], exit_file: Path, last_start: int, signs: LifeSigns
 ) -> tuple[int, Ending | None]:
-    """Wait for the agent; pass the first signal on, kill all at the second, or when a failed run does not end.
+    """Wait for the agent: forward the first signal; kill it on the second, after a standstill or a stuck failure.
 
-    Returns how many signals came, and what was found if all ranks stood still.
+    Returns the number of signals received, and the ending found if all ranks stood still.
     """
     received: list[int] = []
 
@@ -133,7 +133,7 @@ def _wait(
             late = failed_at is not None and time.monotonic() - failed_at > _LEAVE_SECONDS
             standstill = standstill or signs.standstill()
             if late or standstill is not None:
-                agent.kill()  # a rank that stands still hears no SIGTERM; it dies with the agent
+                agent.kill()  # a rank that stands still does not handle SIGTERM, but dies with the agent
     finally:
         give_back_signals(before)
     return len(received), standstill

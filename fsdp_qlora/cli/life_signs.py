@@ -1,4 +1,4 @@
-"""What our launcher sees of its ranks: the notes that their watches put into its folder, once a second."""
+"""The launcher's view of its ranks: notes that their watches write to its folder once a second."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fsdp_qlora.run.exit import Ending
 
 _LOOK_SECONDS = 1.0
 _LEAVE_SECONDS = 3.0
-"""How long a killed process may take to be gone."""
+"""How long a killed process may take to disappear."""
 
 
 class LifeSigns:
-    """The ranks' notes in the folder where they meet."""
+    """Reads the ranks' notes in the folder where they meet."""
 
     def __init__(self, meeting: Path, timeout_seconds: float) -> None:
         self._meeting, self._limit = meeting, timeout_seconds
@@ -33,11 +33,11 @@ class LifeSigns:
 
     @property
     def begun(self) -> bool:
-        """Whether the ranks have come as far as to watch each other."""
+        """Whether the ranks have started to watch each other."""
         return bool(self._notes())
 
     def standstill(self) -> Ending | None:
-        """Say so if no rank at all gives a sign of life any more; where some do, they name the others themselves."""
+        """Return an ending if no rank gives a sign of life; while some still do, they report the silent ones."""
         if (now := time.monotonic()) - self._looked < _LOOK_SECONDS:
             return None
         self._looked = now
@@ -51,7 +51,7 @@ class LifeSigns:
         return Ending(1, min(notes), message)
 
     def left_behind(self) -> list[str]:
-        """Return which ranks are still there although they were killed: a driver or a storage holds them."""
+        """Return the ranks that still exist after being killed, because a driver or storage holds them."""
         waiting = {rank: note["process"] for rank, note in self._notes().items()}
         deadline = time.monotonic() + _LEAVE_SECONDS
         while (waiting := {r: pid for r, pid in waiting.items() if _runs(pid)}) and time.monotonic() < deadline:
@@ -60,7 +60,7 @@ class LifeSigns:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -1,7 +1,7 @@
-"""What settings can read from outside: of the environment some harmless variables, and nothing of Hydra's own.
+"""Limits what settings can read: only some harmless environment variables, and nothing from Hydra.
 
-Files of settings may be a stranger's, and what a value like ``${oc.env:HF_TOKEN}`` reads leaves the machine inside a
-URL. The files of ``run_from`` read nothing: their values are taken as they stand.
+Settings files may come from strangers, and a value such as ``${oc.env:HF_TOKEN}`` could leave the machine inside a URL.
+The files of ``run_from`` read nothing: their values are taken literally.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from fsdp_qlora.errors import ConfigError, FsdpQloraError, SecurityError
 from fsdp_qlora.files.home import cache_folder
 
 READABLE_VARIABLE = "FSDP_QLORA_READABLE_ENV"
-"""Names more variables that files of settings may read, with commas between them."""
+"""Environment variable that lists, separated by commas, further variables that settings files may read."""
 _READABLE = re.compile("HOME|USER|TMPDIR|SCRATCH|WORK|SLURM_(?!JWT)[A-Z0-9_]+")  # SLURM_JWT is a password
 _ABSENT = object()
 _SHORTEST_SECRET = 4
 
 
 class Outside:
-    """Answers the resolvers of one composition; knows what it gave and what it refused."""
+    """Answers the resolvers of one composition, and remembers what it returned and refused."""
 
     def __init__(self) -> None:
         self._given: dict[str, str] = {}
         self.refusal: FsdpQloraError | None = None
 
     def register(self) -> None:
-        """Take over what `OmegaConf` and Hydra have registered; to be called again where Hydra has done so anew."""
+        """Replace the resolvers of OmegaConf and Hydra; call it again after Hydra has registered its own."""
         OmegaConf.register_new_resolver("embedded", embedded_path, replace=True)
         OmegaConf.register_new_resolver("oc.env", self._variable, replace=True)
         OmegaConf.register_new_resolver("hydra", self._hydras, replace=True)
 
     def explained(self, error: Exception) -> FsdpQloraError:
-        """Return what to raise for an error of Hydra's or OmegaConf's; it holds no values of variables."""
-        if self.refusal is not None:  # Hydra may have made another error of it
+        """Return the error to raise for one of Hydra's or OmegaConf's, without values of variables."""
+        if self.refusal is not None:  # Hydra may have wrapped it in another error
             return self.refusal
-        if self._given:  # the text can hold any part of them
+        if self._given:  # the message can contain any part of their values
             key = getattr(error, "full_key", None) or "the settings"
             return ConfigError(
                 f"{key}: no valid value, with what was read from the environment: {', '.join(self._given)}."
@@ -47,7 +47,7 @@ class Outside:
         return ConfigError(explain(error))
 
     def without_values(self, text: str) -> str:
-        """Return a message with the names of the variables that were read in place of their values."""
+        """Return a message with the values of the variables that were read replaced by their names."""
         for name, value in sorted(self._given.items(), key=lambda item: -len(item[1])):
             if len(value) >= _SHORTEST_SECRET:
                 for spelt in (value, repr(value)[1:-1]):
@@ -83,12 +83,12 @@ class Outside:
 
 
 def embedded_path(name: str) -> str:
-    """Return where an embedded model or data file lies once `prepare` has fetched it."""
+    """Return the path of an embedded model or data file, which `prepare` fetches."""
     return str(cache_folder() / "embedded" / name)
 
 
 def explain(error: Exception) -> str:
-    """Return the part of a Hydra or OmegaConf error that a person can use."""
+    """Return the part of a Hydra or OmegaConf error that helps the user."""
     text = str(error).strip()
     cause = error.__cause__
     if cause is not None and str(cause).strip() not in text:

@@ -1,4 +1,4 @@
-"""`plan`: what a run would do and hold on each rank, from the model's config alone."""
+"""`plan`: shows what a run would do and hold on each rank, from the model's config alone."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(config: RunConfig) -> int:
 def _of_the_model(
     config: RunConfig, counted: RunConfig, base: PreTrainedModel, shapes: ModelShapes
 ) -> dict[str, Any]:  # fmt: skip
-    """Return what the model's own code and names decided: attention, rotary factors, linears that are left alone."""
+    """Return what follows from the model's code and names: attention, rotary factors, linears left as they are."""
     kept = kept_linears(base, shapes.layers)
     by_reason = {why: alike(n for n, w in kept.items() if w == why) for why in dict.fromkeys(kept.values())}
     return {

@@ -1,4 +1,4 @@
-"""`prepare`: fetch what is embedded if the settings use it, and tokenize the data, without any process group."""
+"""`prepare`: fetches the embedded model and data if the settings use them, and tokenizes, without a process group."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _quantile(rows: TokenRows, percent: int) -> float:
 
 
 def _time(config: RunConfig, rows: TokenRows, steps: int, num_rows: int) -> str:
-    """Estimate from the speed that an earlier run of this name has measured; say so where there is none."""
+    """Estimate the time from the speed of an earlier run of this name; say so if there is none."""
     summary = RunFolder(config.run.output_root, config.run.name).summary_file
     if not summary.is_file():
         return f"unknown: no run in {summary.parent} has measured a speed yet"

@@ -1,4 +1,4 @@
-"""Text on its way through Hydra's grammar and through a shell: what arrives is what was given."""
+"""Quotes text for Hydra's grammar and for a shell, so that it arrives unchanged."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _QUOTE_OR_END = re.compile(r"(\\*)('|\Z)")
 
 
 def literal(text: str) -> str:
-    """Return text as Hydra's grammar reads it back, in single quotes.
+    """Return text in single quotes for Hydra's grammar.
 
-    A backslash means something only before a quote, or the end, which is one.
+    A backslash has a meaning only before a quote, including the closing one at the end.
     """
     return "'" + _QUOTE_OR_END.sub(lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
 def quoted(value: Any) -> str:
-    """Return a value as a setting of Hydra's, where OmegaConf would take ``${`` for the start of an interpolation."""
+    """Return a value quoted for Hydra, with ``${`` escaped, which OmegaConf would read as an interpolation."""
     if value is None:
         return "null"
     if isinstance(value, list):
@@ -29,12 +29,12 @@ def quoted(value: Any) -> str:
 
 
 def command(*words: str) -> str:
-    """Return a command line of ours that can be pasted into a shell."""
+    """Return an `fsdp-qlora` command line that can be pasted into a shell."""
     return shlex.join(["fsdp-qlora", *words])
 
 
 def list_of_names(text: str) -> list[str]:
-    """Return the items of ``[a,b]`` as typed; quotes keep a comma inside an item."""
+    """Return the items of ``[a,b]`` as typed; quotes protect a comma inside an item."""
     return [item for item in _items(text[1:-1]) if item]
 
 
@@ -44,7 +44,7 @@ def _items(text: str) -> Iterator[str]:
 
 
 def sweep_hint(key: str, text: str, is_list: bool, flags: Sequence[str]) -> str | None:
-    """Return what to say of ``key=a,b`` where no sweep was asked for."""
+    """Return the message for ``key=a,b`` without ``--multirun``, or None if a sweep was requested."""
     if "--multirun" in flags or "-m" in flags:
         return None
     values = text.partition("=")[2]

@@ -1,4 +1,4 @@
-"""Being a rank: what `train`, `evaluate` and `generate` share."""
+"""Runs work as one rank, for `train`, `evaluate` and `generate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fsdp_qlora.run.world import World, open_world
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let signals end the wait for the other ranks, which is C code in which Python runs no handler."""
+    """Let signals end the wait for the other ranks: it is in C code, during which Python runs no handlers."""
     before = take_signals(STOP_SIGNALS, signal.SIG_DFL) if is_rank(os.environ) else {}
     try:
         yield
@@ -24,7 +24,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def on_ranks(config: RunConfig, work: Callable[[World], int]) -> int:
-    """Be a rank (or the only process): open the world, do ``work(world)``, close it."""
+    """Open the world as a rank (or the only process), run ``work(world)``, and close it; return the exit code."""
     with _interruptible():
         world = open_world(config)
     code = work(world)

@@ -1,4 +1,4 @@
-"""What the library logs, as the command line prints it: news on stdout, warnings on stderr with our name."""
+"""Prints what the library logs: information on stdout, warnings on stderr with our name in front."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 class _Printed(logging.Handler):
-    """Prints to the streams as they are at that moment: they may have been replaced since."""
+    """Prints to the current `sys.stdout` and `sys.stderr`, which may have been replaced since the start."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a line."""
@@ -18,7 +18,7 @@ class _Printed(logging.Handler):
 
 
 def listen() -> None:
-    """Print from now on what `fsdp_qlora` logs; as a library it leaves that to Python's `logging` settings."""
+    """Print what `fsdp_qlora` logs from now on; used as a library, it leaves this to Python's `logging` settings."""
     logger = logging.getLogger("fsdp_qlora")
     if not any(isinstance(handler, _Printed) for handler in logger.handlers):
         logger.addHandler(_Printed())

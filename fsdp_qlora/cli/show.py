@@ -1,4 +1,4 @@
-"""What `train` shows a person: how it starts, what came of it, what to do next."""
+"""Prints what `train` shows the user: the start of a run, its result, and the next command."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SHOWN = 160
 
 
 def loading(doing: str = "loading and quantizing") -> Callable[[int, int], None]:
-    """Return a progress callback for loading: a line that grows on a terminal, nothing elsewhere."""
+    """Return a progress callback for loading, which rewrites one line on a terminal and prints nothing elsewhere."""
 
     def show(done: int, total: int) -> None:
         if sys.stdout.isatty():
@@ -43,7 +43,7 @@ def loading(doing: str = "loading and quantizing") -> Callable[[int, int], None]
 
 
 def print_start(prepared: Prepared, note: str) -> None:
-    """Print what is about to run."""
+    """Print a description of the run that is about to start."""
     plan, config, data = prepared.plan, prepared.config, prepared.data
     if note:
         print(note)
@@ -83,7 +83,7 @@ def print_start(prepared: Prepared, note: str) -> None:
 
 
 def print_samples(prepared: Prepared, folder: RunFolder) -> None:
-    """Show the first sequences with what is learned marked; write them whole to the run folder."""
+    """Print the first sequences with learned tokens marked; write them in full to the run folder."""
     if prepared.data is None:
         return
     count = prepared.config.data.show_samples
@@ -106,7 +106,7 @@ def print_samples(prepared: Prepared, folder: RunFolder) -> None:
 
 
 def print_stopped(folder: RunFolder) -> None:
-    """Print how to go on after a signal."""
+    """Print how to resume after a signal."""
     saved = sorted(f.name for f in folder.checkpoints.glob("step_*")) if folder.checkpoints.is_dir() else []
     state = f"saved {folder.checkpoints / saved[-1]}; " if saved else "nothing was trained yet; "
     print(f"stopped by a signal: {state}the same command with checkpoint.resume=auto goes on.", flush=True)
@@ -134,13 +134,13 @@ def print_summary(summary: dict[str, Any], folder: RunFolder, objective: Objecti
     print_table(f"{folder.path.name}: done", rows)
     switches = [f"{key}=true" for key in switches_on(from_dict(read_config(str(folder.config_file))))]
     words = ["generate", f"run_from={folder.config_file}", *switches, f"adapter={folder.adapter}", f"prompt={prompt}"]
-    print(f"try next: {command(*words)}", flush=True)  # no row of the table, which breaks lines: to be pasted
+    print(f"try next: {command(*words)}", flush=True)  # not in the table, which wraps lines: it is meant for pasting
     if "profile" in summary:
         print_profile(summary["profile"])
 
 
 def print_profile(profile: dict[str, Any]) -> None:
-    """Print where the recorded steps' time went on rank 0, and on the slowest rank if that is another."""
+    """Print where the time of the recorded steps went, on rank 0 and on the slowest rank if that is another."""
     ranks = profile["ranks"]
     steps = ranks[0]["steps"]
     table = Table(title=f"seconds of a step (mean of steps {steps[0]} to {steps[-1]})", title_justify="left")

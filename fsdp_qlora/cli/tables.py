@@ -1,4 +1,4 @@
-"""Tables for people."""
+"""Prints tables to the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fsdp_qlora.track.console import console
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Print rows of name and value."""
+    """Print a two-column table of names and values."""
     table = Table(title=visible(title), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -21,7 +21,7 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def print_columns(title: str, header: list[str], lines: list[list[str]]) -> None:
-    """Print lines under a header."""
+    """Print a table with a header."""
     table = Table(title=visible(title), title_justify="left")
     for name in header:
         table.add_column(visible(name), overflow="fold")

@@ -1,4 +1,4 @@
-"""`train`: start the ranks, or be one of them."""
+"""`train`: runs one rank of a training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fsdp_qlora.run.world import World
 from fsdp_qlora.shown import visible
 
 _ANSWER_SECONDS = 2.0
-"""How long the storage of the run folder is waited for with the last word."""
+"""How long to wait for the run folder's storage when writing the last message."""
 
 
 def run(config: RunConfig) -> int:
@@ -39,17 +39,17 @@ def run(config: RunConfig) -> int:
 
 
 def _listen(config: RunConfig, world: World) -> int:
-    """Take a signal for a wish to stop as soon as all ranks are here, also while loading.
+    """Treat signals as requests to stop once all ranks have arrived, even while loading.
 
-    Not before: who waits for a rank that never comes runs no handler, and a signal must end it.
+    Not earlier: a process that waits for a missing rank runs no handlers, so a signal must end it directly.
     """
-    take_signals(STOP_SIGNALS, signal.SIG_DFL)  # in force again once the run is over
+    take_signals(STOP_SIGNALS, signal.SIG_DFL)  # these apply again once the run is over
     with StopSignals() as signals:
         return _rank(config, world, signals)
 
 
 def _rank(config: RunConfig, world: World, signals: StopSignals) -> int:
-    """Be one rank: claim the run folder together, prepare, fit, show."""
+    """Run one rank: claim the run folder together with the others, prepare, fit, and show the result."""
     folder = RunFolder(config.run.output_root, config.run.name)
     run = _Run(folder, world.ranks.rank, signals)
     watch = Watch(world.ranks, config.launcher.timeout_seconds)
@@ -66,31 +66,31 @@ def _rank(config: RunConfig, world: World, signals: StopSignals) -> int:
     except Exception as error:
         ending = ending_of(error)
         if not ending.expected and (code := run.ended_elsewhere()) is not None:
-            raise SystemExit(code) from error  # an echo: the others have left, and one of them has said why
+            raise SystemExit(code) from error  # a consequence: another rank has ended and reported why
         folder.write_exit(ending.code, ending.rank, ending.message)
         raise
 
 
 class _Run:
-    """What the watch asks and tells, in its own thread."""
+    """Callbacks for the watch, which calls them in its own thread."""
 
     def __init__(self, folder: RunFolder, rank: int, signals: StopSignals) -> None:
         self._folder, self._rank, self._signals = folder, rank, signals
         self.claimed = False
-        """Whether what exit.json says is of this start."""
+        """Whether exit.json belongs to this start."""
 
     def ended_elsewhere(self) -> int | None:
-        """Return the code with which another rank has ended the run, if one has."""
+        """Return the nonzero exit code with which another rank has ended the run, or None."""
         ended = self._folder.read_exit() if self.claimed else None
         return ended["code"] if ended is not None and ended["code"] != 0 else None
 
     def stopped(self) -> Leave | None:
-        """Return what to leave with where a signal came and there is nothing to save."""
+        """Return how to leave if a signal has come and there is nothing to save, else None."""
         at_once = self._signals.requested and not self._signals.something_to_save
         return Leave(STOPPED_EXIT_CODE, NOTHING_TO_SAVE) if at_once else None
 
     def leave(self, last: Leave) -> None:
-        """Say why this rank leaves: to the launcher first, as the run folder's storage may be what hangs."""
+        """Report why this rank leaves, to the launcher first, since the run folder's storage may be what hangs."""
         tell_launcher(Ending(last.code, self._rank, last.message))
         if self.claimed:
             with suppress(TimeoutError):

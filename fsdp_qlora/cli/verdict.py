@@ -1,4 +1,4 @@
-"""What our launcher makes of an end: one verdict, from which its exit code, exit.json and its last line come."""
+"""Determines how a run ended: one verdict that gives the launcher's exit code, exit.json and its last line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.shown import visible
 
 _LOCK_SECONDS = 3.0
-"""How long the run folder may stay locked by ranks that have been killed."""
+"""How long killed ranks may keep the run folder locked."""
 
 
 def verdict(
@@ -26,11 +26,12 @@ def verdict(
     """Return how the run ended.
 
     Args:
-        exit_file: beside it the ranks have told how they ended, and the agent which rank a signal ended.
-        restarts: how often the ranks may have been started again; the last start counts.
-        agent_code: exit code of torch's elastic agent; negative where a signal ended it.
-        stopped: what to say of a run that signals have ended before a rank could tell anything.
-        standstill: what the launcher itself has found, if no rank gave a sign of life any more.
+        exit_file: base path of the files in which ranks reported how they ended; agent.json next to it names a rank
+            killed by a signal.
+        restarts: the maximum number of restarts; the last start with reports counts.
+        agent_code: exit code of torch's elastic agent; negative if a signal ended it.
+        stopped: the ending of a run that signals ended before any rank could report (`stopped_by`).
+        standstill: the ending that the launcher found itself, if no rank gave a sign of life.
     """
     starts = (tellings(exit_file, attempt) for attempt in range(restarts, -1, -1))
     told: Sequence[Ending] = next((found for found in starts if found), [])
@@ -50,7 +51,12 @@ def verdict(
 
 
 def stopped_by(signals: int, begun: bool) -> Ending | None:
-    """Return how a run ends that got so many signals, where no rank says more; ``begun``: its ranks were at work."""
+    """Return the ending of a run after this many signals, if no rank reports one.
+
+    Args:
+        signals: number of signals that the launcher received.
+        begun: whether the ranks had started their work.
+    """
     if signals > 1:
         return Ending(1, 0, "ended at once by a second signal; what came after the last checkpoint is lost.")
     if signals == 1 and not begun:
@@ -59,7 +65,7 @@ def stopped_by(signals: int, begun: bool) -> Ending | None:
 
 
 def _killed(agent_file: Path) -> Ending | None:
-    """Return the end of a rank that a signal ended; SIGTERM is how the agent ends the others."""
+    """Return the ending of a rank killed by a signal other than SIGTERM, with which the agent ends the others."""
     try:
         agent: dict[str, Any] = json.loads(agent_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -72,12 +78,12 @@ def _killed(agent_file: Path) -> Ending | None:
 
 
 def record(ending: Ending, folder: RunFolder, since: float) -> None:
-    """See to it that exit.json says this, unless the folder is another run's or its storage does not let us.
+    """Make sure exit.json holds this ending, unless another run has the folder or its storage fails.
 
     Args:
         ending: the verdict.
-        folder: the run's.
-        since: time at which this start began: a file that is older, or that nobody wrote, is not of this start.
+        folder: the run folder.
+        since: time at which this start began; an older exit.json belongs to an earlier start and is replaced.
     """
     if not folder.config_file.parent.is_dir():
         return
@@ -86,11 +92,11 @@ def record(ending: Ending, folder: RunFolder, since: float) -> None:
         try:
             folder.lock()
             break
-        except RunFolderError:  # ranks that are just ending, or another run
+        except RunFolderError:  # held by ranks that are just ending, or by another run
             if time.monotonic() > deadline:
                 return
             time.sleep(0.1)
-        except (FsdpQloraError, OSError):  # whatever is wrong there does not change how the run ended
+        except (FsdpQloraError, OSError):  # a problem here does not change how the run ended
             return
     written = folder.read_exit()
     if written is None or written["time"] < since or written["message"] != ending.message:

@@ -1,1 +1,1 @@
-"""What is asked: the settings of a run as frozen dataclasses, and the rules between them. Standard library only."""
+"""The settings of a run as frozen dataclasses, and the rules across them, without torch or Hydra."""

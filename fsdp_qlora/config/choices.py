@@ -1,8 +1,8 @@
-"""Every kind there is to choose from, on one page: what ships, and what was registered since.
+"""The names of all formats, methods, objectives, optimizers, trackers and exports: built-in and registered later.
 
-A kind is a file in its own room (`quant/formats/`, `adapters/`, `objectives/`, `optim/`, `track/`, `export/`), which
-registers it. The names are here, below all rooms, so that a misspelt one is refused before torch is imported. For what
-ships, names, registries and ``conf/<group>/*.yaml`` are equal (`tests/unit/test_seams.py`).
+Each one is a file in its own package (`quant/formats/`, `adapters/`, `objectives/`, `optim/`, `track/`, `export/`),
+which registers it. The names are here, below all those packages, so that a misspelt one is rejected before torch is
+imported. For built-in ones, names, registries and ``conf/<group>/*.yaml`` match (`tests/unit/test_seams.py`).
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Iterator
 
 
 class Names:
-    """Names of one sort of kinds, in the order in which they are listed."""
+    """Names that one setting accepts, in the order in which they are listed."""
 
     def __init__(self, *shipped: str) -> None:
         self.shipped = shipped
-        """Those that the command line and ``conf/`` know."""
+        """The built-in names, which the command line and ``conf/`` know."""
         self._all = dict.fromkeys(shipped)
 
     def add(self, name: str) -> None:
-        """Let settings take ``name``."""
+        """Let settings accept ``name``."""
         self._all[name] = None
 
     def __iter__(self) -> Iterator[str]:
@@ -30,18 +30,18 @@ class Names:
 
 
 FORMATS = Names("nf4", "fp4", "int8")
-"""``quant=``: how a weight is small (`fsdp_qlora.quant.formats`)."""
+"""``quant=``: storage formats of weights (`fsdp_qlora.quant.formats`)."""
 METHODS = Names("lora", "rslora")
-"""``lora.variant``: what is trained (`fsdp_qlora.adapters.method`)."""
+"""``lora.variant``: adapter methods (`fsdp_qlora.adapters.method`)."""
 OBJECTIVES = Names("sft")
-"""``objective=``: what the loss is (`fsdp_qlora.objectives`)."""
+"""``objective=``: losses (`fsdp_qlora.objectives`)."""
 OPTIMIZERS = Names(
     "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "ademamix_8bit", "sgd", "adafactor"
 )
-"""``optim=``: how it moves (`fsdp_qlora.optim.optimizers`)."""
+"""``optim=``: optimizers (`fsdp_qlora.optim.optimizers`)."""
 TRACKERS = Names("console", "wandb")
-"""``track=``: where metrics go, beside metrics.jsonl (`fsdp_qlora.track`)."""
+"""``track=``: where metrics go in addition to metrics.jsonl (`fsdp_qlora.track`)."""
 EXPORTS = Names("adapter", "base-4bit")
-"""``export what=``: what is given away (`fsdp_qlora.export`)."""
+"""``export what=``: what is exported (`fsdp_qlora.export`)."""
 NONE = "none"
-"""What a setting takes besides names where there may be no such thing."""
+"""Word that an optional setting accepts in addition to names, to turn it off."""

@@ -1,4 +1,4 @@
-"""Plain dictionaries <-> dataclasses of settings, with every type checked and all failures reported at once."""
+"""Converts plain dictionaries to settings dataclasses and back, checks every type and reports all errors at once."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return the settings as nested plain dictionaries (JSON and YAML can hold them)."""
+    """Return the settings as nested plain dictionaries, ready for JSON or YAML."""
     return dataclasses.asdict(config)
 
 
 def field_types(schema: type) -> dict[str, Any]:
-    """Return name -> type for a group's fields, in their order."""
+    """Return the fields of a group as ``{name: type}``, in declaration order."""
     hints = typing.get_type_hints(schema, include_extras=True)
     return {f.name: plain(hints[f.name]) for f in dataclasses.fields(schema)}
 
 
 def known_keys(schema: type, prefix: str = "") -> list[str]:
-    """List every dotted key of the schema, groups included."""
+    """Return all dotted keys of the schema, including those of groups."""
     keys: list[str] = []
     for name, kind in field_types(schema).items():
         keys.append(prefix + name)
@@ -46,7 +46,7 @@ def build(schema: type[T], values: Mapping[str, Any]) -> T:
     """Build a schema from nested dictionaries; missing keys take their defaults.
 
     Raises:
-        ConfigError: naming every unknown key and every value of the wrong type.
+        ConfigError: naming all unknown keys and all values of the wrong type.
     """
     problems: list[str] = []
     built = _build(schema, values, "", problems, known_keys(schema))
@@ -79,7 +79,11 @@ def _build(schema: type, values: Mapping[str, Any], prefix: str, problems: list[
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """Return ``value`` as ``kind`` (a field's type), or raise ValueError saying what was expected."""
+    """Return ``value`` converted to ``kind`` (a field's type).
+
+    Raises:
+        ValueError: saying what was expected.
+    """
     if kind is Any:
         return value
     origin = typing.get_origin(kind)
@@ -99,7 +103,7 @@ def convert(value: Any, kind: Any) -> Any:
 
 
 def words_of(kind: Any) -> tuple[str, ...]:
-    """Return what a setting of a type with a few words takes: a literal's, or a registry's names and words beside."""
+    """Return the words that a setting accepts: those of a literal, or a registry's names plus additional words."""
     if typing.get_origin(kind) is Literal:
         return typing.get_args(kind)
     _, names, *words = typing.get_args(kind)
@@ -108,7 +112,7 @@ def words_of(kind: Any) -> tuple[str, ...]:
 
 def _choice(value: Any, choices: tuple[str, ...]) -> str:
     text = str(value)
-    if text in ("True", "False"):  # what YAML and Hydra make of true and false
+    if text in ("True", "False"):  # YAML and Hydra parse true and false as booleans
         text = text.lower()
     if value is None and "none" in choices:
         text = "none"

@@ -1,4 +1,4 @@
-"""What words in settings stand for, decided here and nowhere else: ``auto``, a switch's, where a run goes on from."""
+"""The one place that interprets words in settings: ``auto``, the values of a switch, and where to resume from."""
 
 from __future__ import annotations
 
@@ -7,49 +7,49 @@ from pathlib import Path
 
 
 def asked(value: str) -> str | None:
-    """Return what was asked for; None where the choice is ours (``auto``)."""
+    """Return the requested value, or None for ``auto``."""
     return None if value == "auto" else value
 
 
 def switch(value: str) -> bool | None:
-    """Return a `Switch` as what it means; None where the choice is ours."""
+    """Return a `Switch` as a bool, or None for ``auto``."""
     return {"true": True, "false": False, "auto": None}[value]
 
 
 def as_word(value: bool) -> str:
-    """Return a switch's word."""
+    """Return the `Switch` value for a bool."""
     return "true" if value else "false"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen of a setting that was ours to choose, and why."""
+    """The value chosen for a setting left at ``auto``, and the reason."""
 
     value: str
     why: str
 
     def __str__(self) -> str:
-        """Return it as it is printed and as summary.json has it."""
+        """Return the text shown on the screen and in summary.json."""
         return f"{self.value} ({self.why})" if self.why else self.value
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Where a run goes on from (``checkpoint.resume``)."""
+    """Where a run resumes from (``checkpoint.resume``)."""
 
     newest: bool
-    """From its newest valid checkpoint, if it has one (``auto``)."""
+    """Resume from the run's newest valid checkpoint, if there is one (``auto``)."""
     folder: Path | None
-    """From this checkpoint."""
+    """Resume from this checkpoint."""
 
     @classmethod
     def of(cls, value: str) -> Resume:
-        """Return what ``auto``, ``never`` or a path stands for."""
+        """Parse ``auto``, ``never`` or a checkpoint path."""
         if value in ("auto", "never"):
             return cls(value == "auto", None)
         return cls(False, Path(value).expanduser())
 
     @property
     def never(self) -> bool:
-        """Whether the run starts anew."""
+        """Whether the run starts afresh."""
         return not self.newest and self.folder is None

@@ -1,4 +1,4 @@
-"""What is true of a single setting, said beside it: ``r: Annotated[int, POSITIVE] = 16``."""
+"""Facts about single settings, stated in their annotations: ``r: Annotated[int, POSITIVE] = 16``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fsdp_qlora.config.choices import Names
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Which numbers a setting takes."""
+    """The range of numbers that a setting accepts."""
 
     rule: str
-    """In words: ``must be above 0``."""
+    """The range in words: ``must be above 0``."""
     holds: Callable[[float], bool]
 
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """Something that is true of a setting or not."""
+    """A property that a setting either has or lacks."""
 
     name: str
 
@@ -35,14 +35,14 @@ MAY_CHANGE = Fact("may differ from the checkpoint's when a run goes on")
 
 
 def plain(kind: Any) -> Any:
-    """Return a setting's type without the facts about it; names in a registry (`choices.Names`) are part of a type."""
+    """Return a setting's type without its facts; the names of a registry (`choices.Names`) are part of the type."""
     if typing.get_origin(kind) is not Annotated or isinstance(typing.get_args(kind)[1], Names):
         return kind
     return typing.get_args(kind)[0]
 
 
 def facts(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted key and fact, for every fact about a setting of a schema, groups included."""
+    """Yield a dotted key and a fact for each fact in the schema, including those of groups."""
     for name, kind in typing.get_type_hints(schema, include_extras=True).items():
         if dataclasses.is_dataclass(kind):
             yield from facts(typing.cast(type, kind), f"{prefix}{name}.")
@@ -53,5 +53,5 @@ def facts(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def keys_with(schema: type, fact: Fact) -> frozenset[str]:
-    """Return the dotted keys that a fact is true of."""
+    """Return the dotted keys of the settings that have a fact."""
     return frozenset(key for key, found in facts(schema) if found == fact)

@@ -1,4 +1,4 @@
-"""The settings of the groups ``optim`` and ``schedule``: a part of `schema.py`."""
+"""Settings of the groups ``optim`` and ``schedule``, which are part of `schema.RunConfig`."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ class OptimSettings:
     """The optimizer."""
 
     name: Annotated[str, choices.OPTIMIZERS] = "adamw"
-    """AdamW, Lion, AdEMAMix (``_8bit``: states in 8 bits, by bitsandbytes), plain SGD with momentum, or Adafactor.
-    The states of ``paged_`` ones may move to host memory when the GPU is full; on a CPU there is nothing to page."""
+    """AdamW, Lion, AdEMAMix, SGD with momentum, or Adafactor. ``_8bit``: bitsandbytes keeps the states in 8 bits.
+    ``paged_``: states may move to host memory when the GPU is full; on a CPU there is nothing to page."""
     lr: Annotated[float, NOT_NEGATIVE] = 2e-4
-    """Peak learning rate. Adafactor's is relative to the size of each tensor: steps are ``lr`` times the root mean
-    square of its values, or 0.001 if that is larger."""
+    """Peak learning rate. For Adafactor it is relative to each tensor: the step size is ``lr`` times the root mean
+    square of the tensor's values, or times 0.001 if that is larger."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Decoupled weight decay."""
+    """Weight decay: decoupled, except for SGD, which adds it to the gradient."""
     beta1: Annotated[float, BELOW_ONE] = 0.9
-    """First-moment decay (AdamW, Lion, AdEMAMix), momentum (SGD)."""
+    """First-moment decay (AdamW, AdEMAMix), momentum (SGD), or share of the momentum in the update (Lion)."""
     beta2: Annotated[float, BELOW_ONE] = 0.999
-    """Second-moment decay (AdamW, AdEMAMix); what becomes of Lion's moment after the step."""
+    """Second-moment decay (AdamW, AdEMAMix), or decay of the momentum (Lion)."""
     beta3: Annotated[float, BELOW_ONE] = 0.9999
     """Decay of the slow first moment (AdEMAMix)."""
     alpha: Annotated[float, NOT_NEGATIVE] = 5.0
     """Weight of the slow first moment (AdEMAMix)."""
     t_alpha: Annotated[int, NOT_NEGATIVE] = 0
-    """Steps in which ``alpha`` rises from 0 (AdEMAMix); 0 = it is there at once."""
+    """Steps over which ``alpha`` rises from 0 (AdEMAMix); 0 = no ramp."""
     t_beta3: Annotated[int, NOT_NEGATIVE] = 0
-    """Steps in which ``beta3`` rises from ``beta1`` (AdEMAMix); 0 = it is there at once."""
+    """Steps over which ``beta3`` rises from ``beta1`` (AdEMAMix); 0 = no ramp."""
     eps: Annotated[float, POSITIVE] = 1e-8
-    """Added to the root of the second moment (AdamW, AdEMAMix)."""
+    """Term added to the square root of the second moment (AdamW, AdEMAMix)."""
     override_32bit: list[str] = field(default_factory=list)
-    """Patterns of parameter names (as in the adapter's file, ``["*.layers.0.*", "*.q_proj.lora_B.*"]``) whose states
-    stay in 32 bits with an 8-bit optimizer. Those of fewer than 4096 elements do so anyhow."""
+    """Patterns of parameters whose states an 8-bit optimizer keeps in 32 bits. Names are those in the adapter's file
+    (``["*.layers.0.*", "*.q_proj.lora_B.*"]``). Tensors with fewer than 4,096 elements always keep 32-bit states."""
 
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """The learning rate over the steps."""
+    """The learning rate schedule."""
 
     name: Literal["linear", "cosine", "constant", "wsd"] = "linear"
-    """Decay to ``min_lr_ratio``: linearly, as a cosine, never, or only at the end (warm-up-stable-decay)."""
+    """Decay to ``min_lr_ratio``: linear, cosine, none, or only at the end (``wsd``, warm-up-stable-decay)."""
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps of linear warm-up."""
     warmup_ratio: Annotated[float, BELOW_ONE] = 0.03
     """Warm-up as a share of all steps, when ``warmup_steps`` is 0."""
     decay_ratio: Annotated[float, SHARE] = 0.2
-    """Share of the steps that decay (``wsd``)."""
+    """Share of all steps spent in the decay (``wsd``)."""
     min_lr_ratio: Annotated[float, SHARE] = 0.0
-    """Last learning rate as a share of the peak."""
+    """Final learning rate as a share of the peak."""

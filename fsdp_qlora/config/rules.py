@@ -1,6 +1,6 @@
-"""Cross-field rules, one small function each; `check` runs all and reports every failure at once.
+"""Rules across settings, one small function each; `check` runs them all and reports every failure at once.
 
-A rule yields messages ``key: reason, what to do``. Nothing here needs torch, files or a network.
+A rule yields messages of the form ``key: reason, what to do``. Nothing here needs torch, files or a network.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
 
 
 def check_verb(verb: str, config: RunConfig) -> RunConfig:
-    """Return ``config`` if it has what ``verb`` needs.
+    """Return ``config`` if it has everything that ``verb`` needs.
 
     Raises:
         ConfigError: naming everything that is missing.
@@ -281,7 +281,7 @@ def check(config: RunConfig) -> RunConfig:
     """Return ``config`` if it breaks no rule.
 
     Raises:
-        ConfigError: with all broken rules, one a line.
+        ConfigError: listing all broken rules, one per line.
     """
     if problems := failures(config):
         raise ConfigError("\n".join(problems))

@@ -1,4 +1,4 @@
-"""Settings that were saved: a config.yaml, or that of a run's folder, read as data."""
+"""Reads saved settings as data, from a config.yaml or a run folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from fsdp_qlora.files.bounded import OutOfBoundsError, read_settings
 
 
 def read_config(file: str, what: str = "run_from") -> dict[str, Any]:
-    """Read a config.yaml as data, or that of a run's folder.
+    """Read a config.yaml as data, given the file or its run folder.
 
     Raises:
-        ConfigError: if it is not there, is no mapping, or is more than settings can be.
+        ConfigError: if it is missing, not YAML, not a mapping, or exceeds the bounds on settings files.
+        SecurityError: if it is not a regular file.
     """
     path = Path(file).expanduser()
     path = path / "config.yaml" if path.is_dir() else path
@@ -28,7 +29,7 @@ def read_config(file: str, what: str = "run_from") -> dict[str, Any]:
         raise ConfigError(f"{what}: {path} cannot be read: {error.strerror}.") from error
     except OutOfBoundsError as error:
         raise ConfigError(f"{what}: {path} holds more than settings can: {error}.") from error
-    except Exception as error:  # of any kind: a date that there is not is a ValueError, a number without digits another
+    except Exception as error:  # PyYAML leaks other types: an invalid date is a ValueError
         raise ConfigError(f"{what}: {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{what}: {path} holds no settings.")
@@ -36,17 +37,17 @@ def read_config(file: str, what: str = "run_from") -> dict[str, Any]:
 
 
 class Saved:
-    """Settings that can be read back from the file that a run saved."""
+    """Mixin for settings that can be loaded from the file that a run saved."""
 
     @classmethod
     def load(cls, path: str | Path, trust_remote_code: bool = False, allow_code: bool = False) -> Self:
-        """Read the config.yaml of a run, or of its folder, without Hydra: as data, no resolver runs.
+        """Load a run's config.yaml, given the file or its folder, as plain data: without Hydra or resolvers.
 
-        Whoever wrote the file does not decide what code runs here: what lets code run must be given as an argument.
+        The author of the file must not decide what code runs here, so permission to run code must come as an argument.
 
         Raises:
-            ConfigError: if it cannot be read, or is no settings of this version.
-            SecurityError: if it lets code run that no argument allows.
+            ConfigError: if it cannot be read or does not hold settings of this version.
+            SecurityError: if it enables code that no argument allows.
         """
         values = read_config(str(path), "config")
         given = {"model.trust_remote_code": trust_remote_code, "data.allow_code": allow_code}

@@ -1,8 +1,8 @@
-"""`RunConfig` and its groups: every setting of a run, its type, its default and what it means.
+"""`RunConfig` and its groups: every setting of a run, with type, default and meaning.
 
 Frozen dataclasses of plain values; nothing here imports torch, hydra or omegaconf. Each group is one folder of
-``conf/``; those of single verbs are in `fsdp_qlora.config.verbs`. The string under a field is its documentation, and
-`fsdp-qlora VERB --help` shows the composed values.
+``conf/``; groups that belong to a single verb are in `fsdp_qlora.config.verbs`. The string under a field is its
+documentation, which `fsdp-qlora VERB --help` prints together with the default.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from fsdp_qlora.config.saved import Saved
 from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
 
 Switch = Literal["auto", "true", "false"]
-"""``auto``: the plan decides, and says so."""
+"""``auto``: the plan decides and reports its choice."""
 QuantName = Annotated[str, choices.FORMATS, choices.NONE]
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
-"""Numbers of weights that may share one statistic: bitsandbytes' own, from 64 on (of 32 a nested block parts a row)."""
+"""Weights per block: bitsandbytes' sizes from 64 up. With 32, a nested block would cover only half a storage row."""
 Checkpointing = Literal["auto", "none", "selective", "full"]
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Which run this is and where it lives."""
+    """Name, folder and seed of the run."""
 
     name: Annotated[str, VERBATIM] = "run"
-    """Name of the run; its folder is ``<output_root>/<name>``."""
+    """Run name; the run folder is ``<output_root>/<name>``."""
     output_root: Annotated[str, VERBATIM] = "outputs"
     """Folder that holds all runs."""
     seed: Annotated[int, NOT_NEGATIVE] = 0
-    """Seed of the data order, the adapters' initialisation and dropout."""
+    """Seed for data order, adapter initialisation and dropout."""
 
 
 @dataclass(frozen=True)
@@ -43,106 +43,108 @@ class ModelSettings:
     """The base model."""
 
     name: Annotated[str, VERBATIM, MAY_CHANGE] = ""
-    """Hub name (``Qwen/Qwen3-8B``) or a folder with config.json and safetensors."""
+    """Hub id (``Qwen/Qwen3-8B``) or a folder with config.json and safetensors files."""
     revision: Annotated[str | None, MAY_CHANGE] = None
     """Branch, tag or commit on the hub."""
     attn_implementation: Literal[
         "auto", "eager", "sdpa", "flash_attention_2", "flex_attention", "blockwise", "varlen"
     ] = "auto"
-    """Attention. ``blockwise`` is ours for CPUs. ``varlen`` is torch's varlen attention on a GPU and our own on a CPU;
-    like ``flash_attention_2`` it takes micro-batches as one row without padding. ``auto`` takes the fastest that the
-    device and the model allow."""
+    """Attention implementation; ``auto`` takes the fastest one that device and model support. ``blockwise`` is our own
+    for CPUs. ``varlen`` is torch's varlen attention on a GPU and our own on a CPU; like ``flash_attention_2``, it runs
+    each micro-batch as one row without padding."""
     trust_remote_code: Annotated[bool, MAY_CHANGE] = False
-    """Run Python code that comes with the model. Off unless you have read that code."""
+    """Run the Python code shipped with the model. Read that code before you turn this on."""
     check: Annotated[Literal["auto", "always", "off"], MAY_CHANGE] = "auto"
-    """Before the first step, compare a small twin of the model with upstream's own code; ``auto`` takes a remembered
-    result, ``always`` compares anew, ``off`` trains unchecked."""
+    """Compare a small twin of the model with upstream's own code before the first step. ``auto`` reuses a cached
+    result, ``always`` compares again, ``off`` trains unchecked."""
     config_overrides: dict[str, Any] = field(default_factory=dict)
-    """Values that replace those of the model's config.json (``rope_theta``, ``rope_scaling`` and the like); a key that
-    the model's config does not have is refused."""
+    """Values that override the model's config.json (``rope_theta``, ``rope_scaling``, ...). Keys that the model's
+    config lacks are rejected."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is learned from."""
+    """Training and evaluation data."""
 
     train: Annotated[Any, VERBATIM] = None
-    """File (JSONL, JSON, CSV, Parquet, Arrow, text; also .gz, .zst, .bz2, .xz; also a URL), folder, glob, hub data set
-    (``owner/name`` or ``owner/name/configuration``), or a list of them. ``:split`` behind a folder or a data set takes
-    another split than ``train``."""
+    """Training data: file, URL, folder, glob, hub data set, or a list of these. Files are JSONL, JSON, CSV, Parquet,
+    Arrow or text, also compressed (.gz, .zst, .bz2, .xz). Hub data sets are ``owner/name`` or
+    ``owner/name/configuration``. A ``:split`` suffix on a folder or data set selects a split other than ``train``."""
     eval: Annotated[Any, VERBATIM] = None
-    """The same, for evaluation; ``null`` takes ``eval_fraction`` of the training rows instead."""
+    """Evaluation data, given like ``train``; ``null`` holds out ``eval_fraction`` of the training rows instead."""
     eval_fraction: Annotated[float, BELOW_ONE] = 0.0
-    """Share of the prompts held out for evaluation when ``eval`` is null; equal prompts stay on one side."""
+    """Share of the prompts held out for evaluation when ``eval`` is null; equal prompts stay together."""
     format: Literal["auto", "messages", "conversations", "alpaca", "prompt_completion", "preference", "text"] = "auto"
-    """Shape of a row; ``auto`` goes by each row's columns. Of ``preference`` the chosen answer is learned."""
+    """Row format; ``auto`` infers it from each row's columns. ``preference`` rows train on the chosen answer."""
     columns: dict[str, str] = field(default_factory=dict)
-    """The format's name of a column -> the name it has in the files (``{messages: dialogue}``)."""
+    """Maps the format's column names to those in the files (``{messages: dialogue}``)."""
     row_function: str | None = None
-    """``module:function`` that turns a row (a dict) into one of the known formats; needs ``allow_code``."""
+    """``module:function`` that converts a row (a dict) to one of the known formats; needs ``allow_code``."""
     allow_code: bool = False
-    """Import and run ``row_function``."""
+    """Allow ``row_function`` to be imported and run."""
     ignore_keys: list[str] = field(default_factory=list)
-    """Keys of messages to leave out. Others that are for the model must be written by its chat template."""
+    """Message keys to drop. Every other key meant for the model must be written by its chat template."""
     template: Annotated[str | None, VERBATIM] = None
-    """File with a chat template (jinja) to use instead of the tokenizer's."""
+    """File with a chat template (Jinja) that replaces the tokenizer's."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    """What is learned: every answer, the last answer of each row, or every token."""
+    """Tokens that the loss covers: every answer, the last answer of each row, or all tokens."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be read: stop and name file and line, or pass over it and list it in the run folder."""
+    """On an unreadable row, stop and name file and line, or skip it and list it in the run folder."""
     weights: list[float] | None = None
-    """Share of each source of ``train`` in an epoch of as many sequences as there are; rows repeat as needed."""
+    """Share of each ``train`` source in an epoch. The epoch keeps its number of sequences; rows repeat as needed."""
     temperature: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Instead of ``weights``: shares are (sequences of the source) ** (1 / temperature); 0 = as they are."""
+    """Instead of ``weights``: shares proportional to (sequences of the source) ** (1 / temperature); 0 = off."""
     counts: list[int] | None = None
-    """Instead of ``weights``: how many sequences of each source make an epoch."""
+    """Instead of ``weights``: number of sequences that each source contributes to an epoch."""
     show_samples: Annotated[int, NOT_NEGATIVE] = 3
-    """Sequences printed before training with what is learned marked; all of each goes to the run folder."""
+    """Sequences printed before training, with learned tokens marked; the run folder holds them in full."""
     report: bool = False
-    """`prepare`: print what is in the data: rows, tokens, lengths, what was cut, packing, steps."""
+    """`prepare`: print a report on the data: rows, tokens, lengths, truncation, packing, steps."""
     max_length: Annotated[int, POSITIVE] = 2048
-    """Longest row in tokens."""
+    """Maximum row length in tokens."""
     truncation: Literal["right", "left", "drop", "split"] = "right"
-    """What happens to a longer row: cut at an end, dropped, or split into several rows."""
+    """Treatment of longer rows: cut at the right or left, drop, or split into several rows."""
     packing: bool = False
-    """Several rows in one sequence of ``max_length`` tokens; refused where a probe shows that they would see each
-    other. Batch sizes then count sequences."""
+    """Pack several rows into each sequence of ``max_length`` tokens. Batch sizes then count sequences. A probe checks
+    that rows in a sequence cannot attend to each other; if they can, the run stops."""
     padding_free: bool = False
-    """A micro-batch's rows end to end in one sequence instead of padded to the longest; the same probe guards it."""
+    """Concatenate the rows of a micro-batch instead of padding them. Guarded by the same probe as ``packing``."""
     length_grouped: bool = False
-    """Batches of rows of like length (within windows of 50 shuffled batches): less padding, a little less random."""
+    """Batch rows of similar length: less padding, slightly less random order. Rows are grouped within windows of 50
+    shuffled batches."""
     streaming: bool = False
-    """Read the training rows while training, for what does not fit the disk. Needs ``train.max_steps`` and, to
-    evaluate, ``data.eval``; every rank reads them all."""
+    """Read training rows during training, for data that does not fit on disk. Needs ``train.max_steps`` and, to
+    evaluate, ``data.eval``. Every rank reads all rows."""
     shuffle_window: Annotated[int, POSITIVE] = 10000
-    """Rows that are shuffled together when streaming; all of them are in memory."""
+    """Rows per shuffle window when streaming; a window is held in memory."""
     max_rows: int | None = None
-    """Use only the first rows of the training data (before the split)."""
+    """Use only this many rows from the start of the training data, before the evaluation split."""
 
 
 @dataclass(frozen=True)
 class QuantSettings:
-    """How the frozen base is stored."""
+    """Storage format of the frozen base model."""
 
     name: QuantName = "nf4"
-    """4-bit NormalFloat, 4-bit float, ``int8`` (LLM.int8), or ``none`` (bf16 base, plain LoRA)."""
+    """``nf4`` (4-bit NormalFloat), ``fp4`` (4-bit float), ``int8`` (LLM.int8), or ``none`` (plain LoRA, no
+    quantization)."""
     double_quant: bool = True
-    """Quantize the block statistics too (QLoRA's double quantization; 4-bit only)."""
+    """Also quantize the block statistics (QLoRA's double quantization; 4-bit only)."""
     block_size: int = 64
-    """Weights that share one statistic (4-bit only): 64, 128, 256, 512, 1024, 2048 or 4096."""
+    """Weights that share one statistic: 64, 128, 256, 512, 1024, 2048 or 4096 (4-bit only)."""
     llm_int8_threshold: Annotated[float, NOT_NEGATIVE] = 6.0
-    """int8 only: columns of the input that hold a value of at least this magnitude are multiplied without quantizing
-    them (LLM.int8's outliers). 0 quantizes all."""
+    """Outlier threshold of LLM.int8 (int8 only); 0 = no outliers. Input columns with a value of at least this magnitude
+    are multiplied without being quantized."""
     overrides: dict[str, str] = field(default_factory=dict)
-    """Pattern of module names -> format, for some linears of the decoder layers; ``none`` leaves them in 16 bit. A
-    pattern matches the whole name, a later one wins: ``{*.down_proj: int8, model.layers.0.*: none}``."""
+    """Maps patterns of linear names in the decoder layers to other formats; ``none`` keeps 16 bits. A pattern matches
+    the whole name, and later patterns win: ``{*.down_proj: int8, model.layers.0.*: none}``."""
     embeddings: QuantName = "none"
-    """Quantize embedding and head too: rows are dequantized as they are looked up, the head slice by slice."""
+    """Format of embeddings and head. Embedding rows are dequantized on lookup, the head slice by slice."""
     cache_dequantized: Annotated[Switch, MAY_CHANGE] = "auto"
-    """Keep each dense weight from forward to backward instead of dequantizing it twice: as much memory as the model has
-    in 16 bit. ``auto``: where that fits."""
+    """Keep dequantized weights from forward to backward instead of dequantizing twice; ``auto`` = if they fit. Takes as
+    much memory as the model in 16 bits."""
     allow_16bit: bool = False
-    """Go on where more than 10 % of the decoder layers' weights cannot be quantized and stay in 16 bit."""
+    """Continue if more than 10 % of the decoder layers' weights cannot be quantized and stay in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -152,55 +154,57 @@ class LoraSettings:
     variant: Annotated[str, choices.METHODS] = "lora"
     """Scaling: alpha/r (``lora``) or alpha/sqrt(r) (``rslora``)."""
     r: Annotated[int, POSITIVE] = 16
-    """Rank of the adapters."""
+    """Adapter rank."""
     alpha: Annotated[float, POSITIVE] = 32.0
-    """Numerator of the scaling."""
+    """Numerator of the scaling factor."""
     dropout: Annotated[float, BELOW_ONE] = 0.0
-    """Dropout before A; its masks depend on (seed, step, micro-batch), never on the rank."""
+    """Dropout before A; masks depend on seed, step and micro-batch, never on the rank."""
     target_modules: Any = "all-linear"
-    """``all-linear`` or a list of module names or name endings (``[q_proj, v_proj]``)."""
+    """``all-linear``, or a list of module names or name suffixes (``[q_proj, v_proj]``)."""
     init_from: Annotated[str | None, VERBATIM, MAY_CHANGE] = None
-    """Folder of a PEFT adapter that a new run starts from (same ``r``, ``alpha`` and targets)."""
+    """PEFT adapter folder to start a new run from (same ``r``, ``alpha`` and targets)."""
 
 
 @dataclass(frozen=True)
 class FsdpSettings:
-    """How the parameters are spread over the ranks."""
+    """Sharding of the parameters over the ranks."""
 
     shard_degree: Annotated[int, NOT_NEGATIVE] = 0
     """Ranks that share one copy of the parameters; 0 = all ranks divided by ``replicate_degree``."""
     replicate_degree: Annotated[int, POSITIVE] = 1
-    """Number of such copies (hybrid sharding)."""
+    """Number of sharded copies of the parameters (hybrid sharding)."""
     reshard_after_forward: Switch = "auto"
-    """Free a layer's gathered parameters between forward and backward. ``false`` gathers each layer once a step and
-    holds all of them; ``auto`` does so where that fits."""
+    """Free gathered parameters between forward and backward; ``auto`` keeps them if they fit. ``false`` gathers each
+    layer once per step and holds all of them."""
     offload: Literal["none", "params", "activations", "all"] = "none"
-    """What is kept in host memory: parameters with their gradients and optimizer states, what the decoder layers keep
-    for backward, or both. Pinned on an accelerator; on a CPU there is nothing to gain."""
+    """Keep parameters, activations or both in host memory. ``params`` includes gradients and optimizer states;
+    ``activations`` are the tensors that decoder layers save for backward. Host memory is pinned on an accelerator; on a
+    CPU there is nothing to gain."""
     offload_modules: list[str] = field(default_factory=list)
-    """Modules whose unquantized weights are kept in host memory, in float32 and sharded, and brought in when needed:
-    ``head``, ``embeddings``, ``norms``, or patterns of names (``model.layers.0.*``). Other than with
-    ``offload=params``, what is trained stays on the device. No loss changes."""
+    """Keep unquantized weights of these modules in host memory: ``head``, ``embeddings``, ``norms`` or name patterns.
+    They are stored sharded in float32 and copied to the device when needed. A pattern is like ``model.layers.0.*``.
+    Unlike ``offload=params``, trained parameters stay on the device. Losses do not change."""
     prefetch: Annotated[int, NOT_NEGATIVE] = 1
-    """Decoder layers that are gathered ahead of the one that computes; 0 = none in backward, to hold one less."""
+    """Decoder layers gathered ahead of the current one; 0 = none in backward, to hold one layer fewer."""
     adapters: Literal["sharded", "replicated"] = "sharded"
-    """``replicated``: every rank holds the adapters, their gradients and optimizer states whole. They are then gathered
-    with no layer, and their gradients are reduced once a step, all as one: fewer and smaller messages, more memory."""
+    """Shard the adapters, or replicate them on every rank: fewer and smaller messages, more memory. ``replicated``
+    holds adapters, gradients and optimizer states whole. No layer gathers adapters then, and one reduction per step
+    covers all their gradients."""
 
     @property
     def offloads_parameters(self) -> bool:
-        """Whether parameters are kept in host memory."""
+        """Whether parameters stay in host memory."""
         return self.offload in ("params", "all")
 
     @property
     def offloads_activations(self) -> bool:
-        """Whether what layers keep for backward is kept in host memory."""
+        """Whether activations saved for backward stay in host memory."""
         return self.offload in ("activations", "all")
 
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """The one precision setting: storage, compute, norm and adapter dtypes all follow from it."""
+    """The one precision setting, which determines storage, compute, norm and adapter dtypes."""
 
     name: Literal["bf16", "fp32"] = "bf16"
     """``bf16``: compute in bfloat16, adapters and reductions in float32. ``fp32``: everything in float32."""
@@ -208,126 +212,127 @@ class PrecisionSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The loop."""
+    """The training loop."""
 
     max_steps: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 0
-    """Optimizer steps; 0 = as many as ``num_epochs`` takes."""
+    """Optimizer steps; 0 = as many as ``num_epochs`` needs."""
     num_epochs: Annotated[float, NOT_NEGATIVE, MAY_CHANGE] = 1.0
     """Passes over the training rows, when ``max_steps`` is 0."""
     global_batch_size: Annotated[int, POSITIVE] = 16
     """Rows per optimizer step, over all ranks."""
     micro_batch_size: Annotated[int, POSITIVE] = 1
-    """Rows per forward and backward of one rank."""
+    """Rows per forward and backward pass on one rank."""
     eval_every: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 0
     """Steps between evaluations; 0 = only before the first and after the last step."""
     micro_batch_tokens: Annotated[int, NOT_NEGATIVE] = 0
-    """Instead of ``micro_batch_size``: as many rows as fit into that many tokens, padding included (a longer row goes
-    alone); 0 = not used."""
+    """Instead of ``micro_batch_size``: tokens per micro-batch, padding included; 0 = off. A longer row forms a
+    micro-batch alone."""
     eval_batch_size: Annotated[int, POSITIVE, MAY_CHANGE] = 8
-    """Rows per forward in evaluation."""
+    """Rows per forward pass in evaluation."""
     log_every: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 1
-    """Steps between lines of metrics.jsonl and of the progress display; 0 = never."""
+    """Steps between lines in metrics.jsonl and in the progress display; 0 = never."""
     max_grad_norm: Annotated[float, NOT_NEGATIVE] = 1.0
-    """Gradients are scaled down to this global norm; 0 = never."""
+    """Clip gradients to this global norm; 0 = never."""
     early_stopping_patience: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 0
-    """Stop after this many evaluations without a better loss; 0 = never."""
+    """Stop after this many evaluations without improvement of the loss; 0 = never."""
     on_nonfinite: Annotated[Literal["stop", "skip", "rollback"], MAY_CHANGE] = "stop"
-    """A loss or gradient that is no finite number, or a spike: stop, leave this batch out, or go back to the last
-    checkpoint and leave out the batches since then. The update is never made; what went wrong is named."""
+    """On a non-finite loss or gradient, or a loss spike: stop, skip the batch, or roll back. ``rollback`` returns to
+    the last checkpoint and skips the batches since then. The update is never made, and the cause is always reported."""
     spike_factor: Annotated[float, NOT_NEGATIVE, MAY_CHANGE] = 0.0
-    """A loss above this many times the mean of the last 16 counts as a spike; 0 = never."""
+    """Treat a loss above this multiple of the mean of the last 16 as a spike; 0 = never."""
     max_bad_steps: Annotated[int, POSITIVE, MAY_CHANGE] = 5
-    """Bad steps in a row after which ``skip`` and ``rollback`` stop, too."""
+    """Consecutive bad steps after which ``skip`` and ``rollback`` also stop."""
     activation_checkpointing: Annotated[Checkpointing, MAY_CHANGE] = "auto"
-    """Recompute decoder layers in backward: ``none``; ``selective`` all but their matrix products and attention, whose
-    results are kept; ``full`` all. ``auto`` takes the first of these that fits."""
+    """Recompute decoder layers in backward: ``none``, ``selective`` or ``full``; ``auto`` takes the first that fits.
+    ``selective`` keeps the results of matrix products and attention and recomputes the rest."""
     compile: Annotated[Switch, MAY_CHANGE] = "auto"
-    """torch.compile the decoder layers. ``auto`` does so where the run is long enough to win back the compilation."""
+    """torch.compile the decoder layers; ``auto`` = if the run is long enough to recoup the compile time."""
     logits_chunk: Annotated[int, POSITIVE, MAY_CHANGE] = 256
-    """Supervised tokens whose logits exist at the same time."""
+    """Supervised tokens whose logits are in memory at a time."""
     sample_prompts: Annotated[list[str], MAY_CHANGE] = field(default_factory=list)
     """Prompts answered before and after training, shown in the summary."""
     sample_at_eval: Annotated[bool, MAY_CHANGE] = False
-    """Also answer them at every evaluation; the answers go to ``answers.jsonl``."""
+    """Also answer ``sample_prompts`` at every evaluation and append the answers to ``answers.jsonl``."""
     sample_tokens: Annotated[int, POSITIVE, MAY_CHANGE] = 48
-    """Longest such answer, in tokens."""
+    """Maximum length of these answers in tokens."""
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What the loss is."""
+    """The training objective."""
 
     name: Annotated[str, choices.OBJECTIVES] = "sft"
-    """Cross entropy on the supervised tokens: their sum over the global count."""
+    """``sft``: cross entropy on the supervised tokens, summed and divided by their global count."""
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """What is kept of a run so that it can go on."""
+    """Checkpoints and resuming."""
 
     every_steps: Annotated[int, NOT_NEGATIVE] = 0
-    """Steps between checkpoints; 0 = only when stopped by a signal and at the end."""
+    """Steps between checkpoints; 0 = only at the end and when a signal stops the run."""
     keep_last: Annotated[int, POSITIVE] = 2
-    """Newest complete checkpoints that are kept."""
+    """Number of newest complete checkpoints to keep."""
     keep_every: Annotated[int, NOT_NEGATIVE] = 0
-    """Also keep those whose step is a multiple of this; 0 = none for that."""
+    """Also keep checkpoints whose step is a multiple of this; 0 = off."""
     keep_best: Annotated[int, NOT_NEGATIVE] = 0
-    """Also keep that many with the lowest held-out loss (of those evaluated at their own step)."""
+    """Also keep this many checkpoints with the lowest held-out loss. Only those evaluated at their own step count."""
     asynchronous: bool = True
-    """Write in the background while training goes on."""
+    """Write checkpoints in the background while training continues."""
     fallback_dir: Annotated[str | None, VERBATIM] = None
-    """Folder for one last save where the run folder cannot be written any more (``<fallback_dir>/<run.name>``)."""
+    """Folder for a last save if the run folder becomes unwritable (``<fallback_dir>/<run.name>``)."""
     resume: Annotated[str, VERBATIM] = "auto"
-    """``auto``: from the newest complete checkpoint, ``never``: anew, or a checkpoint's folder."""
+    """``auto`` (resume from the newest complete checkpoint), ``never`` (start afresh), or a checkpoint folder."""
     resume_overrides: list[str] = field(default_factory=list)
-    """Settings that may differ from the checkpoint's (``[optim.lr,schedule]``): the run goes on with the new ones."""
+    """Settings that may differ from the checkpoint's (``[optim.lr,schedule]``); the new values apply."""
 
 
 @dataclass(frozen=True)
 class TrackSettings:
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go in addition to metrics.jsonl."""
 
     name: Annotated[str, choices.TRACKERS] = "console"
-    """``wandb`` also sends them to Weights & Biases (offline when there is no key)."""
+    """``wandb`` also logs metrics to Weights & Biases (offline if there is no API key)."""
     wandb_project: Annotated[str, VERBATIM] = "fsdp_qlora"
-    """Project in W&B."""
+    """W&B project."""
     wandb_entity: Annotated[str | None, VERBATIM] = None
-    """User or team in W&B."""
+    """W&B user or team."""
 
 
 @dataclass(frozen=True)
 class LauncherSettings:
-    """How the ranks are started and kept in touch."""
+    """Launching the ranks and their communication."""
 
     nproc_per_node: Annotated[int, NOT_NEGATIVE] = 0
     """Ranks that `fsdp-qlora train` starts itself; 0 = one per accelerator (1 on a CPU)."""
     timeout_seconds: Annotated[int, POSITIVE] = 600
-    """A collective that waits longer ends the run."""
+    """Timeout of a collective, in seconds; a longer wait ends the run."""
     max_restarts: Annotated[int, NOT_NEGATIVE] = 0
-    """Start all ranks again from the last checkpoint when one fails, at most this often."""
+    """Maximum number of restarts of all ranks, from the last checkpoint, after a rank fails."""
     shutdown_seconds: Annotated[int, NOT_NEGATIVE] = 120
-    """Time the ranks have, after a signal, to save and leave."""
+    """Seconds that the ranks get to save and exit after a signal."""
     threads_per_rank: Annotated[int, NOT_NEGATIVE] = 0
-    """CPU threads of a rank; 0 = cores / ranks on this node."""
+    """CPU threads per rank; 0 = cores / ranks on this node."""
     device: Literal["auto", "cpu", "cuda", "xpu"] = "auto"
     """Device type; ``auto`` takes cuda, then xpu, then cpu."""
     keep_freed_memory: bool = True
-    """On a CPU: ranks keep the memory that they free, which is faster; else they grow to little more than planned."""
+    """Let CPU ranks keep freed memory, which is faster; ``false`` keeps them close to the planned memory."""
 
 
 @dataclass(frozen=True)
 class DebugSettings:
-    """Switches for looking closer."""
+    """Debugging and profiling modes."""
 
     name: Literal["off", "anomaly", "plain", "profile"] = "off"
-    """``plain`` runs without fused products, blockwise attention, compiled layers, and what ``auto`` keeps in memory to
-    save time: the numbers are the same within rounding. ``anomaly`` runs autograd's anomaly detection (slow): names the
-    operation that made a NaN. ``profile`` records some steps with torch's profiler, and says where their time went and
-    which share of it the matrix products need."""
+    """``anomaly`` (find the source of a NaN), ``plain`` (no optimizations) or ``profile`` (record some steps).
+    ``anomaly`` runs autograd's anomaly detection (slow), which names the operation that produced the NaN. ``plain``
+    turns off fused products, blockwise attention, compiled layers and whatever ``auto`` keeps in memory for speed; the
+    results agree within rounding. ``profile`` records some steps with torch's profiler and reports where their time
+    went and what share of it the matrix products need."""
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 2
-    """``profile``: steps of this start before the first that is recorded."""
+    """``profile``: steps to skip after this start before recording."""
     record_steps: Annotated[int, POSITIVE] = 3
-    """``profile``: steps that are recorded."""
+    """``profile``: steps to record."""
 
 
 @dataclass(frozen=True)
@@ -354,21 +359,22 @@ class RunConfig(Saved):
     generate: GenerateSettings = field(default_factory=GenerateSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     prompt: Annotated[str | None, VERBATIM] = None
-    """`generate`: the prompt, taken verbatim."""
+    """`generate`: the prompt, taken as typed."""
     prompt_file: Annotated[str | None, VERBATIM] = None
-    """`generate`: a file that holds the prompt."""
+    """`generate`: file with the prompt."""
     adapter: Annotated[str | None, VERBATIM] = None
-    """`generate`, `evaluate`: folder of a PEFT adapter; null = the bare base model."""
+    """`generate`, `evaluate`: PEFT adapter folder; null = the base model alone."""
     what: Annotated[str, choices.EXPORTS] = "adapter"
-    """`export`: the adapter of a checkpoint, or the base in bitsandbytes' 4-bit form (loads without quantizing)."""
+    """`export`: a checkpoint's adapter, or the base model in bitsandbytes' 4-bit format (``base-4bit``). The latter
+    loads without being quantized again."""
     run_from: Annotated[str | None, VERBATIM] = None
-    """A config.yaml of an earlier run, or its folder; its settings are the starting point."""
+    """Start from the settings of an earlier run: its config.yaml or its folder."""
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """Build a `RunConfig` from nested dictionaries; missing keys take their defaults.
 
     Raises:
-        ConfigError: naming every unknown key and every value of the wrong type.
+        ConfigError: naming all unknown keys and all values of the wrong type.
     """
     return build(RunConfig, values)

@@ -1,4 +1,4 @@
-"""Settings that belong to one verb each: `plan`, `evaluate`, `generate`, `export` (a part of `schema.RunConfig`)."""
+"""Settings of single verbs (`plan`, `evaluate`, `generate`, `export`), which are part of `schema.RunConfig`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ class PlanSettings:
     json: bool = False
     """Print JSON instead of a table."""
     world_size: Annotated[int, NOT_NEGATIVE] = 0
-    """Ranks to plan for; 0 = as many as `train` would start."""
+    """Number of ranks to plan for; 0 = as many as `train` would start."""
     gpu: str | None = None
-    """Memory of one device (``24GiB``): answers whether the plan fits."""
+    """Memory of one device (``24GiB``), to check whether the plan fits."""
     device: str | None = None
-    """Name of a device (``rtx4090``, ``h100``; a wrong one lists all): its memory where ``gpu`` is not given, and the
-    time of a step."""
+    """Device name (``rtx4090``, ``h100``), for its memory and the time of a step. ``gpu`` overrides the memory; an
+    unknown name lists all known ones."""
     interconnect: str | None = None
-    """Name of an interconnect (``pcie4_no_p2p``, ``nvlink4``; a wrong one lists all) or a rate (``12GB/s``); null takes
-    the device's usual one."""
+    """Interconnect name (``pcie4_no_p2p``, ``nvlink4``) or rate (``12GB/s``); null = the device's usual one. An unknown
+    name lists all known ones."""
     simulate: bool = False
-    """Also run one step of the real code on tensors without memory, and count what it would allocate."""
+    """Also run one step of the real code on fake tensors and count what it would allocate."""
     search: bool = False
-    """Search the largest micro-batch x sequence length and the cheapest checkpointing and offload that fit."""
+    """Find the largest micro-batch and sequence, and the cheapest checkpointing and offload, that fit."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class EvaluateSettings:
     """The `evaluate` verb."""
 
     json: Annotated[str | None, VERBATIM] = None
-    """File for ``{eval_loss, eval_perplexity, target_tokens}``."""
+    """JSON file to write ``{eval_loss, eval_perplexity, target_tokens}`` to."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class GenerateSettings:
     """The `generate` verb."""
 
     max_new_tokens: Annotated[int, POSITIVE] = 256
-    """Longest answer."""
+    """Maximum length of the answer in tokens."""
     temperature: Annotated[float, NOT_NEGATIVE] = 0.0
-    """0 = greedy, the same answer every time."""
+    """Sampling temperature; 0 = greedy, the same answer every time."""
     top_p: Annotated[float, SHARE] = 1.0
-    """Nucleus sampling, when the temperature is above 0."""
+    """Probability mass for nucleus sampling, when the temperature is above 0."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,6 @@ class ExportSettings:
     """The `export` verb."""
 
     checkpoint: Annotated[str | None, VERBATIM] = None
-    """Checkpoint folder to export; null takes the newest complete one of the run."""
+    """Checkpoint folder to export; null = the run's newest complete checkpoint."""
     to: Annotated[str | None, VERBATIM] = None
-    """Folder to write; null takes ``<run folder>/adapter`` for an adapter."""
+    """Output folder; null = ``<run folder>/adapter`` for an adapter."""

@@ -1,1 +1,1 @@
-"""What is learned from: files -> conversations -> tokens with a mask -> batches that any number of ranks sees alike."""
+"""Data pipeline: files -> conversations -> tokens and a loss mask -> batches, the same for any number of ranks."""

@@ -1,4 +1,4 @@
-"""The next global batch is built in a thread while this one trains."""
+"""Builds the next global batch in a background thread while the current one trains."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from fsdp_qlora.data.loader import Batch
 
 
 class Ahead:
-    """A loader's ``batch_at`` that has the following batch ready when it is asked for in order.
+    """Wraps a loader's ``batch_at`` and prefetches the following batch.
 
-    What goes wrong in the thread is raised where that batch is asked for. Any other position is built on the spot.
+    An error in the thread is raised when that batch is requested. If another position is requested, the prefetched
+    batch is dropped and the requested one is built on the spot.
     """
 
     def __init__(self, batch_at: Callable[[int], Batch], end: float) -> None:
@@ -20,7 +21,7 @@ class Ahead:
         self._next: tuple[int, Future[Batch]] | None = None
 
     def __call__(self, position: int) -> Batch:
-        """Return the batch at ``position`` and start on the one after it."""
+        """Return the batch at ``position`` and start building the one after it."""
         expected, self._next = self._next, None
         if expected is not None and expected[0] == position:
             batch = expected[1].result()
@@ -32,5 +33,5 @@ class Ahead:
         return batch
 
     def close(self) -> None:
-        """Let the thread end."""
+        """Shut the thread down."""
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,11 +1,11 @@
-"""Tokenized rows on disk, a folder for each key: whole or not there, and compared with its digests at each start.
+"""On-disk cache of tokenized rows: one folder per key, created atomically and verified against its digests on use.
 
 ::
 
     tokens/<key>/              the files, and SHA256SUMS with a line for each (as `sha256sum -c` reads it)
-    tokens/making-<key>.*      what is being made, and the lock of the process that makes it
+    tokens/making-<key>.*      folders under construction, and the lock of the process that builds them
 
-Who trains on a folder holds a lock on its SHA256SUMS, so that nobody removes it meanwhile.
+A process that trains on a folder holds a lock on its SHA256SUMS, so that no other process removes it.
 """
 
 from __future__ import annotations
@@ -30,21 +30,25 @@ _log = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
 MAX_BYTES = 64 * 2**30
-"""What the cache may hold. Beyond that the folders that were not used for longest are removed."""
+"""Maximum size of the cache. Beyond it, the least recently used folders are removed."""
 _RECENT_SECONDS = 3600.0
-"""A folder that was used since then is kept in any case: its user may not hold it yet."""
+"""A folder used within this time is always kept: its user may not have locked it yet."""
 _MAKING = "making-"
 
 
 def obtain(folder: Path, load: Callable[[Path], object], make: Callable[[Path], None]) -> None:
-    """See to it that ``folder`` is there and whole. It is made anew where a file does not match its digest.
+    """Make sure that ``folder`` exists and is intact; rebuild it if a file does not match its digest.
 
-    This reads the folder once. Of several processes that miss the same folder, one makes it and the others wait.
+    Verification reads the whole folder. If several processes need the same missing folder, one builds it and the others
+    wait.
 
     Args:
         folder: ``tokens/<key>``.
-        load: opens what is in the folder; whatever it raises means that the folder is not whole.
+        load: opens the folder; any exception except `PermissionError` means that the folder is damaged.
         make: writes the files into an empty folder.
+
+    Raises:
+        StorageError: if the cache cannot be read or written for lack of permission.
     """
     try:
         _obtain(folder, load, make)
@@ -72,19 +76,19 @@ def _obtain(folder: Path, load: Callable[[Path], object], make: Callable[[Path],
 
 
 def hold(folder: Path) -> BinaryIO:
-    """Keep others from removing the folder while the returned file is open."""
+    """Protect the folder from removal by other processes while the returned file is open."""
     stream = (folder / SUMS).open("rb")
     try_lock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
     return stream
 
 
 def _problem(folder: Path, load: Callable[[Path], object]) -> str | None:
-    """Return what is wrong with a folder; None where it is whole."""
+    """Return what is wrong with a folder, or None if it is intact."""
     try:
         text = (folder / SUMS).read_text(encoding="utf-8") if (folder / SUMS).is_file() else ""
         lines = []
         for file in sorted(set(folder.iterdir()) - {folder / SUMS}):
-            if not file.is_file():  # a link to nowhere, or a pipe, which would be waited for
+            if not file.is_file():  # a dangling link, or a pipe, on which reading would block
                 return f"{file.name} is not a file"
             lines.append(_line(file))
             if lines[-1] not in text:
@@ -92,9 +96,9 @@ def _problem(folder: Path, load: Callable[[Path], object]) -> str | None:
         if text != "".join(lines):
             return f"{SUMS} is not as it was written"
         load(folder)
-    except PermissionError:  # of another user, and not damaged
+    except PermissionError:  # belongs to another user, but is not damaged
         raise
-    except Exception as error:  # whatever a damaged file makes its reader raise
+    except Exception as error:  # a damaged file can make its reader raise anything
         return typed_line(error)
     return None
 
@@ -104,13 +108,13 @@ def _line(file: Path) -> str:
 
 
 def _note_use(folder: Path) -> None:
-    with suppress(OSError):  # a cache of somebody else's, or on a file system without times
+    with suppress(OSError):  # somebody else's cache, or a file system without timestamps
         os.utime(folder)
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:
     staging = folder.with_name(f"{_MAKING}{folder.name}.{secrets.token_hex(8)}")
-    staging.mkdir()  # as the umask says, which mkdtemp does not ask
+    staging.mkdir()  # follows the umask, unlike mkdtemp
     try:
         make(staging)
         lines = []
@@ -123,8 +127,8 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
         if os.path.lexists(folder):
             _discard(folder, Path(f"{staging}.old"))
         try:
-            os.rename(staging, folder)  # noqa: PTH104  (it must fail where another one is there)
-        except OSError:  # where there are no locks, another process may have been first
+            os.rename(staging, folder)  # noqa: PTH104  (must fail if a non-empty folder exists)
+        except OSError:  # without file locks, another process may have been first
             if not folder.is_dir():
                 raise
         sync(folder.parent)
@@ -133,7 +137,7 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 def _discard(folder: Path, aside: Path) -> None:
-    """Rename a folder at once and remove it then: nobody finds half of it."""
+    """Remove a folder, renaming it first so that no process sees it partly deleted."""
     folder.rename(aside)
     remove(aside)
 
@@ -151,7 +155,7 @@ def _lock_of(root: Path, stem: str) -> Path:
 
 
 def sweep(root: Path, prefix: str = _MAKING) -> None:
-    """Remove what processes that were killed have left, ``<prefix><name>.*``, where nobody holds the name's lock."""
+    """Remove leftovers of killed processes, ``<prefix><name>.*``, if no process holds the lock of that name."""
 
     def stem(path: Path) -> str:
         return path.name[: len(prefix)] + path.name[len(prefix) :].partition(".")[0]
@@ -164,14 +168,14 @@ def sweep(root: Path, prefix: str = _MAKING) -> None:
 
 
 def prune(root: Path, max_bytes: int = MAX_BYTES, recent_seconds: float = _RECENT_SECONDS) -> None:
-    """Remove the folders that were not used for longest, where all together are larger than ``max_bytes``.
+    """Remove the least recently used folders if all together exceed ``max_bytes``.
 
-    Folders that are in use stay, and where the file system knows no locks all do.
+    Folders in use are kept; if the file system does not support locks, all are.
     """
     folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(_MAKING)]
     room = max_bytes
     for folder in sorted(folders, key=_last_use, reverse=True):
-        with suppress(OSError):  # removed by another process meanwhile, or somebody else's
+        with suppress(OSError):  # removed by another process meanwhile, or owned by another user
             room -= sum(file.lstat().st_size for file in folder.iterdir())
             if room < 0 and time.time() - _last_use(folder) > recent_seconds:
                 _remove_unused(folder)
@@ -185,6 +189,6 @@ def _last_use(folder: Path) -> float:
 
 
 def _remove_unused(folder: Path) -> None:
-    with (folder / SUMS).open("a") as stream:  # on NFS, to lock a file alone it must be open for writing
+    with (folder / SUMS).open("a") as stream:  # on NFS, an exclusive lock requires a file open for writing
         if try_lock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB):
             _discard(folder, folder.with_name(f"{_MAKING}{folder.name}.{os.getpid()}"))

@@ -1,4 +1,4 @@
-"""The card of a data set repository: its README.md can list the files of each configuration and split."""
+"""Data set cards: a repository's README.md can list the files of each configuration and split."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import yaml
 
 from fsdp_qlora.errors import DataError
 
-_LARGEST = 1 << 20  # bytes of a card that are read
+_LARGEST = 1 << 20  # characters of a card that are read
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 
 
 def files_of_card(folder: Path, split: str | None, kind: Callable[[str], str | None]) -> list[Path] | None:
-    """Return the files that a repository's card lists for a split; None if there is no card or it lists none.
+    """Return the files that a repository's card lists for a split; None if there is no card or it lists no files.
 
     Args:
         folder: the repository.
-        split: the split; None is ``train``, or the only one.
-        kind: the kind of a file with that name, None if it is unknown.
+        split: the split; None means ``train``, or the only split.
+        kind: maps a file name to the kind of file, or None if it is unknown.
 
     Raises:
-        DataError: if the card lists several configurations without a default, or not that split, or no such files.
+        DataError: if the card lists several configurations and no default, or does not list the split, or the listed
+            files do not exist.
     """
     configs = [entry for entry in _configs(folder / "README.md") if entry.get("data_files")]
     if not configs:
@@ -59,13 +60,13 @@ def _configs(card: Path) -> list[dict[str, Any]]:
             found = _FRONT_MATTER.match(stream.read(_LARGEST))
         values = yaml.safe_load(found.group(1)) if found else None
     except (OSError, ValueError, yaml.YAMLError):
-        return []  # no card, or one that says nothing
+        return []  # no card, or an unreadable one
     configs = values.get("configs") if isinstance(values, dict) else None
     return [entry for entry in configs if isinstance(entry, dict)] if isinstance(configs, list) else []
 
 
 def _patterns(config: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the patterns of each split, below the folder of the repository."""
+    """Return the file patterns of each split, relative to the repository's folder."""
     listed = config["data_files"]
     if isinstance(listed, dict):
         pairs = list(listed.items())
@@ -83,5 +84,5 @@ def _patterns(config: dict[str, Any]) -> dict[str, list[str]]:
 
 def _matching(folder: Path, pattern: str) -> list[Path]:
     if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        return []  # what lies elsewhere is not the repository's
+        return []  # files elsewhere do not belong to the repository
     return list(folder.glob(pattern))

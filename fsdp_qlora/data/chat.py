@@ -1,4 +1,4 @@
-"""Rows -> conversations or texts: what each known format means."""
+"""Rows -> conversations or texts, for each known format."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Example:
     prompt: str = ""
     completion: str = ""
     tools: list[Any] | None = None
-    """Tools that the conversation may call, as the chat template takes them."""
+    """Tools available to the conversation, in the form that the chat template expects."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Other variables of the chat template (``chat_template_kwargs`` of the row)."""
     not_learned: frozenset[int] = frozenset()
-    """Numbers, from 0, of the messages that the row says not to learn."""
+    """Indices of the messages that the row excludes from the loss."""
     num_prompt: int = 0
-    """Messages at the start that are the prompt of a completion, whose answers are not learned."""
+    """Number of leading messages that form the prompt of a completion; answers among them are not learned."""
 
     @property
     def prompt_key(self) -> str:
-        """What the answer is an answer to; rows with the same key stay on one side of the split."""
+        """The text before the first answer; rows with the same key go to the same side of the evaluation split."""
         if not self.messages:
             return self.prompt or self.completion
         before = []
@@ -52,10 +52,10 @@ class Example:
 
 
 def find_format(columns: Iterable[str]) -> str:
-    """Return the format that the columns mean.
+    """Return the format that the columns match.
 
     Raises:
-        DataError: if they mean none.
+        DataError: if they match none.
     """
     have = set(columns)
     for name, choices in _FORMATS.items():
@@ -68,12 +68,12 @@ def find_format(columns: Iterable[str]) -> str:
 
 
 def read_row(row: Mapping[str, Any], row_format: str, ignored: frozenset[str] = frozenset()) -> Example:
-    """Turn a row into an `Example`; ``auto`` goes by the row's own columns.
+    """Convert a row to an `Example`; with ``auto``, the row's own columns decide its format.
 
     Args:
         row: the row's columns.
         row_format: `DataSettings.format`.
-        ignored: keys of messages to leave out.
+        ignored: message keys to drop.
 
     Raises:
         DataError: if a needed column is missing or has the wrong type, or an answer is empty.
@@ -96,7 +96,7 @@ def read_row(row: Mapping[str, Any], row_format: str, ignored: frozenset[str] = 
 
 
 def _format_of(row: Mapping[str, Any]) -> str:
-    """Return the format of a row: columns that are there because other rows have them say nothing."""
+    """Return the format of a row, ignoring null columns, which may exist only because other rows have them."""
     try:
         return find_format(column for column in row if column in _COLUMNS and not _is_null(row, column))
     except DataError:
@@ -106,7 +106,7 @@ def _format_of(row: Mapping[str, Any]) -> str:
 def _is_null(row: Mapping[str, Any], column: str) -> bool:
     try:
         return row[column] is None
-    except DataError:  # it is there, and cannot be read: its format's reader says so, if it needs it
+    except DataError:  # present but unreadable: the format's reader reports it, if it needs the column
         return False
 
 
@@ -144,7 +144,7 @@ def _alpaca(row: Mapping[str, Any], ignored: frozenset[str]) -> Example:
 
 
 def _history(value: Any) -> list[Turn]:
-    """Return the turns before an Alpaca row's own: pairs of question and answer."""
+    """Return the turns that precede an Alpaca row's own, from pairs of question and answer."""
     turns = []
     for question, answered in decoded(value) or []:
         turns += [Turn.of("user", question), Turn.of("assistant", answered)]
@@ -163,7 +163,7 @@ def _text_row(row: Mapping[str, Any], ignored: frozenset[str]) -> Example:
 
 
 def _preference(row: Mapping[str, Any], ignored: frozenset[str]) -> Example:
-    """Read the prompt and the chosen answer; the rejected one is for objectives that compare."""
+    """Read the prompt and the chosen answer; the rejected one is not used."""
     chosen = row["chosen"]
     if row.get("conversations") is not None:
         before = _with_system(row, _turns(row["conversations"], ignored))
@@ -205,7 +205,7 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _tool(tool: Any) -> Any:
-    """Return a tool whose parts are objects, also where they were stored as JSON."""
+    """Return a tool with the parts that were stored as JSON decoded to objects."""
     tool = decoded(tool)
     if not isinstance(tool, Mapping):
         return tool

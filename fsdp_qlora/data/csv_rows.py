@@ -13,26 +13,26 @@ from fsdp_qlora.errors import DataError
 
 
 class _TooLongError(Exception):
-    """A row has no end within the limit."""
+    """A row does not end within the limit."""
 
 
 class _Lines:
-    """The lines of a CSV file as `csv.reader` takes them, and those of the row that is being read."""
+    """Feeds the lines of a CSV file to `csv.reader` and tracks the row being read."""
 
     def __init__(self, text: io.TextIOWrapper, limit: int) -> None:
         self._text, self._limit, self._fresh = text, limit, True
         self.number = 0
-        """Of the line that was read last."""
+        """Number of the last line read."""
         self.begin()
 
     def begin(self) -> None:
-        """Begin a row."""
+        """Start a new row."""
         self.size = 0
-        """Characters of the row, as far as it is read."""
+        """Characters of the row read so far."""
         self.count = 0
-        """Lines of it, without blank ones before it."""
+        """Lines of the row read so far, not counting blank lines before it."""
         self.is_open = False
-        """Whether a quote of the row is not closed."""
+        """Whether the row has an unclosed quote."""
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -57,16 +57,16 @@ class _Lines:
         return line
 
     def _pass_over(self, line: str) -> None:
-        """Read to the end of a row that is too long: a line's end at which no quote is open."""
+        """Skip to the end of a row that is too long: the next line end with no open quote."""
         while line and (self.is_open or not self._fresh):
             line = self._read(CHUNK)
             self.is_open ^= line.count('"') % 2 == 1
 
 
 def csv_rows(name: str, stream: BinaryIO, limit: int = MAX_ROW) -> Iterator[Row]:
-    """Yield the rows of a CSV or TSV file; bytes that are not UTF-8 become surrogates, refused when learned."""
+    """Yield the rows of a CSV or TSV file; invalid UTF-8 becomes surrogates, which are rejected later if used."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    csv.field_size_limit(2**31 - 1)  # the default is 131072 characters: less than a long document
+    csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is too small for a long document
     lines = _Lines(text, limit)
     reader = csv.DictReader(lines, delimiter="\t" if Path(name).stem.endswith(".tsv") or ".tsv" in name else ",")
     try:
@@ -90,7 +90,7 @@ def csv_rows(name: str, stream: BinaryIO, limit: int = MAX_ROW) -> Iterator[Row]
         if values is None:
             return
         where = f"{name}, line {lines.number}"
-        if lines.count > 1 and lines.is_open:  # only at the end of the file can a quote stay open
+        if lines.count > 1 and lines.is_open:  # a quote can stay open only at the end of the file
             first = lines.number - lines.count + 1
             yield Row(f"{name}, line {first}", None, "a quote that is opened here is not closed")
         elif None in values or None in values.values():

@@ -1,8 +1,8 @@
-"""How a global batch is cut into micro-batches and dealt to the ranks: the same for any number of ranks.
+"""How a global batch is split into micro-batches and distributed to the ranks.
 
-A step's global batch is cut into numbered micro-batches of fixed content; micro-batch ``i`` goes to rank
-``i % num_ranks``. When they do not divide, the last ranks run micro-batches of weight zero, so that every rank takes
-part in every collective.
+The content of each micro-batch does not depend on the number of ranks; micro-batch ``i`` goes to rank
+``i % num_ranks``. If they do not divide evenly, the last ranks run micro-batches of weight zero, so that every rank
+takes part in every collective.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Rows of a step over micro-batches and ranks."""
+    """How the rows of a step are split over micro-batches and ranks."""
 
     global_batch_size: int
     micro_batch_size: int
@@ -25,19 +25,19 @@ class BatchPlan:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches of a full global batch, over all ranks."""
+        """Number of micro-batches in a full global batch, over all ranks."""
         return ceil(self.global_batch_size / self.micro_batch_size)
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches that each rank runs per optimizer step, those of weight zero included."""
+        """Micro-batches that each rank runs per optimizer step, including those of weight zero."""
         return ceil(self.num_micro_batches / self.num_ranks)
 
 
 def deal(num_items: int, rank: int, num_ranks: int) -> list[int | None]:
-    """Return the numbers of the items that ``rank`` works on; None where it runs one of weight zero.
+    """Return the indices of the items for ``rank``, with None for a micro-batch of weight zero.
 
-    All ranks get lists of the same length, at least 1.
+    The lists of all ranks have the same length, at least 1.
     """
     rounds = max(1, ceil(num_items / num_ranks))
     numbers = [turn * num_ranks + rank for turn in range(rounds)]
@@ -45,7 +45,7 @@ def deal(num_items: int, rank: int, num_ranks: int) -> list[int | None]:
 
 
 def num_steps(max_steps: int, num_epochs: float, num_rows: int, global_batch_size: int) -> int:
-    """Return the optimizer steps of a run: ``max_steps`` if given, else what ``num_epochs`` passes take."""
+    """Return the number of optimizer steps: ``max_steps`` if positive, else those of ``num_epochs`` epochs."""
     if max_steps > 0:
         return max_steps
     return max(1, ceil(round(num_epochs * num_rows) / global_batch_size))

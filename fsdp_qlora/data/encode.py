@@ -1,8 +1,8 @@
-"""Examples -> token ids and, for each token, whether it is learned.
+"""Examples -> token ids and a loss mask.
 
-The mask comes from places in the text (`fsdp_qlora.data.spans`), not from token ids (pad may equal eos) and not from
-``{% generation %}`` blocks (most templates have none). Texts are tokenized in batches, with all cores. A prompt and its
-completion are tokenized as one text, so that BOS, EOS and spaces come out as in any other text.
+The mask ``learned`` is derived from character positions in the text (`fsdp_qlora.data.spans`), not from token ids (pad
+may equal eos) or ``{% generation %}`` blocks (most templates have none). Texts are tokenized in batches on all cores. A
+prompt and its completion are tokenized as one text, so that BOS, EOS and spaces are the same as in any other text.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from fsdp_qlora.distributed.apart import Apart, StuckError
 from fsdp_qlora.errors import DataError
 
 _TOGETHER = 2**20
-"""Characters that are tokenized at once: the tokenizer takes some 200 bytes for each."""
+"""Characters tokenized at once; the tokenizer needs some 200 bytes for each."""
 TrainOn = Literal["assistant", "last", "all"]
-"""What is learned: every answer, the last one, or every token."""
+"""What the loss covers: every answer, the last answer, or every token."""
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A text, and the characters of it that are learned (None = all)."""
+    """A text and the spans of its characters that are learned (None = all)."""
 
     text: str
     plain: bool
-    """Whether BOS and EOS are added; a chat template writes its own."""
+    """Whether to add BOS and EOS; a chat template writes its own."""
     spans: list[Span] | None
 
 
 class StuckTemplateError(DataError):
-    """The chat template does not end; ``number`` is that of the example."""
+    """The chat template does not terminate, or kills its process; ``number`` is the index of the example."""
 
     def __init__(self, template: ChatTemplate, number: int, reason: str) -> None:
         super().__init__(
@@ -52,7 +52,7 @@ class StuckTemplateError(DataError):
 
 
 Encoded = tuple[np.ndarray, np.ndarray]
-"""int32 ids and bool learned, both ``[length]``."""
+"""Token ids (int32) and whether each is learned (bool), both ``[length]``."""
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "assistant") -> Encoded:
@@ -70,10 +70,10 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, train_on: Train
 def encode_batch(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "assistant"
 ) -> list[Encoded | DataError]:
-    """Encode examples together; what is wrong with one is its own result.
+    """Encode examples as a batch; the result of a bad example is its error.
 
     Raises:
-        StuckTemplateError: if the chat template does not end, or ends its process.
+        StuckTemplateError: if the chat template does not terminate, or kills its process.
     """
     texts: dict[int, _Text] = {}
     results: dict[int, Encoded | DataError] = {}
@@ -91,7 +91,7 @@ def encode_batch(
 def _texts(
     examples: Sequence[Example], template: ChatTemplate, train_on: TrainOn
 ) -> Iterator[tuple[int, _Text | DataError]]:
-    """Yield number and text of each example, those without a chat first."""
+    """Yield the index and text of each example, those without a chat first."""
     chats = [number for number, example in enumerate(examples) if example.messages]
     for number in set(range(len(examples))) - set(chats):
         try:
@@ -110,11 +110,11 @@ def _texts(
 
 
 _last: tuple[ChatTemplate, Apart] | None = None
-"""The process that renders, and for which template: it is kept for the next batch."""
+"""The last template and its rendering process, kept for the next batch."""
 
 
 def _renderer(template: ChatTemplate) -> Apart:
-    global _last  # noqa: PLW0603  (one process for all, however often it is asked for)
+    global _last  # noqa: PLW0603  (one process is shared by all calls)
     if _last is None or _last[0].identity != template.identity:
         if _last is not None:
             _last[1].close()
@@ -123,7 +123,7 @@ def _renderer(template: ChatTemplate) -> Apart:
 
 
 def _packed(template: ChatTemplate, item: tuple[tuple[Any, ...], TrainOn]) -> bytes:
-    """Return a chat's text or what is wrong with it as bytes: a line of JSON, and the text."""
+    """Return a chat's text or its error as bytes: a line of JSON, then the text."""
     example, train_on = item
     try:
         text = _chat_text(Example(*example), template, train_on)
@@ -141,7 +141,7 @@ def _unpacked(packed: bytes) -> _Text | DataError:
 
 
 def _tokenized(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, plain: bool) -> list[Encoded | DataError]:
-    """Tokenize texts, as many at once as fit into some hundred megabytes."""
+    """Tokenize texts in groups that keep the tokenizer's memory to a few hundred megabytes."""
     results: list[Encoded | DataError] = []
     group: list[_Text] = []
     for text in texts:
@@ -153,11 +153,11 @@ def _tokenized(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, plain: bo
 
 
 def _together(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, plain: bool) -> list[Encoded | DataError]:
-    """Tokenize texts together or, if the tokenizer rejects one of them, one by one."""
+    """Tokenize texts as one batch or, if the tokenizer rejects one of them, one by one."""
     if not texts:
         return []
     try:
-        if len(texts[0].text) > _TOGETHER:  # it is alone
+        if len(texts[0].text) > _TOGETHER:  # a text this long is alone in its group
             found = [tokenize_in_windows(texts[0].text, lambda text: _call([text], tokenizer, plain)[0])]
         else:
             found = _call([text.text for text in texts], tokenizer, plain)
@@ -165,7 +165,7 @@ def _together(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, plain: boo
         raise
     except DataError as error:
         return [error]
-    except BaseException as error:  # a panic of the Rust library is no Exception
+    except BaseException as error:  # a panic in the Rust library is not an Exception
         if len(texts) == 1:
             return [DataError(f"the tokenizer rejects the text: {type(error).__name__}: {error}")]
         return [result for text in texts for result in _together([text], tokenizer, plain)]
@@ -193,11 +193,11 @@ def _masked(text: _Text, tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> 
     own = np.flatnonzero(~tokens.added)
     first, last = (int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0)
     if text.spans is not None:
-        learned[:first] = False  # added tokens have no place in the text: their offsets are (0, 0)
+        learned[:first] = False  # added tokens are not in the text: their offsets are (0, 0)
         learned[last:] = True
     end = tokenizer.eos_token_id
     if 0 < last < len(ids) and ids[last - 1] == ids[last] == end:
-        ids, learned = np.delete(ids, last), np.delete(learned, last)  # the text has its own
+        ids, learned = np.delete(ids, last), np.delete(learned, last)  # the text already ends with EOS
     if 0 < first < len(ids) and ids[first - 1] == ids[first] == tokenizer.bos_token_id:
         ids, learned = np.delete(ids, first), np.delete(learned, first)
     if isinstance(end, int) and (not len(ids) or ids[-1] != end):
@@ -206,12 +206,12 @@ def _masked(text: _Text, tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> 
 
 
 def _learned(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
-    """Return which tokens are learned: those that overlap a span.
+    """Return the mask of learned tokens: those that overlap a span.
 
     Args:
-        offsets: int64 ``[length, 2]``, start and end of each token in the text. With ``trim_offsets``, tokens of
-            spaces have no width: such a token covers the text from the previous token's end up to its own. A token
-            without any text was inserted before the one that follows, and is learned with it.
+        offsets: int64 ``[length, 2]``, start and end of each token in the text. With ``trim_offsets``, tokens for
+            spaces have zero width; they are taken to cover the text from the end of the previous token. A token
+            without any text was inserted before the next one, and is learned if that one is.
         spans: starts and ends in the text.
     """
     starts, stops = offsets[:, 0], offsets[:, 1]

@@ -1,8 +1,8 @@
 """Which files of a folder are data.
 
-A folder is often a clone or a download. Besides rows it has a card, a licence, requirements, hidden copies, and files
-that `datasets`, Spark or an operating system left there; none of them is data. A folder saved by `datasets` and a
-repository with a card list their own files.
+A folder is often a clone or a download. Besides rows it contains a card, a licence, requirements, hidden copies, and
+files left by `datasets`, Spark or the operating system; none of these are data. A folder saved by `datasets` and a
+repository with a card list their own data files.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _ABOUT = re.compile(
     r"|(?:sha\d+|md5|check)[-_]?sums?",
     re.IGNORECASE,
 )
-"""Documents about a data set or a program, without suffix: ``README``, ``LICENSE-MIT``, ``README.de``."""
+"""Names, without suffix, of documents about a data set or program: ``README``, ``LICENSE-MIT``, ``README.de``."""
 _TEXT = (".md", ".txt")
 _CACHED = re.compile(r"(?:cache-[0-9a-f]{6,}.*|tmp[a-z0-9_]{8}.*)\.arrow")
-"""Caches of ``Dataset.map``, written next to the file it reads."""
+"""Caches of ``Dataset.map``, written next to the file that it reads."""
 _SPLITS = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-"""Words in file names -> split, as in `datasets`."""
+"""Word in a file name -> split, as in `datasets`."""
 
 
 def is_data(path: Path, root: Path) -> bool:
-    """Whether a file below ``root`` may be data, judging by its name and its folders."""
+    """Whether a file below ``root`` may be data, judging by its name and folders."""
     *folders, name = path.relative_to(root).parts
     if any(_is_no_place(folder) for folder in folders) or name.startswith((".", "__", "~$")):
         return False
@@ -70,9 +70,9 @@ def rows_or_texts(files: Iterable[Path], is_text: Callable[[str], bool]) -> list
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Whether a file is in a folder and not only a link to somewhere else, which who made the folder may have set.
+    """Whether a file really lies in a folder, rather than being a link that leads out of it.
 
-    A snapshot in the hub's cache is made of links to the blobs beside it.
+    The author of the folder may have planted such a link. A snapshot in the hub's cache may link to its own blobs.
     """
     root = folder.resolve()
     for parent in (root, *root.parents):
@@ -82,12 +82,12 @@ def is_inside(file: Path, folder: Path) -> bool:
 
 
 def links_away(folder: Path, split: str | None, kind: Callable[[str], str | None]) -> list[Path]:
-    """Return what would be data of a folder and is a link to a file outside of it."""
+    """Return the files of a folder that would be data but are links to files outside it."""
     return [file for file in _files_of(folder, split, kind) if not is_inside(file, folder)]
 
 
 def require_some(files: list[Path], folder: Path) -> list[Path]:
-    """Return the files that are inside a folder.
+    """Return the files that are really inside a folder.
 
     Raises:
         DataError: if there are none.
@@ -102,15 +102,15 @@ def require_some(files: list[Path], folder: Path) -> list[Path]:
 
 
 def files_of(folder: Path, split: str | None, kind: Callable[[str], str | None]) -> list[Path]:
-    """Return the data files of a folder, sorted, without links that leave it.
+    """Return the data files of a folder, without links that lead out of it.
 
     Args:
-        folder: any folder, also one saved by `datasets`.
-        split: the split to take; None takes ``train`` if the file names tell splits apart, else everything.
-        kind: the kind of a file with that name, None if it is unknown.
+        folder: any folder, including one saved by `datasets`.
+        split: the split to take; None takes ``train`` if the file names distinguish splits, else everything.
+        kind: maps a file name to the kind of file, or None if it is unknown.
 
     Raises:
-        DataError: if there are none, or there is no such split.
+        DataError: if there are no data files, or the split does not exist.
     """
     return require_some(_files_of(folder, split, kind), folder)
 
@@ -129,7 +129,7 @@ def _files_of(folder: Path, split: str | None, kind: Callable[[str], str | None]
 
 
 def left_out(folder: Path, split: str | None, kind: Callable[[str], str | None]) -> list[Path]:
-    """Return files that could be data but are skipped: texts in a folder with rows, and other splits."""
+    """Return files that could be data but are skipped: text in a folder with rows, and other splits."""
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return []
     read = set(_files_of(folder, split, kind))
@@ -159,7 +159,7 @@ def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
 
 
 def _split_of(path: Path) -> str | None:
-    """Return the split named by a file's name, or else by the innermost folder that names one."""
+    """Return the split named by the file name, else by the innermost folder that names one."""
     for part in (path.name, *reversed(path.parts[:-1])):
         said = {_SPLITS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in _SPLITS}
         if len(said) == 1:
@@ -168,7 +168,7 @@ def _split_of(path: Path) -> str | None:
 
 
 def _of_saved_splits(folder: Path, split: str) -> list[Path]:
-    """Return the files of one split of what ``DatasetDict.save_to_disk`` wrote."""
+    """Return the files of one split of a folder written by ``DatasetDict.save_to_disk``."""
     splits = _read(folder / "dataset_dict.json").get("splits")
     if not isinstance(splits, list) or split not in splits:
         names = ", ".join(map(str, splits)) if isinstance(splits, list) else "none"
@@ -180,7 +180,7 @@ def _of_saved_splits(folder: Path, split: str) -> list[Path]:
 
 
 def _saved(folder: Path) -> Iterator[Path]:
-    """Yield the files that ``Dataset.save_to_disk`` lists, in its order."""
+    """Yield the files that ``Dataset.save_to_disk`` has listed, in that order."""
     state = folder / "state.json"
     files = _read(state).get("_data_files")
     names = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []

@@ -1,9 +1,9 @@
-"""What of a micro-batch compiled layers cannot take as a symbol, and the few forms that a run compiles.
+"""The properties of a micro-batch that compiled layers specialise on, and which of these forms a run compiles.
 
-torch compiles anew for a batch of one row, for attention with a mask where there was none, and for lengths at which
-attention takes another way (a sliding window, scores that are kept). Which forms a run meets is known before it starts:
-the usual ones are compiled, the rest runs the layers as they are written. It follows from settings and data alone, so
-all ranks, and a resumed run, decide alike.
+torch recompiles for a batch of one row, for attention with a mask after one without, and for lengths at which attention
+takes a different path (a sliding window, scores that are kept). The forms in a run are known before it starts: layers
+are compiled for the most common ones and run eagerly for the rest. The choice depends only on settings and data, so all
+ranks, and a resumed run, make the same one.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import torch
 from fsdp_qlora.data.loader import Batch, MicroBatch
 
 _MOST_PADDING = 20
-"""At most one in so many tokens of ``data.max_length`` is added to come to a width."""
+"""Rounding up a width adds at most this fraction (one in so many) of ``data.max_length``."""
 
 
 @dataclass(frozen=True, order=True)
 class Form:
-    """What compiled layers are specialised to."""
+    """What compiled layers are specialised on."""
 
     alone: bool
-    """Whether it is one row: torch takes a size of 1 for a constant."""
+    """Whether it is a single row: torch treats a size of 1 as a constant."""
     restarts: bool
-    """Whether positions restart within a row: attention then has a mask."""
+    """Whether positions restart within a row, in which case attention has a mask."""
     band: int
-    """How many of the lengths at which attention changes its way it exceeds; 0 where positions restart."""
+    """Number of turning points (see `form_of`) that the width exceeds; 0 if positions restart."""
 
 
 def form_of(micro_batch: MicroBatch, turning_points: Sequence[int]) -> Form:
@@ -38,7 +38,7 @@ def form_of(micro_batch: MicroBatch, turning_points: Sequence[int]) -> Form:
 
     Args:
         micro_batch: on the host.
-        turning_points: ascending lengths up to which attention goes one way, and beyond which another.
+        turning_points: ascending lengths; attention takes a different path for widths beyond each.
     """
     rows, width = micro_batch.input_ids.shape
     positions = micro_batch.position_ids
@@ -49,7 +49,7 @@ def form_of(micro_batch: MicroBatch, turning_points: Sequence[int]) -> Form:
 
 
 def usual_forms(micro_batches: Iterable[MicroBatch], turning_points: Sequence[int], limit: int) -> frozenset[Form]:
-    """Return the at most ``limit`` forms that most tokens of ``micro_batches`` come in."""
+    """Return the forms, at most ``limit``, that cover the most tokens of ``micro_batches``."""
     tokens: Counter[Form] = Counter()
     for micro_batch in micro_batches:
         tokens[form_of(micro_batch, turning_points)] += micro_batch.input_ids.numel()
@@ -60,7 +60,7 @@ def usual_forms(micro_batches: Iterable[MicroBatch], turning_points: Sequence[in
 def mark_rare(
     batch_at: Callable[[int], Batch], usual: frozenset[Form], turning_points: Sequence[int]
 ) -> Callable[[int], Batch]:
-    """Return ``batch_at`` with micro-batches of other forms than the ``usual`` ones marked."""
+    """Wrap ``batch_at`` to mark micro-batches whose form is not ``usual`` as rare."""
 
     def marked(position: int) -> Batch:
         batch = batch_at(position)
@@ -71,9 +71,10 @@ def mark_rare(
 
 
 def width_step(max_length: int) -> int:
-    """Return what widths are rounded up to a multiple of: a power of two from 1 to 64.
+    """Return the step that widths are rounded up to a multiple of: a power of two from 1 to 64.
 
-    Kernels like a mask whose rows are a multiple of 16, and allocators few sizes; half a step is added on average.
+    Kernels prefer masks whose rows are a multiple of 16, and allocators prefer few sizes; rounding adds half a step on
+    average.
     """
     step = 1
     while step < 64 and 2 * step * _MOST_PADDING <= max_length:
@@ -82,14 +83,14 @@ def width_step(max_length: int) -> int:
 
 
 def rounded(width: int, max_length: int, step: int) -> int:
-    """Return ``width`` rounded up to a multiple of ``step``, but not beyond ``max_length`` for that."""
+    """Round ``width`` up to a multiple of ``step``, but not beyond ``max_length``."""
     return max(width, min(-(-width // step) * step, max_length))
 
 
 def repeat_last(boundaries: torch.Tensor) -> torch.Tensor:
-    """Return ``boundaries`` with the last one repeated, up to one more than a power of two: so they have few sizes.
+    """Pad ``boundaries`` with its last value to a length of a power of two plus one, so that few sizes occur.
 
-    What is added are sequences of no tokens.
+    The padding adds empty sequences.
     """
     size = 2
     while size + 1 < len(boundaries):

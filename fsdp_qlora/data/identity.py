@@ -1,4 +1,4 @@
-"""Digests of what decides the tokens besides rows and settings: the tokenizer, and the user's own code."""
+"""Digests of what determines the tokens besides rows and settings: the tokenizer and the user's own code."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 _SWITCHES = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens", "legacy")
-_OWN = Path(__file__).resolve().parent.parent  # our own code: prepare's version stands for it
+_OWN = Path(__file__).resolve().parent.parent  # our own code, which `_VERSION` in prepare stands for
 _INSTALLED = tuple(Path(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of everything in a tokenizer that affects the tokens of a text or a conversation.
+    """Return a digest of everything in a tokenizer that affects the tokens of a text or conversation.
 
-    That is tokenizer.json (normalizer, pre-tokenizer, model, post-processor, added tokens), the settings of its config,
-    and the chat templates; not its folder, its maximum length or its padding.
+    This covers tokenizer.json (normalizer, pre-tokenizer, model, post-processor, added tokens), the settings of its
+    config, and the chat templates, but not its folder, maximum length or padding.
     """
     core = getattr(tokenizer, "backend_tokenizer", None)
     state: dict[str, Any] = json.loads(core.to_str()) if core is not None else {"vocabulary": tokenizer.get_vocab()}
-    calls = {"truncation", "padding"}  # left by the last call
+    calls = {"truncation", "padding"}  # state left by the last call
     parts = [
         type(tokenizer).__name__,
         code_digest(type(tokenizer)),
@@ -43,9 +43,9 @@ _PACKAGES = frozenset(["site-packages", "dist-packages"])
 
 
 def code_digest(code: Callable[..., Any] | None, *modules: str) -> str:
-    """Return a digest of the source of a function or class and of its imports, except for installed packages.
+    """Return a digest of the source of a function or class and of its imports, excluding installed packages.
 
-    ``modules`` are looked at too: a `functools.partial` comes from ``functools``, whatever it stands for.
+    The digest also covers ``modules``: the module of a `functools.partial` is ``functools``, not the user's.
     """
     names = {*modules, *([code.__module__] if code is not None else [])}
     digest = hashlib.sha256()
@@ -55,7 +55,7 @@ def code_digest(code: Callable[..., Any] | None, *modules: str) -> str:
 
 
 def _files(module: str) -> set[Path]:
-    """Return the source files of a module and of all that it imports."""
+    """Return the source files of a module and of everything that it imports, directly or indirectly."""
     files: set[Path] = set()
     names, seen = [module], set[str]()
     while names:
@@ -72,22 +72,23 @@ def _files(module: str) -> set[Path]:
 
 
 def _source(module: str) -> Path | None:
-    """Return the source file of a module of the user's own; None for others."""
+    """Return the source file of one of the user's own modules; None for other modules."""
     top, dot, _ = module.partition(".")
     try:
         if not _is_own(_places(top)):
             return None
-        file, *_ = _places(module) if dot else _places(top)  # a parent is imported for that, so only of the user's own
-    except Exception:  # finding a module imports its parent, which may raise anything
+        file, *_ = _places(module) if dot else _places(top)  # imports the parent, so only for the user's own modules
+    except Exception:  # importing the parent may raise anything
         return None
     return file.resolve() if file.suffix == ".py" and file.is_file() else None
 
 
 def _places(module: str) -> list[Path]:
-    """Return the file of a module and the folders of a package.
+    """Return the file of a module, and the folders if it is a package.
 
     Raises:
-        ValueError: if it has none; ImportError or AttributeError: if there is no such module.
+        ValueError: if it has neither.
+        ImportError, AttributeError: if there is no such module.
     """
     loaded = sys.modules.get(module)
     if module == "__main__" and loaded is not None and loaded.__file__:
@@ -104,13 +105,13 @@ def _places(module: str) -> list[Path]:
 
 def _is_own(places: list[Path]) -> bool:
     both = {place.absolute() for place in places} | {place.resolve() for place in places}
-    if any(not _PACKAGES.isdisjoint(place.parts) for place in both):  # also those of an environment that this one adds
+    if any(not _PACKAGES.isdisjoint(place.parts) for place in both):  # including another environment's on sys.path
         return False
     return not any(place.is_relative_to(root) for place in both for root in (*_INSTALLED, _OWN))
 
 
 def _imports(file: Path, module: str) -> Iterator[str]:
-    """Yield the names of the modules that a file imports, anywhere in it."""
+    """Yield the names of all modules that a file imports, at any level of nesting."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     try:
         tree = ast.parse(file.read_bytes())
@@ -126,4 +127,4 @@ def _imports(file: Path, module: str) -> Iterator[str]:
             except ImportError:
                 continue
             yield base
-            yield from (f"{base}.{name.name}" for name in node.names)  # a module, or a name that is none
+            yield from (f"{base}.{name.name}" for name in node.names)  # may be a module or some other name

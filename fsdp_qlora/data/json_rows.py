@@ -14,7 +14,7 @@ from fsdp_qlora.data.lines import CHUNK, MAX_ROW, TOO_LONG, Row, text_lines
 from fsdp_qlora.errors import DataError
 
 _MAX_DIGITS = 4300
-"""Digits of an integer that Python reads; it raises for more."""
+"""Python's default limit on the digits of an integer; it raises beyond that."""
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 Open = Callable[[], AbstractContextManager[BinaryIO]]
@@ -36,7 +36,7 @@ def json_lines(name: str, stream: BinaryIO, limit: int = MAX_ROW) -> Iterator[Ro
 
 
 def json_rows(name: str, open_file: Open, limit: int = MAX_ROW) -> Iterator[Row]:
-    """Yield the rows of a JSON file: of an array, a single object over several lines, or lines with an object each."""
+    """Yield the rows of a JSON file: an array, a single object over several lines, or one object per line."""
     with open_file() as stream:
         is_array = _first_byte(stream) == b"["
     with open_file() as stream:
@@ -54,7 +54,7 @@ def json_rows(name: str, open_file: Open, limit: int = MAX_ROW) -> Iterator[Row]
 
 
 def _first_byte(stream: BinaryIO) -> bytes:
-    """Return the first byte that is no space."""
+    """Return the first byte that is not white space."""
     data = stream.read(CHUNK).removeprefix(codecs.BOM_UTF8)
     while data:
         if data.strip():
@@ -73,7 +73,7 @@ def _one_object(name: str, data: bytes) -> Row | None:
 
 
 class _Window:
-    """The part of a long text that is looked at. Bytes that are not UTF-8 become surrogates, refused when learned."""
+    """The part of a long text held in memory. Invalid UTF-8 becomes surrogates, which are rejected later if used."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -82,14 +82,14 @@ class _Window:
         self.text, self.at, self.ended = "", 0, False
 
     def read_on(self) -> None:
-        """Drop what comes before `at`, and read as much again as is left."""
+        """Drop the text before `at`, then read at least as much as is left, so that long values take few steps."""
         data = self._stream.read(max(CHUNK, len(self.text) - self.at))
         self.ended = not data
         self._before += self.at
         self.text, self.at = self.text[self.at :] + self._decoder.decode(data, final=self.ended), 0
 
     def next_char(self) -> str:
-        """Go to the next character that is no space and return it; "" at the end."""
+        """Advance to the next character that is not white space and return it; "" at the end."""
         while True:
             match = _BLANK.match(self.text, self.at)
             self.at = match.end() if match else self.at
@@ -98,7 +98,7 @@ class _Window:
             self.read_on()
 
     def place(self, at: int) -> int:
-        """Return the number, from 1, of a character in the whole text."""
+        """Return the position of a character in the whole text, counted from 1."""
         return self._before + at + 1
 
 
@@ -106,7 +106,7 @@ def _array(name: str, stream: BinaryIO, limit: int) -> Iterator[Row]:
     """Yield the rows of an array.
 
     Raises:
-        DataError: if the syntax is broken, or a row is too long: rows after that point cannot be found.
+        DataError: if the syntax is broken, or a row is too long to be read to its end: later rows cannot be found.
     """
     parse, window, number = _Parser(), _Window(stream), 1
     window.next_char()
@@ -133,7 +133,7 @@ def _array(name: str, stream: BinaryIO, limit: int) -> Iterator[Row]:
 
 
 def _value(parse: _Parser, window: _Window, where: str, limit: int) -> Row:
-    """Read one value of an array, reading on until it is whole."""
+    """Parse one value of an array, reading more text until it is complete."""
     while True:
         try:
             row, end = parse.row(where, window.text, window.at, whole=False)
@@ -143,7 +143,7 @@ def _value(parse: _Parser, window: _Window, where: str, limit: int) -> Row:
         else:
             if end - window.at > limit:
                 row = Row(where, None, TOO_LONG)
-            if end < len(window.text) or window.ended:  # else a number may go on
+            if end < len(window.text) or window.ended:  # otherwise a number may continue in the next chunk
                 window.at = end
                 return row
         if len(window.text) - window.at > limit:
@@ -152,7 +152,7 @@ def _value(parse: _Parser, window: _Window, where: str, limit: int) -> Row:
 
 
 class _Parser:
-    """Parses objects and notices duplicate keys, of which Python silently keeps the last, and integers without end."""
+    """Parses objects and detects duplicate keys, of which Python silently keeps the last, and overlong integers."""
 
     def __init__(self) -> None:
         self._problem: str | None = None
@@ -172,10 +172,10 @@ class _Parser:
         return int(text)
 
     def row(self, where: str, text: str, start: int, whole: bool = True) -> tuple[Row, int]:
-        """Return the row whose JSON starts at ``start``, and where it ends.
+        """Return the row whose JSON starts at ``start``, and the position of its end.
 
         Raises:
-            json.JSONDecodeError: if there is no JSON, or something follows it and it should be the ``whole`` text.
+            json.JSONDecodeError: if there is no valid JSON, or, with ``whole``, if the JSON does not end the text.
         """
         self._problem = None
         value, end = self._decoder.raw_decode(text, start)

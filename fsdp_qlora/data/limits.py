@@ -1,4 +1,4 @@
-"""Sizes of rows that meet sizes of the model: compared before training, where a step would end in an index error."""
+"""Checks before training that rows fit the model's embedding and positions; a step would raise an index error."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 def require_rows_fit(
     data: PreparedData, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, num_rows: int, positions: int | None
 ) -> None:
-    """Compare the tokens of all rows with the model's embedding, and their lengths with its positions.
+    """Check the token ids of all rows against the model's embedding, and their lengths against its positions.
 
     Args:
         data: the tokenized rows.
-        settings: how they are laid out.
-        tokenizer: what made them.
-        num_rows: rows of the model's embedding.
-        positions: longest row that the model can take; None where any can be.
+        settings: how the rows are laid out.
+        tokenizer: the tokenizer that made them.
+        num_rows: number of rows in the model's embedding.
+        positions: longest row that the model supports; None if there is no limit.
 
     Raises:
-        DataError: naming both sizes, and what to do.
+        DataError: if they do not fit, naming both sizes and a remedy.
     """
     more_tokens = has_more_tokens(tokenizer, num_rows)
     ends = positions is not None and settings.max_length > positions
-    if not more_tokens and not ends:  # as nearly always: nothing is read
+    if not more_tokens and not ends:  # the usual case: no rows are read
         return
     parts = [TokenRows(part) for part in (data.train, data.eval) if part is not None]
     if more_tokens:
@@ -46,15 +46,15 @@ def require_rows_fit(
 
 
 def has_more_tokens(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> bool:
-    """Return whether a tokenizer may give ids that the embedding has no row for."""
+    """Return whether a tokenizer may produce ids that have no row in the embedding."""
     return max(tokenizer.get_vocab().values(), default=0) >= num_rows
 
 
 def require_known(token: int, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
-    """Raise if ``token``, the largest id of some rows, has no row in the embedding.
+    """Check that ``token``, the largest id of some rows, has a row in the embedding.
 
     Raises:
-        DataError: naming the token.
+        DataError: if it does not, naming the token.
     """
     if token >= num_rows:
         text = tokenizer.convert_ids_to_tokens(token)
@@ -66,9 +66,9 @@ def require_known(token: int, tokenizer: PreTrainedTokenizerBase, num_rows: int)
 
 
 def tokens_known(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> Callable[[TokenRows], TokenRows]:
-    """Return what passes on the rows of a global batch and compares their tokens: a stream's are not known before.
+    """Return a function that checks the tokens of a streamed global batch, unknown until then, and returns its rows.
 
-    Every rank tokenizes the whole batch of a stream, so all raise alike.
+    Every rank tokenizes the whole batch of a stream, so all ranks raise the same error.
     """
     if not has_more_tokens(tokenizer, num_rows):
         return lambda rows: rows

@@ -1,4 +1,4 @@
-"""Lines of text -> rows, in bounded memory: of a line that is too long no more is held than a row may take."""
+"""Lines of text -> rows, in bounded memory: a line that is too long is skipped without being held in full."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 MAX_ROW = 64 * 2**20
-"""Bytes that a row may take in its file, and characters of the text that a template makes of it.
+"""Maximum size of a row: bytes in its file, and characters of the text that a template makes of it.
 
-A file of some megabytes can unfold to a line of any size (compression), and a line needs many times its size in memory
-before it is tokens.
+A compressed file of a few megabytes can expand to a line of any size, and turning a line into tokens takes many times
+its size in memory.
 """
 TOO_LONG = f"is longer than the {MAX_ROW >> 20} MiB that a row may take"
 CHUNK = 2**20
-"""Bytes or characters that are read at once where no row is wanted."""
+"""Bytes or characters to read at once when not reading row by row."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row, or why there is none."""
+    """One row, or the reason why it cannot be read."""
 
     where: str
     """File and line, or file and row number."""
     values: Mapping[str, Any] | None
     problem: str = ""
-    """What is wrong with it, where ``values`` is None."""
+    """What is wrong with the row, if ``values`` is None."""
     size: int = 0
-    """Bytes that it takes in memory, roughly; 0 where that is unknown."""
+    """Approximate size in memory in bytes; 0 if unknown."""
 
 
 def text_lines(name: str, stream: BinaryIO, limit: int = MAX_ROW) -> Iterator[Row]:
-    """Yield lines that are not blank as ``{"line": text}``; what is not UTF-8 or too long as a problem."""
+    """Yield non-blank lines as ``{"line": text}``; lines that are too long, not UTF-8 or contain NUL as problems."""
     number = 0
     while line := stream.readline(limit + 1):
         number += 1

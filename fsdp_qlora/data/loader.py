@@ -1,7 +1,7 @@
-"""Batches for one rank. The order is a pure function of (seed, epoch, position); the whole state is one integer.
+"""Batches for one rank. The order is a pure function of the seed and the position; the whole state is one integer.
 
-Position counts rows since the start over all ranks. Position ``p`` is row ``p % n`` of epoch ``p // n``'s permutation:
-each row comes exactly once an epoch for any number of ranks, and a resume at any position needs no replay.
+The position counts rows since the start over all ranks. Position ``p`` is entry ``p % n`` of the permutation of epoch
+``p // n``: each row occurs once per epoch for any number of ranks, and a resume at any position needs no replay.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 
 _WINDOW_BATCHES = 50
-"""Global batches in a window of rows that length grouping sorts."""
+"""Number of global batches per window; length grouping sorts rows within a window."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the model at once."""
+    """Rows that go through the model together."""
 
     number: int
-    """Number within the global batch, the same on any number of ranks: seeds dropout."""
+    """Index within the global batch, independent of the number of ranks; seeds dropout."""
     input_ids: torch.Tensor
     """int64 ``[rows, length]``, padded on the right."""
     labels: torch.Tensor
@@ -38,15 +38,15 @@ class MicroBatch:
     weight: float = 1.0
     """0 for a micro-batch that only keeps this rank in step with the others."""
     rows: tuple[int, ...] = ()
-    """Numbers of the rows in the prepared data."""
+    """Indices of the rows in the prepared data."""
     position_ids: torch.Tensor | None = None
-    """int64 ``[rows, length]``, starting anew at each packed row; None where a sequence is one row."""
+    """int64 ``[rows, length]``, restarting at each packed row; None if each sequence is a single row."""
     sequences: Sequences | None = None
-    """Where all is one row for varlen attention (`FlatRows`): where each packed or plain row begins and ends."""
+    """With varlen attention (`FlatRows`), where each original row begins and ends in the single flat row; else None."""
     rare: bool = False
-    """Whether its form comes too rarely for layers to be compiled for it (`fsdp_qlora.data.forms`)."""
+    """Whether its form is too rare to compile layers for it (`fsdp_qlora.data.forms`)."""
     supervised: torch.Tensor = field(init=False)
-    """int64 ``[targets]``: positions of the flattened labels whose next token is learned."""
+    """int64 ``[targets]``: positions in the flattened labels whose next token is learned."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "supervised", supervised_positions(self.labels))
@@ -61,7 +61,7 @@ class Batch:
     num_tokens: int
     """Tokens without padding, over all ranks."""
     weights: dict[str, int]
-    """What losses are divided by, over all ranks: `TOKENS` that are supervised, `ROWS`."""
+    """Denominators of the loss, over all ranks: supervised `TOKENS`, and `ROWS`."""
 
 
 Piece = tuple[torch.Tensor, torch.Tensor]
@@ -69,39 +69,39 @@ Piece = tuple[torch.Tensor, torch.Tensor]
 
 
 class Rows(Protocol):
-    """What batches are made of: rows, or sequences of several rows."""
+    """The items that batches are made of: single rows, or sequences packed from several rows."""
 
     lengths: np.ndarray
-    """int64, tokens of each."""
+    """int64, number of tokens of each item."""
     targets: np.ndarray
-    """int64, supervised tokens of each."""
+    """int64, number of supervised tokens of each item."""
 
     def __len__(self) -> int: ...
 
     def room(self, rows: list[int]) -> int:
-        """Return the tokens that the chosen ones take in a micro-batch, padding included."""
+        """Return the number of tokens that the chosen items take in a micro-batch, including padding."""
         ...
 
     def pieces(self, rows: list[int]) -> list[list[Piece]]:
-        """Return the rows that each of the chosen ones is made of."""
+        """Return, for each sequence of the micro-batch, the rows that it is made of."""
         ...
 
     def numbers(self, rows: list[int]) -> tuple[int, ...]:
-        """Return the numbers of these rows in the prepared data."""
+        """Return the indices in the prepared data of the rows in the chosen items."""
         ...
 
     def collate(self, rows: list[int], number: int) -> MicroBatch:
-        """Return the chosen ones as micro-batch ``number``."""
+        """Return the chosen items as micro-batch ``number``."""
         ...
 
 
 class TokenRows:
-    """Tokenized rows with their lengths and numbers of targets."""
+    """Tokenized rows with their lengths and target counts."""
 
     def __init__(self, data: Dataset) -> None:
         self._data = data.with_format("numpy")
         self.sources = np.array(data["source"], dtype=np.int64)
-        """Number of the source that each row came from."""
+        """Index of each row's source."""
         self.lengths = np.array([len(ids) for ids in self._column("input_ids")], dtype=np.int64)
         self.targets = np.array([int(mask[1:].sum()) for mask in self._column("learned")], dtype=np.int64)
 
@@ -113,7 +113,7 @@ class TokenRows:
         return len(self.lengths)
 
     def largest_token(self) -> int:
-        """Return the largest token id of all rows; it reads them all."""
+        """Return the largest token id in any row; this reads all rows."""
         return max((int(ids.max()) for ids in self._column("input_ids")), default=0)
 
     def row(self, number: int) -> Piece:
@@ -127,7 +127,7 @@ class TokenRows:
         return len(rows) * int(self.lengths[rows].max())
 
     def pieces(self, rows: list[int]) -> list[list[Piece]]:
-        """Return each row alone."""
+        """Return each row as a sequence of its own."""
         return [[self.row(row)] for row in rows]
 
     def numbers(self, rows: list[int]) -> tuple[int, ...]:
@@ -147,24 +147,24 @@ class TokenRows:
 
 
 def idle_micro_batch() -> MicroBatch:
-    """Return the smallest micro-batch, of weight zero: its rank takes part in every collective and adds nothing."""
+    """Return a minimal micro-batch of weight zero, for a rank that must join collectives but has nothing to add."""
     nothing = torch.zeros(1, 2, dtype=torch.int64)
     return MicroBatch(-1, nothing, nothing.clone(), weight=0.0, rare=True)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a global batch is cut into micro-batches, and which rank takes its part here."""
+    """How to cut a global batch into micro-batches, and the rank whose share is taken."""
 
     micro_batch_size: int
-    """Rows of a micro-batch."""
+    """Rows per micro-batch."""
     rank: int
     num_ranks: int
     micro_batch_tokens: int = 0
-    """Instead of a number of rows: tokens that a micro-batch may take, padding included; 0 = not used."""
+    """Token budget of a micro-batch, including padding; replaces the number of rows unless 0."""
 
     def pieces(self, rows: Rows, chosen: list[int]) -> list[list[int]]:
-        """Cut ``chosen``, rows of like length together; a row above the budget is alone."""
+        """Cut ``chosen`` into micro-batches of rows of similar length; a row above the budget gets its own."""
         ordered = sorted(chosen, key=lambda row: (int(rows.lengths[row]), row))
         if not self.micro_batch_tokens:
             size = self.micro_batch_size
@@ -179,7 +179,7 @@ class Cut:
 
 
 class Loader:
-    """Global batches of training rows, this rank's part of each."""
+    """Builds this rank's part of each global batch of training rows."""
 
     def __init__(self, rows: Rows, global_batch_size: int, cut: Cut, seed: int, length_grouped: bool = False) -> None:
         self.rows, self.global_batch_size, self.cut = rows, global_batch_size, cut
@@ -192,7 +192,7 @@ class Loader:
         return self._grouped(order, random) if self.length_grouped else order
 
     def _grouped(self, order: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Sort windows of shuffled rows by length, cut them into global batches, shuffle these within the window."""
+        """Sort windows of shuffled rows by length, cut them into global batches, and shuffle these in each window."""
         size = self.global_batch_size
         parts = []
         for start in range(0, len(order), size * _WINDOW_BATCHES):
@@ -204,19 +204,19 @@ class Loader:
         return np.concatenate(parts) if parts else order
 
     def indices(self, position: int, count: int) -> list[int]:
-        """Return the row numbers at positions ``[position, position + count)``."""
+        """Return the row indices at positions ``[position, position + count)``."""
         size = len(self.rows)
         return [int(self._order(p // size)[p % size]) for p in range(position, position + count)]
 
     def batch_at(self, position: int, limit: int | None = None) -> Batch:
-        """Return the global batch that starts at ``position``; it ends before ``limit``, if there is one."""
+        """Return this rank's part of the global batch at ``position``; the batch ends before ``limit``, if given."""
         count = self.global_batch_size if limit is None else min(self.global_batch_size, limit - position)
         chosen = self.indices(position, count)
         return build_batch(self.rows, chosen, self.cut)
 
 
 def build_batch(rows: Rows, chosen: list[int], cut: Cut) -> Batch:
-    """Cut rows into micro-batches and take this rank's."""
+    """Cut rows into micro-batches and collate this rank's."""
     pieces = cut.pieces(rows, chosen)
     return Batch(
         [

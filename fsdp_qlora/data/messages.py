@@ -1,8 +1,8 @@
-"""A message as rows have it -> as a chat template takes it, and whether it is learned.
+"""Messages of a row -> messages for a chat template, each with whether it is learned.
 
-Keys other than role and content are known to be harmless, or decide whether the message is learned, or go to the
-template. `fsdp_qlora.data.template` then refuses keys that the template does not write, so that nothing meant for the
-model is silently lost.
+A key other than role and content is known metadata, or decides whether the message is learned, or is passed to the
+template. `fsdp_qlora.data.template` rejects keys that the template does not write, so that nothing meant for the model
+is silently lost.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HARMLESS = frozenset(
         "annotations", "metadata", "meta", "end_turn", "object",
     }
 )  # fmt: skip
-"""Metadata that does not change what is learned. A template may still write it."""
+"""Metadata that does not change what is learned; a template may still write it."""
 _SWITCHES = ("weight", "train", "training", "trainable", "learn", "loss")
 """Keys that other trainers use to include or exclude an assistant's message: 0 or 1, false or true."""
 _READ = frozenset({"role", "content", *_SWITCHES})
@@ -42,14 +42,14 @@ _SHAREGPT_ROLES = {
 
 @dataclass(frozen=True)
 class Turn:
-    """One message, and whether the row lets it be learned."""
+    """One message, and whether the row allows it to be learned."""
 
     message: Message
     learned: bool = True
 
     @staticmethod
     def of(role: str, content: Any) -> Turn:
-        """Return a message with only a role and a text."""
+        """Return a turn whose message has only a role and text."""
         return Turn({"role": role, "content": text_of(content)})
 
 
@@ -57,7 +57,7 @@ def read_turn(turn: Any, ignored: frozenset[str] = frozenset()) -> Turn:
     """Read a message with the keys ``role`` and ``content`` (OpenAI), or ``from`` and ``value`` (ShareGPT).
 
     Args:
-        turn: the message; an object, or one as JSON.
+        turn: the message, as an object or as JSON.
         ignored: keys to drop.
 
     Raises:
@@ -88,15 +88,15 @@ def read_turn(turn: Any, ignored: frozenset[str] = frozenset()) -> Turn:
 
 
 def payload_of(message: Message) -> list[str]:
-    """Return the keys of a message, besides role and content, that are meant for the model."""
+    """Return the keys of a message other than role and content that are meant for the model."""
     return [key for key in message if key not in ("role", "content") and key not in HARMLESS]
 
 
 def text_of(value: Any) -> str:
-    """Return ``value``.
+    """Check that ``value`` is valid text, and return it.
 
     Raises:
-        DataError: if it is not text, or has characters that no text may have.
+        DataError: if it is not a string, or contains NUL or lone surrogates.
     """
     if not isinstance(value, str):
         raise DataError(f"expected text, got {type(value).__name__}")
@@ -107,16 +107,16 @@ def text_of(value: Any) -> str:
 
 
 def require_unicode(text: str) -> None:
-    """Refuse lone surrogates, which also stand for bytes that were not UTF-8.
+    """Reject lone surrogates, which also stand for bytes that were not valid UTF-8.
 
     Raises:
-        DataError: saying which and where.
+        DataError: if there is one, saying which and where.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that it could not decode
+        if 0xDC80 <= code <= 0xDCFF:  # Python's surrogateescape for a byte that it could not decode
             what = f"the byte 0x{code - 0xDC00:02X} is not valid UTF-8; save the file as UTF-8"
         else:
             what = f"\\u{code:04x} is half a character (a lone surrogate)"
@@ -134,7 +134,7 @@ def decoded(value: Any) -> Any:
 
 
 def _content(value: Any) -> str:
-    """Return a message's text, joined if it comes in parts."""
+    """Return a message's text, joining its parts if it is a list."""
     if isinstance(value, list):
         return "".join(_part(part, number) for number, part in enumerate(value, start=1))
     return text_of(value)
@@ -165,7 +165,7 @@ def _sharegpt_role(role: Any) -> str:
 
 
 def _calls(value: Any) -> Any:
-    """Return tool calls with their arguments decoded, since most templates encode them."""
+    """Return tool calls with their arguments decoded from JSON, since most templates encode them again."""
     if isinstance(value, list):
         return [_calls(decoded(call)) for call in value]
     if not isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""How often each source's sequences come in one epoch of a mixture: exact numbers, the same every time."""
+"""How many sequences of each source an epoch of a mixture contains: exact, deterministic counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fsdp_qlora.errors import DataError
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Split ``total`` by ``weights`` into whole numbers that add up to it (largest remainders, ties to the first)."""
+    """Split ``total`` into integers in proportion to ``weights`` (largest remainder method, ties to the first)."""
     shares = [total * weight / sum(weights) for weight in weights]
     counts = [int(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
@@ -22,16 +22,16 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
 def mixture_counts(
     sizes: Sequence[int], weights: Sequence[float] | None, temperature: float, counts: Sequence[int] | None
 ) -> list[int] | None:
-    """Return how many sequences each source gives to an epoch; None where all come once.
+    """Return the number of sequences per epoch from each source; None if each sequence occurs once.
 
     Args:
-        sizes: sequences of each source.
-        weights: shares of the sources.
-        temperature: shares are ``size ** (1 / temperature)`` (1 = as they are, large = all alike); 0 = not used.
+        sizes: number of sequences in each source.
+        weights: relative shares of the sources.
+        temperature: makes the shares ``size ** (1 / temperature)`` (1 = proportional, large = equal); 0 = not used.
         counts: the numbers themselves.
 
     Raises:
-        DataError: if there are not as many numbers as sources, or a source to draw from is empty.
+        DataError: if there are not as many values as sources, or a source to draw from is empty.
     """
     given = [("data.weights", weights), ("data.counts", counts)]
     for key, values in given:
@@ -54,12 +54,12 @@ def mixture_counts(
 
 
 def draw(sources: np.ndarray, wanted: Sequence[int], seed: int) -> np.ndarray:
-    """Return indices into the sequences: of source ``i`` just ``wanted[i]``, each as often as any other, or once more.
+    """Return sequence indices, ``wanted[i]`` of them from source ``i``; repeats within a source differ by at most one.
 
     Args:
-        sources: int ``[sequences]``, the source of each.
-        wanted: how many of each source.
-        seed: decides which ones come once more.
+        sources: int ``[sequences]``, the source of each sequence.
+        wanted: number of sequences to draw from each source.
+        seed: decides which sequences are drawn once more than the others.
     """
     parts = []
     for number, count in enumerate(wanted):

@@ -1,9 +1,9 @@
-"""Several rows in one sequence: best-fit-decreasing bins, positions that restart, labels that do not cross over.
+"""Packs several rows into one sequence: best-fit-decreasing bins, restarting positions, labels within each row.
 
-Attention is kept inside a row by the attention backend. One with a dense mask reads the restarting positions
-(transformers' packed format); a varlen one (flash attention) reads boundaries, and gets its micro-batch as one flat row
-(`FlatRows`): of several rows, transformers would take each for a single sequence. `fsdp_qlora.checks.isolation` proves
-at start-up that rows are kept apart.
+The attention backend keeps attention within a row. A backend with a dense mask uses the restarting positions
+(transformers' packed format); a varlen backend (flash attention) uses boundaries and gets its micro-batch as one flat
+row (`FlatRows`), because transformers would treat each of several rows as a single sequence.
+`fsdp_qlora.checks.isolation` verifies at start-up that rows are kept apart.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fsdp_qlora.data.loader import MicroBatch, Piece, Rows, TokenRows
 
 
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Put items into as few bins as best-fit-decreasing finds; return the item numbers of each bin.
+    """Pack items into bins with best-fit-decreasing; return the item indices of each bin.
 
-    The longest items go first, each into the fullest bin that still has room (Johnson 1973: at most 11/9 of the
-    optimum + 6/9). Ties go by number, so the result depends on the lengths alone.
+    Items are placed longest first, each into the fullest bin that still has room (Johnson 1973: at most 11/9 of the
+    optimum + 6/9). Ties are broken by index, so the result depends only on the lengths.
 
     Raises:
         ValueError: if an item is longer than ``capacity``.
     """
     bins: list[list[int]] = []
-    room: dict[int, list[int]] = {}  # free space -> bins that have just that
+    room: dict[int, list[int]] = {}  # free space -> bins with exactly that much
     spaces: list[int] = []  # the keys of `room`, sorted
     for item in sorted(range(len(lengths)), key=lambda number: (-int(lengths[number]), number)):
         length = int(lengths[item])
@@ -54,10 +54,10 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
 
 
 class PackedRows:
-    """Sequences of several rows each; to the loader they are rows."""
+    """Sequences packed from several rows each; the loader treats them as rows."""
 
     def __init__(self, rows: TokenRows, capacity: int, step: int = 1) -> None:
-        """Fill sequences of at most ``capacity`` tokens; micro-batches come in widths of a multiple of ``step``."""
+        """Pack sequences of at most ``capacity`` tokens; widths are rounded up to a multiple of ``step``."""
         self.rows, self.capacity, self.step = rows, capacity, step
         self.bins = best_fit_decreasing(rows.lengths, capacity)
         self.lengths = np.array([rows.lengths[b].sum() for b in self.bins], dtype=np.int64)
@@ -68,11 +68,11 @@ class PackedRows:
 
     @property
     def efficiency(self) -> float:
-        """Share of the sequences' room that holds tokens."""
+        """Fraction of the sequences' capacity that is filled with tokens."""
         return float(self.lengths.sum()) / (len(self.bins) * self.capacity)
 
     def room(self, rows: list[int]) -> int:
-        """Return the tokens of the sequences as `collate` lays them out."""
+        """Return the number of tokens of the sequences as `collate` lays them out, including padding."""
         return len(rows) * rounded(int(self.lengths[rows].max()), self.capacity, self.step)
 
     def pieces(self, rows: list[int]) -> list[list[Piece]]:
@@ -80,24 +80,24 @@ class PackedRows:
         return [[self.rows.row(row) for row in self.bins[b]] for b in rows]
 
     def numbers(self, rows: list[int]) -> tuple[int, ...]:
-        """Return the numbers of the rows in the chosen sequences."""
+        """Return the indices of the rows in the chosen sequences."""
         return tuple(row for b in rows for row in self.bins[b])
 
     def collate(self, rows: list[int], number: int) -> MicroBatch:
-        """Lay the rows of each chosen sequence end to end; pad to the longest sequence."""
+        """Concatenate the rows of each chosen sequence and pad to the longest sequence, rounded up."""
         width = rounded(int(self.lengths[rows].max()), self.capacity, self.step)
         return pack(self.pieces(rows), number, self.numbers(rows), width)
 
 
 class FlatRows:
-    """Rows, or packed sequences, whose micro-batches are one row each: end to end, nothing padded up to the longest.
+    """Rows, or packed sequences, concatenated into one row per micro-batch, so nothing is padded to the longest.
 
-    With ``varlen`` the micro-batch says where each row begins: attention that reads this keeps all rows apart, also
-    those of different sequences. Without, attention reads the restarting positions.
+    With ``varlen`` the micro-batch records where each row begins, which varlen attention uses to keep all rows apart,
+    including those of different sequences. Without it, attention uses the restarting positions.
     """
 
     def __init__(self, rows: Rows, max_length: int = 0, step: int = 1, varlen: bool = False) -> None:
-        """Flatten ``rows``, none longer than ``max_length``, to a multiple of ``step`` tokens."""
+        """Flatten ``rows`` to a multiple of ``step`` tokens; for ``max_length`` see `with_boundaries`."""
         self.rows, self.lengths, self.targets = rows, rows.lengths, rows.targets
         self.max_length, self.step, self.varlen = max_length, step, varlen
 
@@ -105,7 +105,7 @@ class FlatRows:
         return len(self.rows)
 
     def room(self, rows: list[int]) -> int:
-        """Return the tokens of the rows, rounded up."""
+        """Return the number of tokens of the rows, rounded up."""
         return -(-int(self.lengths[rows].sum()) // self.step) * self.step
 
     def pieces(self, rows: list[int]) -> list[list[Piece]]:
@@ -113,11 +113,11 @@ class FlatRows:
         return [[piece for pieces in self.rows.pieces(rows) for piece in pieces]]
 
     def numbers(self, rows: list[int]) -> tuple[int, ...]:
-        """Return the numbers of these rows."""
+        """Return the indices in the prepared data of these rows."""
         return self.rows.numbers(rows)
 
     def collate(self, rows: list[int], number: int) -> MicroBatch:
-        """Lay the chosen rows end to end."""
+        """Concatenate the chosen rows."""
         return flat_batch(self.pieces(rows), self.max_length, self.step, self.varlen, number, self.numbers(rows))
 
 
@@ -125,7 +125,7 @@ def flat_batch(
     sequences: Iterable[Iterable[Piece]], max_length: int, step: int, varlen: bool, number: int = 0,
     rows: tuple[int, ...] = (),
 ) -> MicroBatch:  # fmt: skip
-    """Lay the rows of ``sequences`` end to end; see `FlatRows`."""
+    """Concatenate the rows of ``sequences``; see `FlatRows`."""
     pieces = [piece for pieces in sequences for piece in pieces]
     tokens = sum(len(ids) for ids, _ in pieces)
     flat = pack([pieces], number, rows, -(-tokens // step) * step)
@@ -133,9 +133,9 @@ def flat_batch(
 
 
 def with_boundaries(flat: MicroBatch, max_length: int) -> MicroBatch:
-    """Return a micro-batch of one packed row with its rows' boundaries; padding is the last of them.
+    """Add the boundaries of the rows in a micro-batch of one flat row; padding counts as further rows at the end.
 
-    ``max_length`` stays what it is from batch to batch where no row is longer: compiled layers take it for a constant.
+    Compiled layers treat `Sequences.max_length` as a constant, so it is always ``max_length`` unless a row is longer.
     """
     assert flat.position_ids is not None and len(flat.position_ids) == 1
     positions = flat.position_ids[0]
@@ -148,11 +148,11 @@ def with_boundaries(flat: MicroBatch, max_length: int) -> MicroBatch:
 def pack(
     sequences: Iterable[Iterable[Piece]], number: int = 0, rows: tuple[int, ...] = (), width: int = 2
 ) -> MicroBatch:
-    """Return a micro-batch of sequences that are made of rows, ``width`` tokens wide or as wide as the longest.
+    """Return a micro-batch of sequences made of rows, ``width`` tokens wide or as wide as the longest if that is more.
 
-    Padding is pieces of its own at the end, so that it looks at no row, none longer than the longest row: a model's
-    positions may end there. A row's first token has nothing before it that
-    may predict it, and is not learned.
+    Padding forms separate pieces at the end, so that it attends to no row. No such piece is longer than the longest
+    row, because the model's positions may end there. A row's first token is not learned: no token of its row predicts
+    it.
     """
     sequences = [list(pieces) for pieces in sequences]
     width = max(2, width, *(sum(len(ids) for ids, _ in pieces) for pieces in sequences))

@@ -1,7 +1,7 @@
-"""Tokenize once, keep as Arrow, memory-map everywhere.
+"""Tokenizes once, stores Arrow files, and memory-maps them in every process.
 
-One process per node looks for the tokens in the cache, compares them with their digests, and makes them where that
-fails (`fsdp_qlora.data.cache`); the others wait for it and open the same files.
+One process per node looks up the tokens in the cache, verifies their digests, and rebuilds them if that fails
+(`fsdp_qlora.data.cache`); the others wait and open the same files.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from fsdp_qlora.shown import shown_source
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_VERSION = 5  # of what is written; a change makes old caches unused
+_VERSION = 5  # of the cache's content; changing it invalidates old caches
 _TOKENS, _COUNTS, _BAD_ROWS = "tokens.arrow", "counts.json", "bad_rows.jsonl"
 _NOT_IN_KEY = {
     "train", "eval", "packing", "padding_free", "length_grouped", "streaming", "shuffle_window", "report",
     "show_samples", "template", "allow_code",
 }  # fmt: skip
 Progress = Callable[[int], None]
-"""Takes the number of rows that have been read."""
+"""Receives the number of rows read so far."""
 Share = Callable[[Callable[[], str]], str]
-"""Does something in one process of each node; every process gets what it returned."""
+"""Runs a function in one process per node and returns its result in every process."""
 
 
 @dataclass(frozen=True)
@@ -52,26 +52,26 @@ class PreparedData:
     """Tokenized rows (columns ``input_ids`` int32, ``learned`` bool, ``source`` int32), memory-mapped."""
 
     train: Dataset | None
-    """None where the training rows are streamed."""
+    """None if the training rows are streamed."""
     eval: Dataset | None
     train_counts: Counts
     eval_counts: Counts
     key: str
-    """Changes when the sources, the tokenizer, the template or a setting does."""
+    """Changes with the sources, the tokenizer, its chat template, and every setting that affects the tokens."""
     train_sources: list[str] = field(default_factory=list)
     eval_sources: list[str] = field(default_factory=list)
-    """What the numbers in ``source`` mean."""
+    """Names of the sources, indexed by ``source`` (evaluation sources follow the training sources)."""
     bad_rows: Path | None = None
-    """File that lists the rows that were passed over, the first ones at least; None where there were none."""
+    """File that lists the skipped bad rows, up to `fsdp_qlora.data.tokens.MOST_LISTED`; None if there were none."""
     num_bad: int = 0
-    """How many were passed over."""
+    """Number of skipped bad rows."""
     stream: Stream | None = None
     """The training rows, with ``data.streaming``."""
     held: BinaryIO | None = None
-    """Open for as long as the tokens are used: others do not remove them meanwhile."""
+    """Kept open while the tokens are used, so that other processes do not remove them."""
 
     def some_rows(self, count: int) -> TokenRows:
-        """Return training rows to look at: at least the first ``count``, if there are that many."""
+        """Return training rows to look at: those of the first ``count`` rows of a stream, otherwise all."""
         if self.stream is not None:
             return self.stream.tokenize(list(islice(self.stream.rows(), count)))
         assert self.train is not None
@@ -87,12 +87,12 @@ def prepare_data(
     progress: Progress | None = None,
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> PreparedData:
-    """Return the tokenized data; ``share`` has one process of each node make them if the cache has none.
+    """Return the tokenized data; if they are not cached, one process per node, chosen by ``share``, makes them.
 
-    ``around`` is a context for the making, in which each ``progress`` is a sign that it moves on.
+    Tokenizing runs inside the context ``around``; each call of ``progress`` shows that it is still making progress.
 
     Raises:
-        DataError: if a source is missing or malformed, or nothing in it is supervised.
+        DataError: if a source is missing or malformed, or there are no supervised tokens.
     """
     if data.train is None:
         raise DataError("data.train: not set. Give a file, a folder, a hub data set, or a list of them.")
@@ -113,7 +113,7 @@ def prepare_data(
 
 
 def _opened(folder: Path) -> PreparedData:
-    from datasets import Dataset  # here, so that what needs no data does not need `datasets`
+    from datasets import Dataset  # imported here so that code without data does not need `datasets`
 
     held = hold(folder)
     found = json.loads((folder / _COUNTS).read_text(encoding="ascii"))
@@ -140,7 +140,7 @@ def _key(data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase) -> s
 def _prepare(
     data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, staging: Path, progress: Progress | None
 ) -> None:
-    """Write the tokens, and all that is to be known about them, into an empty folder."""
+    """Write the tokens and their metadata into an empty folder."""
     train, held = names_of(data.train), names_of(data.eval or [])
     result = tokenize(
         _numbered(train, held, data.max_rows), _reader(data), tokenizer, _fit(data), staging / _TOKENS,
@@ -161,7 +161,7 @@ def _streamed(
     data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, cache: Path, share: Share,
     progress: Progress | None,
 ) -> PreparedData:  # fmt: skip
-    """Prepare the rows of the evaluation as always, and of the training only what reads them."""
+    """Prepare evaluation rows as usual, but for training rows only the stream that reads them."""
     sources = names_of(data.train)
     files = [line for name in sources for line in stated(name)]
     parts = [
@@ -195,7 +195,7 @@ def _fit(data: DataSettings) -> Fit:
 
 
 def _numbered(train: list[str], held: list[str], max_rows: int | None) -> Iterator[tuple[int, Row]]:
-    """Yield (source, row); the sources of the evaluation come after those of the training."""
+    """Yield (source index, row); evaluation sources follow the training sources."""
     rows = ((number, row) for number, name in enumerate(train) for row in read_source(name))
     yield from islice(rows, max_rows) if max_rows else rows
     for number, name in enumerate(held, start=len(train)):
@@ -206,10 +206,10 @@ def _numbered(train: list[str], held: list[str], max_rows: int | None) -> Iterat
 def _split(
     result: Tokenized, data: DataSettings, seed: int, num_train: int
 ) -> tuple[dict[str, np.ndarray], dict[str, Counts]]:
-    """Return the sequences of both parts and what became of their rows.
+    """Return the sequence indices of the training and evaluation parts, and the counts of their rows.
 
-    Held out are the sequences of ``data.eval``'s sources, or of ``eval_fraction`` of the distinct prompts, chosen by a
-    hash of (seed, prompt).
+    The evaluation part holds the sequences of the sources in ``data.eval``, or those of a share ``eval_fraction`` of
+    the distinct prompts, chosen by a hash of (seed, prompt).
     """
     sources = np.array(result.sources, dtype=np.int64)
     keys = np.array(result.keys, dtype=np.uint64)
@@ -253,14 +253,14 @@ def _require_allowed(data: DataSettings) -> None:
 
 
 def _function(data: DataSettings) -> Callable[[dict], dict] | None:
-    """Import a person's own row function, where they have allowed it."""
+    """Import the user's row function, which `_require_allowed` has checked; None if none is set."""
     if data.row_function is None:
         return None
     look_here_last()
     module, _, name = data.row_function.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except Exception as error:  # the user's module may raise anything when imported
         raise DataError(
             f"data.row_function: expected module:function, and {data.row_function}: {type(error).__name__}: {error}"
         ) from error

@@ -1,7 +1,7 @@
-"""One file -> its rows, each with its place in the file, of whatever size the file is.
+"""Reads a file of any size row by row, with each row's place in the file.
 
-Text is read line by line here and not by `datasets`, whose readers infer one schema for a whole file and name no
-line: a row of another shape must not fail its neighbours, and a bad one must be found.
+Text is read line by line here rather than by `datasets`, whose readers infer one schema for a whole file and do not
+report line numbers: a row with a different shape must not fail its neighbours, and a bad row must be easy to find.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 
 
 def kind_of(name: str) -> str | None:
-    """Return the kind of a file with that name, None if it is unknown."""
+    """Return the kind of a file by its name, or None if it is unknown."""
     path = Path(path_of(name))
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
     return KINDS.get(suffix)
 
 
 def read_file(name: str) -> Iterator[Row]:
-    """Yield the rows of a file or URL; a bad row has its problem instead of values.
+    """Yield the rows of a file or URL; a bad row has a problem instead of values.
 
     Raises:
-        DataError: if the file cannot be read at all, or no further.
+        DataError: if the file cannot be read, or not beyond some point.
     """
     try:
         yield from _rows(name)
     except DataError:
         raise
-    except Exception as error:  # every format and every compression has errors of its own
+    except Exception as error:  # each format and compression has its own exceptions
         raise DataError(f"data: {shown_source(name)} cannot be read: {typed_line(error)}") from error
 
 
@@ -72,7 +72,7 @@ def _rows(source: str) -> Iterator[Row]:
 
 
 def _require_content(file: Path) -> None:
-    """Refuse pointers of Git LFS and files in UTF-16."""
+    """Reject Git LFS pointers and files in UTF-16."""
     with file.open("rb") as stream:
         start = stream.read(64)
     if start.startswith(b"version https://git-lfs.github.com/"):

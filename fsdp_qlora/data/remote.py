@@ -1,4 +1,4 @@
-"""Files behind URLs: http and https through httpx, which `huggingface_hub` stands on, and all else through fsspec."""
+"""Files at URLs: http and https through httpx (a dependency of `huggingface_hub`), everything else through fsspec."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
     import httpx
 
 _WAIT_SECONDS = 60.0
-"""For an answer, and between two pieces of it."""
+"""Timeout for a response, and between two chunks of it."""
 _MARKS = ("etag", "last-modified", "content-length")
 
 
 def path_of(name: str) -> str:
-    """Return the part of a name whose ending says what kind of file it is: a URL without query and fragment."""
+    """Return the part of a name whose suffix gives the kind of file: a URL without query and fragment."""
     is_local = "://" not in name or name.startswith(("file://", "local://"))
     return name if is_local else name.partition("#")[0].partition("?")[0]
 
 
 def is_http(name: str) -> bool:
-    """Whether a name is a URL of the web."""
+    """Whether a name is an http or https URL."""
     return name.startswith(("http://", "https://"))
 
 
 @contextmanager
 def opened(name: str) -> Iterator[BinaryIO]:
-    """Open a file or a URL, decompressed, to be read from its start to its end.
+    """Open a file or URL for sequential reading, decompressed.
 
     Raises:
-        DataError: if a server does not give the file.
+        DataError: if a web server does not deliver the file.
     """
     import fsspec
     from fsspec.compression import compr
@@ -49,7 +49,8 @@ def opened(name: str) -> Iterator[BinaryIO]:
     compression = infer_compression(path_of(name))
     if not is_http(name):
         with cast(Any, fsspec.open(name, "rb", compression=compression)) as stream:
-            yield io.BufferedReader(stream, CHUNK)  # neither zstd's nor a remote file's own reads lines up to a limit
+            # Neither zstd's nor a remote file's own readline supports a limit.
+            yield io.BufferedReader(stream, CHUNK)
         return
     with _answer(name) as answer, io.BufferedReader(_Body(answer), CHUNK) as body:
         yield body if compression is None else io.BufferedReader(cast(Any, compr)[compression](body, mode="rb"), CHUNK)
@@ -57,7 +58,7 @@ def opened(name: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def seekable(stream: BinaryIO) -> Iterator[BinaryIO]:
-    """Give a stream in which one can go back: a copy in a temporary file, where it is none."""
+    """Yield a seekable stream: the stream itself, or else a copy in a temporary file."""
     if stream.seekable():
         yield stream
         return
@@ -68,10 +69,10 @@ def seekable(stream: BinaryIO) -> Iterator[BinaryIO]:
 
 
 def stamp(name: str) -> str:
-    """Return what changes when the content of a URL does, as far as its server tells.
+    """Return a string that changes with the content of a URL, as far as its server tells.
 
     Raises:
-        DataError: if it is not there.
+        DataError: if the URL cannot be read.
     """
     if is_http(name):
         with _answer(name) as answer:
@@ -82,7 +83,7 @@ def stamp(name: str) -> str:
     try:
         fs, path = fsspec.url_to_fs(name)
         return str(fs.ukey(path))
-    except Exception as error:  # every storage has errors of its own
+    except Exception as error:  # each storage has its own exceptions
         raise DataError(f"data: {shown_source(name)} cannot be read: {typed_line(error)}") from error
 
 
@@ -99,7 +100,7 @@ def _answer(name: str) -> Iterator[httpx.Response]:
             if answer.status_code != httpx.codes.OK:
                 raise DataError(f"data: {shown} cannot be read: the server answers {answer.status_code}.")
             yield answer
-    except (httpx.HTTPError, httpx.InvalidURL) as error:  # its text may hold the query
+    except (httpx.HTTPError, httpx.InvalidURL) as error:  # only its type: the text may contain the query
         raise DataError(f"data: {shown} cannot be read: {type(error).__name__}.") from error
 
 
@@ -111,13 +112,13 @@ def _from_netrc() -> httpx.NetRCAuth | None:
 
 
 class _Body(io.RawIOBase):
-    """The body of an answer as a file. One that ends too early is an error of httpx, not a short file."""
+    """A response body as a file. If it ends early, httpx raises, so it is never mistaken for a short file."""
 
     def __init__(self, answer: httpx.Response) -> None:
         self._pieces, self._left = answer.iter_bytes(CHUNK), memoryview(b"")
 
     def readable(self) -> bool:
-        """Say that it can be read."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:

@@ -1,4 +1,4 @@
-"""What the model will be shown: text with the parts that are learned."""
+"""Samples as the model sees them: text with the learned parts marked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fsdp_qlora.data.loader import TokenRows
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens that are all learned, or all not."""
+    """A run of consecutive tokens that are all learned or all not learned."""
 
     text: str
     learned: bool
@@ -20,7 +20,7 @@ class Segment:
 
 
 def segments(rows: TokenRows, number: int, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """Return row ``number`` as the model sees it."""
+    """Return row ``number`` split into learned and other segments."""
     ids, learned = rows.row(number)
     pairs = list(zip(learned.tolist(), ids.tolist(), strict=True))
     found = []

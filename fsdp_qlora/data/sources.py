@@ -1,4 +1,4 @@
-"""What `data.train` may name: files (local or remote, compressed or not), folders, globs and hub data sets."""
+"""The sources that `data.train` accepts: files (local or remote, also compressed), folders, globs, hub data sets."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 _HUB_SPLIT = "train"
 _GLOB = "*?["
 _MEDIA = {"Image", "Audio", "Video", "Pdf", "Nifti", "Mesh"}
-"""Features of `datasets` that need libraries of their own to be decoded."""
+"""Features of `datasets` that need extra libraries to decode."""
 
 
 def names_of(value: str | Iterable[str]) -> list[str]:
-    """Return one name or several as a list."""
+    """Return one or several names as a list."""
     return [value] if isinstance(value, str) else list(value)
 
 
 def is_file(name: str) -> bool:
-    """Whether a name means files (it is there, or looks like them) and not a hub data set."""
+    """Whether a name means files (it exists, or looks like a path) rather than a hub data set."""
     path = Path(name).expanduser()
     known = kind_of(name) is not None or any(c in name for c in _GLOB) or "://" in name
     return (
@@ -50,14 +50,14 @@ def is_file(name: str) -> bool:
 
 
 def _folder_split(name: str) -> tuple[Path, str] | None:
-    """Return folder and split of ``folder:split``; None where the name is none of that."""
+    """Return folder and split of ``folder:split``; None if the name is not of that form."""
     place, colon, split = name.rpartition(":")
     folder = Path(place).expanduser()
     return (folder, split) if colon and split and not Path(name).expanduser().exists() and folder.is_dir() else None
 
 
 def expand(name: str) -> list[str]:
-    """Return the files that a file's name, a folder, ``folder:split`` or a glob means; a hub name or a URL as it is.
+    """Return the files for a path, a folder, ``folder:split`` or a glob; hub names and URLs are returned unchanged.
 
     Raises:
         DataError: if there are none, or one is of an unknown kind.
@@ -80,9 +80,9 @@ def expand(name: str) -> list[str]:
 
 
 def not_read(names: Iterable[str]) -> list[str]:
-    """Return a line for each folder with files that could be data but are skipped by all of ``names``.
+    """Return a line for each folder with files that could be data but that none of ``names`` reads.
 
-    Links that lead out of a folder or a pattern's folder have lines of their own.
+    Links that lead out of a folder or a pattern's folder are listed in lines of their own.
     """
     every = list(names)
     local = [name for name in every if "://" not in name and is_file(name)]
@@ -106,7 +106,7 @@ def not_read(names: Iterable[str]) -> list[str]:
 def _line(place: Path | str, files: list[str], what: str, why: str) -> str:
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
     line = f"data: {place}: {what} {', '.join(files[:3])}{more} ({why})"
-    return visible(line).replace("\n", "\\n")  # whoever made the folder has chosen the names
+    return visible(line).replace("\n", "\\n")  # file names are untrusted
 
 
 def _links_away(name: str) -> list[Path]:
@@ -121,7 +121,7 @@ def _links_away(name: str) -> list[Path]:
 
 
 def _matches(pattern: Path) -> list[str]:
-    """Return the matching files, sorted. A pattern without a suffix selects the same files as a folder does."""
+    """Return the matching files, sorted; a pattern without a known suffix is filtered as a folder is."""
     found = _found(pattern)
     if not found:
         raise DataError(f"data: no file matches {pattern}.")
@@ -137,7 +137,7 @@ def _found(pattern: Path) -> list[Path]:
 
 
 def _fixed(pattern: Path) -> Path:
-    """Return the folders of a pattern that come before its first wildcard."""
+    """Return the leading folders of a pattern, up to its first wildcard."""
     fixed = Path()
     for part in pattern.parts[:-1]:
         if any(c in part for c in _GLOB):
@@ -153,10 +153,10 @@ def _embedded_hint(path: Path) -> str:
 
 
 def stated(name: str) -> list[str]:
-    """Return a source's files with their sizes: what tells streams apart without reading them.
+    """Return a source's files with their sizes, or remote `fingerprint`; identifies a stream without reading it.
 
     Raises:
-        DataError: if it is not there.
+        DataError: if the source does not exist.
     """
     return [
         f"{file} {Path(file).stat().st_size}" if "://" not in file and is_file(file) else fingerprint(file)
@@ -165,10 +165,10 @@ def stated(name: str) -> list[str]:
 
 
 def fingerprint(name: str) -> str:
-    """Return a line that changes when the content of a source does (as far as a remote one tells).
+    """Return a text that changes with the content of a source, as far as a server reports it; for the hub, its name.
 
     Raises:
-        DataError: if it is not there.
+        DataError: if the source does not exist.
     """
     lines = []
     for file in expand(name):
@@ -177,16 +177,16 @@ def fingerprint(name: str) -> str:
         elif "://" in file:
             lines.append(f"{kind_of(file)} {shown_source(file)} {stamp(file)}")
         else:
-            # The same bytes mean something else as another kind of file
+            # The kind is included because the same bytes mean something else in another kind of file.
             lines.append(f"{kind_of(file)} {file_sha256(Path(file))}")
     return "\n".join(lines)
 
 
 def read_source(name: str) -> Iterator[Row]:
-    """Yield the rows of a file, folder, glob, URL or hub data set, one after the other.
+    """Yield the rows of a file, folder, glob, URL or hub data set; a bad row is yielded with its problem.
 
     Raises:
-        DataError: if it is missing, empty or cannot be read at all. A single bad row is yielded with its problem.
+        DataError: if the source is missing, empty or unreadable.
     """
     for file in expand(name):
         if not is_file(file):
@@ -201,7 +201,7 @@ def read_source(name: str) -> Iterator[Row]:
 
 
 def hub_parts(name: str) -> tuple[str, str | None, str]:
-    """Return repository, configuration and split of ``owner/name``, ``owner/name/config`` and those with ``:split``."""
+    """Return repository, configuration and split of ``owner/name[/config][:split]``."""
     place, _, split = name.partition(":")
     owner, name, config = (*place.split("/", 2), "", "")[:3]
     return "/".join(part for part in (owner, name) if part), config or None, split or _HUB_SPLIT
@@ -228,12 +228,12 @@ def _hub(name: str) -> Iterator[Row]:
     repo, config, split = hub_parts(name)
     try:
         yield from streamed_rows(load_dataset(repo, config, split=split, streaming=True), name)
-    except Exception as error:  # `datasets`, the hub's client and every format have errors of their own
+    except Exception as error:  # `datasets`, the hub's client and each format have their own exceptions
         raise hub_refusal(name, error) from error
 
 
 def streamed_rows(rows: IterableDataset, name: str) -> Iterator[Row]:
-    """Yield the rows of a stream of `datasets`, without its images, audio and video."""
+    """Yield the rows of a `datasets` stream, without images, audio, video and other media."""
     media = {column: kind for column, kind in (rows.features or {}).items() if type(kind).__name__ in _MEDIA}
     for column, kind in media.items():
         rows = rows.cast_column(column, replace(kind, decode=False)).remove_columns(column)

@@ -1,15 +1,15 @@
 """Which characters of a rendered conversation are learned.
 
-An answer's span is what the template writes for it. To find it, the conversation is rendered a second time with a
-placeholder instead of the answer. What both texts share belongs to the template, what differs is the answer::
+An answer's span is the text that the template writes for it. To find it, the conversation is rendered a second time
+with a placeholder instead of the answer. Text shared by both belongs to the template; the difference is the answer::
 
     with the answer       ... <|im_start|>assistant⏎ <think>⏎six sevens⏎</think>⏎⏎42  <|im_end|>⏎
     with a placeholder    ... <|im_start|>assistant⏎ @@@@@@@@                         <|im_end|>⏎
                           shared                  the answer                       shared
 
-The span starts after the generation prompt if the text has it there, else at the first character that differs. It ends
-with the marker that the template puts after any answer. A template may strip the answer, open it with a prompt that the
-rows do not have, or use a marker that is not a special token.
+The span starts after the generation prompt if the text contains it at that place, else at the first character that
+differs. It ends with the marker that the template puts after any answer. A template may strip the answer, open it with
+a prompt that is not in the rows, or use a marker that is not a special token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fsdp_qlora.errors import DataError
 
 Span = tuple[int, int]
 
-_LENGTH = 8  # of the placeholder: some templates cut off a character or more
+_LENGTH = 8  # of the placeholder: some templates strip a character or more
 
 _ONLY_LAST = (
     "data.train_on=last learns only the last answer of each row; data.template=FILE sets a template that only appends"
@@ -30,19 +30,19 @@ _ONLY_LAST = (
 
 
 def learned_spans(conversation: Conversation, turns: list[int]) -> list[Span]:
-    """Return the characters of the conversation's text that are learned, for each of ``turns``, counted from 0.
+    """Return the learned span of the conversation's text for each of ``turns`` (indices of messages).
 
     Raises:
-        DataError: if an answer cannot be told from the rest, or its turn has no end.
+        DataError: if an answer cannot be located, or nothing marks the end of its turn.
     """
     return [_span(conversation, turn) for turn in turns]
 
 
 def require_end(conversation: Conversation, turn: int) -> None:
-    """Refuse a template that writes nothing after the answer ``turn``.
+    """Reject a template that writes nothing after the answer ``turn``.
 
     Raises:
-        DataError: if it does. An answer that cannot be located is not an error here.
+        DataError: if it writes nothing. An answer that cannot be located is not an error here.
     """
     try:
         answer = _find(conversation, turn, conversation.up_to(turn), [])
@@ -61,13 +61,13 @@ def _endless(turn: int) -> DataError:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer's place in a text: ``start`` is where generation would start, ``words`` what the template wrote."""
+    """An answer's place in a text: ``start`` is where generation would start, ``words`` the span of the answer."""
 
     text: str
     start: int
     words: Span
     ends: list[int]
-    """Candidates for the end of the turn, the last one first."""
+    """Candidates for the end of the turn, last one first."""
 
 
 def _span(conversation: Conversation, turn: int) -> Span:
@@ -84,10 +84,10 @@ def _span(conversation: Conversation, turn: int) -> Span:
 
 
 def _continued(conversation: Conversation, turn: int, alone: _Answer) -> str:
-    """Return the text with something after the turn, to see which of several markers end the turn.
+    """Return the text with a message after the turn, to see which of several markers end the turn.
 
-    At the end of a conversation, the last marker may end the conversation instead. With a single marker there is no
-    question, and the conversation's own text is returned.
+    After the last turn, the last marker may end the conversation rather than the turn. With a single marker there is no
+    ambiguity, and the conversation's own text is returned.
     """
     if turn < len(conversation.messages) - 1 or len(alone.ends) == 1:
         return conversation.text
@@ -98,7 +98,7 @@ def _continued(conversation: Conversation, turn: int, alone: _Answer) -> str:
 
 
 def _within(conversation: Conversation, turn: int, alone: _Answer) -> Span:
-    """Return the span of an answer that is written differently, or ended differently, when turns follow it."""
+    """Return the span of an answer that the template writes or ends differently when turns follow it."""
     text = conversation.text
     if not text.startswith(alone.text[: _starts_at(conversation, turn, alone)]):
         raise DataError(
@@ -122,7 +122,7 @@ def _within(conversation: Conversation, turn: int, alone: _Answer) -> Span:
 
 
 def _starts_at(conversation: Conversation, turn: int, alone: _Answer) -> int:
-    """Return where the message ``turn`` starts in the text that ends with it."""
+    """Return where message ``turn`` starts in the text that ends with it."""
     try:
         before = conversation.render(conversation.messages[:turn]) if turn else ""
     except DataError:
@@ -131,9 +131,9 @@ def _starts_at(conversation: Conversation, turn: int, alone: _Answer) -> int:
 
 
 def _find(conversation: Conversation, turn: int, text: str, later: list[Message]) -> _Answer:
-    """Return where ``text`` holds the answer ``turn``, with the messages ``later`` after it."""
+    """Locate the answer ``turn`` in ``text``, which has the messages ``later`` after it."""
     before = conversation.messages[:turn]
-    mark = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in text)  # for private use
+    mark = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in text)  # Unicode's private use area
     try:
         other = conversation.render([*before, {"role": "assistant", "content": mark * _LENGTH}, *later])
     except DataError as error:
@@ -165,7 +165,7 @@ def _speaks_from(conversation: Conversation, turn: int, text: str, start: int) -
         if prompt != conversation.render(before):
             return len(prompt)
     except DataError:
-        return start  # a template may refuse a conversation that ends here
+        return start  # a template may reject a conversation that ends here
     # Without a generation prompt, a header before the answer ("ASSISTANT:") is not learned, but a space is.
     return start if text[len(prompt) : start].strip() else len(prompt)
 
@@ -173,8 +173,8 @@ def _speaks_from(conversation: Conversation, turn: int, text: str, start: int) -
 def _ends(text: str, words: Span, tail: str, template: ChatTemplate) -> list[int]:
     """Return candidates for the end of the turn; ``tail`` is what the template writes after any answer.
 
-    The marker is the first special token of the tail, with some or all of those that directly follow it; without
-    special tokens it is the whole tail, except for trailing whitespace.
+    The turn ends after the first special token of the tail, or after one of those directly following it. Without
+    special tokens, it ends after the whole tail, excluding trailing white space.
     """
     start, stop = words
     if text.endswith(tail) and tail.strip():
@@ -184,16 +184,16 @@ def _ends(text: str, words: Span, tail: str, template: ChatTemplate) -> list[int
                 break
             ends.append(token.end())
         return [stop + end for end in reversed(ends or [len(tail.rstrip())])]
-    whole = text.rstrip()  # tool calls may end with another token, and an answer may contain its own end
+    whole = text.rstrip()  # tool calls may end with another token, and an answer may contain its own end marker
     return [len(whole)] if len(whole) > start and template.ends_with_special_token(whole) else []
 
 
 def _shared_start(one: str, other: str) -> int:
-    """Return how many characters two texts have in common at their start."""
+    """Return the length of the common prefix of two texts."""
     if one.startswith(other):
         return len(other)
     low, high = 0, min(len(one), len(other))
-    while low < high:  # one[:low] is shared
+    while low < high:  # binary search; invariant: the first `low` characters are equal
         middle = (low + high + 1) // 2
         if one.startswith(other[low:middle], low):
             low = middle

@@ -1,9 +1,9 @@
-"""Training rows straight from their sources, for what does not fit the disk: nothing is kept, nothing counted before.
+"""Streams training rows from their sources, for data that does not fit on disk: nothing is stored or counted ahead.
 
-Position ``p`` counts rows as the sources give them, pass after pass. Rows ``[w * W, (w + 1) * W)`` are window ``w`` and
-come in a permutation that depends on (seed, w) alone, so the order is the same on any number of ranks, and a resume
-reads up to its position without tokenizing. Every rank reads the sources and tokenizes whole global batches: all must
-agree on how they are cut.
+Position ``p`` counts rows in the order of the sources, pass after pass. Rows ``[w * W, (w + 1) * W)`` form window
+``w``, shuffled by a permutation that depends only on (seed, w). So the order is the same on any number of ranks, and a
+resume reads up to its position without tokenizing. Every rank reads the sources and tokenizes whole global batches,
+because all ranks must cut them in the same way.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Numbered = tuple[int, Row]
-"""A row and the number of its source."""
+"""The index of a row's source, and the row."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What is read, in which shares, and how rows become tokens."""
+    """The sources to read, their shares, and how to tokenize their rows."""
 
     sources: list[str]
     weights: Sequence[float] | None
-    """Shares of the sources; None reads one after the other."""
+    """Shares of the sources; None reads one source after the other."""
     window: int
-    """Rows that are shuffled together."""
+    """Number of rows that are shuffled together."""
     seed: int
     read: ReadRow
     tokenizer: PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ class Stream:
     skip_bad: bool
 
     def rows(self) -> Iterator[Numbered]:
-        """Yield rows without end: a source that is through starts anew."""
+        """Yield rows forever; an exhausted source starts again."""
         if self.weights is None:
             while True:
                 for number in range(len(self.sources)):
@@ -53,7 +53,7 @@ class Stream:
         weights = np.array(self.weights, dtype=np.float64) / sum(self.weights)
         taken = np.zeros(len(weights), dtype=np.int64)
         own = [self._forever(number) for number in range(len(weights))]
-        while True:  # the one that is furthest behind its share: exact to one row at any position
+        while True:  # take the source furthest behind its share: exact to one row at any position
             number = int(np.argmax(weights * (taken.sum() + 1) - taken))
             taken[number] += 1
             yield next(own[number])
@@ -67,10 +67,10 @@ class Stream:
             yield from self._source(number)
 
     def tokenize(self, rows: Sequence[Numbered], bad: Callable[[str, DataError], None] | None = None) -> TokenRows:
-        """Return what there is to learn from ``rows``; ``bad`` takes those that are passed over.
+        """Tokenize ``rows``, keeping those with something to learn; ``bad`` receives the bad rows that are skipped.
 
         Raises:
-            DataError: naming file and line of a bad row, unless they are passed over.
+            DataError: for a bad row unless ``skip_bad``, naming its file and line.
         """
         from datasets import Dataset
 
@@ -90,7 +90,7 @@ class Stream:
 
 
 class StreamLoader:
-    """Global batches of a stream, this rank's part of each; the state is the position alone, as `Loader`'s."""
+    """Builds this rank's part of each global batch of a stream; as in `Loader`, the position is the whole state."""
 
     def __init__(
         self, stream: Stream, global_batch_size: int, cut: Cut, lay_out: Callable[[TokenRows], Rows],
@@ -99,7 +99,7 @@ class StreamLoader:
         self.stream, self.global_batch_size, self.cut, self.lay_out = stream, global_batch_size, cut, lay_out
         self._bad = bad
         self._rows = stream.rows()
-        self._next = 0  # window that `_rows` is about to give
+        self._next = 0  # index of the window that `_rows` yields next
         self._window = lru_cache(maxsize=2)(self._read)
 
     def _read(self, number: int) -> list[Numbered]:
@@ -107,7 +107,7 @@ class StreamLoader:
         if number < self._next:
             self._rows, self._next = self.stream.rows(), 0
         for _ in islice(self._rows, (number - self._next) * size):
-            pass  # passed over: a resume, or a step back
+            pass  # skip to the window, after a resume or a step back
         self._next = number + 1
         rows = list(islice(self._rows, size))
         order = np.random.Generator(np.random.PCG64([self.stream.seed, number])).permutation(size)
@@ -119,7 +119,7 @@ class StreamLoader:
         return [self._window(p // size)[p % size] for p in range(position, position + self.global_batch_size)]
 
     def batch_at(self, position: int, limit: int | None = None) -> Batch:
-        """Return the global batch that starts at ``position``; rows with nothing to learn are left out of it."""
+        """Return this rank's part of the global batch at ``position``; rows with nothing to learn are dropped."""
         assert limit is None, "a stream has no last row"
         chosen = self.rows_at(position)
         rows = self.lay_out(self.stream.tokenize(chosen, self._bad))

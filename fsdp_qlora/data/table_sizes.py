@@ -1,7 +1,7 @@
-"""What tables hold once they are unfolded, found before memory is taken for it.
+"""Estimates the expanded size of tables before memory is allocated for it.
 
-A small file can stand for values of any size: compressed buffers, a dictionary whose one long entry every row names,
-lists of nulls, which take no bytes at all.
+A small file can expand to values of any size: compressed buffers, a dictionary whose one long entry is referenced by
+every row, or lists of nulls, which take no bytes at all.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_BATCH = 2**31
-"""Bytes of a record batch, decompressed: more than a column of text can have in Arrow."""
+"""Limit on the decompressed size of a record batch in bytes; a column of text cannot exceed it in Arrow."""
 _POINTER = 8
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3  # `MessageHeader` of Arrow's Message.fbs
 
 
 def weight(array: Any) -> int:  # noqa: PLR0911  (a line for each kind of column)
-    """Return what the values of an array take as Python objects, at least: each as often as it is named."""
+    """Estimate the bytes of an array's values as Python objects; a shared value counts once per reference."""
     import pyarrow as pa
 
     kind, size = array.type, _POINTER * len(array)
@@ -43,7 +43,7 @@ def weight(array: Any) -> int:  # noqa: PLR0911  (a line for each kind of column
     if pa.types.is_map(kind):
         start, stop = array.offsets[0].as_py(), array.offsets[-1].as_py()
         return size + sum(weight(part.slice(start, stop - start)) for part in (array.keys, array.items))
-    if isinstance(kind, pa.ListViewType | pa.LargeListViewType):  # views may overlap: to flatten them can unfold them
+    if isinstance(kind, pa.ListViewType | pa.LargeListViewType):  # views may overlap: flattening would expand them
         return size + sum(weight(item.values) for item in array if item.is_valid)
     if isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
         return size + weight(array.flatten())
@@ -64,7 +64,7 @@ def _of_dictionary(array: pa.DictionaryArray) -> int:
     if pa.types.is_primitive(kind):
         return 0
     if not _is_text(kind):
-        return len(array) * weight(array.dictionary)  # more than it is, so that rows are read one by one
+        return len(array) * weight(array.dictionary)  # an overestimate, so that fewer rows are converted at once
     return _lengths(array.dictionary).take(array.indices).sum().as_py() or 0
 
 
@@ -75,19 +75,20 @@ def _lengths(texts: pa.Array) -> Any:
 
 
 def _of_views(array: Any) -> int:
-    """A view is 16 bytes, of which the first four are the length."""
+    """Return the bytes of an array of views: a view has 16 bytes, and the first four are the length."""
     views = np.frombuffer(array.buffers()[1] or b"", dtype=np.int32).reshape(-1, 4)
     lengths = views[array.offset : array.offset + len(array), 0]
     return int(lengths[np.asarray(array.is_valid())].sum(dtype=np.int64))
 
 
 def require_unfoldable(name: str, source: pa.NativeFile) -> None:
-    """Compare the sizes that the batches of an Arrow stream will have with `MAX_BATCH`, by their headers alone.
+    """Check the decompressed sizes of an Arrow stream's batches against `MAX_BATCH` without decompressing them.
 
-    ``source`` is read from where it is.
+    Reads the headers and the length prefix of each compressed buffer; uncompressed batches are no larger than in the
+    file, and pass. ``source`` is read from its current position.
 
     Raises:
-        DataError: naming the batch.
+        DataError: if a batch, or all dictionaries together, would be larger, naming the batch.
     """
     number, dictionaries = 0, 0
     while (found := _next_message(source)) is not None:
@@ -106,7 +107,7 @@ def require_unfoldable(name: str, source: pa.NativeFile) -> None:
 
 
 def _next_message(source: pa.NativeFile) -> tuple[bytes, int, int] | None:
-    """Return a message's header, and length and place of its body; None at the end."""
+    """Return a message's header and the length and position of its body; None at the end."""
     size = source.read(4)
     if size == b"\xff\xff\xff\xff":
         size = source.read(4)
@@ -121,7 +122,7 @@ def _next_message(source: pa.NativeFile) -> tuple[bytes, int, int] | None:
 
 
 def _sizes(header: bytes, source: pa.NativeFile, start: int) -> tuple[int, list[int]]:
-    """Return the kind of a message, and the sizes of its buffers once they are decompressed."""
+    """Return the kind of a message and the decompressed sizes of its buffers; none if they are not compressed."""
     root = _root(header)
     at = _field(header, root, 1)
     kind = header[at] if at else 0
@@ -131,7 +132,7 @@ def _sizes(header: bytes, source: pa.NativeFile, start: int) -> tuple[int, list[
     if kind == _DICTIONARY_BATCH:
         batch = _follow(header, _field(header, batch, 1))
     vector = _field(header, batch, 2)
-    if not (vector and _field(header, batch, 3)):  # no buffers, or not compressed: as large as in the file
+    if not (vector and _field(header, batch, 3)):  # no buffers, or not compressed: no larger than in the file
         return kind, []
     vector = _follow(header, vector)
     sizes = []
@@ -139,7 +140,7 @@ def _sizes(header: bytes, source: pa.NativeFile, start: int) -> tuple[int, list[
         offset, length = struct.unpack_from("<qq", header, vector + 4 + 16 * number)
         if length >= 8:
             source.seek(start + offset)
-            sizes.append(max(length, struct.unpack("<q", source.read(8))[0]))  # -1: stored as it is
+            sizes.append(max(length, struct.unpack("<q", source.read(8))[0]))  # -1: stored uncompressed
     return kind, sizes
 
 
@@ -152,7 +153,7 @@ def _follow(header: bytes, at: int) -> int:
 
 
 def _field(header: bytes, table: int, number: int) -> int:
-    """Return where a field of a flatbuffer's table is; 0 where it is left out."""
+    """Return the position of a field in a FlatBuffers table; 0 if the field is absent."""
     about = table - struct.unpack_from("<i", header, table)[0]
     if 4 + 2 * number >= struct.unpack_from("<H", header, about)[0]:
         return 0
@@ -161,5 +162,5 @@ def _field(header: bytes, table: int, number: int) -> int:
 
 
 def rows_at_once(group_bytes: int, most: int = 1024) -> int:
-    """Return how many rows of a Parquet row group to decode at once: a dictionary's entry may be in each of them."""
+    """Return how many rows of a Parquet row group to decode at once; each may contain the whole of a dictionary."""
     return max(1, min(most, 4 * MAX_ROW // max(1, group_bytes)))

@@ -1,8 +1,8 @@
-"""Rows of Parquet and Arrow files, as they were before they became a table.
+"""Rows of Parquet and Arrow files, restored to their form before they were stored in a table.
 
 All rows of a column share one type. An object therefore gets the keys of all other rows, as nulls, and values without a
-common type are stored as JSON. Both are undone here. Cells are converted one by one, when they are read: a cell that
-cannot be converted makes its row a bad row, and a column that nobody reads cannot fail.
+common type are stored as JSON. Both are undone here. Cells are converted only when they are read: a cell that cannot be
+converted makes its row a bad row, and a column that nobody reads cannot fail.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Convert = Callable[[Any], Any]
 
 
 class _Batch:
-    """The columns of a record batch as Python objects, each converted when it is first asked for."""
+    """The columns of a record batch as Python objects, each converted on first access."""
 
     def __init__(self, batch: pa.RecordBatch, too_long: bool = False) -> None:
         self._batch, self._too_long = batch, too_long
@@ -44,7 +44,7 @@ class _Batch:
         try:
             value = cells[number] if isinstance(cells, list) else cells[number].as_py()
             return value if convert is None or value is None else convert(value)
-        except Exception as error:  # depends on the type: dates out of range, text that is not UTF-8
+        except Exception as error:  # depends on the type: dates out of range, invalid UTF-8
             raise DataError(f"the column {column!r} cannot be read: {typed_line(error)}") from error
 
     def _converted(self, column: str) -> tuple[Any, Convert | None]:
@@ -56,17 +56,17 @@ class _Batch:
             raise DataError(f"the column {column!r} {TOO_LONG}")
         try:
             return cells.to_pylist(), null_dropper(cells.type)
-        except Exception:  # some cell cannot be converted: find out which, one by one
+        except Exception:  # some cell cannot be converted: convert them one by one to find it
             return cells, null_dropper(cells.type)
 
 
 class TableRow(Mapping[str, Any]):
-    """One row of a table; raises DataError for a cell that cannot be converted."""
+    """One row of a table; accessing a cell that cannot be converted raises `DataError`."""
 
     def __init__(self, batch: _Batch, number: int, size: int) -> None:
         self._batch, self._number = batch, number
         self.size = size
-        """Bytes that it takes in memory, roughly."""
+        """Approximate size in memory in bytes."""
 
     def __getitem__(self, column: str) -> Any:
         return self._batch.cell(column, self._number)
@@ -93,12 +93,12 @@ def table_rows(kind: str, name: str, stream: BinaryIO, file: Path | None) -> Ite
 
     Args:
         kind: ``parquet`` or ``arrow``.
-        name: what the file is called in messages.
+        name: the file's name in messages.
         stream: its content, decompressed.
-        file: the file itself, where that is the content; it is then not read at once but mapped.
+        file: the local, uncompressed file, which is memory-mapped instead of read; else None. Used for Arrow.
 
     Raises:
-        DataError: if a batch of rows would not fit into memory.
+        DataError: if an Arrow record batch, or an Arrow stream that must be read whole, is larger than `MAX_BATCH`.
     """
     for record_batch in _parquet(stream) if kind == "parquet" else _arrow(name, stream, file):
         for piece, size in _pieces(record_batch):
@@ -108,7 +108,7 @@ def table_rows(kind: str, name: str, stream: BinaryIO, file: Path | None) -> Ite
 
 
 def _pieces(batch: pa.RecordBatch) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """Cut a batch into pieces of at most `MAX_ROW` bytes, or one row; yield each with its bytes."""
+    """Split a batch into pieces of at most `MAX_ROW` bytes, or one row; yield each with its size."""
     size = sum(map(weight, batch.columns))
     if size <= MAX_ROW or batch.num_rows <= 1:
         if batch.num_rows:
@@ -141,7 +141,7 @@ def _arrow(name: str, stream: BinaryIO, file: Path | None) -> Iterator[pa.Record
                 "or compressed as a whole; fetch or decompress it."
             )
         source = pa.BufferReader(data)
-    start = 8 if source.read(6) == b"ARROW1" else 0  # a file is a stream with something before and behind it
+    start = 8 if source.read(6) == b"ARROW1" else 0  # the file format is a stream between a magic and a footer
     source.seek(start)
     require_unfoldable(name, source)
     source.seek(start)
@@ -156,9 +156,9 @@ def without_nulls(value: Any) -> Any:
 
 
 def null_dropper(kind: pa.DataType, decode: bool = True) -> Convert | None:
-    """Return a function that drops null keys from values of a type; None if it has none.
+    """Return a function that drops null keys from values of a type; None if the type has no keys.
 
-    Nulls inside JSON are kept: they were written. With ``decode``, JSON is still text and is decoded.
+    Nulls inside JSON are kept, because they were written explicitly. With ``decode``, JSON is decoded from text.
     """
     import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""Conversations -> text, by the tokenizer's own chat template."""
+"""Conversations -> text, with the tokenizer's own chat template."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class ChatTemplate:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Equal for templates that render alike."""
+        """A key that is equal only for the same tokenizer object with unchanged template and special tokens."""
         named = sorted((name, str(token)) for name, token in self._tokenizer.special_tokens_map.items())
         return id(self._tokenizer), self.source, self._special_tokens, named
 
     @property
     def beginning(self) -> str:
-        """The first characters of it, to name it by."""
+        """The first characters of the template, to identify it in messages."""
         return " ".join(str(self.source)[:200].split())[:60]
 
     def ends_with_special_token(self, text: str) -> bool:
-        """Whether a special token is the end of ``text``."""
+        """Whether ``text`` ends with a special token."""
         return text.endswith(self._special_tokens)
 
     def generation_prompt(self, example: Example) -> str:
@@ -55,10 +55,11 @@ class ChatTemplate:
         return prompt.removeprefix(text) if prompt.startswith(text) else ""
 
     def settled(self, example: Example) -> Conversation:
-        """Return the conversation in this template's form: arguments of tool calls as objects, or encoded as JSON.
+        """Return the conversation as this template expects it: arguments of tool calls as objects or as JSON.
 
         Raises:
-            DataError: if there is no template, it refuses the conversation, or a message has a key that it ignores.
+            DataError: if there is no template, it rejects the conversation, or it does not write a message's key or
+                content that is meant for the model.
         """
         if not self._tokenizer.chat_template:
             raise DataError(
@@ -78,22 +79,22 @@ class ChatTemplate:
         except DataError:
             if encoded.messages == conversation.messages or not encoded.renders():
                 raise
-            return encoded  # a template that appends the arguments to a text
+            return encoded  # the template concatenates the arguments with text, so they must be strings
         printed = (str(value) for message in conversation.messages for value in _arguments(message))
         return encoded if any(value in text for value in printed) else conversation  # {'a': 1} is Python, not JSON
 
     def render(self, messages: Sequence[Message], example: Example, prompt: bool = False) -> str:
-        """Return the text of ``messages``, with the generation prompt behind it if ``prompt``.
+        """Return the text of ``messages``, followed by the generation prompt if ``prompt`` is true.
 
         Raises:
-            DataError: if the template refuses them.
+            DataError: if the template rejects the messages or its text is too long or not valid Unicode.
         """
         settings = {} if example.tools is None else {"tools": example.tools}
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=prompt, **settings, **example.settings
             )
-        except Exception as error:  # a template is a program: whatever it raises is about this row
+        except Exception as error:  # a template is a program and may raise anything; blame the row
             raise DataError(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from error
         assert isinstance(text, str)
         if len(text) > MAX_ROW:
@@ -105,7 +106,7 @@ class ChatTemplate:
 
 
 class Conversation:
-    """The messages of an example as a template takes them."""
+    """The messages of an example in the form that the template expects."""
 
     def __init__(self, template: ChatTemplate, example: Example, messages: list[Message]) -> None:
         self.template, self.example, self.messages = template, example, messages
@@ -113,35 +114,35 @@ class Conversation:
 
     @property
     def text(self) -> str:
-        """What the template makes of all messages."""
+        """The rendered text of all messages."""
         if self._text is None:
             self._text = self.render(self.messages)
         return self._text
 
     def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        """Return the text of other messages with the example's tools and settings.
+        """Render other messages with the example's tools and settings.
 
         Raises:
-            DataError: if the template refuses them.
+            DataError: as for `ChatTemplate.render`.
         """
         return self.template.render(messages, self.example, prompt)
 
     def renders(self) -> bool:
-        """Whether the template takes it."""
+        """Whether the template accepts the conversation and renders any text."""
         try:
             return bool(self.text)
         except DataError:
             return False
 
     def up_to(self, turn: int) -> str:
-        """Return the text of the messages up to and including ``turn``, counted from 0."""
+        """Return the text of the messages up to and including index ``turn``."""
         return self.text if turn == len(self.messages) - 1 else self.render(self.messages[: turn + 1])
 
     def require_written(self) -> None:
-        """Refuse messages with content for the model that the template does not write.
+        """Check that the template writes everything in the messages that is meant for the model.
 
         Raises:
-            DataError: naming message and key.
+            DataError: if it does not, naming the message and the key.
         """
         for turn, message in enumerate(self.messages):
             keys = payload_of(message)
@@ -159,7 +160,7 @@ class Conversation:
                     )
 
     def _is_written(self, turn: int, key: str) -> bool:
-        """Whether the text changes without the key, with the message as the last one or with all that follow."""
+        """Whether removing the key changes the text, with the message as the last one or with all later ones."""
         message = {name: value for name, value in self.messages[turn].items() if name != key}
         message.setdefault("content", "")
         for end in {turn + 1, len(self.messages)}:
@@ -167,24 +168,24 @@ class Conversation:
             try:
                 text = self.text if end == len(self.messages) else self.render([*before, self.messages[turn]])
             except DataError:
-                continue  # some templates take no conversation that ends with a question to a tool
+                continue  # some templates reject a conversation that ends with a tool call
             try:
                 if self.render([*before, message, *after]) != text:
                     return True
             except DataError:
-                return True  # it needs the key
+                return True  # the template needs the key
         return False
 
 
 def _arguments(message: Message) -> list[Mapping[str, Any]]:
-    """Return the arguments of a message's calls that are objects with something in them."""
+    """Return the arguments of a message's calls that are non-empty objects."""
     calls = [call for key in _CALLS for call in _listed(message.get(key)) if isinstance(call, Mapping)]
     calls = [call["function"] if isinstance(call.get("function"), Mapping) else call for call in calls]
     return [arguments for call in calls if isinstance(arguments := call.get("arguments"), Mapping) and arguments]
 
 
 def _encoded(message: Message) -> Message:
-    """Return a message with the arguments of its calls as JSON."""
+    """Return a message with the arguments of its calls encoded as JSON."""
     return {key: _encoded_calls(value) if key in _CALLS else value for key, value in message.items()}
 
 

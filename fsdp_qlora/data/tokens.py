@@ -1,4 +1,4 @@
-"""Rows -> an Arrow file of token ids, with what became of each row counted and what was wrong with it listed."""
+"""Rows -> an Arrow file of token ids, with counts of what happened to the rows and a list of bad ones."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from fsdp_qlora.data.lines import Row
 from fsdp_qlora.errors import DataError
 
 _BATCH, _BATCH_BYTES = 512, 2**24
-"""Rows that are tokenized together, at most, and bytes of them after which no other one is added."""
+"""A batch to tokenize is complete when it has this many rows, or at least this many bytes."""
 MOST_LISTED = 100_000
-"""Bad rows that are listed; a compressed file of some megabytes can hold billions."""
+"""Maximum number of bad rows to list; a compressed file of a few megabytes can contain billions."""
 _LONGEST_PROBLEM = 2000
 ReadRow = Callable[[Row], Example]
 
 
 @dataclass
 class Counts:
-    """What became of the rows of one part."""
+    """What happened to the rows of one part (training or evaluation)."""
 
     rows: int = 0
-    """Rows read, bad ones not counted."""
+    """Rows read, excluding bad ones."""
     kept: int = 0
-    """Sequences to learn from."""
+    """Sequences kept for training or evaluation."""
     truncated: int = 0
     dropped_long: int = 0
     dropped_unsupervised: int = 0
     duplicates: int = 0
-    """Rows with the same tokens as an earlier one (they are kept)."""
+    """Rows with the same tokens as an earlier row; they are kept."""
     tokens: int = 0
     target_tokens: int = 0
 
     def add(self, other: Counts) -> None:
-        """Add another's numbers."""
+        """Add the counts of ``other``."""
         for f in fields(self):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How long a sequence may be, and what happens to a longer one."""
+    """Maximum length of a sequence, how to truncate longer rows, and what the loss covers."""
 
     max_length: int
     truncation: str
@@ -59,16 +59,16 @@ class Fit:
 
 @dataclass
 class Tokenized:
-    """What `tokenize` has written: the sequences' owners, and counts by prompt."""
+    """What `tokenize` has written: each sequence's prompt and source, and counts by prompt."""
 
     keys: list[int]
     """For each sequence, the hash of its row's prompt."""
     sources: list[int]
-    """For each sequence, the number of its source."""
+    """For each sequence, the index of its source."""
     tallies: dict[tuple[int, int], Counts]
-    """(hash of a prompt, source) -> what became of the rows with it."""
+    """(hash of the prompt, source) -> counts of the rows with that prompt."""
     bad: int = 0
-    """Rows that were passed over."""
+    """Number of skipped bad rows."""
 
 
 def tokenize(
@@ -83,10 +83,10 @@ def tokenize(
 ) -> Tokenized:
     """Write an Arrow stream with ``input_ids`` (int32), ``learned`` (bool) and ``source`` (int32).
 
-    ``bad_rows`` gets a line of JSON, ``where`` and ``problem``, for each row that is passed over, up to `MOST_LISTED`.
+    For each skipped row, up to `MOST_LISTED`, a line of JSON with ``where`` and ``problem`` is written to ``bad_rows``.
 
     Raises:
-        DataError: naming file and line of the first bad row, unless ``skip_bad``.
+        DataError: for the first bad row unless ``skip_bad``, naming its file and line; or if the tokenizer is not fast.
     """
     import pyarrow as pa
 
@@ -98,7 +98,7 @@ def tokenize(
     done = 0
     with (
         _all_cores(), pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer,
-        bad_rows.open("w", encoding="ascii") as listed,  # whatever the locale is
+        bad_rows.open("w", encoding="ascii") as listed,  # independent of the locale
     ):  # fmt: skip
         while batch := _next_batch(rows):
             pieces: list[tuple[Encoded, int]] = []
@@ -132,10 +132,10 @@ def tokenize(
 def encoded_rows(
     batch: list[tuple[int, Row]], read: ReadRow, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
 ) -> Iterator[tuple[int, str, int, Encoded | DataError]]:
-    """Yield (source, where, hash of the prompt, tokens or what is wrong) of each row, in order.
+    """Yield (source, place, hash of the prompt, tokens or error) for each row, in order.
 
     Raises:
-        DataError: if the chat template does not end: no other row would fare better, so none is passed over.
+        DataError: if the chat template does not terminate: other rows would fail too, so the row is not skipped.
     """
     examples: list[Example | DataError] = []
     for _, row in batch:
@@ -168,7 +168,7 @@ def _next_batch(rows: Iterator[tuple[int, Row]]) -> list[tuple[int, Row]]:
 
 def _pass_over(where: str, error: DataError, skip_bad: bool, listed: TextIO | None) -> None:
     problem = str(error)
-    if len(problem) > _LONGEST_PROBLEM:  # it may quote the row
+    if len(problem) > _LONGEST_PROBLEM:  # the message may quote the row
         problem = f"{problem[:_LONGEST_PROBLEM]} ..."
     if not skip_bad:
         raise DataError(
@@ -179,7 +179,7 @@ def _pass_over(where: str, error: DataError, skip_bad: bool, listed: TextIO | No
 
 
 class _Renamed(Mapping[str, Any]):
-    """A row whose columns have the names of a format; cells are read only when they are asked for."""
+    """A row with its columns renamed to those of a format; cells are read only on access."""
 
     def __init__(self, values: Mapping[str, Any], columns: dict[str, str]) -> None:
         self._values, self._columns = values, columns
@@ -200,9 +200,9 @@ def reader(
     convert: Callable[[dict], dict] | None,
     ignored: frozenset[str] = frozenset(),
 ) -> ReadRow:
-    """Return what turns a row of a file into an `Example`: with columns renamed and a user's function run.
+    """Return a function that renames a row's columns, runs the user's function on it and reads it as an `Example`.
 
-    ``ignored`` are keys of messages to leave out.
+    ``ignored`` are message keys to drop.
     """
 
     def read(row: Row) -> Example:
@@ -218,7 +218,7 @@ def reader(
             values = dict(values)
             try:
                 values = convert(values)
-            except Exception as error:  # a user's code: whatever it raises is about this row
+            except Exception as error:  # the user's code may raise anything; blame the row
                 raise DataError(f"data.row_function: {type(error).__name__}: {error}") from error
         return read_row(values, row_format, ignored)
 
@@ -226,7 +226,7 @@ def reader(
 
 
 def fit_row(encoded: Encoded, fit: Fit, tally: Counts) -> Iterator[Encoded]:
-    """Apply the truncation policy to one row; yield what is worth learning."""
+    """Apply the truncation policy to one row; yield the sequences with supervised tokens and count in ``tally``."""
     ids, learned = encoded
     limit = fit.max_length
     pieces = [encoded]
@@ -242,7 +242,7 @@ def fit_row(encoded: Encoded, fit: Fit, tally: Counts) -> Iterator[Encoded]:
         else:
             pieces = [(ids[i : i + limit], learned[i : i + limit]) for i in range(0, len(ids), limit)]
     for piece in pieces:
-        targets = int(piece[1][1:].sum())  # the first token of a sequence is predicted by nothing
+        targets = int(piece[1][1:].sum())  # nothing predicts the first token of a sequence
         if targets == 0:
             tally.dropped_unsupervised += 1
             continue
@@ -254,7 +254,7 @@ def fit_row(encoded: Encoded, fit: Fit, tally: Counts) -> Iterator[Encoded]:
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """Let the tokenizer use every core; it is off elsewhere, where ranks share the machine."""
+    """Let the tokenizer use all cores; elsewhere its parallelism is off, because ranks share the machine."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:

@@ -1,7 +1,8 @@
-"""The tokens of a long text, made window by window: a tokenizer needs some 200 times a text's size in memory.
+"""Tokenizes a long text window by window: a tokenizer needs some 200 times a text's size in memory.
 
-The tokens are those of the whole text. Two windows overlap, and are joined in the middle of a stretch in which both
-have the same tokens. Near its ends a window may have others: a space that is put before a text, a word that is cut.
+The result equals the tokens of the whole text. Neighbouring windows overlap and are joined in the middle of a stretch
+in which both have the same tokens. Near its ends a window's tokens may differ: a space prepended to the text, or a word
+cut in two.
 
 ::
 
@@ -20,33 +21,33 @@ import numpy as np
 from fsdp_qlora.errors import DataError
 
 WINDOW = 2**18
-"""Characters of a window."""
+"""Characters in a window."""
 OVERLAP = 2**13
 _TRIES = 8
-"""Places to begin the next window at, each an overlap before the last one."""
+"""Number of starts to try for the next window, each one overlap earlier than the one before."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a tokenizer makes of a text."""
+    """The tokens of a text."""
 
     ids: np.ndarray
     """int32 ``[length]``."""
     offsets: np.ndarray
     """int64 ``[length, 2]``: start and end in the text."""
     added: np.ndarray
-    """bool ``[length]``: put before or behind the text, without a place in it."""
+    """bool ``[length]``: special tokens that the tokenizer added before or after the text, with no place in it."""
 
     def part(self, start: int, stop: int | None) -> Tokens:
-        """Return some of them."""
+        """Return the tokens ``[start, stop)``."""
         return Tokens(self.ids[start:stop], self.offsets[start:stop], self.added[start:stop])
 
     def moved(self, by: int) -> Tokens:
-        """Return them as tokens of a text in which theirs starts at ``by``."""
+        """Shift the offsets by ``by`` characters, except those of added tokens."""
         return Tokens(self.ids, np.where(self.added[:, None], self.offsets, self.offsets + by), self.added)
 
     def places(self) -> np.ndarray:
-        """Return a row for each token: start, end, id."""
+        """Return one row per token: start, end, id."""
         return np.column_stack([self.offsets, self.ids])
 
 
@@ -54,10 +55,10 @@ Tokenize = Callable[[str], Tokens]
 
 
 def tokenize_in_windows(text: str, tokenize: Tokenize, window: int = WINDOW, overlap: int = OVERLAP) -> Tokens:
-    """Return the tokens of a text, holding no more than a window's at a time in the tokenizer.
+    """Return the tokens of a text, passing at most one window at a time to the tokenizer.
 
     Raises:
-        DataError: if windows have no stretch with the same tokens, as far as it was looked for.
+        DataError: if no start within the search range gives two windows a common stretch of tokens.
     """
     found = [tokenize(text[:window])]
     stop = window
@@ -79,7 +80,7 @@ def tokenize_in_windows(text: str, tokenize: Tokenize, window: int = WINDOW, ove
 
 
 def _starts(last: Tokens, stop: int, overlap: int) -> list[int]:
-    """Return places to begin the next window at: where tokens begin, so that repetitions are cut alike."""
+    """Return starts to try for the next window: all at token boundaries, so that repeated text is cut consistently."""
     own = last.offsets[~last.added, 0]
     if not len(own):
         return []
@@ -88,7 +89,7 @@ def _starts(last: Tokens, stop: int, overlap: int) -> list[int]:
 
 
 def _meeting(last: Tokens, following: Tokens, start: int, stop: int) -> tuple[int, int] | None:
-    """Return how many tokens to keep of ``last`` and to drop of ``following``; None where they do not agree."""
+    """Return how many tokens to keep of ``last`` and to drop from ``following``; None if they do not agree."""
     margin = (stop - start) // 4
     inner = [
         np.flatnonzero(~t.added & (t.offsets[:, 0] >= start + margin) & (t.offsets[:, 1] <= stop - margin))

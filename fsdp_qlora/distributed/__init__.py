@@ -1,1 +1,1 @@
-"""Who we are: processes, groups, and how they wait for each other."""
+"""Ranks, process groups, and how ranks wait for each other."""

@@ -1,9 +1,9 @@
-"""Somebody else's program (a chat template) in a process of its own, which can be ended whatever it does.
+"""Runs untrusted code (a chat template) in a process of its own, which can be killed whatever it does.
 
-Within this process nothing ends ``2 ** 10 ** 10`` or gives back what ``'a' * 10 ** 10`` takes; jinja's sandbox keeps
-templates from reaching other objects and bounds neither. The process is forked, since it needs what this one has, and
-stays for the next items, since a fork of a large process takes long. Items are sent with `marshal`, which keeps every
-plain type; a list with other objects in it (dates) is inherited by a new fork.
+Within this process nothing could interrupt ``2 ** 10 ** 10`` or bound the memory of ``'a' * 10 ** 10``; jinja's sandbox
+restricts access to objects but neither time nor memory. The process is forked because it needs this process's state,
+and reused because forking a large process is slow. Items are sent with `marshal`, which preserves all plain types; a
+list that contains other objects (dates) is passed by forking anew.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 from fsdp_qlora.distributed.parent import die_with_parent
 
 SECONDS = 120.0
-"""How long one item may take."""
+"""Time limit for one item."""
 MORE_BYTES = 4 * 2**30
-"""Memory that the process may take, besides what it has from the start."""
+"""Memory that the process may use on top of what it has when forked."""
 _RESULT, _BUG = b"r", b"b"
 
 
 class StuckError(Exception):
-    """An item had to be ended, or ended its process; ``number`` says which."""
+    """An item took too long or killed its process; ``number`` is its index."""
 
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(reason)
@@ -38,24 +38,24 @@ class StuckError(Exception):
 
 
 class _GoneError(StuckError):
-    """The process is no more."""
+    """The process has exited."""
 
 
 class Apart:
-    """Does ``work`` for items, in a forked process. It sees a `MemoryError` where it takes too much memory."""
+    """Runs ``work`` on items in a forked process; beyond the memory limit it gets a `MemoryError`."""
 
     def __init__(self, work: Callable[[Any], bytes], seconds: float = SECONDS, more_bytes: int = MORE_BYTES) -> None:
         self._work, self._seconds, self._more_bytes = work, seconds, more_bytes
         self._lock = threading.Lock()
         self._child: tuple[int, int, Connection] | None = None
-        """Process, its parent (a fork of this one has no child), and our end of the pipe."""
+        """Process id, parent's process id (a fork of the parent does not own the child), and our end of the pipe."""
 
     def results(self, items: list[Any]) -> list[bytes]:
         """Return what ``work`` returns for each item.
 
         Raises:
-            StuckError: if an item takes longer than it may, or its process dies.
-            RuntimeError: with its traceback, if ``work`` raises.
+            StuckError: if an item exceeds the time limit, or its process dies.
+            RuntimeError: if ``work`` raises, with its traceback.
         """
         with self._lock:
             try:
@@ -63,7 +63,7 @@ class Apart:
                     pipe, is_new = self._give(items)
                     try:
                         return [self._receive(pipe, number) for number in range(len(items))]
-                    except _GoneError as error:  # it dies with the thread that has forked it
+                    except _GoneError as error:  # it also dies with the thread that forked it: retry in a new one
                         self.close()
                         if is_new:
                             raise StuckError(error.number, str(error)) from None
@@ -72,7 +72,7 @@ class Apart:
                 raise
 
     def _give(self, items: list[Any]) -> tuple[Connection, bool]:
-        """Have the child begin with items; it is a new one if there is none or they cannot be sent."""
+        """Start the child on ``items``; fork a new one if there is none or the items cannot be sent."""
         try:
             sent = marshal.dumps(items)
         except ValueError:
@@ -81,7 +81,7 @@ class Apart:
             try:
                 self._child[2].send_bytes(sent)
                 return self._child[2], False
-            except OSError:  # it is gone
+            except OSError:  # the child has exited
                 pass
         self.close()
         self._child = self._start(items)
@@ -108,7 +108,7 @@ class Apart:
         return child, parent, ours
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the process."""
         if self._child is not None:
             child, parent, pipe = self._child
             self._child = None
@@ -119,12 +119,12 @@ class Apart:
 
 
 def _serve(work: Callable[[Any], bytes], items: list[Any], pipe: Connection, parent: int, more_bytes: int) -> None:
-    """Be the child, and end without doing anything of what its parent does at its end."""
+    """Run as the child, and exit without the parent's exit handlers."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to both; the parent decides
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         die_with_parent(parent)
-        os.closerange(3, pipe.fileno())  # locks and sockets are the parent's
+        os.closerange(3, pipe.fileno())  # locks and sockets belong to the parent
         os.closerange(pipe.fileno() + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         _limit_memory(more_bytes)
         while True:

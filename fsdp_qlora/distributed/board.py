@@ -1,4 +1,4 @@
-"""A board that each rank writes to and all can read, outside any collective: files on one machine, else a store."""
+"""A board for notes between ranks, outside any collective: files on one machine, a TCPStore across several."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fsdp_qlora.distributed.reduce import gather_json
 
 _T = TypeVar("_T")
 STORE_SECONDS = 5.0
-"""How long a store is waited for. Its own timeout does not end a wait for a process that is stopped."""
+"""How long to wait for the store. Its own timeout does not apply while the serving process is stopped."""
 
 
 class Board(Protocol):
-    """Notes by name. Neither method waits for another rank."""
+    """Named notes. Neither method waits for another rank to act."""
 
     def write(self, name: str, note: str) -> None:
-        """Put a note on the board, or another one in its place.
+        """Write a note, replacing any previous one of this name.
 
         Raises:
             TimeoutError: if the board does not answer.
@@ -34,7 +34,7 @@ class Board(Protocol):
         ...
 
     def read(self, name: str) -> str | None:
-        """Return a note, or None where there is none yet.
+        """Return a note, or None if there is none yet.
 
         Raises:
             TimeoutError: if the board does not answer.
@@ -43,7 +43,7 @@ class Board(Protocol):
 
 
 class FileBoard:
-    """Notes as files in a folder that all ranks see. No rank has to be alive for another one to read."""
+    """Notes as files in a folder shared by all ranks; they stay readable after their writer has died."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -63,7 +63,7 @@ class FileBoard:
 
 
 class StoreBoard:
-    """Notes in a TCPStore that rank 0 serves, asked in a thread of its own: a stopped server never answers."""
+    """Notes in a TCPStore on rank 0, queried from a separate thread because a stopped server never answers."""
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -80,16 +80,16 @@ class StoreBoard:
     def _ask(self, question: Callable[[], _T]) -> _T:
         try:
             return self._patience.ask(question)
-        except RuntimeError as error:  # torch's, where the process that served it is gone
+        except RuntimeError as error:  # raised by torch if the serving process is gone
             raise TimeoutError("rank 0 does not answer") from error
 
 
 def open_board(ranks: Ranks) -> Board:
-    """Open a board. A collective: every rank calls it."""
+    """Open a board. This is a collective: every rank must call it."""
     if (folder := meeting_folder()) is not None:
         mine = tempfile.mkdtemp(prefix="board-", dir=folder) if ranks.is_main else ""
         return FileBoard(Path(gather_json(mine, ranks)[0]))
-    store_class = cast(Any, dist).TCPStore  # public, though the type checker does not see it exported
+    store_class = cast(Any, dist).TCPStore  # public, although type checkers do not see the export
     host, timeout = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=STORE_SECONDS)
     if ranks.is_main:
         store = store_class(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)

@@ -1,7 +1,7 @@
-"""The memory that this process may take: the smallest limit on the way from its control groups to the root.
+"""The memory limit of this process: the smallest limit of its control groups and their ancestors.
 
-SLURM, systemd and containers limit a job's memory by control groups, in version 1 and 2, one inside the other; who
-takes more is killed (the kernel's documentation: admin-guide/cgroup-v1/memory.rst, admin-guide/cgroup-v2.rst).
+SLURM, systemd and containers limit a job's memory with nested control groups (v1 or v2); a process that exceeds the
+limit is killed (kernel documentation: admin-guide/cgroup-v1/memory.rst, admin-guide/cgroup-v2.rst).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _FILES = {"cgroup2": "memory.max", "cgroup": "memory.limit_in_bytes"}
-"""File of the limit, by the type of the file system."""
+"""File system type -> name of the file with the limit."""
 
 
 def memory_limit(process: Path = Path("/proc/self")) -> int | None:
-    """Return the limit in bytes, None where there is none (or this is no Linux).
+    """Return the limit in bytes, or None if there is none (or this is not Linux).
 
-    Version 1 writes a number near 2**63 where nothing is limited; it is returned as it is.
+    Version 1 reports a number near 2**63 if there is no limit; it is returned unchanged.
     """
     try:
         groups = (process / "cgroup").read_text().splitlines()
@@ -30,7 +30,7 @@ def memory_limit(process: Path = Path("/proc/self")) -> int | None:
 
 
 def _memory_groups(groups: list[str], mounts: list[str]) -> Iterator[tuple[str, Path, Path]]:
-    """Yield (file of the limit, mount point, folder of the group in it) of each hierarchy that limits memory."""
+    """Yield (name of the limit's file, mount point, folder of the group) for each hierarchy that controls memory."""
     own = [line.split(":", 2) for line in groups if line.count(":") >= 2]
     for mount in mounts:
         before, _, after = mount.partition(" - ")
@@ -40,7 +40,7 @@ def _memory_groups(groups: list[str], mounts: list[str]) -> Iterator[tuple[str, 
             version_2 = kind == "cgroup2" and number == "0" and not controllers
             version_1 = kind == "cgroup" and "memory" in options.split(",") and "memory" in controllers.split(",")
             if version_1 or version_2:
-                # What a container sees of the hierarchy begins at ``root``; a group outside of it is not seen.
+                # A container's view of the hierarchy starts at ``root``; for a group outside it, use the mount point.
                 group = Path(path)
                 inside = group.relative_to(root) if group.is_relative_to(root) else Path()
                 yield _FILES[kind], Path(point), Path(point) / inside

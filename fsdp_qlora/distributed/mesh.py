@@ -16,23 +16,23 @@ REPLICATE, SHARD = "replicate", "shard"
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a run: the mesh FSDP shards over and the group that reductions run over."""
+    """The ranks of a run: the mesh that FSDP shards over and the group for reductions."""
 
     mesh: DeviceMesh
     """1-D ``(shard,)``, or 2-D ``(replicate, shard)`` for hybrid sharding."""
     group: dist.ProcessGroup
     """All ranks of the mesh."""
     background: dist.ProcessGroup
-    """The same ranks over gloo, for one background thread at a time (checkpoints); the main thread never uses it."""
+    """The same ranks over gloo, for one background thread at a time (checkpoints); never used by the main thread."""
     device: torch.device
     phases: Phases = field(default_factory=Phases, compare=False)
-    """What this rank is doing, for the watch that names a rank which holds up the others."""
+    """What this rank is doing; read by the watch, which reports the rank that holds up the others."""
     saving: Phases = field(default_factory=lambda: Phases(name=AT_REST), compare=False)
-    """The same of the background thread."""
+    """The same for the background thread."""
 
     @property
     def rank(self) -> int:
-        """This process's number in the group."""
+        """This process's rank in the group."""
         return dist.get_rank(self.group)
 
     @property
@@ -42,17 +42,17 @@ class Ranks:
 
     @property
     def data_rank(self) -> int:
-        """Which part of a global batch this process works on; ranks that shared a sequence would share it."""
+        """Index of this process's part of a global batch; ranks that split a sequence would have the same one."""
         return self.rank
 
     @property
     def data_size(self) -> int:
-        """Number of parts that a global batch is dealt into."""
+        """Number of parts that a global batch is divided into."""
         return self.size
 
     @property
     def shard_rank(self) -> int:
-        """This process's number on the shard axis."""
+        """This process's rank on the shard axis."""
         return self.mesh.get_local_rank(SHARD)
 
     @property
@@ -77,7 +77,7 @@ class Ranks:
 
     @property
     def in_background(self) -> Ranks:
-        """The same ranks as the background thread sees them."""
+        """The same ranks for use in the background thread: gloo group, CPU device, its own phases."""
         return replace(self, group=self.background, device=torch.device("cpu"), phases=self.saving)
 
     def _axis(self, name: str) -> int:
@@ -86,10 +86,10 @@ class Ranks:
 
 
 def degrees(shard_degree: int, replicate_degree: int, world_size: int) -> tuple[int, int]:
-    """Return ``(replicate, shard)``; a ``shard_degree`` of 0 takes what ``replicate_degree`` leaves.
+    """Return ``(replicate, shard)``; a ``shard_degree`` of 0 means ``world_size / replicate_degree``.
 
     Raises:
-        ConfigError: if they do not multiply to ``world_size``.
+        ConfigError: if their product is not ``world_size``.
     """
     shard = shard_degree or world_size // replicate_degree
     if shard * replicate_degree != world_size:

@@ -18,15 +18,15 @@ _SAY_SECONDS = 60.0
 
 
 def once_per_node(work: Callable[[], Any], ranks: Ranks, local_rank: int, waiting: Callable[[str], None]) -> Any:
-    """Do something on local rank 0 of each node; every rank returns what its own node's rank did, as JSON holds it.
+    """Run ``work`` on local rank 0 of each node; every rank returns the result of its own node.
 
-    Every rank calls it and returns when all nodes are done.
+    Every rank must call it; it returns once all nodes are done.
 
     Args:
-        work: what is done, once on each node.
+        work: runs once per node; its result must be representable in JSON.
         ranks: all ranks.
-        local_rank: this process's number on its node.
-        waiting: takes a line for a person, now and then, while this rank waits.
+        local_rank: this process's rank on its node.
+        waiting: receives a progress message for the user about once a minute while this rank waits.
 
     Raises:
         FsdpQloraError: identically on every rank, with the first failing rank's message; an `OSError` becomes code 74.
@@ -41,7 +41,7 @@ def once_per_node(work: Callable[[], Any], ranks: Ranks, local_rank: int, waitin
         board.write(_key(mine), json.dumps(verdict or {"result": result}))
     found = _wait(board, leaders, waiting)
     board.write(f"read-{ranks.rank}", "")
-    if ranks.is_main:  # it may hold the board: it stays until all have read
+    if ranks.is_main:  # rank 0 may serve the board, so it stays until all have read
         _wait_for_readers(board, ranks.size)
     for rank, verdict in found.items():
         if "code" in verdict:
@@ -59,7 +59,7 @@ def _wait_for_readers(board: Board, count: int) -> None:
 
 
 def _wait(board: Board, leaders: list[int], waiting: Callable[[str], None]) -> dict[int, dict[str, Any]]:
-    """Return what the leaders told, all of them or the first one that failed."""
+    """Wait for the leaders and return their verdicts: all of them, or only the failures as soon as there is one."""
     found: dict[int, dict[str, Any]] = {}
     started = said = time.monotonic()
     while len(found) < len(leaders):

@@ -1,4 +1,4 @@
-"""Dying with one's parent. Imports no torch: it must be in force before anything slow is imported."""
+"""Makes a process die with its parent. Does not import torch: it must take effect before slow imports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Let the kernel kill this process when its parent dies: so that a killed launcher leaves no orphans writing.
+    """Have the kernel kill this process when its parent dies, so that a killed launcher leaves no orphans writing.
 
     Args:
-        parent: process id that the parent should have; another one means that it is dead already.
+        parent: the expected process id of the parent; a different one means that the parent has already died.
     """
     if sys.platform == "linux":
         expected = parent or os.getppid()

@@ -1,4 +1,4 @@
-"""Waiting for what may never come: the answer of a stopped process or of a storage that hangs, a sign of life."""
+"""Bounded waits for things that may never happen: a reply from a stopped process or hung storage, a heartbeat."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _T = TypeVar("_T")
 
 
 class Patience:
-    """Asks in a thread of its own, and gives up on it after a while; at most one question is under way."""
+    """Runs a call in its own thread and stops waiting after a timeout; at most one call is in flight."""
 
     def __init__(self, seconds: float, who: str) -> None:
         self._seconds, self._who = seconds, who
         self._busy = threading.Lock()
 
     def ask(self, question: Callable[[], _T]) -> _T:
-        """Return the answer, or raise what the question raised.
+        """Return what ``question`` returns, or raise what it raises.
 
         Raises:
-            TimeoutError: if there is no answer in time, or an earlier question still has none.
+            TimeoutError: if it does not return in time, or an earlier call is still in flight.
         """
         if not self._busy.acquire(timeout=self._seconds):
             raise TimeoutError(f"{self._who} does not answer")
@@ -31,7 +31,7 @@ class Patience:
         def ask() -> None:
             try:
                 answer.append(question())
-            except Exception as error:  # of whatever kind: it is raised in the thread that asked
+            except Exception as error:  # any kind: it is re-raised in the asking thread
                 failure.append(error)
             finally:
                 self._busy.release()
@@ -47,16 +47,16 @@ class Patience:
 
 
 class Since:
-    """For how long things have been as they are, by a clock that stands still while this process is stopped."""
+    """Measures how long values have not changed, with a clock that pauses while this process is stopped."""
 
     def __init__(self, longest_look: float) -> None:
-        """Start the clock; a look that comes later than ``longest_look`` seconds after the last one counts as that."""
+        """Start the clock; between two calls of `look` it advances by at most ``longest_look`` seconds."""
         self._longest = longest_look
         self._clock, self._looked = 0.0, time.monotonic()
         self._seen: dict[str, tuple[Any, float]] = {}
 
     def look(self) -> None:
-        """Move the clock on."""
+        """Advance the clock."""
         now = time.monotonic()
         self._clock += min(now - self._looked, self._longest)
         self._looked = now

@@ -1,4 +1,4 @@
-"""What a rank is doing: phases that all ranks go through alike, and in them the work that one does by itself."""
+"""What a rank is doing: phases that all ranks enter in the same order, and within them work that it does alone."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 AT_REST = ""
-"""Name of a phase in which nothing is under way."""
+"""Name of the idle phase."""
 
 
 @dataclass
 class Phases:
-    """What one thread of this rank is doing; written by that thread, read by the watch's."""
+    """What one thread of this rank is doing; written by that thread, read by the watch's thread."""
 
     number: int = 0
-    """The same on every rank in the same phase."""
+    """Index of the phase; equal on all ranks that are in the same phase."""
     name: str = "start"
     entered: float = field(default_factory=time.time)
     alone: bool = False
-    """Whether this rank does something that waits for no other rank."""
+    """Whether this rank is doing work that waits for no other rank."""
     signs: int = 0
-    """Grows with whatever this rank gets done."""
+    """Progress counter; grows whenever this rank gets something done."""
 
     def enter(self, name: str) -> None:
-        """Begin the next phase."""
+        """Enter the next phase."""
         self.number, self.name, self.entered, self.signs = self.number + 1, name, time.time(), self.signs + 1
 
     def rest(self) -> None:
-        """Nothing is under way until the next `enter`."""
+        """Become idle until the next `enter`."""
         self.enter(AT_REST)
 
     def sign(self) -> None:
-        """Say that the work moves on."""
+        """Record progress."""
         self.signs += 1
 
     @contextmanager
     def by_itself(self) -> Iterator[None]:
-        """Do what waits for no other rank, such as writing a file: who gives no sign in it holds up all the others."""
+        """Mark work that waits for no other rank, such as writing a file; without progress, it holds up all others."""
         around, self.alone = self.alone, True
         self.sign()
         try:

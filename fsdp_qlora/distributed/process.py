@@ -1,7 +1,4 @@
-"""Process group up and down, device choice and threads.
-
-Every function takes its group explicitly, so that tests can run on sub-groups of one pool of processes.
-"""
+"""Process group set-up and teardown, choice of device, threads and memory of a rank."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Placement:
-    """Where this process stands among the ranks, as the launcher's environment says."""
+    """This process's place among the ranks, as set by the launcher's environment."""
 
     rank: int
     local_rank: int
@@ -39,9 +36,9 @@ class Placement:
 
     @staticmethod
     def from_env() -> Placement:
-        """Read RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, as torchrun sets them; one process without them.
+        """Read RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE as set by torchrun; a single process without them.
 
-        Where only some of torchrun's variables are there, none is read, and a note says so.
+        If torchrun's variables are incomplete, none is used and a warning is logged.
         """
         env = os.environ
         if not is_rank(env):
@@ -53,11 +50,11 @@ class Placement:
 
 
 ACCELERATORS = ("cuda", "xpu")
-"""torch's device types that we choose among; AMD's (ROCm) are ``cuda``, too."""
+"""The supported accelerator types of torch; AMD's (ROCm) are also ``cuda``."""
 
 
 def device_types() -> dict[str, int]:
-    """Return the accelerators that are there and how many of each, cpu last (as 0 = any number of ranks)."""
+    """Return the available device types and their counts; ``cpu`` is last, with 0 for any number of ranks."""
     found: dict[str, int] = {}
     for name in ACCELERATORS:
         backend = getattr(torch, name)
@@ -67,10 +64,10 @@ def device_types() -> dict[str, int]:
 
 
 def choose_device(device: str, placement: Placement) -> torch.device:
-    """Return this rank's device: the asked type, or the best there is for ``auto``.
+    """Return this rank's device: of the requested type, or with ``auto`` an accelerator if there is one, else the CPU.
 
     Raises:
-        ConfigError: if the type is not there, or there are fewer devices than ranks on this node.
+        ConfigError: if the type is not available, or this node has fewer devices than ranks.
     """
     found = device_types()
     kind = asked(device) or next(iter(found))
@@ -87,20 +84,20 @@ def choose_device(device: str, placement: Placement) -> torch.device:
 
 
 def use_device(device: torch.device) -> None:
-    """Make ``device`` the current one of this process."""
+    """Make ``device`` the current device of this process."""
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
 
 
 def device_name(device: torch.device) -> str:
-    """Return a device's kind and, of an accelerator, its model."""
+    """Return a device's type and, for an accelerator, its model."""
     if device.type == "cpu":
         return "cpu"
     return f"{device.type} {torch.get_device_module(device).get_device_name(device)}"
 
 
 def set_threads(asked: int, local_world_size: int) -> int:
-    """Set and return the number of CPU threads of this rank: ``asked``, or its share of the cores when 0."""
+    """Set and return this rank's number of CPU threads: ``asked``, or its share of the cores if 0."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = asked or max(1, cores // local_world_size)
     torch.set_num_threads(threads)
@@ -109,10 +106,10 @@ def set_threads(asked: int, local_world_size: int) -> int:
 
 @contextmanager
 def process_group(device: torch.device, placement: Placement, timeout_seconds: int) -> Iterator[dist.ProcessGroup]:
-    """Open the default group (NCCL/XCCL on accelerators, gloo on a CPU) and close it in every case.
+    """Initialise the default group (NCCL/XCCL on accelerators, gloo on CPU) and always destroy it at the end.
 
-    A single process gets a group of its own, so that nothing below has a special case for it. It asks nobody: a
-    MASTER_ADDR that another program left behind would make it wait for an answer.
+    A single process also gets a group, so that no other code needs a special case. It uses an in-process store: with a
+    stale MASTER_ADDR from another program it would wait for a server.
     """
     backend = dist.get_default_backend_for_device(device)
     timeout = timedelta(seconds=timeout_seconds)
@@ -129,23 +126,23 @@ def process_group(device: torch.device, placement: Placement, timeout_seconds: i
     assert group is not None
     try:
         yield group
-        dist.barrier(group)  # without it gloo's threads can abort a process that leaves before its peers
+        dist.barrier(group)  # otherwise gloo's threads can abort a process that exits before its peers
     finally:
-        if dist.is_initialized():  # else it was left at exit, after an error
+        if dist.is_initialized():  # otherwise it was already destroyed at exit, after an error
             dist.destroy_process_group()
 
 
 RETURNED_BYTES = 16 * 2**20
-"""Blocks of at least this size are given back to the kernel at once, where freed memory is not kept."""
+"""Blocks of at least this size are returned to the kernel immediately, unless freed memory is kept."""
 
 
 def keep_freed_memory(keep: bool) -> None:
-    """Let this process keep what it frees, or give large blocks back to the kernel.
+    """Keep freed memory in this process, or return large blocks to the kernel.
 
-    A step frees and takes the same blocks again and again, and spends much of its time in page faults where each comes
-    from the kernel; but where blocks of many sizes are kept, a process grows to two or three times what it uses. The
-    parameters are those of mallopt(3): M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1). Nothing happens with another C
-    library than glibc.
+    A step allocates and frees the same blocks over and over; if each comes from the kernel, it spends much of its time
+    in page faults. But if blocks of many sizes are kept, a process grows to two or three times what it uses. The
+    parameters are those of mallopt(3): M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1). Does nothing with C libraries
+    other than glibc.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
@@ -155,7 +152,7 @@ def keep_freed_memory(keep: bool) -> None:
 
 
 def host_memory() -> tuple[int, str]:
-    """Return the bytes of memory that the processes here may take together, and whose limit that is."""
+    """Return how many bytes of memory the processes here may use in total, and what sets that limit."""
     total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit()
     if limit is None or limit >= total:
         return total, "all of the machine"
@@ -163,16 +160,17 @@ def host_memory() -> tuple[int, str]:
 
 
 def memory_of(device: torch.device, local_world_size: int) -> int:
-    """Return the bytes of memory that a rank has: its accelerator's, or its share of what processes here may take."""
+    """Return a rank's memory in bytes: all of its accelerator's, or its share of the host's."""
     if device.type != "cpu":
         return int(torch.get_device_module(device).get_device_properties(device).total_memory)
     return host_memory()[0] // local_world_size
 
 
 def memory_peak(device: torch.device) -> tuple[int, str]:
-    """Return this process's peak memory in bytes and what was measured.
+    """Return this process's peak memory in bytes and the name of the metric.
 
-    ``max_memory_allocated`` on an accelerator; on a CPU the kernel's high-water mark of resident memory (VmHWM).
+    On an accelerator it is ``max_memory_allocated``; on CPU, the kernel's high-water mark of resident memory, VmHWM
+    (``ru_maxrss`` if the kernel does not report it).
     """
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(), "max_memory_allocated"

@@ -1,4 +1,4 @@
-"""Small reductions and exchanges between the ranks; every call here is a collective: all ranks must make it."""
+"""Small reductions and exchanges between ranks. Every function is a collective: all ranks must call it."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _T = TypeVar("_T")
 
 
 def all_sum(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> list[float]:
-    """Return the sums over all ranks of some numbers, added in float64."""
+    """Return the element-wise sums of ``values`` over all ranks, computed in float64."""
     tensor = torch.as_tensor(values, dtype=torch.float64).to(ranks.device)
     dist.all_reduce(tensor, group=ranks.group)
     return tensor.tolist()
 
 
 def all_max(value: float, ranks: Ranks) -> float:
-    """Return the largest of a number over all ranks."""
+    """Return the maximum of ``value`` over all ranks."""
     tensor = torch.tensor([value], dtype=torch.float64, device=ranks.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=ranks.group)
     return tensor.item()
 
 
 def any_rank(flag: bool, ranks: Ranks) -> bool:
-    """Return whether any rank raised ``flag``: a signal to one is a decision of all."""
+    """Return whether ``flag`` is true on any rank, so that a signal to one rank becomes a decision of all."""
     return all_max(float(flag), ranks) > 0
 
 
 def gather_json(value: Any, ranks: Ranks) -> list[Any]:
-    """Return every rank's ``value`` (anything JSON holds) in the order of ranks.
+    """Return every rank's ``value`` (anything representable in JSON), in rank order.
 
-    Bytes of JSON, not `all_gather_object`: that one unpickles what other ranks send.
+    Sends JSON, because `all_gather_object` unpickles what other ranks send.
     """
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(ranks.device)
     sizes = all_gather(torch.tensor([data.numel()], device=ranks.device), ranks.group)
@@ -49,7 +49,7 @@ def gather_json(value: Any, ranks: Ranks) -> list[Any]:
 
 
 def on_main(work: Callable[[], Any], ranks: Ranks) -> Any:
-    """Do something on rank 0 alone; every rank returns its result (anything JSON holds) or raises what it met.
+    """Run ``work`` on rank 0 only; every rank returns its result (anything representable in JSON) or raises its error.
 
     Raises:
         FsdpQloraError: identically on every rank, with rank 0's message and exit code; an `OSError` becomes code 74.
@@ -65,7 +65,7 @@ def on_main(work: Callable[[], Any], ranks: Ranks) -> Any:
 
 
 def on_every(work: Callable[[], _T], ranks: Ranks) -> _T:
-    """Do something on every rank; each returns its own result, or all raise what the first failing rank met.
+    """Run ``work`` on every rank; each returns its own result, or all raise the error of the first failing rank.
 
     Raises:
         FsdpQloraError: identically on every rank, with that rank's message and exit code; an `OSError` becomes code 74.
@@ -81,7 +81,7 @@ def on_every(work: Callable[[], _T], ranks: Ranks) -> _T:
 
 
 def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """Return every rank's ``tensor``; all must have the same shape."""
+    """Return every rank's ``tensor``; shapes and dtypes must match."""
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return parts
@@ -98,5 +98,5 @@ def from_main(data: bytes, ranks: Ranks) -> bytes:
 
 
 def barrier(ranks: Ranks) -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     all_sum([0.0], ranks)

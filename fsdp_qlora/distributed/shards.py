@@ -1,4 +1,4 @@
-"""Which rows of a tensor a rank holds, and how they are filled."""
+"""Which rows of a tensor a rank holds, and how to fill them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 
 def row_range(rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
-    """Return ``(start, stop)`` of the rows that ``rank`` holds: dim-0 sharding as in `torch.chunk` and FSDP2."""
+    """Return ``(start, stop)`` of the rows held by ``rank``: dim-0 sharding as in `torch.chunk` and FSDP2."""
     chunk = -(-rows // num_ranks)
     return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
 
@@ -21,12 +21,12 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 
 
 def local_tensor(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the local shard of a DTensor, or the tensor itself (call under ``torch.no_grad`` to write into it)."""
+    """Return the local shard of a DTensor, or the tensor itself (to write into it, call under ``torch.no_grad``)."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[attr-defined]
 
 
 def fill_slice(parameter: torch.Tensor, whole: torch.Tensor, shard_rank: int, shard_size: int) -> None:
-    """Write this rank's dim-0 rows of ``whole`` into ``parameter``, all of them where it is not sharded.
+    """Copy this rank's dim-0 rows of ``whole`` into ``parameter``, or all rows if it is not sharded.
 
     Call it under ``torch.no_grad``.
     """

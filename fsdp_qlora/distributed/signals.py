@@ -1,4 +1,4 @@
-"""Signals that mean "save and leave": seen here, made a decision of all ranks by the step's own reduction."""
+"""Signals that mean "save and exit": received here, turned into a decision of all ranks by the step's reduction."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers
 
 
 def heeded(numbers: Iterable[int]) -> list[int]:
-    """Return the signals that this process was not told to ignore when it was started.
+    """Return the signals that are not currently ignored.
 
-    `nohup`, and a shell that starts something in the background, have signals ignored; that is a wish, and it stays.
+    `nohup`, and a shell that starts a background job, make a process ignore some signals; that choice is respected.
     """
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def take_signals(numbers: Iterable[int], handler: Handler) -> dict[int, Handler]:
-    """Install ``handler`` for the heeded ones; return what `give_back_signals` needs."""
+    """Install ``handler`` for the signals that are not ignored; return the old handlers for `give_back_signals`."""
     before = {number: signal.signal(number, handler) for number in heeded(numbers)}
-    return {number: old for number, old in before.items() if old is not None}  # None: installed by C code
+    return {number: old for number, old in before.items() if old is not None}  # None: installed from C code
 
 
 def give_back_signals(before: Mapping[int, Handler]) -> None:
@@ -37,15 +37,15 @@ def give_back_signals(before: Mapping[int, Handler]) -> None:
 
 
 class StopSignals:
-    """Remembers that one of SIGTERM, SIGINT, SIGUSR1 or SIGHUP came; restores the old handlers on its last exit.
+    """Records SIGTERM, SIGINT, SIGUSR1 or SIGHUP; reentrant, and restores the old handlers on the outermost exit.
 
-    Signals that the process was told to ignore stay ignored.
+    Signals that are ignored stay ignored.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.something_to_save = False
-        """Whether a run that stops now has something to save; else it need not get as far as its next step."""
+        """Whether a run that stops now has something to save; if not, it may stop before its next step."""
         self._before: dict[int, Handler] = {}
         self._depth = 0
 
@@ -57,7 +57,7 @@ class StopSignals:
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT and "RANK" not in os.environ:
-            os._exit(130)  # a second Ctrl-C of a single process; for ranks the launcher counts
+            os._exit(130)  # second Ctrl-C in a single process; with several ranks the launcher counts them
         self.received = number
 
     @property

@@ -1,7 +1,7 @@
-"""torchrun's environment variables: a complete set says that this process is a rank; anything less says nothing.
+"""torchrun's environment variables: only a complete set makes this process a rank.
 
-One of them is easily left behind by another program, or by a line in a shell's start-up file. Taken one by one, they
-would make a process wait for ranks that nobody starts. Imports no torch.
+Single variables are easily left over from another program or a shell's start-up file; trusting them would make a
+process wait for ranks that nobody starts. Does not import torch.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ _NUMBERS = ("RANK", "WORLD_SIZE", "MASTER_PORT")
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OPTIONAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _MARK = "TORCHELASTIC_"
-"""Start of the names of what torch's elastic agent tells its workers besides."""
+"""Prefix of further variables that torch's elastic agent sets for its workers."""
 
 
 def is_rank(env: Mapping[str, str]) -> bool:
-    """Whether ``env`` has all that makes a process one of several ranks."""
+    """Whether ``env`` has a complete, valid set of torchrun's variables."""
     return not _missing(env)
 
 
 def leftovers(env: Mapping[str, str]) -> str:
-    """Return a note about torchrun's variables where only some are there; an empty string for all or none of them."""
+    """Return a note if torchrun's variables are incomplete; an empty string if all or none are set."""
     present = [name for name in (*_REQUIRED, *_OPTIONAL) if name in env]
     if not present or is_rank(env):
         return ""
@@ -33,7 +33,7 @@ def leftovers(env: Mapping[str, str]) -> str:
 
 
 def forget_leftovers(env: MutableMapping[str, str], ours: Iterable[str] = ()) -> str:
-    """Remove an incomplete set from ``env``, and ``ours`` with it; return the note about it."""
+    """Remove an incomplete set, and the variables ``ours``, from ``env``; return the note from `leftovers`."""
     note = leftovers(env)
     if not is_rank(env):
         marked = [name for name in env if name.startswith(_MARK)]

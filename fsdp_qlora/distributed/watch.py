@@ -1,10 +1,10 @@
-"""A thread beside each rank: it ends the rank when another one has ended the run, and says who holds up the others.
+"""A watchdog thread on each rank: exits when another rank has ended the run, and reports who holds up the others.
 
-A rank whose main thread waits in a collective runs no signal handler and raises nothing until the collective's own
-timeout, which with NCCL aborts silently; and a call into a storage that hangs never returns at all. This
-thread goes on: it puts what the rank is doing and a sign of life on a board that all ranks can read. When this rank has
-done nothing for too long in what it does by itself, it says so; when it has been waiting for too long, it looks who
-never came, and who came and gives no sign any more.
+A rank whose main thread waits in a collective runs no signal handlers and raises nothing until the collective times
+out, which with NCCL aborts silently; and a call into hung storage never returns at all. This thread keeps running: it
+posts what the rank is doing and a heartbeat on a board that all ranks can read. If this rank makes no progress in its
+own work for too long, the thread says so; if the rank has waited for too long, the thread looks for ranks that never
+arrived, and for ranks that arrived but have stopped sending heartbeats.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from fsdp_qlora.errors import StorageError
 
 _INTERVAL_SECONDS = 0.5
 _BEAT_SECONDS = 1.0
-"""How often a rank gives a sign of life."""
+"""Interval between a rank's heartbeats."""
 _GRACE_SECONDS = 3.0
 _SHARE_OF_TIMEOUT = 0.8
-"""Share of the collectives' timeout after which a waiting rank speaks: before they give up."""
+"""Share of the collectives' timeout after which a waiting rank reports: before the collectives time out."""
 _SHARE_ALONE = 0.7
-"""And after which a rank speaks that gets nothing done by itself: before those that wait for it."""
+"""Share after which a rank reports that its own work is stuck: before the ranks that wait for it report."""
 _SILENT_SHARE = 0.25
-"""Share of that time without a sign of life after which a rank stands still, and at least so many beats:"""
+"""Share of a waiting rank's limit after which a rank without heartbeats counts as stuck."""
 _SILENT_BEATS = 5
+"""But never sooner than after so many missed heartbeats."""
 _ANSWER_SECONDS = 2.0
-"""How long the run folder is waited for: its storage may be what hangs."""
+"""How long to wait for the run folder: its storage may be what hangs."""
 
 
 class Leave(NamedTuple):
-    """Why this rank leaves."""
+    """Why this rank exits."""
 
     code: int
     message: str
@@ -47,21 +48,21 @@ class Leave(NamedTuple):
 
 @dataclass(frozen=True)
 class Outside:
-    """What the watch asks and tells outside the run's own processes."""
+    """Callbacks through which the watch learns of other ranks' exits and reports its own."""
 
     ended_elsewhere: Callable[[], int | None]
-    """Exit code with which another rank has ended the run, if one has; reads the run folder."""
+    """Returns the exit code with which another rank has ended the run, or None; reads the run folder."""
     stopped: Callable[[], Leave | None]
-    """What to leave with where this rank was asked to stop and there is nothing to save."""
+    """Returns how to exit if this rank was asked to stop and there is nothing to save, else None."""
     leave: Callable[[Leave], None]
-    """Takes the last word; the process ends after it."""
+    """Reports the reason; the process exits afterwards."""
 
 
 class Watch:
-    """The thread, from `start` until `stop`."""
+    """The watchdog thread; it runs from `start` until `stop`."""
 
     def __init__(self, ranks: Ranks, timeout_seconds: float) -> None:
-        """Open the board. A collective: every rank calls it."""
+        """Open the board. This is a collective: every rank must call it."""
         self._rank, self._size = ranks.rank, ranks.size
         self._threads = {"main": ranks.phases, "saving": ranks.saving}
         self._limit = timeout_seconds * _SHARE_OF_TIMEOUT
@@ -90,21 +91,21 @@ class Watch:
         self._stop.set()
 
     def _reason(self, outside: Outside) -> Leave | None:
-        """Return why this rank leaves, if it does."""
+        """Return why this rank must exit, or None."""
         self._since.look()
         try:
             code = self._storage.ask(outside.ended_elsewhere)
         except TimeoutError:
             code = None
         if code is not None:
-            self._stop.wait(_GRACE_SECONDS)  # a rank that sees the failure itself ends by its own means
+            self._stop.wait(_GRACE_SECONDS)  # a rank that notices the failure itself exits on its own
             return Leave(code, "")
         if outside.stopped() is not None and not self._stop.wait(_GRACE_SECONDS):
-            return outside.stopped()  # None where the main thread has got on meanwhile
+            return outside.stopped()  # None if the main thread has moved on meanwhile
         return self._stuck() or self._late()
 
     def _stuck(self) -> Leave | None:
-        """Say so where this rank gets nothing done in what it does by itself."""
+        """Return a reason to exit if this rank's own work makes no progress."""
         for thread, phases in self._threads.items():
             alone, name = phases.alone, phases.name
             still = self._since.unchanged(f"{thread}'s work", phases.signs)
@@ -117,15 +118,15 @@ class Watch:
         return None
 
     def _late(self) -> Leave | None:
-        """Show where this rank is; say who holds it up if it has waited there for too long."""
+        """Post this rank's state; if it has waited for too long, return a reason that names who holds it up."""
         if self._board is None:
             return None
         try:
             self._show(self._board)
             others = self._others(self._board) if self._waited()[0] > self._limit - 2 * self._silence else {}
-        except (ValueError, OSError) as error:  # rank 0, where it holds the board, is gone or still; or a full disk
+        except (ValueError, OSError) as error:  # rank 0 serves the board and is gone or stopped; or the disk is full
             others = error
-        self._since.look()  # the answer may have taken its time
+        self._since.look()  # the board may have been slow to answer
         waited, thread = self._waited()
         if waited < self._limit:
             return None
@@ -136,7 +137,7 @@ class Watch:
         return Leave(1, f"{missing}; the other ranks waited {waited:.0f} s.") if missing else None
 
     def _waited(self) -> tuple[float, str]:
-        """Return for how long the thread that has waited longest has been in its phase, and which one it is."""
+        """Return the longest time that a thread has been in its current phase, and that thread's name."""
         return max(
             (0.0 if phases.name == AT_REST else self._since.unchanged(thread, phases.number), thread)
             for thread, phases in self._threads.items()
@@ -150,7 +151,7 @@ class Watch:
         board.write(str(self._rank), json.dumps({**doing, "beat": self._beat, "process": os.getpid()}))
 
     def _others(self, board: Board) -> dict[int, tuple[dict[str, Any], float]]:
-        """Return what the other ranks show, and for how long they have given no sign of life."""
+        """Return the other ranks' posted states, and the seconds since each one's last heartbeat."""
         found = {}
         for rank in range(self._size):
             if rank != self._rank and (note := board.read(str(rank))) is not None:

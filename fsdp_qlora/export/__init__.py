@@ -1,1 +1,1 @@
-"""What is given away: a plain PEFT adapter, and answers to prompts."""
+"""What a run exports: a plain PEFT adapter, and the base model in 4 bits."""

@@ -1,4 +1,4 @@
-"""The adapter in PEFT's own format: config, safetensors, tokenizer, model card. No trace of our layout in it."""
+"""Exports the adapter in PEFT's own format: config, safetensors, tokenizer, model card; nothing of our layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fsdp_qlora.shapes.targets import endings
 
 
 def gather_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the whole adapter on the CPU under PEFT's names. A collective: every rank calls it."""
+    """Return the whole adapter on the CPU under PEFT's names. A collective."""
     found: dict[str, torch.Tensor] = {}
     for name, parameter in trainable_parameters(model):
         found[name] = _whole(parameter.detach()).to("cpu", copy=True).contiguous()
@@ -37,7 +37,7 @@ def gather_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a tensor over its ranks, on the device of their mesh: its shards may be in host memory."""
+    """Gather a tensor over its ranks, on their mesh's device, because its shards may be in host memory."""
     if not isinstance(tensor, DTensor):
         return tensor
     mesh = tensor.device_mesh
@@ -49,12 +49,12 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def short_targets(targets: Sequence[str], model: nn.Module) -> list[str]:
-    """Return the names' endings if PEFT would take them for just these modules (its usual form), else the full names.
+    """Return the names' endings (PEFT's usual form) if they match exactly these modules, else the full names.
 
     Args:
         targets: names of the linears with adapters.
-        model: the transformers model, with or without adapters on it. PEFT looks at modules of every kind: CTRL's
-            layers are named 0, 1, 2 as are the linears in their MLPs.
+        model: the transformers model, with or without adapters. PEFT matches modules of any kind: CTRL's layers are
+            named 0, 1, 2, and so are the linears in their MLPs.
     """
     short = endings(targets)
     own = [name for name, _ in model.named_modules() if ".base_layer" not in name and ".lora_" not in name]
@@ -70,11 +70,11 @@ def export_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     model_card: str | None = None,
 ) -> int:
-    """Write a PEFT adapter folder and read it back; return the bytes of its weights. For one rank to call.
+    """Write a PEFT adapter folder and verify it; return the size of its weights in bytes. Call it on one rank.
 
     Raises:
-        NumericsError: if a value is not finite or the file does not hold what was written.
-        StorageError: if it cannot be written.
+        NumericsError: if a value is not finite, or the file does not hold the tensors that were written.
+        StorageError: if the folder cannot be written.
     """
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -82,11 +82,11 @@ def export_adapter(
     config.base_model_name_or_path = base_model
     config.inference_mode = True
     if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)  # a set's order changes from process to process
-    with fresh_folder(folder) as staging:  # PEFT and transformers would write through links that lie in `folder`
+        config.target_modules = sorted(config.target_modules)  # a set's order differs between processes
+    with fresh_folder(folder) as staging:  # PEFT and transformers would follow links in `folder`
         try:
             _write_into(staging, tensors, config, tokenizer, model_card)
-        except SafetensorError as error:  # what it makes of a full disk
+        except SafetensorError as error:  # how it reports a full disk
             raise StorageError(f"{folder / WEIGHTS_NAME} cannot be written: {error}.") from error
         size = (staging / WEIGHTS_NAME).stat().st_size
         move_into(staging, folder)
@@ -114,10 +114,10 @@ def _write_into(
 
 
 def copy_adapter(checkpoint: Path, manifest: Manifest, target: Path) -> None:
-    """Copy the adapter of a verified checkpoint: the files that its manifest names, and no others.
+    """Copy the adapter of a verified checkpoint: the files listed in its manifest, and no others.
 
     Raises:
-        CheckpointError: if it has none, or a file is not the one that was verified.
+        CheckpointError: if it has no adapter, or a file is not the one that was verified.
         ModelError: if the adapter holds values that are not finite numbers.
     """
     names = [name for name in manifest.files if name.startswith(f"{ADAPTER_FOLDER}/")]

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def model_card(config: dict[str, Any], facts: dict[str, Any]) -> str:
-    """Return README.md of an adapter.
+    """Return the text of an adapter's README.md.
 
     Args:
         config: the run's settings as nested dictionaries.

@@ -1,7 +1,7 @@
-"""The base model in bitsandbytes' 4-bit form, as transformers' ``save_pretrained`` would write it, tensor by tensor.
+"""Writes the base model in bitsandbytes' 4-bit form, as ``save_pretrained`` would, but tensor by tensor.
 
-The next start reads it instead of quantizing, and transformers loads it as it is. At no time is more in memory than one
-file's tensors.
+Later starts read it instead of quantizing, and transformers can load it as it is. Memory never holds more than the
+tensors of one file.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from fsdp_qlora.quant.formats import Format, quantize
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_linears
 
 FILE_BYTES = 2_000_000_000
-"""Tensors of one safetensors file; also what the export holds in memory."""
+"""Bytes of tensors per safetensors file; also the most that the export holds in memory."""
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*")
 
 
 @dataclass(frozen=True)
 class ExportedBase:
-    """What was written."""
+    """Summary of an export."""
 
     quantized: int
-    """Linears in 4-bit."""
+    """Number of linears stored in 4 bits."""
     num_bytes: int
-    """Size of all tensors."""
+    """Bytes of all tensors."""
 
 
 @torch.no_grad()
@@ -54,21 +54,21 @@ def export_base(
     progress: Callable[[int, int], None] | None = None,
     file_bytes: int = FILE_BYTES,
 ) -> ExportedBase:
-    """Quantize the model in the folder ``source`` into the new folder ``target``; for one process.
+    """Quantize the model in the folder ``source`` into the new folder ``target``. Call it in one process.
 
     Args:
         base: the model on meta; its dtype becomes transformers' compute dtype.
         source: folder with config.json and 16-bit or 32-bit safetensors.
-        target: folder that is not there yet, or empty. It appears whole or not at all.
-        quant_format: of the linears inside the decoder layers.
+        target: a folder that does not exist yet or is empty. It is written atomically.
+        quant_format: format of the linears inside the decoder layers.
         device: where to quantize.
-        progress: called with (tensors done, tensors in all).
-        file_bytes: size at which a new safetensors file is begun.
+        progress: called with (tensors done, total tensors).
+        file_bytes: size at which a new safetensors file is started.
 
     Raises:
-        ModelError: if ``target`` holds something, or a tensor of ``source`` is missing, not finite or 4-bit already.
-        SecurityError: if a file of ``source`` is a link to elsewhere: it would be given away with the model.
-        StorageError: if it cannot be written.
+        ModelError: if ``target`` is not empty, or a tensor of ``source`` is missing, not finite or already 4-bit.
+        SecurityError: if a file in ``source`` links outside it: it would be shared along with the model.
+        StorageError: if ``target`` cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"export.to: {target} is there already and not empty; choose another folder or remove it.")
@@ -92,7 +92,7 @@ def export_base(
                 sync(file)
             staging.rename(target.absolute())
         sync(target.absolute().parent)
-    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise ModelError(
                 f"export.to: {target} was written meanwhile by another process; it is left alone."
@@ -102,7 +102,7 @@ def export_base(
 
 
 def _written(shapes: ModelShapes) -> list[LinearShape]:
-    """Return what is written in 4-bit: the linears. bitsandbytes has no form for stacked experts, so they stay."""
+    """Return the linears to write in 4 bits. bitsandbytes has no format for stacked experts, so they are left out."""
     return [x for x in quantized_linears(shapes) if not x.stacked]
 
 
@@ -113,7 +113,7 @@ def _stored(
     device: torch.device,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield what is stored for each tensor of the model, by name, in the order of the files."""
+    """Yield the tensors to store for each tensor of the source, by name, in file order."""
     linears = {x.parameter: x for x in _written(shapes)}
     for name, linear in linears.items():
         find_kept(files, name, linear.stored_shape)
@@ -128,7 +128,7 @@ def _stored(
             quantized = quantize(weight.to(device), quant_format)
             yield bnb_tensors(entry.name, quantized, quant_format, tuple(weight.shape), weight.dtype)
         else:
-            with safe_open(entry.file, framework="pt") as stream:  # anew for each: mapped pages stay resident
+            with safe_open(entry.file, framework="pt") as stream:  # reopened each time: mapped pages stay resident
                 kept = stream.get_tensor(entry.name)
             require_finite(kept, f"{entry.file}: tensor {entry.name}")
             yield {entry.name: kept.clone()}
@@ -138,7 +138,7 @@ def _stored(
 
 @dataclass
 class _Shards:
-    """Safetensors files that grow by tensors; the last step gives them the names that transformers looks for."""
+    """Collects tensors into safetensors files; `finish` gives them the names that transformers expects."""
 
     folder: Path
     limit: int
@@ -149,7 +149,7 @@ class _Shards:
     _held: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take the tensors of one weight: they stay in one file."""
+        """Add the tensors of one weight, which stay in one file."""
         if self._held and _size(self._held) + _size(tensors) > self.limit:
             self._write()
         self._held |= tensors
@@ -163,7 +163,7 @@ class _Shards:
         self._held = {}
 
     def finish(self) -> None:
-        """Write what is left, name the files and write their index if there are several."""
+        """Write the remaining tensors, name the files, and write an index if there are several."""
         self._write()
         count = len(self._files)
         for number, names in enumerate(self._files, 1):
@@ -180,7 +180,7 @@ def _size(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def _write_config(base: PreTrainedModel, source: Path, folder: Path, quant_format: Format, shapes: ModelShapes) -> None:
-    """Write config.json, which also says how the weights are stored."""
+    """Write config.json, including how the weights are quantized."""
     ours = {x.name for x in _written(shapes)}
     outside = [x.name for x in shapes.linears if x.name not in ours]
     stored = BitsAndBytesConfig(
@@ -188,21 +188,21 @@ def _write_config(base: PreTrainedModel, source: Path, folder: Path, quant_forma
         bnb_4bit_quant_type=quant_format.name,
         bnb_4bit_use_double_quant=quant_format.double_quant,
         bnb_4bit_compute_dtype=base.dtype,
-        llm_int8_skip_modules=[shapes.head, *outside] if outside else None,  # its own choice: all but the head
+        llm_int8_skip_modules=[shapes.head, *outside] if outside else None,  # None is its default: all but the head
     )
     config = read_json(own_file(source, "config.json"), dict[str, Any])
     write_json(folder / "config.json", config | {"quantization_config": stored.to_dict()})
 
 
 def _beside_the_weights(source: Path) -> dict[str, Path]:
-    """Return what lies beside the weights (tokenizer, generation config) by name, and where it really lies."""
+    """Return the files next to the weights (tokenizer, generation config) by name, with their resolved paths."""
     names = {file.name for pattern in _COPIED for file in source.glob(pattern)}
     real = {name: own_file(source, name) for name in sorted(names) if not name.endswith(".index.json")}
     return {name: file for name, file in real.items() if file.is_file()}
 
 
 def _check(folder: Path, home: dict[str, str]) -> None:
-    """Read the files' headers back."""
+    """Read the files' headers back and compare them with what was written."""
     found = {name: entry.file.name for name, entry in SafetensorsFolder(folder).entries.items()}
     if found != home:
         raise StorageError(f"{folder} does not hold the tensors that were written.")

@@ -1,1 +1,1 @@
-"""Files on any file system: what strangers wrote is read with care, what we write appears whole."""
+"""File access on any file system: untrusted files are read defensively, our own are written atomically."""

@@ -1,7 +1,7 @@
-"""Files of strangers are looked at before they are read: a small one can stand for more than any machine holds.
+"""Size checks for untrusted files before they are loaded: a small file can expand beyond any machine's memory.
 
-An alias of YAML stands for all that it names, so ten lines can be a billion values; one number of a model's config says
-how many layers are built.
+A YAML alias stands for everything it refers to, so ten lines can expand to a billion values; a single number in a
+model's config decides how many layers are built.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ _MOST = {
     r"labels$": 1 << 20,
     r"(positions|position_embeddings|ctx|seq_len|seq_length|sequence_length|window|dim|sizes?)$": 1 << 25,
 }
-"""How much honest models may have, by how a key of their config ends; the largest known have a fifth of it."""
+"""Upper bounds on config values, by how the key ends; about five times what the largest known models have."""
 
 
 class OutOfBoundsError(ValueError):
-    """A file is, or stands for, more than there can be a use for; its text says what of."""
+    """A file exceeds a bound, by itself or once expanded; the message names the bound."""
 
 
 def read_settings(file: Path) -> str:
-    """Return the text of a YAML file once it is known to be small, also with its aliases written out.
+    """Return the text of a YAML file after checking that it is small, even with its aliases expanded.
 
     Raises:
         OutOfBoundsError: if it is not.
-        SecurityError: if it is no regular file.
+        SecurityError: if it is not a regular file, or far too large.
         OSError, UnicodeDecodeError: if it cannot be read.
-        yaml.YAMLError: if it is no YAML.
+        yaml.YAMLError: if it is not valid YAML.
     """
-    # A person may name a link; what it leads to is a file, and of a sane size.
+    # The user may name a link; its target must be a regular file of a sane size.
     text = read_regular(Path(os.path.realpath(file)), 4 * _MOST_CHARACTERS).decode("utf-8")
     if len(text) > _MOST_CHARACTERS:
         raise OutOfBoundsError(f"it is longer than {_MOST_CHARACTERS} characters")
     values, characters = 0, 0
     sizes: dict[str, tuple[int, int]] = {}
-    inside: list[tuple[str | None, int, int]] = []  # anchor, and the counts at its beginning
-    for event in yaml.parse(text, yaml.SafeLoader):  # a parser, which builds nothing
+    inside: list[tuple[str | None, int, int]] = []  # open collections: anchor, and the counts where it started
+    for event in yaml.parse(text, yaml.SafeLoader):  # only parses: no values are built
         if isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, *_ in inside):
                 raise OutOfBoundsError(f"the alias *{event.anchor} stands for what it lies in")
@@ -77,17 +77,17 @@ def read_settings(file: Path) -> str:
 
 
 def _require_short_number(event: yaml.ScalarEvent) -> None:
-    """Refuse a long number: YAML counts 1:1:1 in sixties, in time that grows with the square of the length."""
+    """Reject a long number: YAML reads 1:1:1 in base 60, in time quadratic in its length."""
     plain = event.style is None or event.tag is not None
     if plain and len(event.value) > _LONGEST_NUMBER and event.value[0] in "+-.0123456789":
         raise OutOfBoundsError(f"it has a number of {len(event.value)} characters")
 
 
 def require_bounded_config(source: Path) -> None:
-    """Check a model's config.json, or the folder that has it, for numbers that no model has; one not there passes.
+    """Check a model's config.json, or the folder containing it, for implausible sizes; a missing file passes.
 
     Raises:
-        OutOfBoundsError: naming the key.
+        OutOfBoundsError: if a value is too large, naming the key; or the file is too large or nested too deeply.
     """
     file = source if source.is_file() else source / "config.json"
     if not file.is_file():
@@ -102,12 +102,12 @@ def require_bounded_config(source: Path) -> None:
         raise OutOfBoundsError("config.json is nested too deep") from None
     except OutOfBoundsError:
         raise
-    except ValueError:  # no JSON: transformers says so
+    except ValueError:  # invalid JSON: transformers reports it
         return
 
 
 def require_bounded_values(config: Any) -> None:
-    """Check a model's config, as a mapping, in the same way."""
+    """Check a model's config, given as a mapping, in the same way."""
     for key, number in _numbers(config, ""):
         most = next((most for ending, most in _MOST.items() if re.search(ending, key)), None)
         if most is not None and number > most:

@@ -1,6 +1,6 @@
-"""Where things are kept between runs: in the home folder, if this user has one. Imports no torch.
+"""Where files are kept between runs: in the home folder, if the user has one. Does not import torch.
 
-On clusters and in containers there may be none: ``HOME`` names something else, or the user has no entry in passwd.
+On clusters and in containers there may be none: ``HOME`` is not a folder, or the user has no entry in passwd.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from fsdp_qlora.errors import ConfigError, StorageError
 
 CACHE_VARIABLE = "FSDP_QLORA_CACHE"
 COMPILED_PLACES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-"""Where compilers keep what they made, and the names of their folders in our cache."""
+"""Environment variables for the compilers' caches, and the folder of each in our cache."""
 _PLACES = COMPILED_PLACES | {
     "HF_HOME": "huggingface",
     "WANDB_CACHE_DIR": "wandb",
     "WANDB_CONFIG_DIR": "wandb",
     "WANDB_DATA_DIR": "wandb",
 }
-"""Where other libraries would use the home folder, and what they get in our cache instead."""
+"""Environment variables of libraries that would use the home folder, and the folder of each in our cache."""
 
 
 def home_folder() -> Path | None:
-    """Return this user's home folder, or None where there is none."""
+    """Return the user's home folder, or None if there is none."""
     try:
         home = Path.home()
     except RuntimeError:
@@ -35,16 +35,16 @@ def home_folder() -> Path | None:
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # not for this user to know
+    except OSError:  # this user may not look there
         return False
 
 
 def cache_folder() -> Path:
-    """Return where prepared data and the embedded model are kept: $FSDP_QLORA_CACHE or ~/.cache/fsdp_qlora.
+    """Return the folder for prepared data and the embedded model: $FSDP_QLORA_CACHE or ~/.cache/fsdp_qlora.
 
     Raises:
-        ConfigError: if there is no home folder and the variable names no other one.
-        StorageError: if the folder is not there and cannot be made.
+        ConfigError: if there is no home folder and the variable does not name another one.
+        StorageError: if the folder does not exist and cannot be created.
     """
     named, home = os.environ.get(CACHE_VARIABLE), home_folder()
     if home is None and (not named or named.startswith("~")):
@@ -62,11 +62,11 @@ def cache_folder() -> Path:
 
 
 def settle_without_home(env: MutableMapping[str, str]) -> None:
-    """Give other libraries a place in our cache, and this user a name, where there is no home folder."""
+    """Without a home folder, point other libraries to our cache and give the user a name."""
     if home_folder() is not None:
         return
     if named := env.get(CACHE_VARIABLE):
         for variable, place in _PLACES.items():
             env.setdefault(variable, str(Path(named).absolute() / place))
     if not any(env.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
-        env["USER"] = f"uid{os.getuid()}"  # torch's compiler asks for a name, and fails where passwd has none
+        env["USER"] = f"uid{os.getuid()}"  # torch's compiler asks for a user name and fails if passwd has none

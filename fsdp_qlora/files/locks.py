@@ -1,4 +1,4 @@
-"""Locks of the kernel, which lets go of them when their process ends, even after kill -9."""
+"""File locks held by the kernel, which releases them when the process ends, even on kill -9."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fsdp_qlora.files.read import LACKING
 
 @contextmanager
 def alone(file: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock that is the file ``file``, which is removed afterwards.
+    """Hold an exclusive lock on ``file``, a lock file that is removed afterwards.
 
-    Yields whether it is held. It is not where somebody else has it and this process does not ``wait``, and where the
-    file system knows no locks.
+    Yields whether the lock is held. It is not if another process holds it and ``wait`` is false, or if the file system
+    does not support locks.
     """
     handle = _locked(file, wait)
     try:
@@ -35,11 +35,11 @@ def _locked(file: Path, wait: bool) -> int | None:
             return None
         if _names(file, handle):
             return handle
-        os.close(handle)  # whoever had it has removed it, and others may hold a new one by now
+        os.close(handle)  # the previous holder has removed the file, and others may have locked a new one by now
 
 
 def try_lock(handle: int, how: int) -> bool:
-    """Lock an open file; return false where somebody else has it or the file system knows no locks."""
+    """Lock an open file; return False if another process holds it or the file system does not support locks."""
     try:
         fcntl.flock(handle, how)
     except BlockingIOError:

@@ -1,31 +1,31 @@
-"""Where modules are looked for: not in the current folder, and last of all there for a ``data.row_function`` of yours.
+"""Keeps the current folder off the module search path; a ``data.row_function`` gets it as the last entry.
 
-``python -m`` and torchrun put the current folder first, where a file ``datasets.py`` hides the package of that name.
-Nor is the last place good enough: Hydra runs all that lies in ``hydra_plugins``, torch what any ``*.dist-info`` names,
-and others try packages that need not be installed. Imports nothing that the interpreter has not loaded at its start,
-not even ``__future__``.
+``python -m`` and torchrun put the current folder first, where a file ``datasets.py`` shadows the package of that name.
+Putting it last is not safe either: Hydra runs everything in ``hydra_plugins``, torch runs what any ``*.dist-info``
+names, and other libraries try to import optional packages. This module imports nothing that the interpreter has not
+already loaded at startup, not even ``__future__``.
 """
 
 import os
 import sys
 
-# Without pathlib, which is a file that the current folder could hide.
+# No pathlib: a file in the current folder could shadow it.
 _PACKAGES_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
 
 
 def leave_here() -> None:
-    """Look for no modules in the current folder, in this process and in those of Python that it starts."""
+    """Keep this process, and the Python processes it starts, from importing modules from the current folder."""
     here = _current()
     if here is None:
         return
     if not sys.flags.safe_path and sys.path and sys.path[0] in ("", here):
         del sys.path[0]
-    if here != _PACKAGES_FOLDER:  # else it may be the only place that has this package
+    if here != _PACKAGES_FOLDER:  # otherwise this package may be found only there
         os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def look_here_last() -> None:
-    """Make the current folder the last place in which modules are looked for: for code that was allowed to run."""
+    """Append the current folder to the module search path, for user code that may run."""
     here = _current()
     if here is not None and here not in sys.path:
         sys.path.append(here)

@@ -1,12 +1,13 @@
-"""Files on any file system: where it lacks an operation (locks, links, syncing folders), there is another way.
+"""Safe file access on any file system; missing operations (locks, links, syncing folders) have a fallback.
 
-Two promises have their one place here.
+Two guarantees:
 
-*What others may have written* is read by `read_regular` and `read_json`: a regular file, opened without following a
-link or waiting for a pipe, of at most so many bytes, and JSON of just the types that are asked for.
+*Files that others may have written* are read with `read_regular` and `read_json`: only regular files, opened without
+following a link or blocking on a pipe, of limited size; JSON must have exactly the requested types.
 
-*What we write* is written by `replacing` and what is built on it: beside its place, under a name that nobody can have
-put a link under, synced, renamed. A link that lies in its place is replaced, not followed. Modes follow the umask.
+*Files that we write* are written with `replacing` and the functions built on it (`fsdp_qlora.files.write`): to a
+temporary file in the same folder, under a name nobody can guess and plant a link at, then synced and renamed. A link at
+the destination is replaced, not followed. Modes follow the umask.
 """
 
 from __future__ import annotations
@@ -28,24 +29,27 @@ from fsdp_qlora.errors import SecurityError
 _log = logging.getLogger(__name__)
 
 LACKING = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.ENOTTY)
-"""What the kernel answers where a file system (FUSE, NFS, SMB, FAT) does not have an operation."""
+"""Errors from the kernel if a file system (FUSE, NFS, SMB, FAT) does not support an operation."""
 JSON_BYTES = 50_000_000
-"""No honest manifest or config is larger."""
+"""Larger than any legitimate manifest or config."""
 _MAX_DEPTH = 64
 _MAX_NUMBER = 2**63
 
 
 def open_regular(file: Path, flags: int = os.O_RDONLY, changes: bool = True) -> int:
-    """Open a regular file (or make a new one, as ``flags`` say) and return its descriptor; no link is followed.
+    """Open a regular file (or create one, depending on ``flags``) and return its descriptor; links are not followed.
 
-    ``changes``: whether a file that is opened for writing is written into, and not locked alone.
+    Args:
+        file: the file.
+        flags: as for `os.open`.
+        changes: whether a file opened for writing is really written to, rather than only locked.
 
     Raises:
-        SecurityError: if it is a link, a folder, a pipe or a device; or is changed, and has a second name elsewhere.
+        SecurityError: if it is a link, folder, pipe or device, or would be written to and has a second hard link.
         OSError: if it cannot be opened.
     """
     try:
-        # O_NONBLOCK: else opening a pipe waits for somebody at its other end
+        # O_NONBLOCK: otherwise opening a pipe blocks until another process opens its other end
         handle = os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if file.is_symlink():
@@ -66,7 +70,7 @@ def read_regular(file: Path, limit: int | None = JSON_BYTES) -> bytes:
     """Return the content of a file that others may have written.
 
     Raises:
-        SecurityError: if it is no regular file, or larger than ``limit`` bytes.
+        SecurityError: if it is not a regular file, or larger than ``limit`` bytes.
         OSError: if it cannot be read.
     """
     with os.fdopen(open_regular(file), "rb") as stream:
@@ -77,21 +81,21 @@ def read_regular(file: Path, limit: int | None = JSON_BYTES) -> bytes:
 
 
 def file_sha256(file: Path, follow: bool = True) -> str:
-    """Return the sha256 of a file in hexadecimal; of one that a stranger may have put there do not ``follow`` links."""
+    """Return the sha256 of a file in hexadecimal; set ``follow`` to False for files that others may have put there."""
     with file.open("rb") if follow else os.fdopen(open_regular(file), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def read_json(file: Path, kind: Any = Any, limit: int = JSON_BYTES) -> Any:
-    """Return the JSON in a file that others may have written; see `read_regular` and `parse_json`."""
+    """Read JSON from a file that others may have written; see `read_regular` and `parse_json`."""
     return parse_json(read_regular(file, limit), kind)
 
 
 def parse_json(data: bytes, kind: Any = Any) -> Any:
-    """Return ``data`` as JSON of the type ``kind`` (``dict[str, list[int]]``; ``Any`` takes everything).
+    """Parse ``data`` as JSON of the type ``kind`` (such as ``dict[str, list[int]]``; ``Any`` accepts everything).
 
     Raises:
-        ValueError: if it is not UTF-8, not JSON, has a key twice, is nested too deeply, or has another type.
+        ValueError: if it is not UTF-8 or not JSON, has a duplicate key, is nested too deeply, or has another type.
     """
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unequal_keys)
@@ -100,7 +104,7 @@ def parse_json(data: bytes, kind: Any = Any) -> Any:
     layer = [value]
     for _ in range(_MAX_DEPTH):
         layer = [inner for item in layer if isinstance(item, dict | list) for inner in _items(item)]
-    if layer:  # who writes it out again would recurse as deeply
+    if layer:  # writing it out again would recurse as deeply
         raise ValueError("it is nested too deeply")
     if (wrong := misfit(value, kind)) is not None:
         raise ValueError(wrong)
@@ -119,7 +123,7 @@ def _unequal_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def misfit(value: Any, kind: Any, name: str = "it") -> str | None:
-    """Return what of a JSON value is not of the type ``kind``, or None; whole numbers have at most 63 bits."""
+    """Describe how a JSON value differs from the type ``kind``, or return None; integers may have up to 63 bits."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return None
@@ -139,7 +143,7 @@ def misfit(value: Any, kind: Any, name: str = "it") -> str | None:
 
 
 def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield all that lies in a folder, its folders' content too, following no link. Any depth: it does not recurse."""
+    """Yield everything below a folder at any depth, without following links; iterative, so depth is unlimited."""
     left = [str(folder)]
     while left:
         with os.scandir(left.pop()) as found:
@@ -150,15 +154,15 @@ def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def refuse_irregular(folder: Path, may_link: bool = False, apart: str | None = None) -> None:
-    """Check that a folder holds files and folders only.
+    """Check that a folder contains only files and folders, at any depth.
 
     Args:
-        folder: is looked through whole; it may itself be reached by a link.
-        may_link: whether it may hold links to what lies in it, too.
-        apart: name of a folder in it in which we write nothing; what it holds is not looked at.
+        folder: the folder; its own path may contain links.
+        may_link: whether it may also contain links to targets inside it.
+        apart: name of a subfolder that we never write to; its content is not checked.
 
     Raises:
-        SecurityError: naming the first link, pipe or device.
+        SecurityError: naming the first link, pipe or device found.
     """
     home = _real(folder)
     for entry in walk(folder):
@@ -174,13 +178,13 @@ def refuse_irregular(folder: Path, may_link: bool = False, apart: str | None = N
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """Return where a file of somebody's model or adapter folder lies, there or not.
+    """Return the real path of a file in a model or adapter folder, whether or not it exists.
 
-    In the hub's cache files are links to the blobs of the same model. A link that leads elsewhere is refused: what it
-    leads to would be read, and given away, as a part of the model.
+    In the hub's cache, files are links to the blobs of the same model. A link to anywhere else is refused: its target
+    would be read, and published, as part of the model.
 
     Raises:
-        SecurityError: if it is such a link.
+        SecurityError: if the file is such a link.
     """
     home, real = _real(folder), _real(folder / name)
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
@@ -191,11 +195,11 @@ def own_file(folder: Path, name: str) -> Path:
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve raises where links go round in circles
+    return Path(os.path.realpath(path))  # Path.resolve raises on circular links
 
 
 def who_else_changes(path: Path) -> str | None:
-    """Return who but this user and root can change a file or a folder, if anybody; as far as its mode says."""
+    """Say who other than this user and root can change a path, judging by owner and mode; None if nobody can."""
     found = path.lstat()
     if found.st_uid not in (0, os.geteuid()):
         return f"{path} belongs to another user (uid {found.st_uid})"
@@ -205,7 +209,7 @@ def who_else_changes(path: Path) -> str | None:
 
 
 def warn_of_others(*paths: Path) -> None:
-    """Warn of the first path that somebody else can change, if there is one."""
+    """Warn about the first path that somebody else can change, if any."""
     for path in paths:
         if (why := who_else_changes(path)) is not None:
             _log.warning("%s: what lies there may not be what was written.", why)

@@ -1,7 +1,7 @@
-"""Folders that are written in for a while: beside what they become, or in the temporary folder.
+"""Temporary folders: next to the target that they become, or in the system's temporary folder.
 
-Their maker holds a lock on each, which the kernel lets go of however the process ends. So what a killed process left is
-told from what is in use, also over containers that see each other's files and not each other's processes.
+The process that creates one holds a lock on it, which the kernel releases however the process ends. This tells
+leftovers of a killed process from folders in use, even between containers that share files but not process ids.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from fsdp_qlora.files.write import staging_for, sync
 _STAGING = re.compile(
     r"\.(.+\.[0-9a-f]{16}\.part|exit\.json\.\d+|metrics\.jsonl\.tmp|(latest|[a-z_]+\.(yaml|jsonl?))\.part)"
 )
-"""Names under which we write what is renamed later; those without 16 digits are of older versions."""
+"""Names of files and folders written before a rename; those without 16 digits come from older versions."""
 _YOUNG_SECONDS = 3600
-"""A younger folder may be about to be locked."""
+"""A folder younger than this is kept: its process may be about to lock it."""
 
 
 @contextmanager
 def fresh_folder(target: Path) -> Iterator[Path]:
-    """Make a new folder beside ``target`` to write in, for `move_into`; what is left of it is removed.
+    """Create a staging folder next to ``target``, for use with `move_into`; remove whatever remains of it at the end.
 
-    What a killed process left of one for the same target goes, too.
+    Also removes staging folders for the same target that killed processes left behind.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def fresh_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Lock a folder: who finds the lock free knows that the process which made it is gone, however it ended."""
+    """Lock a folder: if others find the lock free, the process that created the folder has ended."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with suppress(OSError):
@@ -62,13 +62,13 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def move_into(staging: Path, target: Path) -> None:
-    """Make ``target`` hold what was written into ``staging``: renamed whole, or file by file where it holds something.
+    """Move ``staging`` to ``target``: as one rename, or file by file if ``target`` is not empty.
 
-    Of two processes that do so at once, one comes after the other: never are files of both mixed.
+    If two processes do this at once, one waits for the other, so their files are never mixed.
 
     Raises:
         SecurityError: if a folder in ``target`` is a link.
-        OSError: if it cannot be written.
+        OSError: if ``target`` cannot be written.
     """
     files = [Path(entry.path) for entry in walk(staging) if not entry.is_dir(follow_symlinks=False)]
     for path in (*files, staging):
@@ -94,7 +94,7 @@ def _move_files(files: Iterable[Path], staging: Path, target: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half written in ``folder``: for who alone writes there (holds its lock)."""
+    """Remove what killed processes left in ``folder``; only its sole writer, which holds its lock, may call this."""
     for left in list(folder.iterdir()) if folder.is_dir() else []:
         if _STAGING.fullmatch(left.name):
             with suppress(OSError):
@@ -102,7 +102,7 @@ def sweep(folder: Path) -> None:
 
 
 def _remove_if_left(folder: Path) -> None:
-    """Remove a folder of ours that no process holds, unless it is young."""
+    """Remove a folder of this user that no process has locked, unless it is recent."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -116,9 +116,9 @@ def _remove_if_left(folder: Path) -> None:
 
 @contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """Make a folder for temporary files, and remove it at the end.
+    """Create a folder for temporary files, and remove it at the end.
 
-    Those with this prefix whose processes are gone, however they ended, are removed as well.
+    Also removes older folders with this prefix whose processes have ended, in whatever way.
     """
     folder = Path(tempfile.mkdtemp(prefix=prefix))
     with _held(folder):

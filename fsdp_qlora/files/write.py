@@ -1,4 +1,4 @@
-"""Files that we write: no link is followed, each appears whole, and is on the disk before it has its name."""
+"""Atomic writes: links are not followed, and a file is synced to disk before it is renamed into place."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fsdp_qlora.files.read import LACKING, open_regular, read_regular
 
 
 def staging_for(target: Path) -> Path:
-    """Return a name beside ``target`` that nobody can know before."""
+    """Return an unguessable temporary name in the folder of ``target``."""
     return target.with_name(f".{target.name[:60]}.{secrets.token_hex(8)}.part")
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[BinaryIO]:
-    """Give a stream to write ``file`` with: a reader, or a run after a kill, sees the old one or the new one whole.
+    """Yield a stream that replaces ``file`` atomically: even after a kill, readers see the old or the new file whole.
 
     Raises:
-        OSError: naming ``file``, if it cannot be written; it is then as it was.
+        OSError: naming ``file``, if it cannot be written; the file is then unchanged.
     """
     staging = staging_for(file)
     try:
@@ -45,27 +45,28 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file by `replacing`."""
+    """Write a text file with `replacing`."""
     with replacing(file) as stream:
         stream.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON by `replacing`."""
+    """Write JSON with `replacing`."""
     write_text(file, json.dumps(value, indent=2) + "\n")
 
 
 def copy_regular(source: Path, file: Path) -> None:
-    """Copy a file that others may have written; links are followed on neither side."""
+    """Copy a file that others may have written, following links on neither side."""
     with os.fdopen(open_regular(source), "rb") as stream, replacing(file) as copy:
         shutil.copyfileobj(stream, copy, 1 << 20)
 
 
 def append_to(file: Path) -> io.FileIO:
-    """Open a file of ours to append to, or make it; a link is not followed. A write may take a part: it is unbuffered.
+    """Open one of our files for appending, or create it; links are not followed.
 
-    So nothing of a write that failed is left to be written, and fail again, when it is closed. A file that has a second
-    name elsewhere (a backup of hard links) keeps its content there and is a file of its own here.
+    The stream is unbuffered: a write may be partial, but closing the stream cannot retry, and fail on, a write that
+    already failed. If the file has a second hard link (a backup, for example), it is copied first, so that the other
+    name keeps the old content.
     """
     if file.is_file() and not file.is_symlink() and file.stat().st_nlink > 1:
         content = read_regular(file, None)
@@ -75,7 +76,7 @@ def append_to(file: Path) -> io.FileIO:
 
 
 def write_first(file: Path, text: str, link: Callable[[Path, Path], None] = os.link) -> bool:
-    """Write a file whole, unless it is there; return whether it was written. Of several processes, one writes it."""
+    """Write a file atomically unless it exists; return whether it was written. Among racing processes one writes it."""
     staging = staging_for(file)
     try:
         _create(staging, text)
@@ -86,7 +87,7 @@ def write_first(file: Path, text: str, link: Callable[[Path, Path], None] = os.l
         if error.errno not in (*LACKING, errno.EPERM, errno.EMLINK):
             raise
         try:
-            _create(file, text)  # a reader may see half of it for a moment
+            _create(file, text)  # not atomic: a reader may briefly see part of it
         except FileExistsError:
             return False
     finally:
@@ -100,7 +101,7 @@ def _create(file: Path, text: str) -> None:
 
 
 def sync(path: Path, fsync: Callable[[int], None] = os.fsync) -> None:
-    """Have the kernel write a file or a folder's entries to the disk, where the file system can be asked to."""
+    """Sync a file or a folder's entries to disk, if the file system supports it."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -122,10 +123,10 @@ def _sync_handle(handle: int, fsync: Callable[[int], None]) -> None:
 
 
 def open_as_a_new_file(file: Path) -> None:
-    """Give ``file`` the mode of a new one beside it; safetensors leaves 0600, whatever the umask.
+    """Give ``file`` the mode of a newly created file; safetensors creates 0600, whatever the umask.
 
-    Nothing happens where the file system knows no modes. (The umask itself can only be read by setting it, for all
-    threads.)
+    Does nothing if the file system has no modes. The mode is taken from a sample file, because the umask can only be
+    read by setting it, for all threads.
     """
     with suppress(OSError), tempfile.TemporaryDirectory(dir=file.parent, prefix=".mode-") as folder:
         sample = Path(folder) / "new"

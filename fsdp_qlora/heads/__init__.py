@@ -1,1 +1,1 @@
-"""What comes after the decoder: output heads and their log-probabilities."""
+"""Output heads and their losses."""

@@ -1,12 +1,12 @@
-"""What a model's own ``forward`` does before and after its output head: run as upstream wrote it, or measured.
+"""Runs or measures what a model's own ``forward`` does before and after its output head.
 
 Families scale logits (Cohere, Granite, HyperCLOVA X, MPT), cap them (Gemma), add a bias (BART), cut off padded columns,
-or project and normalise what the decoder gives before the head sees it (BERT). None of this is guessed from config
-keys. What comes before the head is upstream's ``forward`` itself, stopped where it calls the head. What comes after is
-the same ``forward`` with decoder and head replaced by stand-ins that hand out what they are given; where that turns out
-to be a factor and a soft cap, the fused loss of the head does it, else upstream's code runs on each chunk of logits.
+or project and normalise the decoder's output before the head (BERT). None of this is guessed from config keys. For the
+part before the head, upstream's ``forward`` runs and is stopped where it calls the head. For the part after it, the
+same ``forward`` runs with decoder and head replaced by stand-ins that return given values. If that part is just a
+factor and a soft cap, the head's fused loss applies them; otherwise upstream's code runs on each chunk of logits.
 
-The stand-ins go into shallow copies of the modules on the way; the model itself is never touched.
+The stand-ins are placed in shallow copies of the modules; the model itself is never modified.
 """
 
 from __future__ import annotations
@@ -26,52 +26,52 @@ from fsdp_qlora.errors import ModelError
 from fsdp_qlora.load.buffers import in_no_file
 
 _PROBES = 61
-"""Logits that the code after the head is tried on; odd, so that zero is one of them."""
+"""Number of logits on which the code after the head is probed; odd, so that zero is one of them."""
 _EQUAL = 1e-6
 
 
 @dataclass(frozen=True)
 class AfterHead:
-    """What becomes of the head's product: ``softcap * tanh(scale * x / softcap)``, or what ``code`` makes of it."""
+    """What follows the head's product: ``softcap * tanh(scale * x / softcap)``, or ``code``."""
 
     scale: float = 1.0
     softcap: float | None = None
     code: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """Upstream's own code, ``[tokens, vocab]`` -> ``[tokens, columns]``, where scale and cap are not all of it."""
+    """Upstream's own code, ``[tokens, vocab]`` -> ``[tokens, columns]``, if it does more than scale and cap."""
 
 
-class _Reached(Exception):  # noqa: N818 - no error: the way out of upstream's forward
+class _Reached(Exception):  # noqa: N818 - not an error: exits upstream's forward early
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
         self.hidden = hidden
 
 
 class _StandIn(nn.Module):
-    """In the place of a module of the model; upstream may ask it for the module's attributes (a weight's dtype)."""
+    """Replaces a module of the model, and forwards access to that module's attributes (such as a weight's dtype)."""
 
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
-        self._like = (like,)  # in a tuple: no child of this module
+        self._like = (like,)  # in a tuple, so that it is not registered as a child
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             found = getattr(self._like[0], name)
-            if isinstance(found, nn.Module):  # upstream wants a part of it: it stands for too much
+            if isinstance(found, nn.Module):  # upstream calls into a part of it, so it replaces too much
                 raise
             return found
 
 
 class _Stop(_StandIn):
-    """In the head's place: ends ``forward`` with what the head is given."""
+    """Replaces the head, and stops ``forward`` with the head's input."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         raise _Reached(hidden)
 
 
 class _Give(_StandIn):
-    """In the place of the head or the decoder: gives what it is told to, whatever it is asked."""
+    """Replaces the head or the decoder, and returns a given value whatever the arguments."""
 
     def __init__(self, like: nn.Module, given: Any) -> None:
         super().__init__(like)
@@ -82,7 +82,7 @@ class _Give(_StandIn):
 
 
 class _Output(BaseModelOutputWithPast):
-    """A decoder's output that has nothing but hidden states, whatever else upstream's ``forward`` asks it for."""
+    """A decoder's output with hidden states only; any other attribute that ``forward`` reads is None."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -91,7 +91,7 @@ class _Output(BaseModelOutputWithPast):
 
 
 def head_input(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
-    """Return what ``model``'s own ``forward`` gives its output head for ``inputs``: ``[rows, length, hidden]``.
+    """Return the input of the output head in ``model``'s own ``forward``: ``[rows, length, hidden]``.
 
     Raises:
         ModelError: if ``forward`` ends without calling the head.
@@ -106,7 +106,7 @@ def head_input(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
 
 
 def after_head(model: PreTrainedModel) -> AfterHead:
-    """Return what ``model``'s own ``forward`` makes of the head's product; the model may be on meta.
+    """Return what ``model``'s own ``forward`` does after the head's product; the model may be on meta.
 
     Raises:
         ModelError: if ``forward`` cannot be run with stand-ins for decoder and head.
@@ -119,7 +119,7 @@ def after_head(model: PreTrainedModel) -> AfterHead:
         code = _code_after(model)
         try:
             given = code(raw)
-        except (RuntimeError, NotImplementedError):  # it uses weights, which are not here yet
+        except (RuntimeError, NotImplementedError):  # it uses weights, which are still on meta
             return AfterHead(code=_code_after(model))
     code = _code_after(model)
     if given.shape != raw.shape or _has_own_buffers(model):
@@ -135,7 +135,7 @@ def after_head(model: PreTrainedModel) -> AfterHead:
 def _candidates(config: Any, slope: float) -> list[tuple[float, float | None]]:
     caps = [v for k, v in config.to_dict().items() if re.search("soft_?cap", k) and isinstance(v, int | float) and v]
     exact = [1.0]
-    for key, value in config.to_dict().items():  # the slope as the config spells it, free of rounding
+    for key, value in config.to_dict().items():  # prefer the exact value in the config to the measured slope
         if isinstance(value, int | float) and value and ("scal" in key or "mult" in key):
             exact += [float(value), 1.0 / value]
     near = [value for value in exact if abs(value - slope) < 1e-5 * abs(slope)] or [slope]
@@ -143,12 +143,12 @@ def _candidates(config: Any, slope: float) -> list[tuple[float, float | None]]:
 
 
 def _has_own_buffers(model: PreTrainedModel) -> bool:
-    """Whether the model's outermost module holds values that files may change (BART's bias on the logits)."""
+    """Whether the outermost module has persistent buffers, which files may fill (BART's bias on the logits)."""
     return any(name not in in_no_file(model) for name, _ in model.named_buffers(recurse=False))
 
 
 def _code_after(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return upstream's code after the head as a function of its product ``[tokens, vocab]``."""
+    """Return upstream's code after the head as a function of the head's product ``[tokens, vocab]``."""
     head, name = model.get_output_embeddings(), _head_name(model)
     backbones = _backbones(model)
     assert head is not None
@@ -179,7 +179,7 @@ def _code_after(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor
 
 
 def _backbones(model: PreTrainedModel) -> list[str]:
-    """Return the paths of what may stand for the decoder: the outermost module around it, then the decoder itself."""
+    """Return the paths of modules to try as the decoder: the outermost module around it, then the decoder itself."""
     names = {module: name for name, module in model.named_modules()}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     around = names[table].partition(".")[0]
@@ -193,7 +193,7 @@ def _head_name(model: PreTrainedModel) -> str:
 
 
 def _with(model: nn.Module, instead: Mapping[str, nn.Module]) -> Any:
-    """Return a shallow copy of ``model`` with other modules at the paths ``instead``; nothing else is copied."""
+    """Return a shallow copy of ``model`` with the modules at the paths in ``instead`` replaced."""
     made = copy.copy(model)
     made._modules = dict(model._modules)
     nested: dict[str, dict[str, nn.Module]] = {}

@@ -1,8 +1,8 @@
 """The output head and its loss: cross entropy over supervised tokens, a chunk of logits at a time.
 
-All logits of a batch are never held. For a frozen head the gradient of the hidden states is computed chunk by chunk in
-forward (the idea of Liger-Kernel's fused linear cross entropy, https://arxiv.org/abs/2410.10989), in float32 per chunk;
-what is kept is one ``[tokens, hidden]`` tensor.
+The logits of a batch never exist all at once. Because the head is frozen, forward computes the gradient of the hidden
+states chunk by chunk (as in Liger-Kernel's fused linear cross entropy, https://arxiv.org/abs/2410.10989), with the
+softmax in float32; it keeps a single ``[tokens, hidden]`` tensor for backward.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class LossHead(nn.Linear):
 
     Attributes:
         logit_scale: factor on the logits (Cohere, Granite).
-        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2); None = not.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2); None for no cap.
         code: upstream's code after the head, ``[tokens, vocab]`` -> ``[tokens, columns]``; scale and cap are then 1 and
             None. See `fsdp_qlora.heads.around`.
-        chunk: tokens whose logits exist at the same time.
+        chunk: number of tokens whose logits exist at the same time.
     """
 
     logit_scale: float = 1.0
@@ -34,7 +34,7 @@ class LossHead(nn.Linear):
 
     @staticmethod
     def from_linear(linear: nn.Linear, after: AfterHead, chunk: int) -> LossHead:
-        """Wrap a head, sharing its weight and bias (a tie with the embedding stays)."""
+        """Wrap a head, sharing its weight and bias (so a tie with the embedding is kept)."""
         head = LossHead(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         head.weight, head.bias, head.chunk = linear.weight, linear.bias, chunk
         head.logit_scale, head.softcap, head.code = after.scale, after.softcap, after.code
@@ -43,7 +43,7 @@ class LossHead(nn.Linear):
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits ``[..., vocab]``; with ``labels`` int64 ``[tokens]``, the float32 losses ``[tokens]``.
 
-        ``input`` is ``[..., hidden]``, with labels ``[tokens, hidden]``.
+        ``input`` is ``[..., hidden]``; with labels, ``[tokens, hidden]``.
         """
         if labels is None:
             return super().forward(input)

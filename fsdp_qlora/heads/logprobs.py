@@ -10,11 +10,11 @@ import torch
 from fsdp_qlora.quant.gemm import matmul, product_into
 
 CACHED_BYTES = 3 * 2**20
-"""Of float32 logits that a CPU works on at a time: in its caches the passes over them cost little."""
+"""Float32 logits that a CPU processes at a time, so that repeated passes over them stay in its caches."""
 
 
 def rows_at_a_time(vocab_size: int, device: torch.device) -> int:
-    """Return how many rows of logits are float32 at the same time: all of a chunk on an accelerator."""
+    """Return how many rows of logits are converted to float32 at a time: on an accelerator, all of a chunk."""
     return max(1, CACHED_BYTES // (4 * vocab_size)) if device.type == "cpu" else 2**31
 
 
@@ -24,11 +24,11 @@ def token_losses(
     """Return the cross entropy of each row, float32 ``[rows]``; with ``wants_grad`` its gradient replaces the logits.
 
     Args:
-        logits: ``[rows, vocab]``, as the head's product gives them; all else is computed in float32.
+        logits: ``[rows, vocab]``, the head's product; everything else is computed in float32.
         targets: int64 ``[rows]``.
         scale: factor on the logits.
         softcap: see `LossHead`.
-        wants_grad: whether ``logits`` become (softmax - one-hot) times what scale and cap add.
+        wants_grad: whether to overwrite ``logits`` with (softmax - one-hot) times the derivative of scale and cap.
     """
     losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
     size = rows_at_a_time(logits.shape[1], logits.device)
@@ -48,7 +48,7 @@ def token_losses(
         if wants_grad:
             values.div_(total).scatter_add_(1, target, torch.full_like(top, -1.0))
             if capped is not None:
-                values.mul_(capped.square_().neg_().add_(1))
+                values.mul_(capped.square_().neg_().add_(1))  # d tanh(x) = 1 - tanh(x)^2
             if scale != 1.0:
                 values *= scale
             raw.copy_(values)
@@ -58,13 +58,14 @@ def token_losses(
 def token_losses_by_code(
     logits: torch.Tensor, targets: torch.Tensor, code: Callable[[torch.Tensor], torch.Tensor], wants_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cross entropy of what ``code`` makes of the logits, float32 ``[rows]``, and its gradient.
+    """Return the cross entropy of ``code(logits)``, float32 ``[rows]``, and its gradient.
 
     Args:
-        logits: ``[rows, vocab]``, as the head's product gives them.
+        logits: ``[rows, vocab]``, the head's product.
         targets: int64 ``[rows]``.
-        code: upstream's code after the head; it may change columns, not rows.
-        wants_grad: whether the gradient is that of ``logits``; else the logits are returned in its place.
+        code: upstream's code after the head; it may change the number of columns, but not of rows.
+        wants_grad: whether to compute the gradient with respect to ``logits``; otherwise ``logits`` are returned in its
+            place.
     """
     with torch.set_grad_enabled(wants_grad):
         raw = logits.detach().requires_grad_(wants_grad)

@@ -1,7 +1,7 @@
-"""Embedding and head in 4-bit: looked-up rows alone are dequantized, and the head a slice of the vocabulary at a time.
+"""Quantized embedding and head: only looked-up rows are dequantized, and the head a slice of the vocabulary at a time.
 
-The dense head never exists whole. The cross entropy goes over the slices twice: once for each token's log-sum-exp (a
-running maximum and sum, as in online softmax, https://arxiv.org/abs/1805.02867), once for the gradient.
+The dense head never exists whole. The cross entropy passes over the slices twice: once for each token's log-sum-exp (a
+running maximum and sum, as in online softmax, https://arxiv.org/abs/1805.02867), and once for the gradient.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 
 
 class QuantLossHead(nn.Module):
-    """An output head on a 4-bit matrix, its own or the embedding's; `LossHead`'s interface.
+    """An output head on a quantized matrix, its own or the embedding's, with the interface of `LossHead`.
 
     Attributes:
         logit_scale: factor on the logits.
-        softcap: logits become ``softcap * tanh(logits / softcap)``; None = not.
-        chunk: tokens whose logits exist at the same time.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; None for no cap.
+        chunk: number of tokens whose logits exist at the same time.
     """
 
     def __init__(self, own: QuantMatrices | None, tied: QuantEmbedding | None, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.matrices = own
-        self._tied = (tied,)  # in a tuple: the embedding is not this module's child
+        self._tied = (tied,)  # in a tuple, so that the embedding is not registered as a child
         self.bias = bias
         self.logit_scale, self.chunk = 1.0, 256
         self.softcap: float | None = None
@@ -46,7 +46,7 @@ class QuantLossHead(nn.Module):
         return found
 
     def dense(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return weight ``[stop - start, hidden]`` and bias of a slice."""
+        """Return the dense weight ``[stop - start, hidden]`` and the bias of a slice."""
         bias = None if self.bias is None else self.bias[start:stop]
         return self.source.matrix().rows(start, stop, dtype), bias
 
@@ -59,13 +59,13 @@ class QuantLossHead(nn.Module):
         return _SlicedCrossEntropy.apply(input, labels, self)  # type: ignore[return-value]
 
     def logits(self, hidden: torch.Tensor, dense: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
-        """Return a slice's final float32 logits."""
+        """Return the float32 logits of a slice, after scale and cap."""
         raw = F.linear(hidden, *dense).float() * self.logit_scale
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):
-    """Per-token cross entropy; the gradient of the hidden states is computed in forward, for the head is frozen."""
+    """Per-token cross entropy; forward also computes the gradient of the hidden states, since the head is frozen."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: QuantLossHead) -> torch.Tensor:
@@ -76,6 +76,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
             dense = head.dense(start, stop, hidden.dtype)
             for part in chunks:
                 logits = head.logits(hidden[part], dense)
+                # online softmax: rescale the running sum to the new maximum before adding this slice
                 top = torch.maximum(largest[part], logits.amax(dim=-1))
                 total[part] = total[part] * torch.exp(largest[part] - top) + torch.exp(logits - top[:, None]).sum(-1)
                 largest[part] = top
@@ -96,7 +97,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
 def _gradient(
     hidden: torch.Tensor, labels: torch.Tensor, head: QuantLossHead, log_sum: torch.Tensor, chunks: list[slice]
 ) -> torch.Tensor:
-    """Return d loss / d hidden, ``[tokens, hidden]``: (softmax - one-hot) @ weight, added up over the slices."""
+    """Return d loss / d hidden, ``[tokens, hidden]``: (softmax - one-hot) @ weight, summed over the slices."""
     grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     for start, stop in head.source.matrix().slices():
         dense = head.dense(start, stop, hidden.dtype)
@@ -113,10 +114,10 @@ def _gradient(
 
 
 def quantize_edges(model: PreTrainedModel, shapes: ModelShapes, quant_format: Format) -> None:
-    """Replace embedding and head of a meta model by 4-bit ones; tied ones share one packed table.
+    """Replace embedding and head of a meta model by quantized ones; if tied, they share one packed table.
 
     Raises:
-        PlanError: if the embedding does more than look up and scale.
+        PlanError: if the embedding does more than look up and scale rows.
     """
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(table, nn.Embedding) and isinstance(head, nn.Linear)
@@ -139,10 +140,10 @@ def quantize_edges(model: PreTrainedModel, shapes: ModelShapes, quant_format: Fo
 
 
 def configure_loss_head(head: QuantLossHead, after: AfterHead, chunk: int) -> None:
-    """Give the head the logits' scale and cap, and the size of its chunks.
+    """Set the head's logit scale, soft cap and chunk size.
 
     Raises:
-        PlanError: if upstream does more with the logits, which takes all of a token's at once.
+        PlanError: if upstream does more with the logits, which needs all logits of a token at once.
     """
     if after.code is not None:
         raise PlanError(

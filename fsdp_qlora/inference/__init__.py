@@ -1,1 +1,1 @@
-"""Answers from a trained model."""
+"""Text generation with a base or tuned model."""

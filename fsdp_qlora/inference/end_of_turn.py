@@ -1,8 +1,8 @@
-"""Where an answer ends: everything that says so counts.
+"""Where an answer ends, combined from every source that defines it.
 
-The tokenizer, the model's config and generation_config.json each name end tokens, and often not the same ones (a base
-model's tokenizer knows the end of a text, its chat template ends a turn otherwise). What training taught is what the
-chat template writes after an answer: it may be none of these tokens, or no single token at all.
+The tokenizer, the model's config and generation_config.json each name end tokens, and often different ones (a base
+model's tokenizer has an end-of-text token, while its chat template ends a turn differently). Training teaches whatever
+the chat template writes after an answer; that may be none of these tokens, or not a single token at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fsdp_qlora.inference.rendering import render_apart
 
 _FILE = "generation_config.json"
 _ANSWER = "Zqxj7"
-"""An answer that no template writes by itself, and none trims."""
+"""A placeholder answer that no template writes on its own or trims."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class EndOfTurn:
     ids: list[int]
     """Token ids, the likeliest first."""
     text: str | None = None
-    """What the chat template ends a turn with, where that is no single token."""
+    """What the chat template ends a turn with, if that is not a single token."""
 
 
 def end_of_turn(folder: Path, model_config: Any, tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
-    """Return all that ends an answer of the model in ``folder``."""
+    """Return everything that ends an answer of the model in ``folder``."""
     learned = _learned_end(tokenizer)
     ids = [learned] if isinstance(learned, int) else []
     for named in (tokenizer.eos_token_id, _configured(model_config), _from_file(folder / _FILE)):
@@ -43,7 +43,7 @@ def end_of_turn(folder: Path, model_config: Any, tokenizer: PreTrainedTokenizerB
 
 
 def _configured(model_config: Any) -> list[int]:
-    """Return the end tokens of a config and of its text part (a model that also sees pictures has both)."""
+    """Return the end tokens of a config and of its text part (a multimodal model has both)."""
     parts = (model_config, model_config.get_text_config() if hasattr(model_config, "get_text_config") else None)
     return [i for part in parts for i in _ids(getattr(part, "eos_token_id", None))]
 
@@ -52,7 +52,7 @@ def _from_file(file: Path) -> Any:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None  # nobody needs this file
+        return None  # the file is optional
     return values.get("eos_token_id") if isinstance(values, dict) else None
 
 
@@ -62,16 +62,16 @@ def _ids(value: Any) -> list[int]:
 
 
 def _learned_end(tokenizer: PreTrainedTokenizerBase) -> int | str | None:
-    """Return the token, or the text, that the chat template writes after an answer; None where it writes none.
+    """Return the token, or the text, that the chat template writes after an answer; None if it writes nothing.
 
-    White space ends nothing: an answer may have it, too.
+    White space does not count as an end: answers may contain it.
     """
     if not tokenizer.chat_template:
         return None
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = render_apart(tokenizer, messages)
-    except ModelError:  # the prompt's own rendering says what is wrong with it
+    except ModelError:  # rendering the prompt will report what is wrong
         return None
     _, found, after = text.rpartition(_ANSWER)
     after = after.strip()

@@ -1,4 +1,4 @@
-"""Answers: a prompt through the chat template, greedy or sampled, streamed or returned."""
+"""Answers a prompt through the chat template: greedy or sampled, streamed or returned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fsdp_qlora.shown import visible
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, torch.Tensor]:
-    """Render a user's prompt as the model's chat expects it (as plain text where there is no chat template)."""
+    """Render a user's prompt with the chat template (as plain text if there is none)."""
     if not tokenizer.chat_template:
         return dict(tokenizer(prompt, return_tensors="pt"))
     text = render_apart(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
@@ -33,9 +33,9 @@ def answer(
     top_p: float = 1.0,
     stream: bool = False,
 ) -> str:
-    """Return the model's answer, up to what ends it; with ``stream``, print it as it comes.
+    """Return the model's answer without its end marker; with ``stream``, also print it as it is generated.
 
-    Under FSDP every rank calls it with the same arguments (greedy, or all would sample apart).
+    Under FSDP every rank must call it with the same arguments, and greedily: sampling would differ between ranks.
     """
     inputs = {k: v.to(model.device) for k, v in encode_prompt(tokenizer, prompt).items() if k != "token_type_ids"}
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
@@ -57,14 +57,14 @@ def answer(
 
 
 class _Streamer(TextStreamer):
-    """Prints an answer as it comes, without the text that ends it: what may be its beginning waits for what follows."""
+    """Prints an answer as it is generated, without its end text: a possible start of the end is held back."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end: str) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
         self._end, self._held, self._ended = end, "", False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print what is no part of the end."""
+        """Print the text that does not belong to the end."""
         if self._ended:
             text = ""
         elif self._end:
@@ -77,5 +77,5 @@ class _Streamer(TextStreamer):
 
 
 def _overlap(text: str, end: str) -> int:
-    """Return how many characters at the end of ``text`` may be the beginning of ``end``."""
+    """Return how many trailing characters of ``text`` could be the start of ``end``."""
     return next((n for n in range(min(len(text), len(end) - 1), 0, -1) if text.endswith(end[:n])), 0)

@@ -1,4 +1,4 @@
-"""A prompt through a chat template, in a process that can be ended (`fsdp_qlora.distributed.apart`)."""
+"""Renders a prompt with a chat template in a process that can be killed (`fsdp_qlora.distributed.apart`)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _TEXT, _REFUSAL = b"t", b"r"
 
 
 def render_apart(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **settings: Any) -> str:
-    """Return the text of ``messages``.
+    """Render ``messages`` with the chat template, in a separate process.
 
     Raises:
-        ModelError: if the chat template refuses them, does not end, or takes too much memory.
+        ModelError: if the chat template rejects them, does not terminate, or takes too much memory.
     """
 
     def render(_: None) -> bytes:

@@ -1,1 +1,1 @@
-"""How weights come in: from safetensors into shards."""
+"""Weight loading: from safetensors files into shards."""

@@ -1,4 +1,4 @@
-"""Buffers: which of them files hold, and how they outlive ``to_empty``."""
+"""Buffers: which ones are stored in files, and how they survive ``to_empty``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fsdp_qlora.quant.matrices import QuantMatrices
 
 
 def in_no_file(module: nn.Module) -> set[str]:
-    """Return the names of a module's own buffers that ``state_dict`` leaves out; torch has no public way to ask."""
+    """Return the names of a module's own buffers that ``state_dict`` leaves out; torch has no public API for this."""
     return module._non_persistent_buffers_set
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that ``state_dict`` holds and files may change, by name."""
+    """Return the buffers that are part of ``state_dict``, and so may be in the files, by name."""
     return {
         f"{prefix}{'.' if prefix else ''}{name}": buffer
         for prefix, module in model.named_modules()
@@ -27,9 +27,9 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def to_empty_but_buffers(model: nn.Module, shards_on: torch.device, device: torch.device) -> None:
-    """Allocate the parameters of ``model``, on meta, on ``shards_on``; its buffers keep their values, on ``device``.
+    """Allocate the meta parameters of ``model`` on ``shards_on``; move its buffers, with their values, to ``device``.
 
-    Only buffers that are on meta, too (those of our own layers, which are filled with their weights), are left empty.
+    Only meta buffers (those of our own layers, filled together with the weights) are left uninitialized.
     """
     buffers = [(m, n, b) for m in model.modules() for n, b in list(m.named_buffers(recurse=False))]
     model.to_empty(device=shards_on)
@@ -39,5 +39,5 @@ def to_empty_but_buffers(model: nn.Module, shards_on: torch.device, device: torc
 
 
 def matches_any(name: str, patterns: set[str] | list[str] | None) -> bool:
-    """Whether one of upstream's regular expressions is found in ``name``."""
+    """Whether any of upstream's regular expressions matches somewhere in ``name``."""
     return any(re.search(pattern, name) for pattern in patterns or ())

@@ -1,8 +1,8 @@
-"""Which of the files' tensors make up each tensor of the model, by transformers' own conversion mapping.
+"""Maps tensors in the files to tensors of the model, by transformers' own conversion mapping.
 
-Checkpoints keep each expert by itself, leave out a prefix, split or transpose what the model stacks. Where whole
-tensors are laid end to end, a rank still reads just its own stretch. Any other conversion is upstream's own code, run
-on the whole tensors it needs, one conversion at a time: slower to load, never guessed.
+Checkpoints store each expert separately, omit a prefix, or split or transpose tensors that the model stacks. Where a
+tensor is a plain concatenation of stored ones, a rank still reads only its own range. Any other conversion runs
+upstream's own code on the whole tensors it needs, one conversion at a time: slower to load, but never guessed.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from transformers.core_model_loading import (
 )
 
 Read = Callable[[str], torch.Tensor]
-"""Reads a whole tensor of the files."""
+"""Reads a whole tensor from the files."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Tensors of the files that upstream's code makes into one or several of the model's."""
+    """Stored tensors that upstream's code converts to one or several tensors of the model."""
 
     target: str
-    """First of the tensors that it makes."""
+    """The first of the tensors it produces."""
     converter: WeightConverter
     parts: tuple[tuple[str, str], ...]
-    """``(name in the files, pattern that it matched)``, in order."""
+    """``(name in the files, pattern it matched)``, in order."""
     model: PreTrainedModel
 
     def run(self, read: Read) -> dict[str, torch.Tensor]:
-        """Return the tensors that it makes, by their names in the model."""
+        """Return the converted tensors, by their names in the model."""
         converter = deepcopy(self.converter)
         for name, pattern in self.parts:
             converter.add_tensor(self.target, name, pattern, lambda name=name: read(name))  # type: ignore[arg-type]
@@ -50,19 +50,19 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How the model's tensors come out of the files, for all that are not stored under their own names."""
+    """The source of each tensor of the model that is not stored under its own name."""
 
     end_to_end: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Name in the model -> names in the files, in the order in which they lie."""
+    """Name in the model -> names in the files, in order of concatenation."""
     converted: Mapping[str, Conversion] = field(default_factory=dict)
-    """Name in the model -> the conversion that makes it."""
+    """Name in the model -> the conversion that produces it."""
 
 
 def arrangement(model: PreTrainedModel, stored: Iterable[str]) -> Arrangement:
-    """Return where the tensors of ``model`` come from that the files hold under other names or in other shapes.
+    """Return the sources of the tensors that the files hold under other names or in other shapes than ``model``.
 
     Args:
-        model: as transformers builds it, on meta, nothing swapped yet.
+        model: the model as transformers builds it on meta, before any module is swapped.
         stored: the names in the files.
     """
     transforms = get_model_conversion_mapping(model, add_legacy=False)
@@ -97,7 +97,7 @@ def _by_pattern(parts: list[tuple[str, str | None]]) -> dict[str | None, list[st
 
 
 def _targets(conversion: Conversion, wanted: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return the tensors of the model that a conversion makes: those named as its target is, by its other patterns."""
+    """Return the names of all tensors that a conversion produces: its target, and that name by its other patterns."""
     first, *others = conversion.converter.target_patterns
     plain = first.replace("\\", "").strip("^$")
     names = [conversion.target.replace(plain, other.replace("\\", "").strip("^$")) for other in others]
@@ -105,7 +105,7 @@ def _targets(conversion: Conversion, wanted: Mapping[str, torch.Tensor]) -> list
 
 
 def _end_to_end(parts: dict[str | None, list[str]], converter: Any) -> list[str] | None:
-    """Return the names in the order in which they follow each other in memory; None where they do not."""
+    """Return the names in order of concatenation; None if the target is not a plain concatenation."""
     if converter is None:
         return parts[None] if len(parts[None]) == 1 else None
     lists = [sorted(parts[p], key=dot_natural_key) for p in converter.source_patterns if p in parts]
@@ -113,7 +113,7 @@ def _end_to_end(parts: dict[str | None, list[str]], converter: Any) -> list[str]
     if steps == [(MergeModulelist, 0)] and len(lists) == 1:
         return lists[0]
     if steps == [(MergeModulelist, 0), (Concatenate, 1)] and len({len(names) for names in lists}) == 1:
-        return [name for expert in zip(*lists, strict=True) for name in expert]  # each expert: gate rows, up rows
+        return [name for expert in zip(*lists, strict=True) for name in expert]  # per expert: gate rows, then up rows
     if steps == [(Concatenate, 0)]:
         return [name for names in lists for name in names]
     return None

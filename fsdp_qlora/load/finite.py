@@ -1,4 +1,4 @@
-"""Values of the files are finite numbers, or they are refused by name."""
+"""Rejects files with values that are not finite, and names the tensor."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from fsdp_qlora.errors import ModelError
 
 
 def require_finite(values: torch.Tensor, what: str) -> None:
-    """Check values that were read.
+    """Check that values read from a file are finite.
 
     Raises:
-        ModelError: beginning with ``what``, if one is no finite number.
+        ModelError: starting with ``what``, if any value is not finite.
     """
     if not values.is_floating_point() or not values.numel():
         return
-    wide = values if values.element_size() > 1 else values.float()  # 8-bit floats know no order
-    # The smallest and the largest: NaN comes through both, and no tensor of booleans is made.
+    wide = values if values.element_size() > 1 else values.float()  # aminmax does not support 8-bit floats
+    # Minimum and maximum are enough: both propagate NaN. This avoids a boolean tensor of the same size.
     if not all(bool(torch.isfinite(end)) for end in torch.aminmax(wide)):
         raise ModelError(f"{what} holds values that are not finite numbers.")

@@ -1,7 +1,7 @@
-"""Every tensor of the files and every parameter and buffer of the model, accounted for before anything is loaded.
+"""Accounts for every tensor in the files and every parameter and buffer of the model before anything is loaded.
 
-A tensor of the files is loaded into something, or is one that upstream itself leaves out, or the run is refused; a
-parameter or buffer is loaded, or is one that upstream makes itself, or the run is refused.
+Every tensor in the files must be loaded or be one that upstream ignores too; every parameter and buffer must be loaded
+or be a buffer that upstream initializes itself. Otherwise the run is refused.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.quant.bnb_state import STATE_SUFFIX
 
 _STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE_SUFFIX)
-"""What bitsandbytes' 4-bit form keeps beside a weight: the weight's name, then one of these."""
+"""Suffixes of the tensors that bitsandbytes' 4-bit form stores alongside a weight."""
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """What is not simply loaded."""
+    """Tensors that are not simply loaded."""
 
     left_out: tuple[str, ...]
-    """Tensors of the files that upstream's code does not load either."""
+    """Tensors in the files that upstream does not load either."""
     copies: tuple[str, ...]
     """Second copies of tied weights."""
     made: frozenset[str]
-    """Buffers that the files lack and upstream's constructor makes."""
+    """Buffers that are not in the files; upstream's constructor initializes them."""
 
     def describe(self) -> str | None:
-        """Return one line on what of the files is not used, None where all is."""
+        """Return one line about the tensors in the files that are not used; None if all are."""
         parts = []
         if self.left_out:
             parts.append(f"{len(self.left_out)} tensors that this model's code does not use ({_some(self.left_out)})")
@@ -43,13 +43,13 @@ class Inventory:
 
 
 def take_stock(model: PreTrainedModel, source: SafetensorsFolder) -> Inventory:
-    """Compare the names in the files with those of ``model``, as transformers built it, before anything is swapped.
+    """Compare the names in the files with those of ``model``, as transformers built it, before any module is swapped.
 
-    Let a tied weight that the files hold under its other name be found under the first.
+    Also makes ``source`` find a tied weight under all of its names if the files hold it under any of them.
 
     Raises:
-        ModelError: naming tensors that would be left over, or parameters and buffers that no file holds; or a tied
-            pair that the files hold twice with different values.
+        ModelError: if tensors would be left over, parameters or buffers are in no file, or the files hold a tied
+            pair twice with different values; the message names them.
     """
     first_names = dict(model.named_parameters())
     buffers = persistent_buffers(model)
@@ -60,7 +60,7 @@ def take_stock(model: PreTrainedModel, source: SafetensorsFolder) -> Inventory:
     for name in first_names:
         names_of_it = groups.get(name, [name])
         group = [other for other in names_of_it if other in there]
-        for other in names_of_it if group else ():  # sharding gives each module that shares it a parameter of its own
+        for other in names_of_it if group else ():  # sharding gives each sharing module its own parameter
             if other not in there:
                 source.alias(other, group[0])
         there.update(names_of_it if group else ())
@@ -88,7 +88,7 @@ def take_stock(model: PreTrainedModel, source: SafetensorsFolder) -> Inventory:
 
 
 def _tied_groups(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Return, for each parameter that has several names, all of them."""
+    """Return, for each name of a parameter with several names, all of its names."""
     by_parameter: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         by_parameter.setdefault(id(parameter), []).append(name)

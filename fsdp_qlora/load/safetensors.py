@@ -1,7 +1,7 @@
-"""Safetensors by byte range: tensor name -> file, offset, shape; read any run of its elements and nothing else.
+"""Safetensors by byte range: maps tensor names to file, offset and shape, and reads any range of elements alone.
 
-Plain reads instead of memory maps: a mapped file's pages count as this rank's resident memory, and the bytes read
-could not be counted. Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON, data).
+Uses plain reads rather than memory maps: a mapped file's pages count as this rank's resident memory, and the bytes
+read could not be counted. Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON, data).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies."""
+    """The location of one tensor in the files."""
 
     name: str
     file: Path
@@ -50,13 +50,13 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the model as the files hold it: one stretch, or several to be laid end to end."""
+    """A tensor of the model as stored: one tensor in the files, or several to concatenate."""
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[TensorEntry, ...]
     make: Callable[[], torch.Tensor] | None = None
-    """What makes it of whole tensors of the files, where it is no stretch of them."""
+    """Converts it from whole tensors in the files, if it is not a plain concatenation."""
 
     @property
     def numel(self) -> int:
@@ -70,15 +70,15 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of ``folder``, without hidden ones (``._*`` that macOS leaves behind)."""
+    """Return the safetensors files of ``folder``, without hidden ones (macOS leaves ``._*`` behind)."""
     return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Return what identifies a model's weight files without reading them whole: size, and a digest of samples.
+    """Return a fingerprint of each of a model's weight files without reading it whole: size and a digest of samples.
 
-    The samples are the header and 16 stretches of 64 KiB spread over the file: a base and its chat version have equal
-    headers.
+    The samples are the header and 16 ranges of 64 KiB spread over the file; the header alone is not enough, because a
+    base model and its chat version have equal headers.
     """
     found: dict[str, str] = {}
     for file in weight_files(folder):
@@ -94,24 +94,24 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 class SafetensorsFolder:
-    """The tensors of a model folder; counts the bytes read from it in ``bytes_read``."""
+    """The tensors in a model folder; ``bytes_read`` counts the bytes read from it."""
 
     def __init__(self, folder: Path) -> None:
         """Read the headers of all safetensors files of ``folder``.
 
         Raises:
-            ModelError: if there are none, one is missing, cut short or damaged, or they differ from the index.
+            ModelError: if there are none, one is missing, truncated or damaged, or they differ from the index.
         """
         self.folder, self.bytes_read = folder, 0
         self.entries: dict[str, TensorEntry] = {}
         self.arranged: dict[str, tuple[TensorEntry, ...]] = {}
-        """Tensors of the model that the files hold under other names, or in parts."""
+        """Tensors of the model that are stored under other names or in parts."""
         self.converted: Mapping[str, Conversion] = {}
-        """Tensors of the model that upstream's code makes of those of the files."""
+        """Tensors of the model that upstream's code converts from stored ones."""
         self._same_as: dict[str, str] = {}
         self._last: tuple[Conversion | None, dict[str, torch.Tensor]] = (None, {})
         self.total_bytes = self._tensor_bytes = 0
-        # where both are there transformers takes the single file: the index is of an older download
+        # if both exist, transformers takes the single file: the index is from an older download
         index = None if (folder / _SINGLE).is_file() else self._read_index()
         for file in self._files(index):
             self._read_header(file)
@@ -132,7 +132,7 @@ class SafetensorsFolder:
         return index
 
     def _compare(self, index: dict[str, Any]) -> None:
-        """Check that the files hold what the index says: each tensor in its file, and as many bytes."""
+        """Check that the files match the index: each tensor in its file, and the total number of bytes."""
         for name, file in index["weight_map"].items():
             entry = self.entries.get(name)
             if entry is None or entry.file.name != file:
@@ -204,21 +204,22 @@ class SafetensorsFolder:
         self.entries[name] = entry
 
     def arrange(self, arrangement: Arrangement) -> None:
-        """Say which of the files' tensors, laid end to end or converted, make up a tensor of the model."""
+        """Set which stored tensors, concatenated or converted, make up each tensor of the model."""
         self.arranged = {n: tuple(self.entries[p] for p in parts) for n, parts in arrangement.end_to_end.items()}
         self.converted = arrangement.converted
 
     def has(self, name: str) -> bool:
-        """Whether a tensor of the model comes out of the files."""
+        """Whether a tensor of the model can be read from the files."""
         return name in self.entries or name in self.arranged or name in self.converted
 
     def used(self) -> set[str]:
-        """Return the names of the files' tensors that are found under other names or converted."""
+        """Return the names of the stored tensors that are read under other names or converted."""
         converted = {name for conversion in self.converted.values() for name, _ in conversion.parts}
         return converted | {part.name for parts in self.arranged.values() for part in parts}
 
     def _convert(self, name: str) -> torch.Tensor:
         conversion = self.converted[name]
+        # One conversion may produce several tensors; keep the last result so that it runs once for all of them.
         if self._last[0] is not conversion:
             self._last = (conversion, conversion.run(self._read_whole))
         return self._last[1][self._same_as.get(name, name)]
@@ -230,7 +231,7 @@ class SafetensorsFolder:
         return from_bytes(self.read_bytes(entry, 0, entry.num_bytes), _BUFFER_DTYPES[entry.dtype]).view(entry.shape)
 
     def alias(self, name: str, other: str) -> None:
-        """Let what is found as ``other`` be found as ``name``, too."""
+        """Make the tensor ``other`` available as ``name`` as well."""
         if other in self.converted:
             self.converted = {**self.converted, name: self.converted[other]}
             self._same_as[name] = other
@@ -238,7 +239,7 @@ class SafetensorsFolder:
             self.arranged[name] = self.arranged.get(other) or (self.entries[other],)
 
     def looks_equal(self, one: str, other: str) -> bool:
-        """Whether two tensors have the same shape, dtype and, in 16 stretches of up to 64 KiB, the same bytes."""
+        """Whether two tensors have the same shape, dtype and, in 16 ranges of up to 64 KiB, the same bytes."""
         if one in self.converted or other in self.converted:
             return one in self.converted and self.converted[one] is self.converted.get(other)
         pair = [self.arranged.get(name) or (self.entries[name],) for name in (one, other)]
@@ -255,10 +256,10 @@ class SafetensorsFolder:
         return True
 
     def read_buffer(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return a whole tensor of any number type, in its own dtype, on the CPU.
+        """Return a whole tensor of any supported dtype, in that dtype, on the CPU.
 
         Raises:
-            ModelError: if it has another shape, or a type that no buffer has.
+            ModelError: if it has another shape or an unsupported dtype.
         """
         if name in self.converted:
             found = self._convert(name)
@@ -270,7 +271,7 @@ class SafetensorsFolder:
         return found
 
     def find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
-        """Return where a tensor of that shape lies.
+        """Return the location of a tensor, checked against ``shape``.
 
         Raises:
             ModelError: if it is missing, has another shape, or is not bf16, fp16 or fp32.
@@ -319,7 +320,7 @@ class SafetensorsFolder:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def read_entry(self, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
-        """Return the flat elements ``[start, stop)`` of one of the files' tensors, in its own dtype, on the CPU."""
+        """Return the flat elements ``[start, stop)`` of a stored tensor, in its own dtype, on the CPU."""
         dtype = _DTYPES[entry.dtype]
         return from_bytes(self.read_bytes(entry, start * dtype.itemsize, stop * dtype.itemsize), dtype)
 

@@ -1,8 +1,8 @@
-"""Weights that a checkpoint already holds in bitsandbytes' 4-bit form: their bytes are read, never computed again.
+"""Weights that a checkpoint already holds in bitsandbytes' 4-bit form: their bytes are read as they are.
 
-What transformers' ``save_pretrained`` writes for ``load_in_4bit`` lies in the same blocks as our rows (see
-`fsdp_qlora.quant.bnb_state`), so each rank reads just its byte ranges of codes and statistics. Whatever would make the
-numbers other than ours (another block size, another map) is refused by the name of its tensor.
+transformers' ``save_pretrained`` with ``load_in_4bit`` uses the same blocks as our rows (see
+`fsdp_qlora.quant.bnb_state`), so each rank reads only its byte ranges of codes and statistics. Anything that would
+decode to other numbers (another block size, another map) is refused, and the message names the tensor.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _AGAIN = "quantize the 16-bit model anew"
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """Where the 4-bit form of one weight lies."""
+    """The location of one weight's 4-bit form in the files."""
 
     codes: TensorEntry
-    """Two codes a byte, in any dtype (bitsandbytes' ``quant_storage``): the bytes count."""
+    """Two codes per byte, in any dtype (bitsandbytes' ``quant_storage``): only the bytes matter."""
     absmax: TensorEntry
-    """uint8 ``[blocks]`` (double quantization) or float32 ``[blocks]``."""
+    """uint8 ``[blocks]`` with double quantization, else float32 ``[blocks]``."""
     nested: TensorEntry | None
     """float32 ``[ceil(blocks / 256)]``; None without double quantization."""
     offset: float
-    """Mean of the absmax; 0 without double quantization."""
+    """Mean of the absmax values; 0 without double quantization."""
 
 
 def require_readable(folder: Path, settings: QuantSettings) -> None:
-    """Check from config.json alone that the model's stored weights can be used with these settings.
+    """Check, from config.json alone, that the stored weights can be used with these settings.
 
     Raises:
         ModelError: if they are quantized by another method, or in another 4-bit format than the settings ask for.
@@ -66,12 +66,12 @@ def require_readable(folder: Path, settings: QuantSettings) -> None:
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """Return what config.json says of the stored weights' quantization, or None where they are plain.
+    """Return the quantization section of config.json, or None if the weights are not quantized.
 
     Raises:
-        ModelError: if config.json is not a JSON object, or that part of it is none.
+        ModelError: if config.json or that section is not a JSON object.
     """
-    file = folder if folder.is_file() else folder / "config.json"  # a plan may know the config alone
+    file = folder if folder.is_file() else folder / "config.json"  # a plan may have only the config file
     try:
         config = json.loads(file.read_text())
         inner = config.get("text_config") or {}
@@ -105,10 +105,10 @@ def _spell(name: str, double_quant: bool) -> str:
 
 
 def packed_format(source: SafetensorsFolder, name: str) -> str | None:
-    """Return ``nf4`` or ``fp4`` where the weight ``name`` is stored so, None where it is not.
+    """Return ``nf4`` or ``fp4`` if the weight ``name`` is stored in that format, else None.
 
     Raises:
-        ModelError: if it is stored in bitsandbytes' int8 form, or has statistics but not one state.
+        ModelError: if it is stored in bitsandbytes' int8 form, or has statistics but not exactly one state.
     """
     found = [kind for kind in _FORMATS if f"{name}{STATE_SUFFIX}{kind}" in source.entries]
     if f"{name.removesuffix('weight')}SCB" in source.entries:
@@ -124,10 +124,10 @@ def packed_format(source: SafetensorsFolder, name: str) -> str | None:
 
 
 def find_kept(source: SafetensorsFolder, name: str, shape: tuple[int, ...]) -> StoredTensor:
-    """Return where a tensor lies that is kept as it is.
+    """Return the location of a tensor that is not quantized.
 
     Raises:
-        ModelError: as `SafetensorsFolder.find`, or if it is stored in 4-bit.
+        ModelError: as `SafetensorsFolder.find`, or if it is stored in 4 bits.
     """
     if kind := packed_format(source, name):
         raise ModelError(
@@ -138,11 +138,11 @@ def find_kept(source: SafetensorsFolder, name: str, shape: tuple[int, ...]) -> S
 
 
 def find_weight(source: SafetensorsFolder, module: QuantMatrices) -> StoredTensor | PackedWeight:
-    """Return where the weight of ``module`` lies: its 4-bit form if the files hold that, else its float values.
+    """Return the location of ``module``'s weight: its 4-bit form if the files hold that, else its float values.
 
     Raises:
-        ModelError: as `SafetensorsFolder.find`; or if its 4-bit form is incomplete, damaged, of another format than
-            ``module`` has, or made with other blocks or maps than ours.
+        ModelError: as `SafetensorsFolder.find`; or if its 4-bit form is incomplete or damaged, or its format, blocks
+            or maps differ from those of ``module``.
     """
     assert module.stored is not None, "a module made by hand has no place in the files"
     name = module.stored.parameter
@@ -210,7 +210,7 @@ def _require_map(source: SafetensorsFolder, name: str, ours: torch.Tensor) -> No
 
 def _offset(state: dict[str, Any], entry: TensorEntry) -> float:
     value = state.get("nested_offset")
-    # Spelt so that NaN fails, too, and what float32 cannot hold.
+    # `not abs(value) <= max` rather than `>`: rejects NaN as well as values out of range for float32.
     if not isinstance(value, (int, float)) or not abs(value) <= torch.finfo(torch.float32).max:
         raise ModelError(f"{entry.file}: {entry.name}: nested_offset is {value}, not a finite number.")
     return float(value)
@@ -248,7 +248,7 @@ def fill_packed(
 
 
 def _within(first: int, last: int, each: int, total: int) -> tuple[int, int]:
-    """Return the run of ``each`` items a row for rows ``[first, last)``; the last row may be partial."""
+    """Return the range of items for rows ``[first, last)`` of ``each`` items; the last row may be partial."""
     return min(first * each, total), min(last * each, total)
 
 

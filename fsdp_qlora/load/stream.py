@@ -1,7 +1,8 @@
-"""Read my slice -> quantize -> fill my shard: how a sharded meta model becomes real.
+"""Fills a sharded meta model: each rank reads its own slice, quantizes it and fills its shard.
 
-No rank reads, holds or quantizes more than its own rows of a weight (and one exchange of the small statistics, because
-double quantization subtracts the mean over the *whole* tensor).
+No rank reads, holds or quantizes more than its own rows of a weight, unless it is stored transposed or needs one of
+upstream's conversions: then each rank reads all of it. Ranks exchange only the small statistics, because double
+quantization subtracts their mean over the *whole* tensor.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS, float_to_bits, values_to_rows
 
 Progress = Callable[[int, int], None]
-"""Called with (tensors done, tensors in all)."""
+"""Called with (tensors done, total number of tensors)."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading took on this rank."""
+    """The cost of loading on this rank."""
 
     bytes_read: int
     """Bytes read from the model's files, headers included."""
@@ -45,7 +46,7 @@ class LoadReport:
     """Resident bytes of this rank's packed weights and statistics."""
     seconds: float
     stored: int = 0
-    """Linears that the files hold in 4-bit already: their bytes were read, nothing was quantized."""
+    """Number of linears that the files already hold in 4 bits; their bytes were read as they are."""
 
 
 def stream_weights(
@@ -59,14 +60,14 @@ def stream_weights(
 ) -> LoadReport:
     """Materialise ``model`` (sharded, on meta) and fill the base's parameters from ``source``.
 
-    ``base`` is the transformers model inside ``model``. Adapters are left for `initialize_adapters`. Shards are
-    allocated on ``shards_on`` (None: on the ranks' device; the CPU where `shard_model` offloads them); those of the
-    modules ``on_host`` on the CPU.
+    ``base`` is the transformers model inside ``model``. Adapters are left to `initialize_adapters`. Shards are
+    allocated on ``shards_on`` (None: the ranks' device; the CPU if `shard_model` offloads them); shards of the modules
+    ``on_host`` are allocated on the CPU.
 
     Raises:
-        FsdpQloraError: identically on every rank, if on any a tensor is missing, has the wrong shape, or holds a value
-            that is not a finite number (code 2), or a file cannot be read (code 74).
-        NumericsError: if a planned linear was not filled or the tie of head and embedding was lost.
+        FsdpQloraError: identically on every rank, if on any rank a tensor is missing, has the wrong shape or holds a
+            value that is not finite (code 2), or a file cannot be read (code 74).
+        NumericsError: if the tie of head and embedding was lost, or FSDP's shards differ from the expected layout.
     """
     started = time.perf_counter()
     tied = _shares_weight(base)
@@ -98,9 +99,9 @@ def stream_weights(
 
 
 def _allocate(model: nn.Module, shards_on: torch.device, device: torch.device, on_host: Iterable[nn.Module]) -> None:
-    """Allocate sharded parameters on ``shards_on``, those of ``on_host`` on the host, whole ones on ``device``.
+    """Allocate sharded parameters on ``shards_on``, those of ``on_host`` on the host, unsharded ones on ``device``.
 
-    FSDP moves its own to compute, but neither buffers, which stay as they were constructed, nor what it does not shard.
+    FSDP moves the parameters it manages to the device, but not buffers or parameters that it does not shard.
     """
     to_empty_but_buffers(model, shards_on, device)
     if shards_on != HOST:
@@ -112,7 +113,7 @@ def _allocate(model: nn.Module, shards_on: torch.device, device: torch.device, o
 
 
 def _fill_buffers(base: PreTrainedModel, source: SafetensorsFolder) -> None:
-    """Load the buffers that the files hold, whole on every rank; the others keep what upstream's constructor made."""
+    """Load the buffers in the files, whole on every rank; the others keep the values from upstream's constructor."""
     for name, buffer in persistent_buffers(base).items():
         stored = _file_name(name)
         if source.has(stored):
@@ -120,7 +121,7 @@ def _fill_buffers(base: PreTrainedModel, source: SafetensorsFolder) -> None:
 
 
 def _shares_weight(base: PreTrainedModel) -> bool:
-    """Whether head and embedding are one 16-bit parameter (4-bit ones share a module, which nothing can part)."""
+    """Whether head and embedding are one unquantized parameter (quantized ones share a module and cannot separate)."""
     weights = [getattr(m, "weight", None) for m in (base.get_input_embeddings(), base.get_output_embeddings())]
     return weights[0] is not None and weights[0] is weights[1]
 
@@ -130,7 +131,7 @@ def _file_name(name: str) -> str:
 
 
 def _is_ours(name: str, parameter: nn.Parameter, base: PreTrainedModel) -> bool:
-    """Whether a parameter is an adapter, or packed bytes or statistics: not in the model's files under that name."""
+    """Whether a parameter is ours and so not in the files under that name: an adapter, packed bytes or statistics."""
     owner, _, child = name.rpartition(".")
     return parameter.requires_grad or (
         child in ("packed", *STATISTICS) and isinstance(base.get_submodule(owner), QuantMatrices)
@@ -146,7 +147,7 @@ def _fill_quantized(module: QuantMatrices, entry: StoredTensor, source: Safetens
             weights = source.read(entry, start, stop)
             require_finite(weights, f"{entry.file}: tensor {entry.name}")
             return weights
-        if whole is None:  # stored the other way round (Conv1D): its rows lie across the file, so all of it is read
+        if whole is None:  # stored transposed (Conv1D): a row is not contiguous in the file, so read it all
             stored = source.read(entry, 0, entry.numel).view(module.in_features, module.out_features)
             require_finite(stored, f"{entry.file}: tensor {entry.name}")
             whole = stored.t().reshape(-1)
@@ -160,10 +161,10 @@ def stream_linear(module: QuantMatrices, read: Callable[[int, int], torch.Tensor
     """Quantize this rank's rows of a weight and write them into ``module``. Every rank calls it.
 
     Args:
-        module: a layer that is real; sharded (then each rank fills its own rows) or not.
-        read: called with ``(start, stop)``; returns those elements of the flattened weight (of all its matrices, one
-            after the other), in their own dtype. Called with a bounded number of elements at a time.
-        ranks: whom to exchange the statistics with.
+        module: an allocated layer, sharded (each rank fills its own rows) or not.
+        read: called with ``(start, stop)``; returns those elements of the flattened weight (all its matrices, one
+            after the other), in their own dtype. Each call asks for a bounded number of elements.
+        ranks: the ranks to exchange statistics with.
     """
     first, last = _rows_of(module.packed, ranks)
     packed = local_tensor(module.packed)
@@ -191,7 +192,9 @@ def _overlaps(module: QuantMatrices, first: int, last: int) -> Iterator[tuple[in
 
 
 def _chunks(module: QuantMatrices, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield ``(start row, stop row, first element, last element)`` of bounded pieces, none across two matrices."""
+    """Yield ``(start row, stop row, first element, end element)`` of bounded pieces, none across two matrices."""
+    # Rows are numbered across all matrices, and each matrix starts on its own row, so its last row may be partial. The
+    # flattened weight has no such gaps: matrix `index` starts at element index * numel, and its elements end at numel.
     weights = module.quant_format.row_weights(module.in_features)
     size = max(1, CHUNK_WEIGHTS // weights)
     for index, low, high in _overlaps(module, first, last):
@@ -203,9 +206,17 @@ def _chunks(module: QuantMatrices, first: int, last: int) -> Iterator[tuple[int,
 
 
 def _nest(module: QuantMatrices, absmax: torch.Tensor, first: int, last: int, ranks: Ranks) -> None:
-    """Quantize the statistics of this rank's rows, each matrix with the mean of its own.
+    """Quantize the statistics of this rank's rows, subtracting each matrix's own mean.
 
-    A nested block that spans several rows is quantized by each rank that has one of them, from the same values.
+    A nested block is quantized whole, by every rank that holds one of its rows, from the same values. An example with
+    ``together = 4`` rows to a nested block, for a rank with rows 2 to 8 of a matrix:
+
+        row - base     | 0   1   2   3 | 4   5   6   7 | 8   9  10  11 |
+        rows to fill           |------- start to stop -----|               start - base = 2, stop - base = 9
+        own            |----------------- low to high -----------------|   low = 0, high = 12; cut at ``blocks``
+        mine           (start - base - low) * columns codes into ``own``, (stop - start) * columns of them
+
+    ``base`` is the first row of the matrix, and ``first`` the first row of this rank's shard.
     """
     quant_format = module.quant_format
     columns, together = quant_format.row_statistics, quant_format.nested_rows
@@ -218,7 +229,7 @@ def _nest(module: QuantMatrices, absmax: torch.Tensor, first: int, last: int, ra
     for index, start, stop in _overlaps(module, first, last):
         base = index * module.rows_each
         low, high = (start - base) // together * together, -(-(stop - base) // together) * together
-        own = everywhere[index, low * columns : min(high * columns, blocks)]  # the last row may hold fewer
+        own = everywhere[index, low * columns : min(high * columns, blocks)]  # the matrix's last row may be partial
         codes, found = quant_format.nest(own, offsets[index])
         mine = codes[(start - base - low) * columns :][: (stop - start) * columns]
         of_rows = nested_of_rows(quant_format, found, start - base, stop - base)
@@ -238,7 +249,7 @@ def _of_all_ranks(module: QuantMatrices, absmax: torch.Tensor, ranks: Ranks) -> 
 
 
 def _rows_of(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:
-    """Return the dim-0 range of ``parameter`` that this rank holds, checked against what FSDP gave it."""
+    """Return the dim-0 range of ``parameter`` that this rank holds, checked against the shard FSDP gave it."""
     rows = parameter.shape[0]
     if not isinstance(parameter, DTensor):
         return 0, rows
@@ -250,7 +261,7 @@ def _rows_of(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:
 
 
 def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Cut a range of elements into such as are read at a time."""
+    """Split a range of elements into pieces of `CHUNK_WEIGHTS`."""
     return ((a, min(a + CHUNK_WEIGHTS, stop)) for a in range(start, stop, CHUNK_WEIGHTS))
 
 
@@ -269,6 +280,6 @@ def _fill_kept(parameter: torch.Tensor, entry: StoredTensor, source: Safetensors
 
 
 def resident_bytes(module: QuantMatrices) -> int:
-    """Return the bytes of packed weight and statistics that this rank holds of ``module``."""
+    """Return the bytes of ``module``'s packed weights and statistics on this rank."""
     parts = [getattr(module, name) for name in ("packed", *STATISTICS)]
     return sum(local_tensor(p).numel() * p.element_size() for p in parts if p is not None)

@@ -1,1 +1,1 @@
-"""How a model comes to be: skeleton on meta, adapters, shards, and the weights streamed into them."""
+"""The transformers model: its folder, config, tokenizer, skeleton on meta, and the FSDP root module."""

@@ -1,4 +1,4 @@
-"""A model folder's transformers config with ``model.config_overrides`` in it; messages for what cannot be built."""
+"""A model folder's transformers config with ``model.config_overrides`` applied; errors for unbuildable models."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def load_config(folder: Path, trust_remote_code: bool = False, overrides: Mappin
     """Return the transformers config of ``folder`` with ``overrides`` applied.
 
     Raises:
-        ModelError: if the architecture is unknown, needs code that is not trusted, or an override does not go with it.
+        ModelError: if the architecture is unknown, needs code that is not trusted, or an override does not fit it.
     """
     require_sane(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever upstream's code makes of odd values: a division by zero, an index, ...
+    except Exception as error:  # odd values can raise anything upstream: a division by zero, an index error, ...
         raise not_buildable(folder, error) from error
     if not overrides:
         return config
@@ -42,10 +42,10 @@ def load_config(folder: Path, trust_remote_code: bool = False, overrides: Mappin
 
 
 def require_sane(folder: Path) -> None:
-    """Check that the numbers of a folder's config.json can be those of a model, before anything is built from them.
+    """Check that the numbers in a folder's config.json are plausible for a model, before anything is built from them.
 
     Raises:
-        ModelError: naming the key.
+        ModelError: naming the implausible key.
     """
     try:
         require_bounded_config(folder)
@@ -54,7 +54,7 @@ def require_sane(folder: Path) -> None:
 
 
 def not_buildable(folder: Path, error: Exception) -> ModelError:
-    """Return what to tell a person about an error of transformers."""
+    """Return the error to show the user for an exception from transformers."""
     if "trust_remote_code" in str(error):
         return ModelError(
             f"model.trust_remote_code: {folder} can only be built by Python code that comes with it. "
@@ -70,7 +70,7 @@ def _said(error: Exception) -> str:
 
 
 def _merged(config: PreTrainedConfig, overrides: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the config as a dictionary with the overrides in it; a mapping is merged into the one that is there."""
+    """Return the config as a dictionary with the overrides applied; mappings are merged into existing ones."""
     values = config.to_dict()
     for key, value in _current_spelling(values, overrides).items():
         if key not in values:
@@ -88,13 +88,13 @@ def _merged(config: PreTrainedConfig, overrides: Mapping[str, Any], prefix: str)
 
 
 def _current_spelling(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the overrides with ``rope_theta`` and ``rope_scaling`` as transformers 5 keeps them: in one mapping.
+    """Return the overrides with ``rope_theta`` and ``rope_scaling`` moved into one mapping, as in transformers 5.
 
-    As keywords beside that mapping they would be silently overridden by it.
+    As separate keywords next to that mapping, they would be silently overridden by it.
     """
     found, rope = dict(overrides), values.get(_ROPE)
     if not isinstance(rope, dict) or any(isinstance(part, dict) for part in rope.values()):
-        return found  # another spelling, or one mapping for each kind of layer: then only the full key is clear
+        return found  # another spelling, or one mapping per kind of layer: then only the full key is unambiguous
     merged = dict(found.pop(_ROPE, {}))
     if "rope_scaling" in found and "rope_scaling" not in values:
         merged |= found.pop("rope_scaling")

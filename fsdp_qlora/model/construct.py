@@ -1,9 +1,9 @@
 """Run upstream's constructor so that parameters take no memory and buffers are real.
 
-A buffer that no file holds (rotary frequencies, causal masks, position tables) is what upstream's constructor and
-``_init_weights`` make of it: it is kept from there, never made again or guessed. Parameters go to the meta device;
-``torch.empty``, which allocates the large ones, gives meta tensors at once, so that a model of any size can be built
-within a few hundred MB of address space.
+Buffers that no file holds (rotary frequencies, causal masks, position tables) are kept as upstream's constructor and
+``_init_weights`` create them, never recreated or guessed. Parameters go to the meta device; ``torch.empty``, which
+allocates the large ones, returns meta tensors right away, so that a model of any size can be built within a few hundred
+MB of address space.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parame
 
 
 _MOST_PARAMETERS = 200_000
-"""Three times as many as the largest models have where each expert is by itself; a config can ask for any number."""
+"""Three times the count of the largest models with separate experts; a config can ask for any number."""
 
 
 @contextmanager
 def parameters_on_meta(most: int = _MOST_PARAMETERS) -> Iterator[None]:
-    """Let every module that is constructed have its parameters on meta and its buffers on the CPU.
+    """Construct every module with its parameters on meta and its buffers on the CPU.
 
     Raises:
-        ValueError: in the constructor that goes beyond ``most`` parameters.
+        ValueError: in the constructor that exceeds ``most`` parameters.
     """
     count = itertools.count(1)
 
@@ -69,9 +69,9 @@ def parameters_on_meta(most: int = _MOST_PARAMETERS) -> Iterator[None]:
 
 @torch.no_grad()
 def make_buffers(model: PreTrainedModel) -> None:
-    """Let upstream's ``_init_weights`` make the buffers that no file holds, in float32, as ``from_pretrained`` does.
+    """Let upstream's ``_init_weights`` fill the buffers that no file holds, in float32, as ``from_pretrained`` does.
 
-    The constructor runs with the model's dtype as torch's default, which rounds on the way.
+    The constructor ran with the model's dtype as torch's default dtype, so its own values are rounded.
     """
     with guard_torch_init_functions():
         for owner, module in _with_owners(model):
@@ -80,7 +80,7 @@ def make_buffers(model: PreTrainedModel) -> None:
 
 
 def _with_owners(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
-    """Yield each module with the innermost model of transformers around it, which knows how to initialise it."""
+    """Yield each module with its innermost enclosing transformers model, which knows how to initialise it."""
     pending: list[tuple[PreTrainedModel, nn.Module]] = [(model, model)]
     while pending:
         owner, module = pending.pop()
@@ -90,14 +90,14 @@ def _with_owners(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.M
 
 
 def kept_in_float32(model: PreTrainedModel) -> list[str]:
-    """Return the patterns of what upstream keeps in float32 in any 16-bit model, by its own list."""
+    """Return name patterns of what upstream keeps in float32 in any 16-bit model, from upstream's own list."""
     return sorted(model._keep_in_fp32_modules_strict or ())
 
 
 def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the meta parameters and buffers that upstream keeps in float32 that dtype, as ``from_pretrained`` does.
+    """Make the meta parameters and buffers that upstream keeps in float32 float32, as ``from_pretrained`` does.
 
-    ``from_config`` does not look at ``_keep_in_fp32_modules_strict``. (The list without ``strict`` is for float16.)
+    ``from_config`` ignores ``_keep_in_fp32_modules_strict``. (The list without ``strict`` applies to float16 only.)
     """
     patterns = kept_in_float32(model)
     if not patterns or dtype not in (torch.float16, torch.bfloat16):
@@ -112,9 +112,9 @@ def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def float32_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the frozen parameters that stay in float32 in a 16-bit model, by name; none of a float32 model.
+    """Return the frozen parameters that stay in float32 in a 16-bit model, by name; empty for a float32 model.
 
-    FSDP would round them when it gathers them, so they are kept whole on every rank. They are few and small.
+    FSDP would round them when it gathers them, so they are replicated on every rank instead. They are few and small.
     """
     floating = {n: p for n, p in model.named_parameters() if p.is_floating_point() and not p.requires_grad}
     if all(p.dtype == torch.float32 for p in floating.values()):
@@ -123,7 +123,7 @@ def float32_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def unmade_buffers(model: nn.Module) -> list[str]:
-    """Return the names of buffers that upstream's constructor left without values (``torch.empty``)."""
+    """Return the names of buffers that upstream's constructor left uninitialised (``torch.empty``)."""
     return [
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()

@@ -1,9 +1,9 @@
-"""A model's config made small: every switch kept, every size shrunk.
+"""Shrinks a model's config: every switch is kept, every size is reduced.
 
-The twin check (`checks` of a run's start) compares our way with upstream's own code on a model of the run's own class
-and settings. What decides which code runs (layer types, biases, activations, rope types, scales, tie) stays as it is;
-what only decides how much of it there is (widths, heads, experts, vocabulary, layers, windows, positions) becomes so
-small that rows of some 64 tokens cross every window and chunk, and that a step takes milliseconds.
+The twin check (in `checks`, at a run's start) compares our code with upstream's on a model of the run's own class and
+settings. Keys that decide which code runs (layer types, biases, activations, rope types, scales, tying) are unchanged.
+Keys that only decide how much there is (widths, heads, experts, vocabulary, layers, windows, positions) become so small
+that rows of about 64 tokens cross every window and chunk, and a step takes milliseconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 HIDDEN, HEADS, HEAD_DIM = 64, 4, 16
 VOCAB, EXPERTS, LAYERS, WINDOW, POSITIONS = 128, 8, 8, 16, 128
-"""Sizes of a cut model: `LAYERS` at most, `POSITIONS` always, the others where the model has more."""
+"""Sizes of a cut model: at most `LAYERS`, always `POSITIONS`, the others if the model has more."""
 
 _HIDDEN = r"(hidden_size|n_embd|d_model|emb_dim|embedding_dim)$"
 _LAYERS = r"(num_hidden_layers|n_layers?|num_layers|num_blocks|num_(de|en)coder_layers|(de|en)coder_layers)$"
@@ -57,21 +57,21 @@ _SIZES = (
     (_HIDDEN, HIDDEN), (_HEADS, HEADS), (_HEAD_DIM, HEAD_DIM), (_ROPE_DIM, HEAD_DIM // 2), (_WINDOW, WINDOW),
     (_STATE, 16), (_INNER_DIM, HEAD_DIM), (_INNER_HEADS, HEADS),
 )  # fmt: skip
-"""How many there are of like things, what rows cross, and how wide things are: names of config keys, and the largest
-small value of each."""
+"""Counts of repeated parts, sizes that rows should exceed, and widths: a pattern of config keys, and the largest value
+each keeps in a cut model."""
 
 
 def cut_config(config: PreTrainedConfig, max_length: int = 0, num_layers: int = 0) -> PreTrainedConfig:
-    """Return ``config`` with small sizes and as many layers as its lists have kinds of them.
+    """Return ``config`` with small sizes and one layer of each kind that its lists distinguish (or a whole period).
 
     Args:
-        config: any model's.
-        max_length: longest row of the run. Where it exceeds the length that the model was trained for, rows of the
-            small one do so, too: rotary embeddings may then take other factors.
-        num_layers: that it has at least, where no list says of which kind each layer is.
+        config: the config of any model.
+        max_length: longest row of the run. If it exceeds the length that the model was trained for, the small model's
+            rows exceed its own too: rotary embeddings may then use other factors.
+        num_layers: the fewest layers to keep, up to `LAYERS` and the model's own number.
 
     Raises:
-        ValueError: or whatever upstream's config class raises where it does not take the small sizes.
+        ValueError: or whatever else upstream's config class raises if it rejects the small sizes.
     """
     values = config.to_dict()
     _cut(values, max_length, num_layers)
@@ -79,12 +79,12 @@ def cut_config(config: PreTrainedConfig, max_length: int = 0, num_layers: int = 
 
 
 def shallow_config(config: PreTrainedConfig, max_length: int = 0, num_layers: int = 0) -> PreTrainedConfig:
-    """Return ``config`` with its real layers, one of each kind, and few experts, tokens and positions.
+    """Return ``config`` with full-size layers, one of each kind, and few experts, tokens and positions.
 
-    For classes whose widths depend on each other in a way that `cut_config` does not know. Arguments are its own.
+    For classes whose widths depend on each other in ways that `cut_config` does not know. It takes the same arguments.
 
     Raises:
-        ValueError: or whatever upstream's config class raises where it does not take them.
+        ValueError: or whatever else upstream's config class raises if it rejects the values.
     """
     values = config.to_dict()
     _cut_depth(values, max_length, num_layers)
@@ -92,7 +92,7 @@ def shallow_config(config: PreTrainedConfig, max_length: int = 0, num_layers: in
 
 
 def _cut_depth(values: dict[str, Any], max_length: int, num_layers: int) -> None:
-    """Cut what only repeats in ``values``, and what rows should cross, in place, also in configs inside it."""
+    """Cut counts, and sizes that rows should exceed, in ``values`` and in configs nested inside it, in place."""
     _prepare(values, lambda inside: _cut_depth(inside, max_length, num_layers))
     layers = _num_layers(values)
     kept = _kept_layers(values, layers, num_layers)
@@ -111,7 +111,7 @@ def _cut_depth(values: dict[str, Any], max_length: int, num_layers: int) -> None
 
 
 def _prepare(values: dict[str, Any], cut: Callable[[dict[str, Any]], None]) -> None:
-    """Take stored quantization out of ``values`` and cut the configs inside it."""
+    """Remove stored quantization from ``values`` and cut the configs nested inside it."""
     for key in ("quantization_config", "compression_config"):
         values.pop(key, None)
     for key, value in values.items():
@@ -120,14 +120,14 @@ def _prepare(values: dict[str, Any], cut: Callable[[dict[str, Any]], None]) -> N
 
 
 def _num_layers(values: Mapping[str, Any]) -> int:
-    """Return how many layers there are; Nemotron-H has the list of them alone."""
+    """Return the number of layers; Nemotron-H has only a list of them."""
     counted = next((v for k, v in values.items() if re.match(_LAYERS, k) and isinstance(v, int)), 0)
     listed = values.get("layers_block_type")
     return counted or (len(listed) if isinstance(listed, list) else 0)
 
 
 def _cut(values: dict[str, Any], max_length: int, num_layers: int) -> None:
-    """Shrink the sizes in ``values`` in place, also in configs inside it; stored weights count as not quantized."""
+    """Shrink the sizes in ``values`` and in configs nested inside it, in place; drop stored quantization."""
     _prepare(values, lambda inside: _cut(inside, max_length, num_layers))
     layers = _num_layers(values)
     kept = _kept_layers(values, layers, num_layers)
@@ -149,7 +149,7 @@ def _cut(values: dict[str, Any], max_length: int, num_layers: int) -> None:
             for place, old in enumerate(kept)
             if old in apart
         }
-        for layer in apart.values():  # heads of single layers may be what the common size is the sum of
+        for layer in apart.values():  # the common head_dim may be a sum that uses a single layer's part
             if layer.get("qk_nope_head_dim", 0) + before.get("qk_rope_head_dim", 0) == before.get("head_dim"):
                 small = _cut_apart("qk_nope_head_dim", layer["qk_nope_head_dim"], before, values)
                 values["head_dim"] = small + values["qk_rope_head_dim"]
@@ -158,7 +158,7 @@ def _cut(values: dict[str, Any], max_length: int, num_layers: int) -> None:
 
 
 def _trained_length(values: Mapping[str, Any], max_length: int) -> int:
-    """Return the small model's ``original_max_position_embeddings``: its rows exceed it where the run's do."""
+    """Return the small model's ``original_max_position_embeddings``: its rows exceed it if and only if the run's do."""
     rope = values.get("rope_parameters") or {}
     trained = rope.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
     return WINDOW if isinstance(trained, int) and max_length > trained else POSITIONS // 2
@@ -173,7 +173,7 @@ def _cut_trained_length(values: dict[str, Any], trained: int) -> None:
 
 
 def _kept_layers(values: Mapping[str, Any], layers: int, num_layers: int) -> list[int]:
-    """Return which layers stay: the first of each kind that the lists tell apart, and a whole period."""
+    """Return the layers to keep: the first of each kind that the lists distinguish, and a whole period."""
     lists = [v for v in values.values() if isinstance(v, list) and layers and len(v) == layers]
     lists += [[i in v for i in range(layers)] for k, v in values.items() if _names_layers(k, v, layers)]
     if apart := _apart(values):
@@ -188,7 +188,7 @@ def _kept_layers(values: Mapping[str, Any], layers: int, num_layers: int) -> lis
 
 
 def _names_layers(key: str, value: Any, layers: int) -> bool:
-    """Whether ``value`` holds indices of layers: ``mlp_only_layers``, ``full_attn_idxs``, ``attn_layer_indices``."""
+    """Whether ``value`` lists layer indices, like ``mlp_only_layers``, ``full_attn_idxs``, ``attn_layer_indices``."""
     if not re.match(_INDICES, key) or not isinstance(value, list) or not value:
         return False
     whole = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
@@ -196,25 +196,25 @@ def _names_layers(key: str, value: Any, layers: int) -> bool:
 
 
 def _cut_list(key: str, value: list[Any], layers: int, kept: Sequence[int]) -> list[Any]:
-    """Return what a list says of the ``kept`` layers, if it is about layers."""
+    """Return a list reduced to the ``kept`` layers, if it is a list about layers; else the list itself."""
     if _names_layers(key, value, layers):
         return [place for place, old in enumerate(kept) if old in value]
     return [value[i] for i in kept] if layers and len(value) == layers else value
 
 
 def _periods(values: Mapping[str, Any]) -> list[int]:
-    """Return after how many layers a kind of layer comes again, by the settings that say so."""
+    """Return the periods after which a kind of layer repeats, from the settings that define one."""
     said = [v for k, v in values.items() if re.match(_PERIOD, k) and isinstance(v, int) and not isinstance(v, bool)]
     return [*said, *(len(v) for k, v in values.items() if k == "block_types" and isinstance(v, list))]
 
 
 def _dense_first(values: Mapping[str, Any]) -> int:
-    """Return 1 where the first layers are otherwise than the rest: then one of them stays."""
+    """Return 1 if the first layers differ from the rest, in which case one of them is kept."""
     return max((min(1, v) for k, v in values.items() if re.match(_FIRST, k) and isinstance(v, int)), default=0)
 
 
 def _cut_many(key: str, value: list[Any] | dict[str, Any], hidden: int) -> list[Any] | dict[str, Any]:
-    """Return sizes that a list or a dict gives one by one, small; any other as it is."""
+    """Return a list or dict of sizes with each shrunk; any other list or dict unchanged."""
     if isinstance(value, dict):
         return {kind: min(rate, WINDOW // 2) for kind, rate in value.items()} if key == "compress_rates" else value
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
@@ -237,12 +237,12 @@ def _cut_value(key: str, value: Any, before: Mapping[str, Any], hidden: int, lay
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         return value
     if key == "linear_num_key_heads" and value < before.get("linear_num_value_heads", 0):
-        return HEADS // 2  # several value heads to a key head, as before
+        return HEADS // 2  # several value heads per key head, as before
     for pattern, size in (*_COUNTS, *_SIZES):
         if re.match(pattern, key):
             return min(value, size)
     if re.match(_POSITIONS, key):
-        return POSITIONS  # also where there are fewer: the twin's rows must fit
+        return POSITIONS  # even if there are fewer: the twin's rows must fit
     if re.match(_KV_HEADS, key):
         heads = next((v for k, v in before.items() if re.match(_HEADS, k) and isinstance(v, int)), value)
         return min(value, HEADS if value >= heads else 2)
@@ -254,7 +254,7 @@ def _cut_value(key: str, value: Any, before: Mapping[str, Any], hidden: int, lay
 
 
 def _is_switch(key: str, value: Any) -> bool:
-    """Whether ``key`` is something else than a size: chance, which a comparison must not have, or a token."""
+    """Whether ``key`` is no size: randomness (which a comparison must not have) or a token id."""
     random = isinstance(value, float) and any(part in key for part in ("dropout", "pdrop", "jitter"))
     return random or key.endswith(("_token_id", "_token_index"))
 
@@ -264,7 +264,7 @@ def _cut_switch(key: str, value: Any) -> Any:
 
 
 def _cut_layers(key: str, value: int, layers: int, kept: int) -> int:
-    """Return what a number that counts or numbers layers is with ``kept`` of ``layers``; others stay."""
+    """Adjust a number that counts or indexes layers to ``kept`` of ``layers``; return others unchanged."""
     if re.match(_LAYERS, key):
         return kept if value == layers else min(value, kept)
     if re.match(_FIRST, key):
@@ -277,31 +277,31 @@ def _cut_layers(key: str, value: int, layers: int, kept: int) -> int:
 
 
 def _width(value: int, hidden: int) -> int:
-    """Return a width that stands to the small hidden size about as the large one does to the large, by sixteens."""
+    """Scale a width with the hidden size, rounded to a multiple of 16."""
     return min(value, max(1, round(value * HIDDEN / max(1, hidden) / 16)) * 16)
 
 
 def _token(value: Any) -> Any:
-    """Return token ids that a small vocabulary has; different ids stay different where they can."""
+    """Map token ids into the small vocabulary; distinct ids stay distinct where possible."""
     if isinstance(value, list):
         return [_token(v) for v in value]
     return value % VOCAB if isinstance(value, int) and value >= VOCAB else value
 
 
 def _apart(values: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return what single layers have otherwise than the rest, by their index."""
+    """Return the settings in which single layers differ from the rest, by layer index."""
     return {int(index): settings for index, settings in (values.get("per_layer_config") or {}).items()}
 
 
 def _cut_apart(key: str, value: Any, before: Mapping[str, Any], small: Mapping[str, Any]) -> Any:
-    """Return a layer's own size: as much larger or smaller than the others' as it was, by a factor of two at most."""
+    """Shrink one layer's own size: still larger or smaller than the others', but by a factor of two."""
     if not isinstance(value, int) or not isinstance(small.get(key), int) or value == before[key]:
         return small.get(key, value)
     return small[key] * 2 if value > before[key] else max(1, small[key] // 2)
 
 
 def _keep_products(values: dict[str, Any], before: Mapping[str, Any], hidden: int) -> None:
-    """Where heads x head size made up a width before (Mamba's inner width), let them do so again."""
+    """If heads x head size equalled a width before (Mamba's inner width), make it equal again."""
     expand = next((before[k] for k in ("mamba_expand", "expand") if isinstance(before.get(k), int)), 1)
     for heads_key, dim_key in _head_pairs(before):
         product = before[heads_key] * before[dim_key]
@@ -315,7 +315,7 @@ def _keep_products(values: dict[str, Any], before: Mapping[str, Any], hidden: in
 
 
 def _keep_sums(values: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """Where a head's size is that of its rotated part, or the sum of both parts, let it be so again."""
+    """If a head's size equalled that of its rotated part, or the sum of both parts, make it equal again."""
     rope, nope = (before.get(key) for key in ("qk_rope_head_dim", "qk_nope_head_dim"))
     if rope is None:
         return
@@ -336,7 +336,7 @@ def _head_pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _cut_rope(values: dict[str, Any]) -> None:
-    """Shrink the numbers that belong to a head's size in the rope settings."""
+    """Shrink the values in the rope settings that depend on the head size."""
     rope = values.get("rope_parameters")
     if not isinstance(rope, dict):
         return

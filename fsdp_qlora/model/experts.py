@@ -1,4 +1,4 @@
-"""Registers the 4-bit experts forward in transformers' experts interface and turns a model's experts to it."""
+"""Registers the 4-bit experts forward in transformers' experts interface and switches a model's experts to it."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
 
 
 def use_quantized_experts(model: PreTrainedModel) -> None:
-    """Let the experts of ``model``, whose weights are `QuantMatrices` by now, run `experts_forward`."""
+    """Make the experts of ``model``, whose weights are already `QuantMatrices`, run `experts_forward`."""
     model.config._experts_implementation = EXPERTS_IMPLEMENTATION

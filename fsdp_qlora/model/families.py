@@ -1,4 +1,4 @@
-"""What kind of language model it is, by upstream's own words, and which modules are its layers."""
+"""The kind of a language model, as upstream declares it, and which modules are its layers."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def _auto_class(config: Any) -> Any:
 
 
 def is_causal(model_config: Any) -> bool:
-    """Whether a config is that of a causal language model, and not of an encoder-decoder or a masked one."""
+    """Whether a config describes a causal language model rather than an encoder-decoder or a masked one."""
     return _auto_class(model_config) is AutoModelForCausalLM
 
 
 def task_type(model: PreTrainedModel) -> str | None:
-    """Return what PEFT calls the model's task: ``CAUSAL_LM``, ``SEQ_2_SEQ_LM``, or None for a masked one."""
+    """Return PEFT's name for the model's task: ``CAUSAL_LM``, ``SEQ_2_SEQ_LM``, or None for a masked model."""
     found = _auto_class(model.config)
     return {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSeq2SeqLM: "SEQ_2_SEQ_LM"}.get(found)
 
 
 def _longest_list(model: nn.Module) -> list[nn.Module]:
-    """Return the modules of the longest list of modules of one class: the layers, where transformers does not say."""
+    """Return the longest `ModuleList` of one class: the layers, if transformers does not declare them."""
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
     return max(
         lists, key=lambda layers: (len(layers), sum(p.numel() for x in layers for p in x.parameters())), default=[]
@@ -43,12 +43,12 @@ def _longest_list(model: nn.Module) -> list[nn.Module]:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the layers that text runs through: what transformers says must not be split across devices.
+    """Return the layers that text passes through: the modules transformers declares must not be split across devices.
 
-    Not what holds the embedding, nor, in a causal model that also sees or hears, the layers that only images or sound
-    run through.
+    Modules that contain the embedding are excluded. So are, in a causal multimodal model, the layers that only images
+    or sound pass through.
     """
-    classes = set(model._no_split_modules or [])  # read only; spelt so by transformers since v4
+    classes = set(model._no_split_modules or [])  # read only; transformers has used this name since v4
     table = model.get_input_embeddings()
     found = [module for module in model.modules() if type(module).__name__ in classes] or _longest_list(model)
     found = [module for module in found if all(inner is not table for inner in module.modules())]

@@ -1,4 +1,4 @@
-"""The folder of a model: on this machine, or its download from the hub."""
+"""Finds a model's folder: a local one, or its download from the hub."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def needs_hub(name: str) -> bool:
 
 
 def resolve_folder(name: str, revision: str | None = None) -> Path:
-    """Return the folder of a model: itself where ``name`` is one, else its download from the hub.
+    """Return a model's folder: ``name`` itself if it is a local folder, else its download from the hub.
 
     Raises:
-        ModelError: if the folder is not there, or the hub does not give it.
+        ModelError: if the folder does not exist, or the download fails.
     """
     if not name:
         raise ModelError(
@@ -51,7 +51,7 @@ def _embedded_hint(name: str) -> str:
 
 
 class _TerminalBar(tqdm):
-    """The hub's progress bar, where somebody sees it."""
+    """The hub's progress bar, shown only in a terminal."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": None})
@@ -65,7 +65,7 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=_DOWNLOAD_PATTERNS, tqdm_class=_TerminalBar)
         )
-    except Exception as error:  # the hub's, or those of whichever HTTP library it stands on
+    except Exception as error:  # the hub's errors, or those of whichever HTTP library it uses
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
         raise ModelError(
             f"model.name: {name} is no folder here and the hub did not give it{offline}: {typed_line(error)} "
@@ -75,19 +75,19 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _beside(folder: Path) -> str:
-    """Return what a missing folder may be a misspelling of, to be put behind its name."""
+    """Return a hint at what a missing folder's name may be a misspelling of, to append to the name."""
     try:
         there = sorted(place.name for place in folder.parent.iterdir() if place.is_dir())
-    except OSError:  # nor is there a folder that would hold it
+    except OSError:  # its parent folder is missing, too
         return ""
     return f" ({folder.parent.name} is here, without it.{nearest(folder.name, there)})"
 
 
 def config_for_plan(name: str, revision: str | None = None) -> Path:
-    """Return the folder or file of a model's config; never asks the network.
+    """Return the folder or file of a model's config; never uses the network.
 
     Raises:
-        ModelError: if there is none here.
+        ModelError: if there is none on this machine.
     """
     if not needs_hub(name):
         return resolve_folder(name, revision)

@@ -1,8 +1,8 @@
-"""Which linears of a model may be replaced by quantized ones: those that are nothing but a product and a bias.
+"""Which linears of a model may be replaced by quantized ones: those that only compute a product and a bias.
 
-A subclass with a ``forward`` of its own would silently lose it; a module that reads the ``.weight`` of a linear it owns
-(the time-step projections of Mamba's kind, DeepSeek-V3.2's indexer, much remote code) would find packed bytes or
-nothing. Such linears stay as they are: unquantized and without adapter.
+A subclass with its own ``forward`` would silently lose it; a module that reads the ``.weight`` of a linear it owns (the
+time-step projections in Mamba-like models, DeepSeek-V3.2's indexer, much remote code) would find packed bytes or
+nothing. Such linears stay as they are: unquantized and without an adapter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def is_plain_linear(module: nn.Module | None) -> bool:
 
 
 def replaceable_linears(model: PreTrainedModel) -> Iterator[LinearShape]:
-    """Yield what of ``model`` can be stored quantized, in the order of its modules; a head may be among it."""
+    """Yield the weights of ``model`` that can be stored quantized, in module order; they may include the head."""
     read = set(_read_by_others(model))
     for name, module in model.named_modules():
         if name in read:
@@ -37,7 +37,7 @@ def replaceable_linears(model: PreTrainedModel) -> Iterator[LinearShape]:
 
 
 def kept_linears(model: PreTrainedModel, inside: tuple[str, ...]) -> dict[str, str]:
-    """Return the linears within the modules ``inside`` that are left as they are, and why."""
+    """Return the linears within the modules ``inside`` that are not replaced: name -> reason."""
     read = _read_by_others(model)
     found: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -67,7 +67,7 @@ def _shapes(name: str, module: nn.Module) -> Iterator[LinearShape]:
 
 
 def _takes_experts_forward(module: nn.Module) -> bool:
-    """Whether transformers' experts interface runs this module, and its weights lie as ours do."""
+    """Whether transformers' experts interface runs this module, and its weights have our layout."""
     if getattr(module, "has_gate", None) is None or not hasattr(type(module).forward, "__wrapped__"):
         return False
     return not (module.is_transposed or module.has_bias)
@@ -78,7 +78,7 @@ def _in_float32(module: nn.Linear | Conv1D, model: PreTrainedModel) -> bool:
 
 
 def _read_by_others(model: PreTrainedModel) -> dict[str, str]:
-    """Return the names of linears whose weight or bias the code of a module around them reads: name -> that class."""
+    """Return the linears whose weight or bias an enclosing module's code reads: name -> that module's class."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     found: dict[str, str] = {
         name: "upstream"
@@ -95,14 +95,14 @@ def _read_by_others(model: PreTrainedModel) -> dict[str, str]:
 
 @cache
 def _children_read(kind: type[nn.Module]) -> frozenset[str]:
-    """Return the names of the submodules whose ``.weight`` or ``.bias`` the methods of a class read."""
+    """Return the names of the submodules whose ``.weight`` or ``.bias`` a class's methods read."""
     names: set[str] = set()
     for each in kind.__mro__:
         if each.__module__.startswith(("torch.", "builtins", "transformers.modeling_utils", "fsdp_qlora.", "peft.")):
             continue
         try:
             source = inspect.getsource(each)
-        except (OSError, TypeError):  # made at run time: nothing to read
+        except (OSError, TypeError):  # created at run time: no source to read
             continue
         names.update(_READS.findall(_INIT.sub("", source)))
     return frozenset(names)

@@ -1,7 +1,7 @@
-"""`CausalModel`: the module that FSDP makes its root and the loop calls.
+"""`CausalModel`: the FSDP root module, which the training loop calls.
 
-It runs upstream's forward up to the head, keeps the supervised positions, and asks the head for their losses; so all
-logits never exist, for any transformers causal LM, without touching its code.
+It runs upstream's forward up to the head, keeps the supervised positions, and asks the head for their losses. So the
+full logits never exist, for any transformers causal LM, and without touching its code.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class CausalModel(nn.Module):
         super().__init__()
         self.model = model
         self.compiled_layers: CompiledLayers | None = None
-        """Its decoder layers' switch between compiled and not, where they are compiled (`compile_layers`)."""
+        """State of the compiled decoder layers (`compile_layers`); None if they are not compiled."""
 
     @property
     def compiled(self) -> bool:
-        """Whether its layers run compiled in training."""
+        """Whether the decoder layers run compiled in training."""
         return self.compiled_layers is not None and self.compiled_layers.failure is None
 
     @property
@@ -47,12 +47,12 @@ class CausalModel(nn.Module):
 
     @property
     def peft(self) -> PeftModel | None:
-        """PEFT's model around the transformers model, where there are adapters."""
+        """PEFT's model around the transformers model, if there are adapters."""
         return self.model if isinstance(self.model, PeftModel) else None
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; its shards may lie in host memory."""
+        """The device it computes on; its shards may be in host memory."""
         parameter = next(self.parameters())
         return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
@@ -64,12 +64,12 @@ class CausalModel(nn.Module):
 
         Args:
             input_ids: int64 ``[rows, length]``, padded on the right (causal attention then needs no mask).
-            labels: int64 ``[rows, length]``, the token itself where it is learned and -100 elsewhere.
-            position_ids: int64 ``[rows, length]``, starting anew where a packed row begins; transformers' attention
-                masks then keep the rows apart. None where each sequence is one row.
-            supervised: `supervised_positions` of the labels; None finds them here, which waits for the device.
+            labels: int64 ``[rows, length]``, the token itself if it is supervised, else -100.
+            position_ids: int64 ``[rows, length]``, restarting where a packed row begins; transformers' attention masks
+                then keep the rows apart. None if each sequence is one row.
+            supervised: `supervised_positions` of the labels; None finds them here, which synchronises the device.
             sequences: for varlen attention, which takes one flat row: where each row in it begins and ends.
-            rare: whether to run compiled layers as written: the form of this micro-batch is not worth a compilation.
+            rare: whether to run compiled layers eagerly: the form of this micro-batch is not worth a compilation.
         """
         base = self.base
         inputs = decoder_inputs(input_ids, position_ids, sequences)
@@ -85,26 +85,26 @@ class CausalModel(nn.Module):
         return head(hidden.flatten(0, 1).index_select(0, supervised), labels=targets)
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the logits ``[rows, length, vocab]`` (for checks: in training they never exist whole).
+        """Return the logits ``[rows, length, vocab]`` (for checks; training never materialises them in full).
 
-        Not for a backward: a sharded head is not gathered for it.
+        Backward is not supported: a sharded head is not gathered for it.
         """
         places = {} if position_ids is None else {"position_ids": position_ids}
         with self._without_backward():
             return self.model(input_ids=input_ids, use_cache=False, **places).logits
 
     def outputs(self, **inputs: Any) -> Any:
-        """Return the transformers model's own outputs: the way of encoder-decoders and masked language models."""
+        """Return the transformers model's own outputs, as encoder-decoders and masked language models need."""
         return self.model(**inputs)
 
     def generate(self, **settings: Any) -> torch.Tensor:
-        """Generate as transformers does; under FSDP all ranks call it together."""
+        """Generate as transformers does. Under FSDP, a collective."""
         with self._inputs_on(self.device), self._without_backward():
             return self.model.generate(**settings)  # type: ignore[operator]
 
     @contextmanager
     def _without_backward(self) -> Iterator[None]:
-        """Run what no backward follows: layers as they are written, and nothing left gathered behind."""
+        """Run a forward without a backward: layers run eagerly, and none stays gathered afterwards."""
         try:
             with uncompiled() if self.compiled_layers else nullcontext():  # importing the compiler takes seconds
                 yield
@@ -113,9 +113,9 @@ class CausalModel(nn.Module):
 
     @contextmanager
     def _inputs_on(self, device: torch.device) -> Iterator[None]:
-        """Send the model's inputs to ``device``: transformers sends them to where it finds the first parameter.
+        """Send the model's inputs to ``device``: transformers sends them to the device of the first parameter.
 
-        That is the host where parameters are offloaded, and it warns of it.
+        With offloaded parameters that is the host, and it warns about it.
         """
 
         def send(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -131,7 +131,7 @@ class CausalModel(nn.Module):
 
 
 def install_loss_head(model: PreTrainedModel, after: AfterHead, chunk: int) -> None:
-    """Replace the output head by a `LossHead` that shares its weight; a 4-bit head is one already.
+    """Replace the output head with a `LossHead` that shares its weight; a 4-bit head is already a loss head.
 
     ``after`` is what `after_head` found while the head was still upstream's own.
     """

@@ -1,9 +1,9 @@
-"""Rotary tables that upstream chooses anew for each batch are chosen once, by the longest row of the run.
+"""Rotary tables that upstream selects per batch are selected once, for the longest row of the run.
 
-With ``longrope`` upstream takes the long factors as soon as one row of the batch is longer than the trained length;
-with ``dynamic`` NTK scaling it stretches the frequencies by the longest row seen so far. What a row learns would depend
-on its neighbours, on the micro-batch and on the number of ranks. Here the run has one table: the one that upstream
-takes for a batch whose longest row has ``data.max_length`` tokens.
+With ``longrope``, upstream uses the long factors as soon as one row in the batch is longer than the trained length;
+with ``dynamic`` NTK scaling, it stretches the frequencies to the longest row seen so far. What the model learns from a
+row would then depend on its neighbours, on the micro-batch and on the number of ranks. Here a run has one table: the
+one upstream uses for a batch whose longest row has ``data.max_length`` tokens.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from fsdp_qlora.errors import ModelError
 
 _SETTLED = "default"
-"""The type of a module whose frequencies upstream never changes."""
+"""The rope type for which upstream never changes a module's frequencies."""
 
 
 def rope_choice(model_config: Any, max_length: int) -> str | None:
-    """Return what `settle_rope` chooses for a model with this config, in words; None where there is no choice."""
+    """Describe what `settle_rope` chooses for a model with this config; None if there is no choice."""
     rope = getattr(model_config.get_text_config(), "rope_parameters", None) or {}
     kinds = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
     told = [_in_words(part, max_length) for part in kinds if part.get("rope_type") == "longrope"]
@@ -36,10 +36,10 @@ def _in_words(rope: dict[str, Any], max_length: int) -> str:
 
 
 def settle_rope(model: PreTrainedModel, max_length: int) -> None:
-    """Choose the rotary frequencies of ``model`` once, in place.
+    """Fix the rotary frequencies of ``model`` in place, once for all batches.
 
     Raises:
-        ModelError: with ``dynamic`` scaling, if rows may be longer than the model was made for.
+        ModelError: with ``dynamic`` scaling, if rows may exceed the model's original length.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)

@@ -1,4 +1,4 @@
-"""The transformers model on the meta device, its tokenizer, its shapes, and its buffers once it is real."""
+"""The transformers model on the meta device, with real buffers, and its shapes."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def build_skeleton(
     trust_remote_code: bool = False,
     config_overrides: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Build the language model of ``folder`` on meta: shapes and code, no memory.
+    """Build the language model in ``folder`` on meta: shapes and code, no memory.
 
-    An encoder-decoder or a masked language model where its config says so, else a causal one.
+    The result is an encoder-decoder or a masked language model if its config says so, else a causal one.
 
     Raises:
-        ModelError: if the architecture is unknown, needs code that is not trusted, or an override does not go with it.
+        ModelError: if the architecture is unknown, needs code that is not trusted, or an override does not fit it.
     """
     config = load_config(folder, trust_remote_code, config_overrides)
     if getattr(config.get_text_config(decoder=True), "output_router_logits", False):
@@ -61,8 +61,8 @@ def build_skeleton(
             )
     except FsdpQloraError:
         raise
-    except Exception as error:  # whatever upstream's code makes of odd values in config.json
-        if isinstance(error, KeyError) and error.args == (attn_implementation,):  # a class with a table of its own
+    except Exception as error:  # odd values in config.json can raise anything in upstream's code
+        if isinstance(error, KeyError) and error.args == (attn_implementation,):  # a class with its own table
             raise ModelError(
                 f"model.attn_implementation: the code of {config.model_type} has no {attn_implementation}; use eager."
             ) from error
@@ -76,10 +76,10 @@ def build_skeleton(
 
 
 def read_shapes(model: PreTrainedModel) -> ModelShapes:
-    """Read off a (meta) transformers model what a plan needs to know.
+    """Read from a (meta) transformers model what a plan needs to know.
 
     Raises:
-        ModelError: if it has no input embedding, output head or repeated layers where transformers puts them.
+        ModelError: if the input embedding, output head or repeated layers are not where transformers puts them.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     layers = decoder_layers(model)
@@ -113,7 +113,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
 
 
 def _refuse_shared(model: PreTrainedModel, layers: list[nn.Module]) -> None:
-    """Refuse layers that have weights in common: each layer is sharded, gathered and freed by itself."""
+    """Refuse layers that share weights: each layer is sharded, gathered and freed on its own."""
     owner: dict[nn.Parameter, nn.Module] = {}
     for layer in layers:
         for parameter in layer.parameters():
@@ -124,9 +124,9 @@ def _refuse_shared(model: PreTrainedModel, layers: list[nn.Module]) -> None:
 
 
 def _number(config: Any, key: str) -> int:
-    """Return a setting that is one number, 0 where there is none (or one for each layer)."""
+    """Return an integer setting, or 0 if it is missing (or differs between layers)."""
     try:
         value = getattr(config, key, None)
-    except Exception:  # transformers refuses, with an error of its own, to give one number for what layers differ in
+    except Exception:  # transformers raises an error of its own if the layers differ in this setting
         return 0
     return value if isinstance(value, int) else 0

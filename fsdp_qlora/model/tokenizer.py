@@ -21,17 +21,17 @@ def build_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrained
     """Load the tokenizer of ``folder``.
 
     Raises:
-        ModelError: if it has none that transformers can load.
-        SecurityError: if one of its files is a link to elsewhere: the adapter's folder gets a copy of the tokenizer.
+        ModelError: if there is none that transformers can load.
+        SecurityError: if one of its files links outside the folder: the tokenizer is copied into the adapter's folder.
     """
     for pattern in _TOKENIZER_FILES:
         for file in folder.glob(pattern):
             own_file(folder, str(file.relative_to(folder)))
-    require_sane(folder)  # which transformers reads for some tokenizers, too
+    require_sane(folder)  # for some tokenizers, transformers reads config.json too
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        tokenizer("a")  # odd settings show when it is used
-    except Exception as error:  # of no special kind where tokenizer.json is damaged
+        tokenizer("a")  # odd settings surface only in use
+    except Exception as error:  # a damaged tokenizer.json raises a plain Exception
         if "trust_remote_code" in str(error):
             raise not_buildable(folder, error) from error
         raise ModelError(f"model.name: {folder} has no usable tokenizer: {error}") from error

@@ -1,4 +1,4 @@
-"""What the loss is, a file for each objective. `build_objective` makes one by its name, `register` adds another."""
+"""Training objectives, one file each. `build_objective` builds one by name, `register` adds another."""
 
 from fsdp_qlora.objectives.objective import Objective, Sums, build_objective, loss_of, register
 from fsdp_qlora.objectives.sft import SupervisedFineTuning, token_losses

@@ -1,7 +1,7 @@
-"""`Objective`: what the loss is.
+"""`Objective`: the definition of a loss.
 
-An objective gives *sums* and names what each is divided by, a count over the whole global batch. Not means: a mean of
-means over micro-batches and ranks with unequal numbers of targets is another loss.
+An objective returns *sums* and, for each, the name of its divisor, a count over the whole global batch. Not means: with
+unequal numbers of targets, a mean of means over micro-batches and ranks would be a different loss.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fsdp_qlora.config import choices
 from fsdp_qlora.data.loader import MicroBatch
 
 Sums = dict[str, tuple[torch.Tensor, str]]
-"""Name -> a sum over a micro-batch, float32 ``[]``, and the weight that it is divided by (`Batch.weights`)."""
+"""Name -> a sum over a micro-batch, float32 ``[]``, and the name of the weight it is divided by (`Batch.weights`)."""
 
 
 class Objective(ABC):
-    """What the loss is. Stateless; the model is an `nn.Module` that gives the losses of supervised tokens."""
+    """A loss. Stateless; the model is an `nn.Module` that returns the losses of supervised tokens."""
 
     name: ClassVar[str]
     """Its name in ``objective=``."""
@@ -30,16 +30,16 @@ class Objective(ABC):
     def sums(self, model: nn.Module, micro_batch: MicroBatch, device: torch.device) -> Sums:
         """Return the sums of a micro-batch, under the same names for every micro-batch.
 
-        The loss is the sum of each over its weight, and so are gradients. Every rank calls it as often: there are
-        gathers in the model.
+        The loss is the total of all sums, each divided by its weight, and so are gradients. Every rank must call it the
+        same number of times, because the model's forward contains collectives.
         """
 
     def metrics(self, loss: float, means: Mapping[str, float]) -> dict[str, float]:
-        """Return what an evaluation says beside the loss.
+        """Return further metrics that an evaluation reports besides the loss.
 
         Args:
-            loss: the sum of ``means``.
-            means: each sum over its weight, over all held-out rows.
+            loss: the total of ``means``.
+            means: each sum divided by its weight, over all held-out rows.
         """
         return {}
 
@@ -47,7 +47,7 @@ class Objective(ABC):
 def loss_of(
     sums: Mapping[str, torch.Tensor], divided_by: Mapping[str, str], weights: Mapping[str, int]
 ) -> torch.Tensor:
-    """Return the loss of sums, ``[]``: each over its weight, added up."""
+    """Return the loss, ``[]``: the total of all sums, each divided by its weight."""
     parts = [value / max(1, weights[divided_by[name]]) for name, value in sums.items()]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
@@ -56,7 +56,7 @@ _OBJECTIVES: dict[str, type[Objective]] = {}
 
 
 def register(kind: type[Objective]) -> type[Objective]:
-    """Make an objective known by its name: ``objective=NAME`` then takes it (on the command line: those that ship)."""
+    """Register an objective under its name for ``objective=NAME`` (the command line knows only built-in ones)."""
     _OBJECTIVES[kind.name] = kind
     choices.OBJECTIVES.add(kind.name)
     return kind

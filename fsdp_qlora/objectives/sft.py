@@ -1,4 +1,4 @@
-"""sft: supervised fine-tuning, the cross entropy of the tokens that are learned."""
+"""sft: supervised fine-tuning, the cross entropy of supervised tokens."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ class SupervisedFineTuning(Objective):
         return {"loss": (token_losses(model, micro_batch, device).sum(), TOKENS)}
 
     def metrics(self, loss: float, means: Mapping[str, float]) -> dict[str, float]:
-        """Return the perplexity: exp(loss), infinite where that overflows."""
+        """Return the perplexity: exp(loss), or infinity if that overflows."""
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf}

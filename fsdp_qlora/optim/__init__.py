@@ -1,1 +1,1 @@
-"""How it moves: optimizers on local shards, learning-rate schedules as pure functions of the step."""
+"""Optimizers on local shards, and learning-rate schedules as pure functions of the step."""

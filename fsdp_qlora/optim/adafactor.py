@@ -1,9 +1,9 @@
-"""Adafactor (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235) on shards, as `torch.optim.Adafactor` has it.
+"""Sharded Adafactor (Shazeer and Stern, 2018, https://arxiv.org/abs/1804.04235), equivalent to torch's.
 
-It is not element-wise: the second moment of a matrix is the product of a mean for each row and one for each column,
-and steps are scaled by the root mean square of the whole tensor and of its whole update. With rows on several ranks,
-the means of rows are a rank's own; those of columns and all that is one number for a tensor are sums over the ranks.
-Two reductions a step carry the sums of all tensors together.
+It follows `torch.optim.Adafactor`, but that is not element-wise: the second moment of a matrix is the product of row
+means and column means, and steps are scaled by the root mean squares of the whole tensor and its whole update. With
+rows on several ranks, each rank computes its own row means; column means and per-tensor scalars are sums over ranks.
+Two all-reduces per step carry the sums of all tensors.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from fsdp_qlora.optim.state import Blocks, Leaf, LocalOptimizer, Part
 
 BETA2_DECAY = -0.8
 EPS1 = torch.finfo(torch.float32).eps
-"""Least second moment."""
+"""Lower bound on the mean of the row statistics; its square bounds the second moment."""
 EPS2 = 1e-3
-"""Least root mean square of a tensor that scales its step: LoRA's B begins with zeros."""
+"""Lower bound on the tensor's root mean square that scales its step: LoRA's B starts at zero."""
 
 
 @dataclass
 class _Turn:
-    """What a step has of one tensor between its reductions."""
+    """One tensor's values between the reductions of a step."""
 
     leaf: Leaf
     state: dict[str, Any]
     gradient: torch.Tensor
-    """Becomes the update."""
+    """The gradient, overwritten by the update."""
     sums: torch.Tensor
-    """Float32: of squares of the values, of the rows' means, of squares in each column (a matrix only)."""
+    """Float32 sums: squared values; for a matrix also row statistics, and squared gradients per column."""
 
 
 class ShardedAdafactor(LocalOptimizer):
-    """Adafactor whose statistics are those of the whole tensors. ``step`` is a collective; it overwrites gradients."""
+    """Adafactor with statistics of the whole tensors. ``step`` is a collective and overwrites gradients."""
 
     def __init__(self, leaves: Sequence[Leaf], settings: OptimSettings) -> None:
         self._leaves, self._weight_decay = tuple(leaves), settings.weight_decay
@@ -47,7 +47,7 @@ class ShardedAdafactor(LocalOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all leaves that have a gradient. Ranks with no rows take part."""
+        """Update all leaves that have a gradient. Ranks without rows must take part."""
         lr = self.param_groups[0]["lr"]
         turns = [self._begin(leaf) for leaf in self._leaves if leaf.local.grad is not None]
         if not turns:
@@ -60,7 +60,7 @@ class ShardedAdafactor(LocalOptimizer):
             turn.leaf.local.sub_(turn.gradient.mul_(scale / root_mean.clamp(min=1.0)))
 
     def _begin(self, leaf: Leaf) -> _Turn:
-        """Bring this rank's row statistics up to date; return its sums."""
+        """Update this rank's row statistics and return its sums."""
         if not self.state[leaf.local]:
             self.state[leaf.local] = self.new_state(leaf, 0)
         state, gradient = self.state[leaf.local], leaf.local.grad
@@ -72,14 +72,14 @@ class ShardedAdafactor(LocalOptimizer):
             state["row_var"].lerp_(squares.mean(dim=-1, keepdim=True), state["step"] ** BETA2_DECAY)
             if gradient.dim() == 2:
                 sums += [state["row_var"].sum().view(1), squares.sum(dim=0)]
-            else:  # sharded along a dimension that no mean runs over
+            else:  # sharded along a dimension that is not averaged over
                 state["col_var"].lerp_(squares.mean(dim=-2, keepdim=True), state["step"] ** BETA2_DECAY)
         else:
             state["variance"].lerp_(gradient.square(), state["step"] ** BETA2_DECAY)
         return _Turn(leaf, state, gradient, torch.cat(sums))
 
     def _update(self, turn: _Turn, sums: torch.Tensor, lr: float) -> torch.Tensor:
-        """Turn the gradient into the update, decay the weights; return the length of the step, float32 ``[]``."""
+        """Turn the gradient into the update and decay the weights; return the step size, float32 ``[]``."""
         state, shape = turn.state, turn.leaf.layout.shape
         rho = min(lr, 1 / sqrt(state["step"]))
         length = (sums[0] / turn.leaf.numel).sqrt().clamp(min=EPS2) * rho
@@ -98,7 +98,7 @@ class ShardedAdafactor(LocalOptimizer):
         return length
 
     def _reduce(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the sums over the ranks that share the parameters, all in one reduction by way of the device."""
+        """Return the sums over the ranks that share the parameters, in a single all-reduce on the device."""
         layout, sizes = self._leaves[0].layout, [part.numel() for part in parts]
         together = torch.cat(list(parts))
         if layout.mesh is not None and layout.num_ranks > 1:
@@ -108,7 +108,7 @@ class ShardedAdafactor(LocalOptimizer):
         return list(together.split(sizes))
 
     def new_state(self, leaf: Leaf, step: int) -> dict[str, Any]:
-        """Return zeros: a mean for each row and each column, or a value for each element of a vector."""
+        """Return a state of zeros: one mean per row and per column, or one value per element of a vector."""
         shape = leaf.local.shape
         if len(shape) == 1:
             return {"step": step, "variance": leaf.local.new_zeros(shape)}
@@ -119,7 +119,7 @@ class ShardedAdafactor(LocalOptimizer):
         }
 
     def parts(self, leaf: Leaf) -> list[Part | Blocks]:
-        """Return row and column statistics; those of a matrix' columns are the same on every rank."""
+        """Return row and column statistics; a matrix's column statistics are equal on every rank."""
         state, shape = self.state[leaf.local], leaf.layout.shape
         if len(shape) == 1:
             return [Part("variance", state["variance"], shape)]

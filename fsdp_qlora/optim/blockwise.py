@@ -1,9 +1,9 @@
-"""8-bit states (https://arxiv.org/abs/2110.02861) on shards: which block an element is in, on any number of ranks.
+"""8-bit states (https://arxiv.org/abs/2110.02861) on shards, and how another number of ranks reads their blocks.
 
 bitsandbytes quantizes a flattened state in blocks of 256 elements that share one float32 absmax. Every rank flattens
-its own rows, so blocks begin anew at each shard. A checkpoint holds the codes sharded as the parameter is, and the
-absmax as a table with a row for each rank that shares the parameter: its blocks, zeros after them. The shapes of
-parameter and table say which absmax an element had, so any other number of ranks can read its own rows.
+its own rows, so blocks start anew at each shard. A checkpoint holds the codes, sharded like the parameter, and the
+absmax as a table with one row per rank that shares the parameter: its blocks, padded with zeros. The shapes of the
+parameter and the table determine each element's absmax, so any other number of ranks can read its own rows.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from fsdp_qlora.optim.sizes import BLOCK_SIZE, num_blocks
 
 
 def borders_coincide(shape: Sequence[int], num_ranks: int) -> bool:
-    """Return whether each rank's blocks are blocks of the whole: then no bit depends on the number of ranks."""
+    """Whether each rank's blocks are blocks of the whole tensor, so that no bit depends on the number of ranks."""
     starts = (row_range(shape[0], rank, num_ranks)[0] for rank in range(num_ranks))
     return all(start * prod(shape[1:]) % BLOCK_SIZE == 0 for start in starts if start < shape[0])
 
 
 def table_shape(shape: Sequence[int], num_ranks: int) -> tuple[int, int]:
-    """Return the shape of the table of absmax: ranks, and blocks of the fullest."""
+    """Return the shape of the absmax table: number of ranks, and most blocks on any rank."""
     return num_ranks, num_blocks(row_range(shape[0], 0, num_ranks)[1] * prod(shape[1:]))
 
 
 def absmax_of_elements(table: torch.Tensor, shape: Sequence[int], rows: tuple[int, int]) -> torch.Tensor:
-    """Return the absmax of each element in these rows of a parameter, float32 ``[elements]``, from anyone's table."""
+    """Return the absmax of each element in these rows of a parameter, float32 ``[elements]``.
+
+    ``table`` may come from any number of ranks.
+    """
     in_a_row = prod(shape[1:])
     in_a_shard = row_range(shape[0], 0, table.shape[0])[1] * in_a_row
     elements = torch.arange(rows[0] * in_a_row, rows[1] * in_a_row, device=table.device)
@@ -38,7 +41,7 @@ def absmax_of_elements(table: torch.Tensor, shape: Sequence[int], rows: tuple[in
 
 
 def quantize_state(values: torch.Tensor, table_of_codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes (uint8, as ``values``) and absmax (float32 ``[blocks]``) as bitsandbytes' optimizers do."""
+    """Return codes (uint8, as ``values``) and absmax (float32 ``[blocks]``), as in bitsandbytes' optimizers."""
     codes, state = functional.quantize_blockwise(values, code=table_of_codes, blocksize=BLOCK_SIZE)
     return codes, state.absmax
 
@@ -52,18 +55,19 @@ def fit_blocks(
     rank: int,
     num_ranks: int,
 ) -> None:
-    """Turn this rank's rows as another number of ranks saved them into its own blocks.
+    """Convert this rank's rows, as saved by another number of ranks, to its own blocks.
 
-    Where the borders of both coincide with the whole's, no code changes. Elsewhere the values are quantized anew.
+    If the block borders of both coincide with those of the whole tensor, no code changes. Otherwise the values are
+    quantized again.
 
     Args:
         codes: uint8, this rank's rows; changed in place.
-        absmax: float32 ``[blocks]``, this rank's; filled.
-        table_of_codes: float32 ``[256]``: what each code stands for.
+        absmax: float32 ``[blocks]`` of this rank; filled in place.
+        table_of_codes: float32 ``[256]``, the value of each code.
         table: the saved absmax, float32 ``[ranks, blocks]``.
-        shape: the parameter's, over all ranks.
-        rank: this rank's number among those that share the parameter.
-        num_ranks: how many these are now.
+        shape: shape of the whole parameter.
+        rank: this rank's index among those that share the parameter.
+        num_ranks: number of ranks that share it now.
     """
     rows = row_range(shape[0], rank, num_ranks)
     if rows[0] == rows[1]:

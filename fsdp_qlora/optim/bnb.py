@@ -1,8 +1,8 @@
 """bitsandbytes' 8-bit and paged optimizers on local shards.
 
-Of bitsandbytes only functions of `bitsandbytes.functional` are used, those that its optimizers call. The optimizers
-decide by the size of the tensor they see, which on a shard is the wrong one, and keep exceptions to that in a global
-table by ``id()``. `tests/unit/test_optim.py` compares every update with theirs, bit for bit.
+This uses only the functions of `bitsandbytes.functional` that its optimizers call. The optimizers themselves decide by
+the size of the tensor they see, which is wrong for a shard, and keep overrides in a global table keyed by ``id()``.
+`tests/unit/test_optim.py` compares every update with theirs, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from fsdp_qlora.optim.sizes import keeps_8bit, num_blocks, num_codes
 from fsdp_qlora.optim.state import Blocks, Leaf, LocalOptimizer, Part
 
 PAGED_NUMEL = 100_000
-"""Smaller states are not paged (bitsandbytes' own border)."""
+"""Smaller states are not paged (bitsandbytes' own limit)."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """One of bitsandbytes' updates and what it keeps."""
+    """One of bitsandbytes' updates and its state."""
 
     kernel: str
     first: tuple[str, ...]
-    """Moments in ``state1``, which may be negative."""
+    """Moments in ``state1``, whose values are signed."""
     second: tuple[str, ...] = ()
-    """Moments in ``state2``, which may not."""
+    """Moments in ``state2``, whose values are not negative."""
     paged: bool = False
 
 
@@ -46,7 +46,7 @@ UPDATES = {
 
 
 class BlockwiseOptimizer(LocalOptimizer):
-    """The update of `UPDATES` that the settings name, with states in 8 bits for all but small parameters."""
+    """Applies the update in `UPDATES` that the settings name; `keeps_8bit` decides which states are in 8 bits."""
 
     def __init__(self, leaves: Sequence[Leaf], settings: OptimSettings) -> None:
         self._leaves, self._settings, self._update = tuple(leaves), settings, UPDATES[settings.name]
@@ -67,7 +67,7 @@ class BlockwiseOptimizer(LocalOptimizer):
             if leaf.local.numel():
                 paged |= self._prefetch(state)
                 self._apply(leaf.local.view(-1), leaf.local.grad.reshape(-1), state)
-        if paged:  # the host may look at paged memory only when the device is done with it
+        if paged:  # the host may access paged memory only once the device has finished with it
             torch.accelerator.synchronize()
 
     def _apply(self, values: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any]) -> None:
@@ -90,9 +90,10 @@ class BlockwiseOptimizer(LocalOptimizer):
             values.copy_(padded[: values.numel()])
 
     def new_state(self, leaf: Leaf, step: int) -> dict[str, Any]:
-        """Return zeros, in the memory of the state that there is already: paged memory is never given back.
+        """Return a state of zeros, reusing the memory of an existing state: paged memory is never freed.
 
-        Codes are those of zero, whatever the absmax: what fills up the last block is in no checkpoint.
+        All codes are the code of zero, which decodes to zero whatever the absmax. This also sets the padding of the
+        last block, which is in no checkpoint.
         """
         state = dict(self.state.get(leaf.local, {})) or self._allocate(leaf)
         for number, table in enumerate(self._tables_on(leaf.local.device), 1):
@@ -120,14 +121,14 @@ class BlockwiseOptimizer(LocalOptimizer):
         return like.new_zeros(shape, dtype=dtype)
 
     def _prefetch(self, state: dict[str, Any]) -> bool:
-        """Ask for the paged states to come to the device; return whether there are any."""
+        """Prefetch paged states to the device; return whether there are any."""
         paged = [state[key] for key in ("state1", "state2") if getattr(state[key], "is_paged", False)]
         for tensor in paged:
             functional.prefetch_tensor(tensor)
         return bool(paged)
 
     def _tables_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the 256 codes of first and second moments stand for; shared by all states."""
+        """Return the values of the 256 codes, for signed and unsigned moments; shared by all states."""
         if device not in self._tables:
             signed, unsigned = (functional.create_dynamic_map(signed=s).to(device) for s in (True, False))
             self._tables[device] = signed, unsigned
@@ -150,7 +151,7 @@ class BlockwiseOptimizer(LocalOptimizer):
 
 
 def _slow_moment(settings: OptimSettings, step: int) -> tuple[float, float]:
-    """Return AdEMAMix's ``alpha`` and ``beta3`` at a step: bitsandbytes' schedules, which are the paper's."""
+    """Return AdEMAMix's ``alpha`` and ``beta3`` at a step: bitsandbytes' schedules, as in the paper."""
     alpha, beta3 = settings.alpha, settings.beta3
     if settings.t_alpha:
         alpha = min(step * alpha / settings.t_alpha, alpha)

@@ -1,8 +1,8 @@
 """Optimizers on the local shards of DTensors.
 
-Element-wise optimizers do the same on a shard as on the whole, so torch's own run on the plain local tensors; those of
-bitsandbytes know no DTensor either (`bnb.py`), and adafactor is ours (`adafactor.py`). Their state is presented as
-DTensors again where it is saved (`state.py`).
+Element-wise optimizers compute the same on a shard as on the whole tensor, so torch's own run on the plain local
+tensors. bitsandbytes' do not support DTensor either (`bnb.py`), and adafactor is our own (`adafactor.py`). Their state
+is wrapped in DTensors when it is saved (`state.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ShardedOptimizer:
     """An optimizer over this rank's shards of the trainable parameters."""
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimSettings) -> None:
-        """Build the optimizer; ``parameters`` are ``(name, DTensor parameter)`` as a checkpoint should name them."""
+        """Build the optimizer; ``parameters`` are ``(name, parameter)`` with the names for checkpoints."""
         self.parameters = dict(parameters)
         self.settings = settings
         self._leaves = [
@@ -50,14 +50,15 @@ class ShardedOptimizer:
 
     @property
     def notice(self) -> str | None:
-        """What a person should know who asked for this optimizer on this device; None where there is nothing."""
+        """A notice for users of this optimizer on this device, or None."""
         if not self.settings.name.startswith("paged_") or self._leaves[0].local.device.type != "cpu":
             return None
         plain = "adamw_8bit" if self.settings.name.endswith("_8bit") else "adamw"
         return f"optim={self.settings.name}: the optimizer is on the CPU, where nothing is paged; it is {plain} there."
 
     def grad_square_sum(self, ranks: Ranks) -> float:
-        """Return this rank's part of the gradient's sum of squares, added in float64; the parts of all add up to it."""
+        """Return this rank's part of the gradient's sum of squares, in float64; the parts of all ranks add up to it."""
+        # A shard exists on each of `num_replicas` ranks and an unsharded gradient on all, so each counts for its share.
         total = 0.0
         for whole, copies in ((False, ranks.num_replicas), (True, ranks.size)):
             chosen = [
@@ -73,7 +74,7 @@ class ShardedOptimizer:
         """Update the parameters with learning rate ``lr`` and gradients times ``grad_scale``; drop the gradients."""
         for leaf in self._leaves:
             parameter = self.parameters[leaf.name]
-            # FSDP lays its shards anew when it first runs, so the leaf looks where the shard is now.
+            # FSDP moves its shards to new storage when it first runs, so refresh the leaf's view of the shard.
             leaf.local.data = local_tensor(parameter).detach()
             leaf.local.grad = None if parameter.grad is None else local_tensor(parameter.grad).detach()
             if leaf.local.grad is not None and grad_scale != 1.0:
@@ -91,8 +92,8 @@ class ShardedOptimizer:
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Return the state as DTensors, ``<parameter>.<state>`` -> tensor; empty before the first step.
 
-        Scalar step counters are not here: every one equals the run's own step. 8-bit states are codes and, under
-        ``<state>_absmax``, the table of their blocks (`blockwise.py`).
+        Scalar step counters are omitted: they all equal the run's step. 8-bit states consist of codes and, under
+        ``<state>_absmax``, the table of their blocks' absmax (`blockwise.py`).
         """
         found: dict[str, torch.Tensor] = {}
         for leaf, part in parts_of(self._leaves, self._optimizer):
@@ -100,22 +101,22 @@ class ShardedOptimizer:
         return found
 
     def prepare_state(self, step: int) -> None:
-        """Create the state as after ``step`` updates, filled with zeros."""
+        """Create a state of zeros with step counters at ``step``."""
         for leaf in self._leaves:
             self._optimizer.state[leaf.local] = self._optimizer.new_state(leaf, step)
 
     def load_state(self, step: int, saved: Mapping[str, Sequence[int]]) -> StateLoad:
-        """Return what a checkpoint of ``step`` is loaded into; its ``finish`` brings that into the optimizer.
+        """Return the tensors to load a checkpoint of ``step`` into; ``finish`` then copies them into the optimizer.
 
         Args:
-            step: updates that were made.
+            step: number of updates made so far.
             saved: shapes of the saved state, by the names of `state_tensors`.
         """
         self.prepare_state(step)
         return StateLoad(self._leaves, self._optimizer, saved)
 
     def state_bytes(self) -> int:
-        """Return the bytes of state this rank holds, without the step counters (`optim/sizes.py` counts the same)."""
+        """Return the bytes of state on this rank, without step counters (`optim/sizes.py` predicts the same number)."""
         states: list[dict[str, Any]] = list(self._optimizer.state.values())
         tensors = [v for s in states for v in s.values() if isinstance(v, torch.Tensor) and v.dim()]
         return sum(v.numel() * v.element_size() for v in tensors)

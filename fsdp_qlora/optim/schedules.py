@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the place in a run: nothing to save, nothing that counts ranks."""
+"""Learning rates as pure functions of the position in a run: no state to save, no dependence on ranks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 from fsdp_qlora.config.schema import ScheduleSettings
 
 Schedule = Callable[[float], float]
-"""Place in the run, in steps (from 0) -> factor on the peak learning rate."""
+"""Position in the run, in steps from 0 -> factor on the peak learning rate."""
 
 
 def build_schedule(settings: ScheduleSettings, num_steps: int) -> Schedule:
     """Return the schedule over ``num_steps``: linear warm-up, then the named decay to ``min_lr_ratio``.
 
-    As transformers' ``get_scheduler``, but no step has a learning rate of 0, which would be a step for nothing;
-    ``wsd`` is warm-up-stable-decay with a linear decay (MiniCPM, https://arxiv.org/abs/2404.06395, section 4).
+    Like transformers' ``get_scheduler``, except that no step has a learning rate of 0, which would waste it. ``wsd`` is
+    warm-up-stable-decay with a linear decay (MiniCPM, https://arxiv.org/abs/2404.06395, section 4).
     """
     warmup = _warmup_steps(settings, num_steps)
     floor = settings.min_lr_ratio
@@ -23,7 +23,7 @@ def build_schedule(settings: ScheduleSettings, num_steps: int) -> Schedule:
     stable = num_steps - max(1, round(settings.decay_ratio * num_steps))
 
     def decay(step: float) -> float:
-        """Return the share of the way from the floor to the peak, after the warm-up."""
+        """Return the position between floor (0) and peak (1) after the warm-up."""
         if settings.name == "constant":
             return 1.0
         if settings.name == "cosine":
@@ -41,7 +41,7 @@ def build_schedule(settings: ScheduleSettings, num_steps: int) -> Schedule:
 
 
 def warmup_notice(settings: ScheduleSettings, num_steps: int) -> str:
-    """Return what to say of a warm-up that the run ends in, or an empty string."""
+    """Return a notice if the run ends during the warm-up, else an empty string."""
     warmup = settings.warmup_steps
     if warmup < num_steps:
         return ""

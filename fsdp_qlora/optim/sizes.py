@@ -1,7 +1,7 @@
-"""What an optimizer keeps for a parameter, and in how many bytes: arithmetic only. `optim/` makes what is counted here.
+"""The size of optimizer states, by arithmetic only; `optim/` allocates what is counted here.
 
-Not counted are the step counters (numbers on the host) and the two tables of 256 values that all 8-bit states of a
-process share (2 KiB).
+Not counted: step counters (numbers on the host) and the two tables of 256 values shared by all 8-bit states of a
+process (2 KiB).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fsdp_qlora.shapes.linears import FLOAT32
 BLOCK_SIZE = 256
 """Elements of an 8-bit state that share one float32 absmax (bitsandbytes' block of optimizer states)."""
 MIN_8BIT_SIZE = 4096
-"""Smaller parameters have float32 states (bitsandbytes' ``min_8bit_size``): by all their elements, not by a rank's."""
+"""Smaller parameters have float32 states (bitsandbytes' ``min_8bit_size``); counted over all ranks, not per shard."""
 EMBEDDINGS = ("*embed*", "*.wte.*", "*.wpe.*", "*.shared.*")
 """Names of embeddings, whose states stay in float32 (as in transformers): their rows get gradients unevenly."""
 MOMENTS = {
@@ -29,25 +29,25 @@ MOMENTS = {
     "ademamix_8bit": 3,
     "sgd": 1,
 }
-"""Optimizer -> states with a value for each element; adafactor has rows and columns instead."""
+"""Optimizer -> number of states per element; adafactor has row and column statistics instead."""
 
 
 def num_blocks(numel: int) -> int:
-    """Return the number of blocks that ``numel`` elements fill."""
+    """Return the number of blocks for ``numel`` elements; the last one may be partial."""
     return -(-numel // BLOCK_SIZE)
 
 
 def num_codes(optimizer: str, numel: int) -> int:
-    """Return the 8-bit codes of one state of ``numel`` elements.
+    """Return the number of 8-bit codes in one state of ``numel`` elements.
 
-    AdEMAMix's fill whole blocks: its CUDA kernel finds the second moment's absmax at ``numel // 256``, which is the
-    first moment's last one unless the blocks are full.
+    AdEMAMix's states are padded to whole blocks: its CUDA kernel looks up the second moment's absmax at index
+    ``numel // 256``, which is still the first moment's last one unless all blocks are full.
     """
     return num_blocks(numel) * BLOCK_SIZE if optimizer == "ademamix_8bit" else numel
 
 
 def keeps_8bit(settings: OptimSettings, name: str, numel: int) -> bool:
-    """Return whether the states of a parameter of ``numel`` elements over all ranks are kept in 8 bits."""
+    """Whether the states of a parameter with ``numel`` elements over all ranks are kept in 8 bits."""
     small = numel < MIN_8BIT_SIZE
     kept = any(fnmatchcase(name, pattern) for pattern in (*EMBEDDINGS, *settings.override_32bit))
     return settings.name.endswith("_8bit") and not small and not kept
@@ -60,7 +60,8 @@ def state_bytes(settings: OptimSettings, name: str, shape: Sequence[int], rank: 
     if settings.name == "adafactor":
         if len(shape) == 1:
             return FLOAT32 * numel
-        columns = shape[1] if len(shape) == 2 else numel // shape[-2]  # a matrix' columns are whole on every rank
+        # every rank holds all column statistics of a matrix
+        columns = shape[1] if len(shape) == 2 else numel // shape[-2]
         return FLOAT32 * (numel // shape[-1] + columns)
     moments = MOMENTS[settings.name] if settings.name != "sgd" or settings.beta1 else 0
     if not keeps_8bit(settings, name, prod(shape)):

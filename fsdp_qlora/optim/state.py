@@ -1,7 +1,7 @@
-"""An optimizer's state on shards, and the way between it and a checkpoint's tensors.
+"""Converts between an optimizer's state on shards and a checkpoint's tensors.
 
-An optimizer here runs on plain local tensors and says what they are (`LocalOptimizer.parts`); this module presents them
-as DTensors where they are saved, and fills them where they are loaded.
+Optimizers here run on plain local tensors and describe their state with `LocalOptimizer.parts`. This module wraps the
+state in DTensors for saving, and fills it when loading.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.optim.blockwise import fit_blocks, table_shape
 
 ABSMAX = "_absmax"
-"""Behind the name of an 8-bit state: the table of its absmax."""
+"""Suffix of the table of an 8-bit state's absmax."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter is spread over the ranks; ``mesh`` is None where it is not."""
+    """How a parameter is distributed over ranks; ``mesh`` is None if it is not."""
 
     shape: tuple[int, ...]
-    """Over all ranks."""
+    """Shape over all ranks."""
     mesh: DeviceMesh | None
     placements: tuple[Placement, ...]
 
     @staticmethod
     def of(parameter: torch.Tensor) -> Layout:
-        """Return the layout of a parameter that FSDP2 sharded, or of a plain one."""
+        """Return the layout of a plain parameter or one that FSDP2 sharded."""
         if not isinstance(parameter, DTensor):
             return Layout(tuple(parameter.shape), None, ())
         return Layout(tuple(parameter.shape), parameter.device_mesh, tuple(parameter.placements))
@@ -47,21 +47,21 @@ class Layout:
 
     @property
     def rank(self) -> int:
-        """This rank's number among those that share the parameter."""
+        """This rank's index among those that share the parameter."""
         return 0 if self.mesh is None else self.mesh.get_local_rank(self._axis)
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that share the parameter."""
+        """Number of ranks that share the parameter."""
         return 1 if self.mesh is None else self.mesh.size(self._axis)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """These ranks."""
+        """The group of ranks that share the parameter."""
         return None if self.mesh is None else self.mesh.get_group(self._axis)
 
     def present(self, local: torch.Tensor, shape: Sequence[int], whole: bool = False) -> torch.Tensor:
-        """Return this rank's rows of a tensor of ``shape`` (or all of it: ``whole``) as a DTensor."""
+        """Return this rank's rows of a tensor of ``shape`` (or, if ``whole``, all of it) as a DTensor."""
         if self.mesh is None:
             return local
         stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
@@ -79,20 +79,20 @@ class Leaf:
 
     @property
     def numel(self) -> int:
-        """Elements over all ranks."""
+        """Number of elements over all ranks."""
         return prod(self.layout.shape)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A state that is a tensor of numbers, the optimizer's own memory."""
+    """A state that is a plain tensor in the optimizer's own memory."""
 
     name: str
     local: torch.Tensor
     shape: tuple[int, ...]
-    """Over all ranks."""
+    """Shape over all ranks."""
     whole: bool = False
-    """Every rank has all of it."""
+    """Whether every rank holds all of it."""
 
 
 @dataclass(frozen=True)
@@ -106,19 +106,19 @@ class Blocks:
 
 
 class LocalOptimizer(torch.optim.Optimizer):
-    """A torch optimizer over the ``local`` tensors of leaves that can make its state and say what is in it."""
+    """A torch optimizer over the ``local`` tensors of leaves that can create and describe its state."""
 
     @abstractmethod
     def new_state(self, leaf: Leaf, step: int) -> dict[str, Any]:
-        """Return the state of a leaf as after ``step`` updates, filled with zeros."""
+        """Return a state of zeros for a leaf, with step counters at ``step``."""
 
     @abstractmethod
     def parts(self, leaf: Leaf) -> list[Part | Blocks]:
-        """Return what the state of a leaf consists of, but for scalars, which all follow from the step."""
+        """Return the parts of a leaf's state, without scalars, which all follow from the step."""
 
 
 def present(leaf: Leaf, part: Part | Blocks) -> dict[str, torch.Tensor]:
-    """Return a part as a checkpoint holds it, ``<parameter>.<state>`` -> tensor."""
+    """Return a part as stored in a checkpoint, ``<parameter>.<state>`` -> tensor."""
     name, layout = f"{leaf.name}.{part.name}", leaf.layout
     if isinstance(part, Part):
         return {name: layout.present(_alone(part.local), part.shape, part.whole)}
@@ -129,19 +129,19 @@ def present(leaf: Leaf, part: Part | Blocks) -> dict[str, torch.Tensor]:
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor in a storage of its own: DCP's stager (torch 2.13) fails on DTensors that share one."""
+    """Return the tensor with its own storage: DCP's stager (torch 2.13) fails on DTensors that share one."""
     return tensor if 0 < tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 class StateLoad:
-    """The tensors that a checkpoint is read into, and the way from there into the optimizer's own memory.
+    """The tensors to load a checkpoint into, and the copies from there into the optimizer's memory.
 
-    They are not always the same memory: DTensors are on the mesh's device, where states in host memory are not, and
-    8-bit states of another number of ranks have other blocks.
+    The two are not always the same: DTensors are on the mesh's device, while offloaded states are in host memory, and
+    8-bit states saved by another number of ranks have other blocks.
     """
 
     def __init__(self, leaves: Sequence[Leaf], optimizer: LocalOptimizer, saved: Mapping[str, Sequence[int]]) -> None:
-        """Take the shapes of what was ``saved`` into account, by the names of `state_tensors`."""
+        """Prepare tensors for the ``saved`` shapes, by the names of `state_tensors`."""
         self._tensors: dict[str, torch.Tensor] = {}
         self._fill: list[Callable[[], None]] = []
         for leaf in leaves:
@@ -164,7 +164,7 @@ class StateLoad:
             row = self._tensors[name]
             self._fill.append(lambda: part.absmax.copy_(local_tensor(row).detach()[0, : part.absmax.numel()]))  # type: ignore
             return
-        table = self._tensors[name] = torch.zeros(tuple(saved))  # plain, so every rank reads all of it
+        table = self._tensors[name] = torch.zeros(tuple(saved))  # a plain tensor, so every rank reads all of it
         self._fill.append(
             lambda: fit_blocks(
                 part.codes, part.absmax, part.table_of_codes, table, layout.shape, layout.rank, layout.num_ranks
@@ -177,13 +177,13 @@ class StateLoad:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Bring what was loaded into the optimizer."""
+        """Copy the loaded tensors into the optimizer."""
         for fill in self._fill:
             fill()
 
 
 def parts_of(leaves: Sequence[Leaf], optimizer: LocalOptimizer) -> Iterator[tuple[Leaf, Part | Blocks]]:
-    """Yield what the optimizer holds for each leaf that has a state."""
+    """Yield the parts of the optimizer's state for each leaf that has one."""
     for leaf in leaves:
         if optimizer.state.get(leaf.local):
             for part in optimizer.parts(leaf):

@@ -1,1 +1,1 @@
-"""How the work is spread: sharding, offload, recomputation, compilation."""
+"""How a step is distributed and executed: sharding, offload, recomputation, compilation."""

@@ -1,7 +1,7 @@
-"""Where compiled code is kept between runs: a folder that nobody else can write. Imports no torch.
+"""Where compiled code is cached between runs: a folder that nobody else can write. Imports no torch.
 
-torch keeps it in ``torchinductor_<user>`` of the machine's temporary folder, uses that folder whoever made it,
-unpickles its entries and loads its libraries: another user of the machine who makes it first runs code as this one.
+By default torch uses ``torchinductor_<user>`` in the machine's temporary folder, whoever created it, unpickles its
+entries and loads its libraries. Another user of the machine who creates it first can therefore run code as this one.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fsdp_qlora.files.scratch import scratch_folder
 
 
 def settle_compile_caches(env: MutableMapping[str, str]) -> None:
-    """Give torch's and Triton's compilers folders of ours in ``env``; call it before anything is compiled.
+    """Point torch's and Triton's compilers to private folders in ``env``; call it before anything is compiled.
 
-    A folder that ``env`` names already is kept, if this user alone can write it.
+    A folder already named in ``env`` is kept if only this user can write it.
 
     Raises:
         SecurityError: if somebody else could put code into a folder.
-        StorageError: if one cannot be made.
+        StorageError: if a folder cannot be created.
     """
     for variable, name in COMPILED_PLACES.items():
         named = env.get(variable)
@@ -46,14 +46,14 @@ def settle_compile_caches(env: MutableMapping[str, str]) -> None:
 def _private_place() -> Path:
     try:
         return cache_folder()
-    except (ConfigError, StorageError):  # no home, or none that can be written: for this process and its children
+    except (ConfigError, StorageError):  # no writable home folder: use one for this process and its children only
         stack = ExitStack()
         atexit.register(stack.close)
         return stack.enter_context(scratch_folder("fsdp_qlora-compiled-"))
 
 
 def who_else_writes(folder: Path) -> str | None:
-    """Return who but this user and root could put a file into ``folder`` or put another folder in its place, if any."""
+    """Return who besides this user and root could write into ``folder`` or replace it, or None."""
     trusted = {0, os.geteuid()}
     resolved = folder.resolve()
     for place in (resolved, *resolved.parents):

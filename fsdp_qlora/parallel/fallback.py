@@ -1,4 +1,4 @@
-"""What happens where layers cannot be compiled: all ranks go on with the layers as written, and say so."""
+"""What happens if layers cannot be compiled: all ranks continue uncompiled, and report it."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from fsdp_qlora.parallel.compile import CompiledLayers
 
 
 class EagerFallback:
-    """Called with each step's number after its backward: ranks agree whether layers still run compiled.
+    """Called with each step's number after its backward: the ranks agree on whether layers still run compiled.
 
-    Ranks that compile and ranks that do not would train the same, but for rounding and speed: the slowest would decide.
+    If only some ranks ran compiled, results would differ only by rounding, but the slowest rank would set the pace.
     """
 
     def __init__(self, layers: CompiledLayers, ranks: Ranks, asked: bool, say: Callable[[int, str], None]) -> None:
         """Watch ``layers``.
 
         Args:
-            layers: the model's.
-            ranks: those that agree.
-            asked: whether ``train.compile=true`` was asked for by name: then the first step must not fail.
-            say: takes the step and the reason of a failure, on every rank.
+            layers: the model's compiled layers.
+            ranks: the ranks that must agree.
+            asked: whether ``train.compile=true`` was set explicitly: then a failure in the first step is an error.
+            say: called with the step and the reason of a failure, on every rank.
         """
         self._layers, self._ranks, self._asked, self._say = layers, ranks, asked, say
         self._steps, self._agreed = 0, False
 
     def __call__(self, step: int) -> None:
-        """Compare notes. A collective.
+        """Let the ranks compare their failures. A collective.
 
         Raises:
-            ConfigError: identically on every rank, if compiling was asked for and fails in the first step of a start.
+            ConfigError: identically on every rank, if compiling was requested and fails in the first step of a start.
         """
         self._steps += 1
         if self._agreed or not any_rank(self._layers.failure is not None, self._ranks):

@@ -1,12 +1,12 @@
-"""What decoder layers keep for backward, in host memory (``fsdp.offload=activations``).
+"""Keeps what decoder layers save for backward in host memory (``fsdp.offload=activations``).
 
-While a layer runs forward, what autograd saves in it is copied to pinned host memory on a side stream, beside the
-computation. The device's copy is freed one layer later; in backward a layer's tensors are brought back while the layer
-behind it computes. So about two layers' tensors are on the device at any time. With activation checkpointing a layer
-saves its input alone.
+While a layer runs forward, the tensors autograd saves are copied to pinned host memory on a side stream, overlapping
+the computation. The device's copy is freed one layer later; in backward, a layer's tensors are brought back while the
+layer above it computes. So about two layers' tensors are on the device at any time. With activation checkpointing a
+layer saves only its input.
 
-Parameters are never moved: FSDP frees and refills their storage itself, and a copy would undo that. Autograd hands
-them over as plain tensors, so they are known by their storage.
+Parameters are never moved: FSDP frees and refills their storage itself, and a copy would defeat that. Autograd passes
+them as plain tensors, so they are recognised by their storage.
 
 After torchtune's `OffloadActivations` and its descendant in TRL (side stream, bounded number in flight) and
 Transformer Engine's offload of whole layers (prefetch of the layer before).
@@ -29,15 +29,15 @@ from fsdp_qlora.distributed.shards import HOST, local_tensor
 from fsdp_qlora.errors import NumericsError
 
 LAYERS_ON_DEVICE = 2
-"""Layers whose offloaded tensors are on the device at a time: the one in use and the one on its way."""
+"""Layers whose offloaded tensors are on the device at a time: the one in use and the one in transit."""
 MIN_BYTES = 1 << 20
-"""Smaller tensors stay on the device: a copy's fixed costs would be more than the memory is worth."""
+"""Smaller tensors stay on the device: the fixed cost of a copy outweighs the memory saved."""
 LEAVING = 1
 """Finished layers whose tensors may still be on the device while the next one runs forward."""
 
 
 class _Kept:
-    """A saved tensor, in host memory and for some of the time on the device."""
+    """A saved tensor: always in host memory, and part of the time also on the device."""
 
     def __init__(self, call: _Call, here: torch.Tensor, host: torch.Tensor) -> None:
         self.call, self.host = call, host
@@ -45,7 +45,7 @@ class _Kept:
         self._version = here._version
 
     def require_unchanged(self) -> None:
-        """Check that nothing was written into the tensor since it was saved: the copy might have either state."""
+        """Check that the tensor was not modified since it was saved: the copy might hold either state."""
         if self.here is not None and self._version is not None and self.here._version != self._version:
             raise NumericsError(
                 f"fsdp.offload: this model changes in place a tensor {list(self.here.shape)} that it needs in backward;"
@@ -68,23 +68,23 @@ class _Call:
         self._kept: dict[tuple[Any, ...], weakref.ref[_Kept]] = {}
 
     def find(self, key: tuple[Any, ...]) -> _Kept | None:
-        """Return what was kept under ``key``, if it still is."""
+        """Return the tensor kept under ``key``, if autograd still holds it."""
         found = self._kept.get(key)
         return None if found is None else found()
 
     def add(self, key: tuple[Any, ...], kept: _Kept) -> None:
-        """Note a tensor."""
+        """Remember a kept tensor (weakly)."""
         self._kept[key] = weakref.ref(kept)
 
     def alive(self) -> Iterator[_Kept]:
-        """Yield what autograd still holds."""
+        """Yield the tensors autograd still holds."""
         for reference in self._kept.values():
             if (kept := reference()) is not None:
                 yield kept
 
 
 class HostActivations:
-    """Moves what the watched layers save; see the module's docstring."""
+    """Moves what the watched layers save to the host and back; see the module docstring."""
 
     def __init__(self, device: torch.device, min_bytes: int = MIN_BYTES, host: torch.device = HOST) -> None:
         """Move saved tensors of at least ``min_bytes`` between ``device`` and the host.
@@ -107,7 +107,7 @@ class HostActivations:
         """Bytes copied back so far."""
 
     def watch(self, layer: nn.Module) -> None:
-        """Move what ``layer`` saves. Call it before `fully_shard`, so that FSDP has gathered when a forward begins."""
+        """Move what ``layer`` saves. Call it before `fully_shard`, so that FSDP has gathered before these hooks run."""
         layer.register_forward_pre_hook(self._begin, with_kwargs=True)
         layer.register_forward_hook(self._end, always_call=True)
 
@@ -117,11 +117,11 @@ class HostActivations:
         self._wait_for_arrivals()
         while len(self._leaving) > LEAVING:
             call = self._leaving.popleft()
-            self._lane.current_stream().wait_event(call.copied)  # before anything new may lie in its place
+            self._lane.current_stream().wait_event(call.copied)  # before its memory may be reused
             call.away = True
             for kept in call.alive():
                 kept.let_go()
-        # What all layers share (rotary tables, masks) is on the device anyway.
+        # Tensors that all layers share (rotary tables, masks) are on the device anyway.
         shared = _tensors((args[1:], kwargs))
         self._stay = _storages(itertools.chain(layer.parameters(), layer.buffers(), shared))
         self._call = _Call(self._last() if self._last is not None else None)
@@ -172,11 +172,12 @@ class HostActivations:
         return packed.here
 
     def _bring_back(self, call: _Call) -> None:
-        """Start copying what is not on the device."""
+        """Start copying a layer's tensors back to the device, unless they are there."""
         if not call.away:
             return
         call.away, missing = False, list(call.alive())
-        # Allocated, and later freed, on the computing stream: what had its place before is done when the copy starts.
+        # Allocated, and later freed, on the compute stream, and the copy waits for that stream: whatever used this
+        # memory before has finished when the copy starts.
         for kept in missing:
             kept.here = torch.empty_like(kept.host, device=self._device)
         self._side.wait_stream(self._lane.current_stream())
@@ -189,9 +190,9 @@ class HostActivations:
         self._arriving.append((call, self._side.record_event(), tensors))  # held until a wait: see _wait_for_arrivals
 
     def _wait_for_arrivals(self, wanted: _Call | None = None) -> None:
-        """Let the computation wait for the copies of ``wanted`` and those before it, or for all.
+        """Make the compute stream wait for the copies of ``wanted`` and all earlier ones, or for all copies.
 
-        Only then may their memory be freed, even where nobody came to fetch them.
+        Their memory must not be freed earlier, even if nothing ever unpacks them.
         """
         if wanted is not None and all(call is not wanted for call, _, _ in self._arriving):
             return
@@ -206,13 +207,13 @@ def offload_activations(
     layers: Iterable[nn.Module], device: torch.device, min_bytes: int | None = None,
     host: torch.device = HOST,
 ) -> HostActivations:  # fmt: skip
-    """Keep what ``layers`` save for backward in host memory; call it before `fully_shard`.
+    """Keep what ``layers`` save for backward in host memory; call this before `fully_shard`.
 
     Args:
         layers: decoder layers; the first positional argument of each is its input, the others are shared.
         device: where they compute.
-        min_bytes: smaller tensors stay; None takes 1 MiB, and 0 on a CPU.
-        host: where they are kept; a simulated step keeps them where they are not counted.
+        min_bytes: smaller tensors stay on the device; None means 1 MiB, or 0 on a CPU.
+        host: where the copies are kept; a simulated step keeps them where they are not counted.
     """
     if min_bytes is None:
         min_bytes = 0 if device == host else MIN_BYTES
@@ -238,5 +239,5 @@ def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """Return what tells storages apart, also those of simulated tensors, which have no address."""
+    """Return an identifier of the tensor's storage; works for fake tensors too, which have no address."""
     return tensor.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""What is kept between forward and backward."""
+"""Activation checkpointing: what is kept between forward and backward, and what is recomputed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DEAR = frozenset(
         _ATEN._scaled_dot_product_cudnn_attention.default, _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     ]
 )  # fmt: skip
-"""What selective checkpointing keeps the results of: products with weights, and attention where it is one op."""
+"""Ops whose results selective checkpointing keeps: products with weights, and attention if it is a single op."""
 
 
 def checkpoint_activations(model: PreTrainedModel, kind: Literal["selective", "full"]) -> None:
     """Recompute decoder layers in backward instead of keeping activations: everything, or all except expensive ops.
 
-    Non-reentrant: the reentrant kind loses the gradients of adapters behind a frozen embedding.
+    Non-reentrant, because the reentrant variant loses the gradients of adapters after a frozen embedding.
     """
     settings: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":

@@ -1,4 +1,4 @@
-"""`fully_shard` on the plan's units, with mixed precision and plain sums as the reduction."""
+"""Applies `fully_shard` to the plan's units, with mixed precision and sums (not means) as the reduction."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model_dtype(precision: Precision) -> torch.dtype:
 
 
 def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:
-    """Return FSDP's policy: what is gathered in which dtype; gradients are always reduced in float32.
+    """Return FSDP's mixed-precision policy; gradients are always reduced in float32.
 
     ``fp32`` means *no cast* (``param_dtype=None``): a float32 ``param_dtype`` would convert packed bytes as numbers.
     """
@@ -44,20 +44,20 @@ def shard_model(
 ) -> None:
     """Shard ``model`` in place: each unit, then the model itself as the root.
 
-    Adapters must be attached before: what is attached later would be neither sharded nor reduced. With
-    ``offload_parameters`` shards, gradients and optimizer states are kept in (pinned) host memory.
+    Adapters must already be attached: any attached later would be neither sharded nor reduced. With
+    ``offload_parameters``, shards, gradients and optimizer states are kept in (pinned) host memory.
 
-    Parameters in ``replicated`` stay whole on every rank, as they are. FSDP does not reduce their gradients;
+    Parameters in ``replicated`` stay whole and unchanged on every rank. FSDP does not reduce their gradients;
     `fsdp_qlora.adapters.replicated.ReplicatedGradients` does.
 
-    The shards of modules in ``on_host`` (units, or parts of units that then become units) are kept in host memory; see
-    `keep_on_host`.
+    The shards of modules in ``on_host`` are kept in host memory; see `keep_on_host`. Such a module is a unit, or part
+    of a unit, in which case it becomes a unit of its own.
 
     Raises:
         PlanError: if the policy would cast packed bytes as if they were numbers.
     """
     _refuse_casting(model, policy)
-    pinned = ranks.device.type != "cpu"  # pinning takes an accelerator
+    pinned = ranks.device.type != "cpu"  # pinning requires an accelerator
     to_host = CPUOffloadPolicy(pin_memory=pinned)
     offload = to_host if offload_parameters else OffloadPolicy()
     ignored, apart = set(replicated), set(on_host)
@@ -74,17 +74,17 @@ def shard_model(
     )  # fmt: skip
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The loss is a sum over target tokens divided by their global count; FSDP must only add. The order of
-            # these two lines matters: without the first, gloo lacks the operation that the second asks for.
+            # The loss is a sum over target tokens divided by their global count, so FSDP must only add. The order of
+            # these two lines matters: without the first, the second requires an operation that gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
 
 
 def untie_across(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> None:
-    """Give each unit a frozen meta parameter of its own where several units share one: FSDP shards none twice.
+    """Give each unit its own copy of a frozen meta parameter that several units share: FSDP cannot shard it twice.
 
-    (BERT's head and the module around it share a bias.) They are loaded from one tensor and never change. What one unit
-    holds alone, such as the weight of a tied embedding and head, stays shared.
+    (BERT's head and the module around it share a bias.) The copies are loaded from the same tensor and never change.
+    Parameters shared within one unit, such as the weight of a tied embedding and head, stay shared.
     """
     unit_of = {inner: i for i, unit in enumerate(units) for module in unit for inner in module.modules()}
     owners: dict[nn.Parameter, int] = {}
@@ -96,7 +96,7 @@ def untie_across(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> None
 
 
 class _Reached(torch.autograd.Function):
-    """The identity, with a gradient of zero for parameters that the layer may not use."""
+    """The identity, which also gives a zero gradient to parameters that the layer may not use."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
@@ -109,10 +109,10 @@ class _Reached(torch.autograd.Function):
 
 
 def reach_all_experts(layers: Iterable[nn.Module]) -> None:
-    """Give every adapter of a layer a gradient on every rank, also of experts that none of the rank's tokens chose.
+    """Give every adapter in a layer a gradient on every rank, even for experts that none of the rank's tokens chose.
 
-    FSDP reduces the gradients that a rank has, one after the other: where experts are modules of their own, ranks whose
-    tokens chose different ones would add up gradients of different experts. Call it after `shard_model`.
+    FSDP reduces whatever gradients a rank has, in order: if experts are separate modules, ranks whose tokens chose
+    different ones would add up gradients of different experts. Call it after `shard_model`.
     """
 
     def reach(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -130,18 +130,18 @@ def reach_all_experts(layers: Iterable[nn.Module]) -> None:
 
 
 def host_modules(base: nn.Module, names: Collection[str]) -> list[nn.Module]:
-    """Return the modules of ``base`` that own the parameters ``names`` (as they are called without adapters)."""
+    """Return the modules of ``base`` that own the parameters ``names`` (names before adapters were attached)."""
     found = []
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
         module = base.get_submodule(owner)
-        found.append(getattr(module, "base_layer", module))  # beneath its adapter
+        found.append(getattr(module, "base_layer", module))  # below its adapter
     return found
 
 
 def keep_on_host(modules: Iterable[nn.Module]) -> None:
-    """Make the frozen weights of ``modules``, on meta, float32: they are rounded when they are gathered.
+    """Make the frozen weights of ``modules``, on meta, float32; gathering rounds them to the compute dtype.
 
-    A value that the files hold in bfloat16 comes out as it went in, so no result changes.
+    Values stored as bfloat16 in the files come back unchanged, so no result changes.
     """
     for module in modules:
         for parameter in module.parameters(recurse=False):
@@ -149,16 +149,16 @@ def keep_on_host(modules: Iterable[nn.Module]) -> None:
 
 
 def set_prefetch(layers: Sequence[nn.Module], depth: int) -> None:
-    """Let each layer, once gathered, start gathering the next ``depth`` ones, in forward and in backward.
+    """Let each layer, once gathered, start gathering the next ``depth`` layers, in forward and in backward.
 
-    ``layers`` are sharded units in the order of forward. A depth of 1 is what FSDP does by itself; with 0 a layer waits
-    for its own gather, and no second one is held.
+    ``layers`` are sharded units in forward order. A depth of 1 is FSDP's default; with 0 a layer waits for its own
+    gather, and no second layer is held.
     """
     if depth == 1:
         return
     units: list[FSDPModule] = [layer for layer in layers if isinstance(layer, FSDPModule)]
     for place, unit in enumerate(units):
-        if depth == 0:  # an empty list would mean FSDP's default; a unit that is gathered already is nothing to gather
+        if depth == 0:  # an empty list would mean FSDP's default; prefetching the gathered unit itself does nothing
             unit.set_modules_to_backward_prefetch([unit])
             continue
         unit.set_modules_to_forward_prefetch(units[place + 1 : place + 1 + depth])
@@ -166,10 +166,10 @@ def set_prefetch(layers: Sequence[nn.Module], depth: int) -> None:
 
 
 def skip_gather_in_backward(*modules: nn.Module | None) -> None:
-    """Let the units of a frozen embedding and of the loss head be gathered for forward only.
+    """Gather the units of a frozen embedding and of the loss head for forward only.
 
-    Nothing behind a frozen embedding wants a gradient, and the head makes the one of its input in forward. FSDP does
-    not know: it would gather both once more, and hold them beside the layers that really compute.
+    Nothing before a frozen embedding needs a gradient, and the head computes the gradient of its input in forward.
+    FSDP cannot know this: it would gather both again and hold them while the layers compute.
     """
     for module in modules:
         if isinstance(module, FSDPModule) and not any(p.requires_grad for p in module.parameters()):
@@ -188,10 +188,10 @@ def _refuse_casting(model: nn.Module, policy: MixedPrecisionPolicy) -> None:
 
 
 def require_sharded(model: nn.Module, ranks: Ranks, replicated: bool = False) -> None:
-    """Check that every trainable parameter is a float32 DTensor on our mesh; where ``replicated``, a whole float32 one.
+    """Check that every trainable parameter is a float32 DTensor on our mesh, or if ``replicated``, a whole float32 one.
 
     Raises:
-        NumericsError: naming the first that is not: each rank would train its own copy of it.
+        NumericsError: naming the first parameter that is not; each rank would train its own copy of it.
     """
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -205,9 +205,9 @@ def require_sharded(model: nn.Module, ranks: Ranks, replicated: bool = False) ->
 
 
 def synchronize_gradients(model: nn.Module, enabled: bool) -> None:
-    """Let the next backward reduce gradients over the ranks, or keep adding them up locally.
+    """Set whether the next backward reduces gradients over the ranks or accumulates them locally.
 
-    Until then layers that stay gathered between forward and backward stay so from one micro-batch to the next.
+    Until it reduces, layers that stay gathered (`stay_gathered`) also stay so from one micro-batch to the next.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
@@ -219,7 +219,7 @@ _GATHERED = "fsdp_qlora_stays_gathered"
 
 
 def stay_gathered(layers: Iterable[nn.Module]) -> None:
-    """Hold ``layers``' parameters, once gathered, for the rest of the step: they are gathered once."""
+    """Keep ``layers`` gathered for the rest of the step once they are, so that they are gathered once per step."""
     for layer in layers:
         if isinstance(layer, FSDPModule):
             layer.set_reshard_after_forward(False, recurse=False)
@@ -227,7 +227,7 @@ def stay_gathered(layers: Iterable[nn.Module]) -> None:
 
 
 def release_gathered(model: nn.Module) -> None:
-    """Free what `stay_gathered` holds: after a forward that no backward follows, which would do it."""
+    """Free what `stay_gathered` holds; for forwards without a backward, which would otherwise free it."""
     for unit in _gathered_units(model):
         unit.reshard()
 

@@ -1,1 +1,1 @@
-"""What will happen: which linears become 4-bit, how they are cut into rows, how a batch splits, what it all weighs."""
+"""Planning: which linears are quantized, how they are sharded, how a batch is split, and the memory it takes."""

@@ -1,4 +1,4 @@
-"""What ``auto`` means: of the settings that change speed and memory but no number, the fastest that fit."""
+"""Resolves ``auto``: the fastest settings that fit, among those that change speed and memory but no numbers."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ LADDER: _Ladder = (
     ("full", False, False),
     ("full", True, False),
 )
-"""(checkpointing, reshard after forward, cache dequantized), fastest first: computing a layer again costs most, then
-gathering it again, then dequantizing it again (`benchmarks/auto.py` holds the order against measured times)."""
+"""(checkpointing, reshard after forward, cache dequantized), fastest first: recomputing a layer costs most, then
+gathering it again, then dequantizing it again (`benchmarks/auto.py` compares the order with measured times)."""
 _Asked = tuple[str | None, bool | None, bool | None]
-"""A rung as the settings ask for it; None where the choice is ours."""
+"""The rung that the settings ask for; None for ``auto``."""
 _PLAIN = ("none", True, False)
-"""The rung of ``debug=plain``."""
+"""The rung that ``debug=plain`` uses."""
 
 
 def choose(
     config: RunConfig, memory: MemoryModel, settings: StorageSettings, budget: int | None
 ) -> tuple[StorageSettings, dict[str, Choice]]:
-    """Return the settings with every ``auto`` decided, and what was decided by key.
+    """Return the settings with every ``auto`` resolved, and the choices made, by key.
 
     Args:
-        config: the settings as asked for.
+        config: the settings as given.
         memory: the model's bytes.
-        settings: storage, with what was asked for in it.
-        budget: bytes that tensors may take; None takes what holds least without computing anything twice.
+        settings: storage settings, including those given explicitly.
+        budget: bytes available for tensors; if None, ``auto`` means no checkpointing, resharding after forward and no
+            cached dense weights.
     """
     wanted = _wanted(config)
     candidates = list(_candidates(wanted, memory, settings))
@@ -74,7 +75,7 @@ def _wanted(config: RunConfig) -> _Asked:
 
 
 def decided(config: RunConfig, settings: StorageSettings) -> RunConfig:
-    """Return ``config`` with what `choose` decided in the place of every ``auto`` that it decides."""
+    """Return ``config`` with the choices of `choose` in place of ``auto``."""
     return replace(
         config,
         train=replace(config.train, activation_checkpointing=settings.checkpointing),
@@ -84,7 +85,7 @@ def decided(config: RunConfig, settings: StorageSettings) -> RunConfig:
 
 
 def tensor_budget(capacity: int, is_accelerator: bool) -> int:
-    """Return the bytes of ``capacity`` that tensors may take: less the reserve, on a CPU (others live there) 60 %."""
+    """Return the bytes of ``capacity`` for tensors: all but the reserve; 60 % on a CPU, whose memory is shared."""
     return capacity - reserve_bytes(0, str(capacity)) if is_accelerator else int(0.6 * capacity)
 
 
@@ -97,14 +98,14 @@ class Compilation:
 
 
 def choose_compilation(config: RunConfig, plan: Work, num_steps: int, device_type: str, possible: bool) -> Compilation:
-    """Decide ``train.compile=auto``: whether the run is long enough to win back the compilation.
+    """Decide ``train.compile=auto``: whether the run is long enough to make up for the compilation time.
 
     Args:
         config: the settings.
-        plan: its micro-batches of a rank and their tokens, and the weights that a token meets.
-        num_steps: optimizer steps of the run.
-        device_type: what computes.
-        possible: whether a compiler is there and the model's layers are known to be one graph each.
+        plan: micro-batches per rank, their tokens, and the weights each token is multiplied with.
+        num_steps: optimizer steps in the run.
+        device_type: type of the device that computes.
+        possible: whether a compiler is available and each of the model's layers is known to be a single graph.
     """
     if (wanted := switch(config.train.compile)) is not None:
         return Compilation(wanted, "as asked")
@@ -112,7 +113,7 @@ def choose_compilation(config: RunConfig, plan: Work, num_steps: int, device_typ
         return Compilation(False, "not possible here")
     rate, gain, cost = COMPILATION["cpu" if device_type == "cpu" else "accelerator"]
     tokens = num_steps * plan.turns * plan.tokens
-    seconds = 4 * plan.weights * tokens / rate
+    seconds = 4 * plan.weights * tokens / rate  # 2 operations per weight in forward and 2 in backward (frozen)
     won = gain * seconds
     why = f"about {won:.0f} s to win of {seconds:.0f}, {cost:.0f} s to compile"
     return Compilation(won > cost, why)
@@ -120,18 +121,18 @@ def choose_compilation(config: RunConfig, plan: Work, num_steps: int, device_typ
 
 @dataclass(frozen=True)
 class Work:
-    """What of a plan decides how long a run takes."""
+    """The parts of a plan that determine how long a run takes."""
 
     turns: int
-    """Micro-batches of a rank in a step."""
+    """Micro-batches per rank in a step."""
     tokens: int
-    """Of a micro-batch."""
+    """Tokens in a micro-batch."""
     weights: int
-    """That a token is multiplied with."""
+    """Weights that each token is multiplied with."""
 
 
 def _candidates(wanted: _Asked, memory: MemoryModel, settings: StorageSettings) -> Iterator[StorageSettings]:
-    """Yield the rungs of the ladder that go with what was asked for."""
+    """Yield the rungs of the ladder that are compatible with the given settings."""
     for rung in LADDER:
         if any(given is not None and given != value for given, value in zip(wanted, rung, strict=True)):
             continue

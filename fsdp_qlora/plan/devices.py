@@ -1,8 +1,8 @@
-"""Devices and interconnects by name: what the vendors state, and the shares of it that a plan assumes.
+"""Devices and interconnects by name: vendors' figures, and the shares of them that a plan assumes.
 
 Peaks are dense bf16 matrix products with float32 sums, without sparsity (NVIDIA's Ampere, Ada, Hopper and Blackwell
-whitepapers and data sheets, AMD's CDNA 3 data sheet). No card reaches them, and no link its nominal rate; the shares
-assumed here are round figures, printed with every plan, and a rate may be given instead of a name.
+whitepapers and data sheets, AMD's CDNA 3 data sheet). No card reaches its peak, and no link its nominal rate. The
+shares assumed here are round figures, printed with every plan; a rate may be given instead of an interconnect's name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from fsdp_qlora.errors import ConfigError
 
 MFU = 0.45
-"""Share of the peak that the matrix products of a 4-bit base reach (the dequantization is counted apart)."""
+"""Share of the peak that the matrix products of a 4-bit base reach (dequantization is counted separately)."""
 LINK_SHARE = 0.75
 """Share of an interconnect's nominal rate that a large all-gather reaches."""
 
@@ -24,30 +24,30 @@ class Device:
     """An accelerator."""
 
     memory: str
-    """As sold; cards of N GB have N GiB."""
+    """As sold; cards sold with N GB have N GiB."""
     teraflops: float
-    """Peak of dense bf16 matrix products, 1e12 operations a second."""
+    """Peak of dense bf16 matrix products, in 1e12 operations per second."""
     bandwidth: float
-    """Of its memory, 1e9 bytes a second."""
+    """Memory bandwidth, in 1e9 bytes per second."""
     interconnect: str
-    """Usual name in `INTERCONNECTS`."""
+    """The usual interconnect, a name in `INTERCONNECTS`."""
     host: float
-    """To host memory, one way, nominal, 1e9 bytes a second."""
+    """Nominal rate to host memory, one way, in 1e9 bytes per second."""
 
 
 @dataclass(frozen=True)
 class Interconnect:
-    """How ranks exchange bytes."""
+    """The link over which ranks exchange data."""
 
     name: str
     nominal: float
-    """One way and per device, 1e9 bytes a second."""
+    """Nominal rate, one way and per device, in 1e9 bytes per second."""
     over_host_bus: bool
     """Whether it shares the bus to host memory."""
 
     @property
     def rate(self) -> float:
-        """Bytes a second that a plan counts on."""
+        """Bytes per second that a plan assumes."""
         return self.nominal * LINK_SHARE * 1e9
 
 
@@ -92,15 +92,15 @@ DRIVER_NAMES = {
     "NVIDIA B200": "b200",
     "AMD Instinct MI300X": "mi300x",
 }
-"""What drivers call the devices, to the letter. Relations with other peaks are not here: laptop chips, the H100 on
-PCIe, parts of a card (MIG)."""
+"""Device names exactly as drivers report them. Variants with other peaks are missing on purpose: laptop chips, the H100
+on PCIe, parts of a card (MIG)."""
 
 INTERCONNECTS = {
     x.name: x
     for x in (
         Interconnect("pcie3", 16, True),
         Interconnect("pcie4", 32, True),
-        # without peer-to-peer every byte goes up to host memory and down again over the same bus
+        # without peer-to-peer, every byte goes to host memory and back over the same bus
         Interconnect("pcie4_no_p2p", 16, True),
         Interconnect("pcie5", 64, True),
         Interconnect("pcie5_no_p2p", 32, True),
@@ -118,7 +118,7 @@ def find_device(name: str) -> Device:
     """Return the device of that name (``rtx4090``, ``RTX 4090``).
 
     Raises:
-        ConfigError: if it is not known; it lists those that are.
+        ConfigError: if it is not known; the message lists the known ones.
     """
     key = re.sub(r"[\s-]+", "", name.lower())
     for known, device in DEVICES.items():
@@ -128,16 +128,16 @@ def find_device(name: str) -> Device:
 
 
 def device_of_driver(name: str) -> Device | None:
-    """Return the device that a driver calls ``name``, or None: the peaks of a near relation would be wrong."""
+    """Return the device that a driver reports as ``name``, or None; a similar device's peaks would be wrong."""
     known = DRIVER_NAMES.get(name)
     return None if known is None else DEVICES[known]
 
 
 def find_interconnect(name: str) -> Interconnect:
-    """Return the interconnect of that name, or one of the rate given as ``12GB/s`` (then all of it counts).
+    """Return the interconnect of that name, or one with a rate such as ``12GB/s``, which is assumed in full.
 
     Raises:
-        ConfigError: if it is neither; it lists the names there are.
+        ConfigError: if it is neither; the message lists the known names.
     """
     if name in INTERCONNECTS:
         return INTERCONNECTS[name]

@@ -1,4 +1,4 @@
-"""What becomes of each parameter: stored quantized, kept as it is, or trained."""
+"""The fate of each parameter: quantized, kept as it is, or trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fsdp_qlora.shapes.linears import ModelShapes
 
 
 def fates(plan: TrainPlan, shapes: ModelShapes) -> dict[str, dict[str, int]]:
-    """Return ``{"quantized" | "kept" | "trained": {name: how many}}``; a layer's number in a name is written ``*``."""
+    """Return ``{"quantized" | "kept" | "trained": {name: count}}``, with ``*`` for layer numbers in names."""
     packed = {x.linear.parameter for x in (*plan.quantized, *plan.quantized_edges)}
     adapters = (f"{name}.lora_{part}.weight" for name in plan.targets for part in "AB")
     return {
@@ -21,7 +21,7 @@ def fates(plan: TrainPlan, shapes: ModelShapes) -> dict[str, dict[str, int]]:
 
 
 def alike(names: Iterable[str]) -> dict[str, int]:
-    """Return how many of ``names`` differ only by a layer's number, which is written ``*``."""
+    """Count ``names`` after replacing layer numbers by ``*``."""
     found: dict[str, int] = {}
     for name in names:
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)

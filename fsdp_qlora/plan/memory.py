@@ -1,15 +1,14 @@
 """Bytes a rank holds, by kind and by moment of a step; arithmetic only.
 
-Parameters, statistics, adapters and optimizer states are exact. Gradients, activations, logits and gathers are what
-FSDP2 and autograd hold at the fullest moment, by arithmetic: no allocator is asked, and what it loses to fragments,
-CUDA's context and NCCL's buffers is in the reserve. The kinds are not all held at the same time, so the planned peak is
-the largest of four moments and not their sum:
+Parameters, statistics, adapters and optimizer states are exact. Gradients, activations, logits and gathered units are
+computed for the moment at which FSDP2 and autograd hold most. Fragmentation, CUDA's context and NCCL's buffers are left
+to the reserve. The kinds do not peak at the same time, so the planned peak is the largest of four moments, not the sum:
 
 - ``first_layer``: FSDP2 keeps a unit's receive buffer until the next unit is copied out of its own, so the embedding's
-  is there beside the first layer's;
-- ``head``: the head is gathered, a chunk of logits exists, all that forward keeps is there;
-- ``layer_backward``: a layer is gathered (and the next one on its way), computed again and differentiated;
-- ``update``: the optimizer's step.
+  buffer is still alive next to the first layer's;
+- ``head``: the head is gathered, a chunk of logits exists, and everything that forward keeps for backward is alive;
+- ``layer_backward``: a layer is gathered (and the next one prefetched), recomputed and differentiated;
+- ``update``: the optimizer step.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from fsdp_qlora.quant.packing import CHUNK_WEIGHTS
 from fsdp_qlora.shapes.linears import FLOAT32, LinearShape, ModelShapes
 
 FILE_ITEMSIZE = 2
-"""Bytes of an element in the model's files (bf16)."""
+"""Bytes per element in the model's files (bf16)."""
 
 
 @dataclass(frozen=True)
 class BytesPerRank:
-    """Bytes of the fullest rank, each kind at its own fullest moment."""
+    """Bytes on the rank that holds most, each kind at its own peak."""
 
     base_packed: int
     base_statistics: int
@@ -51,47 +50,47 @@ class BytesPerRank:
 
     @property
     def total(self) -> int:
-        """Sum of all kinds: more than is ever held at once."""
+        """Sum of all kinds: an upper bound, since they do not peak together."""
         return sum(asdict(self).values())
 
 
 @dataclass(frozen=True)
 class HostBytes:
-    """Bytes of host memory that a rank needs beside what Python and its libraries take (about 1 GB)."""
+    """Bytes of host memory that a rank needs, besides about 1 GB for Python and its libraries."""
 
     loading: int
-    """While loading: the largest slice of one tensor of the files that this rank reads."""
+    """During loading: the largest slice of a tensor that this rank reads."""
     offloaded_parameters: int
     offloaded_activations: int
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all of them."""
         return self.loading + self.offloaded_parameters + self.offloaded_activations
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a rank holds."""
+    """The memory a rank needs."""
 
     bytes: BytesPerRank
     moments: dict[str, int]
-    """Bytes on the device at each fullest moment of a step."""
+    """Bytes on the device at each of the four moments of a step."""
     host: HostBytes
 
     @property
     def peak(self) -> int:
-        """Bytes of tensors on the device at the fullest moment."""
+        """Peak bytes of tensors on the device."""
         return max(self.moments.values())
 
 
 @dataclass(frozen=True)
 class StorageSettings:
-    """What decides the bytes."""
+    """The settings that determine memory."""
 
     shard_size: int
     itemsize: int
-    """Bytes of an unquantized base element and of an activation: 2 (bf16) or 4 (fp32)."""
+    """Bytes per unquantized base element and per activation element: 2 (bf16) or 4 (fp32)."""
     lora: LoraSettings
     optim: OptimSettings
     micro_batch_size: int
@@ -99,21 +98,21 @@ class StorageSettings:
     checkpointing: str
     """``none``, ``selective`` or ``full``."""
     attention: str
-    """Its implementation: ``eager`` and ``blockwise`` keep scores, the others do not."""
+    """The attention implementation: ``eager`` and ``blockwise`` keep scores, the others do not."""
     logits_chunk: int
     quantized_embeddings: bool = False
     offload_parameters: bool = False
-    """The shards, their gradients and the optimizer's states live in host memory."""
+    """Shards, their gradients and optimizer states live in host memory."""
     offload_activations: bool = False
-    """What the layers keep for backward is in host memory."""
+    """Activations kept for backward live in host memory."""
     prefetch: int = 1
-    """Units that are gathered ahead."""
+    """Number of units gathered ahead."""
     reshard_after_forward: bool = True
     cache_dequantized: bool = False
     """Dense weights are kept from forward to backward."""
     accumulation_steps: int = 1
     adapter_copies: int = 0
-    """Ranks that each hold the adapters whole (``fsdp.adapters=replicated``); 0 where they are sharded."""
+    """Ranks that each hold the adapters whole (``fsdp.adapters=replicated``); 0 if they are sharded."""
 
     @property
     def adapter_shards(self) -> int:
@@ -122,7 +121,7 @@ class StorageSettings:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
+        """Tokens in a micro-batch."""
         return self.micro_batch_size * self.max_length
 
 
@@ -132,22 +131,22 @@ class Unit:
 
     name: str
     gathered: int
-    """Bytes of its parameters when gathered."""
+    """Bytes of its parameters once gathered."""
     adapters: int
-    """Elements of its adapters."""
+    """Number of elements in its adapters."""
 
 
 class MemoryModel:
-    """A model's fixed bytes, computed once; `plan` then answers for any batch and setting of storage.
+    """A model's fixed bytes, computed once; `plan` then adds up memory for any batch and storage settings.
 
     Args:
         shapes: the model.
-        quantized: what is stored quantized.
+        quantized: the weights that are stored quantized.
         targets: linears with an adapter.
-        offloaded: parameters that are kept in host memory in float32.
-        settings: what `plan` may be given differently: ``micro_batch_size``, ``max_length``, ``checkpointing``,
-            ``logits_chunk``, ``offload_*``, ``prefetch``, ``reshard_after_forward``, ``cache_dequantized`` and
-            ``accumulation_steps``.
+        offloaded: parameters that stay in host memory in float32.
+        settings: the storage settings. `plan` may be called with other values of ``micro_batch_size``, ``max_length``,
+            ``checkpointing``, ``logits_chunk``, ``offload_*``, ``prefetch``, ``reshard_after_forward``,
+            ``cache_dequantized`` and ``accumulation_steps``.
     """
 
     def __init__(
@@ -168,6 +167,7 @@ class MemoryModel:
         self.packed = {x.linear.parameter: x for x in quantized}
         inside = [x for x in quantized if x.linear.name not in edges]
         sizes = [x.linear.numel_each for x in inside]
+        # very large weights are dequantized slice by slice, and a slice is freed only once the next one exists
         dense = (min(size, 2 * SLICE_WEIGHTS) if size > WHOLE_WEIGHTS else size for size in sizes)
         self.dense = max(dense, default=0)
         kept_dense = (x.linear for x in inside if x.layout.dense_forward)
@@ -187,17 +187,19 @@ class MemoryModel:
         )
 
     def plan(self, settings: StorageSettings) -> MemoryPlan:
-        """Return what the fullest rank holds with these settings."""
+        """Return the memory of the rank that holds most, with these settings."""
         fixed = self.fixed
         kept = self._kept_for_backward(settings)
         layer = self._layer(settings)
         whole = settings.checkpointing == "none" and not settings.offload_activations
+        # `kept` leaves out the last layer's activations: `layer` counts them in backward, and `last` at the head
         last = self._saved(self.activations[-1], settings) if whole else 0
         logits = self._logits(settings)
-        edge = 5 * settings.tokens * self.shapes.hidden_size * settings.itemsize  # final norm, its copies, gradient
+        # five tensors [tokens, hidden] around the head: the final norm, its copies and the gradient
+        edge = 5 * settings.tokens * self.shapes.hidden_size * settings.itemsize
         head, again = self._gathered_head(settings)
         at_layer = self._gathered(self.layers, settings) + self.dense * settings.itemsize
-        if self.shapes.tied:  # the embedding's unit is freed after all of backward
+        if self.shapes.tied:  # the embedding's unit is freed only at the end of backward
             at_layer += self.edges[0].gathered
         gradients = self._gradients(settings)
         on_device = (0 if settings.offload_parameters else sum(fixed)) + max(self.host_shards, default=0)
@@ -206,13 +208,14 @@ class MemoryModel:
             "first_layer": on_device + gradients + self._gathered_first(settings),
             "head": held + self._held_layers(settings) + last + edge + max(logits + head, again),
             "layer_backward": held + layer + at_layer,
+            # gradients and the optimizer's temporaries: three times the adapters' bytes (fixed[3])
             "update": 0 if settings.offload_parameters else sum(fixed) + 3 * fixed[3],
         }
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
-        if (
-            settings.adapter_copies > 1
-        ):  # reduced as one tensor beside them, with a count each (`adapters/replicated.py`),
-            gradients = 2 * gradients + FLOAT32 * 2 * len(self.targets)  # when all else of a step is gone
+        # The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`).
+        # It runs when activations are freed, so it counts in `bytes` but in none of the moments.
+        if settings.adapter_copies > 1:
+            gradients = 2 * gradients + FLOAT32 * 2 * len(self.targets)
         bytes_ = BytesPerRank(
             packed,
             statistics,
@@ -229,19 +232,20 @@ class MemoryModel:
     def gathered_bytes(self, settings: StorageSettings) -> int:
         """Return the bytes that a rank receives for one micro-batch, forward and backward.
 
-        Layers that stay gathered are received once a step: of that, a micro-batch's share.
+        Layers that stay gathered are received once per step, and count here with a micro-batch's share of that.
         """
+        # The embedding is gathered once, since backward does not need it; an untied head is gathered for each pass.
         edges = self.edges[0].gathered + (0 if self.shapes.tied else 2 * self.edges[1].gathered)
         layers = sum(unit.gathered for unit in self.layers)
         layers = 2 * layers if settings.reshard_after_forward else layers // settings.accumulation_steps
         return (layers + edges) * (settings.shard_size - 1) // settings.shard_size
 
     def trainable(self) -> int:
-        """Return the number of adapter elements."""
+        """Return the number of trainable (adapter) elements."""
         return sum(prod(shape) for shapes in self.trained.values() for shape in shapes.values())
 
     def _fixed(self, settings: StorageSettings) -> tuple[int, int, int, int, int]:
-        """Return this rank's packed bytes, statistics, kept weights, adapters and optimizer states."""
+        """Return this rank's bytes of packed weights, statistics, kept weights, adapters and optimizer states."""
         shard = settings.shard_size
         rows = [(x, _share(x.rows, shard)) for x in self.packed.values()]
         kept = sum(
@@ -263,14 +267,15 @@ class MemoryModel:
         )
 
     def _held(self, settings: StorageSettings) -> int:
-        """Return the adapter elements that this rank holds."""
+        """Return the number of adapter elements that this rank holds."""
         shards = settings.adapter_shards
         return sum(_share(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values())
 
     def _gradients(self, settings: StorageSettings) -> int:
-        """Return the adapters' float32 gradients: whole while micro-batches add up, this rank's share otherwise."""
+        """Return the bytes of the adapters' float32 gradients: whole during accumulation, else this rank's shard."""
         if settings.accumulation_steps > 1 or settings.adapter_copies:
             return FLOAT32 * self.trainable()
+        # before it is reduce-scattered, the gradient of one layer exists whole
         one_unit = max((unit.adapters for unit in self.layers), default=0) if settings.shard_size > 1 else 0
         return FLOAT32 * ((0 if settings.offload_parameters else self._held(settings)) + one_unit)
 
@@ -288,38 +293,42 @@ class MemoryModel:
         return Unit(prefix, total + (0 if self.settings.adapter_copies else trained * self.settings.itemsize), trained)
 
     def _gathered(self, units: Sequence[Unit], settings: StorageSettings) -> int:
-        """Return what is gathered while one of ``units`` computes: it, and the buffers of those on their way."""
+        """Return the gathered bytes while one of ``units`` computes: that unit and the buffers of prefetched ones."""
         largest = max((unit.gathered for unit in units), default=0)
         if settings.shard_size == 1:
-            return largest  # FSDP copies the unit also on one rank
+            return largest  # FSDP copies the unit even on a single rank
         if units is self.layers and not settings.reshard_after_forward:
             return self._held_layers(settings) + largest
         return largest * (1 + settings.prefetch)
 
     def _held_layers(self, settings: StorageSettings) -> int:
-        """Return what layers hold that stay gathered from forward to backward."""
+        """Return the bytes of layers that stay gathered from forward to backward."""
         stay = settings.shard_size > 1 and not settings.reshard_after_forward
         return sum(unit.gathered for unit in self.layers) if stay else 0
 
     def _gathered_head(self, settings: StorageSettings) -> tuple[int, int]:
-        """Return what is gathered while logits exist, and while the head is gathered again for backward."""
+        """Return the gathered bytes while logits exist, and while the head is gathered again for backward."""
         again = self._gathered(self.edges, settings)
         if not self.shapes.tied or settings.shard_size == 1:
             return again, again
-        # a tied unit is gathered since the embedding; the buffer of the last layer's gather is still there
+        # a tied unit stays gathered from the embedding on; the receive buffer of the last layer is still alive
         return self.edges[0].gathered + max((u.gathered for u in self.layers), default=0), again
 
     def _gathered_first(self, settings: StorageSettings) -> int:
-        """Return what is gathered when the first layer follows the embedding."""
+        """Return the gathered bytes when the first layer follows the embedding.
+
+        Each counts twice if both its receive buffer and its gathered parameters are alive: the first layer, and a tied
+        embedding, which stays gathered for the head. Of an untied embedding only the receive buffer is left.
+        """
         if settings.shard_size == 1 or not self.layers:
             return self.edges[0].gathered
         return self.edges[0].gathered * (2 if self.shapes.tied else 1) + 2 * self.layers[0].gathered
 
     def _kept_for_backward(self, settings: StorageSettings) -> int:
-        """Return what forward leaves on the device: a layer's input each, or all that the layers saved."""
+        """Return the bytes that forward leaves on the device: each layer's input, or everything the layers save."""
         edge = settings.tokens * self.shapes.hidden_size * settings.itemsize
         if settings.checkpointing == "none":
-            each = [self._saved(layer, settings) for layer in self.activations[:-1]]
+            each = [self._saved(layer, settings) for layer in self.activations[:-1]]  # `plan` adds the last one
         else:
             each = [edge + self._chosen(layer, settings) for layer in self.activations]
         on_device = each[-LAYERS_ON_DEVICE:] if settings.offload_activations else each
@@ -327,10 +336,10 @@ class MemoryModel:
         return sum(on_device) + dense + (edge if settings.checkpointing == "none" else 0)
 
     def _chosen(self, layer: LayerActivations, settings: StorageSettings) -> int:
-        """Return what of a layer's products selective checkpointing keeps."""
+        """Return the bytes of a layer's products that selective checkpointing keeps."""
         if settings.checkpointing != "selective":
             return 0
-        # eager attention is no product that is kept; blockwise attention is, with the probabilities that it kept
+        # selective checkpointing keeps blockwise attention, with its probabilities, but not eager attention
         scores = self._scores(settings) if settings.attention != "eager" else 0
         return settings.tokens * (layer.chosen + scores)
 
@@ -338,7 +347,7 @@ class MemoryModel:
         return kept_scores(self.shapes, settings.attention, settings.itemsize, settings.max_length)
 
     def _layer(self, settings: StorageSettings) -> int:
-        """Return what the layer in backward adds: all that it saved, and a moment's gradients."""
+        """Return the bytes added by the layer in backward: recomputed activations and transient gradients."""
 
         def moments(layer: LayerActivations) -> int:
             in_attention = layer.attention_saved + layer.attention_scores * settings.max_length
@@ -350,7 +359,7 @@ class MemoryModel:
 
     def _saved(self, layer: LayerActivations, settings: StorageSettings) -> int:
         saved = settings.tokens * (layer.saved + self._scores(settings))
-        if settings.adapter_copies and settings.lora.dropout and settings.itemsize < FLOAT32:  # what they were cast to
+        if settings.adapter_copies and settings.lora.dropout and settings.itemsize < FLOAT32:  # copies in compute dtype
             saved += max((unit.adapters for unit in self.layers), default=0) * settings.itemsize
         return saved
 
@@ -361,7 +370,7 @@ class MemoryModel:
         return chunked_bytes(chunk, shapes.vocab_size, settings.itemsize)
 
     def _largest_slice(self, shard_size: int) -> int:
-        """Return the most elements that this rank reads at a time: a chunk of a weight, a share of what is kept."""
+        """Return the most elements that this rank reads at a time: a chunk (all if transposed) or its shard."""
         largest = 0
         for name, shape in self.shapes.parameters.items():
             if (packed := self.packed.get(name)) is not None:

@@ -1,4 +1,4 @@
-"""`fsdp.offload_modules`: which unquantized parameters are kept in host memory and brought in when needed."""
+"""`fsdp.offload_modules`: which unquantized parameters stay in host memory and are copied in when needed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def offloaded_parameters(
     """Return the names of the parameters that stay in host memory.
 
     Args:
-        patterns: of module names; a module's own parameters and those of all inside it count. ``head``,
+        patterns: patterns of module names; each selects all parameters inside the modules it matches. ``head``,
             ``embeddings`` and ``norms`` stand for those modules.
         shapes: the model.
         packed: names of the parameters that are stored quantized.
-        quantized: names of the modules that hold them; what else they hold (a bias) stays with them.
+        quantized: names of the modules that hold them; their other parameters (a bias) stay on the device too.
 
     Raises:
-        PlanError: if a pattern matches nothing, or only what is quantized, or what this model cannot part with.
+        PlanError: if a pattern matches nothing or only quantized weights, or a parameter that several modules share.
     """
     found: set[str] = set()
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""`make_plan`: settings and shapes -> everything that is decided before a byte is allocated."""
+"""`make_plan`: decides everything from settings and shapes, before a byte is allocated."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ from fsdp_qlora.shapes.units import fsdp_units
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What a run will do on each rank."""
+    """The plan of a run, for each rank."""
 
     world_size: int
     shard_size: int
     quantized: tuple[Packed, ...]
-    """Weights of the decoder layers stored quantized, each with its format; empty with ``quant=none``."""
+    """Quantized weights of the decoder layers, each with its format; empty with ``quant=none``."""
     quantized_edges: tuple[Packed, ...]
-    """Embedding and head, where they are stored quantized: one table when they are tied."""
+    """Quantized embedding and head: one table if they are tied, none if they are not quantized."""
     targets: tuple[str, ...]
     """Linears that get an adapter."""
     offloaded: frozenset[str]
-    """Unquantized parameters that are kept in host memory in float32."""
+    """Unquantized parameters that stay in host memory in float32."""
     units: tuple[tuple[str, ...], ...]
     """FSDP units, as tuples of module names."""
     batch: BatchPlan
     bytes: BytesPerRank
     moments: dict[str, int]
-    """Bytes on the device at each fullest moment of a step."""
+    """Bytes on the device at each of the four moments of a step."""
     host: HostBytes
     trainable_parameters: int
     base_parameters: int
     memory: MemoryModel
     settings: StorageSettings
     choices: dict[str, Choice]
-    """What ``auto`` became, by the setting's key."""
+    """The values chosen for ``auto``, by key."""
 
     @property
     def peak(self) -> int:
-        """Planned bytes of tensors on the device at the fullest moment."""
+        """Planned peak bytes of tensors on the device."""
         return max(self.moments.values())
 
     def to_dict(self, gpu: str | None = None, simulated_bytes: int | None = None) -> dict[str, Any]:
-        """Return the plan as the JSON of `fsdp-qlora plan plan.json=true`; a simulated peak decides what fits."""
+        """Return the plan as the JSON of `fsdp-qlora plan plan.json=true`; ``fits`` uses a simulated peak if given."""
         peak = self.peak if simulated_bytes is None else simulated_bytes
         reserve = reserve_bytes(peak, gpu)
         capacity = parse_bytes(gpu) if gpu else None
@@ -90,15 +90,15 @@ class TrainPlan:
 
 
 def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: int | None = None) -> TrainPlan:
-    """Decide what is quantized, trained and sharded, and what it weighs.
+    """Decide what is quantized, trained and sharded, and add up the memory.
 
-    ``model.attn_implementation=auto`` counts as one that keeps no attention scores.
+    ``model.attn_implementation=auto`` counts as an implementation that keeps no attention scores.
 
     Args:
         config: the settings.
         shapes: the model.
-        world_size: ranks.
-        budget: bytes that a rank's tensors may take; None where that is not known, and then ``auto`` saves memory.
+        world_size: number of ranks.
+        budget: bytes available for a rank's tensors; None if not known, in which case ``auto`` saves memory.
 
     Raises:
         PlanError: if a target module or a pattern of names matches nothing, or the ranks cannot be laid out as asked.
@@ -109,7 +109,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     _require_matches(config, [name for t in targets for name in parameters_of(method, by_name[t], config.lora)])
     quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
     rows = config.train.micro_batch_size
-    if config.train.micro_batch_tokens:  # the worst case: all rows as long as they may be
+    if config.train.micro_batch_tokens:  # the worst case: all rows at maximum length
         rows = max(1, config.train.micro_batch_tokens // config.data.max_length)
     batch = BatchPlan(config.train.global_batch_size, rows, world_size)
     _, shard = degrees(config.fsdp.shard_degree, config.fsdp.replicate_degree, world_size)
@@ -155,7 +155,7 @@ def _require_matches(config: RunConfig, trained: list[str]) -> None:
 
 
 def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> StorageSettings:
-    """Return what of the settings decides the bytes."""
+    """Return the settings that determine memory."""
     return StorageSettings(
         shard_size=shard_size,
         itemsize=2 if config.precision.name == "bf16" else 4,

@@ -1,4 +1,4 @@
-"""In which format each weight is stored: `quant` of the settings, with what `quant.overrides` says otherwise."""
+"""The storage format of each weight: that of `quant`, unless `quant.overrides` sets another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_KEPT = 0.1
 
 
 def format_of(settings: QuantSettings, name: str | None = None) -> Format:
-    """Return the format ``name``, by default the settings' own, never ``none``, with the settings' options."""
+    """Return the format ``name`` (default: that of the settings; not ``none``) with the settings' options."""
     name = settings.name if name is None else name
     return build_format(name, settings.double_quant, settings.block_size, settings.llm_int8_threshold)
 
@@ -26,7 +26,7 @@ def chosen_linears(settings: QuantSettings, shapes: ModelShapes) -> tuple[Packed
     """Return the weights of the decoder layers that are stored quantized, each with its format.
 
     Raises:
-        PlanError: if a pattern matches nothing, or much of the decoder layers would stay in 16 bit unasked.
+        PlanError: if a pattern matches nothing, or much of the decoder layers would stay in 16 bits unasked.
     """
     inside = quantized_linears(shapes)
     formats = {x.name: settings.name for x in inside} | _overridden(settings.overrides, [x.name for x in inside])
@@ -37,10 +37,10 @@ def chosen_linears(settings: QuantSettings, shapes: ModelShapes) -> tuple[Packed
 
 
 def chosen_edges(settings: QuantSettings, shapes: ModelShapes) -> tuple[Packed, ...]:
-    """Return embedding and head as far as they are stored quantized.
+    """Return embedding and head if they are stored quantized.
 
     Raises:
-        PlanError: if they are to be, and the model has none apart from all else.
+        PlanError: if they should be quantized, but are not separate units in this model.
     """
     if settings.embeddings == "none":
         return ()
@@ -50,7 +50,7 @@ def chosen_edges(settings: QuantSettings, shapes: ModelShapes) -> tuple[Packed, 
 
 
 def _overridden(overrides: Mapping[str, str], names: list[str]) -> dict[str, str]:
-    """Return name -> format of what a pattern matches; a later pattern wins."""
+    """Return name -> format for the linears that a pattern matches; later patterns win."""
     found: dict[str, str] = {}
     for pattern, kind in overrides.items():
         matched = [name for name in names if fnmatchcase(name, pattern)]
@@ -81,7 +81,7 @@ def _require_most(shapes: ModelShapes, can: set[str]) -> None:
 
 
 def describe(packed: tuple[Packed, ...]) -> str:
-    """Return how many weights are stored in which format: ``24 int8, 186 nf4 with double quantization``."""
+    """Return the number of weights in each format: ``24 int8, 186 nf4 with double quantization``."""
     counts: dict[str, int] = {}
     for x in packed:
         words = x.layout.describe()

@@ -1,4 +1,4 @@
-"""What `plan` says beyond bytes: operations, gathering against computing, advice, and what a search found."""
+"""The rest of `plan`'s report besides memory: operations, gathering versus computing, advice, search results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fsdp_qlora.shapes.linears import ModelShapes
 def report(
     config: RunConfig, plan: TrainPlan, shapes: ModelShapes, simulated_bytes: int | None = None
 ) -> dict[str, Any]:
-    """Return all that the `plan` verb says, as JSON: `TrainPlan.to_dict` and estimates.
+    """Return the full report of the `plan` command as JSON: `TrainPlan.to_dict` and estimates.
 
     Raises:
         ConfigError: if the device or the interconnect is not known.
@@ -63,7 +63,7 @@ def _speed(
 
 
 def assumptions(name: str, device: Device, link: Interconnect) -> dict[str, Any]:
-    """Return what the times stand on."""
+    """Return the assumptions behind the time estimates."""
     return {
         "name": name,
         "memory": device.memory,
@@ -78,7 +78,7 @@ def assumptions(name: str, device: Device, link: Interconnect) -> dict[str, Any]
 
 
 def advice(plan: TrainPlan, time: StepTime, config: RunConfig, gpu: str | None) -> list[str]:
-    """Return what to do where ranks would wait for each other's bytes."""
+    """Return advice for plans in which gathering takes longer than computing."""
     moving, working = time.gather_seconds, time.compute_seconds + time.dequantize_seconds
     if plan.shard_size == 1 or moving <= working:
         return []
@@ -123,7 +123,7 @@ def _search(
 
 
 def _overrides(chosen: Found, plan: TrainPlan) -> list[str]:
-    """Return the settings that make the plan what was found."""
+    """Return the overrides that apply what the search found."""
     lines = [
         f"train.micro_batch_size={chosen.micro_batch_size}",
         f"train.activation_checkpointing={chosen.checkpointing}",

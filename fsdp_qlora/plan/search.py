@@ -1,4 +1,4 @@
-"""The largest micro-batch and sequence, and the cheapest checkpointing and offload, that fit: by arithmetic."""
+"""Searches, by arithmetic, for the largest micro-batch and sequence and the cheapest checkpointing and offload."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ SETTINGS = (
     ("full", "all"),
     ("none", "all"),
 )
-"""(checkpointing, offload), cheapest first; without checkpointing, offload moves all that layers save."""
+"""(checkpointing, offload), cheapest first; without checkpointing, offload moves everything the layers save."""
 MAX_ROWS = 1024
 SHORTEST = 256
 
 
 @dataclass(frozen=True)
 class Found:
-    """What fits with one setting of checkpointing and offload."""
+    """The search result for one combination of checkpointing and offload."""
 
     checkpointing: str
     offload: str
     fits: bool
-    """Whether one row of the length asked for fits."""
+    """Whether one row of the requested length fits."""
     micro_batch_size: int
-    """Most rows of the length asked for, a power of two; 0 = not one."""
+    """Most rows of the requested length, a power of two; 0 if not even one fits."""
     peak_bytes: int
-    """Planned peak with that many rows (or with one that does not fit)."""
+    """Planned peak with that many rows (with one row if none fits)."""
     host_bytes: int
-    """Offloaded to host memory then."""
+    """Bytes offloaded to host memory at that size."""
     longest: int
-    """Longest sequence of one row: a power of two up to the model's own limit, 0 = none."""
+    """Longest sequence with one row: a power of two up to the model's limit; 0 if none fits."""
     tokens: int
-    """Most tokens of a micro-batch, rows and lengths both powers of two."""
+    """Most tokens in a micro-batch, over rows and lengths that are powers of two and the requested length."""
     tokens_per_second: float | None
     """Estimate with ``micro_batch_size`` rows, if a device was named."""
     tried: int
-    """Micro-batches that were planned."""
+    """Number of sizes that were tried."""
 
 
 def search(
@@ -56,15 +56,15 @@ def search(
     max_positions: int,
     speed: Callable[[StorageSettings, int], float] | None = None,
 ) -> list[Found]:
-    """Return what fits into ``budget`` bytes of tensors for each of `SETTINGS`.
+    """Return the sizes that fit into ``budget`` bytes of tensors, for each of `SETTINGS`.
 
     Args:
         memory: the model's bytes.
         base: settings to vary.
-        batch: rows of a step; the global batch stays, and grows only where one micro-batch is larger.
-        budget: bytes that tensors may take: the device's memory less the reserve.
-        max_positions: longest sequence of the model; 0 = the length asked for.
-        speed: (settings, micro-batches of a rank) -> tokens a second.
+        batch: rows per step; the global batch size stays the same unless a micro-batch is larger.
+        budget: bytes available for tensors: the device's memory less the reserve.
+        max_positions: longest sequence of the model; 0 means the requested length.
+        speed: (settings, micro-batches per rank) -> tokens per second.
     """
     possible = [s for s in SETTINGS if not base.adapter_copies or s[1] in ("none", "activations")]
     return [_one(memory, base, batch, budget, max_positions, speed, *setting) for setting in possible]
@@ -76,7 +76,7 @@ def best(found: list[Found]) -> Found | None:
 
 
 def fastest(found: list[Found]) -> Found | None:
-    """Return the setting that fits with most tokens a second by the estimate, if there is one."""
+    """Return the setting that fits with the most estimated tokens per second, or None."""
     return max((f for f in found if f.tokens_per_second), key=lambda f: f.tokens_per_second or 0.0, default=None)
 
 

@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them, and what of it is kept free."""
+"""Parses amounts of memory such as ``24GiB``, and computes the reserve to keep free."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**
 
 
 def parse_bytes(text: str, key: str = "plan.gpu") -> int:
-    """Return the bytes of ``24GiB``, ``80GB`` or a plain number; ``key`` is the setting that holds it.
+    """Return the bytes of ``24GiB``, ``80GB`` or a plain number; ``key`` is the name of the setting.
 
     Raises:
-        ConfigError: if it is none of these.
+        ConfigError: if ``text`` is none of these.
     """
     match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]I?)?B?\s*", text.upper())
     try:
@@ -27,5 +27,5 @@ def _no_amount(text: str, key: str) -> int:
 
 
 def reserve_bytes(peak: int, gpu: str | None) -> int:
-    """Return what is kept free for the framework: the larger of 1.5 GiB and 6 % of the device (or of the peak)."""
+    """Return the bytes reserved for the framework: the larger of 1.5 GiB and 6 % of the device (or of the peak)."""
     return max(int(1.5 * 2**30), int(0.06 * (parse_bytes(gpu) if gpu else peak)))

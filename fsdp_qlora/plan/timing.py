@@ -1,23 +1,23 @@
-"""How long a step takes on a named device, by arithmetic: operations, bytes gathered, and which of them one waits for.
+"""Estimates the time of a step on a named device, by arithmetic over operations and bytes moved.
 
-Operations of one token (multiplications and additions counted apart, as in Kaplan et al., 2020,
-https://arxiv.org/abs/2001.08361, section 2.1, with what a frozen base does not need left out):
+Operations per token, counting multiplications and additions separately as in Kaplan et al., 2020
+(https://arxiv.org/abs/2001.08361, section 2.1), without those that a frozen base does not need:
 
     forward    2 N + 2 V H + 2 A + S        N: weights of the linears a token goes through, V H: the head,
-    backward   2 N + 2 V H + 4 A + 2.5 S    A: adapters' weights, S = 2 x width x length a layer: causal attention
-    recompute  2 N         + 2 A + S        (full checkpointing; the head is not computed again)
+    backward   2 N + 2 V H + 4 A + 2.5 S    A: adapter weights, S = 2 x width x length per layer: causal attention
+    recompute  2 N         + 2 A + S        (full checkpointing; the head is not recomputed)
 
-A frozen weight has no gradient of its own: backward is 2 N, not 4 N. 2.5 S is flash attention's backward (Dao, 2023,
-https://arxiv.org/abs/2307.08691, section 3.1), which computes the scores again.
+Frozen weights get no gradient, so backward is 2 N, not 4 N. Flash attention's backward takes 2.5 S (Dao, 2023,
+https://arxiv.org/abs/2307.08691, section 3.1) because it recomputes the scores.
 
 A micro-batch takes
 
     max(compute + dequantize, gather + copies over the same bus) + gather of the largest unit
 
-as the next unit arrives while one computes; the last term is the unit that nothing overlaps with. Without prefetching
-(``fsdp.prefetch=0``) it is their sum. A step is that for each micro-batch of a rank, and one reduction of the adapters'
-gradients: 1/N of its bytes stay here where each of N ranks keeps its share; where all keep all of them
-(``fsdp.adapters=replicated``), the sums are sent round as well.
+because the next unit arrives while one computes; the last term is the one gather that nothing overlaps. Without
+prefetching (``fsdp.prefetch=0``) nothing overlaps, and it takes the sum of computing and moving. A step takes that for
+each micro-batch of a rank, plus one reduction of the adapters' gradients. Of N ranks, each sends (N - 1) / N of their
+bytes, and twice that if all ranks keep all gradients (``fsdp.adapters=replicated``), because the sums are sent back.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_linear
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of one token."""
+    """Operations per token."""
 
     forward: float
     backward: float
@@ -42,30 +42,30 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of all of them."""
         return self.forward + self.backward + self.recompute
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Estimated seconds of a step, and what they come from."""
+    """The estimated time of a step and its components."""
 
     gathered_bytes: int
-    """That a rank receives for one micro-batch."""
+    """Bytes that a rank receives for one micro-batch."""
     gather_seconds: float
     compute_seconds: float
     dequantize_seconds: float
-    """Writing every 4-bit weight in 16 bits, each time it is used."""
+    """Dequantizing every weight, each time it is used."""
     copy_seconds: float
-    """To and from host memory (offload)."""
+    """Copies to and from host memory (offload)."""
     micro_batch_seconds: float
     reduce_seconds: float
-    """Adapters' gradients over the ranks, once a step."""
+    """Reducing the adapters' gradients across ranks, once per step."""
     step_seconds: float
     tokens_per_second: float
-    """Over all ranks."""
+    """Across all ranks."""
     balanced_tokens: int
-    """Tokens in a micro-batch from which on computing takes longer than gathering."""
+    """Tokens in a micro-batch from which computing takes longer than gathering."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON."""
@@ -73,7 +73,7 @@ class StepTime:
 
 
 def flops_per_token(plan: TrainPlan, shapes: ModelShapes, settings: StorageSettings | None = None) -> Flops:
-    """Return the operations that one token takes at the settings' full length."""
+    """Return the operations per token at the settings' maximum length."""
     settings = settings or plan.settings
     weights = sum(x.numel_each * times for x, times in linears_of_token(plan, shapes))
     head, adapters = shapes.vocab_size * shapes.hidden_size, plan.trainable_parameters
@@ -86,25 +86,26 @@ def flops_per_token(plan: TrainPlan, shapes: ModelShapes, settings: StorageSetti
 
 
 def linears_of_token(plan: TrainPlan, shapes: ModelShapes) -> list[tuple[LinearShape, int]]:
-    """Return the linears of the decoder layers that a token goes through, with how many of their matrices."""
+    """Return the linears of the decoder layers that a token goes through, and how many matrices of each."""
     inner = quantized_linears(shapes) or shapes.linears
     return [(x, min(shapes.experts_per_token, x.count) if x.count > 1 else 1) for x in inner]
 
 
 def _attention(plan: TrainPlan, length: float) -> float:
-    """Return S of a token in a sequence of that length."""
+    """Return S, the attention operations per token at that sequence length."""
     return sum(2 * layer.attention_width * length for layer in plan.memory.activations)
 
 
 def model_flops(plan: TrainPlan, shapes: ModelShapes, tokens: float, targets: float, rows: float) -> float:
-    """Return the operations that real tokens need: what is computed twice does not count, nor does padding.
+    """Return the operations that real tokens need, without recomputation or padding.
 
-    The head works on ``targets``, the supervised tokens, alone. Attention is taken at the mean length of the ``rows``,
-    and its backward at 2 S: the half S more is scores computed again.
+    The head counts only for ``targets``, the supervised tokens. Attention counts at the mean length of the ``rows``,
+    and its backward as 2 S: the other half S recomputes scores.
     """
     token = flops_per_token(plan, shapes)
     attention = _attention(plan, plan.settings.max_length)
-    head = 4 * shapes.vocab_size * shapes.hidden_size
+    head = 4 * shapes.vocab_size * shapes.hidden_size  # forward and backward, 2 V H each
+    # replaces attention at maximum length (S + 2.5 S) by attention at the mean length (S + 2 S)
     each = token.forward + token.backward - 3.5 * attention - head + 3 * _attention(plan, tokens / max(1, rows))
     return tokens * each + targets * head
 
@@ -123,11 +124,11 @@ def step_time(
     Args:
         plan: the plan.
         shapes: the model.
-        device: what computes.
-        link: what the ranks gather over.
+        device: the device of each rank.
+        link: the interconnect that ranks gather over.
         prefetch: whether units are gathered ahead.
-        settings: other settings of storage than the plan's (a search).
-        accumulation_steps: other micro-batches of a rank than the plan's.
+        settings: storage settings, if other than the plan's (for a search).
+        accumulation_steps: micro-batches per rank, if other than the plan's.
     """
     settings, memory = settings or plan.settings, plan.memory
     turns = accumulation_steps or plan.batch.accumulation_steps
@@ -153,23 +154,24 @@ def step_time(
 
 
 def _dequantized_bytes(plan: TrainPlan, shapes: ModelShapes, settings: StorageSettings) -> float:
-    """Return the bytes read and written: the codes and an element a weight, each time it is used."""
-    inside = {x.name for x in shapes.linears}  # of an embedding only some rows are dequantized
+    """Return the bytes read and written by dequantization: a code and an element per weight, each time it is used."""
+    inside = {x.name for x in shapes.linears}  # excludes embeddings, which dequantize single rows
+    # forward and backward, plus the recomputed forward; a cached dense weight is dequantized once
     times = 3 if settings.checkpointing == "full" else 1 if settings.cache_dequantized else 2
     total = 0.0
     for x in plan.quantized:
         if x.linear.name in inside:
-            uses = times if x.layout.dense_forward else 1  # else it is dense in backward only
+            uses = times if x.layout.dense_forward else 1  # otherwise dense in backward only
             total += x.linear.numel * (x.code_bytes + settings.itemsize) * uses
     return total
 
 
 def _copied_bytes(plan: TrainPlan, settings: StorageSettings) -> int:
-    """Return the bytes between device and host memory for one micro-batch."""
+    """Return the bytes copied between device and host memory for one micro-batch."""
     copied = 0
     if settings.offload_activations:
         copied += 2 * plan.memory.plan(settings).host.offloaded_activations
-    if settings.offload_parameters:  # each rank brings its own shard for each gather
+    if settings.offload_parameters:  # each rank copies in its own shard for each gather
         share = max(1, settings.shard_size - 1)
         copied += plan.memory.gathered_bytes(settings) // share if settings.shard_size > 1 else _whole(plan)
     return copied

@@ -1,7 +1,7 @@
-"""Profiler scopes around the modules of a transformers model that `fsdp_qlora.scopes` has names for.
+"""Profiler scopes around the modules of a transformers model that `fsdp_qlora.scopes` names.
 
-By hooks that are there only while a profiler runs: they cost some microseconds a call, and the models' code is not
-ours.
+The scopes are added by hooks, because the models' code is not ours, and only while a profiler runs, because they cost a
+few microseconds per call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from fsdp_qlora.scopes import ATTENTION_BLOCK, HEAD
 
 Scoped = tuple[nn.Module, str]
-"""A module and the name of its scope."""
+"""(module, name of its scope)."""
 
 
 def scoped_modules(model: PreTrainedModel) -> list[Scoped]:
@@ -30,7 +30,7 @@ def scoped_modules(model: PreTrainedModel) -> list[Scoped]:
 
 @contextmanager
 def record_modules(modules: Sequence[Scoped]) -> Iterator[None]:
-    """Record a scope for each call of the modules, as long as this context lasts."""
+    """Within this context, record a scope for each call of the modules."""
     handles = [handle for module, name in modules for handle in _record(module, name)]
     try:
         yield
@@ -52,7 +52,7 @@ def _record(module: nn.Module, name: str) -> list[Any]:
         if not torch.compiler.is_compiling() and running:
             running.pop().__exit__(None, None, None)
 
-    # Inside FSDP's own hooks (they gather, which is another phase), and also when checkpointing ends a forward early.
+    # Inside FSDP's own hooks, whose gathers are another phase; always called, as checkpointing may end a forward early.
     return [
         module.register_forward_pre_hook(enter),
         module.register_forward_hook(leave, prepend=True, always_call=True),

@@ -1,8 +1,8 @@
 """Attributes each nanosecond of a recorded step to one phase, so the phases add up to the step.
 
 On a CPU the time is that of the main thread, which runs forward, backward and update. Events nest; at each moment the
-innermost one decides, unless one around it claims all that is inside (`_classify` has the rules). On a device it is the
-time of the computing stream, and a kernel belongs to what launched it. What no rule knows is waiting.
+innermost one decides, unless an enclosing one claims everything inside it (`_classify` has the rules). On a device it
+is the time of the compute stream, and a kernel belongs to whatever launched it. Time that no rule covers is waiting.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PHASES = {
     "data": "waiting for the batch",
     "waiting": "for collectives and the device; all else (Python)",
 }
-"""Key -> what it is; the order of the table."""
+"""Phase -> its description, in the order of the printed table."""
 WAITING = "waiting"
 
 _SCOPES = {
@@ -40,7 +40,8 @@ _SCOPES = {
     scopes.DEQUANTIZE: "dequantize",
     scopes.GATHER: "gather",
 }
-# On a CPU, FSDP waits for a collective inside these; what they contain is copies and the start of the collective.
+# On a CPU, FSDP waits for a collective inside these scopes, so their own time is waiting. The events inside them are
+# copies and the start of the collective.
 _BLOCKS = re.compile(r"FSDP::(all_gather|post_backward_reduce|post_backward_rs_wait)( |$)|.*wait_tensor")
 _GATHER = re.compile(
     r"FSDP::|fsdp::|c10d|_c10d_functional|_dtensor|record_param_comms|nccl|gloo:|RegisterPostBackward", re.IGNORECASE
@@ -61,24 +62,24 @@ _RULES = (
     (re.compile(r".*(attention|attn|flash_fwd|flash_bwd|fmha)", re.IGNORECASE), "attention"),
     (re.compile(r".*(cross_?entropy|loss_?head|::head)", re.IGNORECASE), "head"),
 )
-"""Names that claim all that is inside them."""
+"""Names that claim everything inside them."""
 _ELEMENTWISE = re.compile(r"aten::|prims::|triton_|cpp_fused|graph_\d|.*Compiled")
 
 
 class _Context(NamedTuple):
-    """What an event means for itself and for what is inside it."""
+    """The phase an event assigns to itself and to the events inside it."""
 
     own: str = WAITING
     inner: str | None = None
-    """Phase of what is inside and has no name of its own."""
+    """Phase of events inside that match no rule of their own."""
     claims: bool = False
-    """Whether ``inner`` holds for all that is inside."""
+    """Whether ``inner`` applies to everything inside, whatever its name."""
     block: bool = False
     """Whether it is inside an attention module."""
 
 
 class Segment(NamedTuple):
-    """A stretch of one thread's or stream's time."""
+    """An interval of one thread's or stream's time."""
 
     start: int
     end: int
@@ -93,14 +94,14 @@ class StepPhases:
     phases: dict[str, int]
     """Add up to ``total``."""
     under_way: int
-    """While a collective of this rank was under way, whatever else was done."""
+    """Time during which a collective of this rank was in flight, whatever else was happening."""
     waited: int
-    """The part of the waiting that is in ``under_way``."""
+    """The part of the waiting that falls into ``under_way``."""
 
 
 @cache
 def _classify(name: str, around: _Context) -> _Context:
-    """Return what an event inside ``around`` means, by its name."""
+    """Classify an event inside ``around`` by its name."""
     if name == scopes.ATTENTION_BLOCK:
         return _inherit(around)._replace(block=True)
     phase = _SCOPES.get(name) or ("gather" if _GATHER.match(name) or _BLOCKS.match(name) else None)
@@ -121,14 +122,14 @@ def _inherit(around: _Context) -> _Context:
 
 
 def _claimed_by(name: str, in_attention: bool) -> str | None:
-    """Return the phase of all that is inside an operator, where its name says so."""
+    """Return the phase that an operator claims for everything inside it, if its name implies one."""
     if in_attention and _BATCHED.match(name):
         return "attention"
     return next((phase for pattern, phase in _RULES if pattern.match(name)), None)
 
 
 class _Sweep:
-    """Goes through the events of one thread in their order and cuts its time into segments."""
+    """Sweeps over the events of one thread in order and cuts its time into segments."""
 
     def __init__(self) -> None:
         self.segments: list[Segment] = []
@@ -136,18 +137,18 @@ class _Sweep:
         self._now = 0
 
     def around(self) -> _Context:
-        """What encloses the next event."""
+        """Return the context that encloses the next event."""
         return self._open[-1][1] if self._open else _Context()
 
     def advance(self, time: int) -> None:
-        """Close what ended by ``time``."""
+        """Close the events that ended by ``time``."""
         while self._open and self._open[-1][0] <= time:
             self._emit(self._open[-1][0])
             self._open.pop()
         self._emit(time)
 
     def push(self, event: Event, context: _Context) -> None:
-        """Open an event; it ends with what is around it at the latest (clocks are rounded)."""
+        """Open an event, clipped to its enclosing event (timestamps are rounded)."""
         end = min(event.end, self._open[-1][0]) if self._open else event.end
         self._open.append((end, context))
 
@@ -158,14 +159,14 @@ class _Sweep:
 
 
 def host_segments(events: Iterable[Event], forward_of: dict[Place, Place]) -> dict[Thread, list[Segment]]:
-    """Cut each host thread's time into segments of one phase each; between its outermost events there are none.
+    """Cut each host thread's time into segments of one phase each, with gaps between its outermost events.
 
-    An operation of backward means what that of its forward meant, so it is looked up in ``forward_of``.
+    A backward operation has the phase of its forward, which is looked up in ``forward_of``.
     """
     wanted = set(forward_of.values())
     forward: dict[Place, _Context] = {}
     sweeps: dict[Thread, _Sweep] = defaultdict(_Sweep)
-    # All threads in one order of time: a backward may run in another thread than its forward did.
+    # All threads together in order of time: backward may run in another thread than its forward.
     for event in sorted(events, key=lambda e: (e.start, -e.end)):
         sweep, place = sweeps[event.thread], (event.thread, event.start)
         sweep.advance(event.start)
@@ -173,7 +174,7 @@ def host_segments(events: Iterable[Event], forward_of: dict[Place, Place]) -> di
         origin = forward_of.get(place)
         if origin in forward and not event.name.startswith("autograd::engine"):
             context = _backward(forward[origin], context)
-        if place in wanted:  # of several that begin at once the innermost is the operation itself
+        if place in wanted:  # if several begin at once, the innermost one is the operation itself
             forward[place] = context
         sweep.push(event, context)
     for sweep in sweeps.values():
@@ -182,17 +183,17 @@ def host_segments(events: Iterable[Event], forward_of: dict[Place, Place]) -> di
 
 
 def _backward(forward: _Context, named: _Context) -> _Context:
-    """Return what an operation of backward means, from its forward and from its own name."""
+    """Classify a backward operation, from its forward and from its own name."""
     if named.claims or forward.own in (WAITING, "gather"):
         return named
     return forward
 
 
 def device_segments(trace: Trace, host: dict[Thread, list[Segment]], main: Thread) -> list[Segment]:
-    """Cut the computing stream's time into segments.
+    """Cut the compute stream's time into segments.
 
-    That stream is the one with most work that is no collective. Where it is idle because the host fetches data or
-    updates (parameters in host memory), that is whose time it is.
+    The compute stream is the one with the most work other than collectives. Where it is idle while the host fetches
+    data or runs the update (parameters in host memory), the time counts as data or optimizer.
     """
     busy: dict[Thread, int] = defaultdict(int)
     for event in trace.device:
@@ -221,12 +222,12 @@ def _kernel_phase(kernel: Event, launched: dict[int | None, Place], host: dict[T
         at = bisect_right(segments, time, key=lambda s: s.start) - 1
         if at >= 0 and segments[at].end >= time and segments[at].phase != WAITING:
             return segments[at].phase
-    found = _classify(kernel.name, _Context()).own  # nothing around its launch says what it is
+    found = _classify(kernel.name, _Context()).own  # nothing around its launch identifies it
     return "elementwise" if found == WAITING else found
 
 
 def _without(segments: Iterable[Segment], taken: Sequence[Segment]) -> list[Segment]:
-    """Return ``segments`` without the time of ``taken`` (sorted, none over another)."""
+    """Return ``segments`` minus the time of ``taken`` (sorted, not overlapping)."""
     found: list[Segment] = []
     for segment in segments:
         now = segment.start
@@ -242,7 +243,7 @@ def _without(segments: Iterable[Segment], taken: Sequence[Segment]) -> list[Segm
 
 
 def divide_steps(trace: Trace) -> list[StepPhases]:
-    """Return the recorded steps with their time divided into phases."""
+    """Return the recorded steps, each with its time divided into phases."""
     windows = sorted((e for e in trace.host if e.name == scopes.STEP), key=lambda e: e.start)
     if not windows:
         return []
@@ -254,7 +255,7 @@ def divide_steps(trace: Trace) -> list[StepPhases]:
 
 
 def _collectives(trace: Trace, main: Thread) -> list[Segment]:
-    """Return when a collective of this rank was under way: on gloo's own threads, or in NCCL's kernels."""
+    """Return when a collective of this rank was in flight: on gloo's own threads, or in NCCL's kernels."""
     names = re.compile(r"gloo:|nccl", re.IGNORECASE)
     events = trace.device or [e for e in trace.host if e.thread != main]
     found: list[Segment] = []
@@ -276,7 +277,7 @@ def _divide(window: Event, segments: Sequence[Segment], under_way: Sequence[Segm
     for segment in inside:
         phases[segment.phase] += segment.end - segment.start
     total = window.end - window.start
-    phases[WAITING] += total - sum(phases.values())  # what no segment covers
+    phases[WAITING] += total - sum(phases.values())  # time that no segment covers
     whole = [Segment(window.start, window.end, WAITING)]
     idle = _without(whole, [s for s in inside if s.phase != WAITING])
     waited = phases[WAITING] - _length(_without(idle, under_way))

@@ -1,4 +1,4 @@
-"""Records some steps with torch's profiler, and says where their time went: `debug=profile`."""
+"""Records some steps with torch's profiler and reports where their time went: `debug=profile`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _SECOND = 1e9
 class StepProfiler:
     """Records steps of one rank into ``<folder>/rank<r>.json.gz``, which Perfetto and chrome://tracing open.
 
-    The first ``warmup_steps`` steps are run with the profiler on but not kept: its own start is in them.
+    The first ``warmup_steps`` steps run with the profiler on but are discarded: they include its startup.
     """
 
     def __init__(
         self, folder: Path, rank: int, device: torch.device, warmup_steps: int, record_steps: int,
         scoped: Callable[[], AbstractContextManager[object]],
     ) -> None:  # fmt: skip
-        """Take what to record; ``scoped`` is the context that names what modules do."""
+        """Record ``record_steps`` steps after ``warmup_steps``; ``scoped`` is the context that adds module scopes."""
         self.file, self._device = folder / f"rank{rank}.json.gz", device
         self._rank, self._first, self._last = rank, warmup_steps, warmup_steps + record_steps
         self._scoped, self._stack = scoped, ExitStack()
@@ -43,14 +43,14 @@ class StepProfiler:
         self._clear(folder)
 
     def _clear(self, folder: Path) -> None:
-        """Remove what an earlier start recorded on this rank; rank 0 also removes that of ranks there are no more."""
+        """Remove this rank's trace from an earlier start; rank 0 removes all ranks' traces, even of ranks now gone."""
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("rank*.json.gz") if self._rank == 0 else [self.file]:
             old.unlink(missing_ok=True)
 
     @contextmanager
     def around_step(self, number: int) -> Iterator[None]:
-        """Record a step, if it is one of those."""
+        """Record a step, if it is one of those to record."""
         if self._taken >= self._last:
             yield
             return
@@ -59,7 +59,7 @@ class StepProfiler:
         started = time.perf_counter()
         with record_function(STEP):
             yield
-            if self._device.type != "cpu":  # the update is still in the queue, and belongs to this step
+            if self._device.type != "cpu":  # the update is still queued, and belongs to this step
                 torch.accelerator.synchronize(self._device)
         if self._taken >= self._first:
             self.steps.append(number)
@@ -70,7 +70,7 @@ class StepProfiler:
             self.close()
 
     def _start(self) -> profile:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells stderr of each start and stop
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it reports each start and stop on stderr
         kinds = {ProfilerActivity.CPU} | (supported_activities() if self._device.type != "cpu" else set())
         self._stack.enter_context(self._scoped())
         found = profile(
@@ -87,14 +87,14 @@ class StepProfiler:
             self._failure = f"{self.file} cannot be written: {error.strerror}."
 
     def close(self) -> None:
-        """Write what was recorded; steps after this are not."""
+        """Write what was recorded and stop recording."""
         if self._profile is not None:
             self._profile.stop()
         self._profile, self._taken = None, self._last
         self._stack.close()
 
     def result(self) -> dict[str, Any] | None:
-        """Return this rank's mean step, in seconds; None where no step was recorded.
+        """Return this rank's mean recorded step, in seconds; None if no step was recorded.
 
         Raises:
             StorageError: if the trace could not be written.

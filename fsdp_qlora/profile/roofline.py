@@ -1,8 +1,8 @@
-"""How near a step comes to what the hardware can do: `mfu` on a known GPU, `roofline_share` on a CPU.
+"""How close a step comes to the hardware's limit: `mfu` on a known GPU, `roofline_share` on a CPU.
 
-On a GPU the measure is the vendor's peak. A CPU has no peak that means much, so the model's own matrix products are
-timed alone, as they are in a step: forward and the gradient of the input, in the same dtype and with as many threads,
-on all ranks at once.
+On a GPU the reference is the vendor's peak. A CPU has no meaningful peak, so the model's own matrix products are timed
+in isolation, as they occur in a step: forward and the gradient of the input, with the same dtype and number of
+threads, on all ranks at once.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from fsdp_qlora.track.meter import Window
 
 _REPEATS = 5
 _MOST_OPERATIONS = 2e10
-"""Of one product in the calibration; beyond that fewer tokens, for the rate is the same."""
+"""Most operations of one product in the calibration. Larger products use fewer tokens, which have the same rate."""
 
 
 def mfu(plan: TrainPlan, shapes: ModelShapes, device: Device, num_ranks: int, window: Window) -> dict[str, float]:
-    """Return the share of the ranks' peak that the window's model operations are (model FLOPs utilisation)."""
+    """Return the window's model FLOPs as a share of the ranks' peak (model FLOPs utilisation)."""
     flops = model_flops(plan, shapes, window.tokens, window.target_tokens, window.rows)
     return {"mfu": flops / (window.seconds * device.teraflops * 1e12 * num_ranks)}
 
 
 @dataclass(frozen=True)
 class GemmTimes:
-    """What the model's matrix products take alone, on one rank (the mean over the ranks)."""
+    """Time of the model's matrix products in isolation, on one rank (the mean over the ranks)."""
 
     token_seconds: float
-    """Of the linears, forward and backward, for one token."""
+    """Seconds for the linears, forward and backward, per token."""
     target_seconds: float
-    """Of the head, for one supervised token."""
+    """Seconds for the head, per supervised token."""
     teraflops: float
-    """Rate of the linears."""
+    """Rate of the linears' products."""
     micro_batch_tokens: int
-    """Rows of the products that were timed."""
+    """Rows of the input of the timed products."""
 
     def share(self, num_ranks: int, window: Window) -> dict[str, float]:
         """Return these products' time as a share of the window's."""
@@ -55,28 +55,28 @@ class GemmTimes:
         return {"roofline_share": ideal / num_ranks / window.seconds}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return it as a JSON-serialisable dictionary."""
         return asdict(self)
 
 
 def time_gemms(
     plan: TrainPlan, shapes: ModelShapes, ranks: Ranks, dtype: torch.dtype, tokens: int, chunk: int
 ) -> GemmTimes:
-    """Time the model's matrix products alone; every rank calls it at once.
+    """Time the model's matrix products in isolation. A collective: all ranks run at the same time.
 
     Args:
         plan: the plan.
-        shapes: the model.
+        shapes: the model's shapes.
         ranks: the ranks.
-        dtype: of the products.
-        tokens: of a usual micro-batch.
+        dtype: dtype of the products.
+        tokens: tokens in a typical micro-batch.
         chunk: tokens whose logits exist at the same time.
     """
     counts: Counter[tuple[int, int]] = Counter()
     for linear, times in linears_of_token(plan, shapes):
         counts[linear.out_features, linear.in_features] += times
     head = min(shapes.vocab_size, max(1, SLICE_WEIGHTS // shapes.hidden_size))
-    barrier(ranks)  # all at once, as in a step: the ranks may share cores and memory
+    barrier(ranks)  # run concurrently, as in a step: the ranks may share cores and memory
     token = sum(n * _seconds_per_token(*shape, tokens, dtype, ranks.device) for shape, n in counts.items())
     target = _seconds_per_token(head, shapes.hidden_size, min(tokens, chunk), dtype, ranks.device)
     token, target = (x / ranks.size for x in all_sum([token, target * shapes.vocab_size / head], ranks))
@@ -85,7 +85,7 @@ def time_gemms(
 
 
 def _seconds_per_token(rows: int, columns: int, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the seconds a token of ``x @ weight.T`` and ``grad @ weight``; the weight is ``[rows, columns]``."""
+    """Return seconds per token for ``x @ weight.T`` plus ``grad @ weight``; the weight is ``[rows, columns]``."""
     tokens = max(1, min(tokens, int(_MOST_OPERATIONS / (2 * rows * columns))))
     weight = torch.randn(rows, columns, device=device).to(dtype)
     x, grad = (torch.randn(tokens, width, device=device).to(dtype) for width in (columns, rows))

@@ -1,4 +1,4 @@
-"""Reads the Chrome trace that torch's profiler exports (a public format) into intervals of whole nanoseconds."""
+"""Reads the Chrome trace exported by torch's profiler (a public format) as intervals in whole nanoseconds."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from typing import Any, NamedTuple
 _HOST = frozenset({"cpu_op", "user_annotation"})
 _DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 _LAUNCH = ("_runtime", "_driver")
-"""Endings of the categories of calls that start work on a device (``cuda_runtime``, ``xpu_driver`` ...)."""
+"""Suffixes of the categories of calls that launch device work (``cuda_runtime``, ``xpu_driver`` ...)."""
 
 Thread = int | str
-"""A thread of the host, or a stream of the device."""
+"""A host thread, or a device stream."""
 Place = tuple[Thread, int]
-"""Where an event of the host begins: its thread and time."""
+"""(thread, start time) of a host event."""
 
 
 class Event(NamedTuple):
-    """Something with a name that ran from ``start`` to ``end`` (nanoseconds of the trace's own clock)."""
+    """A named interval from ``start`` to ``end`` (in nanoseconds of the trace's own clock)."""
 
     name: str
     thread: Thread
     start: int
     end: int
     correlation: int | None = None
-    """What a launch and its work on the device have in common."""
+    """Id that links a launch to its work on the device."""
 
 
 @dataclass
 class Trace:
-    """What happened on one rank."""
+    """The events recorded on one rank."""
 
     host: list[Event] = field(default_factory=list)
     """Operators and scopes, by thread."""
     launches: list[Event] = field(default_factory=list)
-    """Calls on the host that started work on a device."""
+    """Host calls that launched work on a device."""
     device: list[Event] = field(default_factory=list)
     """Kernels and copies; ``thread`` is the stream."""
     forward_of: dict[Place, Place] = field(default_factory=dict)
-    """Where an operation of backward begins -> where the one of forward began that it belongs to."""
+    """Start of a backward operation -> start of the forward operation it belongs to."""
 
 
 class _Flow(NamedTuple):
@@ -55,7 +55,7 @@ class _Flow(NamedTuple):
 def read_trace(file: Path) -> Trace:
     """Read what `torch.profiler.profile.export_chrome_trace` wrote (gzipped)."""
     with gzip.open(file, "rt") as stream:
-        # The hook turns each event into a small tuple while parsing: as dictionaries they take several times as much.
+        # The hook turns each event into a small tuple while parsing: dictionaries take several times the memory.
         read = json.load(stream, object_hook=_slim)
     trace = Trace()
     starts: dict[int, Place] = {}

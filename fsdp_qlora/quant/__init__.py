@@ -1,1 +1,1 @@
-"""How a weight is small: 4-bit formats on bitsandbytes' kernels, packed so that FSDP2 can shard them."""
+"""Quantized weights: formats on bitsandbytes' kernels, packed so that FSDP2 can shard them."""

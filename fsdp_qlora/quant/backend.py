@@ -1,4 +1,4 @@
-"""Which of bitsandbytes' backends computes on a device. The only module that looks into its loader (`cextension`)."""
+"""Finds the bitsandbytes backend of a device; the only module that looks into its loader (`cextension`)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from bitsandbytes import cextension
 from fsdp_qlora.errors import PlanError
 
 WITHOUT_LIBRARY = ("cpu", "xpu")
-"""Device types for which bitsandbytes has kernels in Python, too."""
+"""Device types for which bitsandbytes also has kernels in Python, so they work without its native library."""
 
 
 def bitsandbytes_backend(device: torch.device) -> str:
-    """Return what computes bitsandbytes' ops on ``device``: ``bitsandbytes 0.50.2 (CUDA)``.
+    """Return the backend that runs bitsandbytes' ops on ``device``: ``bitsandbytes 0.50.2 (CUDA)``.
 
-    ROCm's devices are torch's ``cuda``: there the name is that of the library that was loaded.
+    ROCm devices are ``cuda`` to torch, so the name comes from the library that was loaded.
 
     Raises:
-        PlanError: if bitsandbytes knows no such device, or could not load the library that it needs there.
+        PlanError: if bitsandbytes does not support the device, or could not load the library it needs there.
     """
     kind = device.type
     if kind not in bitsandbytes.supported_torch_devices:

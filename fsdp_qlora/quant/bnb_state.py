@@ -1,7 +1,7 @@
 """A 4-bit tensor in the form that bitsandbytes and transformers store: codes, statistics, maps and a JSON state.
 
-``NAME.weight`` holds the codes as uint8 ``[ceil(numel / 2), 1]``; beside it lie ``.absmax``, ``.quant_map`` and, with
-double quantization, ``.nested_absmax`` and ``.nested_quant_map``; all else is JSON in the bytes of
+``NAME.weight`` holds the codes as uint8 ``[ceil(numel / 2), 1]``. Next to it are ``NAME.weight.absmax``, ``.quant_map``
+and, with double quantization, ``.nested_absmax`` and ``.nested_quant_map``. The rest is JSON, stored as the bytes of
 ``.quant_state.bitsandbytes__nf4`` (or ``fp4``).
 """
 
@@ -17,32 +17,32 @@ from fsdp_qlora.quant.formats import Format, QuantizedTensor
 from fsdp_qlora.quant.packing import ROW_BLOCKS, bits_to_float, rows_to_bytes
 
 STATE_SUFFIX = ".quant_state.bitsandbytes__"
-"""What comes between a weight's name and its format in the name of its JSON state."""
+"""The name of a weight's JSON state is the weight's name, this suffix, and the format."""
 
 
 @cache
 def quant_map(name: str) -> torch.Tensor:
-    """Return the 16 values that the codes of nf4 or fp4 stand for, float32 on the CPU."""
+    """Return the 16 values that nf4 or fp4 codes decode to, float32 on the CPU."""
     return get_4bit_type(name, device="cpu")
 
 
 @cache
 def nested_quant_map() -> torch.Tensor:
-    """Return the 256 values that the codes of quantized statistics stand for, float32 on the CPU."""
+    """Return the 256 values that the codes of quantized statistics decode to, float32 on the CPU."""
     return create_dynamic_map()
 
 
 def bnb_tensors(
     name: str, quantized: QuantizedTensor, quant_format: Format, shape: tuple[int, ...], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Return what transformers stores of one 4-bit weight, by tensor name, on the CPU.
+    """Return the tensors that transformers stores for one 4-bit weight, by name, on the CPU.
 
     Args:
-        name: of the weight, such as ``model.layers.0.self_attn.q_proj.weight``.
-        quantized: all rows of it.
+        name: name of the weight, such as ``model.layers.0.self_attn.q_proj.weight``.
+        quantized: all rows of the quantized weight.
         quant_format: its format.
-        shape: of the weight.
-        dtype: of the weight before it was quantized; bitsandbytes dequantizes to it.
+        shape: shape of the weight.
+        dtype: dtype of the weight before quantization; bitsandbytes dequantizes to it.
     """
     numel = prod(shape)
     absmax = quantized.absmax.reshape(-1)[: quant_format.num_statistics(1, numel)].cpu()
@@ -64,7 +64,7 @@ def bnb_tensors(
         state2=inner,
     )
     parts = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
-    # Copies: the maps are one tensor for all weights and the rows have padding; a file holds each tensor by itself.
+    # Clone: weights share the maps and the rows are padded, but safetensors wants tensors with storage of their own.
     return {
         key: value.clone()
         for key, value in {name: rows_to_bytes(quantized.packed, numel).cpu()[:, None], **parts}.items()

@@ -1,4 +1,4 @@
-"""`QuantEmbedding`: a quantized embedding table; only the rows that are looked up are dequantized."""
+"""`QuantEmbedding`: a quantized embedding table that dequantizes only the rows it looks up."""
 
 from __future__ import annotations
 

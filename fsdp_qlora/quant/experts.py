@@ -1,7 +1,7 @@
-"""The experts of a mixture-of-experts layer with 4-bit weights, run through transformers' own experts interface.
+"""Mixture-of-experts layers with 4-bit weights, through transformers' own experts interface.
 
-A transformers experts module keeps its routing, gate and activation; only its stacked weights are `QuantMatrices`, and
-the forward registered here multiplies with one expert at a time, so one dense expert exists at once.
+A transformers experts module keeps its routing, gate and activation; only its stacked weights become `QuantMatrices`.
+The forward registered here runs one expert at a time, so at most one expert is dense at any moment.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ def experts_by_counts(
         hidden_states: ``[tokens, hidden]``.
         top_k_index: int64 ``[tokens, k]``, the experts of each token.
         top_k_weights: ``[tokens, k]``.
-        counts: gives the tokens of each expert from ``top_k_index`` and the number of experts.
+        counts: returns the number of tokens for each expert, given ``top_k_index`` and the number of experts.
     """
     up, down = first_matrices(self), self.down_proj
+    # (token, slot) pairs, flattened and sorted by expert: each expert's tokens become one contiguous run
     order = top_k_index.reshape(-1).argsort(stable=True)
     tokens = order // top_k_index.shape[-1]
     parts = hidden_states[tokens].split(counts(top_k_index, up.count))
@@ -58,5 +59,5 @@ def _tokens_per_expert(top_k_index: torch.Tensor, count: int) -> list[int]:
 
 
 def first_matrices(module: nn.Module) -> QuantMatrices:
-    """Return an experts module's gate and up projection, or its up projection where it has no gate."""
+    """Return an experts module's gate and up projection, or its up projection if it has no gate."""
     return module.gate_up_proj if module.has_gate else module.up_proj  # type: ignore[return-value]

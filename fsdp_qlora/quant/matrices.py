@@ -1,8 +1,8 @@
 """`QuantMatrices`: frozen quantized matrices whose bytes and statistics are plain parameters that FSDP2 can shard.
 
-What a linear layer, the stacked experts of a layer, an embedding and an output head have in common. There is no
-``.weight``: nothing of upstream can mistake packed bytes for numbers. A matrix is dequantized inside forward and again
-inside backward (`quant/products.py`), so autograd keeps nothing full-size.
+The common base of quantized linears, stacked experts, embeddings and output heads. There is no ``.weight``, so no
+upstream code can mistake packed bytes for numbers. A matrix is dequantized inside forward and again inside backward
+(`quant/products.py`), so autograd saves nothing full-size.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from fsdp_qlora.quant.products import densify, multiply
 from fsdp_qlora.shapes.linears import LinearShape
 
 STATISTICS = ("absmax", "nested")
-"""Names of the parameters beside ``packed``."""
+"""Names of the parameters that hold statistics, as opposed to ``packed``."""
 
 
 class QuantMatrices(nn.Module):
-    """``count`` frozen matrices ``[out_features, in_features]`` in ``quant_format``, each from a row of its own on.
+    """``count`` frozen matrices ``[out_features, in_features]`` in ``quant_format``, each starting on its own row.
 
     Parameters (all frozen) of a 4-bit format, with R = ceil(out_features * in_features / 16384): ``packed`` bfloat16
     ``[count * R, 4096]``, ``absmax`` ``[count * R, 16384 / block_size]``, ``nested`` int32 ``[count * R, 1]`` (double
     quantization only). ``offset`` is a float32 buffer ``[count]``. Of int8, with R = out_features: ``packed`` int8
-    ``[count * R, in_features]`` and ``absmax`` int32 ``[count * R, 1]``, the bits of each row's.
+    ``[count * R, in_features]`` and ``absmax`` int32 ``[count * R, 1]``, the bits of each row's float32 absmax.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class QuantMatrices(nn.Module):
         self.in_features, self.out_features, self.count = in_features, out_features, count
         self.quant_format = quant_format
         self.cache_dequantized = False
-        """Whether the dense matrix is kept from forward to backward; by default backward dequantizes it again."""
+        """Whether to keep the dense matrix from forward to backward; by default backward dequantizes it again."""
         self.stored: LinearShape | None = None
-        """What it stands for in the unquantized model and its files; None where it was made by hand."""
+        """The linear it replaces in the unquantized model and its files; None if it was built by hand."""
         self.rows_each = quant_format.num_rows(out_features, in_features)
         rows, dtype = count * self.rows_each, quant_format.storage_dtype
         width = quant_format.row_bytes(in_features) // dtype.itemsize
@@ -66,11 +66,11 @@ class QuantMatrices(nn.Module):
 
     @property
     def numel(self) -> int:
-        """Number of weights of each matrix."""
+        """Number of weights in each matrix."""
         return self.out_features * self.in_features
 
     def matrix(self, index: int = 0) -> Matrix:
-        """Return matrix ``index`` as it is now (gathered, inside an FSDP forward)."""
+        """Return matrix ``index`` from the parameters as they are now (inside an FSDP forward: gathered)."""
         rows = slice(index * self.rows_each, (index + 1) * self.rows_each)
         nested = None if self.nested is None else self.nested[rows]
         offset = None if self.offset is None else self.offset[index]  # type: ignore[index]
@@ -87,14 +87,14 @@ class QuantMatrices(nn.Module):
         return multiply(x, [self.for_product(x, index)])[0]
 
     def for_product(self, x: torch.Tensor, index: int = 0) -> Matrix:
-        """Return the matrix as `multiply` should have it for ``x``: dense, where backward is to find it so."""
+        """Return the matrix to pass to `multiply`: dense if backward should reuse it (``cache_dequantized``)."""
         matrix = self.matrix(index)
         keep = self.cache_dequantized and self.training and torch.is_grad_enabled() and self.numel <= WHOLE_WEIGHTS
         return densify(matrix, x.dtype) if keep and self.quant_format.dense_forward else matrix
 
     @torch.no_grad()
     def fill(self, quantized: QuantizedTensor) -> None:
-        """Write this rank's rows of ``quantized`` (all rows where nothing is sharded) into the parameters."""
+        """Write ``quantized``, this rank's rows (all rows if nothing is sharded), into the parameters."""
         for name in ("packed", *STATISTICS):
             value, parameter = getattr(quantized, name), getattr(self, name)
             if parameter is not None:
@@ -103,7 +103,7 @@ class QuantMatrices(nn.Module):
             self.offset.copy_(quantized.offset)
 
     def extra_repr(self) -> str:
-        """Show shape and format, as `nn.Linear` shows its shape."""
+        """Show shape and format."""
         kind = f"{self.quant_format.name}{'+dq' if self.quant_format.double_quant else ''}"
         many = f"count={self.count}, " if self.count > 1 else ""
         if self.quant_format.block_size != BLOCK_WEIGHTS:

@@ -1,4 +1,4 @@
-"""`Matrix`: one frozen matrix ``[out_features, in_features]`` as it is while it computes, quantized or dense."""
+"""`Matrix`: one frozen matrix ``[out_features, in_features]`` as it takes part in a product, quantized or dense."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fsdp_qlora.quant.gemm import add_product, matmul
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix and how to multiply with it. Nothing here is differentiated: the matrix is frozen."""
+    """A matrix and its products. Nothing here is differentiated: the matrix is frozen."""
 
     out_features: int
     in_features: int
     quantized: QuantizedTensor | None
     quant_format: Format
     dense: torch.Tensor | None = None
-    """``[out_features, in_features]``, where it was dequantized already; ``quantized`` is None then."""
+    """``[out_features, in_features]`` if already dequantized; ``quantized`` is then None."""
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return rows ``[start, stop)`` in ``dtype``; ``start`` must fall on a packed row, see `slices`."""
+        """Return rows ``[start, stop)`` in ``dtype``; ``start`` must begin a packed row, see `slices`."""
         if self.quantized is None:
             assert self.dense is not None
             return self.dense[start:stop]
@@ -37,11 +37,12 @@ class Matrix:
         return dequantize(part, self.quant_format, (stop - start, self.in_features), dtype)
 
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return all of it in ``dtype``."""
+        """Return the whole matrix in ``dtype``."""
         return self.rows(0, self.out_features, dtype)
 
     def slices(self) -> Iterator[tuple[int, int]]:
-        """Yield ``(start, stop)`` of slices of its rows that begin on packed rows."""
+        """Yield ``(start, stop)`` of slices of rows, each starting at the beginning of a packed row."""
+        # `step` matrix rows are the fewest that fill whole packed rows: lcm(row weights, in_features) / in_features
         step = self._row_weights // gcd(self._row_weights, self.in_features)
         size = max(step, SLICE_WEIGHTS // self.in_features // step * step)
         for start in range(0, self.out_features, size):
@@ -52,7 +53,7 @@ class Matrix:
         return self.quant_format.row_weights(self.in_features)
 
     def _pieces(self) -> Iterator[tuple[int, int]]:
-        """Yield what is dense at a time: all of it, or of a very large matrix its `slices`."""
+        """Yield the row ranges to dequantize at a time: the whole matrix, or the `slices` of a very large one."""
         if self.out_features * self.in_features <= WHOLE_WEIGHTS:
             yield 0, self.out_features
         else:
@@ -71,7 +72,7 @@ class Matrix:
         return out
 
     def apply_transposed(self, grad: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Return ``grad @ matrix`` ``[tokens, in_features]``, added to ``into`` (in place) where that is given."""
+        """Return ``grad @ matrix`` ``[tokens, in_features]``, added to ``into`` in place if given."""
         for start, stop in self._pieces():
             part, dense = grad[:, start:stop], self.rows(start, stop, grad.dtype)
             into = matmul(part, dense) if into is None else add_product(into, part, dense)
@@ -80,6 +81,6 @@ class Matrix:
 
 
 SLICE_WEIGHTS = 2**26
-"""Weights of a quantized head, or of a very large linear, that are dense at the same time (128 MiB in bf16)."""
+"""How many weights of a quantized head or very large linear are dense at a time (128 MiB in bf16)."""
 WHOLE_WEIGHTS = 2**28
-"""A linear of up to so many weights (512 MiB in bf16) is dequantized whole; larger ones slice by slice."""
+"""Linears of up to this many weights (512 MiB in bf16) are dequantized whole; larger ones slice by slice."""

@@ -1,4 +1,4 @@
-"""How functions of ours become ops of torch, by its public `torch.library`."""
+"""Registers our functions as torch ops, through the public `torch.library`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ NAMESPACE = "fsdp_qlora"
 
 
 def register(functions: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]]) -> dict[Any, Callable[..., Any]]:
-    """Make an op ``torch.ops.fsdp_qlora.NAME`` of each function, on all devices; return the functions by op.
+    """Register each function as the op ``torch.ops.fsdp_qlora.NAME``, on all devices; return the functions by op.
 
-    The ops are not differentiated: they are called inside of `torch.autograd.Function`.
+    The ops have no autograd formula: they are called inside `torch.autograd.Function`.
 
     Args:
-        functions: by name, what it does and what it returns on fake tensors (shapes and dtypes alone). Both take the
-            same arguments, whose annotations are the op's schema; results must be new tensors.
+        functions: by name, the implementation and its fake (shapes and dtypes only). Both take the same arguments; the
+            implementation's annotations define the op's schema. Results must be new tensors.
     """
     found = {}
     for name, (function, fake) in functions.items():

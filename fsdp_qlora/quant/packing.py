@@ -1,8 +1,8 @@
 """Bytes <-> storage dtype and the block-aligned rows; the only place with ``.view(dtype)``.
 
-Why packed weights are stored as bfloat16 and statistics as integers: FSDP2 casts *float* parameters to
-``MixedPrecisionPolicy.param_dtype`` when it gathers them and leaves integers alone. A bf16 tensor under
-``param_dtype=bfloat16`` is gathered bit for bit; float32 statistics would be rounded, so their bits travel as int32.
+Packed weights are stored as bfloat16 and statistics as integers because FSDP2 casts *float* parameters to
+``MixedPrecisionPolicy.param_dtype`` when it gathers them, and leaves integers alone. Under ``param_dtype=bfloat16`` a
+bf16 tensor is gathered bit for bit; float32 statistics would be rounded, so their bits travel as int32.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import torch
 BLOCK_WEIGHTS = 64
 """Weights that share one absmax, by default."""
 ROW_BLOCKS = 256
-"""Blocks of 64 in a row; also bitsandbytes' nested block (absmax values that share one nested absmax)."""
+"""Blocks of 64 in a row; also the size of bitsandbytes' nested block (absmax values per nested absmax)."""
 ROW_WEIGHTS = BLOCK_WEIGHTS * ROW_BLOCKS
 """Weights in a row of 4-bit storage."""
 ROW_BYTES = ROW_WEIGHTS // 2
 """Bytes of 4-bit codes in a row."""
 CHUNK_WEIGHTS = 64 * ROW_WEIGHTS
-"""Weights that are read and quantized at a time: 2 MiB in bf16."""
+"""Weights read and quantized at a time: 2 MiB in bf16."""
 STORAGE_DTYPE = torch.bfloat16
-"""Dtype that packed weights pretend to have."""
+"""Dtype in which packed bytes are stored."""
 ROW_ELEMENTS = ROW_BYTES // STORAGE_DTYPE.itemsize
 """Storage elements in a row: 4,096."""
 
 
 def num_rows(numel: int) -> int:
-    """Return the rows of 4-bit storage that ``numel`` weights take."""
+    """Return the number of rows of 4-bit storage for ``numel`` weights."""
     return -(-numel // ROW_WEIGHTS)
 
 

@@ -1,21 +1,20 @@
-"""``fsdp_qlora::linears``: one input times several frozen matrices, each with its low-rank adapter; one op of torch.
+"""``fsdp_qlora::linears``: one input times several frozen matrices, each with its low-rank adapter, as one torch op.
 
     out_i = x @ W_i.T + scaling_i * (x @ A_i.T) @ B_i.T
 
-(QLoRA, Dettmers et al., 2023, https://arxiv.org/abs/2305.14314, equation 5.) What is gained over separate modules:
+(QLoRA, Dettmers et al., 2023, https://arxiv.org/abs/2305.14314, equation 5.) Compared with separate modules:
 
-- for backward only ``x`` is kept, once for all; the low-rank product is made again, it costs next to nothing;
-- the A of all matrices are stacked, so that there is one low-rank product of ``x``, and one of its gradient;
-- the low-rank part is added into the base's product by the multiplication itself, and so are the gradients of ``x``:
-  no pass over activations just to add;
-- a frozen weight has no gradient, and none is computed; ``x``'s is not where nothing before it is trained.
+- backward needs only ``x``, saved once for all matrices; the low-rank product is recomputed, which is almost free;
+- the A of all matrices are stacked, so ``x @ A.T`` is one product, and so is the adapters' part of ``x``'s gradient;
+- ``addmm`` adds the low-rank part to the base's product, and sums the gradients of ``x``: no separate pass over
+  activations for the addition;
+- frozen weights get no gradient, and ``x`` gets one only if something before it is trained.
 
-It is an op, so `torch.compile` and selective checkpointing see one thing that they need not
-look into, with a fake implementation that gives shapes. Simulated steps look into `BODIES`, for the dense weights
-inside are what a step's memory is made of.
+As an op it is opaque to `torch.compile` and selective checkpointing; a fake implementation gives the shapes. Simulated
+steps run `BODIES` instead, because the dense weights inside dominate a step's memory.
 
-An int8 base is multiplied in 8 bit (`multiply_int8`); the gradient of ``x`` is of its dequantized weight, as in
-bitsandbytes, whatever was rounded in forward.
+An int8 base multiplies in 8 bits (`Format.multiply`). As in bitsandbytes, the gradient of ``x`` uses the dequantized
+weight, regardless of how forward rounded.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from fsdp_qlora.quant.matrix import Matrix
 from fsdp_qlora.quant.ops import register
 
 DENSE = "dense"
-"""Format of matrices that are dense already: ``packed`` are the matrices, and there are no statistics."""
+"""Format name of matrices that are already dense: ``packed`` holds the matrices, and there are no statistics."""
 
 
 def _matrices(
@@ -63,7 +62,7 @@ def _linears(
         low = matmul(flat, _stack(down).t()).split([a.shape[0] for a in down], dim=1)
         for out, part, b, scaling in zip(outs, low, up, scalings, strict=True):
             add_product(out, part, b.t(), scaling)
-    # no views: upstream may change a product in place (clip_qkv, parallel layers), which autograd forbids for those
+    # not views: upstream may modify a product in place (clip_qkv, parallel layers), which autograd forbids for views
     return [torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[1])) for out in outs]
 
 
@@ -72,8 +71,12 @@ def _linears_backward(
     packed: list[Tensor], absmax: list[Tensor], nested: list[Tensor], offset: list[Tensor], out_features: list[int],
     in_features: int, name: str, block_size: int, wants_x: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """Return the gradients of x (empty where not wanted), of each A and of each B. Without adapters ``x`` is None."""
-    used = next(g for g in grads if g is not None)  # None: of an output that nobody used
+    """Return the gradients of x (empty if not wanted), of each A and of each B. Without adapters ``x`` is None.
+
+    With ``low = x @ A.T`` and ``grad_low = scaling * grad @ B``: ``grad_B = scaling * grad.T @ low``,
+    ``grad_A = grad_low.T @ x``, and ``grad_x`` is the sum of ``grad @ W + grad_low @ A`` over the matrices.
+    """
+    used = next(g for g in grads if g is not None)  # None: nothing used that output
     shape = (*used.shape[:-1], in_features)
     found = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
     grad_x = None
@@ -106,13 +109,22 @@ def _stack(down: list[Tensor]) -> Tensor:
 
 
 class _Linears(torch.autograd.Function):
-    """`linears` with its gradients; an `autograd.Function`, for `torch.library.register_autograd` is slow on lists."""
+    """`linears` with its gradients; an `autograd.Function`, because `torch.library.register_autograd` is slow on lists.
+
+    autograd tracks only tensors passed as arguments, not those inside lists, so the six lists are passed flat:
+
+        apply(spec, x, *down, *up, *packed, *absmax, *nested, *offset)
+              |        '-- A, B -' '----- frozen, no gradient ------'
+              '- scalings, lengths of the six lists, out_features, format, block size
+
+    `_cut` makes lists of them again. Without adapters ``down`` and ``up`` are empty and ``x`` is not saved.
+    """
 
     @staticmethod
     def forward(ctx: Any, spec: tuple[Any, ...], x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         scalings, lengths, out_features, name, block_size = spec
-        # FSDP frees and refills the storage of the gathered parameters: saving them costs nothing between the passes.
-        # Nor does saving those that are whole in float32, where copies in x's dtype would stay until backward.
+        # FSDP frees and refills the storage of gathered parameters, so saving them takes no memory between the passes.
+        # Unsharded adapters are saved as they are, in float32: copies in x's dtype would live until backward.
         ctx.save_for_backward(*([x] if lengths[0] else []), *rest)
         ctx.set_materialize_grads(False)
         ctx.spec, ctx.in_features, ctx.dtype = spec, x.shape[-1], x.dtype
@@ -123,7 +135,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         scalings, lengths, out_features, name, block_size = ctx.spec
-        saved = list(ctx.saved_tensors)  # once: checkpointing forbids a second look
+        saved = list(ctx.saved_tensors)  # read once: checkpointing forbids a second access
         x = saved.pop(0) if lengths[0] else None
         down, up, *frozen = _cut(saved, lengths)
         wants_x = ctx.needs_input_grad[1]
@@ -131,7 +143,7 @@ class _Linears(torch.autograd.Function):
             list(grads), x, _as(down, ctx.dtype), _as(up, ctx.dtype), scalings, *frozen, out_features, ctx.in_features,
             name, block_size, wants_x,
         )  # fmt: skip
-        # an adapter whose product nobody used has no gradient, and not one of zeros: that is how a dead one is found
+        # None rather than zeros for an adapter whose output was not used: that is how dead adapters are detected
         used = [grad is not None for grad in grads]
         adapters = [
             found.to(own.dtype) if exists else None
@@ -146,7 +158,7 @@ def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _cut(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
-    """Return ``tensors`` as lists of these lengths."""
+    """Split ``tensors`` into lists of these lengths."""
     found, place = [], 0
     for length in lengths:
         found.append(list(tensors[place : place + length]))
@@ -162,7 +174,7 @@ def _dense(
 
 
 def densify(matrix: Matrix, dtype: torch.dtype) -> Matrix:
-    """Return ``matrix`` dequantized to ``dtype``: its backward then need not dequantize it again."""
+    """Return ``matrix`` dequantized to ``dtype``, so that backward need not dequantize it again."""
     found = matrix.quantized
     assert found is not None
     nested = [] if found.nested is None else [found.nested]
@@ -178,17 +190,17 @@ def multiply(
     x: Tensor, matrices: Sequence[Matrix], down: Sequence[Tensor] = (), up: Sequence[Tensor] = (),
     scalings: Sequence[float] = (),
 ) -> list[Tensor]:  # fmt: skip
-    """Return ``x`` times each of ``matrices``, with its adapter where adapters are given.
+    """Return ``x`` times each of ``matrices``, each with its adapter if adapters are given.
 
     Args:
         x: ``[..., in_features]``.
-        matrices: of the same ``in_features`` and format; they get no gradient.
-        down: each A, ``[r, in_features]``, in ``x``'s dtype or in one that is cast to it.
-        up: each B, ``[out_features, r]``, likewise.
-        scalings: factor on each adapter's product.
+        matrices: frozen matrices with the same ``in_features`` and format.
+        down: the A of each adapter, ``[r, in_features]``; cast to ``x``'s dtype.
+        up: the B of each adapter, ``[out_features, r]``; cast to ``x``'s dtype.
+        scalings: the factor of each adapter's product.
 
     Returns:
-        ``[..., out_features]`` for each.
+        ``[..., out_features]`` for each matrix.
     """
     out_features = [m.out_features for m in matrices]
     if matrices[0].quantized is None:
@@ -234,4 +246,4 @@ BODIES: dict[Any, Callable[..., Any]] = register(
     {"linears": (_linears, _fake_linears), "linears_backward": (_linears_backward, _fake_linears_backward),
      "dense": (_dense, _fake_dense)}
 )  # fmt: skip
-"""The functions that the ops stand for, by op: simulated steps look into them."""
+"""The functions behind the ops, by op; simulated steps call them directly."""

@@ -1,4 +1,4 @@
-"""Replace what is planned to be quantized in a meta model by modules that hold packed parameters."""
+"""Replaces the linears of a meta model that will be quantized by modules that hold packed parameters."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def swap_linears(
     model: nn.Module, linears: Iterable[LinearShape | Packed], quant_format: Format | None = None,
     cache_dequantized: bool = False,
 ) -> list[str]:  # fmt: skip
-    """Put a `QuantLinear` on meta in the place of each linear, `QuantMatrices` in that of stacked ones.
+    """Replace each linear by a `QuantLinear` on meta, and stacked matrices by `QuantMatrices`.
 
-    Each is stored in ``quant_format``, or as its `Packed` says; with ``cache_dequantized`` dense matrices are kept from
-    forward to backward. Return the names swapped.
+    Each uses ``quant_format`` or, if that is None, the format of its `Packed`. With ``cache_dequantized``, dense
+    matrices are kept from forward to backward. Returns the names swapped.
 
     Raises:
-        PlanError: if one is no linear layer of ``model``, or is not on the meta device (its weight would be lost).
+        PlanError: if one is not a linear layer of ``model``, or is not on the meta device (its weight would be lost).
     """
     names = []
     for x in linears:

@@ -1,1 +1,1 @@
-"""The story of one run."""
+"""One run from start to end: prepare, train, save, export."""

@@ -1,4 +1,4 @@
-"""Whether the base model's files are still those that a checkpoint was trained on, byte for byte."""
+"""Checks that the base model's files are byte for byte those that a checkpoint was trained on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class BaseFiles:
-    """Digests of the base model's files in a run: each node's first rank makes those of its own files."""
+    """Digests of the base model's files; on each node, the first rank computes those of its files."""
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared, self._ranks = prepared, prepared.ranks
@@ -29,20 +29,20 @@ class BaseFiles:
         self._digests = WholeDigests(weight_files(prepared.folder), _kept())
 
     def known(self) -> dict[str, str]:
-        """Return the whole digests that are known by now."""
+        """Return the whole-file digests known so far."""
         return dict(self._digests.known)
 
     def begin(self) -> None:
-        """Make those that are not, in the background."""
+        """Start to compute the missing digests in the background."""
         if self._local_rank == 0:
             self._digests.begin()
 
     def close(self) -> None:
-        """Leave off."""
+        """Stop the background work."""
         self._digests.close()
 
     def compare(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
-        """Check the files against the whole digests in a checkpoint; those that are new here are read first.
+        """Compare the files with the whole-file digests in a checkpoint, computing missing ones first.
 
         Every rank calls it.
 
@@ -61,5 +61,5 @@ class BaseFiles:
 def _kept() -> Path | None:
     try:
         return cache_folder() / "digests"
-    except (ConfigError, StorageError):  # no home: they are made again by each run
+    except (ConfigError, StorageError):  # no home folder: every run computes them again
         return None

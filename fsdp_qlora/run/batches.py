@@ -1,4 +1,4 @@
-"""Which batches a run trains on, from tokenized rows or a stream, and which of them compiled layers are for."""
+"""Builds a run's batches from tokenized rows or a stream, and marks those that should not run compiled."""
 
 from __future__ import annotations
 
@@ -21,26 +21,29 @@ from fsdp_qlora.track.unwritten import Unwritten
 from fsdp_qlora.train.length import Length
 
 _SEEN_ROWS = 1000
-"""Rows whose micro-batches are looked at to see which forms are usual."""
+"""Rows whose micro-batches are inspected to find the usual forms."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """This rank's part of each global batch, and where they end."""
+    """This rank's part of each global batch, and the length of the run."""
 
     batch_at: Ahead
     num_rows: int
-    """Rows (packed: sequences) of an epoch; of a stream, all that are read."""
+    """Rows per epoch (sequences if packed); for a stream, all rows that the run reads."""
     length: Length
 
 
 def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> Batches:
-    """Make the loader that the settings ask for.
+    """Build the loader for these settings.
 
-    ``bad_rows`` lists what a stream passes over; ``unwritten`` is told where it cannot be written.
+    Args:
+        prepared: the model, settings and data.
+        bad_rows: file that lists the rows skipped in a stream.
+        unwritten: records when that file cannot be written.
 
     Raises:
-        ModelError: if rows that share a sequence would see each other.
+        ModelError: if rows that share a sequence would attend to each other.
     """
     assert prepared.data is not None
     train, data, seed = prepared.config.train, prepared.config.data, prepared.config.run.seed
@@ -73,7 +76,7 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
 
 
 def _first_batches(loader: Loader, steps: int) -> Iterator[MicroBatch]:
-    """Yield the micro-batches of all ranks in the first steps, as many as `_SEEN_ROWS` fill."""
+    """Yield the micro-batches of all ranks for the first steps, about `_SEEN_ROWS` rows of them."""
     size = loader.global_batch_size
     for step in range(max(1, min(steps, _SEEN_ROWS // size))):
         yield from loader.batch_at(step * size).micro_batches
@@ -82,13 +85,13 @@ def _first_batches(loader: Loader, steps: int) -> Iterator[MicroBatch]:
 def marked(
     batch_at: Callable[[int], Batch], prepared: Prepared, layout: Layout, first: Iterable[MicroBatch]
 ) -> Callable[[int], Batch]:
-    """Return ``batch_at`` with the micro-batches marked that layers are not compiled for, if layers are compiled.
+    """Return ``batch_at``, marking micro-batches of rare forms so that compiled layers run them eagerly.
 
     Args:
-        batch_at: this rank's part of each global batch.
-        prepared: the model and settings.
-        layout: how its rows are laid out.
-        first: micro-batches that show what is usual; of a stream none is known, and the settings say.
+        batch_at: returns this rank's part of each global batch.
+        prepared: the model and settings; without compiled layers, ``batch_at`` is returned unchanged.
+        layout: how rows are laid out in a micro-batch.
+        first: micro-batches that show the usual forms. Empty for a stream, whose forms follow from the settings.
     """
     if (layers := prepared.model.compiled_layers) is None:
         return batch_at
@@ -100,14 +103,14 @@ def marked(
 
 
 def _ignore(where: str, problem: DataError) -> None:
-    """Leave it to the first rank."""
+    """Ignore a bad row, as rank 0 lists it."""
 
 
 def _bad_row_list(file: Path, unwritten: Unwritten) -> Callable[[str, DataError], None]:
-    """Return what adds a row to the list, once: a resumed run may pass over it again."""
+    """Return a function that adds a bad row to the list once, as a resumed run may skip it again."""
     before = read_lines(file) if file.is_file() else []
     if before:
-        write_lines(file, before)  # without half a line at its end
+        write_lines(file, before)  # drops an incomplete last line
     known, lines = {line["where"] for line in before}, Appended(file, unwritten)
 
     def note(where: str, problem: DataError) -> None:
@@ -119,5 +122,5 @@ def _bad_row_list(file: Path, unwritten: Unwritten) -> Callable[[str, DataError]
 
 
 def data_key(key: str, data: DataSettings) -> str:
-    """Return what must be equal for the same rows to come in the same order."""
+    """Return a key that is equal if the same rows come in the same order."""
     return f"{key}{' packed' if data.packing else ''}{' length_grouped' if data.length_grouped else ''}"

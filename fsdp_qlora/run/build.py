@@ -1,4 +1,4 @@
-"""A model from its folder to its shards: checked against upstream, opened, quantized, adapted, sharded, filled."""
+"""Builds a sharded model from its folder: opens it, quantizes, adds adapters, shards, and loads the weights."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """All of a model but its weights."""
+    """Everything about a model except its weights."""
 
     config: RunConfig
-    """The settings with every ``auto`` decided."""
+    """The settings with every ``auto`` resolved."""
     base: PreTrainedModel
-    """On meta, as transformers builds it."""
+    """The model on the meta device, as transformers builds it."""
     source: SafetensorsFolder
     shapes: ModelShapes
     plan: TrainPlan
 
     @property
     def repairs(self) -> tuple[str, ...]:
-        """What changed the losses of models like this one since 0.1.0 began: a run from before cannot go on."""
+        """Fixes since early 0.1.0 that change this model's losses, so that runs from before them cannot resume."""
         rope = getattr(self.base.config.get_text_config(), "rope_parameters", None) or {}
         applies = {
             "buffers of the files are loaded": bool(persistent_buffers(self.base)),
@@ -83,7 +83,7 @@ class OpenedModel:
         return tuple(name for name, does in applies.items() if does)
 
     def compiled(self, on: bool) -> OpenedModel:
-        """Return the same with ``train.compile`` decided."""
+        """Return a copy with ``train.compile`` resolved to ``on``."""
         train = replace(self.config.train, compile=as_word(on))
         return replace(self, config=replace(self.config, train=train))
 
@@ -91,13 +91,18 @@ class OpenedModel:
 def open_model(
     config: RunConfig, folder: Path, ranks: Ranks, budget: int | None, say: bool = True
 ) -> OpenedModel:  # fmt: skip
-    """Open all of a model but its weights; what is wrong with it shows here, before anything long is done.
+    """Open everything about a model except its weights, so that errors show before any long work begins.
 
-    ``config`` has its attention decided (`check_model`). Rank 0 says what of the files is left out.
+    Args:
+        config: the settings, with the attention implementation resolved (`check_model`).
+        folder: the base model.
+        ranks: the ranks of the run.
+        budget: bytes that a rank's tensors may take; None = unknown.
+        say: whether rank 0 logs which tensors of the files are left out.
 
     Raises:
-        ModelError: if it cannot be built, or its files do not hold what it needs.
-        PlanError: if the settings do not go with it.
+        ModelError: if the model cannot be built, or its files lack something that it needs.
+        PlanError: if the settings do not suit the model.
     """
     base = skeleton(config, folder)
     source = SafetensorsFolder(folder)
@@ -118,7 +123,7 @@ def open_model(
 
 
 def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = None) -> tuple[CausalModel, LoadReport]:
-    """Quantize, adapt and shard an opened model, load its weights and give its adapters their start."""
+    """Quantize, adapt and shard an opened model, then load its weights and initialize its adapters."""
     config = opened.config
     model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks)
     shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
@@ -138,9 +143,9 @@ def build_sharded(
     ranks: Ranks,
     host: torch.device = HOST,
 ) -> CausalModel:
-    """Swap, adapt and shard a meta model as planned; the order is the point (see docs/architecture.md).
+    """Swap, adapt and shard a meta model as planned; the order matters (see docs/architecture.md).
 
-    ``config`` has every ``auto`` decided (`decided`, `prepare`); what is left at ``auto`` is not done.
+    ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
     task, lora = task_type(base), config.lora
     after = after_head(base) if task == "CAUSAL_LM" else None
@@ -182,7 +187,7 @@ def build_sharded(
 
 
 def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache: bool) -> None:
-    """Put modules with packed parameters in the place of what is planned to be quantized."""
+    """Replace the modules planned for quantization by modules with packed parameters."""
     swap_linears(base, plan.quantized, cache_dequantized=cache)
     if any(x.linear.stacked for x in plan.quantized):
         use_quantized_experts(base)

@@ -1,4 +1,4 @@
-"""A model is opened, and compared with upstream's own code before anything long is done."""
+"""Opens a model and compares it with upstream's own code before any long work begins."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from fsdp_qlora.run.decide import attentions_for, replace_attention
 
 
 def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
-    """Compare a small twin of the model with upstream's code, or recall that it was; return which attention equals it.
+    """Compare a small twin of the model with upstream's code, or recall the result; return the matching attention.
 
-    ``config`` has all decided but the attention (`OpenedModel.config`): the twin runs as the model will.
+    ``config`` has everything but the attention resolved (`OpenedModel.config`), so the twin runs as the model will.
 
     Raises:
-        ModelError: identically on every rank, if none does.
+        ModelError: identically on every rank, if no attention implementation matches.
     """
     model = config.model
     model_config = on_every(lambda: load_config(folder, model.trust_remote_code, model.config_overrides), ranks)
@@ -55,7 +55,7 @@ def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
 def _remembered(
     config: RunConfig, model_config: PreTrainedConfig, folder: Path, candidates: Sequence[str], ranks: Ranks
 ) -> tuple[Path, str, Verdict | None]:
-    """Return where results are kept, under what this one is, and the one that is there."""
+    """Return the folder of cached results, the key of this one, and the cached result if there is one."""
     code = code_files(model_config, folder, config.model.trust_remote_code)
     key = twin_key(config, model_config, code, candidates, ranks.device, ranks.size)
     kept = cache_folder() / "checks"
@@ -63,7 +63,7 @@ def _remembered(
 
 
 def _require_alike(attentions: Sequence[str], ranks: Ranks) -> None:
-    """Raise on all ranks where they would take different attention implementations."""
+    """Raise on all ranks if they would take different attention implementations."""
     found = gather_json(list(attentions), ranks)
     other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
     if other is not None:
@@ -74,17 +74,17 @@ def _require_alike(attentions: Sequence[str], ranks: Ranks) -> None:
 
 
 def told(verdict: Verdict) -> Choice:
-    """Return the attention and why those that are preferred fell."""
+    """Return the chosen attention, and why preferred ones were rejected."""
     fell = "; ".join(f"{attention} fell: {why}" for attention, why in verdict.fell.items())
     return Choice(verdict.attention, fell)
 
 
 def open_and_check(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> tuple[OpenedModel, Verdict]:
-    """Open a model, and see which attention computes what upstream's code does with all that the plan decided.
+    """Open a model and choose the attention that matches upstream's code under everything that the plan decided.
 
     Raises:
-        ModelError: if it cannot be opened, or no attention does.
-        PlanError: if the settings do not go with it.
+        ModelError: if the model cannot be opened, or no attention matches.
+        PlanError: if the settings do not suit the model.
     """
     opened = on_every(lambda: _open_first(config, folder, ranks, budget), ranks)
     taken = opened.config.model.attn_implementation
@@ -97,7 +97,7 @@ def open_and_check(config: RunConfig, folder: Path, ranks: Ranks, budget: int | 
 
 
 def _open_first(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> OpenedModel:
-    """Open the model with the first attention that its class takes."""
+    """Open the model with the first attention implementation that its class accepts."""
     *others, last = attentions_for(config, ranks.device, folder)
     for attention in others:
         try:

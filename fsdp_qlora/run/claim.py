@@ -1,7 +1,7 @@
-"""Taking the run folder: what to do with what a run finds there (ADR 0003: the second run).
+"""Claims the run folder and decides what to do with an earlier run in it (ADR 0003: the second run).
 
-Nothing in the folder is changed before it is sure that the run may start: `RunFolder.begin` does that, once `fit` has
-found and checked what it resumes from.
+The earlier run's settings and summary stay untouched until the run may certainly start: `RunFolder.begin` replaces
+them, once `fit` has found and checked the checkpoint that it resumes from.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from fsdp_qlora.shown import published
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks agree to do."""
+    """What all ranks have agreed to do."""
 
     start: bool
-    """False where the folder holds this very run, finished."""
+    """False if the folder already holds this run, finished."""
     note: str = ""
-    """What a person should know."""
+    """Message for the user."""
 
 
 def claim(folder: RunFolder, config: RunConfig, ranks: Ranks) -> Decision:
-    """Take the folder on rank 0 and agree on what to do. Every rank calls it.
+    """Claim the folder on rank 0 and agree on what to do. Every rank calls it.
 
     Raises:
         ConfigError: if the ranks were started with different settings.
@@ -94,7 +94,7 @@ def _decide(folder: RunFolder, config: RunConfig) -> Decision:
 
 
 def _covers(folder: RunFolder, saved: dict[str, Any], config: RunConfig) -> bool:
-    """Whether the finished run has all the steps now asked for."""
+    """Whether the finished run already has all requested steps."""
     asked = config.train
     if asked.max_steps == saved["max_steps"] and asked.num_epochs == saved["num_epochs"]:
         return True

@@ -1,4 +1,4 @@
-"""What is decided before a byte is allocated: attention, plan, memory to plan with, and whether to compile."""
+"""Decisions made before any memory is allocated: attention, plan, memory budget, and whether to compile."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
 
 
 def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedModel, TrainPlan]:
-    """Return the settings with every ``auto`` decided, the meta model and the plan, from the model's config alone."""
+    """Return the settings with every ``auto`` resolved, the meta model and the plan, from the model's config alone."""
     config, base = planned_skeleton(config)
     plan = make_plan(config, read_shapes(base), world_size, planned_budget(config, world_size))
     return decided(config, plan.settings), base, plan
 
 
 def planned_budget(config: RunConfig, world_size: int) -> int:
-    """Return the bytes that tensors may take on the planned device, or on this machine's where none is named."""
+    """Return the bytes that tensors may take on the planned device, or on this machine's if none is named."""
     if config.plan.gpu or config.plan.device:
         capacity = config.plan.gpu or find_device(config.plan.device or "").memory
         return tensor_budget(parse_bytes(capacity), True)
@@ -52,10 +52,10 @@ def planned_budget(config: RunConfig, world_size: int) -> int:
 
 
 def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
-    """Return the settings as they mean on the planned device (a GPU where one is named), and the meta model.
+    """Return the settings resolved for the planned device (a GPU if one is named), and the meta model.
 
     Raises:
-        ModelError: if the model is no folder, not in the hub's cache, and not one of those known by name.
+        ModelError: if the model is not a folder, not in the hub cache, and not one of the shapes known by name.
     """
     check(config)
     source = config_for_plan(config.model.name, config.model.revision)
@@ -70,7 +70,7 @@ def with_attention(config: RunConfig, device: torch.device, source: Path) -> Run
 
 
 def attentions_for(config: RunConfig, device: torch.device, source: Path) -> tuple[str, ...]:
-    """Return the attention implementations that may be tried, the preferred one first."""
+    """Return the attention implementations to try, preferred first."""
     model, wanted = config.model, asked(config.model.attn_implementation)
     if config.debug.name == "plain":
         wanted = wanted or EAGER
@@ -85,7 +85,7 @@ def replace_attention(config: RunConfig, attention: str) -> RunConfig:
 
 
 def skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
-    """Build the meta model of ``folder`` with the settings' attention and rotary tables for their longest row."""
+    """Build the meta model of ``folder`` with the chosen attention, and rotary embeddings for ``data.max_length``."""
     model = config.model
     require_readable(folder, config.quant)
     base = build_skeleton(
@@ -97,7 +97,7 @@ def skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
 
 
 def rank_budget(ranks: Ranks, placement: Placement) -> int:
-    """Return the bytes that a rank's tensors may take: of the rank that has least, so that all plan alike."""
+    """Return the bytes that a rank's tensors may take: the minimum over the ranks, so that all make the same plan."""
     device = ranks.device
     capacity = memory_of(device, placement.local_world_size)
     return tensor_budget(int(-all_max(-float(capacity), ranks)), device.type != "cpu")

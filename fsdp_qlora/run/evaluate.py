@@ -1,4 +1,4 @@
-"""Held-out loss of a prepared model, source by source."""
+"""Computes the held-out loss of a prepared model, source by source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def evaluate_prepared(prepared: Prepared) -> Evaluation:
     """Evaluate a prepared model on its held-out rows. Every rank calls it.
 
     Raises:
-        DataError: if there are none.
+        DataError: if it has none.
     """
     if prepared.data is None or prepared.data.eval is None:
         raise DataError("data.eval: there is nothing to evaluate on; set data.eval or data.eval_fraction.")

@@ -1,7 +1,7 @@
-"""How a process ends: one message for a person, the true exit code, and word of it to the launcher.
+"""How a process ends: one message for the user, the true exit code, and a report to the launcher.
 
-torchrun turns every worker's code into 1, so the code also goes into files: the run folder's exit.json, and one that
-our own launcher names in the environment.
+torchrun turns every worker's exit code into 1, so the code also goes into files: exit.json in the run folder, and a
+file that our own launcher names in the environment.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fsdp_qlora.files.write import write_first
 from fsdp_qlora.shown import visible
 
 CONFIG_VARIABLE = "FSDP_QLORA_RESOLVED_CONFIG"
-"""Environment variable that names the file of the composed settings (JSON), set by our launcher for its ranks."""
+"""Environment variable with the path of the composed settings (JSON), which our launcher sets for its ranks."""
 EXIT_VARIABLE = "FSDP_QLORA_EXIT_FILE"
-"""Environment variable that names the file through which a rank tells our launcher how it ended."""
+"""Environment variable with the base path of the files in which ranks tell our launcher how they ended."""
 
 NOTHING_TO_SAVE = "stopped before the first step; there was nothing to save."
 
@@ -39,37 +39,37 @@ _REMEDIES = {
     errno.ENOMEM: "the machine has no memory left for it (see also `ulimit -v`)",
     errno.EAGAIN: "raise the limit on processes (ulimit -u)",
 }  # fmt: skip
-"""What an operating system refuses that is no bug of ours, and what helps."""
+"""Operating-system errors that are not bugs of ours -> what helps."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a rank ended: exit code, exit.json and the last line on the screen are made from one of these."""
+    """How a rank ended: the source of the exit code, exit.json and the last line on the screen."""
 
     code: int
     rank: int
     message: str = ""
     expected: bool = True
-    """False for what may be an echo of another rank's end (a broken connection)."""
+    """False if the error may be a consequence of another rank's end (a broken connection)."""
     time: float = field(default_factory=time.time)
 
     @property
     def failed(self) -> bool:
-        """Whether it ended neither well nor stopped and saved."""
+        """Whether the exit code means neither success nor a stop on request."""
         return self.code not in (0, STOPPED_EXIT_CODE)
 
 
 def own_rank() -> int:
-    """Return this process's rank, 0 where it is none."""
+    """Return this process's rank; 0 outside a process group."""
     return int(os.environ.get("RANK", "0"))
 
 
 def ending_of(error: BaseException) -> Ending:
-    """Return how a process ends that meets ``error``."""
+    """Return how a process that hits ``error`` ends."""
     rank = own_rank()
     if isinstance(error, FsdpQloraError):
         return Ending(error.exit_code, rank, str(error))
-    if isinstance(error, OSError) and error.errno in _REMEDIES:  # that no code of ours has put into words
+    if isinstance(error, OSError) and error.errno in _REMEDIES:  # one that no code of ours has caught and explained
         remedy = _REMEDIES[error.errno]
         return Ending(StorageError.exit_code, rank, f"{error}{f' ({remedy})' if remedy else ''}")
     if isinstance(error, KeyboardInterrupt):
@@ -80,14 +80,14 @@ def ending_of(error: BaseException) -> Ending:
 
 
 def tell_launcher(ending: Ending) -> None:
-    """Write how this rank ended to a file of its own, where our launcher looks for it."""
+    """Write how this rank ended to its own file, where our launcher looks for it."""
     if has_launcher():
         file = Path(f"{os.environ[EXIT_VARIABLE]}.{restart_count()}.{own_rank()}")
         write_first(file, json.dumps(asdict(ending)))
 
 
 def tellings(exit_file: Path, attempt: int) -> list[Ending]:
-    """Return what the ranks of the ``attempt``-th start have told, in the order of time."""
+    """Return what the ranks of the ``attempt``-th start (from 0) have reported, oldest first."""
     found = []
     for file in exit_file.parent.glob(f"{exit_file.name}.{attempt}.*"):
         with suppress(OSError, ValueError):
@@ -96,18 +96,18 @@ def tellings(exit_file: Path, attempt: int) -> list[Ending]:
 
 
 def first_failure(told: Sequence[Ending]) -> Ending | None:
-    """Return what ended a run: the first failure that a rank could explain, else the first."""
+    """Return the failure that ended a run: the first that a rank could explain, else the first of all."""
     failed = [ending for ending in told if ending.code != 0]
     return next((ending for ending in failed if ending.expected), failed[0] if failed else None)
 
 
 def has_launcher() -> bool:
-    """Whether our own launcher started this process, and prints what it is told."""
+    """Whether our own launcher started this process and prints what it reports."""
     return EXIT_VARIABLE in os.environ
 
 
 def restart_count() -> int:
-    """Return how often torch's elastic agent has started the ranks anew."""
+    """Return how often torch's elastic agent has restarted the ranks."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -116,7 +116,7 @@ def end_by_signal(_number: int, _frame: object) -> NoReturn:
     ending = Ending(STOPPED_EXIT_CODE, own_rank(), NOTHING_TO_SAVE)
     tell_launcher(ending)
     if not has_launcher() and ending.rank == 0:
-        os.write(2, f"fsdp-qlora: {ending.message}\n".encode())  # print may be what the signal has interrupted
+        os.write(2, f"fsdp-qlora: {ending.message}\n".encode())  # not print, which the signal may have interrupted
     os._exit(ending.code)
 
 
@@ -125,20 +125,23 @@ def _told(attempt: int) -> Ending | None:
 
 
 def _ended_for_good() -> Ending | None:
-    """Return how the attempt before this one ended, if another attempt would end the same way."""
+    """Return how the previous attempt ended, if another attempt would end the same way."""
     before = _told(restart_count() - 1) if restart_count() else None
     return before if before is not None and before.expected else None
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Run a verb; turn what escapes into a message and an exit code."""
+    """Run a verb, turn exceptions into a message and an exit code, and return that code.
+
+    Under torchrun or our launcher it does not return but exits the process.
+    """
     quiet = False
     try:
         ending = _ended_for_good() or Ending(work(), own_rank())
     except BaseException as error:
         ending = ending_of(error)
         quiet = isinstance(error, FsdpQloraError) and error.alike and ending.rank != 0
-        bug = not ending.expected and not isinstance(error, SystemExit)  # of ours, or of what we stand on
+        bug = not ending.expected and not isinstance(error, SystemExit)  # ours or a dependency's
         if bug and _told(restart_count()) is None:
             traceback.print_exc()
     tell_launcher(ending)
@@ -149,9 +152,9 @@ def guarded(work: Callable[[], int]) -> int:
             _record_for_torchrun(ending.message)
         sys.stdout.flush()
         sys.stderr.flush()
-        # Not sys.exit. After a failure, closing a process group whose other ranks wait in a collective can hang. After
-        # a success, gloo's threads outlive the group, and one that drops a tensor while the interpreter is being
-        # finalized aborts the process ("terminate called without an active exception").
+        # Not sys.exit. After a failure, closing a process group can hang while other ranks wait in a collective. After
+        # a success, gloo's threads outlive the group, and one that frees a tensor during interpreter finalization
+        # aborts the process ("terminate called without an active exception").
         os._exit(ending.code)
     return ending.code
 
@@ -162,7 +165,7 @@ def _where() -> str:
 
 
 def _record_for_torchrun(message: str) -> None:
-    """Let torchrun show this rank's message in its summary, which is the last thing on the screen."""
+    """Make torchrun show this rank's message in its summary, the last thing on the screen."""
     if os.environ.get("TORCHELASTIC_ERROR_FILE") and "torch" in sys.modules:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

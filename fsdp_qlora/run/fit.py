@@ -1,4 +1,4 @@
-"""`fit`: train what `prepare` made, keep it resumable, give the adapter away."""
+"""`fit`: trains what `prepare` returned, saves checkpoints to resume from, and writes the adapter."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from fsdp_qlora.track.wandb import open_wandb
 
 
 def fit(prepared: Prepared, folder: RunFolder | None = None, signals: StopSignals | None = None) -> FitResult:
-    """Train, resume where asked to, save, and write the adapter. Every rank calls it.
+    """Resume if the settings ask for it, train, save, and write the adapter. Every rank calls it.
 
     Args:
         prepared: what `prepare` returned.
-        folder: the run folder, claimed already; None claims ``<run.output_root>/<run.name>`` and lets go of it after.
-        signals: handlers that are in force already; None installs them for the time of the training.
+        folder: the run folder, already claimed; None claims ``<run.output_root>/<run.name>`` and finally releases it.
+        signals: handlers that are already installed; None installs them for the duration of the training.
 
     Raises:
-        FsdpQloraError: of the kind that says what went wrong, on every rank where the ranks can know.
+        FsdpQloraError: a subclass that names the cause; on every rank, if the other ranks can know of it.
     """
     if folder is not None:
         return _fit(prepared, folder, signals or StopSignals())
@@ -55,7 +55,7 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
         resumed = training.resume()
         on_main(lambda: folder.begin(published(to_dict(prepared.config))), prepared.ranks)
         before = _before(training, folder, resumed)
-        if any_rank(signals.requested, prepared.ranks):  # asked to stop while loading: nothing to save yet
+        if any_rank(signals.requested, prepared.ranks):  # stopped while loading: nothing to save yet
             return FitResult(False, {})
         with _tracker(training, folder) as tracker:
             finished = training.run(tracker, signals)
@@ -73,7 +73,7 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
 
 
 def _before(training: Training, folder: RunFolder, resumed: Path | None) -> list[str]:
-    """Return the answers before training; a resumed run takes them from where the first start left them."""
+    """Return the answers before training; a resumed run reads those that its first start stored."""
     file = folder.path / "answers_before.json"
     if resumed is not None and file.is_file():
         try:

@@ -1,4 +1,4 @@
-"""The run folder: a lock held by the kernel, config.yaml, versions.json, exit.json, summary.json.
+"""The run folder: a kernel-held lock, config.yaml, versions.json, exit.json and summary.json.
 
 Layout and exit codes: README.md, "What a run leaves behind".
 """
@@ -28,12 +28,12 @@ from fsdp_qlora.track.lines import read_lines, write_lines
 
 _log = logging.getLogger(__name__)
 _WANDB = "wandb"
-"""W&B's own folder in the run folder; it links from there to its newest run."""
+"""W&B's own folder inside the run folder, which contains a link to W&B's newest run."""
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "fsdp-qlora")
 
 
 class RunFolder:
-    """``<output_root>/<name>`` and what is in it."""
+    """``<output_root>/<name>`` and the files in it."""
 
     def __init__(self, output_root: str, name: str) -> None:
         self.path = Path(output_root).expanduser().absolute() / name
@@ -48,10 +48,10 @@ class RunFolder:
         self._holder = self.path / ".lock.holder"
 
     def create(self) -> None:
-        """Make the folder.
+        """Create the folder.
 
         Raises:
-            StorageError: if that is not possible.
+            StorageError: if it cannot be created.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -59,13 +59,13 @@ class RunFolder:
             raise StorageError(f"run.output_root: {self.path} cannot be made: {error.strerror}.") from error
 
     def lock(self, flock: Callable[[int, int], None] = fcntl.flock) -> None:
-        """Take the folder for this process until it ends; the kernel lets go of it even after kill -9.
+        """Lock the folder for this process until it ends; the kernel releases it even after kill -9.
 
-        What a killed process left half written goes.
+        Half-written files of a killed process are removed.
 
         Raises:
-            RunFolderError: if another process has it, naming that process.
-            SecurityError: if it holds links or pipes: what is written there would go elsewhere. Nothing was written.
+            RunFolderError: if another process holds it, naming that process.
+            SecurityError: if it contains links or pipes, through which writes would go elsewhere. Nothing was written.
             StorageError: if it cannot be read, written or locked.
         """
         try:
@@ -75,7 +75,7 @@ class RunFolder:
         try:
             locked = self._flock(handle, flock)
             refuse_irregular(self.path, may_link=True, apart=_WANDB)
-            # Not into the lock itself: it may have a second name elsewhere, in a backup or made by somebody else.
+            # Not into the lock file itself, which may be a hard link to a file elsewhere (a backup, an attack).
             write_text(self._holder, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
         except BaseException as error:
             os.close(handle)
@@ -88,7 +88,7 @@ class RunFolder:
         warn_of_others(self.path, *([self.checkpoints] if self.checkpoints.is_dir() else []))
 
     def _flock(self, handle: int, flock: Callable[[int, int], None]) -> bool:
-        """Lock, or refuse; return False, after a word of warning, where the file system has no locks."""
+        """Lock the file or raise; return False with a warning if the file system has no locks."""
         try:
             flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -109,23 +109,23 @@ class RunFolder:
         return True
 
     def unlock(self) -> None:
-        """Let go of the folder."""
+        """Release the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     @property
     def finished(self) -> bool:
-        """Whether a run ended here by itself."""
+        """Whether the folder holds a run that ran to its end."""
         return self.summary_file.is_file()
 
     @property
     def started(self) -> bool:
-        """Whether a run began here."""
+        """Whether the folder holds a run that was started."""
         return self.config_file.is_file()
 
     def move_away(self) -> Path:
-        """Rename the folder to the next free ``<name>.N``; return where it is now. The lock moves along."""
+        """Rename the folder to the next free ``<name>.N`` and lock a new, empty one; return the new path of the old."""
         number = 1
         while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
@@ -136,13 +136,13 @@ class RunFolder:
         return target
 
     def begin(self, config: dict[str, Any]) -> None:
-        """Write the resolved settings and the versions of what runs them; a finished run is reopened."""
+        """Write the resolved settings and the package versions; a finished run is reopened."""
         self.summary_file.unlink(missing_ok=True)
         write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         write_json(self.path / "versions.json", versions())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write what came of the run; the folder then counts as finished."""
+        """Write the summary; the run then counts as finished."""
         write_json(self.summary_file, summary)
 
     def read_summary(self) -> dict[str, Any]:
@@ -154,21 +154,21 @@ class RunFolder:
 
     @property
     def bad_rows(self) -> Path:
-        """List of the rows of the data that were passed over, if any were."""
+        """The file that lists skipped rows of the data, if there are any."""
         return self.path / "bad_rows.jsonl"
 
     def add_answers(self, step: int, answers: list[dict[str, str]]) -> None:
-        """Append the answers at an evaluation to answers.jsonl; those of steps that are run again are replaced."""
+        """Append the answers of an evaluation to answers.jsonl, replacing those of this step and later ones."""
         file = self.answers_file
         kept = [line for line in (read_lines(file) if file.is_file() else []) if line["step"] < step]
         write_lines(file, [*kept, *({"step": step, **answer} for answer in answers)])
 
     def clear_exit(self) -> None:
-        """Forget how the last start ended."""
+        """Remove the record of how the last start ended."""
         self.exit_file.unlink(missing_ok=True)
 
     def write_exit(self, code: int, rank: int, message: str = "") -> bool:
-        """Write how this start ended, unless a rank did so before; return whether it was written."""
+        """Record how this start ended unless another rank already has; return whether it was written."""
         body = {"code": code, "rank": rank, "message": message, "time": time.time()}
         try:
             return write_first(self.exit_file, json.dumps(body) + "\n")  # the first failure stays
@@ -176,7 +176,7 @@ class RunFolder:
             return False
 
     def read_exit(self) -> dict[str, Any] | None:
-        """Return what `write_exit` wrote, or None."""
+        """Return what `write_exit` wrote, or None if there is no valid record."""
         try:
             found = read_json(self.exit_file, dict[str, Any])
         except (OSError, ValueError, SecurityError):
@@ -186,7 +186,7 @@ class RunFolder:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and the packages that decide the numbers."""
+    """Return the versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in _PACKAGES:
         try:

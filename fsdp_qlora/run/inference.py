@@ -1,4 +1,4 @@
-"""A model ready to answer: a base in the format of the settings, with a PEFT adapter on it."""
+"""Loads a model for inference: a base in the configured format, with a PEFT adapter on it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fsdp_qlora.run.world import World
 
 
 def load_for_inference(config: RunConfig, adapter: Path | None = None, world: World | None = None) -> Prepared:
-    """Load a base model in the settings' format, with a PEFT adapter on it if one is named.
+    """Load a base model in the configured format, with a PEFT adapter on it if one is given.
 
-    The adapter's own config decides rank, scaling and targets, and the base model where ``config.model.name`` is empty.
+    The adapter's own config determines rank, scaling and targets, and the base model if ``config.model.name`` is empty.
 
     Raises:
-        ModelError: if the folder is no LoRA adapter, or not one for this model.
+        ModelError: if the folder is not a LoRA adapter, or not one for this model.
     """
     if adapter is not None:
         config = _with_adapter(config, adapter)
@@ -41,7 +41,7 @@ def load_for_inference(config: RunConfig, adapter: Path | None = None, world: Wo
 
 
 def _with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
-    """Return the settings with what an adapter folder says: base model, adapters, and the chat it was trained with."""
+    """Return the settings completed from an adapter folder: base model, LoRA settings, and chat template."""
     found, model, data = read_adapter_config(adapter), config.model, config.data
     if not model.name and found.base_model:
         model = replace(model, name=found.base_model, revision=model.revision or found.revision)

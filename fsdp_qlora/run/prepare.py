@@ -1,4 +1,4 @@
-"""The first half of the story of a run: `prepare` makes the sharded model real (`run/fit.py` trains it)."""
+"""The first half of a run: `prepare` builds and loads the sharded model, which `run/fit.py` trains."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _EQUAL = "equal to upstream's own code"
 def prepare(
     config: RunConfig, world: World | None = None, progress: Progress | None = None, training: bool = True
 ) -> Prepared:
-    """Build, quantize, adapt, shard and fill the model; tokenize the data if any are named.
+    """Build, quantize, adapt, shard and load the model; tokenize the data if any is given.
 
-    Call it under torchrun on every rank, or on one process. Close the result when done with it. Without ``training``
-    nothing is done that only pays in training (compiled layers).
+    Call it on every rank under torchrun, or in a single process. Close the result when you are done with it. With
+    ``training=False``, steps that only serve training are skipped (compiled layers, the loss comparison).
     """
     check(config)
     world = world or open_world(config)
@@ -39,7 +39,7 @@ def prepare(
     opened, verdict = open_and_check(config, folder, world.ranks, rank_budget(world.ranks, world.placement))
     tokenizer, data = tokenize(config, folder, opened, verdict, world)
     compilation = compilation_for(config, opened.base, opened.plan, data, world.ranks.device, training)
-    repairs = opened.repairs  # while the model is as transformers built it
+    repairs = opened.repairs  # needs the model as transformers built it, before load_model changes it
     world.ranks.phases.enter("loading the model")
     model, report = load_model(opened.compiled(compilation.on), world.ranks, progress)
     _verify(config, model, world.ranks, training)
@@ -57,14 +57,14 @@ def prepare(
 
 
 def _find_model(model: ModelSettings, world: World) -> Path:
-    """Return the base model's folder; one process of each node downloads it where it is on the hub."""
+    """Return the base model's folder; a hub model is downloaded by one process per node."""
     if not any_rank(needs_hub(model.name), world.ranks):
         return on_every(lambda: resolve_folder(model.name, model.revision), world.ranks)
     return Path(world.share(lambda: str(resolve_folder(model.name, model.revision)), model.name))
 
 
 def _verify(config: RunConfig, model: CausalModel, ranks: Ranks, training: bool) -> None:
-    """Check the real model: what ranks gather is what they loaded, what training computes is what logits say."""
+    """Check that the ranks gather what they loaded, and that the training loss matches the logits."""
     ranks.phases.enter("comparing what the ranks gather")
     verify_gather(model, ranks)
     verify_buffers(model, ranks)

@@ -1,4 +1,4 @@
-"""`Prepared`: a sharded model with its weights loaded, and what belongs to it."""
+"""`Prepared`: a sharded model with its weights loaded, its tokenizer, plan and data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fsdp_qlora.shapes.linears import ModelShapes
 
 @dataclass
 class Prepared:
-    """A sharded model with its weights loaded, and what belongs to it."""
+    """A sharded model with its weights loaded, its tokenizer, plan and data."""
 
     config: RunConfig
     plan: TrainPlan
@@ -30,15 +30,15 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     ranks: Ranks
     folder: Path
-    """Folder of the base model."""
+    """The base model's folder."""
     shapes: ModelShapes
     load: LoadReport
     data: PreparedData | None
     threads: int
     choices: dict[str, Choice] = field(default_factory=dict)
-    """What the plan and the device decided of what was left to them (``auto``), by key, and why."""
+    """What the plan and the device chose for settings left at ``auto``, by key, and why."""
     repairs: tuple[str, ...] = ()
-    """What changed this model's losses: see `fsdp_qlora.run.build.OpenedModel.repairs`."""
+    """Fixes that change this model's losses: see `fsdp_qlora.run.build.OpenedModel.repairs`."""
     _stack: ExitStack = field(default_factory=ExitStack)
 
     @property

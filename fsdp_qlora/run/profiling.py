@@ -1,4 +1,4 @@
-"""What a run says of its speed beyond tokens per second: the profile of some steps, and its share of the possible."""
+"""Measures a run's speed beyond tokens per second: a profile of some steps, and the share of peak performance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUMMED = "seconds of a step by phase; they add up to step_seconds"
 
 
 class Profiling:
-    """The profiler and the meter of a run; made on every rank at once."""
+    """The profiler and the meter of a run; every rank must construct it at the same point."""
 
     def __init__(self, prepared: Prepared, run_folder: Path) -> None:
         self._prepared, self._folder = prepared, run_folder / "profile"
@@ -43,7 +43,7 @@ class Profiling:
     def _meter(self) -> Meter:
         prepared, ranks = self._prepared, self._prepared.ranks
         device = known_device(ranks.device)
-        if device is not None and prepared.config.precision.name == "bf16":  # the peaks are of bf16
+        if device is not None and prepared.config.precision.name == "bf16":  # known peak rates are for bf16
             return Meter(partial(mfu, prepared.plan, prepared.shapes, device, ranks.size))
         if self.profiler is None or ranks.device.type != "cpu":
             return Meter()
@@ -55,7 +55,7 @@ class Profiling:
         return Meter(partial(self._gemms.share, ranks.size))
 
     def finish(self) -> dict[str, Any] | None:
-        """Write ``profile/phases.json``; return what the summary says of it. Every rank calls it."""
+        """Write ``profile/phases.json`` and return the part for the summary. Every rank calls it."""
         if self.profiler is None:
             return None
         profiler, ranks = self.profiler, self._prepared.ranks
@@ -68,24 +68,24 @@ class Profiling:
         if self._gemms is not None:
             whole["matrix_products_alone"] = self._gemms.to_dict()
         on_main(lambda: write_json(self._folder / "phases.json", whole), ranks)
-        # The ranks step together: the slowest is not the one with the longest step, but the one that waits least.
+        # The ranks step together, so the slowest is not the one with the longest step but the one that waits least.
         slowest = min(found, key=lambda one: one["phases"][WAITING])
         shown = [found[0]] if slowest["rank"] == 0 else [found[0], slowest]
         return {**whole, "ranks": shown, "slowest_rank": slowest["rank"], "folder": str(self._folder)}
 
 
 def known_device(device: torch.device) -> Device | None:
-    """Return what is known of the GPU that this rank has; None on a CPU and where its name is not one we know."""
+    """Return the specifications of this rank's GPU; None on a CPU or an unknown GPU."""
     if device.type == "cpu":
         return None
     return device_of_driver(torch.get_device_module(device).get_device_name(device))
 
 
 def usual_tokens(prepared: Prepared) -> int:
-    """Return the tokens of a usual micro-batch."""
+    """Return the number of tokens in a typical micro-batch."""
     assert prepared.data is not None
     train, counts, longest = prepared.config.train, prepared.data.train_counts, prepared.config.data.max_length
     if train.micro_batch_tokens:
         return train.micro_batch_tokens
-    whole = prepared.config.data.packing or not counts.kept  # of a stream no row is known yet
+    whole = prepared.config.data.packing or not counts.kept  # no row of a stream is known yet
     return train.micro_batch_size * (longest if whole else max(1, round(counts.tokens / counts.kept)))

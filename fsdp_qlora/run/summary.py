@@ -1,4 +1,4 @@
-"""What summary.json says of a finished run."""
+"""Builds the summary.json of a finished run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def summarize(
     prepared: Prepared, progress: Progress, meter: Meter, num_rows: int, before: list[str], after: list[str],
     adapter_bytes: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the summary, equal on every rank; every rank calls it."""
+    """Return the summary; every rank calls it."""
     config, ranks = prepared.config, prepared.ranks
     peak, kind = memory_peak(ranks.device)
     own = {

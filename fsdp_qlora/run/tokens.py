@@ -1,4 +1,4 @@
-"""The rows of a run as tokens: made once on each node."""
+"""Tokenizes the rows of a run, once per node."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from fsdp_qlora.shapes.linears import ModelShapes
 def tokenize(
     config: RunConfig, folder: Path, opened: OpenedModel, verdict: Verdict, world: World
 ) -> tuple[PreTrainedTokenizerBase, PreparedData | None]:  # fmt: skip
-    """Return the tokenizer, and the rows where any are named; one process of each node makes them.
+    """Return the tokenizer, and the tokenized rows if data is given; one process per node tokenizes them.
 
     Raises:
-        DataError: if they cannot be read, or do not go with the model.
+        DataError: if the rows cannot be read or do not suit the model.
     """
     ranks = world.ranks
     tokenizer = on_every(lambda: _tokenizer(config, folder), ranks)
@@ -45,13 +45,13 @@ def tokenize(
 
 
 def _longest_row(shapes: ModelShapes, verdict: Verdict) -> int | None:
-    """Return how many positions rows can have; None where there is no end to them."""
+    """Return the maximum number of positions in a row, or None if there is no limit."""
     unusable = verdict.unusable_positions
     return shapes.max_positions - unusable if unusable is not None and shapes.max_positions else None
 
 
 def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = None) -> PreparedData:
-    """Tokenize the data alone: no model, no process group. ``progress`` takes the rows read so far."""
+    """Tokenize the data without a model or process group; ``progress`` is called with the number of rows read."""
     check(config)
     tokenizer = _tokenizer(config, resolve_folder(config.model.name, config.model.revision))
     return prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), progress=progress)

@@ -1,4 +1,4 @@
-"""What a run does while it trains: resume, step, evaluate, save, export."""
+"""`Training`: resumes, steps, evaluates, saves and exports a run."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a training ended."""
+    """The result of `fit`."""
 
     finished: bool
-    """False when a signal stopped it (it was saved, and a resume goes on)."""
+    """False if the run was stopped early; it can be resumed."""
     summary: dict[str, Any]
-    """What summary.json holds; equal on every rank. Empty when stopped."""
+    """Contents of summary.json; empty if the run was stopped."""
 
 
 class Training:
-    """One run's moving parts: made from a `Prepared`, driven by `fit`."""
+    """The optimizer, data, checkpoints and progress of one run: built from a `Prepared`, driven by `fit`."""
 
     def __init__(self, prepared: Prepared, folder: RunFolder) -> None:
         if prepared.data is None:
@@ -98,7 +98,7 @@ class Training:
         )
 
     def resume(self) -> Path | None:
-        """Go on from the checkpoint that the settings ask for; return its folder, or None for a new start."""
+        """Load the checkpoint that the settings ask for; return its folder, or None for a fresh start."""
         settings = self.config.checkpoint
         self.prepared.ranks.phases.enter("finding the checkpoint to go on from")
         found = self.checkpointer.find(Resume.of(settings.resume), self.identity, settings.resume_overrides)
@@ -126,7 +126,7 @@ class Training:
         )
 
     def save(self, progress: Progress) -> None:
-        """Start a checkpoint with a ready adapter in it."""
+        """Start to save a checkpoint, which includes a ready-to-use adapter."""
         self.prepared.ranks.phases.enter(f"checkpoint of step {progress.step}")
         self.checkpointer.save(self._snapshot(progress), self._tensors)
 
@@ -140,11 +140,11 @@ class Training:
         return Snapshot(progress.step, progress.to_dict(), identity, versions())
 
     def _tensors(self) -> dict[str, Any]:
-        # The optimizer's own list: while a unit is gathered, FSDP shows other parameters under the same names.
+        # From the optimizer's own list: while a unit is gathered, FSDP exposes other parameters under the same names.
         return checkpoint_tensors(self.optimizer.parameters.items(), self.optimizer)
 
     def export(self, folder: Path) -> int:
-        """Write the adapter as PEFT does. Every rank calls it, rank 0 writes; return the bytes of its weights."""
+        """Write the adapter in PEFT's format; return the bytes of its weights. Every rank calls it, rank 0 writes."""
         self.prepared.ranks.phases.enter("writing the adapter")
         require_equal_copies(self.optimizer.parameters.items(), self.ranks)
         tensors = gather_adapter(self.model)
@@ -171,7 +171,7 @@ class Training:
         }
 
     def evaluate(self) -> Evaluation | None:
-        """Evaluate on the held-out rows, if there are any."""
+        """Evaluate on the held-out rows if there are any, and answer the sample prompts if configured."""
         self.prepared.ranks.phases.enter(f"evaluation after step {self.progress.step}")
         result = None if self.eval_rows is None else _evaluate(self.prepared, self.eval_rows)
         if self.config.train.sample_at_eval and self.config.train.sample_prompts:
@@ -186,7 +186,7 @@ class Training:
         return result
 
     def answers(self) -> list[str]:
-        """Answer the sample prompts, greedily, with all ranks."""
+        """Answer the sample prompts by greedy decoding on all ranks."""
         self.prepared.ranks.phases.enter(f"answers after step {self.progress.step}")
         tokens = self.config.train.sample_tokens
         tokenizer = self.prepared.tokenizer
@@ -212,7 +212,7 @@ class Training:
             release_gathered(self.model)
 
     def _fallback(self) -> list[EagerFallback]:
-        """Return what looks after layers that cannot be compiled, if any are to be."""
+        """Return the hook that turns compilation off if it fails, or nothing if no layers are compiled."""
         if (layers := self.model.compiled_layers) is None:
             return []
 
@@ -225,7 +225,7 @@ class Training:
         return [EagerFallback(layers, self.ranks, switch(self.config.train.compile) is True, say)]
 
     def _restore(self) -> None:
-        """Go back to the newest checkpoint."""
+        """Restore the newest checkpoint."""
         self.checkpointer.settle()
         found = self.checkpointer.find(Resume.of("auto"), self.identity, self.config.checkpoint.resume_overrides)
         if found is None:
@@ -233,7 +233,7 @@ class Training:
         self._load(*found)
 
     def run(self, tracker: Tracker, signals: StopSignals) -> bool:
-        """Train to the end; return False if stopped."""
+        """Train to the end; return False if stopped early."""
         train = self.config.train
 
         def before_update() -> None:
@@ -273,5 +273,5 @@ class Training:
 
 
 def debug_context(config: RunConfig) -> Callable[[], Any]:
-    """Return the context that forward and backward run in."""
+    """Return the context manager that forward and backward run in."""
     return torch.autograd.detect_anomaly if config.debug.name == "anomaly" else nullcontext

@@ -35,7 +35,7 @@ class World:
     stack: ExitStack
 
     def share(self, work: Callable[[], str], doing: str = "preparing the data") -> str:
-        """Do something in one process of each node; every rank returns what its node's process returned."""
+        """Run ``work`` in one process per node; every rank returns its node's result."""
 
         def say(line: str) -> None:
             if self.ranks.is_main:
@@ -45,7 +45,7 @@ class World:
 
 
 def open_world(config: RunConfig) -> World:
-    """Choose the device, open the process group and build the mesh (torchrun's environment, or one process)."""
+    """Choose the device, open the process group and build the mesh, from torchrun's environment or as one process."""
     placement = Placement.from_env()
     device = choose_device(config.launcher.device, placement)
     use_device(device)
@@ -60,6 +60,6 @@ def open_world(config: RunConfig) -> World:
 
 
 def _abandon() -> None:
-    """Leave the group without waiting for the others: a script that ends on an error must not hang them."""
+    """Destroy the process group at exit, so that a script that ends on an error does not leave the others hanging."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

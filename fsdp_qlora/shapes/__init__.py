@@ -1,1 +1,1 @@
-"""What a model is, in names and numbers."""
+"""A model's shapes: names and numbers, without weights."""

@@ -1,4 +1,4 @@
-"""Shapes of the popular models, to plan without the hub: ``configs/*.json`` are their config.json."""
+"""Shapes of popular models, for planning without the hub: ``configs/*.json`` are their config.json files."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def known_config(name: str) -> Path | None:
 
 
 def closest(name: str, count: int = 3) -> list[str]:
-    """Return the known models whose names are most like ``name``."""
+    """Return the known models whose names are closest to ``name``."""
     names = {hub.lower(): hub for hub in known_models()}
     return [names[hub] for hub in get_close_matches(name.lower(), names, n=count, cutoff=0.4)]

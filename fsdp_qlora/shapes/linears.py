@@ -1,6 +1,6 @@
-"""Which linears are quantized, in which format, which are trained, and which modules are FSDP units.
+"""Shapes of a model and its linears, and which of them can be quantized.
 
-Arithmetic only: shapes come in, names and numbers go out.
+Names and numbers only; no tensors.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ class LinearShape:
     """One linear layer ``[out_features, in_features]``, or the stacked matrices of a layer's experts."""
 
     name: str
-    """Of the layer, or of the stacked parameter."""
+    """Name of the layer, or of the stacked parameter."""
     out_features: int
     in_features: int
     bias: bool = False
     count: int = 1
-    """Stacked matrices; 1 for a layer."""
+    """Number of stacked matrices; 1 for a layer."""
     transposed: bool = False
     """Whether files hold ``[in_features, out_features]`` (GPT-2's Conv1D)."""
     stacked: bool = False
-    """Whether it is a 3-D parameter and not a layer: it takes no adapter here."""
+    """Whether it is a 3-D parameter rather than a layer; such parameters get no adapter here."""
 
     @property
     def numel_each(self) -> int:
-        """Number of weights of one of the stacked matrices."""
+        """Number of weights in each stacked matrix."""
         return self.out_features * self.in_features
 
     @property
     def numel(self) -> int:
-        """Number of weights, the bias not counted."""
+        """Number of weights, without the bias."""
         return self.count * self.numel_each
 
     @property
@@ -50,14 +50,14 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """What a plan needs to know of a model; `fsdp_qlora.model.skeleton.read_shapes` reads it off a meta model."""
+    """What a plan needs to know about a model; `fsdp_qlora.model.skeleton.read_shapes` reads it from a meta model."""
 
     parameters: dict[str, tuple[int, ...]]
-    """Every parameter's shape by name; tied ones once."""
+    """Shape of each parameter, by name; tied parameters appear once."""
     linears: tuple[LinearShape, ...]
-    """Every linear layer and stacked expert weight, embeddings and the head not among them."""
+    """Every linear layer and stacked expert weight, without embeddings and head."""
     layers: tuple[str, ...]
-    """Names of the decoder layers, in their order."""
+    """Names of the decoder layers, in order."""
     embedding: str
     """Name of the input embedding module."""
     head: str
@@ -68,25 +68,25 @@ class ModelShapes:
     vocab_size: int
     num_attention_heads: int
     edges_apart: bool = True
-    """Whether embedding and head are units of their own; in an encoder-decoder, or where a head does more than
-    multiply, they belong to the root."""
+    """Whether embedding and head are their own FSDP units; in an encoder-decoder, or if the head does more than
+    multiply, they belong to the root unit."""
     max_positions: int = 0
-    """Longest sequence that the model is made for; 0 = not known."""
+    """Longest sequence the model supports; 0 if not known."""
     experts_per_token: int = 0
-    """Experts that each token goes through; 0 = none."""
+    """Number of experts each token goes through; 0 if there are none."""
     not_adapted: frozenset[str] = frozenset()
-    """Linears that take no adapter, for plain PEFT could not load it onto them."""
+    """Linears that get no adapter, because plain PEFT could not load one onto them."""
     float32: frozenset[str] = frozenset()
-    """Parameters that upstream keeps in float32 in a 16-bit model: whole on every rank, for FSDP would round them."""
+    """Parameters that upstream keeps in float32 in a 16-bit model; unsharded, because FSDP would round them."""
 
     @property
     def embedding_rows(self) -> int:
-        """Token ids are below."""
+        """Number of rows of the embedding; token ids must be below it."""
         return self.parameters[f"{self.embedding}.weight"][0]
 
     @property
     def float32_bytes(self) -> int:
-        """Bytes of the parameters that every rank holds whole in float32."""
+        """Bytes of the parameters that every rank holds whole, in float32."""
         return 4 * sum(prod(self.parameters[name]) for name in self.float32)
 
     def numel(self, prefix: str) -> int:
@@ -100,7 +100,7 @@ def quantized_linears(shapes: ModelShapes) -> tuple[LinearShape, ...]:
 
 
 def quantized_edges(shapes: ModelShapes) -> tuple[LinearShape, ...]:
-    """Return embedding and head as what is stored of them quantized: one table where they are tied, else two."""
+    """Return the tables of embedding and head to quantize: one if they are tied, else two."""
     names = (shapes.embedding,) if shapes.tied else (shapes.embedding, shapes.head)
     return tuple(LinearShape(name, shapes.vocab_size, shapes.hidden_size) for name in names)
 

@@ -1,4 +1,4 @@
-"""Which linears get an adapter: ``lora.target_modules`` as full names."""
+"""Selects the linears that get an adapter: expands ``lora.target_modules`` to full names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fsdp_qlora.shapes.linears import ModelShapes, quantized_linears
 def target_linears(shapes: ModelShapes, target_modules: str | Sequence[str]) -> tuple[str, ...]:
     """Expand ``lora.target_modules`` to the full names of linears, in the model's order.
 
-    ``all-linear`` means every linear inside the decoder layers; otherwise each item is a full name or a name's ending.
+    ``all-linear`` means every linear inside the decoder layers; otherwise each item is a full name or the end of one.
 
     Raises:
-        PlanError: if an item matches no linear; it lists the names there are.
+        PlanError: if an item matches no linear (the message lists the names), or none can take an adapter.
     """
     linears = [x.name for x in quantized_linears(shapes) if not x.stacked]
     candidates = [name for name in linears if name not in shapes.not_adapted]

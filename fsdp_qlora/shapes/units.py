@@ -1,4 +1,4 @@
-"""Which modules are FSDP units."""
+"""Defines which modules are FSDP units."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from fsdp_qlora.shapes.linears import ModelShapes
 
 
 def fsdp_units(shapes: ModelShapes) -> tuple[tuple[str, ...], ...]:
-    """Return the FSDP units as tuples of module names: each decoder layer, embedding and head (one unit when tied).
+    """Return the FSDP units as tuples of module names: each decoder layer, embedding and head (one unit if tied).
 
-    What belongs to no unit here (the final norm) is in the root unit.
+    Everything else (the final norm) belongs to the root unit.
     """
     if not shapes.edges_apart:
         return tuple((layer,) for layer in shapes.layers)

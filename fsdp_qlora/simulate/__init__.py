@@ -1,1 +1,1 @@
-"""What a step would take: the real model code under fake tensors, every allocation counted, nothing allocated."""
+"""Simulates a step: the real model code on fake tensors; every allocation is counted, nothing is allocated."""

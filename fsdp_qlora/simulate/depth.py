@@ -1,8 +1,8 @@
-"""A model with fewer of its layers, and what the peaks of shallow models say of a deep one.
+"""Cuts a model to fewer layers, and extrapolates the peaks of shallow models to the full depth.
 
-Layers of one kind are alike, so a peak at a given place of the step (forward of the head, backward of the last layer
-...) is linear in the number of layers of each kind. Peaks at different places grow differently and are therefore
-extrapolated one by one; the largest is the model's.
+Layers of one kind are identical, so the peak at a given place in the step (forward of the head, backward of the last
+layer ...) is linear in the number of layers of each kind. Peaks at different places grow at different rates, so each is
+extrapolated separately; the largest is the model's peak.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.simulate.tracker import TensorBytes
 
 Counts = tuple[int, ...]
-"""How many layers of each kind."""
+"""Number of layers of each kind."""
 FIRST, CHECKED = 4, 4
 """Layers of a kind in the shallowest cut, and how many more the check has.
 
-Fewer would not do: with gathers ahead and tensors on their way to the host, the first layers differ from the others.
+Fewer are not enough: with prefetched gathers and tensors in transit to the host, the first layers differ from the rest.
 """
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What a simulated model with so many layers took, by place."""
+    """Peaks of a simulated model with the given numbers of layers, by place."""
 
     counts: Counts
     peaks: dict[str, TensorBytes]
@@ -42,7 +42,7 @@ class Cut:
 
 
 def _lists(base: PreTrainedModel, num_layers: int) -> Iterator[tuple[dict[str, Any], str, list[Any]]]:
-    """Yield (a config's values, key, list) of what a config lists for each layer, as ``layer_types``."""
+    """Yield (config's values, key, list) for each list in a config with one entry per layer, like ``layer_types``."""
     for config in {id(c): c for c in (base.config.get_text_config(), base.get_decoder().config)}.values():
         for key, value in list(vars(config).items()):
             if isinstance(value, list | tuple) and len(value) == num_layers:
@@ -50,7 +50,7 @@ def _lists(base: PreTrainedModel, num_layers: int) -> Iterator[tuple[dict[str, A
 
 
 def layer_kinds(base: PreTrainedModel, shapes: ModelShapes) -> list[int]:
-    """Return the kind of each decoder layer, numbered by first appearance: layers that are alike have the same."""
+    """Return the kind of each decoder layer, numbered by first appearance; identical layers share a kind."""
     found: dict[Hashable, int] = {}
     lists = [values for _, _, values in _lists(base, len(shapes.layers))]
     kinds = []
@@ -63,13 +63,13 @@ def layer_kinds(base: PreTrainedModel, shapes: ModelShapes) -> list[int]:
 
 
 def counts_of(kinds: Sequence[int]) -> Counts:
-    """Return how many layers there are of each kind."""
+    """Return the number of layers of each kind."""
     found = Counter(kinds)
     return tuple(found[kind] for kind in range(len(found)))
 
 
 def cut_counts(full: Counts) -> tuple[list[Counts], Counts]:
-    """Return the cuts that give the slopes (the first is the shallowest), and the one that checks them."""
+    """Return the cuts that determine the slopes (the shallowest first), and the one that checks them."""
     least = tuple(min(FIRST, n) for n in full)
     cuts = [least]
     for kind, n in enumerate(full):
@@ -80,7 +80,7 @@ def cut_counts(full: Counts) -> tuple[list[Counts], Counts]:
 
 
 def kept_layers(kinds: Sequence[int], counts: Counts) -> list[int]:
-    """Return the layers of a cut, in their order: of each kind the first and the last ones."""
+    """Return the layers of a cut, in order: the first and the last ones of each kind."""
     kept: list[int] = []
     for kind, count in enumerate(counts):
         mine = [i for i, k in enumerate(kinds) if k == kind]
@@ -90,10 +90,10 @@ def kept_layers(kinds: Sequence[int], counts: Counts) -> list[int]:
 
 
 def cut_layers(base: PreTrainedModel, shapes: ModelShapes, kept: Sequence[int]) -> None:
-    """Drop the layers of a meta model that are not ``kept``, in the model and in its config.
+    """Drop the layers of a meta model that are not ``kept``, from the model and from its config.
 
     Raises:
-        PlanError: if its layers are not one list.
+        PlanError: if its layers are not in one list.
     """
     parents = {name.rpartition(".")[0] for name in shapes.layers}
     parent = parents.pop()
@@ -110,13 +110,13 @@ def cut_layers(base: PreTrainedModel, shapes: ModelShapes, kept: Sequence[int]) 
 
 
 def relative_error(predicted: int, found: int, least: Counts, check: Counts, full: Counts, total: int) -> float:
-    """Return what missing ``found`` at the check's depth comes to at full depth, relative to ``total`` bytes there."""
+    """Return the prediction error at the check's depth, scaled to full depth, relative to ``total`` bytes there."""
     layers, checked = sum(full) - sum(least), max(1, sum(check) - sum(least))
     return abs(predicted - found) * layers / checked / total
 
 
 def extrapolate(cuts: Sequence[Cut], full: Counts) -> dict[str, TensorBytes]:
-    """Return the peaks of a model with ``full`` layers from those of the shallowest cut and one more cut a kind."""
+    """Extrapolate the peaks to ``full`` layers, from the shallowest cut and one more cut per kind."""
     least, *others = cuts
     found = dict(least.peaks)
     for cut in others:

@@ -1,4 +1,4 @@
-"""What of a step depends on numbers, for a simulated one, which has none; put in through upstream's public doors."""
+"""Replaces the parts of a step that depend on values, which fake tensors lack, through upstream's public hooks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fsdp_qlora.quant.experts import EXPERTS_IMPLEMENTATION, experts_by_counts
 
 @contextmanager
 def only_causal_masks() -> Iterator[None]:
-    """Give blockwise attention no mask, which it takes for a causal one.
+    """Give blockwise attention no mask, which it treats as causal.
 
-    transformers leaves a mask out where positions do not restart; it cannot see that on tensors without numbers.
+    transformers omits the mask if positions do not restart; on fake tensors it cannot see that.
     """
     own = AttentionMaskInterface()[BLOCKWISE]
     AttentionMaskInterface.register(BLOCKWISE, lambda *_, **__: None)
@@ -32,7 +32,7 @@ def only_causal_masks() -> Iterator[None]:
 
 @contextmanager
 def evenly_spread_experts() -> Iterator[None]:
-    """Let every expert take as many tokens: there are no numbers to route by."""
+    """Route equally many tokens to every expert: there are no values to route by."""
     own = ALL_EXPERTS_FUNCTIONS[EXPERTS_IMPLEMENTATION]
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _evenly)
     try:
@@ -42,7 +42,7 @@ def evenly_spread_experts() -> Iterator[None]:
 
 
 def _every_key(function: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """Return blockwise attention without its mask: there are no numbers to tell which keys it hides."""
+    """Return blockwise attention without its mask: there are no values to tell which keys it hides."""
 
     def called(*arguments: Any) -> Any:
         return function(*(None if i == place else a for i, a in enumerate(arguments)))
@@ -51,7 +51,7 @@ def _every_key(function: Callable[..., Any], place: int) -> Callable[..., Any]:
 
 
 def _one_sequence(function: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """Return varlen attention for one sequence of all tokens: there are no numbers to read boundaries from."""
+    """Return varlen attention for one sequence of all tokens: there are no values to read boundaries from."""
 
     def called(*arguments: Any) -> Any:
         return function(*([0, arguments[0].shape[0]] if i == place else a for i, a in enumerate(arguments)))
@@ -68,7 +68,7 @@ OUR_OPS = {
     torch.ops.fsdp_qlora.varlen_attention.default: _one_sequence(varlen.forward, 3),
     torch.ops.fsdp_qlora.varlen_attention_backward.default: _one_sequence(varlen.backward, 5),
 }
-"""Ops of ours -> what they do inside, which takes memory, too."""
+"""Our own ops -> their implementation, whose allocations count too."""
 
 
 def _evenly(

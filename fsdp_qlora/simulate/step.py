@@ -1,7 +1,7 @@
 """One sharded training step as `train` runs it, on simulated ranks and fake tensors.
 
-Skeleton, swap, adapters, sharding, forward and backward, update: the functions are those of a run. A model of more than
-a few layers is simulated at a few small depths and extrapolated, after a check that this predicts another depth.
+Skeleton, swap, adapters, sharding, forward, backward and update use the same functions as a real run. Models of more
+than a few layers are simulated at a few small depths and extrapolated, once that has predicted another depth correctly.
 """
 
 from __future__ import annotations
@@ -51,25 +51,25 @@ from fsdp_qlora.track.console import megabytes
 from fsdp_qlora.train.step import StepSettings, forward_backward
 
 WHOLE_LAYERS = 8
-"""Models of up to so many layers are simulated whole."""
+"""Models of up to this many layers are simulated in full."""
 TOLERANCE = 0.01
-"""How far the whole model's peak may be off, going by the depth that checks it; else the model is simulated whole."""
+"""Largest relative error of the peak, estimated by the checking depth; beyond it the whole model is simulated."""
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a step would take on the fullest rank."""
+    """Memory of a simulated step on the fullest rank."""
 
     peak: TensorBytes
-    """The tensors at the highest peak."""
+    """Bytes of the tensors at the highest peak."""
     place: str
-    """Where in the step that is."""
+    """Where in the step the highest peak is."""
     places: dict[str, TensorBytes]
     """The peak at every place."""
     depths: tuple[int, ...]
-    """Numbers of layers that were simulated; one where it was the whole model."""
+    """Numbers of layers that were simulated; a single entry if it was the whole model."""
     checked: float | None
-    """How far off the peak may be, relative, going by the depth that checks it; None for a whole model."""
+    """Relative error of the peak, estimated by the checking depth; None for a whole model."""
     seconds: float
 
     @property
@@ -104,7 +104,7 @@ class Simulation:
         return [*rows, ("simulated peak is in", self.place), ("simulated", f"{self.how}, {self.seconds:.0f} s")]
 
     def to_dict(self) -> dict[str, object]:
-        """Return what `plan.json=true` prints of it beside ``peak_simulated_bytes``."""
+        """Return what `plan.json=true` prints besides ``peak_simulated_bytes``."""
         return {
             "bytes": asdict(self.peak),
             "place": self.place,
@@ -115,7 +115,7 @@ class Simulation:
 
 
 def simulate(config: RunConfig, world_size: int) -> Simulation:
-    """Simulate a step of the run on ``world_size`` ranks, all of whose tokens are learned.
+    """Simulate a step of the run on ``world_size`` ranks, with all tokens supervised.
 
     Raises:
         PlanError: if this process is a rank of an open process group, or the model cannot be cut.
@@ -127,8 +127,8 @@ def simulate(config: RunConfig, world_size: int) -> Simulation:
         resolved, base, _ = planned(config, world_size)
         resolved = replace(
             resolved,
-            train=replace(resolved.train, compile="false"),  # the tracker sees operations
-            quant=replace(resolved.quant, llm_int8_threshold=0.0),  # which columns it takes depends on numbers
+            train=replace(resolved.train, compile="false"),  # the tracker needs to see single operations
+            quant=replace(resolved.quant, llm_int8_threshold=0.0),  # the columns it selects depend on values
         )
         full = counts_of(layer_kinds(base, read_shapes(base)))
         if sum(full) <= WHOLE_LAYERS:
@@ -154,7 +154,7 @@ def _highest(places: dict[str, TensorBytes]) -> tuple[str, TensorBytes]:
 
 
 def _make_tables(config: RunConfig) -> None:
-    """Dequantize one real block: the code tables that are kept from then on must not be fake tensors."""
+    """Dequantize one real block first: the code tables, which are then cached, must not be fake tensors."""
     quant = config.quant
     for name in {quant.name, quant.embeddings, *quant.overrides.values()} - {NONE}:
         quant_format = format_of(quant, name)
@@ -169,7 +169,7 @@ def _shallow(config: RunConfig, counts: Counts, ranks: Ranks) -> Cut:
 
 
 def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> Cut:
-    """Build the (cut) model on fake tensors and run a step of it."""
+    """Build the (cut) model on fake tensors and run one step."""
     shapes = read_shapes(base)
     kinds = layer_kinds(base, shapes)
     plan = make_plan(config, shapes, ranks.size)
@@ -192,9 +192,9 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> Cut
 def step_runner(
     config: RunConfig, model: CausalModel, batch: Batch, ranks: Ranks
 ) -> Callable[[Callable[[], None]], object]:
-    """Return what runs a batch forward and backward as `train` does; its argument is called before each micro-batch.
+    """Return a function that runs forward and backward as `train` does; it calls its argument before each micro-batch.
 
-    Make it while no unit is gathered.
+    Create it while no unit is gathered.
     """
     reduce_replicated = ReplicatedGradients(trainable_parameters(model), ranks)
 
@@ -214,9 +214,9 @@ def step_runner(
 
 
 def worst_batch(plan: TrainPlan, max_length: int, shapes: ModelShapes, packed: bool = False) -> Batch:
-    """Return a batch of the longest rows, all of whose tokens are learned: at most two micro-batches.
+    """Return a batch of rows of maximum length with all tokens supervised, in at most two micro-batches.
 
-    From the second on, gradients that wait for their reduction are there too; more change nothing.
+    From the second micro-batch on, unreduced gradients exist as well; further ones change nothing.
     """
     rows, count = plan.batch.micro_batch_size, min(2, plan.batch.accumulation_steps)
     micro_batches = []
@@ -233,7 +233,7 @@ def worst_batch(plan: TrainPlan, max_length: int, shapes: ModelShapes, packed: b
 def _by_name(
     peaks: dict[Place, TensorBytes], base: PreTrainedModel, shapes: ModelShapes, kinds: list[int]
 ) -> dict[str, TensorBytes]:
-    """Name the places so that models of any depth share their names: the first and last layer of each kind."""
+    """Name the places identically for models of any depth: the first and last layer of each kind."""
     names: dict[nn.Module | None, str] = {None: "the adapters"}
     for module, name in ((shapes.embedding, "the embedding"), (shapes.head, "the head")):
         names[base.get_submodule(module)] = name

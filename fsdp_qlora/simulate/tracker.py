@@ -1,8 +1,8 @@
-"""torch's memory tracker around a training step, of fake or of real tensors, and simulated ranks.
+"""torch's memory tracker around a training step on fake or real tensors, and simulated ranks.
 
-The only module that uses these private parts of torch: `FakeTensorMode`, the ``fake`` process group,
-`FSDPMemTracker` and, because that one takes the two modules of a shared unit (tied embedding and head) for two units,
-FSDP's own hooks for such groups. `tests/unit/test_simulate.py` says when they break.
+This is the only module that uses these private parts of torch: `FakeTensorMode`, the ``fake`` process group,
+`FSDPMemTracker`, and FSDP's own hooks for units of two modules (tied embedding and head), which `FSDPMemTracker`
+mistakes for two units. `tests/unit/test_simulate.py` fails if they change.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TensorBytes:
-    """Bytes of the tensors that one rank holds at one moment, by what they are for."""
+    """Bytes of the tensors that one rank holds at one moment, by purpose."""
 
     parameters: int = 0
     """This rank's shards of all parameters and statistics, and the buffers."""
     gradients: int = 0
     optimizer: int = 0
-    """The optimizer's state, and what an update needs for a moment."""
+    """The optimizer's state, and temporaries of the update."""
     activations: int = 0
-    """Activations, logits, dequantized weights and what backward needs for a moment."""
+    """Activations, logits, dequantized weights and temporaries of backward."""
     gather: int = 0
-    """Gathered units, and the buffers that they arrive in."""
+    """Gathered units, and the buffers they are received in."""
 
     @property
     def total(self) -> int:
@@ -52,7 +52,7 @@ class TensorBytes:
         return sum(asdict(self).values())
 
     def plus(self, other: TensorBytes, times: float = 1) -> TensorBytes:
-        """Return this and ``times`` the other, kind by kind."""
+        """Return the sum of this and ``times`` the other, kind by kind."""
         values = {f.name: round(getattr(self, f.name) + times * getattr(other, f.name)) for f in fields(self)}
         return TensorBytes(**values)
 
@@ -72,14 +72,14 @@ _KINDS = {
 }
 
 NOT_COUNTED = torch.device("meta")
-"""Where simulated host memory is: simulated devices are CPUs, so their tensors must lie elsewhere to be told apart."""
+"""Device of simulated host memory: simulated devices are CPUs, so host tensors need a different one."""
 
 Place = tuple[str, nn.Module | None]
-"""``("forward" | "backward", the unit that began last)``, or ``("update", None)``."""
+"""``("forward" | "backward", the unit that started last)``, or ``("update", None)``."""
 
 
 class _PlaceTracker(FSDPMemTracker):
-    """torch's tracker with the peak of each place of the step, where a place lasts until the next one begins."""
+    """torch's tracker, recording the peak at each place in the step; a place lasts until the next one begins."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device_type: str) -> None:
         super().__init__(model, optimizer)
@@ -94,13 +94,13 @@ class _PlaceTracker(FSDPMemTracker):
         # Half of all calls ask a fake tensor for its device; dispatching it through both modes costs as much as an op.
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device
-        if (body := OUR_OPS.get(func)) is not None:  # an op of ours: what it does inside takes memory, too
+        if (body := OUR_OPS.get(func)) is not None:  # an op of ours: its own allocations count too
             with self:
                 return body(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _update_peak_stats(self, peak_state: Any) -> None:
-        """Keep the peak of the present place only: torch's own looks at every module after every operation."""
+        """Update the peak of the current place only: torch's version visits every module after every operation."""
         for device, snapshot in self._curr_mem_snap.items():
             if device.type != self._device_type:
                 continue
@@ -114,7 +114,7 @@ class _PlaceTracker(FSDPMemTracker):
 
         @wraps(orig_fsdp_state_pre_fw)
         def begin(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not self._mod_tracker.is_bw:  # else it is recomputed within its backward
+            if not self._mod_tracker.is_bw:  # otherwise it is recomputation within backward
                 self.place = ("forward", module)
             return inner(module, *args, **kwargs)
 
@@ -131,7 +131,7 @@ class _PlaceTracker(FSDPMemTracker):
         return begin
 
     def _instrument_fsdp_module(self) -> None:
-        """As torch's, but once a unit: a unit of two modules stays gathered from the first to the second."""
+        """As in torch, but once per unit: a unit of two modules stays gathered from the first to the second."""
         for state in _states(self._root_mod):
             group, module = state._fsdp_param_group, state._modules[0]
             if group is None:
@@ -150,7 +150,7 @@ class _PlaceTracker(FSDPMemTracker):
         self._instrument_whole_parameters()
 
     def _instrument_whole_parameters(self) -> None:
-        """Count what FSDP was told to leave alone, and its gradients: torch's tracker asks FSDP for its parameters."""
+        """Count the parameters that FSDP ignores, and their gradients: torch's tracker only sees FSDP's parameters."""
 
         def note_gradient(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
@@ -170,12 +170,12 @@ class _PlaceTracker(FSDPMemTracker):
 
 
 def _states(root: nn.Module) -> list[FSDPState]:
-    """Return FSDP's state of each unit under ``root``, once each."""
+    """Return FSDP's state for each unit under ``root``, without duplicates."""
     return list(dict.fromkeys(m._get_fsdp_state() for m in root.modules() if isinstance(m, FSDPModule)))
 
 
 def _register(state: FSDPState, pre_forward: Any, post_forward: Any) -> None:
-    """Let these two run around the unit's forward, in place of what runs now."""
+    """Install these two hooks around the unit's forward, replacing the current ones."""
     state._pre_forward_hook_handle.remove()
     state._post_forward_hook_handle.remove()
     modules: Sequence[nn.Module] = list(state._modules)
@@ -197,13 +197,13 @@ def measure_step(
     fake: FakeTensorMode | None = None,
     device_type: str = "cpu",
 ) -> dict[Place, TensorBytes]:
-    """Run one step and return the peak of tensors at each of its places.
+    """Run one step and return the peak tensor bytes at each place.
 
     Args:
         model: the root FSDP module.
-        optimizer: whose state is on the device; it should exist already, as it does in every step but the first.
-        forward_backward: runs the micro-batches; calls its argument before each.
-        update: changes the parameters. It runs outside of ``fake``, since optimizers read their step counters.
+        optimizer: the optimizer; its state should already exist, as in every step but the first.
+        forward_backward: runs the micro-batches; calls its argument before each one.
+        update: changes the parameters. It runs outside ``fake``, because optimizers read their step counters.
         fake: the mode of the model's fake tensors; None for real ones.
         device_type: where tensors are counted.
     """
@@ -225,18 +225,18 @@ def _by_kind(snapshot: dict[Any, int]) -> TensorBytes:
 
 
 def fake_mode() -> FakeTensorMode:
-    """Return a mode under which tensors have shapes, dtypes and a place, but no memory."""
+    """Return a mode under which tensors have shapes, dtypes and devices, but no memory."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextmanager
 def simulated_ranks(world_size: int, shard_degree: int = 0, replicate_degree: int = 1) -> Iterator[Ranks]:
-    """Be rank 0 (the fullest) of ``world_size`` simulated ranks: their collectives do nothing.
+    """Act as rank 0 (the fullest) of ``world_size`` simulated ranks, whose collectives do nothing.
 
-    The device is the CPU: without a CUDA build of torch no fake tensor can be on a GPU.
+    The device is the CPU: without a CUDA build of torch, fake tensors cannot be on a GPU.
 
     Raises:
-        PlanError: if this process is one of several real ranks.
+        PlanError: if this process already has a process group.
     """
     if dist.is_initialized():
         raise PlanError("plan.simulate: this process has a process group open; simulate in one of its own.")

@@ -1,1 +1,1 @@
-"""What is seen of a run: its folder, metrics.jsonl, the console, Weights & Biases."""
+"""Run tracking: metrics.jsonl, the console and Weights & Biases."""

@@ -13,7 +13,7 @@ from fsdp_qlora.shown import visible
 
 
 def console(**settings: Any) -> Console:
-    """Return a console that shows text as it is: ``[INST]`` is no markup and ``:ok:`` no picture."""
+    """Return a console that prints text verbatim: ``[INST]`` is not markup and ``:ok:`` not an emoji."""
     return Console(highlight=False, markup=False, emoji=False, **settings)
 
 
@@ -45,7 +45,7 @@ class ConsoleProgress:
             self._bar.update(self._task, completed=step, values=brief(values))
 
     def rewind(self, step: int) -> None:
-        """Nothing to forget: the next line says where training is."""
+        """Do nothing: the next line shows the current step."""
 
     def _left(self, step: int) -> str:
         done = step - self._first
@@ -54,13 +54,13 @@ class ConsoleProgress:
         return f", {clock((time.monotonic() - self._started) / done * (self._total - step))} left"
 
     def close(self) -> None:
-        """End the bar."""
+        """Stop the bar."""
         if self._bar is not None:
             self._bar.stop()
 
 
 def describe(values: dict[str, Any]) -> str:
-    """Return the values worth a person's eye in one line."""
+    """Return the values worth showing, as one line."""
     if "bad_step" in values:
         first, after = values["left_out"]
         return f"after bad step {values['bad_step']}: rows at {first}..{after - 1} are left out. {values['reason']}"
@@ -76,7 +76,7 @@ def describe(values: dict[str, Any]) -> str:
 
 
 def brief(values: dict[str, Any]) -> str:
-    """Return the values that fit beside a bar in 80 columns."""
+    """Return the values that fit next to the bar in 80 columns."""
     speed, memory = values["tokens_per_second"], megabytes(values["peak_memory_bytes"])
     return f"loss {values['loss']:.4f}  {speed:.0f} tok/s  {memory}"
 

@@ -1,7 +1,7 @@
-"""JSON lines: one value a line, in UTF-8, whatever the texts hold.
+"""JSON lines: one value per line, valid UTF-8 for any text.
 
-``str.splitlines`` also splits at the line separators that Unicode has besides the line feed, and JSON does not escape
-those. A lone surrogate, which UTF-8 cannot hold, is written as JSON's own escape.
+Read them back by splitting at line feeds: ``str.splitlines`` also splits at Unicode's other line separators, which JSON
+does not escape. UTF-8 cannot encode a lone surrogate, so it is written as a JSON escape.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from fsdp_qlora.track.unwritten import Unwritten
 
 
 def to_line(value: Any) -> str:
-    """Return ``value`` as a line of JSON that any reader of UTF-8 takes."""
+    """Return ``value`` as a line of JSON that encodes to valid UTF-8."""
     text = json.dumps(value, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
 
 
 def write_lines(file: Path, values: Iterable[Any]) -> None:
-    """Write the values, one a line."""
+    """Write the values, one per line."""
     write_text(file, "".join(map(to_line, values)))
 
 
 def read_lines(file: Path) -> list[Any]:
-    """Return the values of a file; half a line at its end, of a run that was killed, is none."""
+    """Return the values of a file, ignoring a partial last line left by a killed run."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1] if line]
 
 
 class Appended:
-    """Lines at the end of a file. One that cannot be written waits for the next one, and ``unwritten`` is told."""
+    """Appends lines to a file; if a write fails, keeps them for the next attempt and records it in ``unwritten``."""
 
     def __init__(self, file: Path, unwritten: Unwritten) -> None:
         self._file, self._unwritten, self._pending = file, unwritten, b""
@@ -43,11 +43,11 @@ class Appended:
         self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write the pending lines."""
         self._unwritten.attempt(self._file, self._write)
 
     def forget(self) -> None:
-        """Drop what waits."""
+        """Drop the pending lines."""
         self._pending = b""
 
     def _write(self) -> None:

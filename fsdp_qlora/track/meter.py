@@ -1,4 +1,4 @@
-"""Speed and memory of the last window of steps; time spent evaluating or saving is not in it."""
+"""Throughput of the last window of steps, excluding time spent evaluating or saving."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Window:
-    """Steps together, over all ranks."""
+    """Totals over several steps; tokens and rows are summed over all ranks."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -21,7 +21,7 @@ class Window:
 
 
 Achieved = Callable[[Window], dict[str, float]]
-"""What a window reached of what is possible, as values for metrics.jsonl."""
+"""Computes the share of the peak speed that a window achieved, as values for metrics.jsonl."""
 
 
 def _not_known(window: Window) -> dict[str, float]:
@@ -55,14 +55,14 @@ class Meter:
         self.total_seconds += seconds
 
     def count(self, tokens: int, target_tokens: int, rows: int) -> None:
-        """Add what the step just timed had, over all ranks."""
+        """Add the counts of the step just timed, over all ranks."""
         window = self._window
         window.tokens, window.target_tokens = window.tokens + tokens, window.target_tokens + target_tokens
         window.rows += rows
         self.total_tokens += tokens
 
     def read(self) -> dict[str, float]:
-        """Return the window's speed and start a new window."""
+        """Return the window's throughput and start a new window."""
         window, self._window = self._window, Window()
         steps, seconds = max(1, window.steps), max(1e-9, window.seconds)
         values = {"tokens_per_second": window.tokens / seconds, "step_seconds": window.seconds / steps}

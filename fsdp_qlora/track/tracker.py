@@ -1,4 +1,4 @@
-"""metrics.jsonl (the truth), and the console or W&B beside it. Only rank 0 has one that does anything."""
+"""metrics.jsonl (the authoritative record), the console and W&B. Only rank 0's tracker has sinks."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Something that takes metrics."""
+    """A destination for metrics."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Take the values of a step."""
+        """Log the values of a step."""
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged of later steps, where that is possible."""
+        """Discard what was logged for later steps, if the sink can."""
 
     def close(self) -> None:
         """Write out what is pending."""
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object a line, written at once."""
+    """metrics.jsonl: one JSON object per line, written immediately."""
 
     def __init__(self, file: Path, resume_step: int, unwritten: Unwritten) -> None:
-        """Begin the file, or go on with it: lines after ``resume_step``, whose steps a resume does again, are cut."""
+        """Start or continue the file; lines after ``resume_step`` are cut, because a resume repeats those steps."""
         self._file, self._unwritten = file, unwritten
         self._lines = Appended(file, unwritten)
         self._cut(resume_step)
@@ -50,7 +50,7 @@ class JsonLines:
                 stream.writelines(kept)
 
     def rewind(self, step: int) -> None:
-        """Cut the lines of later steps."""
+        """Remove the lines of later steps."""
         self._lines.forget()
         self._unwritten.attempt(self._file, lambda: self._cut(step))
 
@@ -59,7 +59,7 @@ class JsonLines:
         self._lines.add(json.dumps({"time": round(time.time(), 3), "step": step, **values}) + "\n")
 
     def close(self) -> None:
-        """Write what could not be written before, if there is room now."""
+        """Retry lines that could not be written earlier."""
         self._lines.flush()
 
 
@@ -67,11 +67,11 @@ def _step_of(line: bytes) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # half a line, from a run that was killed
+        return float("inf")  # a partial line from a killed run
 
 
 class Beside:
-    """A sink that the run does not depend on: when it fails, that is reported once, and it gets nothing more."""
+    """An optional sink: its first failure is reported, and it receives nothing more."""
 
     def __init__(self, sink: Sink, name: str) -> None:
         self._sink: Sink | None = sink
@@ -82,17 +82,17 @@ class Beside:
             return
         try:
             work(self._sink)
-        except Exception as error:  # whatever it stands on: a service, a socket, a full disk
+        except Exception as error:  # a service, a socket, a full disk: none may stop the run
             self._sink = None
             failed = "%s failed and gets no more values (%s); metrics.jsonl has everything."
             _log.warning(failed, self._name, typed_line(error))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Take the values of a step."""
+        """Log the values of a step."""
         self._try(lambda sink: sink.log(step, values))
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged of later steps, where that is possible."""
+        """Discard what was logged for later steps, if the sink can."""
         self._try(lambda sink: sink.rewind(step))
 
     def close(self) -> None:
@@ -104,17 +104,17 @@ class Tracker:
     """Several sinks as one."""
 
     def __init__(self, sinks: list[Sink], around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        """Send to ``sinks``, in order; ``around`` tells who watches this rank that files are written."""
+        """Log to ``sinks`` in order, inside the context ``around``, which tells the watch that files are written."""
         self._sinks, self._around = sinks, around
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Hand the values of a step to every sink."""
+        """Log the values of a step to every sink."""
         with self._around():
             for sink in self._sinks:
                 sink.log(step, values)
 
     def rewind(self, step: int) -> None:
-        """Let every sink forget later steps."""
+        """Rewind every sink to ``step``."""
         for sink in self._sinks:
             sink.rewind(step)
 

@@ -1,4 +1,4 @@
-"""Weights & Biases as a sink: rank 0 only, offline where it cannot be reached, the same run after a resume."""
+"""Weights & Biases as a sink: rank 0 only, offline if it cannot be reached, the same run after a resume."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _log = logging.getLogger(__name__)
 
 _KEY = "WANDB_API_KEY"
 _REACH_SECONDS = 30
-"""Time that the server has to answer, where WANDB_INIT_TIMEOUT gives none."""
+"""How long to wait for the server if WANDB_INIT_TIMEOUT is not set."""
 
 
 def open_wandb(
     folder: Path, name: str, settings: TrackSettings, config: dict[str, Any], warn: Callable[[str], None] = _log.warning
 ) -> Sink | None:
-    """Begin W&B's run, or go on with the one whose id is in the run folder.
+    """Start a W&B run, or resume the one whose id is in the run folder.
 
-    Offline where there is no key. Offline with one warning where the key is malformed or the server does not answer;
-    None with a warning where W&B does not even start.
+    Without a key the run is offline. If the key is malformed or the server does not answer, the run is offline and one
+    warning is logged. If W&B does not start at all, returns None and logs a warning.
     """
     problem, left_out = "", _workspace_settings()
     if left_out:
@@ -46,7 +46,7 @@ def open_wandb(
                         f"W&B: key and metrics go to {shown_source(server)}, as your environment or your settings say."
                     )
                 sink = WandbSink(folder, name, settings, config, mode)
-        except Exception as error:  # W&B's own, and those of the HTTP library and the process that it stands on
+        except Exception as error:  # from W&B, its HTTP library or its service process
             problem = problem or first_line(error).rstrip(".")
             _end_service()
             continue
@@ -58,15 +58,15 @@ def open_wandb(
 
 
 def _workspace_settings() -> list[Path]:
-    """Return the files of settings in the current folder that W&B would let win over the user's own."""
+    """Return the settings files in the current folder, which W&B would prefer to the user's own."""
     return [file for name in ("wandb", ".wandb") if (file := Path.cwd() / name / "settings").exists()]
 
 
 def _load_settings(leave_here: bool) -> str | None:
-    """Let W&B load its settings, which it does once; return the server that it takes where it is not the usual one.
+    """Make W&B load its settings, which it does only once; return the server if it is not the default one.
 
-    Settings of the current folder could name a server that then gets the key. There is no way to tell W&B not to read
-    them, but to be elsewhere: in the root folder, where only root can put some.
+    Settings in the current folder could name a server that would then receive the key. W&B has no option to ignore
+    them, so load from the root folder, which only root can write to.
     """
     import wandb
 
@@ -77,7 +77,7 @@ def _load_settings(leave_here: bool) -> str | None:
 
 
 def _end_service() -> None:
-    """End W&B's own process, which takes the run for one that is still in use."""
+    """End W&B's service process, which would otherwise consider the run still in use."""
     with suppress(Exception):
         import wandb
 
@@ -86,7 +86,7 @@ def _end_service() -> None:
 
 @contextmanager
 def _without_key() -> Iterator[None]:
-    """Hide the key for a while: W&B reads it offline, too, and stops where it is malformed."""
+    """Hide the key: W&B reads it even offline, and fails if it is malformed."""
     key = os.environ.pop(_KEY, None)
     try:
         yield
@@ -106,7 +106,7 @@ class WandbSink:
         id_file = folder / "wandb_run_id"
         if not id_file.is_file():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-        # x_disable_meta, save_code: W&B would otherwise record the command line and the code by itself.
+        # x_disable_meta, save_code: by default W&B records the command line and the code.
         own: dict[str, Any] = {"x_disable_meta": True, "save_code": False, "console": "off", "silent": True}
         if "WANDB_INIT_TIMEOUT" not in os.environ:
             own["init_timeout"] = _REACH_SECONDS

@@ -1,1 +1,1 @@
-"""The work: objective, step, evaluation and the loop. Knows an nn.Module and batches; no quantization, Hydra or W&B."""
+"""Training: step, evaluation and the loop. Knows an nn.Module and batches; nothing of quantization, Hydra or W&B."""

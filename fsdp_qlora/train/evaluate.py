@@ -1,4 +1,4 @@
-"""Held-out loss, weighted as the objective says and equal on any number of ranks."""
+"""Held-out loss, weighted as the objective specifies; the number of ranks does not change it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from fsdp_qlora.objectives import Objective
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation gave."""
+    """Result of an evaluation."""
 
     loss: float
-    """The sum of ``means``: of supervised fine-tuning the mean cross entropy of the supervised tokens."""
+    """Sum of ``means``; for supervised fine-tuning, the mean cross entropy of the supervised tokens."""
     means: dict[str, float]
-    """Each of the objective's sums over its weight."""
+    """Each of the objective's sums, divided by its weight."""
     divided_by: dict[str, str]
     """Name of a sum -> name of its weight."""
     weights: Mapping[str, int]
     metrics: dict[str, float]
-    """What the objective says beside the loss."""
+    """What the objective reports besides the loss."""
     by_source: dict[str, float] = field(default_factory=dict)
-    """Loss of each source's rows, where there are several."""
+    """Loss per source, if there are several sources."""
 
     @property
     def target_tokens(self) -> int:
@@ -37,12 +37,12 @@ class Evaluation:
         return self.weights[TOKENS]
 
     def values(self) -> dict[str, float]:
-        """Return loss and metrics as metrics.jsonl has them."""
+        """Return loss and metrics under their names in metrics.jsonl."""
         return {"eval_loss": self.loss} | {f"eval_{name}": value for name, value in self.metrics.items()}
 
 
 def together(parts: dict[str, Evaluation], objective: Objective) -> Evaluation:
-    """Return the evaluation of all parts' rows from those of the parts."""
+    """Combine the evaluations of all parts into one over all their rows."""
     evaluations = list(parts.values())
     divided_by = evaluations[0].divided_by
     weights = {name: sum(part.weights[name] for part in evaluations) for name in evaluations[0].weights}
@@ -59,9 +59,9 @@ def evaluate(
     model: nn.Module, micro_batches: Iterable[MicroBatch], objective: Objective, weights: Mapping[str, int],
     ranks: Ranks,
 ) -> Evaluation:  # fmt: skip
-    """Evaluate on this rank's ``micro_batches``; every rank has the same number of them, at least one.
+    """Evaluate on this rank's ``micro_batches``; every rank must have the same number of them, at least one.
 
-    Leaves the model in the mode it was in, and its gradients untouched.
+    Restores the model's training mode and leaves its gradients untouched. A collective.
     """
     was_training = model.training
     model.eval()

@@ -1,8 +1,8 @@
-"""How long a run is: as many steps as were asked for, or as many rows.
+"""How long a run is: a given number of steps, or of rows.
 
-Where rows decide (``train.num_epochs``), nothing here is remembered in steps: after a resume with another global batch,
-or after batches that were left out, the rows that remain are still all trained on, and the learning rate is where the
-rows are.
+If rows decide (``train.num_epochs``), progress is not counted in steps: after a resume with another global batch size,
+or after skipped batches, all remaining rows are still trained on, and the learning rate follows the position in the
+rows.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ class Length:
     rows_per_step: int
     """Rows of a full global batch."""
     max_steps: int = 0
-    """Optimizer steps after which it ends; 0 = rows decide."""
+    """Optimizer steps after which the run ends; 0 = rows decide."""
     last_position: int = 0
-    """Rows after which it ends, where rows decide."""
+    """Rows after which the run ends, if rows decide."""
 
     @property
     def planned_steps(self) -> int:
-        """Steps of a run from its first row to its last, all with this batch."""
+        """Steps from the first row to the last, all with this batch size."""
         return self.max_steps or math.ceil(self.last_position / self.rows_per_step)
 
     def total_steps(self, progress: Progress) -> int:
-        """Return how many steps the run will have made at its end, going by what is left."""
+        """Return how many steps the run will have made when it ends, given what is left."""
         if self.max_steps:
             return self.max_steps
         return progress.step + math.ceil(max(0, self.last_position - progress.position) / self.rows_per_step)
@@ -40,8 +40,8 @@ class Length:
         return progress.step >= self.max_steps if self.max_steps else progress.position >= self.last_position
 
     def scheduled(self, progress: Progress) -> float:
-        """Return the place in the schedule, in steps of `planned_steps`: with one batch size, the steps made so far.
+        """Return the position in the schedule, out of `planned_steps`: with a constant batch size, the steps made.
 
-        Where rows decide it is counted in rows, so a change of the batch moves it by nothing.
+        If rows decide, the position is derived from rows, so changing the batch size does not move it.
         """
         return progress.step if self.max_steps else progress.position / self.rows_per_step

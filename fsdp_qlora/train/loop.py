@@ -24,20 +24,20 @@ from fsdp_qlora.train.step import Optimizer, StepSettings, train_step
 
 
 class Tracker(Protocol):
-    """Where values go."""
+    """Receives logged values."""
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Take the values of a step."""
+        """Log the values of a step."""
         ...
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged of later steps."""
+        """Discard what was logged for later steps."""
         ...
 
 
 @dataclass(frozen=True)
 class Due:
-    """When things happen; 0 means never."""
+    """When to log, evaluate and save; 0 means never."""
 
     length: Length
     log_every: int
@@ -51,21 +51,21 @@ class Due:
         return interval > 0 and step % interval == 0
 
     def log(self, progress: Progress) -> bool:
-        """Whether the values of the step just made are logged; those of the last one are, unless none are."""
+        """Whether to log the step just made; the last step is always logged, unless logging is off."""
         return self._every(progress.step, self.log_every) or (self.log_every > 0 and self.length.reached(progress))
 
     def evaluate(self, progress: Progress) -> bool:
-        """Whether there is an evaluation now; at the start and at the end there always is."""
+        """Whether to evaluate now; always true at the start and at the end."""
         return progress.step == 0 or self._every(progress.step, self.eval_every) or self.length.reached(progress)
 
     def save(self, step: int) -> bool:
-        """Whether there is a checkpoint after this step."""
+        """Whether to save a checkpoint after this step."""
         return self._every(step, self.save_every)
 
 
 @dataclass(frozen=True)
 class LoopHooks:
-    """What the loop asks of the outside."""
+    """Callbacks that the loop needs from its caller."""
 
     batch_at: Callable[[int], Batch]
     """Row position -> this rank's part of the global batch that starts there."""
@@ -73,14 +73,14 @@ class LoopHooks:
     save: Callable[[Progress], None]
     """Start a checkpoint."""
     save_stall: Callable[[], float | None]
-    """Seconds that saving has held up training since the last call, if anything was saved."""
+    """Seconds that saving has delayed training since the last call; None if nothing was saved."""
     finish: Callable[[Progress], None]
-    """Make sure the checkpoint of this very step is on disk."""
+    """Make sure the checkpoint of this step is on disk."""
     stop_requested: Callable[[], bool]
-    """Whether this rank has a reason to stop; the step makes it a decision of all."""
+    """Whether this rank has a reason to stop; the step turns it into a decision of all ranks."""
     peak_memory: Callable[[], int]
     around_step: Callable[[int], AbstractContextManager[object]] = nullcontext
-    """Context of each step and the wait for its batch, by the step's number (a profiler)."""
+    """Context around each step, including the wait for its batch, given the step's number (a profiler)."""
 
 
 def train_loop(
@@ -96,7 +96,7 @@ def train_loop(
     tracker: Tracker,
     meter: Meter,
 ) -> bool:
-    """Train until ``due.length`` is reached; return False if a signal stopped it before that (after saving)."""
+    """Train until ``due.length`` is reached; return False if a signal stopped it earlier (after saving)."""
     model.train()
     _evaluate_if_due(due, hooks, progress, tracker)
     while not due.length.reached(progress):
@@ -114,7 +114,7 @@ def train_loop(
                 recovery(error, batch, progress, tracker)
                 continue
         recovery.went_well()
-        if (stall := hooks.save_stall()) is not None:  # of the checkpoint of the step before
+        if (stall := hooks.save_stall()) is not None:  # from the previous step's checkpoint
             tracker.log(progress.step, {"checkpoint_stall_seconds": stall})
         progress.advance(batch.num_rows, batch.num_tokens, batch.weights[TOKENS], outcome.loss)
         meter.count(batch.num_tokens, batch.weights[TOKENS], batch.num_rows)
@@ -132,13 +132,13 @@ def train_loop(
             return False
         if due.patience and progress.evals_without_gain >= due.patience:
             break
-    _evaluate_if_due(due, hooks, progress, tracker)  # the last batch may have been left out
+    _evaluate_if_due(due, hooks, progress, tracker)  # the last batch may have been skipped
     hooks.finish(progress)
     return True
 
 
 def _evaluate_if_due(due: Due, hooks: LoopHooks, progress: Progress, tracker: Tracker) -> None:
-    """Evaluate, unless these very weights have been evaluated (before the checkpoint that a run goes on from)."""
+    """Evaluate if due, unless these weights were already evaluated (before the checkpoint the run resumed from)."""
     if due.evaluate(progress) and progress.evaluated_step < progress.step:
         record_evaluation(hooks.evaluate(), progress, tracker)
 

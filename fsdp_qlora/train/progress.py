@@ -1,4 +1,4 @@
-"""How far a run is: a few numbers that say everything a resume needs besides the tensors."""
+"""How far a run has come: the few numbers that a resume needs besides the tensors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Progress:
     position: int = 0
     """Training rows consumed, over all ranks: the loader's whole state."""
     rows_left_out: int = 0
-    """Of these, rows that were passed over after a bad step."""
+    """How many of these rows were skipped because of bad steps."""
     recent_losses: list[float] = field(default_factory=list)
-    """Losses of the last steps, what a spike is measured against."""
+    """Losses of the latest steps, against which a spike is measured."""
     tokens: int = 0
-    """Input tokens without padding, over all ranks."""
+    """Input tokens over all ranks, without padding."""
     target_tokens: int = 0
     """Supervised tokens, over all ranks."""
     best_eval_loss: float | None = None
@@ -55,13 +55,13 @@ class Progress:
             self.evals_without_gain += 1
 
     def spike_above(self, factor: float) -> float:
-        """Return the loss that counts as a spike: ``factor`` times the recent mean; infinite while few are known."""
+        """Return the spike threshold: ``factor`` times the mean of recent losses; infinite while there are too few."""
         known = self.recent_losses
         return factor * sum(known) / len(known) if factor > 0 and len(known) == RECENT_STEPS else math.inf
 
     @staticmethod
     def problem(values: dict[str, Any]) -> str | None:
-        """Return what of the values of a checkpoint cannot be a progress's, or None."""
+        """Return what makes a checkpoint's values invalid as a progress, or None if they are valid."""
         kinds = get_type_hints(Progress)
         for name, value in values.items():
             if (wrong := misfit(value, kinds[name], f"progress.{name}")) is not None:
@@ -71,7 +71,7 @@ class Progress:
         return None
 
     def restore(self, values: dict[str, Any]) -> None:
-        """Take the values of a checkpoint; see `problem`."""
+        """Restore the values from a checkpoint; check them with `problem` first."""
         for name, value in values.items():
             setattr(self, name, value)
 

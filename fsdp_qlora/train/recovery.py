@@ -1,7 +1,7 @@
-"""After a bad step (a loss or gradient that is not finite, or a spike): say where, then stop, skip or roll back.
+"""After a bad step (a non-finite loss or gradient, or a loss spike): locate it, then stop, skip or roll back.
 
-The update was not made when this is called. What it decides depends on numbers that are equal on every rank, so all
-ranks decide alike.
+It is called before the update. Its decision depends only on numbers that are equal on every rank, so all ranks make the
+same one.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from fsdp_qlora.train.progress import Progress
 
 
 class Rewindable(Protocol):
-    """A tracker that can forget the steps after one."""
+    """A tracker that can discard the steps after a given one."""
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Take the values of a step."""
+        """Log the values of a step."""
         ...
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged of later steps."""
+        """Discard what was logged for later steps."""
         ...
 
 
 @dataclass
 class Recovery:
-    """What to do about bad steps (``train.on_nonfinite``)."""
+    """Handles bad steps according to ``train.on_nonfinite``."""
 
     policy: Literal["stop", "skip", "rollback"]
     max_bad_steps: int
     locate: Callable[[Sequence[MicroBatch], int], str]
-    """(this rank's micro-batches, step) -> which ranks, rows and modules; every rank calls it."""
+    """(this rank's micro-batches, step) -> which ranks, rows and modules are affected. A collective."""
     drop_gradients: Callable[[], None]
     restore: Callable[[], None]
-    """Load the newest checkpoint, progress included."""
+    """Load the newest checkpoint, including its progress."""
     in_a_row: int = 0
 
     def __call__(self, error: NonFiniteError, batch: Batch, progress: Progress, tracker: Rewindable) -> None:
-        """Recover as the policy says, with ``progress`` behind the bad batch.
+        """Apply the policy and move ``progress`` past the bad batch.
 
         Raises:
-            NonFiniteError: where the policy is to stop, or there were too many bad steps in a row.
+            NonFiniteError: if the policy is to stop, or there were too many bad steps in a row.
         """
         where = self.locate(batch.micro_batches, progress.step + 1)
         self.in_a_row += 1

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches, one reduction, clipping, update. The same numbers on any number of ranks."""
+"""One optimizer step: micro-batches, one reduction, clipping, update. Its numbers do not depend on the rank count."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from fsdp_qlora.scopes import OPTIMIZER
 
 
 class Optimizer(Protocol):
-    """What a step needs of an optimizer."""
+    """What a step needs from an optimizer."""
 
     def grad_square_sum(self, ranks: Ranks) -> float:
-        """Return this rank's part of the gradient's sum of squares: no element counts more than once over all ranks."""
+        """Return this rank's share of the gradient's sum of squares; over all ranks, each element counts once."""
         ...
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        """Update the parameters and drop the gradients."""
+        """Update the parameters and free the gradients."""
         ...
 
 
 def _nowhere(phase: str) -> None:
-    """Take a phase that nobody watches."""
+    """Ignore the phase: nothing watches it."""
 
 
 def _nothing() -> None:
-    """Wait for nothing."""
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What stays the same from step to step."""
+    """Settings that do not change from step to step."""
 
     objective: Objective
     ranks: Ranks
@@ -52,21 +52,21 @@ class StepSettings:
     """Called with (model, whether the next backward reduces gradients over the ranks)."""
     seed_of: Callable[..., int]
     around: Callable[[], AbstractContextManager[object]]
-    """Context of forward and backward (anomaly detection)."""
+    """Context around forward and backward (anomaly detection)."""
     enter: Callable[[str], None] = _nowhere
-    """Called with what this rank does next, for the watch over hanging ranks."""
+    """Called with what this rank is about to do, so that the watch thread can detect hanging ranks."""
     before_update: Callable[[], None] = _nothing
     """Called before the parameters and the optimizer's state change."""
     after_backward: Sequence[Callable[[int], None]] = field(default_factory=tuple)
-    """Called with the step's number: what FSDP leaves to be reduced, then checks on the reduced gradients."""
+    """Called with the step number: first the reduction of gradients outside FSDP, then checks on reduced gradients."""
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step gave, equal on every rank."""
+    """Result of a step, equal on every rank."""
 
     loss: float
-    """Each of the objective's sums over its weight, added up."""
+    """Sum of the objective's sums, each divided by its weight."""
     grad_norm: float
     """Before clipping."""
     stop: bool
@@ -76,9 +76,9 @@ class StepOutcome:
 def forward_backward(
     model: nn.Module, batch: Batch, number: int, settings: StepSettings
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Run this rank's micro-batches of step ``number``; return its sums, float64 ``[]``, and what each is divided by.
+    """Run this rank's micro-batches of step ``number``; return its sums, float64 ``[]``, and the divisor of each.
 
-    Leaves the gradients on the parameters, those of sharded ones reduced over the ranks.
+    Gradients are left on the parameters; those of sharded parameters are reduced over the ranks.
     """
     last = len(batch.micro_batches) - 1
     totals: dict[str, torch.Tensor] = {}
@@ -86,7 +86,7 @@ def forward_backward(
     for turn, micro_batch in enumerate(batch.micro_batches):
         settings.enter(f"step {number}, micro-batch {turn + 1} of {last + 1}")
         settings.synchronize(model, turn == last)
-        # Dropout depends on the micro-batch, not on the rank that happens to run it.
+        # Dropout masks depend on the micro-batch, not on the rank that happens to run it.
         torch.manual_seed(settings.seed_of(settings.seed, number, micro_batch.number))
         with settings.around():
             found = settings.objective.sums(model, micro_batch, settings.ranks.device)
@@ -102,7 +102,7 @@ def train_step(
     model: nn.Module, batch: Batch, optimizer: Optimizer, lr: float, number: int, stop: bool,
     settings: StepSettings, spike_above: float = math.inf,
 ) -> StepOutcome:  # fmt: skip
-    """Run step ``number`` (from 1) and update the parameters.
+    """Run step ``number`` (counted from 1) and update the parameters. A collective.
 
     Raises:
         NonFiniteError: identically on every rank, before the update, if the loss or the gradient is not finite.

@@ -19,6 +19,7 @@ from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.objectives import build_objective, token_losses
 from fsdp_qlora.parallel.shard import synchronize_gradients
 from tests.build import build, losses, metrics, run_fit
+from tests.tiers import some_in_full
 from tests.tolerances import FP32_LOSSES, close
 
 BACKENDS = ("eager", "sdpa")
@@ -64,7 +65,7 @@ def _gradients(ranks: Ranks, model: str, rows: str, attention: str) -> list[floa
 
 
 @pytest.mark.parametrize("attention", BACKENDS)
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", some_in_full([1, 2], [2]))
 def test_packed_losses_and_gradients_are_the_unpacked_ones(pool, tiny_model, chat_rows, attention, num_ranks):
     packed, alone, gap = pool.run(num_ranks, _gradients, str(tiny_model), str(chat_rows), attention)[0]
     assert abs(packed - alone) < FP32_LOSSES * alone
@@ -157,7 +158,7 @@ def test_the_probe_refuses_what_mixes_rows(pool, tiny_model, chat_rows, attentio
         assert untouched and "packed rows of this model see each other" in said and attention in said
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("num_ranks", some_in_full([1, 2, 3], [2]))
 def test_packed_training_is_the_same_on_any_number_of_ranks(pool, tiny_model, chat_rows, tmp_path, num_ranks):
     groups = {
         "data": {"train": str(chat_rows), "packing": True, "eval_fraction": 0.1, "max_length": 96},

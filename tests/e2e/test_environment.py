@@ -13,7 +13,6 @@ import pytest
 
 from tests.build import metrics
 from tests.processes import wait_for_step
-from tests.tiers import some_in_full
 
 pytestmark = pytest.mark.launch
 
@@ -67,7 +66,8 @@ def convert(row):
 """
 
 
-@pytest.mark.parametrize("ranks", some_in_full([1, 2], [1]))
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_row_function_beside_a_file_named_as_a_package(cli, tiny_run, tmp_path, ranks):
     """README's example, in a folder whose `datasets.py` must hide nothing."""
     (tmp_path / "my_rows.py").write_text(_ROWS)

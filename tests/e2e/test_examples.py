@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.tiers import some_in_full
-
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -58,6 +56,7 @@ def test_own_data_rows_are_varied_and_well_formed():
         assert all(m["content"].strip() for m in row["messages"])
 
 
+@pytest.mark.full
 def test_own_data(tiny_model: Path, cli_env: dict[str, str], tmp_path: Path):
     command = [sys.executable, "-m", "fsdp_qlora", "train", "--config-dir", "examples/own_data", "experiment=my_run"]
     changes = [f"model.name={tiny_model}", f"run.output_root={tmp_path}", "train.max_steps=2"]
@@ -102,6 +101,7 @@ def test_quantize_one_tensor(cli_env: dict[str, str], tmp_path: Path):
     assert sum(int(cut[3].replace(",", "")) for cut in cuts) == 576 * 1000
 
 
+@pytest.mark.full
 def test_shard_own_model(cli_env: dict[str, str], tmp_path: Path):
     output = run([*TORCHRUN, str(EXAMPLES / "shard_own_model.py")], cli_env, tmp_path)
     held = [numbers(line) for line in output.splitlines() if line.startswith("rank ")]
@@ -111,7 +111,8 @@ def test_shard_own_model(cli_env: dict[str, str], tmp_path: Path):
     assert after < before
 
 
-@pytest.mark.parametrize("num_ranks", some_in_full([1, 2], [2]))
+@pytest.mark.full
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_library_run(num_ranks: int, tiny_model: Path, chat_rows: Path, cli_env: dict[str, str], tmp_path: Path):
     start = TORCHRUN if num_ranks == 2 else [sys.executable]
     script = [str(EXAMPLES / "library_run.py"), str(tiny_model), str(chat_rows), "out", "--steps", "2"]

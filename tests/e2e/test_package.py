@@ -109,6 +109,7 @@ def test_the_adapter_in_plain_peft_has_the_trainers_loss(cli, cli_env, tiny_run,
     assert (tmp_path / "outputs/tiny/adapter/README.md").read_text().startswith("---\nbase_model:")
 
 
+@pytest.mark.full
 def test_wandb_offline_on_rank_0_with_no_secret_in_any_file(cli, tiny_run, tmp_path):
     canary = "canary-5f3a9d"
     result = cli("train", *tiny_run, "track=wandb", num_ranks=2, HF_TOKEN=canary, WANDB_MODE="offline")

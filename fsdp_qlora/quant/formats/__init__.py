@@ -1,7 +1,7 @@
-"""Formats of quantized weights, a file for each kind. `build_format` makes one by its name, `register` adds another.
+"""Formats of quantized weights, one file per kind. `build_format` builds one by name, `register` adds another.
 
-format.py    what every format answers: rows and bytes, quantize and dequantize, multiply, look up
-blocks4.py   nf4 and fp4: 4-bit codes in blocks of a flattened weight
+format.py    the interface of a format: rows and bytes, quantize and dequantize, multiply, look up
+blocks4.py   nf4 and fp4: 4-bit codes in blocks of the flattened weight
 int8.py      LLM.int8: the rows of a matrix in 8 bits
 """
 

@@ -1,10 +1,10 @@
-"""nf4 and fp4: 4-bit codes of blocks of a flattened weight, on bitsandbytes' registered ops.
+"""nf4 and fp4: 4-bit codes in blocks of the flattened weight, on bitsandbytes' registered ops.
 
 NF4 is QLoRA's 4-bit NormalFloat (Dettmers et al., 2023, https://arxiv.org/abs/2305.14314, section 3), FP4 bitsandbytes'
-4-bit float. The *block-aligned* layout: flat elements lie in rows of 16,384 = 64 x 256. With blocks of 64 a row is one
-nested block, so a rank can read and quantize just its rows. Longer blocks (up to 4,096) divide a row; their nested
-blocks span several rows, each of which holds the nested statistic itself. Slices of whole rows give bit for bit what
-`bitsandbytes.functional.quantize_4bit` gives for the whole tensor.
+4-bit float. The layout is *block-aligned*: the flattened weight is cut into rows of 16,384 = 64 x 256 elements. With
+blocks of 64, a row is exactly one nested block, so a rank can read and quantize its own rows alone. Longer blocks (up
+to 4,096) divide a row evenly; their nested blocks span several rows, each with a copy of the nested statistic. Slices
+of whole rows are bit-identical to `bitsandbytes.functional.quantize_4bit` on the whole tensor.
 
     one row      | block 0: 64 weights | block 1 | ...                         | block 255 |   8,192 bytes of codes
     its absmax   |  1                  |  1      | ...                         |  1        |   256 values
@@ -32,8 +32,8 @@ from fsdp_qlora.quant.packing import (
 )
 
 _CPU_WEIGHTS = 16 * ROW_WEIGHTS
-"""Weights quantized at a time on a CPU: bitsandbytes makes several float32 copies there. In its caches they take half
-the time, and they stay small."""
+"""Weights quantized at a time on a CPU: bitsandbytes makes several float32 copies there. Small pieces fit into the
+CPU's caches, which halves the time, and keep the copies small."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class Blocks4(Format):
     double_quant: bool = True
 
     def num_rows(self, out_features: int, in_features: int) -> int:
-        """Return the rows of storage of a matrix."""
+        """Return the number of rows of storage for a matrix."""
         return num_rows(out_features * in_features)
 
     def row_weights(self, in_features: int) -> int:
-        """Return the weights in a row."""
+        """Return the number of weights in a row."""
         return ROW_WEIGHTS
 
     def row_bytes(self, in_features: int) -> int:
-        """Return the bytes of codes in a row."""
+        """Return the number of bytes of codes in a row."""
         return ROW_BYTES
 
     def num_statistics(self, out_features: int, in_features: int) -> int:
-        """Return the number of blocks of a matrix; the last one may be partial."""
+        """Return the number of blocks in a matrix; the last one may be partial."""
         return -(-out_features * in_features // self.block_size)
 
     @property
@@ -66,7 +66,7 @@ class Blocks4(Format):
         return ROW_WEIGHTS // self.block_size
 
     def describe(self) -> str:
-        """Return it in words."""
+        """Describe the format in words."""
         blocks = f" in blocks of {self.block_size}" if self.block_size != BLOCK_WEIGHTS else ""
         return f"{self.name}{' with double quantization' if self.double_quant else ''}{blocks}"
 
@@ -88,29 +88,29 @@ class Blocks4(Format):
         return bytes_to_rows(codes, rows)
 
     def dequantize(self, quantized: QuantizedTensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return the weights of ``shape`` and ``dtype`` that all rows of ``quantized`` stand for."""
+        """Return all rows of ``quantized`` as weights of ``shape`` and ``dtype``."""
         codes = rows_to_bytes(quantized.packed, prod(shape))
         return self.dequantize_codes(codes, statistics_of(self, quantized, shape), shape, dtype)
 
     def dequantize_codes(
         self, codes: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:
-        """Return the weights of ``shape`` of codes, uint8 ``[ceil(n / 2)]``, and float32 absmax ``[blocks]``."""
+        """Dequantize codes, uint8 ``[ceil(n / 2)]``, with float32 absmax ``[blocks]`` to ``shape``."""
         size, numel, own = self.block_size, prod(shape), shape
-        if shape[-1] % size:  # bitsandbytes' CPU kernel takes another absmax than it should where blocks cross rows
+        if shape[-1] % size:  # bitsandbytes' CPU kernel uses the wrong absmax if blocks cross rows, so reshape
             own = (numel // size, size) if numel % size == 0 else (1, numel)
         found = torch.ops.bitsandbytes.dequantize_4bit.default(codes, absmax, size, self.name, list(own), dtype)
         return found.view(shape)
 
     def cannot_look_up(self, width: int) -> str:
-        """Return why rows of a table cannot be looked up by themselves."""
+        """Return why rows of a table cannot be looked up on their own, or an empty string if they can."""
         return f"the hidden size {width} is no multiple of {self.block_size}" if width % self.block_size else ""
 
     def look_up(self, table: QuantizedTensor, ids: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the rows ``ids``, int64 ``[n]``, of a table: ``[n, width]`` in ``dtype``; no others are dequantized.
 
-        Row ``i`` of the table begins at element ``i * width`` of the flattened weight, which is within row of storage
-        ``i * width // 16384``, whose nested statistic its blocks are scaled by.
+        Row ``i`` of the table starts at element ``i * width`` of the flattened weight. A row may cross into the next
+        row of storage, so each block takes the nested statistic of the storage row it lies in.
         """
         numel = table.packed.shape[0] * ROW_WEIGHTS // width * width
         codes = rows_to_bytes(table.packed, numel).view(-1, width // 2)[ids]
@@ -129,7 +129,7 @@ class Blocks4(Format):
 
 @register
 class NF4(Blocks4):
-    """4-bit NormalFloat: the codes' values are quantiles of a normal distribution."""
+    """4-bit NormalFloat: the 16 values are quantiles of a normal distribution."""
 
     name = "nf4"
 

@@ -1,14 +1,14 @@
-"""`Format`: what a format of quantized weights stores, what it costs and what it computes.
+"""`Format`: the storage, cost and computation of a format of quantized weights.
 
 A weight is quantized in *rows of storage*: FSDP2 shards along dimension 0, so a rank holds whole rows and must be able
-to quantize and dequantize just those. Codes of a row are bytes; beside them lie its *statistics* (``absmax``), a fixed
-number for each row. Statistics may be quantized themselves (double quantization, QLoRA, Dettmers et al., 2023,
-https://arxiv.org/abs/2305.14314, section 3.1): minus their mean over the whole tensor, to 8 bits in blocks of 256, the
-*nested* blocks.
+to quantize and dequantize them alone. A row has its codes, as bytes, and its *statistics* (``absmax``), the same number
+for each row. The statistics may themselves be quantized (double quantization, QLoRA, Dettmers et al., 2023,
+https://arxiv.org/abs/2305.14314, section 3.1): minus their mean over the whole tensor, they are quantized to 8 bits in
+blocks of 256, the *nested* blocks.
 
     weights of a row    ->  packed [rows, ...]         absmax [rows, k]        nested [rows, 1]    offset []
                             codes, as storage_dtype    uint8, or bits of       bits of float32     float32, the mean of
-                                                       float32 as int32                            the whole's absmax
+                                                       float32 as int32                            all absmax
                                                                                '------ double quantization only ------'
 
 Statistics are integers because FSDP2 casts floating-point parameters when it gathers them (docs/architecture.md).
@@ -35,40 +35,40 @@ from fsdp_qlora.shapes.linears import LinearShape
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A quantized tensor in rows of storage, or some of its rows; what the parameters of `QuantMatrices` hold."""
+    """A quantized tensor, or some of its rows of storage: the contents of the parameters of `QuantMatrices`."""
 
     packed: torch.Tensor
     """Codes, ``[rows, width]`` in the format's `Format.storage_dtype`."""
     absmax: torch.Tensor
-    """Statistics, ``[rows, Format.row_statistics]``: uint8 (double quantization), else int32, the bits of float32."""
+    """Statistics, ``[rows, Format.row_statistics]``: uint8 with double quantization, else float32 bits as int32."""
     nested: torch.Tensor | None
-    """int32 ``[rows, 1]``, the bits of float32; None without double quantization."""
+    """float32 bits as int32 ``[rows, 1]``; None without double quantization."""
     offset: torch.Tensor | None
     """float32 ``[]``, mean of the whole tensor's statistics; None without double quantization."""
 
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """A format of quantized weights. The defaults are those of one whose row of storage is a row of the matrix."""
+    """A format of quantized weights. By default, a row of storage is a row of the matrix."""
 
     name: ClassVar[str]
     """Its name in ``quant=``."""
     storage_dtype: ClassVar[torch.dtype]
     """Dtype of ``packed``: an integer, or bfloat16, which FSDP2 does not cast here."""
     dense_forward: ClassVar[bool] = True
-    """Whether forward multiplies with dequantized weights: they may be kept for backward, and take time to make."""
+    """Whether forward multiplies with dequantized weights, which cost time and may be kept for backward."""
 
     takes: ClassVar[frozenset[str]] = frozenset()
-    """Which of the options below it has a use for; the others stay at their defaults."""
+    """Names of the options below that this format uses; the others stay at their defaults."""
 
     double_quant: bool = False
-    """Whether statistics are quantized, too."""
+    """Whether the statistics are quantized as well."""
     block_size: int = BLOCK_WEIGHTS
-    """Weights that share one statistic, where that can be chosen."""
+    """Number of weights that share one statistic, for formats that let you choose it."""
     threshold: float = 0.0
-    """Inputs from this magnitude on are multiplied without quantizing their columns, where inputs are quantized."""
+    """For formats that quantize inputs: columns with an input of at least this magnitude are not quantized."""
     key: str = field(init=False, default="", repr=False)
-    """Name and threshold as one word, which compiled code takes for a constant (it would make the float an input)."""
+    """Name and threshold as one string: compiled code treats it as a constant, but would make a float an input."""
 
     def __post_init__(self) -> None:
         for name, default in (("double_quant", False), ("block_size", BLOCK_WEIGHTS), ("threshold", 0.0)):
@@ -76,22 +76,22 @@ class Format(ABC):
                 object.__setattr__(self, name, default)
         object.__setattr__(self, "key", f"{self.name}>{self.threshold!r}" if self.threshold else self.name)
 
-    # What it stores.
+    # Storage.
 
     def num_rows(self, out_features: int, in_features: int) -> int:
-        """Return the rows of storage of a matrix."""
+        """Return the number of rows of storage for a matrix."""
         return out_features
 
     def row_weights(self, in_features: int) -> int:
-        """Return the weights in a row."""
+        """Return the number of weights in a row."""
         return in_features
 
     @abstractmethod
     def row_bytes(self, in_features: int) -> int:
-        """Return the bytes of codes in a row."""
+        """Return the number of bytes of codes in a row."""
 
     def num_statistics(self, out_features: int, in_features: int) -> int:
-        """Return the number of statistics of a matrix."""
+        """Return the number of statistics for a matrix."""
         return self.num_rows(out_features, in_features) * self.row_statistics
 
     @property
@@ -101,12 +101,12 @@ class Format(ABC):
 
     @property
     def nested_rows(self) -> int:
-        """Rows whose statistics are one nested block."""
+        """Number of rows whose statistics form one nested block."""
         return max(1, ROW_BLOCKS // self.row_statistics)
 
     @property
     def statistics_bytes(self) -> int:
-        """Bytes of statistics of a row: uint8 and one float32, or a float32 each."""
+        """Bytes of statistics in a row: uint8 each plus one nested float32, or float32 each."""
         return self.row_statistics + 4 if self.double_quant else 4 * self.row_statistics
 
     @property
@@ -115,10 +115,10 @@ class Format(ABC):
         return torch.uint8 if self.double_quant else torch.int32
 
     def describe(self) -> str:
-        """Return it in words, as a plan prints it."""
+        """Describe the format in words, as a plan prints it."""
         return self.name
 
-    # What it computes.
+    # Computation.
 
     @abstractmethod
     def quantize_run(self, weights: torch.Tensor, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +126,7 @@ class Format(ABC):
 
         Args:
             weights: float vector ``[n]`` (bf16, fp16 or fp32).
-            in_features: of the matrix that they are part of.
+            in_features: of the matrix they belong to.
 
         Returns:
             The codes, as `pack` takes them, and the statistics, float32 ``[values]``.
@@ -138,14 +138,14 @@ class Format(ABC):
 
     @abstractmethod
     def dequantize(self, quantized: QuantizedTensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return the weights of ``shape`` and ``dtype`` that all rows of ``quantized`` stand for."""
+        """Return all rows of ``quantized`` as weights of ``shape`` and ``dtype``."""
 
     def multiply(self, x: torch.Tensor, quantized: QuantizedTensor) -> torch.Tensor | None:
-        """Return ``x @ weight.T``, ``[tokens, in]`` -> ``[tokens, out]``; None: dequantize the weight and multiply."""
+        """Return ``x @ weight.T``, ``[tokens, in]`` -> ``[tokens, out]``, or None to use the dequantized weight."""
         return None
 
     def cannot_look_up(self, width: int) -> str:
-        """Return why rows of a table ``[n, width]`` cannot be looked up by themselves; nothing where they can."""
+        """Return why rows of a table ``[n, width]`` cannot be looked up on their own; an empty string if they can."""
         return ""
 
     def look_up(self, table: QuantizedTensor, ids: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -154,15 +154,15 @@ class Format(ABC):
         rows = QuantizedTensor(table.packed[ids], table.absmax[ids], nested, table.offset)
         return self.dequantize(rows, (ids.numel(), width), dtype)
 
-    # Statistics that are quantized themselves.
+    # Double quantization.
 
     @staticmethod
     def code(device: torch.device) -> torch.Tensor:
-        """Return the 256 float32 values that 8-bit statistics stand for."""
+        """Return the 256 float32 values that 8-bit statistics decode to."""
         return _dynamic_map(device)
 
     def nest(self, absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantize statistics: absmax float32 ``[b]`` minus its offset to uint8 ``[b]``, float32 ``[ceil(b/256)]``.
+        """Quantize absmax - offset, float32 ``[b]``, to uint8 codes ``[b]`` and nested float32 ``[ceil(b / 256)]``.
 
         ``offset`` is the mean of the *whole* tensor's absmax, float32 ``[]``.
         """
@@ -172,13 +172,13 @@ class Format(ABC):
         return torch.ops.bitsandbytes.quantize_blockwise.default(absmax - offset, code, ROW_BLOCKS)
 
     def unnest(self, absmax: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """Return the float32 statistics ``[b]`` of `nest`'s codes and the nested statistic of each of their rows."""
+        """Invert `nest`: return the float32 statistics ``[b]``, given codes and the nested statistic of each row."""
         code = self.code(absmax.device)
         if self.nested_rows == 1:
             values = torch.ops.bitsandbytes.dequantize_blockwise.default(
                 absmax, nested, code, ROW_BLOCKS, torch.float32
             )
-        else:  # the first row may be within a nested block
+        else:  # the first row may start inside a nested block
             values = code[absmax.long()].mul_(nested.repeat_interleave(self.row_statistics)[: absmax.numel()])
         values += offset
         return values
@@ -186,14 +186,14 @@ class Format(ABC):
 
 @dataclass(frozen=True)
 class Packed:
-    """A linear, or stacked matrices, and the format that it is stored in."""
+    """A linear, or stacked matrices, with its storage format."""
 
     linear: LinearShape
     layout: Format
 
     @property
     def rows(self) -> int:
-        """Rows of packed storage; each of the stacked matrices starts on one of its own."""
+        """Rows of packed storage; each of the stacked matrices starts on its own row."""
         return self.linear.count * self.layout.num_rows(self.linear.out_features, self.linear.in_features)
 
     @property
@@ -208,7 +208,7 @@ class Packed:
 
     @property
     def code_bytes(self) -> float:
-        """Bytes of a weight's code."""
+        """Bytes of code per weight."""
         return self.row_bytes / self.layout.row_weights(self.linear.in_features)
 
 
@@ -216,7 +216,7 @@ _FORMATS: dict[str, type[Format]] = {}
 
 
 def register(kind: type[Format]) -> type[Format]:
-    """Make a format known by its name: ``quant=NAME`` then takes it (on the command line: those that ship)."""
+    """Register a format under its name for ``quant=NAME`` (the command line knows only built-in formats)."""
     _FORMATS[kind.name] = kind
     choices.FORMATS.add(kind.name)
     return kind
@@ -225,12 +225,12 @@ def register(kind: type[Format]) -> type[Format]:
 def build_format(
     name: str = "nf4", double_quant: bool = True, block_size: int = BLOCK_WEIGHTS, threshold: float = 0.0
 ) -> Format:
-    """Return the format called ``name``; what it has no use for among the other arguments is left at its default."""
+    """Return the format called ``name``; options it does not use stay at their defaults."""
     return _FORMATS[name](double_quant, block_size, threshold)
 
 
 def format_of_key(key: str, double_quant: bool, block_size: int) -> Format:
-    """Return the format that has this `Format.key`."""
+    """Return the format with this `Format.key`."""
     name, _, threshold = key.partition(">")
     return build_format(name, double_quant, block_size, float(threshold or 0))
 
@@ -243,7 +243,7 @@ def _dynamic_map(device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch with one CPU thread: the mean over absmax values depends on the number of threads otherwise."""
+    """Run torch with one CPU thread: otherwise the mean of absmax values depends on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -253,9 +253,9 @@ def one_thread() -> Iterator[None]:
 
 
 def nested_of_rows(quant_format: Format, nested: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """Return the nested statistic of each of the rows ``[first, last)``, from those of all blocks or from the first's.
+    """Return the nested statistic of each of the rows ``[first, last)``.
 
-    ``nested`` begins with the nested block of row ``first``.
+    ``nested`` holds one value per nested block, starting with the block that contains row ``first``.
     """
     each = quant_format.nested_rows
     return nested if each == 1 else nested.repeat_interleave(each)[first % each :][: last - first]
@@ -264,7 +264,7 @@ def nested_of_rows(quant_format: Format, nested: torch.Tensor, first: int, last:
 def to_rows(
     quant_format: Format, codes: torch.Tensor, absmax: torch.Tensor, offset: torch.Tensor | None, rows: int
 ) -> QuantizedTensor:
-    """Lay `Format.quantize_run`'s result of a whole tensor into ``rows`` rows, nesting the statistics if asked."""
+    """Lay out a whole tensor's result of `Format.quantize_run` in ``rows`` rows; nest statistics if the format does."""
     packed, columns = quant_format.pack(codes, rows), quant_format.row_statistics
     if not quant_format.double_quant:
         return QuantizedTensor(packed, values_to_rows(float_to_bits(absmax), rows, columns), None, None)
@@ -280,7 +280,7 @@ def to_rows(
 
 
 def quantize(weight: torch.Tensor, quant_format: Format) -> QuantizedTensor:
-    """Quantize a whole float tensor: of any shape to 4-bit, a matrix to a format whose rows are the matrix's.
+    """Quantize a whole float tensor: any shape for a 4-bit format, a matrix for int8.
 
     Bit-equal to `bitsandbytes.functional.quantize_4bit` and `int8_vectorwise_quant`.
     """
@@ -295,7 +295,7 @@ def quantize(weight: torch.Tensor, quant_format: Format) -> QuantizedTensor:
 def dequantize(
     quantized: QuantizedTensor, quant_format: Format, shape: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the weights of ``shape`` and ``dtype`` that all rows of ``quantized`` stand for."""
+    """Return all rows of ``quantized`` as weights of ``shape`` and ``dtype``."""
     return quant_format.dequantize(quantized, shape, dtype)
 
 

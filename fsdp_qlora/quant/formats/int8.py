@@ -1,6 +1,6 @@
 """int8: LLM.int8 (Dettmers et al., 2022, https://arxiv.org/abs/2208.07339), op for op as bitsandbytes computes it.
 
-A row of storage is a row of the matrix, and its statistic its own (section 2), so any rank can quantize its rows alone.
+A row of storage is a row of the matrix, with its own statistic (section 2), so a rank can quantize its rows alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fsdp_qlora.quant.packing import bits_to_float
 @register
 @dataclass(frozen=True)
 class Int8(Format):
-    """8-bit rows, multiplied in 8 bits in forward; the gradient is of the dequantized weight."""
+    """8-bit rows, multiplied in 8 bits in forward; backward uses the dequantized weight."""
 
     name = "int8"
     storage_dtype = torch.int8
@@ -25,18 +25,18 @@ class Int8(Format):
     takes = frozenset({"threshold"})
 
     def row_bytes(self, in_features: int) -> int:
-        """Return the bytes of codes in a row."""
+        """Return the number of bytes of codes in a row."""
         return in_features
 
     def describe(self) -> str:
-        """Return it in words."""
+        """Describe the format in words."""
         return f"{self.name} (threshold {self.threshold:g})" if self.threshold else f"{self.name} (no threshold)"
 
     def quantize_run(self, weights: torch.Tensor, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantize a flat run of whole rows: codes int8 ``[n / in_features, in_features]``, absmax float32 ``[rows]``.
 
         Raises:
-            NumericsError: if a weight is out of float16's range, from which bitsandbytes makes int8.
+            NumericsError: if a weight is out of range for float16, which bitsandbytes quantizes from.
         """
         if weights.numel() == 0:
             empty = torch.empty(0, device=weights.device)
@@ -48,7 +48,7 @@ class Int8(Format):
         return codes, absmax
 
     def dequantize(self, quantized: QuantizedTensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return the weights of ``shape`` and ``dtype``, as MatMul8bitLt makes them in backward."""
+        """Return the weights of ``shape`` and ``dtype``, dequantized as ``MatMul8bitLt`` does in backward."""
         scale = bits_to_float(quantized.absmax).mul(1.0 / 127.0)
         return quantized.packed.to(dtype, copy=True).mul_(scale).view(shape)
 
@@ -56,8 +56,8 @@ class Int8(Format):
         """Return ``x @ weight.T``, multiplied in 8 bits: ``[tokens, in]`` -> ``[tokens, out]``.
 
         LLM.int8's product (equation 8), op for op as bitsandbytes' ``MatMul8bitLt``: each token is quantized by its own
-        absmax; with a threshold, columns of ``x`` that hold a value of that magnitude are multiplied in ``x``'s dtype
-        with the dequantized columns of the weight, and their sum is added.
+        absmax. With a threshold, columns of ``x`` with a value of at least that magnitude are multiplied in ``x``'s
+        dtype with the dequantized columns of the weight, and added to the 8-bit product.
         """
         if x.shape[0] == 0:
             return x.new_empty(0, quantized.packed.shape[0])
