@@ -12,9 +12,9 @@ from importlib import import_module
 from pathlib import Path
 
 from fsdp_qlora.cli.launcher import launch, ranks_to_start
+from fsdp_qlora.cli.logs import listen
 from fsdp_qlora.cli.output import restart_in_utf8, withstand
 from fsdp_qlora.cli.quiet import quieten
-from fsdp_qlora.cli.said import listen
 from fsdp_qlora.config.convert import nearest
 from fsdp_qlora.config.rules import check_verb
 from fsdp_qlora.config.schema import RunConfig, from_dict

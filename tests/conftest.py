@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora.cli.said import listen
+from fsdp_qlora.cli.logs import listen
 from tests import tiny, warm
 from tests.pool import Pool
 

@@ -88,8 +88,8 @@ def _work(rank: int, port: int, pipe: Connection) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+    from fsdp_qlora.cli.logs import listen
     from fsdp_qlora.cli.quiet import quieten
-    from fsdp_qlora.cli.said import listen
     from fsdp_qlora.distributed.mesh import Ranks
     from fsdp_qlora.distributed.parent import die_with_parent
 

@@ -31,7 +31,7 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 AT_THE_ROOT = {"__init__", "__main__", "errors", "shown", "scopes"}
 ROOMS = {"is_int8": "quant/formats/", "lora_[AB]": "adapters/", "num_targets|perplexity": "objectives/"}
 """What must not be said in code outside a room."""
-DECIDES = ("config/decided.py",)
+DECIDES = ("config/auto.py",)
 """Where settings that are ``auto`` become values."""
 
 

@@ -21,7 +21,7 @@ PRIVATE: dict[str, tuple[str, str, str]] = {
     "_supports_attention_backend": ("attention/candidates.py", "transformers.PreTrainedModel", "test_attention.py"),
     "_supports_flash_attn": ("attention/candidates.py", "transformers.PreTrainedModel", "test_attention.py"),
     "_supports_sdpa": ("attention/candidates.py", "transformers.PreTrainedModel", "test_attention.py"),
-    "_modules": ("heads/around.py", "torch.nn.Module()", "test_upstream_code.py"),
+    "_modules": ("heads/upstream.py", "torch.nn.Module()", "test_upstream_code.py"),
     "_non_persistent_buffers_set": ("load/buffers.py", "torch.nn.Module()", "test_upstream_code.py"),
     "_keys_to_ignore_on_load_unexpected": (
         "load/inventory.py", "transformers.PreTrainedModel", "test_upstream_code.py",

@@ -23,13 +23,13 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from fsdp_qlora.checkpoint.contents import without
 from fsdp_qlora.checkpoint.manifest import FORMAT, Manifest, compare
 from fsdp_qlora.checkpoint.publish import complete_checkpoints, remove, set_aside, step_folder, tidy
+from fsdp_qlora.checkpoint.resume import without
 from fsdp_qlora.checkpoint.retention import Retention, superfluous
 from fsdp_qlora.checkpoint.verify import verify
 from fsdp_qlora.checkpoint.write import Stage, WriteAdapter, write_checkpoint
-from fsdp_qlora.config.decided import Resume
+from fsdp_qlora.config.auto import Resume
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.process import use_device
 from fsdp_qlora.distributed.reduce import barrier, on_main

@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from fsdp_qlora.config.facts import MAY_CHANGE, keys_with
-from fsdp_qlora.config.schema import RunConfig
-
-_MAY_CHANGE = keys_with(RunConfig, MAY_CHANGE)
-"""Settings of the blocking groups that may differ on a resume (the base model is identified by its files instead)."""
-_READ_BY = {
-    "optim.beta3": ("ademamix_8bit",),
-    "optim.alpha": ("ademamix_8bit",),
-    "optim.t_alpha": ("ademamix_8bit",),
-    "optim.t_beta3": ("ademamix_8bit",),
-    "optim.override_32bit": ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit"),
-}
-"""Settings that only some optimizers read; with any other, they do not block a resume and are not recorded."""
-BLOCKING_GROUPS = ("model", "quant", "lora", "precision", "train", "optim", "schedule", "objective")
-
-DATA_KEY = "data"
-"""Key that covers data sources, tokenizer, chat template and the settings of the data group together."""
 _OPTIM = "optim."
-_BASE_FILE, _WHOLE = "base model file ", ", whole"
 
 
 class StatefulOptimizer(Protocol):
@@ -48,60 +30,3 @@ def checkpoint_tensors(
 def optimizer_shapes(tensors: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """Return the shapes of the optimizer state in a checkpoint, by ``<name>.<state>``."""
     return {name.removeprefix(_OPTIM): shape for name, shape in tensors.items() if name.startswith(_OPTIM)}
-
-
-def blocking_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that must match for a resume, by dotted key."""
-    found: dict[str, Any] = {"run.seed": config["run"]["seed"]}
-    for group in BLOCKING_GROUPS:
-        for key, value in config[group].items():
-            read_by = _READ_BY.get(f"{group}.{key}")
-            if f"{group}.{key}" not in _MAY_CHANGE and (read_by is None or config["optim"]["name"] in read_by):
-                found[f"{group}.{key}"] = value
-    return found
-
-
-def without(identity: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return the identity without the settings that may differ (``optim`` stands for all of its keys).
-
-    Whole-file digests are left out as well, because one of the two sides may not know them yet: see `whole_of`.
-    """
-    free = {DATA_KEY if key.partition(".")[0] == DATA_KEY else key for key in overrides}
-    return {
-        key: value
-        for key, value in identity.items()
-        if key not in free and key.partition(".")[0] not in free and not _is_whole(key)
-    }
-
-
-def identity_of(
-    config: dict[str, Any], base: dict[str, Any], data_key: str, repairs: Iterable[str] = ()
-) -> dict[str, Any]:
-    """Return everything that must match between a run and the checkpoint it resumes from.
-
-    Args:
-        config: the settings as nested dictionaries.
-        base: file name -> digest of the base model's files, as `file_digests` returns them.
-        data_key: key of the prepared data (sources, tokenizer, template, settings).
-        repairs: fixes that changed the losses of this model; checkpoints from before them lack these keys.
-    """
-    found = blocking_settings(config) | {DATA_KEY: data_key} | dict.fromkeys(repairs, True)
-    return found | {_BASE_FILE + name: value for name, value in base.items()}
-
-
-def with_whole(identity: dict[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
-    """Return the identity with the whole-file digests of the base model's files that are known so far."""
-    return identity | {f"{_BASE_FILE}{name}{_WHOLE}": digest for name, digest in dict(digests).items()}
-
-
-def whole_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the whole-file digests of the base model's files in an identity, by file name."""
-    return {
-        key.removeprefix(_BASE_FILE).removesuffix(_WHOLE): value
-        for key, value in identity.items()
-        if _is_whole(key)
-    }  # fmt: skip
-
-
-def _is_whole(key: str) -> bool:
-    return key.startswith(_BASE_FILE) and key.endswith(_WHOLE)

@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
-from fsdp_qlora.checkpoint.contrast import contrast
+from fsdp_qlora.checkpoint.differences import contrast
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.cli.tables import print_table

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.cli.launcher import ranks_to_start
 from fsdp_qlora.cli.tables import print_columns, print_table
-from fsdp_qlora.config.decided import asked
+from fsdp_qlora.config.auto import asked
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.model.replaceable import kept_linears
 from fsdp_qlora.model.rope import rope_choice
 from fsdp_qlora.model.skeleton import read_shapes
-from fsdp_qlora.plan.fates import alike
+from fsdp_qlora.plan.parameters import alike
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.plan.report import report

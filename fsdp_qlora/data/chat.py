@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fsdp_qlora.config.decided import asked
+from fsdp_qlora.config.auto import asked
 from fsdp_qlora.data.messages import Message, Turn, decoded, payload_of, read_turn, text_of
 from fsdp_qlora.errors import DataError
 

@@ -21,7 +21,7 @@ from fsdp_qlora.data.messages import require_unicode
 from fsdp_qlora.data.spans import Span, learned_spans, require_end
 from fsdp_qlora.data.template import ChatTemplate
 from fsdp_qlora.data.windows import Tokens, tokenize_in_windows
-from fsdp_qlora.distributed.apart import Apart, StuckError
+from fsdp_qlora.distributed.sandbox import Apart, StuckError
 from fsdp_qlora.errors import DataError
 
 _TOGETHER = 2**20

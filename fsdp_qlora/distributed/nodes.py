@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fsdp_qlora.distributed.board import Board, open_board
 from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.notes import Board, open_board
 from fsdp_qlora.distributed.reduce import gather_json
 from fsdp_qlora.errors import attempt, raise_alike
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from fsdp_qlora.config.decided import asked
+from fsdp_qlora.config.auto import asked
 from fsdp_qlora.distributed.cgroup import memory_limit
 from fsdp_qlora.distributed.meeting import meeting_folder, meeting_store
 from fsdp_qlora.distributed.torchrun import is_rank, leftovers

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fsdp_qlora.distributed.board import STORE_SECONDS, Board, open_board
 from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.notes import STORE_SECONDS, Board, open_board
 from fsdp_qlora.distributed.patience import Patience, Since
 from fsdp_qlora.distributed.phases import AT_REST
 from fsdp_qlora.errors import StorageError

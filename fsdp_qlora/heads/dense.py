@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fsdp_qlora.heads.around import AfterHead
 from fsdp_qlora.heads.logprobs import _ChunkedCrossEntropy
+from fsdp_qlora.heads.upstream import AfterHead
 
 
 class LossHead(nn.Linear):
@@ -23,7 +23,7 @@ class LossHead(nn.Linear):
         logit_scale: factor on the logits (Cohere, Granite).
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2); None for no cap.
         code: upstream's code after the head, ``[tokens, vocab]`` -> ``[tokens, columns]``; scale and cap are then 1 and
-            None. See `fsdp_qlora.heads.around`.
+            None. See `fsdp_qlora.heads.upstream`.
         chunk: number of tokens whose logits exist at the same time.
     """
 

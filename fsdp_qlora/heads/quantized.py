@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.heads.around import AfterHead
+from fsdp_qlora.heads.upstream import AfterHead
 from fsdp_qlora.quant.embedding import QuantEmbedding
 from fsdp_qlora.quant.formats import Format
 from fsdp_qlora.quant.matrices import QuantMatrices, frozen

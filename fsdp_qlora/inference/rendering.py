@@ -1,4 +1,4 @@
-"""Renders a prompt with a chat template in a process that can be killed (`fsdp_qlora.distributed.apart`)."""
+"""Renders a prompt with a chat template in a process that can be killed (`fsdp_qlora.distributed.sandbox`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.distributed.apart import Apart, StuckError
+from fsdp_qlora.distributed.sandbox import Apart, StuckError
 from fsdp_qlora.errors import ModelError
 
 _TEXT, _REFUSAL = b"t", b"r"

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.attention.flatten import decoder_inputs
 from fsdp_qlora.data.labels import Sequences, supervised_positions
-from fsdp_qlora.heads.around import AfterHead, head_input
 from fsdp_qlora.heads.dense import LossHead
 from fsdp_qlora.heads.quantized import QuantLossHead, configure_loss_head
+from fsdp_qlora.heads.upstream import AfterHead, head_input
 from fsdp_qlora.parallel.compile import CompiledLayers, uncompiled
 from fsdp_qlora.parallel.shard import release_gathered
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from fsdp_qlora.config.decided import Choice, as_word, asked, switch
+from fsdp_qlora.config.auto import Choice, as_word, asked, switch
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.parallel.compile import COMPILATION
 from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
 from fsdp_qlora.plan.sizes import reserve_bytes
 
@@ -87,48 +86,6 @@ def decided(config: RunConfig, settings: StorageSettings) -> RunConfig:
 def tensor_budget(capacity: int, is_accelerator: bool) -> int:
     """Return the bytes of ``capacity`` for tensors: all but the reserve; 60 % on a CPU, whose memory is shared."""
     return capacity - reserve_bytes(0, str(capacity)) if is_accelerator else int(0.6 * capacity)
-
-
-@dataclass(frozen=True)
-class Compilation:
-    """Whether to compile the layers, and why."""
-
-    on: bool
-    why: str
-
-
-def choose_compilation(config: RunConfig, plan: Work, num_steps: int, device_type: str, possible: bool) -> Compilation:
-    """Decide ``train.compile=auto``: whether the run is long enough to make up for the compilation time.
-
-    Args:
-        config: the settings.
-        plan: micro-batches per rank, their tokens, and the weights each token is multiplied with.
-        num_steps: optimizer steps in the run.
-        device_type: type of the device that computes.
-        possible: whether a compiler is available and each of the model's layers is known to be a single graph.
-    """
-    if (wanted := switch(config.train.compile)) is not None:
-        return Compilation(wanted, "as asked")
-    if not possible or config.fsdp.offloads_activations or config.fsdp.offload_modules:
-        return Compilation(False, "not possible here")
-    rate, gain, cost = COMPILATION["cpu" if device_type == "cpu" else "accelerator"]
-    tokens = num_steps * plan.turns * plan.tokens
-    seconds = 4 * plan.weights * tokens / rate  # 2 operations per weight in forward and 2 in backward (frozen)
-    won = gain * seconds
-    why = f"about {won:.0f} s to win of {seconds:.0f}, {cost:.0f} s to compile"
-    return Compilation(won > cost, why)
-
-
-@dataclass(frozen=True)
-class Work:
-    """The parts of a plan that determine how long a run takes."""
-
-    turns: int
-    """Micro-batches per rank in a step."""
-    tokens: int
-    """Tokens in a micro-batch."""
-    weights: int
-    """Weights that each token is multiplied with."""
 
 
 def _candidates(wanted: _Asked, memory: MemoryModel, settings: StorageSettings) -> Iterator[StorageSettings]:

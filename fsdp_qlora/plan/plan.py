@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from fsdp_qlora.adapters import build_method, parameters_of
-from fsdp_qlora.config.decided import Choice, asked, switch
+from fsdp_qlora.config.auto import Choice, asked, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.deal import BatchPlan
 from fsdp_qlora.distributed.mesh import degrees

@@ -9,8 +9,8 @@ from typing import Any
 
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect, find_device, find_interconnect
-from fsdp_qlora.plan.fates import fates
 from fsdp_qlora.plan.memory import StorageSettings
+from fsdp_qlora.plan.parameters import fates
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.search import Found, best, fastest, search
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes

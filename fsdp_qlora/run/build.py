@@ -15,13 +15,13 @@ from fsdp_qlora.adapters.folder import start_from_adapter
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import attach_lora, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
-from fsdp_qlora.config.decided import as_word, switch
+from fsdp_qlora.config.auto import as_word, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.heads.around import after_head
 from fsdp_qlora.heads.quantized import quantize_edges
+from fsdp_qlora.heads.upstream import after_head
 from fsdp_qlora.load.buffers import persistent_buffers
 from fsdp_qlora.load.conversions import arrangement
 from fsdp_qlora.load.inventory import take_stock

@@ -8,9 +8,9 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from fsdp_qlora.attention.candidates import code_files
-from fsdp_qlora.checks.remember import recall, remember, twin_key
 from fsdp_qlora.checks.twin import Verdict, check_twin, is_about_attention
-from fsdp_qlora.config.decided import Choice
+from fsdp_qlora.checks.twin_results import recall, remember, twin_key
+from fsdp_qlora.config.auto import Choice
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import any_rank, gather_json, on_every

@@ -11,11 +11,11 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fsdp_qlora.checkpoint.contents import blocking_settings, without
 from fsdp_qlora.checkpoint.manifest import compare
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
+from fsdp_qlora.checkpoint.resume import blocking_settings, without
+from fsdp_qlora.config.auto import Resume
 from fsdp_qlora.config.convert import to_dict
-from fsdp_qlora.config.decided import Resume
 from fsdp_qlora.config.saved import read_config
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks

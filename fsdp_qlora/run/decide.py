@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fsdp_qlora.attention.candidates import EAGER, attention_candidates
-from fsdp_qlora.config.decided import asked
+from fsdp_qlora.config.auto import asked
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.deal import num_steps
@@ -24,7 +24,8 @@ from fsdp_qlora.model.rope import settle_rope
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.parallel.compile import COMPILED_TYPES, can_compile
 from fsdp_qlora.parallel.shard import model_dtype
-from fsdp_qlora.plan.choices import Compilation, Work, choose_compilation, decided, tensor_budget
+from fsdp_qlora.plan.choices import decided, tensor_budget
+from fsdp_qlora.plan.compilation import Compilation, Work, choose_compilation
 from fsdp_qlora.plan.devices import find_device
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.plan.sizes import parse_bytes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fsdp_qlora.checks.agree import require_losses_agree
 from fsdp_qlora.checks.gather import verify_buffers, verify_gather
-from fsdp_qlora.config.decided import Choice, as_word
+from fsdp_qlora.config.auto import Choice, as_word
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import ModelSettings, RunConfig
 from fsdp_qlora.distributed.mesh import Ranks

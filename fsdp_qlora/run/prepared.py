@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.config.decided import Choice
+from fsdp_qlora.config.auto import Choice
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.distributed.mesh import Ranks

@@ -15,14 +15,15 @@ from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
-from fsdp_qlora.checkpoint.contents import checkpoint_tensors, identity_of, optimizer_shapes, whole_of, with_whole
+from fsdp_qlora.checkpoint.contents import checkpoint_tensors, optimizer_shapes
 from fsdp_qlora.checkpoint.manifest import Manifest
+from fsdp_qlora.checkpoint.resume import identity_of, whole_of, with_whole
 from fsdp_qlora.checkpoint.retention import Retention
 from fsdp_qlora.checks.copies import require_equal_copies
 from fsdp_qlora.checks.gradients import FirstGradients
 from fsdp_qlora.checks.nonfinite import locate_nonfinite
+from fsdp_qlora.config.auto import Choice, Resume, switch
 from fsdp_qlora.config.convert import to_dict
-from fsdp_qlora.config.decided import Choice, Resume, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.loader import MicroBatch, TokenRows
 from fsdp_qlora.distributed.process import memory_peak

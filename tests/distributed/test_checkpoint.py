@@ -18,7 +18,7 @@ from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.checkpoint.retention import Retention
-from fsdp_qlora.config.decided import Resume
+from fsdp_qlora.config.auto import Resume
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import FsdpQloraError
 

@@ -13,7 +13,7 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.model.families import decoder_layers
 from fsdp_qlora.parallel.compile import MOST_COMPILATIONS
-from fsdp_qlora.plan.choices import Compilation
+from fsdp_qlora.plan.compilation import Compilation
 from fsdp_qlora.run import prepare as api
 from fsdp_qlora.run.fit import fit
 from tests.build import build, losses, metrics, run_fit

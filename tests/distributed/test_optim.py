@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.contents import checkpoint_tensors, optimizer_shapes
-from fsdp_qlora.config.decided import Resume
+from fsdp_qlora.config.auto import Resume
 from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import row_range

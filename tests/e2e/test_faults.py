@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
-from fsdp_qlora.checkpoint.contents import whole_of
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
+from fsdp_qlora.checkpoint.resume import whole_of
 from fsdp_qlora.load.safetensors import file_digests
 from tests import warm
 from tests.build import essence, metrics

@@ -29,7 +29,7 @@ from fsdp_qlora.distributed.mesh import Ranks, build_ranks
 from fsdp_qlora.distributed.process import Placement, choose_device, memory_peak, process_group, use_device
 from fsdp_qlora.distributed.seeds import seed_of
 from fsdp_qlora.distributed.shards import local_tensor
-from fsdp_qlora.heads.around import after_head
+from fsdp_qlora.heads.upstream import after_head
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import stream_weights
 from fsdp_qlora.model.config import load_config

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from fsdp_qlora.distributed import board
-from fsdp_qlora.distributed.board import FileBoard, StoreBoard
+from fsdp_qlora.distributed import notes as board
+from fsdp_qlora.distributed.notes import FileBoard, StoreBoard
 
 
 def test_notes_are_files_that_are_replaced_whole(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora.checkpoint.contents import whole_of, with_whole, without
+from fsdp_qlora.checkpoint.resume import whole_of, with_whole, without
 from fsdp_qlora.checks.digests import WholeDigests
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.load.safetensors import file_digests

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
-from fsdp_qlora.checkpoint.contrast import contrast
+from fsdp_qlora.checkpoint.differences import contrast
 from fsdp_qlora.checkpoint.manifest import COMPLETE, MANIFEST
 from fsdp_qlora.cli import export, inspect
 from fsdp_qlora.config.convert import to_dict

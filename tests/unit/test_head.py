@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fsdp_qlora.heads.around import AfterHead
 from fsdp_qlora.heads.dense import LossHead
+from fsdp_qlora.heads.upstream import AfterHead
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fsdp_qlora.checkpoint.contents import blocking_settings
+from fsdp_qlora.checkpoint.resume import blocking_settings
 from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.convert import to_dict

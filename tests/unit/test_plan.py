@@ -21,7 +21,7 @@ from fsdp_qlora.model.folder import config_for_plan
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.plan.activations import layer_activations
 from fsdp_qlora.plan.devices import DEVICES, INTERCONNECTS, find_device, find_interconnect
-from fsdp_qlora.plan.fates import fates
+from fsdp_qlora.plan.parameters import fates
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.plan.report import report
 from fsdp_qlora.plan.search import best, fastest, search

@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.errors import ModelError, PlanError
-from fsdp_qlora.heads.around import AfterHead
 from fsdp_qlora.heads.dense import LossHead
 from fsdp_qlora.heads.quantized import QuantLossHead
+from fsdp_qlora.heads.upstream import AfterHead
 from fsdp_qlora.load.conversions import arrangement
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes

@@ -19,7 +19,7 @@ from fsdp_qlora.data import encode as encoding
 from fsdp_qlora.data.chat import Example
 from fsdp_qlora.data.encode import StuckTemplateError, encode, encode_batch
 from fsdp_qlora.data.prepare import prepare_data
-from fsdp_qlora.distributed.apart import Apart, StuckError
+from fsdp_qlora.distributed.sandbox import Apart, StuckError
 from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.inference.rendering import render_apart
 from tests.tiers import some_in_full

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fsdp_qlora.adapters.names import names_taken_for_experts
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.heads.around import after_head, head_input
+from fsdp_qlora.heads.upstream import after_head, head_input
 from fsdp_qlora.load.buffers import persistent_buffers
 from fsdp_qlora.load.conversions import arrangement
 from fsdp_qlora.load.inventory import take_stock
