@@ -37,8 +37,8 @@ train: assets ## fine-tune the embedded model on the embedded data with 2 ranks 
 	$(BIN)/fsdp-qlora train experiment=quickstart $(ARGS)
 
 test: assets ## the tests (10 to 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -q -m "not full and not gpu" -n $(NPROC) --dist loadfile tests/unit $(ARGS) || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest -q -m "not full and not gpu" tests/distributed tests/e2e $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -q -m "not full and not gpu" -n $(NPROC) --dist loadfile tests/unit tests/e2e $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -q -m "not full and not gpu" tests/distributed $(ARGS) || [ $$? -eq 5 ]
 
 test-full: assets $(BENCH_READY) ## the whole matrices (two to three hours on 2 cores)
 	$(BIN)/python -m pytest -q -m "not gpu" --junitxml build/test-full.xml $(ARGS)

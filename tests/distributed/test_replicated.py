@@ -95,7 +95,7 @@ KINDS = {
 FAST = tuple(KINDS)[:5]
 
 
-@pytest.mark.parametrize("kind", FAST)
+@pytest.mark.parametrize("kind", some_in_full(FAST, FAST[:3]))
 def test_numbers_of_other_kinds_of_runs(pool, tiny_model, chat_rows, tmp_path, kind):
     _compare(pool, tiny_model, chat_rows, tmp_path, [(2, "shard")], **KINDS[kind])
 

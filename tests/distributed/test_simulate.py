@@ -20,6 +20,7 @@ from fsdp_qlora.simulate.tracker import measure_step
 from tests import tiny
 from tests.build import build, config_of
 from tests.pool import Pool
+from tests.tiers import some_in_full
 
 
 def take_real_steps(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[int, list[float]]:
@@ -70,13 +71,17 @@ def require_alike(pool: Pool, folder: Path, groups: dict[str, Any], ranks: int =
 MANY_TOKENS = {"data": {"max_length": 128}, "train": {"global_batch_size": 4, "micro_batch_size": 2}}
 
 
-@pytest.mark.parametrize(("checkpointing", "quant"), [("none", "nf4"), ("full", "nf4"), ("full", "int8")])
+@pytest.mark.parametrize(
+    ("checkpointing", "quant"),
+    some_in_full([("none", "nf4"), ("full", "nf4"), ("full", "int8")], [("none", "nf4"), ("full", "int8")]),
+)
 def test_simulated_peak_is_the_real_one(pool: Pool, tiny_model: Path, checkpointing: str, quant: str) -> None:
     train = {**MANY_TOKENS["train"], "activation_checkpointing": checkpointing}
     groups = {"quant": {"name": quant, "double_quant": quant == "nf4"}}
     require_alike(pool, tiny_model, {**MANY_TOKENS, **groups, "train": train})
 
 
+@pytest.mark.full
 def test_simulated_peak_of_waiting_gradients(pool: Pool, tmp_path: Path) -> None:
     """Untied, many heads, two micro-batches a rank, sdpa: gradients of the first wait whole for the second."""
     folder = tiny.make_model(tmp_path / "untied", tie_word_embeddings=False, num_hidden_layers=4)

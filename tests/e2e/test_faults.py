@@ -155,6 +155,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_training_goes_on_onc
     assert not any((tmp_path / "outputs/run/checkpoints").iterdir())  # nothing half is left
 
 
+@pytest.mark.full
 def test_the_fallback_folder_takes_the_last_save(whole, arguments, cli_env, tmp_path):
     (tmp_path / "outputs/run").mkdir(parents=True)
     blocker = tmp_path / "outputs/run/checkpoints"
