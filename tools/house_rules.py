@@ -47,12 +47,15 @@ def size(file: Path, tree: ast.Module) -> Iterator[str]:
 
 
 def imports(file: Path, tree: ast.Module) -> Iterator[str]:
-    """Yield imports that are late, or of what only one folder may know."""
+    """Yield imports that are late, private, or of what only one folder may know."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             for inner in ast.walk(node):
                 if isinstance(inner, ast.ImportFrom) and (inner.module or "").startswith("fsdp_qlora"):
                     yield f"{inner.lineno}: own module imported inside {node.name}"
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fsdp_qlora"):
+            private = [a.name for a in node.names if a.name.startswith("_")]
+            yield from (f"{node.lineno}: {name} is private to {node.module}" for name in private)
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         if file.parent.name != "cli" and any(m.split(".")[0] in ("hydra", "omegaconf") for m in modules):

@@ -160,7 +160,7 @@ def stored_modules(folder: Path, r: int | None = None) -> list[str]:
     file = own_file(folder, WEIGHTS_NAME)
     if not file.is_file():
         raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")
-    with _opened(file) as stored:
+    with opened_weights(file) as stored:
         names = stored.keys()
         for name in names if r is not None else ():
             if name.endswith("lora_A.weight") and (shape := stored.get_slice(name).get_shape())[:1] != [r]:
@@ -169,7 +169,12 @@ def stored_modules(folder: Path, r: int | None = None) -> list[str]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened_weights(file: Path) -> Iterator[Any]:
+    """Open an adapter's safetensors file.
+
+    Raises:
+        ModelError: if it is damaged.
+    """
     try:
         with safe_open(file, framework="pt") as stored:
             yield stored
@@ -187,7 +192,7 @@ def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size
     file = own_file(folder, WEIGHTS_NAME)
     parameters = dict(trainable_parameters(model))
     modules = stored_modules(folder)
-    with _opened(file) as stored:
+    with opened_weights(file) as stored:
         names = set(stored.keys())
         if odd := sorted(names ^ parameters.keys()):
             ours = sorted(set(adapted_modules(parameters, file)) - set(modules))

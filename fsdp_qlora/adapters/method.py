@@ -56,14 +56,8 @@ def parameters_of(method: Method, linear: LinearShape, lora: LoraSettings) -> di
     return {f"base_model.model.{linear.name}.{name}": shape for name, shape in method.shapes(linear, lora).items()}
 
 
-_METHODS: dict[str, type[Method]] = {}
-
-
-def register(kind: type[Method]) -> type[Method]:
-    """Register a method under its name for ``lora.variant=NAME`` (the command line knows only built-in methods)."""
-    _METHODS[kind.name] = kind
-    choices.METHODS.add(kind.name)
-    return kind
+_METHODS: choices.Registry[Method] = choices.Registry(choices.METHODS)
+register = _METHODS.register
 
 
 def build_method(name: str) -> Method:

@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 from fsdp_qlora.adapters.replicated import Named
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import gather_json
-from fsdp_qlora.distributed.shards import tensor_sha256
 from fsdp_qlora.errors import NumericsError
+from fsdp_qlora.quant.packing import tensor_sha256
 
 
 def require_equal_copies(parameters: Named, ranks: Ranks) -> None:

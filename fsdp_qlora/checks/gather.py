@@ -7,9 +7,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import gather_json
-from fsdp_qlora.distributed.shards import local_tensor, row_range, tensor_sha256
+from fsdp_qlora.distributed.shards import local_tensor, row_range
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices
+from fsdp_qlora.quant.packing import tensor_sha256
 
 
 def verify_gather(model: nn.Module, ranks: Ranks) -> None:

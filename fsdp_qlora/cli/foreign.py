@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fsdp_qlora.config.facts import RUNS_CODE, facts, value_of
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError, SecurityError, first_line
 from fsdp_qlora.files.bounded import OutOfBoundsError, read_settings
@@ -85,12 +86,11 @@ def is_taken(key: str) -> bool:
 
 def switches_on(config: RunConfig) -> dict[str, str]:
     """Return the settings that enable code and are on, as ``{key: description of the code}``."""
-    found = {}
-    if config.model.trust_remote_code:
-        found["model.trust_remote_code"] = f"Python code that comes with the model {config.model.name}"
-    if config.data.allow_code:
-        found["data.allow_code"] = f"the function data.row_function={config.data.row_function}"
-    return found
+    whose = {
+        "model.trust_remote_code": f"Python code that comes with the model {config.model.name}",
+        "data.allow_code": f"the function data.row_function={config.data.row_function}",
+    }
+    return {key: whose[key] for key, fact in facts(RunConfig) if fact == RUNS_CODE and value_of(config, key)}
 
 
 def require_typed(config: RunConfig, typed: Collection[str], files: str) -> None:

@@ -52,7 +52,7 @@ def _keys(kind: type, prefix: str, whole: bool) -> Iterator[str]:
             continue
         missing = item.default is dataclasses.MISSING
         default = item.default_factory() if missing and callable(item.default_factory) else item.default
-        words = _words(field_types(kind)[item.name])
+        words = words_of(field_types(kind)[item.name])
         text = re.sub(r"``|`", "", " ".join(documents.get(item.name, "").split()))
         head = f"  {prefix}{item.name}={_spelt(default)}"
         if not whole:
@@ -60,10 +60,6 @@ def _keys(kind: type, prefix: str, whole: bool) -> Iterator[str]:
             continue
         yield head + (f"   one of {', '.join(words)}" if words else "")
         yield from textwrap.wrap(text, _WIDTH, initial_indent="      ", subsequent_indent="      ")
-
-
-def _words(kind: typing.Any) -> tuple[str, ...]:
-    return words_of(kind) if typing.get_origin(kind) in (typing.Literal, typing.Annotated) else ()
 
 
 def _spelt(value: object) -> str:

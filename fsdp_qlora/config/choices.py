@@ -8,6 +8,16 @@ imported. For built-in ones, names, registries and ``conf/<group>/*.yaml`` match
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar, Generic, Protocol, TypeVar
+
+
+class _Named(Protocol):
+    """A class with a name."""
+
+    name: ClassVar[str]
+
+
+_T = TypeVar("_T", bound=_Named)
 
 
 class Names:
@@ -27,6 +37,20 @@ class Names:
 
     def __contains__(self, name: object) -> bool:
         return name in self._all
+
+
+class Registry(dict[str, type[_T]], Generic[_T]):
+    """The classes behind the names of a setting. Registering one lets the setting accept its name."""
+
+    def __init__(self, names: Names) -> None:
+        super().__init__()
+        self._names = names
+
+    def register(self, kind: type[_T]) -> type[_T]:
+        """Register a class under its ``name`` (the command line knows only built-in ones)."""
+        self[kind.name] = kind
+        self._names.add(kind.name)
+        return kind
 
 
 FORMATS = Names("nf4", "fp4", "int8")

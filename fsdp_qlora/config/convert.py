@@ -87,8 +87,8 @@ def convert(value: Any, kind: Any) -> Any:
     if kind is Any:
         return value
     origin = typing.get_origin(kind)
-    if origin in (Literal, Annotated):
-        return _choice(value, words_of(kind))
+    if words := words_of(kind):
+        return _choice(value, words)
     if origin is types.UnionType or origin is typing.Union:
         return None if value is None else convert(value, next(k for k in typing.get_args(kind) if k is not type(None)))
     if origin is list:
@@ -103,9 +103,11 @@ def convert(value: Any, kind: Any) -> Any:
 
 
 def words_of(kind: Any) -> tuple[str, ...]:
-    """Return the words that a setting accepts: those of a literal, or a registry's names plus additional words."""
+    """Return the words that a setting accepts: a literal's, or a registry's names plus additional words, or none."""
     if typing.get_origin(kind) is Literal:
         return typing.get_args(kind)
+    if typing.get_origin(kind) is not Annotated:
+        return ()
     _, names, *words = typing.get_args(kind)
     return (*names, *words)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Annotated, Any
 
 from fsdp_qlora.config.choices import Names
@@ -32,6 +33,7 @@ BELOW_ONE = Range("must be at least 0 and below 1", lambda value: 0 <= value < 1
 SHARE = Range("must be between 0 and 1", lambda value: 0 <= value <= 1)
 VERBATIM = Fact("taken as typed on the command line: no quoting, no Hydra grammar")
 MAY_CHANGE = Fact("may differ from the checkpoint's when a run goes on")
+RUNS_CODE = Fact("lets somebody else's code run, so a file alone cannot switch it on")
 
 
 def plain(kind: Any) -> Any:
@@ -50,6 +52,11 @@ def facts(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from (
                 (f"{prefix}{name}", fact) for fact in typing.get_args(kind)[1:] if isinstance(fact, Range | Fact)
             )
+
+
+def value_of(settings: Any, key: str) -> Any:
+    """Return the value of a dotted key."""
+    return reduce(getattr, key.split("."), settings)
 
 
 def keys_with(schema: type, fact: Fact) -> frozenset[str]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from functools import reduce
 
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.convert import known_keys, nearest
-from fsdp_qlora.config.facts import Range, facts
+from fsdp_qlora.config.facts import Range, facts, value_of
 from fsdp_qlora.config.schema import BLOCK_SIZES, RunConfig
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.shown import has_password, shown_source
@@ -22,8 +21,7 @@ Rule = Callable[[RunConfig], Iterator[str]]
 
 def _ranges(config: RunConfig) -> Iterator[str]:
     for key, fact in facts(RunConfig):
-        value = reduce(getattr, key.split("."), config)
-        if isinstance(fact, Range) and not fact.holds(value):  # type: ignore[arg-type]
+        if isinstance(fact, Range) and not fact.holds(value := value_of(config, key)):
             yield f"{key}: {fact.rule}, got {value}."
 
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 import yaml
 
 from fsdp_qlora.config.convert import build
+from fsdp_qlora.config.facts import RUNS_CODE, keys_with, value_of
 from fsdp_qlora.errors import ConfigError, SecurityError
 from fsdp_qlora.files.bounded import OutOfBoundsError, read_settings
 
@@ -49,15 +50,12 @@ class Saved:
             ConfigError: if it cannot be read or does not hold settings of this version.
             SecurityError: if it enables code that no argument allows.
         """
-        values = read_config(str(path), "config")
-        given = {"model.trust_remote_code": trust_remote_code, "data.allow_code": allow_code}
-        for key, allowed in given.items():
-            group, _, name = key.partition(".")
-            inside = values.get(group)
-            said = inside.get(name) if isinstance(inside, dict) else None
-            if str(said).lower() not in ("none", "false") and not allowed:
+        settings = build(cls, read_config(str(path), "config"))
+        allowed = {"model.trust_remote_code": trust_remote_code, "data.allow_code": allow_code}
+        for key in sorted(keys_with(cls, RUNS_CODE)):
+            if value_of(settings, key) and not allowed[key]:
                 raise SecurityError(
                     f"{key}: set in {path}, which is not enough to run somebody's code. If you trust that code, load "
-                    f"the file with {name}=True."
+                    f"the file with {key.rpartition('.')[2]}=True."
                 )
-        return build(cls, values)
+        return settings

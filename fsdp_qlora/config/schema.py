@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.convert import build
-from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, NOT_NEGATIVE, POSITIVE, VERBATIM
+from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, NOT_NEGATIVE, POSITIVE, RUNS_CODE, VERBATIM
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
 from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
@@ -52,7 +52,7 @@ class ModelSettings:
     """Attention implementation; ``auto`` takes the fastest one that device and model support. ``blockwise`` is our own
     for CPUs. ``varlen`` is torch's varlen attention on a GPU and our own on a CPU; like ``flash_attention_2``, it runs
     each micro-batch as one row without padding."""
-    trust_remote_code: Annotated[bool, MAY_CHANGE] = False
+    trust_remote_code: Annotated[bool, MAY_CHANGE, RUNS_CODE] = False
     """Run the Python code shipped with the model. Read that code before you turn this on."""
     check: Annotated[Literal["auto", "always", "off"], MAY_CHANGE] = "auto"
     """Compare a small twin of the model with upstream's own code before the first step. ``auto`` reuses a cached
@@ -80,7 +80,7 @@ class DataSettings:
     """Maps the format's column names to those in the files (``{messages: dialogue}``)."""
     row_function: str | None = None
     """``module:function`` that converts a row (a dict) to one of the known formats; needs ``allow_code``."""
-    allow_code: bool = False
+    allow_code: Annotated[bool, RUNS_CODE] = False
     """Allow ``row_function`` to be imported and run."""
     ignore_keys: list[str] = field(default_factory=list)
     """Message keys to drop. Every other key meant for the model must be written by its chat template."""

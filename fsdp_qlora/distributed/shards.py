@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -12,12 +10,6 @@ def row_range(rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
     """Return ``(start, stop)`` of the rows held by ``rank``: dim-0 sharding as in `torch.chunk` and FSDP2."""
     chunk = -(-rows // num_ranks)
     return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
-
-
-def tensor_sha256(tensor: torch.Tensor) -> str:
-    """Return the sha256 of a tensor's bytes, in hexadecimal."""
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(data.to("cpu", copy=True).numpy().data).hexdigest()
 
 
 def local_tensor(parameter: torch.Tensor) -> torch.Tensor:

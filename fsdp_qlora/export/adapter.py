@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters.folder import (
     WEIGHTS_NAME,
-    _opened,
+    opened_weights,
 )
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.checkpoint.manifest import Manifest
@@ -130,7 +130,7 @@ def copy_adapter(checkpoint: Path, manifest: Manifest, target: Path) -> None:
             copy_regular(checkpoint / name, copy)
             if file_sha256(copy, follow=False) != manifest.files[name]["sha256"]:
                 raise CheckpointError(f"{checkpoint / name} is damaged: its content is not what was written.")
-        with _opened(staging / WEIGHTS_NAME) as stored:
+        with opened_weights(staging / WEIGHTS_NAME) as stored:
             for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
                 where = checkpoint / ADAPTER_FOLDER / WEIGHTS_NAME
                 require_finite(stored.get_tensor(name), f"adapter: {name} in {where}")

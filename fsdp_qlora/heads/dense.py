@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fsdp_qlora.heads.logprobs import _ChunkedCrossEntropy
+from fsdp_qlora.heads.logprobs import ChunkedCrossEntropy
 from fsdp_qlora.heads.upstream import AfterHead
 
 
@@ -47,7 +47,7 @@ class LossHead(nn.Linear):
         """
         if labels is None:
             return super().forward(input)
-        losses: torch.Tensor = _ChunkedCrossEntropy.apply(
+        losses: torch.Tensor = ChunkedCrossEntropy.apply(
             input, self.weight, self.bias, labels, self.chunk, self.logit_scale, self.softcap, self.code
         )  # type: ignore[assignment]
         return losses

@@ -74,7 +74,7 @@ def token_losses_by_code(
     return losses.detach(), grad
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class ChunkedCrossEntropy(torch.autograd.Function):
     """Per-token cross entropy of ``hidden @ weight.T`` (frozen weight) against labels."""
 
     @staticmethod
@@ -89,6 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         code: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> torch.Tensor:
+        """Return the losses, float32 ``[tokens]``; also computes the gradient of ``hidden``, which backward scales."""
         wants_grad = ctx.needs_input_grad[0]
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if wants_grad else None
@@ -109,5 +110,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient of ``hidden``; the head is frozen."""
         (grad_hidden,) = ctx.saved_tensors
         return (grad_hidden * grads[0].unsqueeze(1).to(grad_hidden.dtype), None, None, None, None, None, None, None)

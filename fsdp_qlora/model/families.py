@@ -15,7 +15,8 @@ from transformers import (
 from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers it
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
+    """Return the auto class of transformers that builds the language model of a config."""
     if getattr(config, "is_encoder_decoder", False):
         return AutoModelForSeq2SeqLM
     names = getattr(config, "architectures", None)
@@ -25,12 +26,12 @@ def _auto_class(config: Any) -> Any:
 
 def is_causal(model_config: Any) -> bool:
     """Whether a config describes a causal language model rather than an encoder-decoder or a masked one."""
-    return _auto_class(model_config) is AutoModelForCausalLM
+    return auto_class(model_config) is AutoModelForCausalLM
 
 
 def task_type(model: PreTrainedModel) -> str | None:
     """Return PEFT's name for the model's task: ``CAUSAL_LM``, ``SEQ_2_SEQ_LM``, or None for a masked model."""
-    found = _auto_class(model.config)
+    found = auto_class(model.config)
     return {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSeq2SeqLM: "SEQ_2_SEQ_LM"}.get(found)
 
 

@@ -23,7 +23,7 @@ from fsdp_qlora.model.construct import (
     parameters_on_meta,
     unmade_buffers,
 )
-from fsdp_qlora.model.families import _auto_class, decoder_layers, task_type
+from fsdp_qlora.model.families import auto_class, decoder_layers, task_type
 from fsdp_qlora.model.replaceable import is_plain_linear, replaceable_linears
 from fsdp_qlora.shapes.linears import ModelShapes
 
@@ -56,7 +56,7 @@ def build_skeleton(
             )
     try:
         with parameters_on_meta():
-            model = _auto_class(config).from_config(
+            model = auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             )
     except FsdpQloraError:

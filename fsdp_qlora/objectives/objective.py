@@ -52,14 +52,8 @@ def loss_of(
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
-_OBJECTIVES: dict[str, type[Objective]] = {}
-
-
-def register(kind: type[Objective]) -> type[Objective]:
-    """Register an objective under its name for ``objective=NAME`` (the command line knows only built-in ones)."""
-    _OBJECTIVES[kind.name] = kind
-    choices.OBJECTIVES.add(kind.name)
-    return kind
+_OBJECTIVES: choices.Registry[Objective] = choices.Registry(choices.OBJECTIVES)
+register = _OBJECTIVES.register
 
 
 def build_objective(name: str) -> Objective:

@@ -13,11 +13,10 @@ to the reserve. The kinds do not peak at the same time, so the planned peak is t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 
-from fsdp_qlora.adapters import build_method, parameters_of
 from fsdp_qlora.attention.blocks import kept_scores
 from fsdp_qlora.config.schema import LoraSettings, OptimSettings
 from fsdp_qlora.distributed.shards import row_range
@@ -28,7 +27,7 @@ from fsdp_qlora.plan.activations import LayerActivations, layer_activations
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.quant.matrix import SLICE_WEIGHTS, WHOLE_WEIGHTS
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS
-from fsdp_qlora.shapes.linears import FLOAT32, LinearShape, ModelShapes
+from fsdp_qlora.shapes.linears import FLOAT32, ModelShapes
 
 FILE_ITEMSIZE = 2
 """Bytes per element in the model's files (bf16)."""
@@ -142,7 +141,7 @@ class MemoryModel:
     Args:
         shapes: the model.
         quantized: the weights that are stored quantized.
-        targets: linears with an adapter.
+        trained: the tensors of each adapted linear: its name -> name in PEFT's file -> shape.
         offloaded: parameters that stay in host memory in float32.
         settings: the storage settings. `plan` may be called with other values of ``micro_batch_size``, ``max_length``,
             ``checkpointing``, ``logits_chunk``, ``offload_*``, ``prefetch``, ``reshard_after_forward``,
@@ -153,16 +152,13 @@ class MemoryModel:
         self,
         shapes: ModelShapes,
         quantized: Iterable[Packed],
-        targets: Iterable[LinearShape],
+        trained: Mapping[str, Mapping[str, tuple[int, ...]]],
         settings: StorageSettings,
         offloaded: frozenset[str] = frozenset(),
     ) -> None:
         self.shapes, self.settings, self.offloaded = shapes, settings, offloaded
         self.offloaded_inside = any(name.startswith(layer + ".") for name in offloaded for layer in shapes.layers)
-        self.targets = tuple(targets)
-        method = build_method(settings.lora.variant)
-        self.trained = {x.name: parameters_of(method, x, settings.lora) for x in self.targets}
-        """Target -> name in PEFT's file -> shape."""
+        self.trained = trained
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.linear.parameter: x for x in quantized}
         inside = [x for x in quantized if x.linear.name not in edges]
@@ -180,7 +176,7 @@ class MemoryModel:
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
-        adapted = frozenset(x.name for x in self.targets)
+        adapted = frozenset(trained)
         self.activations: tuple[LayerActivations, ...] = tuple(
             layer_activations(shapes, layer, adapted, settings.itemsize, settings.lora.dropout > 0, settings.attention)
             for layer in shapes.layers
@@ -215,7 +211,7 @@ class MemoryModel:
         # The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`).
         # It runs when activations are freed, so it counts in `bytes` but in none of the moments.
         if settings.adapter_copies > 1:
-            gradients = 2 * gradients + FLOAT32 * 2 * len(self.targets)
+            gradients = 2 * gradients + FLOAT32 * sum(map(len, self.trained.values()))
         bytes_ = BytesPerRank(
             packed,
             statistics,

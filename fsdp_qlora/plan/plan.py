@@ -106,7 +106,8 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     targets = target_linears(shapes, config.lora.target_modules)
     by_name = {x.name: x for x in shapes.linears}
     method = build_method(config.lora.variant)
-    _require_matches(config, [name for t in targets for name in parameters_of(method, by_name[t], config.lora)])
+    trained = {name: parameters_of(method, by_name[name], config.lora) for name in targets}
+    _require_matches(config, [name for tensors in trained.values() for name in tensors])
     quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
     rows = config.train.micro_batch_size
     if config.train.micro_batch_tokens:  # the worst case: all rows at maximum length
@@ -118,7 +119,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     offloaded = offloaded_parameters(
         config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
     )
-    memory = MemoryModel(shapes, stored, [by_name[name] for name in targets], settings, offloaded)
+    memory = MemoryModel(shapes, stored, trained, settings, offloaded)
     if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
         raise PlanError(
             "train.activation_checkpointing: selective cannot go with fsdp.offload_modules inside decoder layers (what "

@@ -7,6 +7,8 @@ bf16 tensor is gathered bit for bit; float32 statistics would be rounded, so the
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
 BLOCK_WEIGHTS = 64
@@ -62,6 +64,11 @@ def bits_to_float(bits: torch.Tensor) -> torch.Tensor:
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return the bytes of a contiguous tensor as a uint8 vector (for hashing and comparing bit by bit)."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """Return the sha256 of a tensor's bytes, in hexadecimal."""
+    return hashlib.sha256(raw_bytes(tensor).to("cpu", copy=True).numpy().data).hexdigest()
 
 
 def from_bytes(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -26,11 +26,9 @@ def swap_linears(
     Raises:
         PlanError: if one is not a linear layer of ``model``, or is not on the meta device (its weight would be lost).
     """
-    names = []
-    for x in linears:
-        packed = x if isinstance(x, Packed) else Packed(x, quant_format or build_format())
-        names.append(_swap(model, packed.linear, quant_format or packed.layout, cache_dequantized))
-    return names
+    default = quant_format or build_format()
+    packed = [x if isinstance(x, Packed) else Packed(x, default) for x in linears]
+    return [_swap(model, x.linear, quant_format or x.layout, cache_dequantized) for x in packed]
 
 
 def _swap(model: nn.Module, linear: LinearShape, quant_format: Format, cache_dequantized: bool) -> str:

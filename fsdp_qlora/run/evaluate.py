@@ -18,10 +18,11 @@ def evaluate_prepared(prepared: Prepared) -> Evaluation:
     """
     if prepared.data is None or prepared.data.eval is None:
         raise DataError("data.eval: there is nothing to evaluate on; set data.eval or data.eval_fraction.")
-    return _evaluate(prepared, TokenRows(prepared.data.eval))
+    return evaluate_rows(prepared, TokenRows(prepared.data.eval))
 
 
-def _evaluate(prepared: Prepared, rows: TokenRows) -> Evaluation:
+def evaluate_rows(prepared: Prepared, rows: TokenRows) -> Evaluation:
+    """Evaluate a prepared model on rows, source by source. Every rank calls it."""
     ranks, config = prepared.ranks, prepared.config
     objective, parts = build_objective(config.objective.name), {}
     for source in sorted(set(rows.sources.tolist())):

@@ -43,7 +43,7 @@ from fsdp_qlora.parallel.fallback import EagerFallback
 from fsdp_qlora.parallel.shard import release_gathered, synchronize_gradients
 from fsdp_qlora.run.base_files import BaseFiles
 from fsdp_qlora.run.batches import build_batches, data_key
-from fsdp_qlora.run.evaluate import _evaluate
+from fsdp_qlora.run.evaluate import evaluate_rows
 from fsdp_qlora.run.folder import RunFolder, versions
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.profiling import Profiling
@@ -174,7 +174,7 @@ class Training:
     def evaluate(self) -> Evaluation | None:
         """Evaluate on the held-out rows if there are any, and answer the sample prompts if configured."""
         self.prepared.ranks.phases.enter(f"evaluation after step {self.progress.step}")
-        result = None if self.eval_rows is None else _evaluate(self.prepared, self.eval_rows)
+        result = None if self.eval_rows is None else evaluate_rows(self.prepared, self.eval_rows)
         if self.config.train.sample_at_eval and self.config.train.sample_prompts:
             answers = [
                 {"prompt": p, "answer": a}

@@ -212,14 +212,8 @@ class Packed:
         return self.row_bytes / self.layout.row_weights(self.linear.in_features)
 
 
-_FORMATS: dict[str, type[Format]] = {}
-
-
-def register(kind: type[Format]) -> type[Format]:
-    """Register a format under its name for ``quant=NAME`` (the command line knows only built-in formats)."""
-    _FORMATS[kind.name] = kind
-    choices.FORMATS.add(kind.name)
-    return kind
+_FORMATS: choices.Registry[Format] = choices.Registry(choices.FORMATS)
+register = _FORMATS.register
 
 
 def build_format(
