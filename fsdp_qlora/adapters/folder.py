@@ -84,7 +84,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise ModelError(f"adapter: {folder} is not a LoRA adapter.")
     if refused := _refused(values):
         raise ModelError(
-            f"adapter: {file} has settings that change what the adapter computes and are not supported: "
+            f"adapter: {file} has unsupported settings that change what the adapter computes: "
             f"{', '.join(refused)}. Merge it into its base with PEFT, or train one without them."
         )
     return _adapter_config(values, file)
@@ -129,8 +129,8 @@ def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
     found = {name: re.fullmatch(rf"base_model\.model\.(.+)\.(?:{tensors})", name) for name in names}
     if odd := sorted(name for name, match in found.items() if match is None):
         raise ModelError(
-            f"adapter: {file} holds {len(odd)} tensor(s) that are no LoRA matrices of a linear, first {odd[0]}; such "
-            "adapters are not supported."
+            f"adapter: {file} holds {len(odd)} tensor(s) that are not LoRA matrices of a linear (first: {odd[0]}); "
+            "such adapters are not supported."
         )
     if not found:
         raise ModelError(f"adapter: {file} holds no tensors.")
@@ -142,7 +142,7 @@ def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
     text = str(error)
     if not text.startswith("lora."):
         return error
-    said = FsdpQloraError(f"adapter: {folder} does not go with this model: {text.partition(': ')[2]}")
+    said = FsdpQloraError(f"adapter: {folder} does not fit this model: {text.partition(': ')[2]}")
     said.exit_code, said.alike = error.exit_code, error.alike
     return said
 
@@ -196,8 +196,8 @@ def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size
         names = set(stored.keys())
         if odd := sorted(names ^ parameters.keys()):
             ours = sorted(set(adapted_modules(parameters, file)) - set(modules))
-            hint = f" It has no adapter for {ours[0]}: set lora.target_modules to its own." if ours else ""
-            raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors, first {odd[0]}.{hint}")
+            hint = f" It has no adapter for {ours[0]}: set lora.target_modules to the adapter's." if ours else ""
+            raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors (first: {odd[0]}).{hint}")
         for name, parameter in parameters.items():
             value = stored.get_tensor(name)
             if value.shape != parameter.shape:

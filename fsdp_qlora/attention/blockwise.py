@@ -45,7 +45,7 @@ def refuse_unknown(attention: str, arguments: Mapping[str, Any]) -> None:
     for name, asked in arguments.items():
         if asked is not None and asked is not False and name not in _HARMLESS:
             raise ModelError(
-                f"model.attn_implementation: {attention} has no {name}, which this model needs; use eager."
+                f"model.attn_implementation: {attention} does not support {name}, which this model needs; use eager."
             )
 
 
@@ -71,9 +71,9 @@ def blockwise_forward(
     """
     refuse_unknown(BLOCKWISE, kwargs)
     if attention_mask is not None and attention_mask.dtype != torch.bool:
-        raise ModelError("model.attn_implementation: blockwise takes no scores in masks; use eager.")
+        raise ModelError("model.attn_implementation: blockwise accepts boolean masks only; use eager.")
     if dropout:
-        raise ModelError("model.attn_implementation: blockwise has no attention dropout; use eager.")
+        raise ModelError("model.attn_implementation: blockwise does not support attention dropout; use eager.")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     length = query.shape[2]

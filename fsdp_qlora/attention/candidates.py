@@ -70,8 +70,8 @@ def _from_hub(kind: Any) -> str | None:
         return None
     theirs = getattr(kind, "_compatible_flash_implementations", None)
     if theirs is not None and _FLASH not in theirs:
-        return f"{kind.__name__} goes with {theirs[0]}"
-    return None if is_flash_attn_2_available() else "the package flash-attn is not installed, kernels is"
+        return f"{kind.__name__} uses {theirs[0]}"
+    return None if is_flash_attn_2_available() else "flash-attn is not installed, but kernels is"
 
 
 def why_not(attention: str, device: torch.device, dtype: torch.dtype, text_config: Any) -> str | None:
@@ -83,17 +83,17 @@ def why_not(attention: str, device: torch.device, dtype: torch.dtype, text_confi
         return None
     on_cpu = attention == VARLEN and device.type == "cpu"
     if dtype not in (torch.bfloat16, torch.float16) and not on_cpu:
-        return f"{attention} computes in 16 bits only; choose sdpa or eager, or precision=bf16"
+        return f"{attention} supports 16-bit dtypes only; choose sdpa or eager, or precision=bf16"
     return _lacking_in_varlen(text_config, on_cpu) if attention == VARLEN else None
 
 
 def _lacking_in_varlen(text_config: Any, on_cpu: bool) -> str | None:
     if "chunked_attention" in (getattr(text_config, "layer_types", None) or ()):
-        return "varlen has no chunked_attention, which this model needs; choose sdpa or eager"
+        return "varlen does not support chunked_attention, which this model needs; choose sdpa or eager"
     if _has(text_config, _DROPOUTS):
-        return "varlen has no attention dropout, which this model needs; choose sdpa or eager"
+        return "varlen does not support attention dropout, which this model needs; choose sdpa or eager"
     if _has(text_config, _CAPS) and not on_cpu:
-        return "varlen has no soft cap on a GPU, which this model needs; choose eager"
+        return "varlen does not support soft caps on a GPU, which this model needs; choose eager"
     return None
 
 

@@ -57,9 +57,11 @@ def varlen_forward(
     """
     refuse_unknown(VARLEN, kwargs)
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ModelError("model.attn_implementation: varlen is causal, and this model sees later tokens; use eager.")
+        raise ModelError(
+            "model.attn_implementation: varlen is causal, but this model attends to later tokens; use eager."
+        )
     if dropout:
-        raise ModelError("model.attn_implementation: varlen has no attention dropout; use eager.")
+        raise ModelError("model.attn_implementation: varlen does not support attention dropout; use eager.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         return _with_cache(query, key, value, attention_mask, scale, sliding_window, softcap), None
@@ -87,7 +89,7 @@ def _on_accelerator(
 
     if softcap is not None:
         raise ModelError(
-            "model.attn_implementation: varlen has no soft cap on a GPU, which this model needs; use eager."
+            "model.attn_implementation: varlen does not support soft caps on a GPU, which this model needs; use eager."
         )
     seen = (-1, 0) if window is None else (window - 1, 0)
     out = varlen_attn(

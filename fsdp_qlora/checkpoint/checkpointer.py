@@ -165,7 +165,7 @@ class Checkpointer:
             for name, value in named.items():
                 if not isinstance(value, torch.Tensor):
                     kind = type(value).__name__
-                    raise SecurityError(f"{name} is a {kind}: only tensors are saved, all else is JSON.")
+                    raise SecurityError(f"{name} is a {kind}: only tensors are saved; everything else is JSON.")
             staged = self._stager.stage(named)
             assert isinstance(staged, dict)
             return staged
@@ -198,7 +198,7 @@ class Checkpointer:
                     self._tell_kept(remove(old))
         except (FsdpQloraError, OSError, RuntimeError) as error:
             if self.ranks.is_main:
-                self._say(f"checkpoint of step {snapshot.step} FAILED: {error} Older ones are as they were.")
+                self._say(f"checkpoint of step {snapshot.step} FAILED; older checkpoints are intact: {error}")
             return str(error)
         finally:
             self._background.phases.rest()
@@ -208,17 +208,19 @@ class Checkpointer:
         """Warn once per run that old checkpoints cannot be deleted: they fill the disk, but need not stop the run."""
         if problem is not None and not self._told_kept:
             self._told_kept = True
-            self._say(f"checkpoint.keep_last: an old checkpoint cannot be deleted and takes room ({problem}).")
+            self._say(
+                f"checkpoint.keep_last: an old checkpoint cannot be deleted and still takes up space ({problem})."
+            )
 
     def _emergency(self, snapshot: Snapshot, staged: dict[str, torch.Tensor]) -> NoReturn:
-        message = f"checkpoint: {MAX_FAILURES} saves in a row have failed, the last because {self._problem} It stops. "
+        message = f"checkpoint: {MAX_FAILURES} saves in a row failed, the last because {self._problem} The run stops. "
         if self.fallback is None:
-            raise StorageError(message + "Make room there; the older checkpoints are as they were.")
+            raise StorageError(message + "Free up space there; older checkpoints are intact.")
         problem = self._thread.submit(self._write, self.fallback, snapshot, lambda: staged).result()
         if problem is not None:
             raise StorageError(message + f"checkpoint.fallback_dir failed as well: {problem}")
         saved = step_folder(self.fallback, snapshot.step)
-        raise StorageError(message + f"It was saved to {saved}; go on with checkpoint.resume={saved}.")
+        raise StorageError(message + f"It was saved to {saved}; resume with checkpoint.resume={saved}.")
 
     def find(
         self, resume: Resume, identity: dict[str, Any], overrides: Sequence[str] = ()
@@ -257,7 +259,7 @@ class Checkpointer:
                 found = open_checkpoint(folder)
             except CheckpointError as error:
                 problems.append(str(error))
-                self._say(f"passing over a damaged checkpoint: {error}")
+                self._say(f"skipping a damaged checkpoint: {error}")
                 continue
             return found
         if problems:
@@ -288,7 +290,7 @@ class Checkpointer:
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
         if self.ranks.is_main:
             for moved in set_aside(self.folder, manifest.step):
-                self._say(f"the run goes on from step {manifest.step}; a later checkpoint is now {moved}.")
+                self._say(f"resuming from step {manifest.step}; a later checkpoint was moved to {moved}.")
         barrier(self.ranks)
 
 

@@ -59,9 +59,11 @@ class Manifest:
         try:
             data, vouched = read_regular(file), read_regular(folder / COMPLETE, _COMPLETE_BYTES).strip()
         except OSError as error:
-            raise CheckpointError(f"{folder} is no complete checkpoint: {error.strerror}: {error.filename}") from error
+            raise CheckpointError(
+                f"{folder} is not a complete checkpoint: {error.strerror}: {error.filename}"
+            ) from error
         if hashlib.sha256(data).hexdigest().encode() != vouched:
-            raise CheckpointError(f"{file} is damaged: its sha256 is not the one in {COMPLETE}.")
+            raise CheckpointError(f"{file} is damaged: its sha256 does not match {COMPLETE}.")
         try:
             values = parse_json(data, dict[str, Any])
             if type(other := values.get("format")) is int and other != FORMAT:
@@ -79,7 +81,7 @@ def _require_values(values: dict[str, Any], file: Path) -> None:
     """Raise ValueError unless these are the values of a manifest, each with the right type and within bounds."""
     kinds = get_type_hints(Manifest)
     if odd := sorted(values.keys() ^ kinds.keys()):
-        raise ValueError(f"{odd[0][:80]!r} is {'not known' if odd[0] in values else 'missing'}")
+        raise ValueError(f"{odd[0][:80]!r} is {'unknown' if odd[0] in values else 'missing'}")
     wrong = next((wrong for name, kind in kinds.items() if (wrong := misfit(values[name], kind, name))), None)
     if wrong is not None:
         raise ValueError(wrong)
@@ -91,7 +93,7 @@ def _require_values(values: dict[str, Any], file: Path) -> None:
         raise ValueError(f"step is {values['step']}, world_size {values['world_size']}")
     for name, shape in values["tensors"].items():
         if len(shape) > _MAX_DIMENSIONS or any(n < 0 for n in shape) or math.prod(shape) >= _MAX_VALUES:
-            raise ValueError(f"tensors[{name[:80]!r}] has no shape of a tensor")
+            raise ValueError(f"tensors[{name[:80]!r}] is not the shape of a tensor")
     for name, known in values["files"].items():
         size, digest = known.get("size"), known.get("sha256")
         if len(known) != 2 or not (type(size) is int and size >= 0) or not _SHA256.fullmatch(str(digest)):
@@ -114,6 +116,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> N
         lines = [f"{key}: {saved.get(key)!r:.500} in the checkpoint, {now.get(key)!r:.500} now." for key in differ]
         raise ConfigError(
             "\n".join(lines)
-            + f"\n{folder} was made with other settings. Set them back, choose another run.name, or go on with the new "
-            f"ones on purpose: checkpoint.resume_overrides=[{','.join(d for d in differ if _SETTING.fullmatch(d))}]."
+            + f"\n{folder} was made with different settings. Restore them, choose another run.name, or resume with "
+            "the new ones on purpose: "
+            f"checkpoint.resume_overrides=[{','.join(d for d in differ if _SETTING.fullmatch(d))}]."
         )

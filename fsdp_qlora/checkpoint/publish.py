@@ -41,7 +41,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     found = sorted(f for f in folder.iterdir() if is_complete(f)) if folder.is_dir() else []
     for place in (folder, *found):
         if place.is_symlink():
-            raise SecurityError(f"{place} is a link; links are not followed here. Give the checkpoint's own path.")
+            raise SecurityError(f"{place} is a link; links are not followed here. Pass the checkpoint's real path.")
     return found
 
 

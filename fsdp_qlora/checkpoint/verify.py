@@ -41,7 +41,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing.")
         if file.stat().st_size != known["size"] or file_sha256(file, follow=False) != known["sha256"]:
-            raise CheckpointError(f"{file} is damaged: its content is not what was written.")
+            raise CheckpointError(f"{file} is damaged: its content has changed since it was written.")
     covered = dict.fromkeys(manifest.tensors, 0)
     for name in manifest.files:
         _require_kind(folder / name, name)
@@ -49,14 +49,14 @@ def verify(folder: Path, manifest: Manifest) -> None:
             _count(folder / name, manifest, covered)
     for name, shape in manifest.tensors.items():
         if covered[name] != math.prod(shape):
-            raise SecurityError(f"{folder}: the files hold {covered[name]} values of {name}, which is {shape}.")
+            raise SecurityError(f"{folder}: the files hold {covered[name]} values of {name}, whose shape is {shape}.")
 
 
 def _require_kind(file: Path, name: str) -> None:
     """Reject anything but safetensors and text of the kinds that we write; no tensor is loaded."""
     inside = name.startswith(f"{ADAPTER_FOLDER}/")
     if not name.endswith(_ADAPTER_SUFFIXES if inside else ".safetensors"):
-        raise SecurityError(f"{file} is no file of a checkpoint of ours.")
+        raise SecurityError(f"{file} is not a file that our checkpoints contain.")
     if name.endswith(".safetensors"):
         try:
             with safe_open(file, framework="pt") as opened:
@@ -78,11 +78,11 @@ def _count(file: Path, manifest: Manifest, covered: dict[str, int]) -> None:
             for name in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 shape, whole = opened.get_slice(name).get_shape(), manifest.tensors[name]
                 offsets = places[name]["saved_offsets"] if places is not None else [0] * len(shape)
-                if (wrong := misfit(offsets, list[int], f"the place of {name}")) is not None:
+                if (wrong := misfit(offsets, list[int], f"the offsets of {name}")) is not None:
                     raise ValueError(wrong)
                 inside = all(o >= 0 and o + n <= w for o, n, w in zip(offsets, shape, whole, strict=True))
                 if not inside:
-                    raise ValueError(f"{name} has {shape} at {offsets} of {whole}")
+                    raise ValueError(f"{name} has shape {shape} at {offsets} in {whole}")
                 covered[name] += math.prod(shape)
         except (KeyError, TypeError, ValueError) as error:
-            raise SecurityError(f"{file} does not go with the manifest: {error}.") from error
+            raise SecurityError(f"{file} does not match the manifest: {error}.") from error

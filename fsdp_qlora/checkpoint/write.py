@@ -107,7 +107,7 @@ def _begin(staging: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> 
     needed += sum(math.prod(t.shape) * t.element_size() for n, t in tensors.items() if n.startswith(MODEL_PREFIX))
     free = shutil.disk_usage(staging).free
     if free < needed:
-        raise StorageError(f"it needs {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free there.")
+        raise StorageError(f"it needs {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free there.")
 
 
 class _Writer(HuggingFaceStorageWriter):

@@ -48,6 +48,6 @@ def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
     gap = all_max(abs(ours - theirs) / max(abs(theirs), 1e-6), ranks)
     if not gap <= LIMITS.get(logits.dtype, LIMITS[torch.bfloat16]):
         raise ModelError(
-            f"model.check: on a row of {length} tokens training computes a loss of {ours:.4f}, the model's own logits "
-            f"give {theirs:.4f}. Try debug=plain; model.check=off trains it all the same."
+            f"model.check: on a row of {length} tokens, training computes a loss of {ours:.4f}, but the model's own "
+            f"logits give {theirs:.4f}. Try debug=plain; model.check=off trains it anyway."
         )

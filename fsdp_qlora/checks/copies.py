@@ -25,4 +25,6 @@ def require_equal_copies(parameters: Named, ranks: Ranks) -> None:
         return
     first, *others = gather_json(digests, ranks)
     rank, name = next((r, n) for r, other in enumerate(others, start=1) for n in digests if other[n] != first[n])
-    raise NumericsError(f"{name}: rank {rank} has other values than rank 0; replicated adapters must be equal on all.")
+    raise NumericsError(
+        f"{name}: rank {rank} has different values from rank 0; replicated adapters must be identical on all ranks."
+    )

@@ -76,7 +76,7 @@ class WholeDigests:
             if (now := self.known.get(name)) is not None and now != digest:
                 raise ConfigError(
                     f"model.name: {self._files[name]} is not the file that {checkpoint} was trained on: its sha256 is "
-                    f"{now}, not {str(digest)[:64]}. Give the model as it was, or choose another run.name."
+                    f"{now}, not {str(digest)[:64]}. Use the original model, or choose another run.name."
                 )
 
     def _make(self, name: str) -> None:

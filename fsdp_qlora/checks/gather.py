@@ -34,7 +34,8 @@ def verify_gather(model: nn.Module, ranks: Ranks) -> None:
                     for owner in range(shard, ranks.size, ranks.shard_size):
                         if loaded[owner][name][part][0] != digest:
                             raise NumericsError(
-                                f"{name}.{part}: rank {ranks.rank} gathers other bytes than rank {owner} loaded."
+                                f"{name}.{part}: rank {ranks.rank} gathers different bytes from those rank {owner} "
+                                "loaded."
                             )
     finally:
         unit.reshard()
@@ -50,7 +51,7 @@ def verify_buffers(model: nn.Module, ranks: Ranks) -> None:
     first, *others = gather_json(mine, ranks)
     for rank, digests in enumerate(others, start=1):
         for name in (n for n in first if digests.get(n) != first[n]):
-            raise NumericsError(f"{name}: this buffer has another value on rank {rank} than on rank 0.")
+            raise NumericsError(f"{name}: this buffer differs between rank {rank} and rank 0.")
 
 
 def _quantized_inside(unit: nn.Module) -> dict[str, QuantMatrices]:

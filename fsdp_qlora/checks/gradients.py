@@ -28,7 +28,7 @@ class FirstGradients:
             missing = [name for name, p in trainable_parameters(self._model) if p.grad is None]
             if missing:
                 raise NumericsError(
-                    f"step {step}: {len(missing)} trained parameters got no gradient, first {missing[0]}: the loss "
+                    f"step {step}: {len(missing)} trained parameters got no gradient (first: {missing[0]}): the loss "
                     "does not depend on them."
                 )
         elif self._seen == 2:  # in the first step B is zero, and so is A's gradient
@@ -45,4 +45,4 @@ class FirstGradients:
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self._ranks.group)
         dead = [pair for pair, value in zip(largest, values.tolist(), strict=True) if value == 0.0]
         if dead:
-            raise NumericsError(f"step {step}: {len(dead)} adapters have a gradient of zero, first {dead[0]}.")
+            raise NumericsError(f"step {step}: {len(dead)} adapters have a gradient of zero (first: {dead[0]}).")

@@ -76,9 +76,9 @@ def require_isolation(
         what = "packed rows" if max(pattern) > 1 else "rows"
         way_out = f"Set {key}=false, or try another" if key.startswith("data.") else "Try another"
         raise ModelError(
-            f"{key}: with attn_implementation={attention} the {what} of this model see each other (losses move by "
-            f"{leak:.1e} of their spread, gradients by {drift:.1e} of their norm, tried on {len(pattern)} sequences of "
-            f"{max(pattern)} rows). {way_out} model.attn_implementation (eager, sdpa)."
+            f"{key}: with attn_implementation={attention}, the {what} of this model leak into each other (losses move "
+            f"by {leak:.1e} of their spread, gradients by {drift:.1e} of their norm, tried on {len(pattern)} sequences "
+            f"of {max(pattern)} rows). {way_out} model.attn_implementation (eager, sdpa)."
         )
 
 

@@ -77,9 +77,9 @@ def locate_nonfinite(
         rows = "; ".join(f"rank {rank}: {_listed(bad['rows'])}" for rank, bad in told)
         bad_gradients = [f"rank {rank}'s gradient of {bad['gradient']} is not" for rank, bad in told if bad["gradient"]]
         places = [
-            f"The forward is finite{''.join(', ' + g for g in bad_gradients[:1])}. Training rows by rank: {rows}."
+            f"The forward is finite{''.join(', but ' + g for g in bad_gradients[:1])}. Training rows by rank: {rows}."
         ]
-    return " ".join([*places, "Look at these rows, lower optim.lr, or find the operation with debug=anomaly."])
+    return " ".join([*places, "Inspect these rows, lower optim.lr, or find the operation with debug=anomaly."])
 
 
 def _listed(rows: Sequence[int]) -> str:

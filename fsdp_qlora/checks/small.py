@@ -72,8 +72,8 @@ def write_small(
     problem, names, fields = gather_json([problem, names, asdict(written)], ranks)[0]
     if problem:
         raise ModelError(
-            f"model.check: this model cannot be compared with its own upstream code, for it cannot be made small "
-            f"({problem}). model.check=off trains it unchecked."
+            "model.check: this model cannot be compared with its upstream code, because no small version of it can be "
+            f"built ({problem}). model.check=off trains it unchecked."
         )
     for name in names:
         received = from_main((folder / name).read_bytes() if ranks.is_main else b"", ranks)
@@ -93,8 +93,8 @@ def _written(folder: Path, config: PreTrainedConfig, max_length: int, code: Path
             raise error from None
         if count > LARGEST:
             raise ModelError(
-                f"{typed_line(error)}; its real layers, one of each kind, have {count / 1e6:,.0f} million parameters, "
-                f"and {LARGEST / 1e6:,.0f} are compared at most"
+                f"{typed_line(error)}; at full size, one layer of each kind has {count / 1e6:,.0f} million parameters "
+                f"in total, and the limit is {LARGEST / 1e6:,.0f}"
             ) from error
         return replace(_write(folder, shallow, code), layers_of=config_digest(config))
 
@@ -136,5 +136,5 @@ def _write(folder: Path, config: PreTrainedConfig, code: Path | None) -> SmallMo
     with torch.no_grad():
         logits = model(input_ids=torch.zeros(1, LENGTHS[0], dtype=torch.long), use_cache=False).logits
     if not bool(torch.isfinite(logits).all()):
-        raise ValueError("upstream's own code gives values that are not finite")
+        raise ValueError("upstream's own code returns values that are not finite")
     return SmallModel(reference.unusable_positions(model), None, bool(kept_in_float32(model)))

@@ -53,7 +53,7 @@ BF16_LEAK = 3e-2
 """Largest effect of a changed token on other losses in bf16, from rounding alone (experts get other batches)."""
 PACKED = (24, 40, 31, 29)
 """Lengths of rows that share sequences, two in each; the second sequence is padded."""
-ROWS_LEAK = "rows see each other"
+ROWS_LEAK = "rows leak into each other"
 CHANGED = 37
 """Index of the token that is changed to test whether earlier losses depend on it."""
 
@@ -132,8 +132,8 @@ def _message(config: RunConfig, model_config: PreTrainedConfig, fell: dict[str, 
     tries += [] if config.debug.name == "plain" or rows_leak else ["debug=plain"]
     advice = f" Try {' or '.join(tries)};" if tries else ""
     return (
-        f"model.check: training {model_config.model_type} here would not compute what its own code in transformers "
-        f"does ({lines}).{advice} model.check=off trains it all the same."
+        f"model.check: training {model_config.model_type} here would not match its own code in transformers "
+        f"({lines}).{advice} model.check=off trains it anyway."
     )
 
 
@@ -291,7 +291,7 @@ class _Twin:
         allowed = BF16_FACTOR * upstream + BF16_GRADIENTS * size
         if own <= allowed:
             return None
-        return f"gradients are {own / size:.1e} from float32's, where upstream's in bf16 are {upstream / size:.1e}"
+        return f"gradients are {own / size:.1e} off float32's, while upstream's in bf16 are {upstream / size:.1e} off"
 
     def _gradients_differ(self, mine: Computed, wanted: Computed) -> str | None:
         squares = torch.zeros(len(wanted.gradients), 2, dtype=torch.float64, device=self.ranks.device)
@@ -308,7 +308,7 @@ class _Twin:
         if together <= GRADIENT_LIMIT and float(each[worst]) <= ONE_LIMIT:
             return None
         name = list(wanted.gradients)[worst]
-        return f"gradients are off by {together:.1e}, most that of {name} by {float(gaps[worst] / sizes[worst]):.1e}"
+        return f"gradients are off by {together:.1e}, the worst ({name}) by {float(gaps[worst] / sizes[worst]):.1e}"
 
     def _sees_the_future(self, rows: list[torch.Tensor]) -> str | None:
         changed = [row.clone() for row in rows]
@@ -324,7 +324,7 @@ class _Twin:
         size = float(torch.cat(before).mean())
         limit = LOSS_LIMIT if self.config.precision.name == "fp32" else BF16_LEAK
         if not all_max(_or_inf(gap / size), self.ranks) <= limit:
-            return "tokens see later ones, so that the next token would be learned by copying it"
+            return "tokens see later ones, so the model would learn to copy the next token"
         if not all_max(_or_inf(float(others.abs().max()) / size), self.ranks) <= limit:
             return ROWS_LEAK
         return None
@@ -372,5 +372,7 @@ def _bf16_problem(mine: Computed, theirs: Computed, wanted: Computed, ranks: Ran
 
     own, allowed = all_max(_or_inf(distance(mine)), ranks), BF16_FACTOR * distance(theirs) + BF16_FLOOR
     return (
-        None if own <= allowed else f"losses are {own:.1e} from float32's, where upstream's in bf16 are {allowed:.1e}"
+        None
+        if own <= allowed
+        else f"losses are {own:.1e} off float32's; the limit from upstream's in bf16 is {allowed:.1e}"
     )

@@ -186,4 +186,4 @@ def test_what_would_train_wrongly_is_refused(pool, tiny_model):
     first, last = pool.run(2, _refusals, str(tiny_model))
     assert "would convert its packed bytes" in first[0]
     assert "late.weight is trained but not sharded" in first[1]
-    assert len(first) == 2 and "gathers other bytes" in last[2]
+    assert len(first) == 2 and "gathers different bytes" in last[2]

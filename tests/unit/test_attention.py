@@ -67,7 +67,7 @@ def test_one_query_sees_all_keys():
 
 @pytest.mark.parametrize("asked", [{"softcap": 50.0}, {"s_aux": torch.ones(4)}, {"dropout": 0.1}])
 def test_what_it_has_not_is_refused(asked):
-    with pytest.raises(ModelError, match=r"model\.attn_implementation: blockwise has no"):
+    with pytest.raises(ModelError, match=r"model\.attn_implementation: blockwise does not support"):
         blockwise_forward(SimpleNamespace(), *_inputs(1, 4, 4, 8, 8, torch.float32), None, **asked)
 
 
