@@ -33,7 +33,7 @@ VERBS = {
     "generate": "answer a prompt, with or without an adapter",
     "export": "write the adapter of a run's checkpoint, or the quantized base (what=base-4bit)",
     "inspect": "show a checkpoint, or compare two: inspect PATH [PATH]",
-    "doctor": "show devices, versions and what is wrong here",
+    "doctor": "show devices, versions and problems found",
 }
 ON_RANKS = ("train", "evaluate", "generate")
 """Verbs that can run on several ranks."""

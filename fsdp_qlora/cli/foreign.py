@@ -37,12 +37,12 @@ def refuse_hydras_own(folder: Path) -> None:
     """
     for place in folder.rglob("*"):
         if place.is_symlink() and place.is_dir():  # Hydra would follow the link, but rglob does not
-            raise SecurityError(f"--config-dir: {place} is a link to a folder; have the files themselves there.")
+            raise SecurityError(f"--config-dir: {place} is a link to a folder; put the files themselves there.")
     for file in sorted((*folder.rglob("*.yaml"), *folder.rglob("*.yml"))):
         if why := next(_reaches_hydra(file, file.relative_to(folder)), None):
             raise SecurityError(
-                f"--config-dir: {file} {why}. Such settings can run code, so files may not have them; those that you "
-                f"need ({', '.join(TAKEN)}) can be given on the command line."
+                f"--config-dir: {file} {why}. Such settings can run code, so files may not contain them; those that "
+                f"you need ({', '.join(TAKEN)}) can be given on the command line."
             )
 
 
@@ -52,16 +52,16 @@ def _reaches_hydra(file: Path, place: Path) -> Iterator[str]:
     if file.is_dir() or not file.exists():
         return
     if not file.is_file():
-        raise ConfigError(f"--config-dir: {file} is no file.")  # reading a pipe would block
+        raise ConfigError(f"--config-dir: {file} is not a file.")  # reading a pipe would block
     try:
         text = read_settings(file)
         packages = [found[1] for line in text.splitlines() if (found := _PACKAGE.match(line))]
         if any(_NAMES_HYDRA.search(package) for package in packages):
-            yield "puts itself among Hydra's own settings (@package)"
+            yield "places itself among Hydra's own settings (@package)"
         # Read it as Hydra does: PyYAML's own loader fails at a tag that Hydra accepts.
         values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except OutOfBoundsError as error:
-        raise ConfigError(f"--config-dir: {file} holds more than settings can: {error}.") from error
+        raise ConfigError(f"--config-dir: {file} exceeds the limits for settings: {error}.") from error
     except (yaml.YAMLError, OmegaConfBaseException, OSError):  # Hydra rejects it too, and says where
         return
     except Exception as error:  # PyYAML leaks other types: an invalid date, a number without digits

@@ -36,7 +36,7 @@ def show(verb: str, about: str, group: str | None = None) -> str:
         if _OF_VERBS.get(name, verb) == verb:
             lines += [*_group(name, kind, whole=False), ""]
     lines += [*_keys(RunConfig, "", whole=False), ""]
-    lines.append("experiment=NAME takes a whole preset (conf/experiment); --cfg job prints what would be used.")
+    lines.append("experiment=NAME applies a whole preset (conf/experiment); --cfg job prints the resulting settings.")
     return "\n".join(lines)
 
 

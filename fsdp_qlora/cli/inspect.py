@@ -40,7 +40,7 @@ def _show(folder: Path, manifest: Manifest) -> int:
     rows = [
         ("step", str(manifest.step)),
         ("saved by", f"{manifest.world_size} rank(s)"),
-        ("files", f"{len(manifest.files)}, {megabytes(size)}, every sha256 as written"),
+        ("files", f"{len(manifest.files)}, {megabytes(size)}, every sha256 matches"),
         ("tensors", f"{len(manifest.tensors)} with {values:,} values"),
         *((f"progress.{key}", str(value)) for key, value in manifest.progress.items()),
         *((key, str(value)) for key, value in manifest.identity.items() if isinstance(value, (str, int, float, list))),

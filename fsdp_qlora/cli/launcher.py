@@ -76,7 +76,10 @@ def launch(verb: str, config: RunConfig, num_ranks: int) -> int:
         signs = LifeSigns(meeting, config.launcher.timeout_seconds)
         num_signals, standstill = _wait(agent, exit_file, restarts, signs)
         for left in signs.left_behind():
-            print(f"fsdp-qlora: {left} does not end, a driver or a storage holds it; not waited for.", file=sys.stderr)
+            print(
+                f"fsdp-qlora: {left} does not exit: a driver or storage is blocking it. Not waiting for it.",
+                file=sys.stderr,
+            )
         stopped = stopped_by(num_signals, signs.begun)
         ending = verdict(exit_file, restarts, agent.returncode, stopped, standstill)
         if verb == "train":
@@ -99,7 +102,7 @@ def _scratch_folder() -> Iterator[Path]:
             folder = stack.enter_context(scratch_folder("fsdp_qlora-"))
         except OSError as error:
             raise StorageError(
-                f"TMPDIR: no folder for temporary files can be written ({error.strerror}); set TMPDIR to one that can."
+                f"TMPDIR: no folder for temporary files is writable ({error.strerror}); set TMPDIR to a writable one."
             ) from error
         yield folder
 
@@ -117,7 +120,8 @@ def _wait(
         received.append(number)
         if len(received) == 1:
             print(
-                f"\n{signal.Signals(number).name}: saving, then leaving; once more to leave at once.", file=sys.stderr
+                f"\n{signal.Signals(number).name}: saving, then exiting; send it again to exit immediately.",
+                file=sys.stderr,
             )
             agent.send_signal(number)
         else:

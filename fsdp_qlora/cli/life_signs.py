@@ -47,7 +47,7 @@ class LifeSigns:
         if not notes or silent < self._limit:
             return None
         places = ", ".join(f"rank {rank} in {note['main'][1]!r}" for rank, note in sorted(notes.items()))
-        message = f"all ranks stand still: no sign of life for {silent:.0f} s; last seen {places}."
+        message = f"all ranks are stuck: no sign of life for {silent:.0f} s; last seen: {places}."
         return Ending(1, min(notes), message)
 
     def left_behind(self) -> list[str]:

@@ -42,7 +42,7 @@ class Outside:
         if self._given:  # the message can contain any part of their values
             key = getattr(error, "full_key", None) or "the settings"
             return ConfigError(
-                f"{key}: no valid value, with what was read from the environment: {', '.join(self._given)}."
+                f"{key}: invalid value, given what was read from the environment: {', '.join(self._given)}."
             )
         return ConfigError(explain(error))
 
@@ -60,8 +60,8 @@ class Outside:
         if not (_READABLE.fullmatch(name) or name in more):
             self._refuse(
                 SecurityError,
-                f"${{oc.env:{name}}}: files of settings may not read this variable, which can be a secret. Give the "
-                f"value on the command line, or name the variable in {READABLE_VARIABLE} if you trust all these files.",
+                f"${{oc.env:{name}}}: settings files may not read this variable, which may hold a secret. Give the "
+                f"value on the command line, or list the variable in {READABLE_VARIABLE} if you trust all these files.",
             )
         value = os.environ.get(name)
         if value is not None:
@@ -74,7 +74,7 @@ class Outside:
     def _hydras(self, path: Any) -> NoReturn:
         self._refuse(
             SecurityError,
-            f"${{hydra:{path}}}: files of settings may not read what Hydra knows; write the value itself.",
+            f"${{hydra:{path}}}: settings files may not read Hydra's own values; write the value itself.",
         )
 
     def _refuse(self, kind: type[FsdpQloraError], message: str) -> NoReturn:

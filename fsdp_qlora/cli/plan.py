@@ -51,8 +51,8 @@ def run(config: RunConfig) -> int:
         rows += simulation.rows(plan)
     print_table(f"plan for {config.model.name}", rows)
     print(
-        "Parameters, statistics, adapters and optimizer are exact. Gradients, activations, logits and gather are what "
-        "FSDP and autograd hold at the fullest moment, by arithmetic; not all kinds are held at once."
+        "Parameters, statistics, adapters and optimizer are exact. Gradients, activations, logits and gather are "
+        "calculated for the moment at which FSDP and autograd hold the most; not all kinds are held at once."
     )
     if found["device"]:
         print(_assumed(found["device"]))
@@ -85,7 +85,7 @@ def _model(found: dict[str, Any]) -> Rows:
     if model["rope"]:
         rows.append(("rotary embedding", model["rope"]))
     for why, names in model["left_as_they_are"].items():
-        rows.append(("left as they are", f"{_counted(names)}: {why}"))
+        rows.append(("left unchanged", f"{_counted(names)}: {why}"))
     if model["without_adapter"]:
         rows.append(("without adapter", f"{_counted(model['without_adapter'])}: PEFT would not load it there"))
     return rows
@@ -106,7 +106,7 @@ def _bytes(found: dict[str, Any], config: RunConfig) -> Rows:
         simulated = found["peak_simulated_bytes"]
         left = found["gpu_bytes"] - (simulated or found["peak_planned_bytes"]) - found["reserve_bytes"]
         by = f"{megabytes(abs(left))} {'left' if left >= 0 else 'missing'}"
-        by += ", going by the simulation" if simulated else ""
+        by += ", according to the simulation" if simulated else ""
         rows.append((f"in {config.plan.gpu or found['device']['memory']}", f"{verdict}, {by}"))
     host = found["host_bytes_per_rank"]
     parts = ", ".join(f"{megabytes(count)} {kind.replace('_', ' ')}" for kind, count in host.items() if count)
@@ -128,7 +128,7 @@ def _work(found: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
         ("trainable parameters", f"{plan.trainable_parameters:,} of {plan.base_parameters:,}"),
         (
             "batch",
-            f"{batch['global_rows']} rows a step = {batch['micro_batches']} micro-batches of "
+            f"{batch['global_rows']} rows per step = {batch['micro_batches']} micro-batches of "
             f"{batch['micro_batch_rows']} x {batch['max_length']} tokens, {batch['micro_batches_per_rank']} on each "
             f"rank; {batch['tokens_per_step']:,} tokens",
         ),
@@ -139,7 +139,7 @@ def _work(found: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
         ),
         (
             "gathered per rank",
-            f"{megabytes(gathered)} a micro-batch, {megabytes(found['gathered_bytes_per_step'])} a step",
+            f"{megabytes(gathered)} per micro-batch, {megabytes(found['gathered_bytes_per_step'])} per step",
         ),
         (
             "operations per token",
@@ -195,9 +195,12 @@ def _print_search(found: dict[str, Any], config: RunConfig) -> None:
     count = sum(tried["tried"] for tried in found["tried"])
     print_columns(f"tried: {count} micro-batches in {megabytes(found['budget_bytes'])} of tensors", header, lines)
     if found["best"] is None:
-        print(f"Nothing fits, not even one row of {length} tokens: more ranks, a shorter length, quant.embeddings=nf4.")
+        print(
+            f"Nothing fits, not even one row of {length} tokens; try more ranks, a shorter length, "
+            "quant.embeddings=nf4."
+        )
     else:
         print(f"The cheapest that fits: {shlex.join(found['overrides'])}")
     if found["fastest"] is not None and found["fastest"] != found["best"]:
         host = megabytes(found["fastest"]["host_bytes"])
-        print(f"The fastest by the estimate: {shlex.join(found['fastest_overrides'])} ({host} of host memory per rank)")
+        print(f"The fastest by estimate: {shlex.join(found['fastest_overrides'])} ({host} of host memory per rank)")

@@ -29,7 +29,10 @@ def run(config: RunConfig) -> int:
         return 0
     data = prepare_tokens(config, _show if sys.stderr.isatty() else None)
     if data.stream is not None:
-        print(f"data.streaming: the training rows are read while training; {data.eval_counts.kept} held out are ready")
+        print(
+            f"data.streaming: the training rows are read during training; {data.eval_counts.kept} held-out sequences "
+            "are ready"
+        )
         return 0
     train, held_out = data.train_counts, data.eval_counts
     print(
@@ -37,7 +40,7 @@ def run(config: RunConfig) -> int:
         f"{held_out.kept} held out; model {config.model.name}"
     )
     if data.bad_rows is not None:
-        print(f"{data.num_bad} bad row(s) were passed over; they are listed in {data.bad_rows}")
+        print(f"{data.num_bad} bad row(s) were skipped; see {data.bad_rows}")
     for line in not_read(names_of(config.data.train) + names_of(config.data.eval or [])):
         print(line)
     if config.data.report:

@@ -48,5 +48,5 @@ def sweep_hint(key: str, text: str, is_list: bool, flags: Sequence[str]) -> str 
     if "--multirun" in flags or "-m" in flags:
         return None
     values = text.partition("=")[2]
-    each = f"to run once with each, add --multirun. ({key} got {values})"
+    each = f"to run once with each value, add --multirun. ({key} got {values})"
     return f"{key}: write a list as {shlex.quote(f'{key}=[{values}]')}; {each}" if is_list else f"{key}: {each}"

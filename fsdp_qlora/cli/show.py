@@ -51,7 +51,7 @@ def print_start(prepared: Prepared, note: str) -> None:
     if plan.quantized:
         quant += f" by {bitsandbytes_backend(prepared.ranks.device)}"
     if prepared.load.stored:
-        quant += f" ({prepared.load.stored} of them read as stored)"
+        quant += f" ({prepared.load.stored} of them already quantized in the files)"
     print(
         f"{prepared.ranks.size} rank(s) on {prepared.ranks.device.type} ({prepared.threads} thread(s) each), "
         f"shard {plan.shard_size} x replicate {prepared.ranks.num_replicas}; {config.model.name}: "
@@ -102,14 +102,14 @@ def print_samples(prepared: Prepared, folder: RunFolder) -> None:
     write_lines(folder.path / "samples.jsonl", lines)
     if prepared.data.bad_rows is not None:
         copy_regular(prepared.data.bad_rows, folder.bad_rows)
-        print(f"{prepared.data.num_bad} bad row(s) were passed over; they are listed in {folder.bad_rows}", flush=True)
+        print(f"{prepared.data.num_bad} bad row(s) were skipped; see {folder.bad_rows}", flush=True)
 
 
 def print_stopped(folder: RunFolder) -> None:
     """Print how to resume after a signal."""
     saved = sorted(f.name for f in folder.checkpoints.glob("step_*")) if folder.checkpoints.is_dir() else []
     state = f"saved {folder.checkpoints / saved[-1]}; " if saved else "nothing was trained yet; "
-    print(f"stopped by a signal: {state}the same command with checkpoint.resume=auto goes on.", flush=True)
+    print(f"stopped by a signal: {state}to resume, run the same command with checkpoint.resume=auto.", flush=True)
 
 
 def print_summary(summary: dict[str, Any], folder: RunFolder, objective: Objective) -> None:
@@ -143,7 +143,7 @@ def print_profile(profile: dict[str, Any]) -> None:
     """Print where the time of the recorded steps went, on rank 0 and on the slowest rank if that is another."""
     ranks = profile["ranks"]
     steps = ranks[0]["steps"]
-    table = Table(title=f"seconds of a step (mean of steps {steps[0]} to {steps[-1]})", title_justify="left")
+    table = Table(title=f"seconds per step (mean of steps {steps[0]} to {steps[-1]})", title_justify="left")
     table.add_column("phase", style="bold", no_wrap=True)
     for rank in ranks:
         table.add_column(f"rank {rank['rank']}", justify="right", no_wrap=True)
@@ -156,8 +156,8 @@ def print_profile(profile: dict[str, Any]) -> None:
     for rank in ranks:
         waiting, least = rank["waiting"], len(ranks) > 1 and rank["rank"] == profile["slowest_rank"]
         print(
-            f"rank {rank['rank']}{' (waits least: the slowest)' if least else ''}: of the waiting "
-            f"{waiting['in_collectives']:.4f} s while a collective was under way; {profile['folder']}/{rank['trace']}"
+            f"rank {rank['rank']}{' (waits least, so it is the slowest)' if least else ''}: of the waiting "
+            f"{waiting['in_collectives']:.4f} s while a collective was running; {profile['folder']}/{rank['trace']}"
         )
 
 

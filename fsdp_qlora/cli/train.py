@@ -103,7 +103,7 @@ class _Run:
 def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signals: StopSignals, watch: Watch) -> int:
     main = world.ranks.is_main
     if main and (restarts := restart_count()):
-        print(f"restart {restarts}: going on from the last checkpoint", flush=True)
+        print(f"restart {restarts}: resuming from the last checkpoint", flush=True)
     prepared = prepare(config, world, loading() if main else None)
     if main:
         print_start(prepared, note)

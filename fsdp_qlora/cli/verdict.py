@@ -58,7 +58,7 @@ def stopped_by(signals: int, begun: bool) -> Ending | None:
         begun: whether the ranks had started their work.
     """
     if signals > 1:
-        return Ending(1, 0, "ended at once by a second signal; what came after the last checkpoint is lost.")
+        return Ending(1, 0, "stopped immediately by a second signal; progress since the last checkpoint is lost.")
     if signals == 1 and not begun:
         return Ending(STOPPED_EXIT_CODE, 0, NOTHING_TO_SAVE)
     return None
@@ -74,7 +74,7 @@ def _killed(agent_file: Path) -> Ending | None:
         return None
     name = signal.Signals(-agent["code"]).name
     why = " Out of memory? See the kernel's log (dmesg)." if name == "SIGKILL" else ""
-    return Ending(1, agent["rank"], f"rank {agent['rank']} was ended by {name}.{why}")
+    return Ending(1, agent["rank"], f"rank {agent['rank']} was killed by {name}.{why}")
 
 
 def record(ending: Ending, folder: RunFolder, since: float) -> None:

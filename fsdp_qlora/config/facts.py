@@ -32,8 +32,8 @@ NOT_NEGATIVE = Range("must not be negative", lambda value: not value < 0)
 BELOW_ONE = Range("must be at least 0 and below 1", lambda value: 0 <= value < 1)
 SHARE = Range("must be between 0 and 1", lambda value: 0 <= value <= 1)
 VERBATIM = Fact("taken as typed on the command line: no quoting, no Hydra grammar")
-MAY_CHANGE = Fact("may differ from the checkpoint's when a run goes on")
-RUNS_CODE = Fact("lets somebody else's code run, so a file alone cannot switch it on")
+MAY_CHANGE = Fact("may differ from the checkpoint's when a run resumes")
+RUNS_CODE = Fact("lets somebody else's code run, so a file alone cannot enable it")
 
 
 def plain(kind: Any) -> Any:

@@ -50,24 +50,24 @@ def _mixture(config: RunConfig) -> Iterator[str]:
     data = config.data
     given = [k for k, v in (("weights", data.weights), ("counts", data.counts), ("temperature", data.temperature)) if v]
     if len(given) > 1:
-        yield f"data.{given[0]}: give one of weights, counts and temperature, not {' and '.join(given)}."
+        yield f"data.{given[0]}: set only one of weights, counts and temperature, not {' and '.join(given)}."
     if data.weights is not None and (min(data.weights, default=0) < 0 or sum(data.weights) <= 0):
-        yield f"data.weights: must not be negative, and not all 0, got {data.weights}."
+        yield f"data.weights: must not be negative or all 0, got {data.weights}."
     if data.counts is not None and (min(data.counts, default=0) < 0 or sum(data.counts) == 0):
-        yield f"data.counts: must not be negative, and not all 0, got {data.counts}."
+        yield f"data.counts: must not be negative or all 0, got {data.counts}."
     if data.row_function is not None and not data.allow_code:
-        yield "data.row_function: is code of your own; data.allow_code=true allows to run it."
+        yield "data.row_function: runs your own code; set data.allow_code=true to allow it."
 
 
 def _packing(config: RunConfig) -> Iterator[str]:
     if config.data.packing and config.data.length_grouped:
-        yield "data.length_grouped: packed sequences are all of one length; choose packing or length_grouped."
+        yield "data.length_grouped: packed sequences all have the same length; choose packing or length_grouped."
 
 
 def _layout(config: RunConfig) -> Iterator[str]:
     data = config.data
     if data.padding_free and data.packing:
-        yield "data.padding_free: packed sequences have next to no padding already; choose packing or padding_free."
+        yield "data.padding_free: packed sequences already have almost no padding; choose packing or padding_free."
     if not data.streaming:
         return
     if config.train.max_steps == 0:
@@ -106,13 +106,13 @@ def _names(config: RunConfig) -> Iterator[str]:
         for source in [value] if isinstance(value, str) else value or ():
             if isinstance(source, str) and has_password(source):
                 yield (
-                    f"{key}: the URL {shown_source(source)} was given with a password, which would be kept with the "
-                    "settings. Put it into ~/.netrc or into fsspec's settings (FSSPEC_<PROTOCOL>_<NAME>)."
+                    f"{key}: the URL {shown_source(source)} contains a password, which would be stored with the "
+                    "settings. Put it in ~/.netrc or in fsspec's settings (FSSPEC_<PROTOCOL>_<NAME>)."
                 )
     if config.data.train is not None and not _is_name_or_names(config.data.train):
-        yield "data.train: expected a path or a list of paths."
+        yield "data.train: expected a data source or a list of them."
     if config.data.eval is not None and not _is_name_or_names(config.data.eval):
-        yield "data.eval: expected a path, a list of paths, or null."
+        yield "data.eval: expected a data source, a list of them, or null."
     if not _is_name_or_names(config.lora.target_modules):
         yield "lora.target_modules: expected all-linear or a list of module names."
     elif isinstance(config.lora.target_modules, str) and len(names := config.lora.target_modules.split(",")) > 1:
@@ -134,7 +134,7 @@ def _resume(config: RunConfig) -> Iterator[str]:
     if config.checkpoint.keep_best and not (config.data.eval is not None or config.data.eval_fraction > 0):
         yield "checkpoint.keep_best: there is nothing to evaluate on; set data.eval or data.eval_fraction."
     if config.train.on_nonfinite == "rollback" and config.checkpoint.every_steps == 0:
-        yield "train.on_nonfinite: rollback needs checkpoints to go back to; set checkpoint.every_steps."
+        yield "train.on_nonfinite: rollback needs checkpoints to roll back to; set checkpoint.every_steps."
     if 0 < config.train.spike_factor <= 1:
         yield f"train.spike_factor: must be above 1 (or 0 for never), got {config.train.spike_factor}."
 
@@ -159,7 +159,7 @@ def _quantization(config: RunConfig) -> Iterator[str]:
             yield f"quant.overrides: {pattern}: {kind!r} is not one of {', '.join(known)}.{nearest(kind, known)}"
     if "int8" in kinds and not kinds & {"nf4", "fp4"} and quant.double_quant:
         yield (
-            "quant.double_quant: int8 has one statistic a row, which is not quantized again; set it to false (as "
+            "quant.double_quant: int8 has one statistic per row, which is not quantized again; set it to false (as "
             "quant=int8 does)."
         )
     if quant.cache_dequantized == "true" and not kinds & {"nf4", "fp4"}:
@@ -174,12 +174,12 @@ def _fast_paths(config: RunConfig) -> Iterator[str]:
     if config.quant.cache_dequantized == "true" and train.activation_checkpointing in ("selective", "full"):
         yield (
             "quant.cache_dequantized: true keeps dense weights until backward, where activation_checkpointing="
-            f"{train.activation_checkpointing} makes them again; set one of the two to auto."
+            f"{train.activation_checkpointing} recomputes them; set one of the two to auto."
         )
     if train.compile == "true" and config.fsdp.offloads_activations:
-        yield "train.compile: compiled layers keep activations out of sight of fsdp.offload; set it to false."
+        yield "train.compile: compiled layers hide activations from fsdp.offload; set it to false."
     if train.compile == "true" and config.fsdp.offload_modules:
-        yield "train.compile: a compiled layer cannot bring in fsdp.offload_modules; set it to false."
+        yield "train.compile: compiled layers cannot copy in fsdp.offload_modules; set it to false."
 
 
 def _replicated(config: RunConfig) -> Iterator[str]:
@@ -187,13 +187,13 @@ def _replicated(config: RunConfig) -> Iterator[str]:
         return
     if config.fsdp.offloads_parameters:
         yield (
-            f"fsdp.adapters: replicated adapters stay on the device, and fsdp.offload={config.fsdp.offload} keeps what "
-            "is trained in host memory; set adapters=sharded, or offload=none or activations."
+            f"fsdp.adapters: replicated adapters stay on the device, but fsdp.offload={config.fsdp.offload} keeps "
+            "trained parameters in host memory; set adapters=sharded, or offload=none or activations."
         )
     if "none" in (config.quant.name, *config.quant.overrides.values()) and config.precision.name == "bf16":
         yield (
             "fsdp.adapters: replicated adapters are float32, and without quantization they run in PEFT's own layer, "
-            "which would compute in float32, too; set adapters=sharded, or precision=fp32."
+            "which would also compute in float32; set adapters=sharded, or precision=fp32."
         )
 
 
@@ -205,9 +205,9 @@ def _plan(config: RunConfig) -> Iterator[str]:
             f"fsdp.{which} without it."
         )
     if config.plan.search and config.plan.gpu is None and config.plan.device is None:
-        yield "plan.search: needs the memory to fit; set plan.gpu=24GiB or plan.device=rtx4090."
+        yield "plan.search: needs a memory size to fit into; set plan.gpu=24GiB or plan.device=rtx4090."
     if config.plan.interconnect is not None and config.plan.device is None:
-        yield "plan.interconnect: is compared with a device's compute; set plan.device, too."
+        yield "plan.interconnect: is compared with a device's compute; also set plan.device."
 
 
 def _prompts(config: RunConfig) -> Iterator[str]:
@@ -240,12 +240,12 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
     if verb in ("train", "plan", "prepare", "evaluate") and not config.model.name and not config.adapter:
         yield "model.name: not set. Give a hub name (Qwen/Qwen3-8B), a folder, or experiment=quickstart."
     if verb == "train" and config.data.train is None:
-        yield "data.train: not set. Give a JSONL, JSON or Parquet file, a hub data set, or a list of them."
+        yield "data.train: not set. Give a file, a folder, a hub data set, or a list of them."
     if verb == "evaluate" and config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
         yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
     if verb == "export" and config.what == "base-4bit":
         if not config.model.name:
-            yield "model.name: not set. what=base-4bit stores this model in 4-bit."
+            yield "model.name: not set. what=base-4bit stores this model in 4 bits."
         if not config.export.to:
             yield "export.to: not set. Give the folder that what=base-4bit writes."
         if config.quant.name not in ("nf4", "fp4") or config.quant.overrides:
@@ -256,7 +256,7 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
         if config.prompt is None and config.prompt_file is None:
             yield 'prompt: not set. Give prompt="..." or prompt_file=FILE.'
         if not config.model.name and not config.adapter:
-            yield "model.name: not set. Give a model, or adapter=FOLDER, which names its own."
+            yield "model.name: not set. Give a model, or adapter=FOLDER, which names its base."
 
 
 def check_verb(verb: str, config: RunConfig) -> RunConfig:

@@ -29,7 +29,7 @@ def read_config(file: str, what: str = "run_from") -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{what}: {path} cannot be read: {error.strerror}.") from error
     except OutOfBoundsError as error:
-        raise ConfigError(f"{what}: {path} holds more than settings can: {error}.") from error
+        raise ConfigError(f"{what}: {path} exceeds the limits for settings: {error}.") from error
     except Exception as error:  # PyYAML leaks other types: an invalid date is a ValueError
         raise ConfigError(f"{what}: {path} is not YAML: {error}") from error
     if not isinstance(values, dict):

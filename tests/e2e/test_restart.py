@@ -32,7 +32,7 @@ def test_a_hanging_rank_is_named_and_all_end(cli_env, tiny_run, tmp_path, rank):
     _, err = process.communicate(timeout=240)
     assert time.monotonic() - stopped < 30
     last = err.strip().splitlines()[-1]
-    never, still = f"rank {rank} never reached 'step", f"rank {rank} stands still in 'step"
+    never, still = f"rank {rank} never reached 'step", f"rank {rank} is stuck in 'step"
     assert process.returncode == 1 and (never in last or still in last), err
     assert not any(alive(pid) for pid in ranks)
     assert json.loads((tmp_path / "outputs/tiny/exit.json").read_text())["message"] in last
@@ -52,7 +52,7 @@ def test_a_killed_rank_is_started_again_and_nothing_differs(cli_env, tiny_run, t
     os.kill(rank_pid(process, 1), signal.SIGKILL)
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, out + err
-    assert "restart 1: going on from the last checkpoint" in out
+    assert "restart 1: resuming from the last checkpoint" in out
     assert essence(metrics(tmp_path / "outputs/tiny")) == essence(metrics(whole / "outputs/tiny"))
 
 

@@ -17,11 +17,11 @@ from tests.tiers import some_in_full
 
 SECONDS = 10
 HELD = {
-    "a rank's tensors": (1, r"open .*\.saving_.*shard-00002", "rank 1 stands still in 'writing the checkpoint"),
-    "what makes it complete": (0, r"open .*COMPLETE", "rank 0 stands still in 'writing the checkpoint"),
-    "the settings": (0, r"open .*config\.yaml", "rank 0 stands still in 'finding the checkpoint"),
-    "the adapter": (0, r"open .*[^_]/outputs/tiny/\.?adapter", "rank 0 stands still in 'writing the adapter'"),
-    "a line of metrics": (0, r"open .*metrics\.jsonl", "rank 0 stands still in 'answers after step 0'"),
+    "a rank's tensors": (1, r"open .*\.saving_.*shard-00002", "rank 1 is stuck in 'writing the checkpoint"),
+    "what makes it complete": (0, r"open .*COMPLETE", "rank 0 is stuck in 'writing the checkpoint"),
+    "the settings": (0, r"open .*config\.yaml", "rank 0 is stuck in 'finding the checkpoint"),
+    "the adapter": (0, r"open .*[^_]/outputs/tiny/\.?adapter", "rank 0 is stuck in 'writing the adapter'"),
+    "a line of metrics": (0, r"open .*metrics\.jsonl", "rank 0 is stuck in 'answers after step 0'"),
 }
 
 
@@ -62,7 +62,7 @@ def test_a_stopped_rank_0_is_named(cli_env, tiny_run, tmp_path):
     code, text = ranks.processes[1].exitcode, ranks.text()
     ranks.kill()
     assert code == 1, text
-    assert "rank 0 never reached 'step" in text or "rank 0 stands still in 'step" in text, text
+    assert "rank 0 never reached 'step" in text or "rank 0 is stuck in 'step" in text, text
 
 
 @pytest.mark.full
@@ -82,7 +82,7 @@ def test_the_launcher_names_ranks_that_all_stand_still(cli_env, tiny_run, tmp_pa
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - stopped < SECONDS + 10
     last = err.strip().splitlines()[-1]
-    assert process.returncode == 1 and "all ranks stand still" in last and "rank 1 in 'step" in last, err
+    assert process.returncode == 1 and "all ranks are stuck" in last and "rank 1 in 'step" in last, err
     assert json.loads((tmp_path / "outputs/tiny/exit.json").read_text())["message"] in last
     assert not any(alive(pid) for pid in ranks)
     again = [*run[:-2], "train.max_steps=20", "checkpoint.resume_overrides=[train.max_steps]"]

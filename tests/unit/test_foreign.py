@@ -76,7 +76,7 @@ def test_an_honest_folder_is_taken(tmp_path):
      "hydra.launcher._target_=os.mkdir", "hydra/job_logging=evil"],
 )  # fmt: skip
 def test_few_of_hydras_own_settings_are_taken(word):
-    with pytest.raises(ConfigError, match="not taken"):
+    with pytest.raises(ConfigError, match="not accepted"):
         compose_config("plan", ["model.name=m", word])
 
 

@@ -72,7 +72,7 @@ def test_a_list_without_brackets_is_explained(key):
 
 
 def test_a_sweep_without_multirun_is_explained():
-    with pytest.raises(ConfigError, match=r"optim\.lr: to run once with each, add --multirun"):
+    with pytest.raises(ConfigError, match=r"optim\.lr: to run once with each value, add --multirun"):
         compose_config("train", ["optim.lr=1,2"])
 
 

@@ -20,7 +20,7 @@ ECHO = Ending(1, 0, "RuntimeError: connection closed by peer", expected=False, t
 REASON = Ending(74, 1, "rank 1 could not write", time=2.0)
 STOPPED = Ending(75, 0, time=3.0)
 DONE = Ending(0, 0, time=1.0)
-STILL = Ending(1, 0, "all ranks stand still")
+STILL = Ending(1, 0, "all ranks are stuck")
 
 
 def _judge(folder: Path, told: list[Ending], agent: dict | None = None, code: int = 1, attempt: int = 0, **more):
@@ -36,7 +36,7 @@ def _judge(folder: Path, told: list[Ending], agent: dict | None = None, code: in
     [
         ([ECHO, REASON], None, (74, 1, "rank 1 could not write")),
         ([REASON, ECHO], {"rank": 1, "code": -9}, (74, 1, "rank 1 could not write")),
-        ([ECHO], {"rank": 1, "code": -9}, (1, 1, "rank 1 was ended by SIGKILL")),
+        ([ECHO], {"rank": 1, "code": -9}, (1, 1, "rank 1 was killed by SIGKILL")),
         ([ECHO], {"rank": 1, "code": -15}, (1, 0, "connection closed")),
         ([STOPPED, STOPPED], {"rank": 0, "code": 75}, (75, 0, "")),
         ([STOPPED, ECHO], None, (75, 0, "")),
