@@ -68,7 +68,7 @@ def _obtain(folder: Path, load: Callable[[Path], object], make: Callable[[Path],
         problem = _problem(folder, load)  # another process may have made it meanwhile
         if problem is not None:
             if os.path.lexists(folder):
-                _log.warning("%s: %s. The data are tokenized anew.", folder, problem)
+                _log.warning("%s: %s. Tokenizing the data again.", folder, problem)
             _make(folder, make)
     _note_use(folder)
     sweep(folder.parent)
@@ -92,9 +92,9 @@ def _problem(folder: Path, load: Callable[[Path], object]) -> str | None:
                 return f"{file.name} is not a file"
             lines.append(_line(file))
             if lines[-1] not in text:
-                return f"{file.name} is not as it was written (its sha256 is not the one in {SUMS})"
+                return f"{file.name} has changed since it was written (its sha256 does not match {SUMS})"
         if text != "".join(lines):
-            return f"{SUMS} is not as it was written"
+            return f"{SUMS} has changed since it was written"
         load(folder)
     except PermissionError:  # belongs to another user, but is not damaged
         raise

@@ -42,14 +42,14 @@ def files_of_card(folder: Path, split: str | None, kind: Callable[[str], str | N
     if wanted not in splits:
         raise DataError(
             f"data: {folder / 'README.md'} lists the splits {', '.join(splits)}; {wanted!r} is not one of them. "
-            f"{folder}:SPLIT names one."
+            f"Select one with {folder}:SPLIT."
         )
     matches = {path for pattern in splits[wanted] for path in _matching(folder, pattern)}
     files = sorted(path for path in matches if path.is_file() and kind(path.name) is not None)
     if not files:
         raise DataError(
-            f"data: {folder / 'README.md'} lists {', '.join(splits[wanted])} for the split {wanted!r}, and there is no "
-            "such file."
+            f"data: {folder / 'README.md'} lists {', '.join(splits[wanted])} for the split {wanted!r}, but there is no "
+            "such data file."
         )
     return files
 

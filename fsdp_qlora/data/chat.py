@@ -62,7 +62,7 @@ def find_format(columns: Iterable[str]) -> str:
         if any(needed <= have for needed in choices):
             return name
     raise DataError(
-        f"data.format: the columns {', '.join(sorted(have))} are none of: messages; conversations; instruction, input, "
+        f"data.format: the columns {', '.join(sorted(have))} are none of: messages; conversations; instruction, "
         "output; prompt, completion; prompt, chosen, rejected; text. data.columns can map other names."
     )
 
@@ -86,7 +86,7 @@ def read_row(row: Mapping[str, Any], row_format: str, ignored: frozenset[str] = 
     except KeyError as error:
         raise DataError(f"the row has no {error.args[0]!r} (data.format={row_format})") from error
     except (TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise DataError(f"the row is not of the form data.format={row_format}: {error}") from error
+        raise DataError(f"the row does not match data.format={row_format}: {error}") from error
     for number, message in enumerate(example.messages, start=1):
         if message["role"] == "assistant" and not message["content"] and not payload_of(message):
             raise DataError(f"the assistant's turn (message {number}) is empty")

@@ -75,7 +75,7 @@ def csv_rows(name: str, stream: BinaryIO, limit: int = MAX_ROW) -> Iterator[Row]
         raise DataError(f"data: {name}, line 1: {TOO_LONG}.") from None
     if len(set(columns)) < len(columns):
         twice = next(column for column in columns if columns.count(column) > 1)
-        raise DataError(f"data: {name}, line 1: the column {twice!r} comes twice.")
+        raise DataError(f"data: {name}, line 1: the column {twice!r} appears twice.")
     while True:
         lines.begin()
         before = lines.number
@@ -92,7 +92,7 @@ def csv_rows(name: str, stream: BinaryIO, limit: int = MAX_ROW) -> Iterator[Row]
         where = f"{name}, line {lines.number}"
         if lines.count > 1 and lines.is_open:  # a quote can stay open only at the end of the file
             first = lines.number - lines.count + 1
-            yield Row(f"{name}, line {first}", None, "a quote that is opened here is not closed")
+            yield Row(f"{name}, line {first}", None, "a quote opened here is never closed")
         elif None in values or None in values.values():
             yield Row(where, None, f"does not have the {len(columns)} columns of the first line")
         else:

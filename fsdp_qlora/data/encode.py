@@ -130,7 +130,7 @@ def _packed(template: ChatTemplate, item: tuple[tuple[Any, ...], TrainOn]) -> by
     except DataError as error:
         return json.dumps({"error": str(error)}).encode()
     except MemoryError:
-        return json.dumps({"error": "the conversation needs too much memory to be rendered"}).encode()
+        return json.dumps({"error": "rendering the conversation needs too much memory"}).encode()
     return json.dumps({"spans": text.spans}).encode() + b"\n" + text.text.encode("utf-8")
 
 
@@ -237,7 +237,7 @@ def _chat_text(example: Example, template: ChatTemplate, train_on: TrainOn) -> _
     if train_on == "all":
         if example.not_learned:
             raise DataError(
-                f"message {min(example.not_learned) + 1} is marked as not to be learned, and data.train_on=all learns "
+                f"message {min(example.not_learned) + 1} is marked as not to be learned, but data.train_on=all learns "
                 "everything; data.ignore_keys drops the key that marks it"
             )
         if turns:

@@ -95,7 +95,7 @@ def require_some(files: list[Path], folder: Path) -> list[Path]:
     inside = [file for file in files if is_inside(file, folder)]
     if not inside:
         raise DataError(
-            f"data: {folder} holds only links to files outside of it ({files[0].name}), which are not followed; name "
+            f"data: {folder} holds only links to files outside it ({files[0].name}), which are not followed; name "
             "those files themselves."
         )
     return inside
@@ -152,7 +152,7 @@ def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
     chosen = parts.get(_SPLITS.get(split, split))
     if not chosen:
         raise DataError(
-            f"data: the folder {folder} has no split {split!r}; its files name "
+            f"data: the folder {folder} has no split {split!r}; the splits found are: "
             f"{', '.join(sorted(name for name in parts if name)) or 'none'}."
         )
     return chosen
@@ -174,7 +174,7 @@ def _of_saved_splits(folder: Path, split: str) -> list[Path]:
         names = ", ".join(map(str, splits)) if isinstance(splits, list) else "none"
         raise DataError(
             f"data: the folder {folder} was saved by `datasets` with the splits {names}; {split!r} is not one of them. "
-            f"{folder}:SPLIT names one."
+            f"Select one with {folder}:SPLIT."
         )
     return list(_saved(folder / split))
 
@@ -185,12 +185,12 @@ def _saved(folder: Path) -> Iterator[Path]:
     files = _read(state).get("_data_files")
     names = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
     if not names:
-        raise DataError(f"data: {state} names no data file; was the folder saved by `datasets` completely?")
+        raise DataError(f"data: {state} names no data file; did `datasets` finish saving the folder?")
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise DataError(f"data: {state} names {name!r}, which is no file of that folder.")
+            raise DataError(f"data: {state} names {name!r}, which is not a file in that folder.")
         if not (folder / name).is_file():
-            raise DataError(f"data: {folder / name} is missing, which {state} names.")
+            raise DataError(f"data: {folder / name} is missing, although {state} names it.")
         yield folder / name
 
 

@@ -162,7 +162,7 @@ class _Parser:
         values = dict(pairs)
         if len(values) < len(pairs):
             twice = next(key for key, _ in pairs if sum(1 for other, _ in pairs if other == key) > 1)
-            self._problem = f"the key {twice!r} comes twice"
+            self._problem = f"the key {twice!r} appears twice"
         return values
 
     def _integer(self, text: str) -> int:

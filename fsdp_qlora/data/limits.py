@@ -40,8 +40,8 @@ def require_rows_fit(
     longest = settings.max_length if data.stream is not None else max(int(rows.lengths.max()) for rows in parts)
     if positions is not None and longest > positions:
         raise DataError(
-            f"data.max_length: rows of {longest} tokens, and this model has {positions} positions, each a learned "
-            f"vector. Set data.max_length={positions} or less."
+            f"data.max_length: rows have up to {longest} tokens, but this model has only {positions} learned "
+            f"positions. Set data.max_length={positions} or less."
         )
 
 
@@ -59,8 +59,8 @@ def require_known(token: int, tokenizer: PreTrainedTokenizerBase, num_rows: int)
     if token >= num_rows:
         text = tokenizer.convert_ids_to_tokens(token)
         raise DataError(
-            f"data: the rows hold token {token} ({text!r}), and the model's embedding has {num_rows} rows. Tokenizer "
-            "and model do not belong together: take the tokenizer that came with the model, or a model whose embedding "
+            f"data: the rows hold token {token} ({text!r}), but the model's embedding has only {num_rows} rows. "
+            "Tokenizer and model do not match: use the tokenizer that came with the model, or a model whose embedding "
             "was resized."
         )
 

@@ -12,7 +12,7 @@ MAX_ROW = 64 * 2**20
 A compressed file of a few megabytes can expand to a line of any size, and turning a line into tokens takes many times
 its size in memory.
 """
-TOO_LONG = f"is longer than the {MAX_ROW >> 20} MiB that a row may take"
+TOO_LONG = f"is longer than the limit of {MAX_ROW >> 20} MiB per row"
 CHUNK = 2**20
 """Bytes or characters to read at once when not reading row by row."""
 

@@ -68,7 +68,7 @@ def read_turn(turn: Any, ignored: frozenset[str] = frozenset()) -> Turn:
         raise TypeError(f"expected a message {{...}}, got {type(turn).__name__}")
     if not {"role", "from"} & turn.keys():
         raise DataError(
-            f"a turn has the keys {', '.join(map(str, turn))}, and neither role and content nor from and value; "
+            f"a turn has the keys {', '.join(map(str, turn))}, but neither role and content nor from and value; "
             "data.row_function can rename them"
         )
     sharegpt = "role" not in turn
@@ -148,19 +148,19 @@ def _part(part: Any, number: int) -> str:
     kind = part.get("type", "text")
     unknown = [key for key, value in part.items() if key not in ("type", "text", "cache_control") and value is not None]
     if kind not in ("text", "input_text", "output_text") or (unknown and "text" not in part):
-        raise DataError(f"part {number} of the content is of the type {kind!r}; only text is learned from")
+        raise DataError(f"part {number} of the content has type {kind!r}; only text can be learned")
     return text_of(part.get("text"))
 
 
 def _role(role: Any) -> str:
     if role not in _ROLES:
-        raise DataError(f"unknown role {role!r}; known are {', '.join(_ROLES)}")
+        raise DataError(f"unknown role {role!r}; known roles are {', '.join(_ROLES)}")
     return role
 
 
 def _sharegpt_role(role: Any) -> str:
     if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
-        raise DataError(f"unknown role {role!r}; known are {', '.join(_SHAREGPT_ROLES)}")
+        raise DataError(f"unknown role {role!r}; known roles are {', '.join(_SHAREGPT_ROLES)}")
     return _SHAREGPT_ROLES[role]
 
 
@@ -183,12 +183,12 @@ def _is_learned(role: str, switches: Mapping[str, Any]) -> bool:
     for key, value in switches.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise DataError(
-                f"{key!r} is {value!r} in a message, and only 0 and 1 (not learned, learned) are supported; "
+                f"{key!r} is {value!r} in a message, but only 0 and 1 (not learned, learned) are supported; "
                 f"data.ignore_keys=[{key}] drops the key"
             )
         if role != "assistant" and value:
             raise DataError(
-                f"{key!r} asks to learn a message of the {role}, and only the assistant's are learned; "
+                f"{key!r} asks to learn a {role} message, but only the assistant's are learned; "
                 f"data.ignore_keys=[{key}] drops the key, data.train_on=all learns everything"
             )
         learned = learned and bool(value)

@@ -48,7 +48,7 @@ def mixture_counts(
     for number, (size, count) in enumerate(zip(sizes, wanted, strict=True)):
         if count and not size:
             raise DataError(
-                f"data.train: source {number + 1} has no sequence to learn from, but {count} are asked for."
+                f"data.train: source {number + 1} has no sequence to learn from, but {count} are requested."
             )
     return wanted
 

@@ -224,7 +224,9 @@ def _split(
         )
         chosen = set(distinct[: max(1, round(data.eval_fraction * len(distinct)))])
         if len(chosen) == len(distinct):
-            raise DataError(f"data.eval_fraction: with {len(distinct)} distinct prompt(s) nothing is left to train on.")
+            raise DataError(
+                f"data.eval_fraction: with {len(distinct)} distinct prompt(s), nothing is left to train on."
+            )
         held_out = np.isin(keys, np.array(sorted(chosen), dtype=np.uint64))
     for (key, number), tally in result.tallies.items():
         counts["eval" if key in chosen or number >= num_train else "train"].add(tally)
@@ -241,15 +243,13 @@ def _nothing_to_learn(counts: Counts, max_length: int, result: Tokenized) -> Dat
     return DataError(
         f"data: none of the {counts.rows} rows has a supervised token to learn from "
         f"({counts.dropped_unsupervised} without an answer within data.max_length={max_length}, "
-        f"{counts.dropped_long} dropped as too long, {result.bad} passed over as bad)."
+        f"{counts.dropped_long} dropped as too long, {result.bad} skipped as bad)."
     )
 
 
 def _require_allowed(data: DataSettings) -> None:
     if data.row_function is not None and not data.allow_code:
-        raise DataError(
-            f"data.row_function: {data.row_function} is code of your own; data.allow_code=true allows to run it."
-        )
+        raise DataError(f"data.row_function: {data.row_function} is your own code; set data.allow_code=true to run it.")
 
 
 def _function(data: DataSettings) -> Callable[[dict], dict] | None:
@@ -262,5 +262,5 @@ def _function(data: DataSettings) -> Callable[[dict], dict] | None:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # the user's module may raise anything when imported
         raise DataError(
-            f"data.row_function: expected module:function, and {data.row_function}: {type(error).__name__}: {error}"
+            f"data.row_function: expected module:function; loading {data.row_function}: {type(error).__name__}: {error}"
         ) from error

@@ -50,7 +50,7 @@ def read_file(name: str) -> Iterator[Row]:
 def _rows(source: str) -> Iterator[Row]:
     kind, name = kind_of(source), shown_source(source)
     if kind is None:
-        raise DataError(f"data: {name}: unknown kind of file; known are {', '.join(KINDS)}.")
+        raise DataError(f"data: {name}: unknown file type; known types are {', '.join(KINDS)}.")
     if "://" not in name:
         _require_content(Path(name))
     if kind == "json":
@@ -76,8 +76,6 @@ def _require_content(file: Path) -> None:
     with file.open("rb") as stream:
         start = stream.read(64)
     if start.startswith(b"version https://git-lfs.github.com/"):
-        raise DataError(
-            f"data: {file} is not the file itself but a pointer of Git LFS; `git lfs pull` fetches the file."
-        )
+        raise DataError(f"data: {file} is a Git LFS pointer, not the file itself; `git lfs pull` fetches the file.")
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"data: {file} is text in UTF-16; save it as UTF-8.")
+        raise DataError(f"data: {file} is UTF-16 text; save it as UTF-8.")

@@ -98,7 +98,7 @@ def _answer(name: str) -> Iterator[httpx.Response]:
             headers={"Accept-Encoding": "identity"},
         ) as answer:  # fmt: skip
             if answer.status_code != httpx.codes.OK:
-                raise DataError(f"data: {shown} cannot be read: the server answers {answer.status_code}.")
+                raise DataError(f"data: {shown} cannot be read: the server answered {answer.status_code}.")
             yield answer
     except (httpx.HTTPError, httpx.InvalidURL) as error:  # only its type: the text may contain the query
         raise DataError(f"data: {shown} cannot be read: {type(error).__name__}.") from error

@@ -75,7 +75,7 @@ def expand(name: str) -> list[str]:
             raise DataError(f"data: there is no file {file}.{_embedded_hint(Path(file))}")
         if kind_of(file) is None:
             known = f"{', '.join(KINDS)}, also with {', '.join(COMPRESSED)}"
-            raise DataError(f"data: {file}: unknown kind of file; known are {known}.")
+            raise DataError(f"data: {file}: unknown file type; known types are {known}.")
     return files
 
 
@@ -96,10 +96,10 @@ def not_read(names: Iterable[str]) -> list[str]:
     for folder, files in skipped.items():
         left = sorted(str(file.relative_to(folder)) for file in files - read)
         if left:
-            lines.append(_line(folder, left, "skipped", "text in a folder with rows, or another split"))
+            lines.append(_line(folder, left, "skipped", "text files beside data files, or another split"))
     for name in local:
         if away := sorted(str(file) for file in _links_away(name)):
-            lines.append(_line(name, away, "passed over", "links to files outside; name a file itself to use it"))
+            lines.append(_line(name, away, "skipped", "links to files outside; name a file itself to use it"))
     return lines
 
 
@@ -216,10 +216,12 @@ def hub_refusal(name: str, error: Exception) -> DataError:
         r"config(?:uration)? name is missing|pick one among the available configs", text, re.I
     ):
         return DataError(
-            f"data: {repo} has several configurations and needs the name of one: {repo}/CONFIG, or "
+            f"data: {repo} has several configurations; name one of them: {repo}/CONFIG, or "
             f"{repo}/CONFIG:{split} for a split. {text}"
         )
-    return DataError(f"data: {which} is no file here and the hub did not give its {split!r} split: {first_line(error)}")
+    return DataError(
+        f"data: {which} is not a local file, and the hub did not provide its {split!r} split: {first_line(error)}"
+    )
 
 
 def _hub(name: str) -> Iterator[Row]:

@@ -55,7 +55,7 @@ def require_end(conversation: Conversation, turn: int) -> None:
 def _endless(turn: int) -> DataError:
     return DataError(
         f"the chat template writes nothing after an answer (message {turn + 1}), so the model would never learn to "
-        "stop; data.template=FILE sets a template that ends each turn, with the tokenizer's end token for example"
+        "stop; data.template=FILE sets a template that ends each turn, for example with the tokenizer's end token"
     )
 
 
@@ -108,16 +108,16 @@ def _within(conversation: Conversation, turn: int, alone: _Answer) -> Span:
     answer = _find(conversation, turn, text, conversation.messages[turn + 1 :])
     if text[slice(*answer.words)] != alone.text[slice(*alone.words)]:
         raise DataError(
-            f"the chat template drops or changes part of this answer (message {turn + 1}) when later turns follow, its "
-            f"reasoning for example, so that part cannot be learned here; {_ONLY_LAST}"
+            f"the chat template drops or changes part of this answer (message {turn + 1}), such as its reasoning, when "
+            f"later turns follow, so that part cannot be learned here; {_ONLY_LAST}"
         )
     after = alone.words[1]
     for end in alone.ends:
         if text.startswith(alone.text[after:end], answer.words[1]):
             return answer.start, answer.words[1] + end - after
     raise DataError(
-        f"the chat template ends this turn (message {turn + 1}) only if no other follows, so the model would not learn "
-        f"to stop here; {_ONLY_LAST}"
+        f"the chat template ends this turn (message {turn + 1}) only if no other turn follows, so the model would not "
+        f"learn to stop here; {_ONLY_LAST}"
     )
 
 
@@ -137,7 +137,9 @@ def _find(conversation: Conversation, turn: int, text: str, later: list[Message]
     try:
         other = conversation.render([*before, {"role": "assistant", "content": mark * _LENGTH}, *later])
     except DataError as error:
-        raise DataError(f"the answer in message {turn + 1} cannot be located: with another one, {error}") from error
+        raise DataError(
+            f"the answer in message {turn + 1} cannot be located: with another answer in its place, {error}"
+        ) from error
     head, found, _ = other.partition(mark)
     tail = other.rpartition(mark)[2]
     if not found:

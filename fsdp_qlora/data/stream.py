@@ -78,7 +78,7 @@ class Stream:
         for number, where, _, outcome in encoded_rows(list(rows), self.read, self.tokenizer, self.fit.train_on):
             if isinstance(outcome, DataError):
                 if not self.skip_bad:
-                    raise DataError(f"data: {where}: {outcome}. (data.on_bad_row=skip passes over such rows.)")
+                    raise DataError(f"data: {where}: {outcome}. (Set data.on_bad_row=skip to skip such rows.)")
                 if bad is not None:
                     bad(where, outcome)
                 continue

@@ -100,7 +100,7 @@ def require_unfoldable(name: str, source: pa.NativeFile) -> None:
         number += kind == _RECORD_BATCH
         if max(total, dictionaries) > MAX_BATCH:
             raise DataError(
-                f"data: {name}: record batch {number} takes {max(total, dictionaries) / 2**30:.1f} GiB in memory, and "
+                f"data: {name}: record batch {number} takes {max(total, dictionaries) / 2**30:.1f} GiB in memory, but "
                 f"at most {MAX_BATCH >> 30} are read at once; write the file in smaller batches."
             )
         source.seek(start + length)
@@ -117,7 +117,7 @@ def _next_message(source: pa.NativeFile) -> tuple[bytes, int, int] | None:
     at = _field(header, _root(header), 3)
     length = struct.unpack_from("<q", header, at)[0] if at else 0
     if length < 0:
-        raise ValueError("a message has less than no length")
+        raise ValueError("a message has a negative length")
     return header, length, source.tell()
 
 

@@ -50,7 +50,7 @@ class _Batch:
     def _converted(self, column: str) -> tuple[Any, Convert | None]:
         index = self._batch.schema.get_field_index(column)
         if index < 0:
-            raise DataError(f"the column {column!r} comes twice") if column in self.names else KeyError(column)
+            raise DataError(f"the column {column!r} appears twice") if column in self.names else KeyError(column)
         cells = self._batch.column(index)
         if self._too_long and weight(cells) > MAX_ROW:
             raise DataError(f"the column {column!r} {TOO_LONG}")
@@ -137,8 +137,8 @@ def _arrow(name: str, stream: BinaryIO, file: Path | None) -> Iterator[pa.Record
         data = stream.read(MAX_BATCH + 1)
         if len(data) > MAX_BATCH:
             raise DataError(
-                f"data: {name} is larger than the {MAX_BATCH >> 30} GiB that are read of an Arrow file that is remote "
-                "or compressed as a whole; fetch or decompress it."
+                f"data: {name} is larger than the limit of {MAX_BATCH >> 30} GiB for an Arrow file that is remote "
+                "or compressed as a whole; download or decompress it."
             )
         source = pa.BufferReader(data)
     start = 8 if source.read(6) == b"ARROW1" else 0  # the file format is a stream between a magic and a footer

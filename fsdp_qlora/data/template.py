@@ -95,11 +95,11 @@ class ChatTemplate:
                 list(messages), tokenize=False, add_generation_prompt=prompt, **settings, **example.settings
             )
         except Exception as error:  # a template is a program and may raise anything; blame the row
-            raise DataError(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from error
+            raise DataError(f"the chat template rejects the conversation: {type(error).__name__}: {error}") from error
         assert isinstance(text, str)
         if len(text) > MAX_ROW:
             raise DataError(
-                f"the chat template makes {len(text)} characters of the conversation, at most {MAX_ROW} are read"
+                f"the chat template renders the conversation to {len(text)} characters, but the limit is {MAX_ROW}"
             )
         require_unicode(text)
         return text
@@ -148,7 +148,7 @@ class Conversation:
             keys = payload_of(message)
             if keys and message["content"].strip() and not self._is_written(turn, "content"):
                 raise DataError(
-                    f"message {turn + 1} has both content and {', '.join(keys)}, and the chat template does not write "
+                    f"message {turn + 1} has both content and {', '.join(keys)}, but the chat template does not write "
                     "the content, so the model would never see it; data.template=FILE sets a template that does"
                 )
             for key in keys:

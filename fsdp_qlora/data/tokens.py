@@ -91,7 +91,7 @@ def tokenize(
     import pyarrow as pa
 
     if not tokenizer.is_fast:
-        raise DataError("model.name: its tokenizer is not a fast one, so tokens cannot be traced back to the text.")
+        raise DataError("model.name: its tokenizer is not a fast one, so tokens cannot be mapped back to the text.")
     result, seen = Tokenized([], [], {}), set[bytes]()
     schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.bool_())), ("source", pa.int32())])
     rows = iter(sources)
@@ -171,9 +171,7 @@ def _pass_over(where: str, error: DataError, skip_bad: bool, listed: TextIO | No
     if len(problem) > _LONGEST_PROBLEM:  # the message may quote the row
         problem = f"{problem[:_LONGEST_PROBLEM]} ..."
     if not skip_bad:
-        raise DataError(
-            f"data: {where}: {problem}. (data.on_bad_row=skip passes over such rows and lists them.)"
-        ) from error
+        raise DataError(f"data: {where}: {problem}. (Set data.on_bad_row=skip to skip and list such rows.)") from error
     if listed is not None:
         listed.write(json.dumps({"where": where, "problem": problem}) + "\n")
 

@@ -70,8 +70,8 @@ def tokenize_in_windows(text: str, tokenize: Tokenize, window: int = WINDOW, ove
                 break
         else:
             raise DataError(
-                f"the text of {len(text)} characters is too long to be tokenized at once, and at character {stop} its "
-                "tokens depend on more of it than fits; cut the row"
+                f"the text of {len(text)} characters is too long to tokenize at once, and at character {stop} its "
+                "tokens depend on more context than fits; shorten the row"
             )
         found[-1] = last.part(0, cut[0])
         found.append(following.part(cut[1], None))

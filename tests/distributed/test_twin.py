@@ -244,7 +244,7 @@ def other_attention_on_the_second_rank(ranks: Ranks, folder: str) -> str:
 
 def test_ranks_that_would_take_other_attentions_are_told_so(pool, tmp_path):
     folder = upstream.write_random(tmp_path / "model", small_config("llama"))
-    said = "rank 0 would take blockwise, eager and rank 1 eager"
+    said = "rank 0 would use blockwise, eager, but rank 1 eager"
     assert all(said in message for message in pool.run(2, other_attention_on_the_second_rank, str(folder)))
 
 
@@ -308,7 +308,10 @@ def too_long(ranks: Ranks, folder: str, rows: str, max_length: int) -> str:
 
 def test_rows_longer_than_learned_positions_end_before_the_first_step(pool, tmp_path, chat_rows):
     folder = write_family(tmp_path / "model", "gpt2", n_positions=24)
-    said = "2 data.max_length: rows of [0-9]+ tokens, and this model has 24 positions.* Set data.max_length=24 or less"
+    said = (
+        "2 data.max_length: rows have up to [0-9]+ tokens, but this model has only 24 learned positions.* "
+        "Set data.max_length=24 or less"
+    )
     assert all(re.match(said, x) for x in pool.run(2, too_long, str(folder), str(chat_rows), 512))
     assert pool.run(1, too_long, str(folder), str(chat_rows), 24) == [""]
 

@@ -54,8 +54,8 @@ BAD = {
     "a role that is no text": ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
     "a ShareGPT role that is no text": ({"conversations": [{"from": {"a": 1}, "value": "x"}]}, "unknown role"),
     "nested JSON": ({**_assistant(), "tools": "[" * 100_000}, "'tools' is not valid JSON"),
-    "no history": ({"instruction": "q", "output": "a", "history": [["one"]]}, "not of the form"),
-    "a template that stops": ({"messages": [{"role": "user", "content": "stop"}, *_assistant()["messages"]]}, "refuses the"),
+    "no history": ({"instruction": "q", "output": "a", "history": [["one"]]}, "does not match data.format"),
+    "a template that stops": ({"messages": [{"role": "user", "content": "stop"}, *_assistant()["messages"]]}, "rejects the"),
 }  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_long_cells_and_odd_quotes_of_csv(tmp_path, tokenizer):
     file.write_text(f'prompt,completion\na,{"fox " * 100_000}\n"c","d ""e"""\nx,y\n')
     assert [len((row.values or {})["completion"]) for row in read_source(str(file))] == [400_000, 5, 1]
     file.write_text("prompt,completion,prompt\na,b,c\n")
-    with pytest.raises(DataError, match="line 1: the column 'prompt' comes twice"):
+    with pytest.raises(DataError, match="line 1: the column 'prompt' appears twice"):
         list(read_source(str(file)))
     file.write_text("prompt,completion\na,b\nc,d\re,f\ng,h\n")  # a bare carriage return ends a row
     assert len(list(read_source(str(file)))) == 4
@@ -103,13 +103,13 @@ def test_long_cells_and_odd_quotes_of_csv(tmp_path, tokenizer):
 def test_a_quote_that_is_never_closed_does_not_swallow_the_rest(tmp_path, tokenizer):
     file = tmp_path / "rows.csv"
     file.write_text('prompt,completion\na,"b\nb"\nx,5" wide\nc,"d\ne,f\ng,h\n')
-    _require_bad_row(file, tokenizer, tmp_path, "line 5", "a quote that is opened here is not closed")
+    _require_bad_row(file, tokenizer, tmp_path, "line 5", "a quote opened here is never closed")
 
 
 def test_rows_of_a_json_array_are_judged_one_by_one(tmp_path, tokenizer):
     file = tmp_path / "rows.json"
     for bad, said in (
-        ('{"text": "a", "text": "b"}', "the key 'text' comes twice"), ("[1, 2]", "expected an object"),
+        ('{"text": "a", "text": "b"}', "the key 'text' appears twice"), ("[1, 2]", "expected an object"),
         (r'{"text": "\ud83d"}', "half a character"), ("3", "expected an object"),
     ):  # fmt: skip
         file.write_text(f"\n[ {GOOD},\n{bad} ,{GOOD}\n ]\n")

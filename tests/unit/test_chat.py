@@ -86,7 +86,7 @@ def test_an_answer_cut_off_is_not_supervised(tokenizer):
     [
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages", "wizard"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages", "expected text"),
-        ({"messages": "hello"}, "messages", "not of the form"),
+        ({"messages": "hello"}, "messages", "does not match data.format"),
         ({"instruction": "x"}, "alpaca", "'output'"),
         ({"prompt": None, "completion": "x"}, "prompt_completion", "expected text"),
     ],

@@ -98,7 +98,7 @@ def test_held_out_files_are_not_trained_on(tmp_path, names, train, test):
 def test_without_a_training_split_all_files_are_data(tmp_path):
     _write(tmp_path, "test_cases.jsonl", "more.jsonl")
     assert _names(tmp_path) == ["more.jsonl", "test_cases.jsonl"]
-    with pytest.raises(DataError, match="no split 'train'; its files name test"):
+    with pytest.raises(DataError, match="no split 'train'; the splits found are: test"):
         expand(f"{tmp_path}:train")
 
 
@@ -122,13 +122,15 @@ def test_of_saved_splits_one_is_read(tmp_path):
     with pytest.raises(DataError, match="with the splits train, test, odd; 'dev' is not one of them"):
         expand(f"{folder}:dev")
     (folder / "test" / "data-00000-of-00001.arrow").unlink()
-    with pytest.raises(DataError, match=r"data-00000-of-00001.arrow is missing, which .*state.json names"):
+    with pytest.raises(DataError, match=r"data-00000-of-00001.arrow is missing, although .*state.json names it"):
         expand(f"{folder}:test")
 
 
 def test_splits_without_a_training_split_are_named(tmp_path):
     DatasetDict(validation=_saved(1, "a"), test=_saved(1, "b")).save_to_disk(str(tmp_path / "d"))
-    with pytest.raises(DataError, match=r"splits validation, test; 'train' is not one of them\. .*:SPLIT names one"):
+    with pytest.raises(
+        DataError, match=r"splits validation, test; 'train' is not one of them\. Select one with .*:SPLIT"
+    ):
         expand(str(tmp_path / "d"))
 
 
@@ -176,8 +178,8 @@ def test_images_of_a_streamed_data_set_are_not_decoded():
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "a pointer of Git LFS; `git lfs pull`"),
-    ("prompt,completion\na,b\n".encode("utf-16"), "UTF-16; save it as UTF-8"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a Git LFS pointer, not the file itself; `git lfs pull`"),
+    ("prompt,completion\na,b\n".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet", "rows.txt"])
 def test_a_file_that_is_not_what_it_looks_like_says_so(tmp_path, name, content, said):
@@ -236,7 +238,7 @@ def test_a_card_that_lists_nothing_changes_nothing(tmp_path, card):
 def test_a_card_lists_only_files_that_are_there(tmp_path, pattern):
     _write(tmp_path, "out.jsonl", "repo/a.jsonl", "repo/README.rst")
     (tmp_path / "repo" / "README.md").write_text(f"---\nconfigs:\n- data_files: {pattern}\n---\n")
-    with pytest.raises(DataError, match="and there is no such file"):
+    with pytest.raises(DataError, match="but there is no such data file"):
         expand(str(tmp_path / "repo"))
 
 
@@ -266,7 +268,7 @@ def test_links_that_leave_a_folder_are_passed_over_and_said(beside, link, source
     assert _texts(beside / source) == ["good"]
     said = [line for line in not_read([str(beside / source)]) if "links" in line]
     found = {"link": "**" in source, "link.jsonl": True, "a/link.jsonl": source != "data/*.jsonl"}[link]
-    assert len(said) == found and (not found or f"passed over {beside / 'data' / link}" in said[0])
+    assert len(said) == found and (not found or f"skipped {beside / 'data' / link}" in said[0])
 
 
 @pytest.mark.parametrize("how", ["by a folder of `datasets`", "by a card", "by a split", "alone"])
@@ -284,7 +286,7 @@ def test_links_that_are_listed_leave_a_folder_no_more_than_others(beside, how):
         (folder / "data.jsonl").symlink_to(beside / "private" / "rows.jsonl")
         (folder / "state.json").write_text('{"_data_files": [{"filename": "data.jsonl"}]}')
         (folder / "dataset_info.json").write_text("{}")
-    with pytest.raises(DataError, match=r"holds only links to files outside of it .* name those files themselves"):
+    with pytest.raises(DataError, match=r"holds only links to files outside it .* name those files themselves"):
         expand(source)
 
 

@@ -34,7 +34,7 @@ from tests import tokenizers
 from tests.tiers import some_in_full
 from tests.tiny import sentence
 
-LONG = "is longer than the 64 MiB that a row may take"
+LONG = "is longer than the limit of 64 MiB per row"
 
 
 def _read(rows):
@@ -314,7 +314,7 @@ def test_a_text_without_a_place_to_cut_it_is_a_bad_row():
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="?")
     text = "fox " * 500 + "x" * 9000 + " fox" * 500
-    with pytest.raises(DataError, match="the text of 13000 characters is too long to be tokenized at once"):
+    with pytest.raises(DataError, match="the text of 13000 characters is too long to tokenize at once"):
         tokenize_in_windows(text, partial(_tokens, tokenizer, False), 4096, 512)
 
 

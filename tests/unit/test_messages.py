@@ -118,7 +118,7 @@ def test_a_message_says_whether_it_is_learned(tokenizer, key, values):
     assert _learned(_two(second, first), tokenizer) == "one<|im_end|>"
     assert _learned(_two(second, first), tokenizer, "last") == ""
     assert _learned(_two(first, second), tokenizer, ignored=[key]) == "one<|im_end|>two<|im_end|>"
-    with pytest.raises(DataError, match=r"message 2 is marked as not to be learned, and data.train_on=all"):
+    with pytest.raises(DataError, match=r"message 2 is marked as not to be learned, but data.train_on=all"):
         _learned(_two(first, second), tokenizer, "all")
 
 
@@ -132,7 +132,7 @@ def test_a_user_is_not_learned_whatever_the_row_says():
     row = {"conversations": [{"from": "human", "value": "q", "weight": 0}, {"from": "gpt", "value": "a", "weight": 1}]}
     assert read_row(row, "auto").not_learned == {0}
     row["conversations"][0]["weight"] = 1
-    with pytest.raises(DataError, match="'weight' asks to learn a message of the user"):
+    with pytest.raises(DataError, match="'weight' asks to learn a user message"):
         read_row(row, "auto")
 
 
@@ -185,8 +185,8 @@ def test_parts_of_a_text_are_joined(tokenizer, content):
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    ([{"type": "image_url", "image_url": {"url": "x"}}], "part 1 of the content is of the type 'image_url'"),
-    ([*PARTS, {"type": "image"}], "part 3 of the content is of the type 'image'; only text"),
+    ([{"type": "image_url", "image_url": {"url": "x"}}], "part 1 of the content has type 'image_url'"),
+    ([*PARTS, {"type": "image"}], "part 3 of the content has type 'image'; only text"),
     ([3], "got int as part 1"), ({"text": "42"}, "expected text, got dict"), ([{"type": "text", "text": 3}], "got int"),
 ])  # fmt: skip
 def test_other_parts_are_refused(content, said):
@@ -215,7 +215,7 @@ def test_a_chosen_conversation_that_repeats_the_prompt_has_it_once():
 
 
 def test_turns_of_another_spelling_name_their_keys():
-    with pytest.raises(DataError, match=r"the keys speaker, text, and neither role and content nor from and value"):
+    with pytest.raises(DataError, match=r"the keys speaker, text, but neither role and content nor from and value"):
         read_row({"conversations": [{"speaker": "a", "text": "b"}]}, "auto")
 
 
@@ -227,7 +227,7 @@ def test_content_that_the_template_leaves_out_beside_a_call_is_refused(tokenizer
     assert _learned(_row(tool_calls=calls), tokenizer) == '42{"a": 1}<|im_end|>'
     tokenizer.chat_template = both.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}")
     with pytest.raises(
-        DataError, match="message 2 has both content and tool_calls, and the chat template does not write"
+        DataError, match="message 2 has both content and tool_calls, but the chat template does not write"
     ):
         _learned(_row(tool_calls=calls), tokenizer)
     assert _learned(_row(content=" ", tool_calls=calls), tokenizer) == '{"a": 1}<|im_end|>'

@@ -76,8 +76,8 @@ def test_every_kind_of_file(web, name, query):
 
 
 @pytest.mark.parametrize(("name", "said"), [
-    ("gone.jsonl", "the server answers 404"), ("cut.jsonl", "cannot be read: RemoteProtocolError"),
-    ("empty.jsonl", "is empty"), ("rows.unknown", "unknown kind of file"),
+    ("gone.jsonl", "the server answered 404"), ("cut.jsonl", "cannot be read: RemoteProtocolError"),
+    ("empty.jsonl", "is empty"), ("rows.unknown", "unknown file type"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_an_error_without_the_query(web, name, said):
     """R7: a file that ends too early is no shorter file."""

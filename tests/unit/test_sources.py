@@ -86,7 +86,7 @@ def test_folders_globs_urls_and_text(tmp_path):
     assert [r.values for r in read_source(f"file://{tmp_path}/sub/a.txt")] == expected[:2]
     with pytest.raises(DataError, match="no file matches"):
         expand(str(tmp_path / "*.jsonl"))
-    with pytest.raises(DataError, match="unknown kind of file"):
+    with pytest.raises(DataError, match="unknown file type"):
         expand(str(tmp_path / "sub" / "notes.doc"))
 
 
@@ -94,14 +94,14 @@ GOOD = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assi
 BAD = {
     "broken JSON": (b'{"messages": [', "not valid JSON"),
     "not an object": (b"[1, 2]", "expected an object"),
-    "wrong type": (b'{"messages": "hello"}', "not of the form"),
+    "wrong type": (b'{"messages": "hello"}', "does not match data.format"),
     "number for text": (b'{"messages": [{"role": "user", "content": 3}]}', "expected text, got int"),
     "unknown role": (b'{"messages": [{"role": "wizard", "content": "x"}]}', "unknown role 'wizard'"),
     "empty answer": (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}', "empty"),
     "invalid UTF-8": (b'{"messages": "\xff"}', "not valid UTF-8"),
     "NUL byte": (b'{"messages": "\x00"}', "NUL"),
     "escaped NUL": (rb'{"messages": [{"role": "user", "content": "a\u0000b"}]}', "NUL"),
-    "duplicated key": (b'{"messages": [], "messages": []}', "the key 'messages' comes twice"),
+    "duplicated key": (b'{"messages": [], "messages": []}', "the key 'messages' appears twice"),
     "unknown columns": (b'{"question": "a"}', "none of"),
     "bad tools": (b'{"messages": [{"role": "user", "content": "q"}], "tools": "[oops"}', "'tools' is not valid JSON"),
     "deep nesting": (b"[" * 100_000, "nested too deeply"),

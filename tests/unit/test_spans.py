@@ -207,11 +207,11 @@ REFUSED = {
     ),
     "it ends the last turn alone": (
         "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}{{ ' ' if not loop.last else '</s>' }}{% endfor %}",
-        "ends this turn .message 2. only if no other follows", "two</s>",
+        "ends this turn .message 2. only if no other turn follows", "two</s>",
     ),
     "another end where others follow": (
         HEAD + "{{ m.content }}{{ '</s>' if loop.last else '<|im_end|>' }}{% endfor %}" + PROMPT,
-        "ends this turn .message 2. only if no other follows", "two</s>",
+        "ends this turn .message 2. only if no other turn follows", "two</s>",
     ),
 }  # fmt: skip
 

@@ -84,7 +84,9 @@ def test_a_template_that_does_not_end_is_ended(tokenizer, impatient, kind):
 def test_a_template_that_takes_too_much_makes_a_bad_row(tokenizer, frugal, kind):
     """S11: rather than taking the memory of this process."""
     tokenizer.chat_template = REFUSED[kind] + CHATML
-    with pytest.raises(DataError, match=r"the chat template (refuses the conversation|makes 67108.* characters)"):
+    with pytest.raises(
+        DataError, match=r"the chat template (rejects the conversation|renders the conversation to 67108.* characters)"
+    ):
         encode(CHAT, tokenizer)
     tokenizer.chat_template = CHATML
     assert tokenizer.decode(encode(CHAT, tokenizer)[0]).endswith("fox<|im_end|>\n")
@@ -143,7 +145,7 @@ def test_a_thread_that_ends_takes_its_process_along_and_the_next_gets_another(to
 
 
 @pytest.mark.parametrize(("work", "said"), [
-    (lambda item: os._exit(3), "ended the process"), (lambda item: os.kill(os.getpid(), 9), "ended the process"),
+    (lambda item: os._exit(3), "terminated the process"), (lambda item: os.kill(os.getpid(), 9), "terminated the process"),
     (lambda item: time.sleep(60) or b"", "took longer than 1 s"),
 ])  # fmt: skip
 def test_a_process_that_dies_names_the_item(work, said):
@@ -169,7 +171,7 @@ def test_a_bug_keeps_its_traceback_and_nothing_of_ours_is_inherited(tmp_path):
 
 
 @pytest.mark.parametrize(("template", "said"), [
-    ("{{ 'a' * 10 ** 10 }}", "refuses the prompt: MemoryError"), ("{{ raise_exception('no') }}", "refuses the prompt: .*no"),
+    ("{{ 'a' * 10 ** 10 }}", "rejects the prompt: MemoryError"), ("{{ raise_exception('no') }}", "rejects the prompt: .*no"),
 ])  # fmt: skip
 def test_a_prompt_to_answer_is_rendered_apart_too(tokenizer, template, said):
     tokenizer.chat_template = template

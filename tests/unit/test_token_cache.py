@@ -89,7 +89,7 @@ def test_a_damaged_file_is_noticed_and_made_anew(tmp_path, tokenizer, rows, caps
         again, same = _start(rows, tokenizer, tmp_path)
         said = capsys.readouterr().err.splitlines()
         assert again == first and same == folder
-        assert len(said) == 1 and str(folder) in said[0] and said[0].endswith("The data are tokenized anew."), said
+        assert len(said) == 1 and str(folder) in said[0] and said[0].endswith("Tokenizing the data again."), said
         assert _start(rows, tokenizer, tmp_path)[0] == first and capsys.readouterr().err == ""
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
