@@ -95,7 +95,7 @@ def degrees(shard_degree: int, replicate_degree: int, world_size: int) -> tuple[
     if shard * replicate_degree != world_size:
         raise ConfigError(
             f"fsdp.shard_degree: {shard} x fsdp.replicate_degree {replicate_degree} is not the number of ranks, "
-            f"{world_size}; set fsdp.shard_degree=0 to take what fits."
+            f"{world_size}; set fsdp.shard_degree=0 to derive it."
         )
     return replicate_degree, shard
 

@@ -72,7 +72,7 @@ def choose_device(device: str, placement: Placement) -> torch.device:
     found = device_types()
     kind = asked(device) or next(iter(found))
     if kind not in found:
-        raise ConfigError(f"launcher.device: {kind} is not available here; there is {', '.join(found)}.")
+        raise ConfigError(f"launcher.device: {kind} is not available here; available: {', '.join(found)}.")
     if kind == "cpu":
         return torch.device("cpu")
     if placement.local_world_size > found[kind]:
@@ -155,8 +155,8 @@ def host_memory() -> tuple[int, str]:
     """Return how many bytes of memory the processes here may use in total, and what sets that limit."""
     total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit()
     if limit is None or limit >= total:
-        return total, "all of the machine"
-    return limit, f"the limit of a control group, of {total / 1e9:.1f} GB of the machine"
+        return total, "the whole machine"
+    return limit, f"a cgroup limit; the machine has {total / 1e9:.1f} GB"
 
 
 def memory_of(device: torch.device, local_world_size: int) -> int:

@@ -93,7 +93,7 @@ class Apart:
         try:
             said = pipe.recv_bytes()
         except (EOFError, ConnectionResetError):
-            raise _GoneError(number, "ended the process that it ran in") from None
+            raise _GoneError(number, "terminated the process it ran in") from None
         if said.startswith(_BUG):
             raise RuntimeError(said[1:].decode(errors="replace"))
         return said[1:]

@@ -112,8 +112,8 @@ class Watch:
             if alone and still > self._limit_alone:
                 return Leave(
                     StorageError.exit_code,
-                    f"rank {self._rank} stands still in {name!r}: nothing has come of it for {still:.0f} s. A file "
-                    "system that does not answer? (launcher.timeout_seconds is how long it may take.)",
+                    f"rank {self._rank} is stuck in {name!r}: no progress for {still:.0f} s. Is a file "
+                    "system not responding? (launcher.timeout_seconds sets the limit.)",
                 )
         return None
 
@@ -131,8 +131,8 @@ class Watch:
         if waited < self._limit:
             return None
         if isinstance(others, Exception):
-            message = f"rank {self._rank} waits in {self._threads[thread].name!r} for {waited:.0f} s"
-            return Leave(1, f"{message}, and cannot ask the others: {others}.")
+            message = f"rank {self._rank} has waited in {self._threads[thread].name!r} for {waited:.0f} s"
+            return Leave(1, f"{message} and cannot reach the other ranks: {others}.")
         missing = self._missing(others, thread)
         return Leave(1, f"{missing}; the other ranks waited {waited:.0f} s.") if missing else None
 
@@ -168,7 +168,7 @@ class Watch:
             if shown[thread][0] < mine.number
         ]
         still = [
-            f"rank {rank} stands still in {shown[thread][1]!r}: no sign of life for {silent:.0f} s"
+            f"rank {rank} is stuck in {shown[thread][1]!r}: no sign of life for {silent:.0f} s"
             for rank, (shown, silent) in others.items()
             if silent > self._silence
         ]

@@ -78,7 +78,7 @@ def export_adapter(
     """
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise NumericsError(f"adapter: {name} holds values that are not finite numbers; it is not written.")
+            raise NumericsError(f"adapter: {name} holds values that are not finite; it is not written.")
     config.base_model_name_or_path = base_model
     config.inference_mode = True
     if isinstance(config.target_modules, set):
@@ -129,7 +129,7 @@ def copy_adapter(checkpoint: Path, manifest: Manifest, target: Path) -> None:
             copy.parent.mkdir(exist_ok=True)
             copy_regular(checkpoint / name, copy)
             if file_sha256(copy, follow=False) != manifest.files[name]["sha256"]:
-                raise CheckpointError(f"{checkpoint / name} is damaged: its content is not what was written.")
+                raise CheckpointError(f"{checkpoint / name} is damaged: its content has changed since it was written.")
         with opened_weights(staging / WEIGHTS_NAME) as stored:
             for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
                 where = checkpoint / ADAPTER_FOLDER / WEIGHTS_NAME

@@ -71,9 +71,9 @@ def export_base(
         StorageError: if ``target`` cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError(f"export.to: {target} is there already and not empty; choose another folder or remove it.")
+        raise ModelError(f"export.to: {target} already exists and is not empty; choose another folder or remove it.")
     if quantization_of(source) is not None:
-        raise ModelError(f"model.name: {source} is quantized already; give the 16-bit model that it was made from.")
+        raise ModelError(f"model.name: {source} is already quantized; use the 16-bit model it was made from.")
     copied = _beside_the_weights(source)
     for file in weight_files(source):
         own_file(source, file.name)
@@ -95,7 +95,7 @@ def export_base(
     except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise ModelError(
-                f"export.to: {target} was written meanwhile by another process; it is left alone."
+                f"export.to: {target} was written by another process in the meantime; it is left unchanged."
             ) from error
         raise StorageError(f"export.to: {target} cannot be written: {error}.") from error
     return ExportedBase(len(_written(shapes)), shards.total)
@@ -120,7 +120,7 @@ def _stored(
     entries = sorted(files.entries.values(), key=lambda e: (str(e.file), e.offset))
     for done, entry in enumerate(entries):
         if packed_format(files, entry.name):
-            raise ModelError(f"{entry.file}: {entry.name} is in 4-bit already; give the 16-bit model.")
+            raise ModelError(f"{entry.file}: {entry.name} is already in 4 bits; use the 16-bit model.")
         if entry.name in linears:
             weight = files.read_entry(entry, 0, entry.numel).view(entry.shape)
             require_finite(weight, f"{entry.file}: tensor {entry.name}")

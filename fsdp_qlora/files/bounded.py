@@ -52,7 +52,7 @@ def read_settings(file: Path) -> str:
     for event in yaml.parse(text, yaml.SafeLoader):  # only parses: no values are built
         if isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, *_ in inside):
-                raise OutOfBoundsError(f"the alias *{event.anchor} stands for what it lies in")
+                raise OutOfBoundsError(f"the alias *{event.anchor} refers to a value that contains it")
             more = sizes.get(event.anchor, (0, 0))
             values, characters = values + more[0], characters + more[1]
         elif isinstance(event, yaml.ScalarEvent):
@@ -69,10 +69,10 @@ def read_settings(file: Path) -> str:
                 sizes[anchor] = (values - values_before, characters - characters_before)
         if values > _MOST_VALUES or characters > _MOST_CHARACTERS:
             raise OutOfBoundsError(
-                f"with its aliases it is more than {_MOST_VALUES} values or {_MOST_CHARACTERS} characters"
+                f"with its aliases expanded it has more than {_MOST_VALUES} values or {_MOST_CHARACTERS} characters"
             )
         if len(inside) > _DEEPEST:
-            raise OutOfBoundsError(f"it is nested more than {_DEEPEST} deep")
+            raise OutOfBoundsError(f"it is nested more than {_DEEPEST} levels deep")
     return text
 
 
@@ -99,7 +99,7 @@ def require_bounded_config(source: Path) -> None:
     try:
         require_bounded_values(json.loads(text))
     except RecursionError:
-        raise OutOfBoundsError("config.json is nested too deep") from None
+        raise OutOfBoundsError("config.json is nested too deeply") from None
     except OutOfBoundsError:
         raise
     except ValueError:  # invalid JSON: transformers reports it
@@ -111,7 +111,7 @@ def require_bounded_values(config: Any) -> None:
     for key, number in _numbers(config, ""):
         most = next((most for ending, most in _MOST.items() if re.search(ending, key)), None)
         if most is not None and number > most:
-            raise OutOfBoundsError(f"{key} in its config is {min(number, 1e300):.6g}, and at most {most} are taken")
+            raise OutOfBoundsError(f"{key} in its config is {min(number, 1e300):.6g}, but the limit is {most}")
 
 
 def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:

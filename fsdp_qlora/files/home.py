@@ -50,13 +50,13 @@ def cache_folder() -> Path:
     if home is None and (not named or named.startswith("~")):
         raise ConfigError(
             f"{CACHE_VARIABLE}: there is no home folder to keep tokenized data and the embedded model in; set it to a "
-            "folder that can be written."
+            "writable folder."
         )
     folder = Path(named).expanduser() if named else Path(home or "") / ".cache" / "fsdp_qlora"
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not (there.is_dir() and (folder == there or os.access(there, os.W_OK | os.X_OK))):
         raise StorageError(
-            f"{CACHE_VARIABLE}: {folder} cannot be made, because {there} cannot be written; set another."
+            f"{CACHE_VARIABLE}: {folder} cannot be created, because {there} is not writable; choose another folder."
         )
     return folder
 

@@ -76,7 +76,7 @@ def read_regular(file: Path, limit: int | None = JSON_BYTES) -> bytes:
     with os.fdopen(open_regular(file), "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if limit is not None and size > limit:
-            raise SecurityError(f"{file} has {size} bytes, more than any honest one ({limit}).")
+            raise SecurityError(f"{file} has {size} bytes, more than the limit of {limit}.")
         return stream.read(size)
 
 
@@ -118,7 +118,7 @@ def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
 def _unequal_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("it has a key twice")
+        raise ValueError("it has a duplicate key")
     return found
 
 
@@ -190,7 +190,9 @@ def own_file(folder: Path, name: str) -> Path:
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         home = home.parent.parent
     if not real.is_relative_to(home):
-        raise SecurityError(f"{folder / name} is a link that leaves {home}. If it is yours, put a copy in its place.")
+        raise SecurityError(
+            f"{folder / name} is a link that points outside {home}. If it is yours, replace it with a copy."
+        )
     return real
 
 
@@ -204,7 +206,7 @@ def who_else_changes(path: Path) -> str | None:
     if found.st_uid not in (0, os.geteuid()):
         return f"{path} belongs to another user (uid {found.st_uid})"
     if found.st_mode & stat.S_IWOTH and not stat.S_ISLNK(found.st_mode):
-        return f"everybody can write {path} (mode {stat.S_IMODE(found.st_mode):o})"
+        return f"everybody can write to {path} (mode {stat.S_IMODE(found.st_mode):o})"
     return None
 
 
@@ -212,5 +214,5 @@ def warn_of_others(*paths: Path) -> None:
     """Warn about the first path that somebody else can change, if any."""
     for path in paths:
         if (why := who_else_changes(path)) is not None:
-            _log.warning("%s: what lies there may not be what was written.", why)
+            _log.warning("%s: its contents may not be what was written.", why)
             return

@@ -147,8 +147,8 @@ def configure_loss_head(head: QuantLossHead, after: AfterHead, chunk: int) -> No
     """
     if after.code is not None:
         raise PlanError(
-            "quant.embeddings: this model does more with its logits than scale and cap them, which takes them whole, "
-            "and a quantized head makes them a slice at a time. Set quant.embeddings=none."
+            "quant.embeddings: this model does more with its logits than scale and cap them, which needs all of them "
+            "at once, but a quantized head computes them a slice at a time. Set quant.embeddings=none."
         )
     head.logit_scale, head.softcap = after.scale, after.softcap
     head.chunk = chunk

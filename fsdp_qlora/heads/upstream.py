@@ -172,7 +172,7 @@ def _code_after(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor
             if outputs.logits.shape[:2] == (1, raw.shape[0]):
                 return outputs.logits[0]
         raise ModelError(
-            f"{type(model).__name__}: what its forward does after the output head cannot be run by itself ({error})."
+            f"{type(model).__name__}: the part of its forward after the output head cannot be run on its own ({error})."
         )
 
     return run

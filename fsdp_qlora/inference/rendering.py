@@ -32,10 +32,10 @@ def render_apart(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, An
         (said,) = process.results([None])
     except StuckError as error:
         raise ModelError(
-            f"model.name: its chat template {error}; take another model, or set another template (data.template=FILE)."
+            f"model.name: its chat template {error}; use another model, or set another template (data.template=FILE)."
         ) from error
     finally:
         process.close()
     if said.startswith(_REFUSAL):
-        raise ModelError(f"model.name: its chat template refuses the prompt: {said[1:].decode()}")
+        raise ModelError(f"model.name: its chat template rejects the prompt: {said[1:].decode()}")
     return said[1:].decode("utf-8", "surrogatepass")

@@ -18,4 +18,4 @@ def require_finite(values: torch.Tensor, what: str) -> None:
     wide = values if values.element_size() > 1 else values.float()  # aminmax does not support 8-bit floats
     # Minimum and maximum are enough: both propagate NaN. This avoids a boolean tensor of the same size.
     if not all(bool(torch.isfinite(end)) for end in torch.aminmax(wide)):
-        raise ModelError(f"{what} holds values that are not finite numbers.")
+        raise ModelError(f"{what} holds values that are not finite.")

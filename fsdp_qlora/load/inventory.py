@@ -73,16 +73,16 @@ def take_stock(model: PreTrainedModel, source: SafetensorsFolder) -> Inventory:
         raise ModelError(
             f"{source.folder}: no tensor {_some(refused)} among its {len(source.entries)} tensors"
             f"{f' ({len(refused)} are missing)' if len(refused) > 1 else ''}; {type(model).__name__} needs "
-            f"{'it' if len(refused) == 1 else 'them'}. Download the model anew, with its own config.json."
+            f"{'it' if len(refused) == 1 else 'them'}. Download the model again, with its own config.json."
         )
     used = source.used() | names
     left = [n for n in source.entries if n not in used and not _is_statistic(n, used)]
     left_out = tuple(n for n in left if _upstream_leaves_out(model, n))
     if odd := [n for n in left if n not in left_out]:
         raise ModelError(
-            f"{source.folder}: {len(odd)} tensors are used by nothing in {type(model).__name__}: {_some(odd)}. Weights "
-            "and config.json do not belong together, or a switch of the config (a bias, a tie) leaves them out; "
-            "training would silently go without them."
+            f"{source.folder}: {len(odd)} tensors are not used by {type(model).__name__}: {_some(odd)}. Either the "
+            "weights and config.json do not match, or an option in the config (a bias, a tie) leaves them out; "
+            "training would silently ignore them."
         )
     return Inventory(left_out, tuple(copies), made)
 

@@ -139,7 +139,7 @@ class SafetensorsFolder:
                 there = "in no file" if entry is None else f"in {entry.file.name}"
                 raise ModelError(
                     f"{self.folder / _INDEX}: says that tensor {name} is in {file}, but it is {there}: "
-                    "index and files are not of one download."
+                    "the index and the files are from different downloads."
                 )
         stated = (index.get("metadata") or {}).get("total_size")
         if stated is not None and int(stated) != self._tensor_bytes:
@@ -147,9 +147,9 @@ class SafetensorsFolder:
                 f"{f.name} {f.stat().st_size}" for f in dict.fromkeys(e.file for e in self.entries.values())
             )
             raise ModelError(
-                f"{self.folder / _INDEX}: says that the tensors take {stated} bytes (metadata.total_size), the files "
-                f"hold {self._tensor_bytes}. The files' sizes: {sizes}. Download what differs anew; if the files are "
-                "right, correct or remove total_size."
+                f"{self.folder / _INDEX}: says that the tensors take {stated} bytes (metadata.total_size), but the "
+                f"files hold {self._tensor_bytes}. The files' sizes: {sizes}. Download the differing files again; if "
+                "they are right, correct or remove total_size."
             )
 
     def _files(self, index: dict[str, Any] | None) -> list[Path]:
@@ -177,7 +177,7 @@ class SafetensorsFolder:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise ModelError(f"{file} is damaged or cut short: its header does not fit into {size} bytes.")
+                raise ModelError(f"{file} is damaged or truncated: its header does not fit into {size} bytes.")
             header = stream.read(length)
         self.bytes_read += 8 + length
         self.total_bytes += size
@@ -195,7 +195,7 @@ class SafetensorsFolder:
         begin, end = info["data_offsets"]
         if not 0 <= begin <= end or start + end > size:
             raise ModelError(
-                f"{file} is cut short: {name} ends at byte {start + end}, the file has {size}; download it anew."
+                f"{file} is truncated: {name} ends at byte {start + end}, but the file has {size}; download it again."
             )
         entry = TensorEntry(name, file, info["dtype"], tuple(info["shape"]), start + begin, end - begin)
         if entry.dtype in _DTYPES and entry.numel * _DTYPES[entry.dtype].itemsize != end - begin:
@@ -267,7 +267,7 @@ class SafetensorsFolder:
             (entry,) = self.arranged.get(name) or (self.entries[name],)
             found = self._read_whole(entry.name)
         if tuple(found.shape) != shape:
-            raise ModelError(f"{self.folder}: tensor {name} is {list(found.shape)}, the model needs {list(shape)}.")
+            raise ModelError(f"{self.folder}: tensor {name} is {list(found.shape)}, but the model needs {list(shape)}.")
         return found
 
     def find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
@@ -286,7 +286,7 @@ class SafetensorsFolder:
         entry = parts[0]
         if (len(parts) == 1 and entry.shape != shape) or sum(part.numel for part in parts) != prod(shape):
             found = list(entry.shape) if len(parts) == 1 else f"{len(parts)} parts of {list(entry.shape)}"
-            raise ModelError(f"{entry.file}: tensor {name} is {found}, the model needs {list(shape)}.")
+            raise ModelError(f"{entry.file}: tensor {name} is {found}, but the model needs {list(shape)}.")
         for part in parts:
             if part.dtype not in _DTYPES:
                 raise ModelError(
@@ -300,7 +300,7 @@ class SafetensorsFolder:
         def make() -> torch.Tensor:
             found = self._convert(name)
             if tuple(found.shape) != shape:
-                raise ModelError(f"{parts[0].file}: {name} comes out as {list(found.shape)}, not {list(shape)}.")
+                raise ModelError(f"{parts[0].file}: {name} is {list(found.shape)} after conversion, not {list(shape)}.")
             return found
 
         return StoredTensor(name, shape, parts, make)
@@ -340,5 +340,5 @@ class SafetensorsFolder:
         while done < len(view):
             count = stream.readinto(view[done:])
             if not count:
-                raise ModelError(f"{entry.file} ended while reading {entry.name}: it was cut while in use.")
+                raise ModelError(f"{entry.file} ended while reading {entry.name}: it was truncated while in use.")
             done += count

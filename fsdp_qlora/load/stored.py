@@ -26,7 +26,7 @@ from fsdp_qlora.quant.packing import ROW_BLOCKS, ROW_BYTES, bytes_to_rows, float
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 _FORMATS = ("nf4", "fp4")
 _MAX_STATE_BYTES = 65536
-_AGAIN = "quantize the 16-bit model anew"
+_AGAIN = "quantize the 16-bit model again"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def require_readable(folder: Path, settings: QuantSettings) -> None:
     if method != "bitsandbytes":
         raise ModelError(
             f"model.name: {folder} is quantized with {method} (quantization_config in its config.json); only "
-            "bitsandbytes' 4-bit form can be read. Give the 16-bit model that it was made from."
+            "bitsandbytes' 4-bit form can be read. Use the 16-bit model it was made from."
         )
     if _flag(found, 4):
         name = str(found.get("bnb_4bit_quant_type", "fp4"))  # transformers' own default
@@ -93,14 +93,14 @@ def _require_format(name: str, double_quant: bool, settings: QuantSettings | For
         wrong.append(f"quant.double_quant={str(double_quant).lower()}")
     if wrong:
         raise ModelError(
-            f"{what} is stored in {_spell(name, double_quant)}, the settings ask for "
+            f"{what} is stored in {_spell(name, double_quant)}, but the settings ask for "
             f"{_spell(settings.name, settings.double_quant)}; set {' '.join(wrong)}."
         )
 
 
 def _spell(name: str, double_quant: bool) -> str:
     if name in ("none", "int8"):
-        return "16 bit" if name == "none" else name
+        return "16 bits" if name == "none" else name
     return f"{name} {'with' if double_quant else 'without'} double quantization"
 
 
@@ -114,7 +114,7 @@ def packed_format(source: SafetensorsFolder, name: str) -> str | None:
     if f"{name.removesuffix('weight')}SCB" in source.entries:
         raise ModelError(
             f"{source.entries[name].file if name in source.entries else source.folder}: {name} is stored in "
-            "bitsandbytes' int8 form, which cannot be read; give the 16-bit model that it was made from."
+            "bitsandbytes' int8 form, which cannot be read; use the 16-bit model it was made from."
         )
     if len(found) == 1:
         return found[0]
@@ -131,8 +131,8 @@ def find_kept(source: SafetensorsFolder, name: str, shape: tuple[int, ...]) -> S
     """
     if kind := packed_format(source, name):
         raise ModelError(
-            f"{source.folder}: {name} is stored in {kind}, but this run keeps that tensor in 16 bit (quant=none, or "
-            "not a linear layer inside the decoder layers); give a model that holds it in 16 bit."
+            f"{source.folder}: {name} is stored in {kind}, but this run keeps that tensor in 16 bits (quant=none, or "
+            "not a linear layer inside the decoder layers); use a model that holds it in 16 bits."
         )
     return source.find(name, shape)
 
@@ -156,7 +156,7 @@ def find_weight(source: SafetensorsFolder, module: QuantMatrices) -> StoredTenso
     quant_format = module.quant_format
     if (found := state.get("blocksize")) in BLOCK_SIZES and found != quant_format.block_size:
         raise ModelError(
-            f"{state_entry.file}: {name} is stored in blocks of {found}, the settings ask for "
+            f"{state_entry.file}: {name} is stored in blocks of {found}, but the settings ask for "
             f"{quant_format.block_size}; set quant.block_size={found}."
         )
     shape = list(module.shape)
@@ -176,11 +176,11 @@ def find_weight(source: SafetensorsFolder, module: QuantMatrices) -> StoredTenso
 def _entry(source: SafetensorsFolder, name: str, dtype: str | None, num_bytes: int | None = None) -> TensorEntry:
     entry = source.entries.get(name)
     if entry is None:
-        raise ModelError(f"{source.folder}: no tensor {name}, which this 4-bit weight needs; download the model anew.")
+        raise ModelError(f"{source.folder}: no tensor {name}, which this 4-bit weight needs; download the model again.")
     if dtype is not None and entry.dtype != dtype:
         raise ModelError(f"{entry.file}: tensor {name} is {entry.dtype}, not {dtype}; {_AGAIN}.")
     if num_bytes is not None and entry.num_bytes != num_bytes:
-        raise ModelError(f"{entry.file}: tensor {name} has {entry.num_bytes} bytes, its weight needs {num_bytes}.")
+        raise ModelError(f"{entry.file}: tensor {name} has {entry.num_bytes} bytes, but its weight needs {num_bytes}.")
     return entry
 
 
@@ -205,7 +205,7 @@ def _require_state(state: dict[str, Any], entry: TensorEntry, wanted: dict[str, 
 def _require_map(source: SafetensorsFolder, name: str, ours: torch.Tensor) -> None:
     entry = _entry(source, name, "F32", 4 * ours.numel())
     if not torch.equal(source.read_entry(entry, 0, ours.numel()), ours):
-        raise ModelError(f"{entry.file}: tensor {name} holds other values than bitsandbytes' own; {_AGAIN}.")
+        raise ModelError(f"{entry.file}: tensor {name} holds different values from bitsandbytes' own; {_AGAIN}.")
 
 
 def _offset(state: dict[str, Any], entry: TensorEntry) -> float:
@@ -254,5 +254,5 @@ def _within(first: int, last: int, each: int, total: int) -> tuple[int, int]:
 
 def _finite(values: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
     if not bool(torch.isfinite(values).all()):
-        raise ModelError(f"{entry.file}: tensor {entry.name} holds values that are not finite numbers.")
+        raise ModelError(f"{entry.file}: tensor {entry.name} holds values that are not finite.")
     return values

@@ -92,7 +92,7 @@ def stream_weights(
             if progress:
                 progress(len(entries) + done + 1, total)
     if tied and not _shares_weight(base):
-        raise NumericsError("head and embedding share one weight in this model, but no longer after loading.")
+        raise NumericsError("head and embedding share one weight in this model, but not after loading.")
     size = sum(resident_bytes(module) for module in quantized)
     stored = sum(isinstance(entry, PackedWeight) for entry in entries)
     return LoadReport(source.bytes_read, source.total_bytes, size, time.perf_counter() - started, stored)
@@ -256,7 +256,7 @@ def _rows_of(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:
     start, stop = row_range(rows, ranks.shard_rank, ranks.shard_size)
     local = parameter.to_local().shape[0]
     if local != stop - start:
-        raise NumericsError(f"FSDP gave this rank {local} rows of {rows}, the layout expects {stop - start}.")
+        raise NumericsError(f"FSDP gave this rank {local} rows of {rows}, but the layout expects {stop - start}.")
     return start, stop
 
 

@@ -34,9 +34,7 @@ def load_config(folder: Path, trust_remote_code: bool = False, overrides: Mappin
         require_bounded_values(wanted := _merged(config, overrides, ""))
         changed = type(config).from_dict(wanted)
     except _UNBUILDABLE as error:
-        raise ModelError(
-            f"model.config_overrides: {dict(overrides)} does not go with {folder}: {_said(error)}"
-        ) from error
+        raise ModelError(f"model.config_overrides: {dict(overrides)} does not fit {folder}: {_said(error)}") from error
     _require_taken(_merged(config, overrides, ""), changed, folder)
     return changed
 
@@ -109,5 +107,5 @@ def _require_taken(wanted: Mapping[str, Any], config: PreTrainedConfig, folder: 
     for key, value in wanted.items():
         if key in taken and taken[key] != value and not isinstance(value, dict):
             raise ModelError(
-                f"model.config_overrides.{key}: {folder} does not take {value!r}; it keeps {taken[key]!r}."
+                f"model.config_overrides.{key}: {folder} does not accept {value!r}; it keeps {taken[key]!r}."
             )

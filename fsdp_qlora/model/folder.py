@@ -68,9 +68,9 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:  # the hub's errors, or those of whichever HTTP library it uses
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
         raise ModelError(
-            f"model.name: {name} is no folder here and the hub did not give it{offline}: {typed_line(error)} "
-            f"Looked for: the folder {folder}{_beside(folder)}; then {name} on {constants.ENDPOINT}. A name that "
-            "begins with ./ or / is always a folder's."
+            f"model.name: {name} is not a local folder, and the hub did not provide it{offline}: {typed_line(error)} "
+            f"Looked for: the folder {folder}{_beside(folder)}; then {name} on {constants.ENDPOINT}. Names that "
+            "begin with ./ or / are always folders."
         ) from error
 
 
@@ -80,7 +80,7 @@ def _beside(folder: Path) -> str:
         there = sorted(place.name for place in folder.parent.iterdir() if place.is_dir())
     except OSError:  # its parent folder is missing, too
         return ""
-    return f" ({folder.parent.name} is here, without it.{nearest(folder.name, there)})"
+    return f" ({folder.parent.name} exists, but does not contain it.{nearest(folder.name, there)})"
 
 
 def config_for_plan(name: str, revision: str | None = None) -> Path:
@@ -104,7 +104,7 @@ def config_for_plan(name: str, revision: str | None = None) -> Path:
         return known
     like = closest(name)
     raise ModelError(
-        f"model.name: {name} is no folder, not in the hub's cache here, and not one of the models whose shapes are "
-        f"known{' (like ' + ', '.join(like) + ')' if like else ''}. A plan asks no network: fetch its config with "
+        f"model.name: {name} is not a folder, not in the local hub cache, and not one of the models whose shapes are "
+        f"known{' (like ' + ', '.join(like) + ')' if like else ''}. A plan uses no network: fetch its config with "
         f"`hf download {name} config.json`, or name a folder with one."
     )

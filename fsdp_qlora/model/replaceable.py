@@ -44,7 +44,7 @@ def kept_linears(model: PreTrainedModel, inside: tuple[str, ...]) -> dict[str, s
         if not isinstance(module, nn.Linear | Conv1D) or not name.startswith(tuple(f"{x}." for x in inside)):
             continue
         if not is_plain_linear(module):
-            found[name] = f"a {type(module).__name__} has a forward of its own"
+            found[name] = f"a {type(module).__name__} has its own forward"
         elif name in read:
             found[name] = f"{read[name]} reads its weight"
         elif _in_float32(module, model):

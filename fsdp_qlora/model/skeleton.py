@@ -51,7 +51,7 @@ def build_skeleton(
     for key in ("layerdrop", "decoder_layerdrop", "encoder_layerdrop"):
         if getattr(config.get_text_config(decoder=True), key, None):
             raise ModelError(
-                f"{folder}: {key} in config.json leaves out whole layers at random, other ones on each rank. Set "
+                f"{folder}: {key} in config.json drops whole layers at random, different ones on each rank. Set "
                 f"model.config_overrides.{key}=0 to train without it."
             )
     try:
@@ -64,11 +64,12 @@ def build_skeleton(
     except Exception as error:  # odd values in config.json can raise anything in upstream's code
         if isinstance(error, KeyError) and error.args == (attn_implementation,):  # a class with its own table
             raise ModelError(
-                f"model.attn_implementation: the code of {config.model_type} has no {attn_implementation}; use eager."
+                f"model.attn_implementation: the code of {config.model_type} does not support {attn_implementation}; "
+                "use eager."
             ) from error
         raise not_buildable(folder, error) from error
     if unmade := unmade_buffers(model):
-        raise ModelError(f"{type(model).__name__}: buffer {unmade[0]} is in no file and made by nothing.")
+        raise ModelError(f"{type(model).__name__}: buffer {unmade[0]} is not in any file, and no code creates it.")
     make_buffers(model)
     keep_in_float32(model, dtype)
     model.requires_grad_(False)
@@ -85,8 +86,8 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
     layers = decoder_layers(model)
     if not isinstance(head, nn.Linear) or not is_plain_linear(head) or not hasattr(embedding, "weight") or not layers:
         raise ModelError(
-            f"{type(model).__name__}: no embedding, linear head and repeated layers: not a language model that can be "
-            "trained here."
+            f"{type(model).__name__}: without an embedding, a linear head and repeated layers, this is not a language "
+            "model that can be trained here."
         )
     _refuse_shared(model, layers)
     names = {module: name for name, module in model.named_modules()}
@@ -118,9 +119,7 @@ def _refuse_shared(model: PreTrainedModel, layers: list[nn.Module]) -> None:
     for layer in layers:
         for parameter in layer.parameters():
             if owner.setdefault(parameter, layer) is not layer:
-                raise ModelError(
-                    f"{type(model).__name__}: its layers share weights, and such layers cannot be sharded."
-                )
+                raise ModelError(f"{type(model).__name__}: its layers share weights, so they cannot be sharded.")
 
 
 def _number(config: Any, key: str) -> int:

@@ -54,7 +54,7 @@ class ShardedOptimizer:
         if not self.settings.name.startswith("paged_") or self._leaves[0].local.device.type != "cpu":
             return None
         plain = "adamw_8bit" if self.settings.name.endswith("_8bit") else "adamw"
-        return f"optim={self.settings.name}: the optimizer is on the CPU, where nothing is paged; it is {plain} there."
+        return f"optim={self.settings.name}: the optimizer is on the CPU, where nothing is paged; it runs as {plain}."
 
     def grad_square_sum(self, ranks: Ranks) -> float:
         """Return this rank's part of the gradient's sum of squares, in float64; the parts of all ranks add up to it."""

@@ -46,7 +46,7 @@ def warmup_notice(settings: ScheduleSettings, num_steps: int) -> str:
     if warmup < num_steps:
         return ""
     return (
-        f"schedule.warmup_steps: the warm-up takes {warmup} steps and the run has {num_steps}, so the learning rate "
+        f"schedule.warmup_steps: the warm-up takes {warmup} steps, but the run has {num_steps}, so the learning rate "
         f"never reaches optim.lr and ends at {num_steps / (warmup + 1):.0%} of it."
     )
 

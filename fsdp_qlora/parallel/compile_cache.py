@@ -38,7 +38,8 @@ def settle_compile_caches(env: MutableMapping[str, str]) -> None:
             raise StorageError(f"{variable}: {folder} cannot be used: {error.strerror}.") from error
         if why := who_else_writes(folder):
             raise SecurityError(
-                f"{variable}: {folder} holds code that would be run, and {why}. Name a folder that only you can write."
+                f"{variable}: {folder} holds code that would be run, and {why}. Set it to a folder that only you can "
+                "write to."
             )
         env[variable] = str(folder)
 
@@ -61,7 +62,7 @@ def who_else_writes(folder: Path) -> str | None:
         if found.st_uid not in trusted:
             return f"{place} belongs to another user (uid {found.st_uid})"
         if place == resolved and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return f"others can write {place} (mode {stat.S_IMODE(found.st_mode):o})"
+            return f"others can write to {place} (mode {stat.S_IMODE(found.st_mode):o})"
         if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
-            return f"everybody can write {place}"
+            return f"everybody can write to {place}"
     return None

@@ -44,7 +44,7 @@ class EagerFallback:
         if self._asked and self._steps == 1:
             error = ConfigError(
                 f"train.compile: the layers of this model cannot be compiled ({reason}). Set train.compile=false, or "
-                "auto, which goes on without."
+                "auto, which continues without."
             )
             error.alike = True
             raise error

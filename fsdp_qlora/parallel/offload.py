@@ -48,7 +48,7 @@ class _Kept:
         """Check that the tensor was not modified since it was saved: the copy might hold either state."""
         if self.here is not None and self._version is not None and self.here._version != self._version:
             raise NumericsError(
-                f"fsdp.offload: this model changes in place a tensor {list(self.here.shape)} that it needs in backward;"
+                f"fsdp.offload: this model modifies in place a tensor {list(self.here.shape)} that backward needs;"
                 " set fsdp.offload=none or params."
             )
 

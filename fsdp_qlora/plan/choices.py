@@ -44,7 +44,7 @@ def choose(
     wanted = _wanted(config)
     candidates = list(_candidates(wanted, memory, settings))
     if budget is None:
-        chosen, why = replace(settings, cache_dequantized=bool(wanted[2])), "the memory is not known"
+        chosen, why = replace(settings, cache_dequantized=bool(wanted[2])), "the available memory is unknown"
     else:
         fitting = [c for c in candidates if memory.plan(c).peak <= budget]
         chosen = fitting[0] if fitting else candidates[-1]

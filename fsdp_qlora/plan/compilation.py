@@ -35,7 +35,7 @@ def choose_compilation(config: RunConfig, plan: Work, num_steps: int, device_typ
     tokens = num_steps * plan.turns * plan.tokens
     seconds = 4 * plan.weights * tokens / rate  # 2 operations per weight in forward and 2 in backward (frozen)
     won = gain * seconds
-    why = f"about {won:.0f} s to win of {seconds:.0f}, {cost:.0f} s to compile"
+    why = f"would save about {won:.0f} of {seconds:.0f} s, compiling takes {cost:.0f} s"
     return Compilation(won > cost, why)
 
 

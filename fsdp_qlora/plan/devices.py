@@ -124,7 +124,7 @@ def find_device(name: str) -> Device:
     for known, device in DEVICES.items():
         if key.replace("_", "") == known.replace("_", ""):
             return device
-    raise ConfigError(f"plan.device: {name!r} is not known.{_nearest(key, list(DEVICES))}")
+    raise ConfigError(f"plan.device: {name!r} is unknown.{_nearest(key, list(DEVICES))}")
 
 
 def device_of_driver(name: str) -> Device | None:
@@ -148,11 +148,12 @@ def find_interconnect(name: str) -> Interconnect:
         rate = 0.0
     if rate <= 0:
         raise ConfigError(
-            f"plan.interconnect: {name!r} is no rate (12GB/s) and not known.{_nearest(name, list(INTERCONNECTS))}"
+            f"plan.interconnect: {name!r} is neither a rate (12GB/s) nor a known "
+            f"name.{_nearest(name, list(INTERCONNECTS))}"
         )
     return Interconnect(name, rate / LINK_SHARE, False)
 
 
 def _nearest(word: str, known: list[str]) -> str:
     close = get_close_matches(word, known, n=1)
-    return (f" Did you mean {close[0]!r}?" if close else "") + f" There are {', '.join(known)}."
+    return (f" Did you mean {close[0]!r}?" if close else "") + f" Known names: {', '.join(known)}."

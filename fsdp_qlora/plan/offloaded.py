@@ -35,8 +35,8 @@ def offloaded_parameters(
         whole = {name for name in matched if name not in packed and name.rpartition(".")[0] not in quantized}
         if not whole:
             raise PlanError(
-                f"fsdp.offload_modules: all that {pattern!r} matches is quantized, and such weights are multiplied "
-                "with their adapters as one; fsdp.offload=params keeps all shards in host memory."
+                f"fsdp.offload_modules: everything that {pattern!r} matches is quantized, and such weights are "
+                "multiplied together with their adapters; fsdp.offload=params keeps all shards in host memory."
             )
         found |= whole
     edges = (f"{shapes.embedding}.", f"{shapes.head}.")

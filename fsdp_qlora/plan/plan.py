@@ -122,8 +122,8 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     memory = MemoryModel(shapes, stored, trained, settings, offloaded)
     if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
         raise PlanError(
-            "train.activation_checkpointing: selective cannot go with fsdp.offload_modules inside decoder layers (what "
-            "is recomputed would have to be brought in again, which torch does not follow); set it to full or none."
+            "train.activation_checkpointing: selective does not work with fsdp.offload_modules inside decoder layers "
+            "(they would have to be copied in again to recompute, which torch does not track); set it to full or none."
         )
     settings, choices = choose(config, memory, settings, budget)
     planned = memory.plan(settings)
@@ -151,7 +151,7 @@ def _require_matches(config: RunConfig, trained: list[str]) -> None:
     if odd := unmatched(config.optim.override_32bit, trained):
         raise PlanError(
             f"optim.override_32bit: {', '.join(map(repr, odd))} matches none of the {len(trained)} trained parameters; "
-            f"they are named like {trained[0]!r}, and a pattern has to match the whole name (*.q_proj.*)."
+            f"they are named like {trained[0]!r}, and a pattern must match the whole name (*.q_proj.*)."
         )
 
 

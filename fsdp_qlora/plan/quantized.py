@@ -57,7 +57,7 @@ def _overridden(overrides: Mapping[str, str], names: list[str]) -> dict[str, str
         if not matched:
             raise PlanError(
                 f"quant.overrides: {pattern!r} matches none of the {len(names)} linears of the decoder layers; a "
-                f"pattern has to match the whole name, such as *.{endings(names)[0]} or {names[0]} (this model has "
+                f"pattern must match the whole name, such as *.{endings(names)[0]} or {names[0]} (this model has "
                 f"{', '.join(endings(names))})."
             )
         found |= dict.fromkeys(matched, kind)
@@ -74,9 +74,9 @@ def _require_most(shapes: ModelShapes, can: set[str]) -> None:
     if share > _MOST_KEPT:
         largest = max(kept, key=lambda name: kept[name])
         raise PlanError(
-            f"quant: {100 * share:.0f} % of the decoder layers' weights would stay in 16 bit, the largest {largest} "
-            f"{list(shapes.parameters[largest])}: this kind of layer cannot be quantized here. quant.allow_16bit=true "
-            "goes on all the same."
+            f"quant: {100 * share:.0f} % of the decoder layers' weights would stay in 16 bits, the largest {largest} "
+            f"{list(shapes.parameters[largest])}: this kind of layer cannot be quantized here. Set "
+            "quant.allow_16bit=true to continue anyway."
         )
 
 

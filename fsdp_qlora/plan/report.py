@@ -91,8 +91,8 @@ def advice(plan: TrainPlan, time: StepTime, config: RunConfig, gpu: str | None) 
         fits = peak + reserve_bytes(peak, gpu) <= parse_bytes(gpu)
         held += ", which fits" if fits else f", which does not fit {gpu}"
     lines = [
-        f"gathering takes {moving:.2f} s and computing {working:.2f} s a micro-batch: ranks wait for bytes. "
-        f"train.micro_batch_size={rows} (of {length} tokens) or as many tokens by data.packing balances them; "
+        f"gathering takes {moving:.2f} s and computing {working:.2f} s per micro-batch: ranks wait for communication. "
+        f"train.micro_batch_size={rows} (of {length} tokens) or as many tokens through data.packing balances them; "
         f"it holds {held}. The global batch is then at least {rows * plan.world_size} rows."
     ]
     if plan.settings.reshard_after_forward:

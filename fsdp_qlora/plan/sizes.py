@@ -23,7 +23,7 @@ def parse_bytes(text: str, key: str = "plan.gpu") -> int:
 
 
 def _no_amount(text: str, key: str) -> int:
-    raise ConfigError(f"{key}: {text!r} is no amount of memory; write it as 24GiB or 80GB.")
+    raise ConfigError(f"{key}: {text!r} is not an amount of memory; write it as 24GiB or 80GB.")
 
 
 def reserve_bytes(peak: int, gpu: str | None) -> int:

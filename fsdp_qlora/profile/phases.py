@@ -23,11 +23,11 @@ PHASES = {
     "dequantize": "4-bit codes to numbers",
     "gemm": "matrix products of linears and adapters",
     "attention": "scores, softmax, weighted sum",
-    "elementwise": "norms, activations, other such work, copies",
+    "elementwise": "norms, activations, similar work, copies",
     "head": "loss head: its products and softmax",
     "optimizer": "gradient norm, update",
     "data": "waiting for the batch",
-    "waiting": "for collectives and the device; all else (Python)",
+    "waiting": "for collectives and the device; everything else (Python)",
 }
 """Phase -> its description, in the order of the printed table."""
 WAITING = "waiting"

@@ -25,7 +25,7 @@ def bitsandbytes_backend(device: torch.device) -> str:
     kind = device.type
     if kind not in bitsandbytes.supported_torch_devices:
         known = ", ".join(sorted(bitsandbytes.supported_torch_devices))
-        raise PlanError(f"quant: bitsandbytes has no backend for {kind}; it has some for {known}. Set quant=none.")
+        raise PlanError(f"quant: bitsandbytes has no backend for {kind}; it supports {known}. Set quant=none.")
     native = not isinstance(cextension.lib, cextension.ErrorHandlerMockBNBNativeLibrary)
     name = kind.upper() if kind in WITHOUT_LIBRARY else cextension.BNB_BACKEND
     if not native and kind not in WITHOUT_LIBRARY:

@@ -22,7 +22,7 @@ class QuantEmbedding(QuantMatrices):
         if why := quant_format.cannot_look_up(embedding_dim):
             raise PlanError(
                 f"quant.embeddings: {why}, so the rows of the embedding share blocks. Set "
-                "quant.embeddings=none, or int8."
+                "quant.embeddings=none or int8."
             )
         super().__init__(embedding_dim, num_embeddings, quant_format, device=device)
         self.dtype, self.scale = dtype, scale

@@ -76,5 +76,5 @@ def _table() -> torch.Tensor:
     codes = codes.reshape(_MANTISSAS, -1)[:, : 2 * _PER_SIGN].reshape(_MANTISSAS, 2, -1, _MANTISSAS)
     zero = torch.ops.bitsandbytes.quantize_4bit.default(torch.zeros(64).bfloat16(), 64, "nf4", torch.uint8)[0]
     if not bool((codes[:, :, 0] == zero.view(-1)[0] & 15).all()):
-        raise NumericsError("nf4: small weights have other codes than zero in this version of bitsandbytes.")
+        raise NumericsError("nf4: small weights do not get the code of zero in this version of bitsandbytes.")
     return codes.reshape(-1).contiguous()

@@ -39,7 +39,7 @@ def _swap(model: nn.Module, linear: LinearShape, quant_format: Format, cache_deq
     if not isinstance(weight, nn.Parameter) or tuple(weight.shape) != linear.stored_shape:
         raise PlanError(f"{linear.name} is a {type(found).__name__}, not a linear layer: it cannot be quantized.")
     if weight.device != torch.device("meta"):
-        raise PlanError(f"{linear.name} holds a weight already; swap_linears works on a meta model before loading.")
+        raise PlanError(f"{linear.name} already holds a weight; swap_linears works on a meta model before loading.")
     if isinstance(found, nn.Parameter):
         delattr(parent, child)
         made = QuantMatrices(linear.in_features, linear.out_features, quant_format, linear.count)

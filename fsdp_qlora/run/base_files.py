@@ -51,9 +51,9 @@ class BaseFiles:
         """
         digests, ranks = self._digests, self._ranks
         if any_rank(self._local_rank == 0 and digests.missing(saved), ranks):
-            self._ranks.phases.enter("reading the base model's files whole")
+            self._ranks.phases.enter("hashing the base model's files")
             if ranks.is_main:
-                _log.warning("reading the base model's files whole, to compare them with those of %s", checkpoint)
+                _log.warning("hashing the base model's files to compare them with those of %s", checkpoint)
             once_per_node(lambda: digests.make(saved), ranks, self._local_rank, lambda _: None)
         on_every(lambda: digests.compare(saved, checkpoint), ranks)
 

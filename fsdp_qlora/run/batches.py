@@ -52,7 +52,7 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
     compiled = prepared.model.compiled_layers is not None
     layout = Layout.of(prepared.config, attention, compiled, prepared.ranks.is_main)
     if layout.shared_rows is not None:
-        prepared.ranks.phases.enter("trying whether rows that share a sequence see each other")
+        prepared.ranks.phases.enter("checking whether rows that share a sequence leak into each other")
         try_isolation(prepared.model, layout, prepared.ranks)
     if prepared.data.stream is not None:
         note = _bad_row_list(bad_rows, unwritten) if prepared.ranks.is_main else _ignore

@@ -113,8 +113,8 @@ def open_model(
     shapes = read_shapes(base)
     if config.data.train is not None and task_type(base) != "CAUSAL_LM":
         raise ModelError(
-            f"model.name: a {type(base).__name__} is no causal language model, and objective=sft trains only those. It "
-            "can be planned and loaded, and trained by a loop of your own (`prepare` without data)."
+            f"model.name: a {type(base).__name__} is not a causal language model, and objective=sft trains only those. "
+            "It can be planned, loaded, and trained with a loop of your own (`prepare` without data)."
         )
     plan = make_plan(config, shapes, ranks.size, budget)
     if plan.quantized or plan.quantized_edges:

@@ -68,8 +68,8 @@ def _require_alike(attentions: Sequence[str], ranks: Ranks) -> None:
     other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
     if other is not None:
         raise ModelError(
-            f"model.attn_implementation: rank 0 would take {', '.join(found[0])} and rank {other} "
-            f"{', '.join(found[other])}: their machines have different libraries. Install the same on all."
+            f"model.attn_implementation: rank 0 would use {', '.join(found[0])}, but rank {other} "
+            f"{', '.join(found[other])}: their machines have different libraries. Install the same ones on all."
         )
 
 

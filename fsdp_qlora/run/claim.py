@@ -46,7 +46,9 @@ def claim(folder: RunFolder, config: RunConfig, ranks: Ranks) -> Decision:
     digests = gather_json(digest, ranks)
     for rank, other in enumerate(digests):
         if other != digests[0]:
-            raise ConfigError(f"rank {rank} was started with other settings than rank 0; start all ranks alike.")
+            raise ConfigError(
+                f"rank {rank} was started with different settings from rank 0; start all ranks with the same ones."
+            )
     return Decision(**on_main(lambda: asdict(_take(folder, config)), ranks))
 
 
@@ -68,11 +70,11 @@ def _decide(folder: RunFolder, config: RunConfig) -> Decision:
     resume = Resume.of(config.checkpoint.resume)
     if resume.never:
         if folder.finished:
-            return Decision(True, f"the finished run that was here is now {folder.move_away()}")
+            return Decision(True, f"the finished run that was here was moved to {folder.move_away()}")
         if complete_checkpoints(folder.checkpoints):
             raise RunFolderError(
-                f"run.name: {folder.path} holds an unfinished run with checkpoints. Go on with it "
-                "(checkpoint.resume=auto), or start anew under another run.name."
+                f"run.name: {folder.path} holds an unfinished run with checkpoints. Resume it "
+                "(checkpoint.resume=auto), or start afresh under another run.name."
             )
         return Decision(True)
     if resume.newest and folder.started:
@@ -89,7 +91,7 @@ def _decide(folder: RunFolder, config: RunConfig) -> Decision:
             free, now = config.checkpoint.resume_overrides, blocking_settings(published(to_dict(config)))
             compare(without(before, free), without(now, free), folder.path)
         if finished:
-            return Decision(False, f"{folder.path} holds this run, finished; nothing to do.")
+            return Decision(False, f"{folder.path} holds this run, already finished; nothing to do.")
     return Decision(True)
 
 

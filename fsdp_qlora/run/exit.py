@@ -30,12 +30,12 @@ EXIT_VARIABLE = "FSDP_QLORA_EXIT_FILE"
 NOTHING_TO_SAVE = "stopped before the first step; there was nothing to save."
 
 _REMEDIES = {
-    errno.ENOSPC: "make room", errno.EDQUOT: "make room in the quota", errno.EACCES: "", errno.EPERM: "",
+    errno.ENOSPC: "free up space", errno.EDQUOT: "free up space in the quota", errno.EACCES: "", errno.EPERM: "",
     errno.EROFS: "it is mounted read-only", errno.EIO: "", errno.ESTALE: "the network file system has lost it",
-    errno.ENOTDIR: "", errno.ENAMETOOLONG: "choose shorter names", errno.ELOOP: "its links go round in circles",
+    errno.ENOTDIR: "", errno.ENAMETOOLONG: "choose shorter names", errno.ELOOP: "its links form a loop",
     errno.EFBIG: "raise the limit on files (ulimit -f)", errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENFILE: "the machine has no more open files to give", errno.ENOTSUP: "this file system lacks the operation",
-    errno.ENOSYS: "this file system lacks the operation", errno.ENOLCK: "this file system lacks locks",
+    errno.ENFILE: "the machine's limit on open files is reached", errno.ENOTSUP: "this file system does not support it",
+    errno.ENOSYS: "this file system does not support it", errno.ENOLCK: "this file system does not support locks",
     errno.ENOMEM: "the machine has no memory left for it (see also `ulimit -v`)",
     errno.EAGAIN: "raise the limit on processes (ulimit -u)",
 }  # fmt: skip

@@ -79,7 +79,7 @@ def _before(training: Training, folder: RunFolder, resumed: Path | None) -> list
         try:
             return read_json(file, list[str])
         except ValueError as error:
-            raise RunFolderError(f"{file} is damaged: {error}. Remove it, and the answers are made again.") from error
+            raise RunFolderError(f"{file} is damaged: {error}. Remove it to generate the answers again.") from error
     answers = training.answers()
     on_main(lambda: write_json(file, answers), training.ranks)
     return answers

@@ -56,7 +56,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"run.output_root: {self.path} cannot be made: {error.strerror}.") from error
+            raise StorageError(f"run.output_root: {self.path} cannot be created: {error.strerror}.") from error
 
     def lock(self, flock: Callable[[int, int], None] = fcntl.flock) -> None:
         """Lock the folder for this process until it ends; the kernel releases it even after kill -9.
@@ -102,7 +102,7 @@ class RunFolder:
             if error.errno not in LACKING:
                 raise StorageError(f"{self.path} cannot be locked: {error.strerror}.") from error
             _log.warning(
-                f"run.output_root: this file system knows no locks ({error.strerror}); see to it yourself "
+                f"run.output_root: this file system does not support locks ({error.strerror}); make sure yourself "
                 f"that no second run uses {self.path}."
             )
             return False

@@ -74,9 +74,7 @@ class Training:
 
     def __init__(self, prepared: Prepared, folder: RunFolder) -> None:
         if prepared.data is None:
-            raise DataError(
-                "data.train: not set. Give a JSONL, JSON or Parquet file, a hub data set, or a list of them."
-            )
+            raise DataError("data.train: not set. Give a file, a folder, a hub data set, or a list of them.")
         self.prepared, self.folder, self.config = prepared, folder, prepared.config
         self.model, self.ranks = prepared.model, prepared.ranks
         self.eval_rows = TokenRows(prepared.data.eval) if prepared.data.eval is not None else None
@@ -101,7 +99,7 @@ class Training:
     def resume(self) -> Path | None:
         """Load the checkpoint that the settings ask for; return its folder, or None for a fresh start."""
         settings = self.config.checkpoint
-        self.prepared.ranks.phases.enter("finding the checkpoint to go on from")
+        self.prepared.ranks.phases.enter("finding the checkpoint to resume from")
         found = self.checkpointer.find(Resume.of(settings.resume), self.identity, settings.resume_overrides)
         if found is None:
             return None
@@ -218,10 +216,10 @@ class Training:
             return []
 
         def say(step: int, reason: str) -> None:
-            why = f"compiling failed at step {step}: {reason}"
+            why = f"compilation failed at step {step}: {reason}"
             self.prepared.choices["train.compile"] = Choice("false", why)
             if self.ranks.is_main:
-                _log.warning("step %d: compiling failed, going on without: %s", step, reason)
+                _log.warning("step %d: compilation failed, continuing without it: %s", step, reason)
 
         return [EagerFallback(layers, self.ranks, switch(self.config.train.compile) is True, say)]
 
@@ -230,7 +228,7 @@ class Training:
         self.checkpointer.settle()
         found = self.checkpointer.find(Resume.of("auto"), self.identity, self.config.checkpoint.resume_overrides)
         if found is None:
-            raise NonFiniteError("train.on_nonfinite: rollback found no checkpoint of this run yet; it stops.")
+            raise NonFiniteError("train.on_nonfinite: rollback found no checkpoint of this run yet; the run stops.")
         self._load(*found)
 
     def run(self, tracker: Tracker, signals: StopSignals) -> bool:

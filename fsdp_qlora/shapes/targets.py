@@ -22,7 +22,7 @@ def target_linears(shapes: ModelShapes, target_modules: str | Sequence[str]) -> 
     if not candidates:
         raise PlanError(
             "lora.target_modules: this model's decoder layers have no linear layer that can take an adapter: all have "
-            "a forward of their own, or other code reads their weights."
+            "their own forward, or other code reads their weights."
         )
     if target_modules == "all-linear":
         return tuple(candidates)
@@ -31,7 +31,7 @@ def target_linears(shapes: ModelShapes, target_modules: str | Sequence[str]) -> 
         if not any(_matches(name, item) for name in candidates):
             if any(_matches(name, item) for name in linears):
                 raise PlanError(
-                    f"lora.target_modules: in this mixture of experts plain PEFT takes {item!r} for the experts' "
+                    f"lora.target_modules: in this mixture of experts, plain PEFT mistakes {item!r} for the experts' "
                     "stacked weights and could not load the adapter. Leave it out (all-linear does)."
                 )
             raise PlanError(

@@ -99,7 +99,7 @@ def cut_layers(base: PreTrainedModel, shapes: ModelShapes, kept: Sequence[int]) 
     parent = parents.pop()
     layers = base.get_submodule(parent)
     if parents or not isinstance(layers, nn.ModuleList) or len(layers) != len(shapes.layers):
-        raise PlanError(f"plan.simulate: the layers of {type(base).__name__} are not one list; it cannot be cut.")
+        raise PlanError(f"plan.simulate: the layers of {type(base).__name__} are not one list, so they cannot be cut.")
     owner, _, child = parent.rpartition(".")
     setattr(base.get_submodule(owner), child, nn.ModuleList(layers[i] for i in kept))
     # Into the configs' own dicts: the config is briefly inconsistent, and its setters would reject that.

@@ -84,7 +84,7 @@ class Simulation:
             return "the whole model"
         *cuts, last = self.depths
         depths = ", ".join(map(str, cuts))
-        return f"extrapolated from {depths} layers, checked with {last}: {100 * self.checked:.2f} % off at most"
+        return f"extrapolated from {depths} layers, checked with {last}: at most {100 * self.checked:.2f} % off"
 
     def rows(self, plan: TrainPlan) -> list[tuple[str, str]]:
         """Return the planned and the simulated bytes side by side, as rows of a table."""
@@ -245,7 +245,7 @@ def _by_name(
         names[base.get_submodule(module)] = f"{article}{which} layer" + (f" of kind {kind + 1}" if several else "")
     found: dict[str, TensorBytes] = {}
     for (phase, module), peak in peaks.items():
-        name = f"{phase} of {names.get(module, 'what is in no unit')}"
+        name = f"{phase} of {names.get(module, 'modules outside all units')}"
         if name not in found or peak.total > found[name].total:
             found[name] = peak
     return found

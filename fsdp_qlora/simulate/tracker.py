@@ -239,7 +239,7 @@ def simulated_ranks(world_size: int, shard_degree: int = 0, replicate_degree: in
         PlanError: if this process already has a process group.
     """
     if dist.is_initialized():
-        raise PlanError("plan.simulate: this process has a process group open; simulate in one of its own.")
+        raise PlanError("plan.simulate: this process already has a process group; simulate in a separate process.")
     replicate, shard = degrees(shard_degree, replicate_degree, world_size)
     dist.init_process_group("fake", rank=0, world_size=world_size)
     try:

@@ -63,9 +63,9 @@ def describe(values: dict[str, Any]) -> str:
     """Return the values worth showing, as one line."""
     if "bad_step" in values:
         first, after = values["left_out"]
-        return f"after bad step {values['bad_step']}: rows at {first}..{after - 1} are left out. {values['reason']}"
+        return f"after bad step {values['bad_step']}: rows at {first}..{after - 1} are skipped. {values['reason']}"
     if "checkpoint_stall_seconds" in values:
-        return f"checkpoint begun, training held up for {values['checkpoint_stall_seconds']:.3f} s"
+        return f"checkpoint started, training paused for {values['checkpoint_stall_seconds']:.3f} s"
     if "eval_loss" in values:
         metrics = {name.removeprefix("eval_"): value for name, value in values.items() if isinstance(value, float)}
         return f"eval loss {metrics.pop('loss'):.4f}" + "".join(f", {n} {v:.2f}" for n, v in metrics.items())

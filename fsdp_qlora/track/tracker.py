@@ -84,7 +84,7 @@ class Beside:
             work(self._sink)
         except Exception as error:  # a service, a socket, a full disk: none may stop the run
             self._sink = None
-            failed = "%s failed and gets no more values (%s); metrics.jsonl has everything."
+            failed = "%s failed and receives no more values (%s); metrics.jsonl has everything."
             _log.warning(failed, self._name, typed_line(error))
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -31,5 +31,5 @@ class Unwritten:
         """
         if self.problem:
             raise StorageError(
-                f"{self.problem} The run was saved and stopped; make room or mend it, and the same command goes on."
+                f"{self.problem} The run was saved and stopped; free up space or fix it, and the same command resumes."
             )

@@ -34,8 +34,9 @@ def open_wandb(
     problem, left_out = "", _workspace_settings()
     if left_out:
         warn(
-            f"track=wandb: {left_out[0]} is not read, because others may have put it there. What you need of it can be "
-            "set in your own settings (~/.config/wandb/settings) or in the environment (WANDB_BASE_URL, WANDB_ENTITY)."
+            f"track=wandb: {left_out[0]} is ignored, because others may have put it there. What you need from it can "
+            "be set in your own settings (~/.config/wandb/settings) or in the environment (WANDB_BASE_URL, "
+            "WANDB_ENTITY)."
         )
     for mode in (None, "offline") if _has_key() else ("offline",):
         try:
@@ -43,7 +44,8 @@ def open_wandb(
                 server = _load_settings(leave_here=bool(left_out))
                 if server and mode is None:
                     warn(
-                        f"W&B: key and metrics go to {shown_source(server)}, as your environment or your settings say."
+                        f"W&B: API key and metrics go to {shown_source(server)}, as set in your environment or "
+                        "settings."
                     )
                 sink = WandbSink(folder, name, settings, config, mode)
         except Exception as error:  # from W&B, its HTTP library or its service process

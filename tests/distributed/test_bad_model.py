@@ -41,10 +41,12 @@ def _refused(ranks: Ranks, folders: list[str], quant: dict) -> tuple[str, int, b
 Q, DOWN = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"
 GATE = "model.layers.1.mlp.gate_proj.weight"
 SEEN_BY_THE_LAST = {
-    "NaN in a quantized weight": (lambda f: poison(f, DOWN, (127, 351)), {}, [DOWN, "not finite numbers"]),
+    "NaN in a quantized weight": (lambda f: poison(f, DOWN, (127, 351)), {}, [DOWN, "values that are not finite"]),
     "infinity without double quantization": (
-        lambda f: poison(f, GATE, (351, 0), float("-inf")), {"double_quant": False}, [GATE, "not finite numbers"]),
-    "NaN in an unquantized weight": (lambda f: poison(f, Q, (127, 3)), {"name": "none"}, [Q, "not finite numbers"]),
+        lambda f: poison(f, GATE, (351, 0), float("-inf")), {"double_quant": False},
+        [GATE, "values that are not finite"]),
+    "NaN in an unquantized weight": (
+        lambda f: poison(f, Q, (127, 3)), {"name": "none"}, [Q, "values that are not finite"]),
     "NaN in a norm": (lambda f: poison(f, "model.norm.weight", (127,)), {}, ["model.norm.weight", "not finite"]),
     "a shape": (_change_shape, {}, ["model.layers.0.mlp", "the model needs [350, 128]"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), {}, ["no *.safetensors file"]),
@@ -114,7 +116,7 @@ def test_a_hub_name_without_network(pool, tmp_path):
     assert len({result[:3] for result in results}) == 1
     message, code, alike, seconds = results[0]
     assert code == 2 and alike and seconds < 10
-    assert message.startswith("model.name: owner/tiny is no folder here and the hub did not give it")
+    assert message.startswith("model.name: owner/tiny is not a local folder, and the hub did not provide it")
 
 
 def _refused_offline(ranks: Ranks, folder: str) -> tuple[str, int, bool, float]:

@@ -94,5 +94,5 @@ def _different(ranks: Ranks, root: str) -> str:
 
 def test_ranks_that_were_started_apart_are_refused_before_anything_is_touched(pool, tmp_path):
     answers = pool.run(2, _different, str(tmp_path / "x"))
-    assert all(a.startswith("2 rank 1 was started with other settings") for a in answers)
+    assert all(a.startswith("2 rank 1 was started with different settings") for a in answers)
     assert not (tmp_path / "x").exists()

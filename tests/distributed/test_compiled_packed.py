@@ -118,5 +118,5 @@ def test_compiling_that_auto_chose_and_fails_on_one_rank_is_left_by_all_and_said
     groups["train"]["compile"] = "false"
     plain = pool.run(2, run_fit, str(tiny_model), str(tmp_path), "plain", groups)[0]
     for outcome, said, trained in found:
-        assert outcome == "trained" and said.startswith("false (compiling failed at step 1: rank 1: ")
+        assert outcome == "trained" and said.startswith("false (compilation failed at step 1: rank 1: ")
         assert trained == pytest.approx(losses(plain["metrics"]), rel=FP32_LOSSES)

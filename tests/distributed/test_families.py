@@ -158,5 +158,5 @@ def test_encoder_decoders_and_encoders_load_and_train_as_upstream_does(pool, tmp
 
 def test_what_the_objective_cannot_train_is_said(pool, chat_rows, tmp_path):
     folder = write_family(tmp_path / "model", "t5")
-    with pytest.raises(Exception, match="no causal language model, and objective=sft trains only those"):
+    with pytest.raises(Exception, match="not a causal language model, and objective=sft trains only those"):
         pool.run(1, run_fit, str(folder), str(tmp_path), "no", _groups(chat_rows))

@@ -90,7 +90,7 @@ def test_truncated_weights_on_two_ranks(cli, tiny_run, tiny_model, tmp_path):
     folder = _truncated(tiny_model, tmp_path / "cut")
     started = time.monotonic()
     result = cli("train", *tiny_run, f"model.name={folder}", "launcher.nproc_per_node=2")
-    _refused(result, "model.safetensors", "cut short")
+    _refused(result, "model.safetensors", "truncated")
     assert result.stderr.strip().splitlines()[-1].startswith("fsdp-qlora, rank")
     assert time.monotonic() - started < 60
     assert json.loads((tmp_path / "outputs/tiny/exit.json").read_text())["code"] == 2
@@ -176,5 +176,5 @@ def test_bad_model_files(tmp_path):
         SafetensorsFolder(folder)
     for damaged in (b"", data[:5], b"\xff" * 8 + data[8:], data[:8] + b"x" * 100):
         part.write_bytes(damaged)
-        with pytest.raises(ModelError, match=r"damaged|cut short"):
+        with pytest.raises(ModelError, match=r"damaged|truncated"):
             SafetensorsFolder(folder)

@@ -105,7 +105,7 @@ def test_without_locks_a_run_warns_and_goes_on(tmp_path, capsys, number):
     folder.create()
     folder.lock(_lacks(number))
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "knows no locks" in err and str(folder.path) in err
+    assert err.count("\n") == 1 and "does not support locks" in err and str(folder.path) in err
     folder.begin({"a": 1})
     folder.unlock()
 

@@ -60,7 +60,7 @@ def test_an_inherited_folder_is_checked_alike(tmp_path):
     settle_compile_caches(env)
     assert set(env.values()) == {str(folder)}
     folder.chmod(0o777)
-    with pytest.raises(SecurityError, match=r"TORCHINDUCTOR_CACHE_DIR.*others can write"):
+    with pytest.raises(SecurityError, match=r"TORCHINDUCTOR_CACHE_DIR.*others can write to"):
         settle_compile_caches(env)
     assert SecurityError.exit_code == 77
 
@@ -69,7 +69,7 @@ def test_a_parent_that_everybody_can_write_is_no_safe_place(tmp_path):
     outer = tmp_path / "outer"
     (outer / "mine").mkdir(parents=True, mode=0o700)
     outer.chmod(0o777)
-    with pytest.raises(SecurityError, match="everybody can write"):
+    with pytest.raises(SecurityError, match="everybody can write to"):
         settle_compile_caches(dict.fromkeys(COMPILED_PLACES, str(outer / "mine")))
     outer.chmod(0o1777)  # as /tmp is: only owners replace what is theirs
     settle_compile_caches(dict.fromkeys(COMPILED_PLACES, str(outer / "mine")))

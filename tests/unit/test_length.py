@@ -63,7 +63,7 @@ def test_a_warm_up_as_long_as_the_run_is_said(steps, said):
     notice = warmup_notice(ScheduleSettings(warmup_steps=steps), 10)
     assert bool(notice) == said
     if said:
-        assert notice.startswith("schedule.warmup_steps: ") and f"takes {steps} steps and the run has 10" in notice
+        assert notice.startswith("schedule.warmup_steps: ") and f"takes {steps} steps, but the run has 10" in notice
 
 
 def test_a_warm_up_by_ratio_may_be_the_whole_run_of_one_step():

@@ -127,11 +127,13 @@ def test_a_name_that_is_nowhere_says_where_it_was_looked_for(tmp_path, monkeypat
     for name, said in (
         (
             "models/lama-small",
-            "(models is here, without it. Did you mean 'llama-small'?); then models/lama-small on http",
+            "(models exists, but does not contain it. Did you mean 'llama-small'?); then models/lama-small on http",
         ),
         ("nowhere/llama", f"the folder {tmp_path}/nowhere/llama; then nowhere/llama on http"),
     ):
         with pytest.raises(ModelError) as refused:
             resolve_folder(name)
-        assert said in str(refused.value) and "is no folder here and the hub did not give it" in str(refused.value)
+        assert said in str(refused.value) and "is not a local folder, and the hub did not provide it" in str(
+            refused.value
+        )
     assert needs_hub("Qwen/Qwen3-8B") and not needs_hub("./Qwen/Qwen3-8B")

@@ -139,17 +139,17 @@ STATE = "quant_state.bitsandbytes__nf4"
     (_put(STATE, _bytes(b"\xff\xfe")), "is not JSON"),
     (_put(STATE, _bytes(b"[1]")), "is not a JSON object"),
     (_put(STATE, torch.zeros(70000, dtype=torch.uint8)), "has 70000 bytes"),
-    (_scale("quant_map"), r"quant_map holds other values"),
-    (_scale("nested_quant_map"), r"nested_quant_map holds other values"),
+    (_scale("quant_map"), r"quant_map holds different values"),
+    (_scale("nested_quant_map"), r"nested_quant_map holds different values"),
     (_drop("nested_quant_map"), r"no tensor .*nested_quant_map"),
     (_drop("nested_absmax"), r"no tensor .*nested_absmax"),
     (_drop("absmax"), r"no tensor .*q_proj\.weight\.absmax"),
     (_drop(STATE), r"q_proj\.weight has 0 of the tensors"),
     (_put("quant_state.bitsandbytes__fp4", _bytes(b"{}")), "has 2 of the tensors"),
-    (_put("absmax", torch.zeros(255, dtype=torch.uint8)), "has 255 bytes, its weight needs 256"),
+    (_put("absmax", torch.zeros(255, dtype=torch.uint8)), "has 255 bytes, but its weight needs 256"),
     (_put("absmax", torch.zeros(256)), "is F32, not U8"),
-    (_put("nested_absmax", torch.zeros(2)), "has 8 bytes, its weight needs 4"),
-    (lambda tensors: tensors.update({Q: tensors[Q][1:].clone()}), "8191 bytes, its weight needs 8192"),
+    (_put("nested_absmax", torch.zeros(2)), "has 8 bytes, but its weight needs 4"),
+    (lambda tensors: tensors.update({Q: tensors[Q][1:].clone()}), "8191 bytes, but its weight needs 8192"),
     (lambda tensors: tensors.update({Q.removesuffix("weight") + "SCB": torch.ones(128)}), "int8 form"),
 ])  # fmt: skip
 def test_what_would_change_the_numbers_is_refused_by_name(packed, tmp_path, edit, said):
@@ -170,7 +170,7 @@ def test_statistics_that_are_not_finite_are_refused_by_name(packed, tmp_path, do
 @pytest.mark.parametrize(("stored", "asked", "said"), [
     (("fp4", False), ("nf4", True), "set quant=fp4 quant.double_quant=false"),
     (("nf4", False), ("nf4", True), r"the settings ask for nf4 with double quantization; set quant.double_quant=false"),
-    (("nf4", True), ("none", False), r"ask for 16 bit; set quant=nf4 quant.double_quant=true"),
+    (("nf4", True), ("none", False), r"ask for 16 bits; set quant=nf4 quant.double_quant=true"),
 ])  # fmt: skip
 def test_other_settings_than_the_stored_format_name_the_overrides(packed, stored, asked, said):
     folder = packed(*stored)
@@ -258,7 +258,7 @@ def test_an_export_appears_whole_or_not_at_all(tiny_model, packed, tmp_path, mon
     target = tmp_path / "base"
     with pytest.raises(ModelError, match=r"export\.to: .* not empty"):
         _export(tiny_model, tiny_model)
-    with pytest.raises(ModelError, match="quantized already"):
+    with pytest.raises(ModelError, match="already quantized"):
         _export(packed(), target)
 
     real, calls = quantized_base.save_file, []

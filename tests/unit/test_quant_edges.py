@@ -41,7 +41,7 @@ def test_looked_up_rows_are_the_dequantized_tables_to_the_bit(double_quant, dtyp
 
 
 def test_an_embedding_whose_rows_share_blocks_is_refused():
-    with pytest.raises(PlanError, match=r"quant\.embeddings: the hidden size 100 is no multiple of 64"):
+    with pytest.raises(PlanError, match=r"quant\.embeddings: the hidden size 100 is not a multiple of 64"):
         QuantEmbedding(10, 100, build_format(), torch.float32)
 
 
@@ -103,7 +103,7 @@ def test_layers_that_cannot_be_quantized_are_refused_unless_allowed():
     shapes = read_shapes(model)
     config = {"model": {"name": "x"}, "quant": {"name": "nf4"}}
     with pytest.raises(
-        PlanError, match=r"\d+ % of the decoder layers' weights would stay in 16 bit, the largest .*exp"
+        PlanError, match=r"\d+ % of the decoder layers' weights would stay in 16 bits, the largest .*exp"
     ):
         make_plan(from_dict(config), shapes, 1)
     config["quant"]["allow_16bit"] = True

@@ -109,7 +109,7 @@ def test_a_run_whose_retention_fails_says_so_once_and_goes_on(tmp_path):
     assert modes == {0o600}, modes
 
 
-OTHERS = {"everybody can write": (lambda path: path.chmod(0o777)),
+OTHERS = {"everybody can write to": (lambda path: path.chmod(0o777)),
           "belongs to another user": (lambda path: os.chown(path, 4711, 4711))}  # fmt: skip
 
 

@@ -69,7 +69,10 @@ def test_torchs_private_tracker_still_counts_to_the_byte() -> None:
 
 
 def test_a_process_with_real_ranks_is_refused(tiny_model: Path) -> None:
-    with simulated_ranks(2), pytest.raises(PlanError, match=r"plan\.simulate: this process has a process group open"):
+    with (
+        simulated_ranks(2),
+        pytest.raises(PlanError, match=r"plan\.simulate: this process already has a process group"),
+    ):
         simulate(config_of(str(tiny_model)), 2)
 
 

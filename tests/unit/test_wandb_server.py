@@ -61,7 +61,7 @@ def test_a_server_that_a_folder_names_gets_no_key(cli_env, tmp_path, canary, pla
     done = _run(cli_env, tmp_path, WANDB_DIR=str(tmp_path / "scratch"))
     assert done.returncode == 0 and "logged offline" in done.stderr, done.stderr
     assert not heard and url not in done.stderr
-    assert (f"{tmp_path / place / 'settings'} is not read" in done.stderr) == (place in ("wandb", ".wandb"))
+    assert (f"{tmp_path / place / 'settings'} is ignored" in done.stderr) == (place in ("wandb", ".wandb"))
 
 
 @pytest.mark.full
@@ -74,4 +74,4 @@ def test_a_server_of_the_users_own_is_used_and_shown(cli_env, tmp_path, canary, 
         (own / "settings").write_text(f"[default]\nbase_url = {url}\n")
     done = _run(cli_env, tmp_path, **({"WANDB_BASE_URL": url} if way == "environment" else {}))
     assert done.returncode == 0 and heard, done.stderr
-    assert f"fsdp-qlora: W&B: key and metrics go to {url}" in done.stderr
+    assert f"fsdp-qlora: W&B: API key and metrics go to {url}" in done.stderr

@@ -68,9 +68,9 @@ def _first_entry(table: dict) -> dict:
 NORM = "model.norm.weight"
 DAMAGE = {
     "a file is missing": (lambda f: _parts(f)[0].unlink(), "1 of {count} weight files are missing: {first}"),
-    "a file is cut by a byte": (lambda f: _cut(f, 1), "{second} is cut short"),
-    "a file is empty": (lambda f: _parts(f)[1].write_bytes(b""), "{second} is damaged or cut short"),
-    "header of another format": (lambda f: _parts(f)[1].write_bytes(b"PK\3\4" * 50), "{second} is damaged or cut short"),
+    "a file is cut by a byte": (lambda f: _cut(f, 1), "{second} is truncated"),
+    "a file is empty": (lambda f: _parts(f)[1].write_bytes(b""), "{second} is damaged or truncated"),
+    "header of another format": (lambda f: _parts(f)[1].write_bytes(b"PK\3\4" * 50), "{second} is damaged or truncated"),
     "header is no JSON": (
         lambda f: _parts(f)[1].write_bytes((4).to_bytes(8, "little") + b"oops"), "{second} is damaged: its header"),
     "header without offsets": (
@@ -114,7 +114,7 @@ def test_of_two_sets_of_files_the_one_that_transformers_reads_is_read(tiny_model
 
 
 @pytest.mark.parametrize(("name", "shape", "message"), [
-    ("model.norm.weight", (64,), r"model.norm.weight is \[128\], the model needs \[64\]"),
+    ("model.norm.weight", (64,), r"model.norm.weight is \[128\], but the model needs \[64\]"),
     ("model.nrm.weight", (128,), "no tensor model.nrm.weight"),
 ])  # fmt: skip
 def test_a_tensor_that_the_model_does_not_fit_is_named(sharded_model, name, shape, message):

@@ -104,7 +104,7 @@ class Blocks4(Format):
 
     def cannot_look_up(self, width: int) -> str:
         """Return why rows of a table cannot be looked up on their own, or an empty string if they can."""
-        return f"the hidden size {width} is no multiple of {self.block_size}" if width % self.block_size else ""
+        return f"the hidden size {width} is not a multiple of {self.block_size}" if width % self.block_size else ""
 
     def look_up(self, table: QuantizedTensor, ids: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the rows ``ids``, int64 ``[n]``, of a table: ``[n, width]`` in ``dtype``; no others are dequantized.

@@ -44,7 +44,7 @@ class Int8(Format):
         half = weights.view(-1, in_features).to(torch.float16)
         codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(half)
         if not bool(torch.isfinite(absmax).all()):
-            raise NumericsError("int8: a weight is out of float16's range (65504); use quant=nf4 or none for it.")
+            raise NumericsError("int8: a weight is outside float16's range (65504); use quant=nf4 or none for it.")
         return codes, absmax
 
     def dequantize(self, quantized: QuantizedTensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
