@@ -54,7 +54,6 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
     from fsdp_qlora.adapters.replicated import ReplicatedGradients
     from fsdp_qlora.config.schema import from_dict
     from fsdp_qlora.data.loader import Batch, MicroBatch
-    from fsdp_qlora.distributed.seeds import seed_of
     from fsdp_qlora.objectives import build_objective
     from fsdp_qlora.optim.optimizers import ShardedOptimizer
     from fsdp_qlora.parallel.shard import synchronize_gradients
@@ -79,8 +78,8 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
     optimizer = ShardedOptimizer(trainable_parameters(prepared.model), config.optim)
     settings = StepSettings(
         objective=build_objective("sft"), ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,
-        seed_of=seed_of, around=contextlib.nullcontext,
-        after_backward=(ReplicatedGradients(optimizer.parameters.items(), ranks), *_compiled(prepared)),
+        around=contextlib.nullcontext, reduce=ReplicatedGradients(optimizer.parameters.items(), ranks),
+        checks=_compiled(prepared),
     )  # fmt: skip
     prepared.model.train()
     number = 0

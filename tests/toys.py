@@ -78,8 +78,8 @@ class Squared(Objective):
 
     name = "squared"
 
-    def sums(self, model, micro_batch, device):
-        losses = token_losses(model, micro_batch, device)
+    def sums(self, model, micro_batch):
+        losses = token_losses(model, micro_batch)
         return {"squares": (losses.square().sum(), TOKENS), "of_rows": (0.01 * losses.sum(), ROWS)}
 
     def metrics(self, loss, means):

@@ -39,6 +39,8 @@ PRIVATE: dict[str, tuple[str, str, str]] = {
     "torch._inductor": ("parallel/compile.py", "torch", "test_compile.py"),
     "torch._functorch": ("parallel/compile.py", "torch", "test_compile.py"),
     "_config": ("parallel/compile.py", "torch.fx.experimental", "test_compile.py"),
+    "_foreach_norm": ("optim/optimizers.py", "torch", "test_optim.py"),
+    "_foreach_mul_": ("optim/optimizers.py", "torch", "test_optim.py"),
     "_cdata": ("parallel/offload.py", "torch.UntypedStorage()", "test_offload.py"),
     "_scaled_dot_product_flash_attention": ("parallel/recompute.py", "torch.ops.aten", "test_fast_paths.py"),
     "_scaled_dot_product_efficient_attention": ("parallel/recompute.py", "torch.ops.aten", "test_fast_paths.py"),

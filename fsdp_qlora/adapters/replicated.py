@@ -21,7 +21,7 @@ Named = Iterable[tuple[str, nn.Parameter]]
 
 
 class ReplicatedGradients:
-    """Sums the gradients of unsharded parameters; call it after the last backward of a step, with the step's number.
+    """Sums the gradients of unsharded parameters; call it after the last backward of a step.
 
     All gradients are concatenated and all-reduced as one float32 tensor; afterwards they are views of it. The result is
     bit-identical on every rank (each sum is computed in one place and sent to all), and so are the updated parameters:
@@ -38,7 +38,7 @@ class ReplicatedGradients:
         self._ranks = ranks
 
     @torch.no_grad()
-    def __call__(self, step: int = 0) -> None:
+    def __call__(self) -> None:
         """Reduce the gradients. Parameters without a gradient on any rank stay without one. Every rank must call it."""
         if not self._parameters or self._ranks.size == 1:
             return
@@ -46,7 +46,9 @@ class ReplicatedGradients:
         with record_function(GATHER):
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
             # Also sum how many ranks have each gradient: one that is missing here may exist on another rank.
-            counts = torch.tensor(found, dtype=torch.float32, device=grads[0].device)
+            counts = grads[0].new_ones(len(found))
+            if not all(found):  # a copy from the host, which waits for the device
+                counts.copy_(torch.tensor(found))
             flat = torch.cat([*(grad.view(-1) for grad in grads), counts])
         dist.all_reduce(flat, group=self._ranks.group)
         *views, counts = flat.split([*self._sizes, len(found)])

@@ -22,7 +22,7 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.root import CausalModel
-from fsdp_qlora.objectives.sft import token_losses
+from fsdp_qlora.objectives import token_losses
 
 _LENGTHS = (12, 9, 11)
 """Row lengths in tokens, used in turn; uneven, so that boundaries differ from those of equal parts."""
@@ -135,11 +135,11 @@ def try_isolation(model: CausalModel, layout: Layout, ranks: Ranks) -> None:
         return [(ids, torch.ones(len(ids), dtype=torch.bool)) for ids in rows]
 
     def together(sequences: list[list[torch.Tensor]]) -> torch.Tensor:
-        return token_losses(model, layout.micro_batch([learned(rows) for rows in sequences]), ranks.device)
+        return token_losses(model, layout.micro_batch([learned(rows) for rows in sequences]).to(ranks.device))
 
     def alone(sequences: list[list[torch.Tensor]]) -> torch.Tensor:
         padded = replace(pack([learned(rows) for rows in sequences]), position_ids=None)
-        return token_losses(model, padded, ranks.device)
+        return token_losses(model, padded.to(ranks.device))
 
     vocab_size = model.base.config.get_text_config().vocab_size
     shares = "data.padding_free" if layout.data.padding_free else "model.attn_implementation"

@@ -37,7 +37,7 @@ from fsdp_qlora.errors import FsdpQloraError, ModelError, typed_line
 from fsdp_qlora.export.adapter import export_adapter, short_targets
 from fsdp_qlora.files.scratch import scratch_folder
 from fsdp_qlora.model.root import CausalModel
-from fsdp_qlora.objectives.sft import token_losses
+from fsdp_qlora.objectives import token_losses
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.quant.formats import one_thread
 
@@ -261,7 +261,7 @@ class _Twin:
         micro_batch = self.layout.micro_batch([[next(pieces) for _ in range(count)] for count in self._pattern])
         self.model.train(train)
         with torch.set_grad_enabled(gradients):
-            found = token_losses(self.model, micro_batch, self.ranks.device)
+            found = token_losses(self.model, micro_batch.to(self.ranks.device))
             if gradients:
                 found.sum().backward()
         return list(found.detach().split([len(row) - 1 for row in rows]))

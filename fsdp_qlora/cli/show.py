@@ -18,7 +18,6 @@ from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.data.samples import segments
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.files.write import copy_regular
-from fsdp_qlora.objectives import Objective
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.profile.phases import PHASES, WAITING
 from fsdp_qlora.quant.backend import bitsandbytes_backend
@@ -112,14 +111,14 @@ def print_stopped(folder: RunFolder) -> None:
     print(f"stopped by a signal: {state}to resume, run the same command with checkpoint.resume=auto.", flush=True)
 
 
-def print_summary(summary: dict[str, Any], folder: RunFolder, objective: Objective) -> None:
+def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     """Print the table at the end of a run."""
     rows: list[tuple[str, str]] = []
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     if before is not None and after is not None:
         rows.append(("held-out loss", f"{before:.4f} -> {after:.4f}"))
-        ends = [objective.metrics(loss, {}) for loss in (before, after)]
-        rows += [(f"held-out {name}", f"{ends[0][name]:.2f} -> {ends[1][name]:.2f}") for name in ends[0]]
+        first, last = summary.get("metrics_before", {}), summary.get("metrics_after", {})
+        rows += [(f"held-out {name}", f"{first[name]:.2f} -> {last[name]:.2f}") for name in first if name in last]
     for sample in summary["samples"]:
         rows.append((f"{sample['prompt']} (before)", sample["before"]))
         rows.append((f"{sample['prompt']} (after)", sample["after"]))

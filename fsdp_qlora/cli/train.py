@@ -13,7 +13,6 @@ from fsdp_qlora.distributed.patience import Patience
 from fsdp_qlora.distributed.signals import STOP_SIGNALS, StopSignals, take_signals
 from fsdp_qlora.distributed.watch import Leave, Outside, Watch
 from fsdp_qlora.errors import STOPPED_EXIT_CODE
-from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.claim import claim
 from fsdp_qlora.run.exit import (
     NOTHING_TO_SAVE,
@@ -114,7 +113,7 @@ def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signal
     if main:
         folder.write_exit(code, 0)
         if result.finished:
-            print_summary(result.summary, folder, build_objective(config.objective.name))
+            print_summary(result.summary, folder)
         else:
             print_stopped(folder)
     return code
@@ -123,4 +122,4 @@ def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signal
 def _show(config: RunConfig, folder: RunFolder, main: bool, note: str) -> None:
     if main:
         print(note)
-        print_summary(folder.read_summary(), folder, build_objective(config.objective.name))
+        print_summary(folder.read_summary(), folder)

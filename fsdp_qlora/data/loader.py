@@ -6,8 +6,9 @@ The position counts rows since the start over all ranks. Position ``p`` is entry
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -50,6 +51,24 @@ class MicroBatch:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "supervised", supervised_positions(self.labels))
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Return the micro-batch on a device; copies from pinned memory are asynchronous."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """Return the micro-batch in pinned host memory."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        changed = copy(self)  # not `replace`, which would look for the supervised positions again
+        for name in ("input_ids", "labels", "position_ids", "supervised"):
+            if (tensor := getattr(self, name)) is not None:
+                object.__setattr__(changed, name, change(tensor))
+        if self.sequences is not None:
+            moved = replace(self.sequences, boundaries=change(self.sequences.boundaries))
+            object.__setattr__(changed, "sequences", moved)
+        return changed
 
 
 @dataclass(frozen=True)
@@ -217,13 +236,17 @@ class Loader:
 
 def build_batch(rows: Rows, chosen: list[int], cut: Cut) -> Batch:
     """Cut rows into micro-batches and collate this rank's."""
+    micro_batches = list(cut_rows(rows, chosen, cut))
+    return Batch(micro_batches, len(chosen), int(rows.lengths[chosen].sum()), weights_of(rows, chosen))
+
+
+def cut_rows(rows: Rows, chosen: list[int], cut: Cut) -> Iterator[MicroBatch]:
+    """Cut rows into micro-batches and yield this rank's, one by one."""
     pieces = cut.pieces(rows, chosen)
-    return Batch(
-        [
-            idle_micro_batch() if number is None else rows.collate(pieces[number], number)
-            for number in deal(len(pieces), cut.rank, cut.num_ranks)
-        ],
-        num_rows=len(chosen),
-        num_tokens=int(rows.lengths[chosen].sum()),
-        weights={TOKENS: int(rows.targets[chosen].sum()), ROWS: len(chosen)},
-    )
+    for number in deal(len(pieces), cut.rank, cut.num_ranks):
+        yield idle_micro_batch() if number is None else rows.collate(pieces[number], number)
+
+
+def weights_of(rows: Rows, chosen: list[int]) -> dict[str, int]:
+    """Return the denominators of the loss over the chosen rows, which are those of all ranks."""
+    return {TOKENS: int(rows.targets[chosen].sum()), ROWS: len(chosen)}

@@ -15,11 +15,23 @@ from fsdp_qlora.errors import attempt, raise_alike
 _T = TypeVar("_T")
 
 
-def all_sum(values: Sequence[float] | torch.Tensor, ranks: Ranks) -> list[float]:
-    """Return the element-wise sums of ``values`` over all ranks, computed in float64."""
-    tensor = torch.as_tensor(values, dtype=torch.float64).to(ranks.device)
+def all_sum(values: Sequence[float | torch.Tensor] | torch.Tensor, ranks: Ranks) -> list[float]:
+    """Return the element-wise sums of ``values`` over all ranks, computed in float64.
+
+    Waits for the device once; scalars that are on it already, ``[]``, stay there until they are summed.
+    """
+    if isinstance(values, torch.Tensor):
+        tensor = values.to(ranks.device, torch.float64)
+    else:
+        tensor = torch.stack([_scalar(value, ranks.device) for value in values])
     dist.all_reduce(tensor, group=ranks.group)
     return tensor.tolist()
+
+
+def _scalar(value: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device, torch.float64, non_blocking=True)
+    return torch.full((), value, dtype=torch.float64, device=device)  # a copy from the host would wait for the device
 
 
 def all_max(value: float, ranks: Ranks) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,10 +97,10 @@ class BlockwiseOptimizer(LocalOptimizer):
         last block, which is in no checkpoint.
         """
         state = dict(self.state.get(leaf.local, {})) or self._allocate(leaf)
-        for number, table in enumerate(self._tables_on(leaf.local.device), 1):
+        for number, code in enumerate(_codes_of_zero(), 1):
             for value in (state.get(f"state{number}"), state.get(f"absmax{number}")):
                 if value is not None:
-                    value.fill_(int(table.abs().argmin()) if value.dtype == torch.uint8 else 0)
+                    value.fill_(code if value.dtype == torch.uint8 else 0)
         return state | {"step": step}
 
     def _allocate(self, leaf: Leaf) -> dict[str, Any]:
@@ -148,6 +149,13 @@ class BlockwiseOptimizer(LocalOptimizer):
                 absmax = absmax.view(len(moments), absmax.shape[-1])[i]
                 found.append(Blocks(name, stored, absmax, self._tables_on(local.device)[number - 1]))
         return found
+
+
+@cache
+def _codes_of_zero() -> tuple[int, int]:
+    """Return the codes of zero, for signed and unsigned moments."""
+    signed, unsigned = (int(functional.create_dynamic_map(signed=s).abs().argmin()) for s in (True, False))
+    return signed, unsigned
 
 
 def _slow_moment(settings: OptimSettings, step: int) -> tuple[float, float]:

@@ -56,17 +56,18 @@ class ShardedOptimizer:
         plain = "adamw_8bit" if self.settings.name.endswith("_8bit") else "adamw"
         return f"optim={self.settings.name}: the optimizer is on the CPU, where nothing is paged; it runs as {plain}."
 
-    def grad_square_sum(self, ranks: Ranks) -> float:
-        """Return this rank's part of the gradient's sum of squares, in float64; the parts of all ranks add up to it."""
+    def grad_square_sum(self, ranks: Ranks) -> torch.Tensor:
+        """Return this rank's part of the gradient's sum of squares, float64 ``[]``; all ranks' parts add up to it."""
         # A shard exists on each of `num_replicas` ranks and an unsharded gradient on all, so each counts for its share.
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for whole, copies in ((False, ranks.num_replicas), (True, ranks.size)):
             chosen = [
                 p.grad for p in self.parameters.values() if isinstance(p, DTensor) != whole and p.grad is not None
             ]
             grads = [grad for grad in map(local_tensor, chosen) if grad.numel()]
-            norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
-            total += float(torch.stack(norms).square().sum()) / copies if norms else 0.0
+            if grads:
+                norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float64))  # type: ignore[reportPrivateImportUsage]
+                total += (norms.square().sum() / copies).to(ranks.device, non_blocking=True)
         return total
 
     @torch.no_grad()
@@ -77,8 +78,9 @@ class ShardedOptimizer:
             # FSDP moves its shards to new storage when it first runs, so refresh the leaf's view of the shard.
             leaf.local.data = local_tensor(parameter).detach()
             leaf.local.grad = None if parameter.grad is None else local_tensor(parameter.grad).detach()
-            if leaf.local.grad is not None and grad_scale != 1.0:
-                leaf.local.grad.mul_(grad_scale)
+        grads = [leaf.local.grad for leaf in self._leaves if leaf.local.grad is not None]
+        if grads and grad_scale != 1.0:
+            torch._foreach_mul_(grads, grad_scale)  # type: ignore[reportPrivateImportUsage]
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 from fsdp_qlora.checks.digests import WholeDigests
 from fsdp_qlora.distributed.nodes import once_per_node
 from fsdp_qlora.distributed.reduce import any_rank, on_every
-from fsdp_qlora.distributed.torchrun import is_rank
 from fsdp_qlora.errors import ConfigError, StorageError
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.load.safetensors import weight_files
@@ -25,7 +23,7 @@ class BaseFiles:
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared, self._ranks = prepared, prepared.ranks
-        self._local_rank = int(os.environ.get("LOCAL_RANK", "0")) if is_rank(os.environ) else 0
+        self._local_rank = prepared.placement.local_rank
         self._digests = WholeDigests(weight_files(prepared.folder), _kept())
 
     def known(self) -> dict[str, str]:

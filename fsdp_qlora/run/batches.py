@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from fsdp_qlora.attention.layout import Layout
 from fsdp_qlora.checks.isolation import try_isolation
 from fsdp_qlora.config.schema import DataSettings
@@ -62,7 +64,9 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
         )  # fmt: skip
         read = train.max_steps * train.global_batch_size
         length = Length(train.global_batch_size, train.max_steps)
-        return Batches(Ahead(marked(streamed.batch_at, prepared, layout, []), read), read, length)
+        return Batches(
+            _ahead(marked(streamed.batch_at, prepared, layout, []), read, prepared.ranks.device), read, length
+        )
     assert prepared.data.train is not None
     rows = layout(TokenRows(prepared.data.train))
     loader = Loader(rows, train.global_batch_size, cut, seed, data.length_grouped)
@@ -72,7 +76,8 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
     batch_at = marked(
         lambda position: loader.batch_at(position, last), prepared, layout, _first_batches(first, length.planned_steps)
     )
-    return Batches(Ahead(batch_at, last or train.max_steps * train.global_batch_size), len(rows), length)
+    end = last or train.max_steps * train.global_batch_size
+    return Batches(_ahead(batch_at, end, prepared.ranks.device), len(rows), length)
 
 
 def _first_batches(loader: Loader, steps: int) -> Iterator[MicroBatch]:
@@ -100,6 +105,16 @@ def marked(
         len(turning_points), layers.max_forms
     )
     return mark_rare(batch_at, usual, turning_points)
+
+
+def _ahead(batch_at: Callable[[int], Batch], end: int, device: torch.device) -> Ahead:
+    """Build batches ahead; for an accelerator in pinned memory, from where no copy to it waits for its other work."""
+
+    def pinned(position: int) -> Batch:
+        batch = batch_at(position)
+        return replace(batch, micro_batches=[micro_batch.pinned() for micro_batch in batch.micro_batches])
+
+    return Ahead(batch_at if device.type == "cpu" else pinned, end)
 
 
 def _ignore(where: str, problem: DataError) -> None:

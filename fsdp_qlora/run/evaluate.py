@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fsdp_qlora.data.loader import Cut, TokenRows, build_batch
+import numpy as np
+
+from fsdp_qlora.data.loader import Cut, TokenRows, cut_rows, weights_of
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.prepared import Prepared
@@ -26,10 +28,10 @@ def evaluate_rows(prepared: Prepared, rows: TokenRows) -> Evaluation:
     ranks, config = prepared.ranks, prepared.config
     objective, parts = build_objective(config.objective.name), {}
     for source in sorted(set(rows.sources.tolist())):
-        chosen = [row for row in range(len(rows)) if rows.sources[row] == source]
-        batch = build_batch(rows, chosen, Cut(config.train.eval_batch_size, ranks.data_rank, ranks.data_size))
-        found = evaluate(prepared.model, batch.micro_batches, objective, batch.weights, ranks)
-        parts[_source_name(prepared, source)] = found
+        chosen = np.flatnonzero(rows.sources == source).tolist()
+        micro_batches = cut_rows(rows, chosen, Cut(config.train.eval_batch_size, ranks.data_rank, ranks.data_size))
+        part = evaluate(prepared.model, micro_batches, objective, weights_of(rows, chosen), ranks)
+        parts[_source_name(prepared, source)] = part
     return together(parts, objective)
 
 

@@ -60,6 +60,7 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
         with _tracker(training, folder) as tracker:
             finished = training.run(tracker, signals)
         on_main(training.unwritten.require_none, prepared.ranks)
+        training.close()
         profile = training.profiling.finish()
         if not finished:
             return FitResult(False, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from fsdp_qlora.checks.agree import require_losses_agree
@@ -34,7 +35,17 @@ def prepare(
     ``training=False``, steps that only serve training are skipped (compiled layers, the loss comparison).
     """
     check(config)
-    world = world or open_world(config)
+    if world is not None:
+        return _prepare(config, world, progress, training)
+    world = open_world(config)
+    try:
+        return _prepare(config, world, progress, training)
+    except BaseException:
+        world.stack.__exit__(*sys.exc_info())  # or the next call would find a process group open
+        raise
+
+
+def _prepare(config: RunConfig, world: World, progress: Progress | None, training: bool) -> Prepared:
     folder = _find_model(config.model, world)
     opened, verdict = open_and_check(config, folder, world.ranks, rank_budget(world.ranks, world.placement))
     tokenizer, data = tokenize(config, folder, opened, verdict, world)
@@ -51,7 +62,8 @@ def prepare(
     }
     return Prepared(
         config=config, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks, folder=folder,
-        shapes=opened.shapes, load=report, data=data, threads=world.threads, choices=choices, repairs=repairs,
+        shapes=opened.shapes, load=report, data=data, placement=world.placement,
+        threads=world.threads, choices=choices, repairs=repairs,
         _stack=world.stack,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from fsdp_qlora.config.auto import Choice
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.process import Placement
 from fsdp_qlora.load.stream import LoadReport
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.plan.plan import TrainPlan
@@ -34,6 +35,7 @@ class Prepared:
     shapes: ModelShapes
     load: LoadReport
     data: PreparedData | None
+    placement: Placement
     threads: int
     choices: dict[str, Choice] = field(default_factory=dict)
     """What the plan and the device chose for settings left at ``auto``, by key, and why."""

@@ -32,6 +32,8 @@ def summarize(
         "steps": progress.step,
         "eval_loss_before": progress.first_eval_loss,
         "eval_loss_after": progress.last_eval_loss,
+        "metrics_before": progress.first_metrics,
+        "metrics_after": progress.last_metrics,
         "tokens_per_second": speed,
         "tokens": progress.tokens,
         "target_tokens": progress.target_tokens,

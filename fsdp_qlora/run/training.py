@@ -142,6 +142,10 @@ class Training:
         # From the optimizer's own list: while a unit is gathered, FSDP exposes other parameters under the same names.
         return checkpoint_tensors(self.optimizer.parameters.items(), self.optimizer)
 
+    def close(self) -> None:
+        """End the thread that writes checkpoints, once all ranks are done training."""
+        self.checkpointer.close()
+
     def export(self, folder: Path) -> int:
         """Write the adapter in PEFT's format; return the bytes of its weights. Every rank calls it, rank 0 writes."""
         self.prepared.ranks.phases.enter("writing the adapter")
@@ -203,7 +207,7 @@ class Training:
     def _locate(self, micro_batches: Sequence[MicroBatch], step: int) -> str:
         def run(micro_batch: MicroBatch) -> None:
             torch.manual_seed(seed_of(self.config.run.seed, step, micro_batch.number))
-            self.objective.sums(self.model, micro_batch, self.ranks.device)
+            self.objective.sums(self.model, micro_batch.to(self.ranks.device))
 
         try:
             return locate_nonfinite(self.model, self.ranks, micro_batches, run)
@@ -245,10 +249,11 @@ class Training:
         )  # fmt: skip
         settings = StepSettings(
             objective=self.objective, ranks=self.ranks, seed=self.config.run.seed, max_grad_norm=train.max_grad_norm,
-            synchronize=synchronize_gradients, seed_of=seed_of, around=debug_context(self.config),
+            synchronize=synchronize_gradients, around=debug_context(self.config),
             enter=self.prepared.ranks.phases.enter,
             before_update=before_update,
-            after_backward=(self.reduce_replicated, *self._fallback(), FirstGradients(self.model, self.ranks)),
+            reduce=self.reduce_replicated,
+            checks=(*self._fallback(), FirstGradients(self.model, self.ranks)),
         )  # fmt: skip
         hooks = LoopHooks(
             batch_at=self.batches.batch_at,

@@ -22,7 +22,6 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.labels import ROWS, TOKENS
 from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.distributed.seeds import seed_of
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.objectives import build_objective
@@ -201,14 +200,14 @@ def step_runner(
     def run(before_each: Callable[[], None]) -> object:
         settings = StepSettings(
             objective=build_objective(config.objective.name), ranks=ranks, seed=config.run.seed,
-            max_grad_norm=config.train.max_grad_norm, synchronize=synchronize_gradients, seed_of=seed_of,
+            max_grad_norm=config.train.max_grad_norm, synchronize=synchronize_gradients,
             around=nullcontext, enter=lambda _: before_each(),
         )  # fmt: skip
         model.train()
         with torch.random.fork_rng(devices=[]):
-            loss = forward_backward(model, batch, 1, settings)
+            totals = forward_backward(model, batch, 1, settings)
             reduce_replicated()
-            return loss
+            return totals
 
     return run
 
@@ -224,10 +223,9 @@ def worst_batch(plan: TrainPlan, max_length: int, shapes: ModelShapes, packed: b
         ids = torch.arange(rows * max_length).remainder(shapes.vocab_size).view(rows, max_length)
         positions = torch.arange(max_length).expand(rows, -1).contiguous() if packed else None
         micro_batches.append(MicroBatch(number, ids, ids.clone(), rows=tuple(range(rows)), position_ids=positions))
-    tokens = count * rows * max_length * plan.world_size
-    return Batch(
-        micro_batches, count * rows, tokens, {TOKENS: tokens - count * rows * plan.world_size, ROWS: count * rows}
-    )
+    all_rows = count * rows * plan.world_size
+    tokens = all_rows * max_length
+    return Batch(micro_batches, all_rows, tokens, {TOKENS: tokens - all_rows, ROWS: all_rows})
 
 
 def _by_name(

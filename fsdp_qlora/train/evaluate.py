@@ -12,7 +12,7 @@ from fsdp_qlora.data.labels import TOKENS
 from fsdp_qlora.data.loader import MicroBatch
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import all_sum
-from fsdp_qlora.objectives import Objective
+from fsdp_qlora.objectives import Objective, Totals
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,11 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    totals: dict[str, float] = {}
-    divided_by: dict[str, str] = {}
+    totals = Totals()
     with torch.no_grad():
         for micro_batch in micro_batches:
-            for name, (value, weight) in objective.sums(model, micro_batch, ranks.device).items():
-                totals[name] = totals.get(name, 0.0) + float(value) * micro_batch.weight
-                divided_by[name] = weight
+            totals.add(objective.sums(model, micro_batch.to(ranks.device)), micro_batch.weight)
     model.train(was_training)
-    sums = zip(totals, all_sum(list(totals.values()), ranks), strict=True)
-    means = {name: total / max(1, weights[divided_by[name]]) for name, total in sums}
+    means = totals.means(all_sum(totals.values, ranks), weights)
     loss = sum(means.values())
-    return Evaluation(loss, means, divided_by, weights, objective.metrics(loss, means))
+    return Evaluation(loss, means, totals.divided_by, weights, objective.metrics(loss, means))

@@ -148,7 +148,7 @@ def record_evaluation(result: Evaluation | None, progress: Progress, tracker: Tr
     progress.evaluated_step = progress.step
     if result is None:
         return
-    progress.evaluated(result.loss)
+    progress.evaluated(result.loss, result.metrics)
     tracker.log(
         progress.step, result.values() | ({"eval_loss_by_source": result.by_source} if result.by_source else {})
     )

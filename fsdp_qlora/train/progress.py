@@ -33,6 +33,9 @@ class Progress:
     first_eval_loss: float | None = None
     """Held-out loss before the first step."""
     last_eval_loss: float | None = None
+    first_metrics: dict[str, float] = field(default_factory=dict)
+    """The objective's metrics before the first step."""
+    last_metrics: dict[str, float] = field(default_factory=dict)
     evaluated_step: int = -1
     """Step of the last evaluation."""
 
@@ -44,11 +47,11 @@ class Progress:
         self.tokens += num_tokens
         self.target_tokens += target_tokens
 
-    def evaluated(self, loss: float) -> None:
+    def evaluated(self, loss: float, metrics: dict[str, float]) -> None:
         """Count one evaluation."""
-        self.last_eval_loss, self.evaluated_step = loss, self.step
+        self.last_eval_loss, self.last_metrics, self.evaluated_step = loss, metrics, self.step
         if self.step == 0:
-            self.first_eval_loss = loss
+            self.first_eval_loss, self.first_metrics = loss, metrics
         if self.best_eval_loss is None or loss < self.best_eval_loss:
             self.best_eval_loss, self.evals_without_gain = loss, 0
         else:

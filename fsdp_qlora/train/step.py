@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,16 +15,17 @@ from torch.profiler import record_function
 from fsdp_qlora.data.loader import Batch
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import all_sum
+from fsdp_qlora.distributed.seeds import seed_of
 from fsdp_qlora.errors import LossSpikeError, NonFiniteError
-from fsdp_qlora.objectives import Objective, loss_of
+from fsdp_qlora.objectives import Objective, Totals, loss_of
 from fsdp_qlora.scopes import OPTIMIZER
 
 
 class Optimizer(Protocol):
     """What a step needs from an optimizer."""
 
-    def grad_square_sum(self, ranks: Ranks) -> float:
-        """Return this rank's share of the gradient's sum of squares; over all ranks, each element counts once."""
+    def grad_square_sum(self, ranks: Ranks) -> torch.Tensor:
+        """Return this rank's share of the gradient's sum of squares, ``[]``; over all ranks, each counts once."""
         ...
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
@@ -50,15 +51,16 @@ class StepSettings:
     max_grad_norm: float
     synchronize: Callable[[nn.Module, bool], None]
     """Called with (model, whether the next backward reduces gradients over the ranks)."""
-    seed_of: Callable[..., int]
     around: Callable[[], AbstractContextManager[object]]
     """Context around forward and backward (anomaly detection)."""
     enter: Callable[[str], None] = _nowhere
     """Called with what this rank is about to do, so that the watch thread can detect hanging ranks."""
     before_update: Callable[[], None] = _nothing
     """Called before the parameters and the optimizer's state change."""
-    after_backward: Sequence[Callable[[int], None]] = field(default_factory=tuple)
-    """Called with the step number: first the reduction of gradients outside FSDP, then checks on reduced gradients."""
+    reduce: Callable[[], None] = _nothing
+    """Called after the last backward, to reduce gradients that FSDP does not."""
+    checks: Sequence[Callable[[int], None]] = ()
+    """Called with the step number once all gradients are reduced."""
 
 
 @dataclass(frozen=True)
@@ -73,29 +75,23 @@ class StepOutcome:
     """Whether any rank was asked to stop."""
 
 
-def forward_backward(
-    model: nn.Module, batch: Batch, number: int, settings: StepSettings
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Run this rank's micro-batches of step ``number``; return its sums, float64 ``[]``, and the divisor of each.
+def forward_backward(model: nn.Module, batch: Batch, number: int, settings: StepSettings) -> Totals:
+    """Run this rank's micro-batches of step ``number`` and return the totals of their sums.
 
     Gradients are left on the parameters; those of sharded parameters are reduced over the ranks.
     """
     last = len(batch.micro_batches) - 1
-    totals: dict[str, torch.Tensor] = {}
-    divided_by: dict[str, str] = {}
+    totals = Totals()
     for turn, micro_batch in enumerate(batch.micro_batches):
         settings.enter(f"step {number}, micro-batch {turn + 1} of {last + 1}")
         settings.synchronize(model, turn == last)
         # Dropout masks depend on the micro-batch, not on the rank that happens to run it.
-        torch.manual_seed(settings.seed_of(settings.seed, number, micro_batch.number))
+        torch.manual_seed(seed_of(settings.seed, number, micro_batch.number))
         with settings.around():
-            found = settings.objective.sums(model, micro_batch, settings.ranks.device)
-            sums = {name: value * micro_batch.weight for name, (value, _) in found.items()}
-            divided_by = {name: weight for name, (_, weight) in found.items()}
-            loss_of(sums, divided_by, batch.weights).backward()
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + value.detach().double()
-    return totals, divided_by
+            sums = settings.objective.sums(model, micro_batch.to(settings.ranks.device))
+            loss_of(sums, micro_batch.weight, batch.weights).backward()
+        totals.add(sums, micro_batch.weight)
+    return totals
 
 
 def train_step(
@@ -109,15 +105,15 @@ def train_step(
         LossSpikeError: likewise, if the loss is above ``spike_above``.
     """
     ranks = settings.ranks
-    sums, divided_by = forward_backward(model, batch, number, settings)
+    totals = forward_backward(model, batch, number, settings)
     settings.enter(f"step {number}, update")
-    for check in settings.after_backward:
+    settings.reduce()
+    for check in settings.checks:
         check(number)
     with record_function(OPTIMIZER):
         own_squares = optimizer.grad_square_sum(ranks)
-    *totals, squares, stops = all_sum([*map(float, sums.values()), own_squares, float(stop)], ranks)
-    weights = (max(1, batch.weights[divided_by[name]]) for name in sums)
-    loss_mean = sum(total / weight for total, weight in zip(totals, weights, strict=True))
+    *sums, squares, stops = all_sum([*totals.values, own_squares, float(stop)], ranks)
+    loss_mean = sum(totals.means(sums, batch.weights).values())
     grad_norm = math.sqrt(max(0.0, squares))
     if math.isnan(squares) or not math.isfinite(loss_mean) or not math.isfinite(grad_norm):
         raise NonFiniteError(

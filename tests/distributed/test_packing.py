@@ -53,7 +53,7 @@ def _gradients(ranks: Ranks, model: str, rows: str, attention: str) -> list[floa
         total = 0.0
         synchronize_gradients(prepared.model, True)
         for number in range(len(source)):
-            loss, _ = objective.sums(prepared.model, source.collate([number], number), ranks.device)["loss"]
+            loss, _ = objective.sums(prepared.model, source.collate([number], number).to(ranks.device))["loss"]
             loss.backward()
             total += float(loss)
         sums.append(total)
@@ -85,7 +85,7 @@ def _in_micro_batches(ranks: Ranks, model: str, rows: str, attention: str, seque
     sums, grads = [], []
     for source, chosen in ((packed, parts), (tokens, [[row] for row in range(len(tokens))])):
         synchronize_gradients(prepared.model, True)
-        found = [token_losses(prepared.model, source.collate(part, 0), ranks.device) for part in chosen]
+        found = [token_losses(prepared.model, source.collate(part, 0).to(ranks.device)) for part in chosen]
         sums.append(float(sum(x.sum() for x in found)))
         for x in found:
             x.sum().backward()

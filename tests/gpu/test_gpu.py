@@ -27,7 +27,6 @@ from fsdp_qlora.data.labels import IGNORE
 from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.distributed.mesh import Ranks, build_ranks
 from fsdp_qlora.distributed.process import Placement, choose_device, memory_peak, process_group, use_device
-from fsdp_qlora.distributed.seeds import seed_of
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.heads.upstream import after_head
 from fsdp_qlora.load.safetensors import SafetensorsFolder
@@ -234,8 +233,8 @@ def train(folder: Path, kind: str, precision: str, num_steps: int = 3) -> tuple[
         seen: set[str] = set()
         settings = StepSettings(
             objective=build_objective("sft"), ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,
-            seed_of=seed_of, around=nullcontext,
-            after_backward=(FirstGradients(model, ranks), partial(note_gradients, model, seen)),
+            around=nullcontext,
+            checks=(FirstGradients(model, ranks), partial(note_gradients, model, seen)),
         )  # fmt: skip
         batch = draw_batch(384)
         losses = [

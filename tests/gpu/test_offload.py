@@ -29,7 +29,6 @@ from fsdp_qlora.config.schema import (
 )
 from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.distributed.process import memory_peak
-from fsdp_qlora.distributed.seeds import seed_of
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.export.adapter import gather_adapter
 from fsdp_qlora.load.safetensors import SafetensorsFolder
@@ -94,7 +93,7 @@ def train(folder: Path, offload: str, checkpointing: str, prefetch: int = 1) -> 
         optimizer = ShardedOptimizer(trainable_parameters(model), config.optim)
         settings = StepSettings(
             objective=build_objective("sft"), ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,
-            seed_of=seed_of, around=nullcontext, after_backward=(FirstGradients(model, ranks),),
+            around=nullcontext, checks=(FirstGradients(model, ranks),),
         )  # fmt: skip
         if DEVICE != "cpu":
             torch.accelerator.reset_peak_memory_stats()

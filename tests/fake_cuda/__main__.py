@@ -1,0 +1,44 @@
+"""Walks variants and prints one JSON object for each: ``python -m tests.fake_cuda FOLDER [NAME ...]``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+from tests.fake_cuda.guard import build_guard, load_guard
+
+
+def main() -> int:
+    """Walk the named variants, or all; models and the guard are kept in FOLDER."""
+    root, *names = sys.argv[1:]
+    load_guard(build_guard(Path(root)))  # before torch, which asks for the hooks once
+
+    import torch
+
+    from tests.fake_cuda.device import install
+    from tests.fake_cuda.variants import VARIANTS
+    from tests.fake_cuda.walk import make_folder, walk
+
+    install()  # after the libraries, which would load kernels for a GPU that they see
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    for name in names or VARIANTS:
+        variant = VARIANTS[name]
+        try:
+            found = walk(make_folder(Path(root), variant.family), variant)
+            result = {
+                "launches": found.launches, "syncs": found.syncs, "copies": found.copies, "unwaited": found.unwaited,
+            }  # fmt: skip
+        except Exception as error:
+            lines = str(error).splitlines() or [""]
+            where = "".join(traceback.format_tb(error.__traceback__))
+            result = {"error": f"{type(error).__name__}: {lines[0][:300]}", "traceback": where}
+        print(json.dumps({"name": name, **result}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

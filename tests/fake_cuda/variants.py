@@ -1,0 +1,76 @@
+"""The variants that are walked: every format, optimizer, offload, batch, checkpointing, sharding and attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fsdp_qlora.config.choices import OPTIMIZERS
+from tests.fake_cuda.walk import Variant
+
+Settings = dict[str, Any]
+
+
+def _with(
+    quant: Settings | None = None, fsdp: Settings | None = None, optim: str = "", checkpointing: str = "",
+    attention: str = "", lora: Settings | None = None, precision: str = "", **walk: Any,
+) -> Variant:  # fmt: skip
+    groups = {
+        "quant": quant,
+        "fsdp": fsdp,
+        "optim": {"name": optim} if optim else None,
+        "train": {"activation_checkpointing": checkpointing} if checkpointing else None,
+        "model": {"attn_implementation": attention} if attention else None,
+        "lora": lora,
+        "precision": {"name": precision} if precision else None,
+    }
+    return Variant(settings={name: values for name, values in groups.items() if values}, **walk)
+
+
+_ON_HOST = {"offload_modules": ["head", "embeddings", "norms"]}
+VARIANTS: dict[str, Variant] = {
+    "2 ranks": _with(),
+    "1 rank": _with(world_size=1),
+    "2 x 2 ranks": _with(world_size=4, fsdp={"replicate_degree": 2}),
+    "packed, sdpa": _with(batch="packed", attention="sdpa"),
+    "packed, sdpa, 2 sequences": _with(batch="packed", attention="sdpa", rows=2),
+    "flat, varlen": _with(batch="flat", attention="varlen", rows=2),
+    "flat, varlen, 1 rank": _with(batch="flat", attention="varlen", rows=2, world_size=1),
+    "eager": _with(attention="eager"),
+    "nf4 without double quantization": _with(quant={"double_quant": False}),
+    "blocks of 128": _with(quant={"block_size": 128}),
+    "fp4": _with(quant={"name": "fp4"}),
+    "int8 with a threshold": _with(quant={"name": "int8", "double_quant": False}),
+    "int8": _with(quant={"name": "int8", "double_quant": False, "llm_int8_threshold": 0.0}),
+    "16 bit": _with(quant={"name": "none"}),
+    "16 bit, 1 rank": _with(quant={"name": "none"}, world_size=1),
+    "float32": _with(precision="fp32"),
+    "adapters replicated": _with(fsdp={"adapters": "replicated"}),
+    "adapters replicated, 2 x 2 ranks": _with(fsdp={"adapters": "replicated", "replicate_degree": 2}, world_size=4),
+    "dense weights cached": _with(quant={"cache_dequantized": "true"}),
+    "dense weights not cached": _with(quant={"cache_dequantized": "false"}),
+    "layers stay gathered": _with(fsdp={"reshard_after_forward": "false"}),
+    "layers are gathered twice": _with(fsdp={"reshard_after_forward": "true"}),
+    "prefetch 0": _with(fsdp={"prefetch": 0}),
+    "prefetch 2": _with(fsdp={"prefetch": 2}),
+    "checkpointing full": _with(checkpointing="full"),
+    "checkpointing selective": _with(checkpointing="selective"),
+    "offload activations": _with(fsdp={"offload": "activations"}),
+    "offload activations, checkpointing full": _with(fsdp={"offload": "activations"}, checkpointing="full"),
+    "offload params": _with(fsdp={"offload": "params"}),
+    "offload params, 1 rank": _with(fsdp={"offload": "params"}, world_size=1),
+    "offload all": _with(fsdp={"offload": "all"}),
+    "offload all, 1 rank": _with(fsdp={"offload": "all"}, world_size=1),
+    "modules on the host": _with(fsdp=_ON_HOST),
+    "modules on the host, 1 rank": _with(fsdp=_ON_HOST, world_size=1),
+    "embeddings nf4": _with(quant={"embeddings": "nf4"}),
+    "embeddings nf4 without double quantization": _with(quant={"embeddings": "nf4", "double_quant": False}),
+    "embeddings int8": _with(quant={"embeddings": "int8", "double_quant": False}),
+    "tied": _with(family="tied"),
+    "tied, embeddings nf4": _with(family="tied", quant={"embeddings": "nf4"}),
+    "dropout": _with(lora={"r": 16, "dropout": 0.1}),
+    "experts": _with(family="experts"),
+    "experts, 1 rank": _with(family="experts", world_size=1),
+    "offload params, adamw_8bit": _with(fsdp={"offload": "params"}, optim="adamw_8bit"),
+    "adapters replicated, offload params": _with(fsdp={"adapters": "replicated", "offload": "params"}),
+    **{f"optim {name}": _with(optim=name) for name in OPTIMIZERS if name != "adamw"},
+}
