@@ -106,6 +106,11 @@ def _work(rank: int, port: int, pipe: Connection) -> None:
         if rank < size:
             mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("shard",))
             meshes[size, "shard"] = Ranks(mesh, group, background, cpu)
+    alone = [dist.new_group([each]) for each in range(POOL_SIZE)]
+    for (size, _), ranks in list(meshes.items()):
+        groups, numbers = [ranks.group, alone[rank]], torch.arange(size).view(size, 1)
+        mesh = DeviceMesh.from_group(groups, "cpu", mesh=numbers, mesh_dim_names=("replicate", "shard"))
+        meshes[size, "copies"] = Ranks(mesh, ranks.group, ranks.background, cpu)
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     meshes[4, "hybrid"] = Ranks(square, meshes[4, "shard"].group, meshes[4, "shard"].background, cpu)
     pipe.send("ready")

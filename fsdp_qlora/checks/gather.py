@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import gather_json
@@ -14,15 +17,40 @@ from fsdp_qlora.quant.packing import tensor_sha256
 
 
 def verify_gather(model: nn.Module, ranks: Ranks) -> None:
-    """Check byte for byte on every rank that FSDP gathers what was loaded, for the first quantized unit.
+    """Check byte for byte on every rank that FSDP gathers what was loaded, for one quantized unit of each kind.
+
+    Where every rank keeps the parameters whole, check that all have the same, for one quantized module of each kind.
 
     Raises:
         NumericsError: naming the first parameter and rank whose bytes differ.
     """
     units = [m for m in model.modules() if m is not model and isinstance(m, FSDPModule) and _quantized_inside(m)]
-    if not units:  # nothing is quantized
-        return
-    unit = units[0]
+    for unit in {_kind(unit): unit for unit in reversed(units)}.values():
+        _verify_unit(unit, ranks)
+    whole = {n: m for n, m in _quantized_inside(model).items() if not isinstance(m.packed, DTensor)}
+    if whole and ranks.size > 1:
+        _verify_copies({_shape(module): (name, module) for name, module in reversed(whole.items())}, ranks)
+
+
+def _kind(unit: nn.Module) -> tuple[object, ...]:
+    """Return what units have in common that are gathered alike: the class, and the names and shapes of the modules."""
+    return type(unit), *((name, _shape(module)) for name, module in _quantized_inside(unit).items())
+
+
+def _shape(module: QuantMatrices) -> tuple[object, ...]:
+    return type(module), module.packed.shape, module.quant_format
+
+
+def _verify_copies(modules: Mapping[object, tuple[str, QuantMatrices]], ranks: Ranks) -> None:
+    mine = {name: _digests(module) for name, module in modules.values()}
+    first, *others = gather_json(mine, ranks)
+    for rank, theirs in enumerate(others, start=1):
+        for name in (n for n in first if theirs.get(n) != first[n]):
+            raise NumericsError(f"{name}: rank {rank} keeps different bytes than rank 0.")
+
+
+def _verify_unit(unit: FSDPModule, ranks: Ranks) -> None:
+    assert isinstance(unit, nn.Module)
     modules = _quantized_inside(unit)
     loaded = gather_json({n: _digests(m) for n, m in modules.items()}, ranks)
     unit.unshard()

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fsdp_qlora.cli.foreign import TAKEN, is_taken, refuse_hydras_own, require_typed
 from fsdp_qlora.cli.outside import Outside
 from fsdp_qlora.cli.quoting import list_of_names, literal, quoted, sweep_hint
-from fsdp_qlora.config.convert import convert, field_types, known_keys, nearest
+from fsdp_qlora.config.convert import convert, field_types, known_keys, nearest, words_of
 from fsdp_qlora.config.facts import VERBATIM, keys_with
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.saved import read_config
@@ -81,6 +81,8 @@ def _twin(schema: type, groups: dict[str, type] | None = None) -> type:
             continue
         if typing.get_origin(kind) in (typing.Literal, typing.Annotated):
             kind = str
+        elif any(words_of(inner) for inner in typing.get_args(kind)):  # a number or a word; `convert` checks it
+            kind = Any
         default = item.default_factory if item.default is dataclasses.MISSING else item.default
         is_factory = item.default is dataclasses.MISSING
         fields.append((item.name, kind, field(default_factory=default) if is_factory else field(default=default)))  # type: ignore[arg-type]

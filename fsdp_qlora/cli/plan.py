@@ -19,7 +19,7 @@ from fsdp_qlora.plan.parameters import alike
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.plan.report import report
-from fsdp_qlora.run.decide import planned
+from fsdp_qlora.run.decide import SHARD_DEGREE, planned
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.simulate.step import simulate
 from fsdp_qlora.track.console import megabytes
@@ -123,6 +123,7 @@ def _work(found: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
     gathered = found["gathered_bytes_per_micro_batch"]
     return [
         ("ranks", f"{plan.world_size}, {plan.shard_size} of which share one copy of the base"),
+        *[("shard degree", f"auto: {choice}") for key, choice in plan.choices.items() if key == SHARD_DEGREE],
         ("FSDP units", str(found["fsdp_units"])),
         ("quantized linears", f"{describe(plan.quantized)}; embedding and head {config.quant.embeddings}"),
         ("trainable parameters", f"{plan.trainable_parameters:,} of {plan.base_parameters:,}"),

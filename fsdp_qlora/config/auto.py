@@ -16,6 +16,11 @@ def switch(value: str) -> bool | None:
     return {"true": True, "false": False, "auto": None}[value]
 
 
+def degree(value: int | str) -> int | None:
+    """Return a number of ranks as asked for, or None for ``auto``."""
+    return value if isinstance(value, int) else None
+
+
 def as_word(value: bool) -> str:
     """Return the `Switch` value for a bool."""
     return "true" if value else "false"

@@ -90,7 +90,7 @@ def convert(value: Any, kind: Any) -> Any:
     if words := words_of(kind):
         return _choice(value, words)
     if origin is types.UnionType or origin is typing.Union:
-        return None if value is None else convert(value, next(k for k in typing.get_args(kind) if k is not type(None)))
+        return _one_of(value, typing.get_args(kind))
     if origin is list:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"expected a list, got {value!r}.")
@@ -100,6 +100,18 @@ def convert(value: Any, kind: Any) -> Any:
             raise ValueError(f"expected a mapping {{name: value}}, got {value!r}.")
         return {str(key): convert(item, typing.get_args(kind)[1]) for key, item in value.items()}
     return _scalar(value, kind)
+
+
+def _one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """Convert to the only type among ``kinds``, or keep None or one of the words that they allow."""
+    words = tuple(word for kind in kinds for word in words_of(kind))
+    if (value is None and type(None) in kinds) or value in words:
+        return value
+    (kind,) = (kind for kind in kinds if kind is not type(None) and not words_of(kind))
+    try:
+        return convert(value, kind)
+    except ValueError as error:
+        raise ValueError(f"{error} It may also be {' or '.join(words)}.") if words else error from None
 
 
 def words_of(kind: Any) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from fsdp_qlora.config import choices
+from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.convert import known_keys, nearest
 from fsdp_qlora.config.facts import Range, facts, value_of
 from fsdp_qlora.config.schema import BLOCK_SIZES, RunConfig
@@ -21,7 +22,8 @@ Rule = Callable[[RunConfig], Iterator[str]]
 
 def _ranges(config: RunConfig) -> Iterator[str]:
     for key, fact in facts(RunConfig):
-        if isinstance(fact, Range) and not fact.holds(value := value_of(config, key)):
+        value = value_of(config, key)
+        if isinstance(fact, Range) and not isinstance(value, str) and not fact.holds(value):
             yield f"{key}: {fact.rule}, got {value}."
 
 
@@ -182,6 +184,14 @@ def _fast_paths(config: RunConfig) -> Iterator[str]:
         yield "train.compile: compiled layers cannot copy in fsdp.offload_modules; set it to false."
 
 
+def _degrees(config: RunConfig) -> Iterator[str]:
+    if degree(config.fsdp.shard_degree) is None and config.fsdp.replicate_degree != 1:
+        yield (
+            f"fsdp.replicate_degree: {config.fsdp.replicate_degree} does not go with fsdp.shard_degree=auto, which "
+            "chooses both; set only one of them."
+        )
+
+
 def _replicated(config: RunConfig) -> Iterator[str]:
     if config.fsdp.adapters != "replicated":
         return
@@ -230,6 +240,7 @@ RULES: tuple[Rule, ...] = (
     _debug,
     _quantization,
     _fast_paths,
+    _degrees,
     _replicated,
     _plan,
     _prompts,

@@ -169,8 +169,9 @@ class LoraSettings:
 class FsdpSettings:
     """Sharding of the parameters over the ranks."""
 
-    shard_degree: Annotated[int, NOT_NEGATIVE] = 0
-    """Ranks that share one copy of the parameters; 0 = all ranks divided by ``replicate_degree``."""
+    shard_degree: Annotated[int | Literal["auto"], NOT_NEGATIVE] = 0
+    """Ranks that share one copy of the parameters; 0 = all ranks divided by ``replicate_degree``. ``auto`` takes one
+    rank, those of a node, or all: whichever fits and is fastest. With 1, every rank keeps the model whole."""
     replicate_degree: Annotated[int, POSITIVE] = 1
     """Number of sharded copies of the parameters (hybrid sharding)."""
     reshard_after_forward: Switch = "auto"

@@ -100,15 +100,19 @@ def degrees(shard_degree: int, replicate_degree: int, world_size: int) -> tuple[
     return replicate_degree, shard
 
 
+def build_mesh(device: torch.device, shard_degree: int, replicate_degree: int, world_size: int) -> DeviceMesh:
+    """Build the mesh over the default group's ranks."""
+    replicate, shard = degrees(shard_degree, replicate_degree, world_size)
+    if replicate == 1:
+        return init_device_mesh(device.type, (shard,), mesh_dim_names=(SHARD,))
+    return init_device_mesh(device.type, (replicate, shard), mesh_dim_names=(REPLICATE, SHARD))
+
+
 def build_ranks(
     group: dist.ProcessGroup, device: torch.device, shard_degree: int = 0, replicate_degree: int = 1
 ) -> Ranks:
-    """Build the mesh over the default group's ranks."""
-    replicate, shard = degrees(shard_degree, replicate_degree, dist.get_world_size(group))
-    if replicate == 1:
-        mesh = init_device_mesh(device.type, (shard,), mesh_dim_names=(SHARD,))
-    else:
-        mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=(REPLICATE, SHARD))
+    """Build the mesh and the background group over the default group's ranks."""
+    mesh = build_mesh(device, shard_degree, replicate_degree, dist.get_world_size(group))
     background = dist.new_group(backend="gloo")
     assert isinstance(background, dist.ProcessGroup)
     return Ranks(mesh, group, background, device)

@@ -91,9 +91,12 @@ def use_device(device: torch.device) -> None:
 
 def device_name(device: torch.device) -> str:
     """Return a device's type and, for an accelerator, its model."""
-    if device.type == "cpu":
-        return "cpu"
-    return f"{device.type} {torch.get_device_module(device).get_device_name(device)}"
+    return "cpu" if device.type == "cpu" else f"{device.type} {device_model(device)}"
+
+
+def device_model(device: torch.device) -> str:
+    """Return an accelerator's model as its driver reports it."""
+    return torch.get_device_module(device).get_device_name(device)
 
 
 def set_threads(asked: int, local_world_size: int) -> int:

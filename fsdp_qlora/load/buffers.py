@@ -32,7 +32,14 @@ def to_empty_but_buffers(model: nn.Module, shards_on: torch.device, device: torc
     Only meta buffers (those of our own layers, filled together with the weights) are left uninitialized.
     """
     buffers = [(m, n, b) for m in model.modules() for n, b in list(m.named_buffers(recurse=False))]
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((module, name))
     model.to_empty(device=shards_on)
+    for (first, name), *others in places.values():  # `to_empty` makes a tensor for each place of a tied weight
+        for module, other in others:
+            setattr(module, other, getattr(first, name))
     for module, name, buffer in buffers:
         made = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
         setattr(module, name, made)

@@ -2,7 +2,8 @@
 
 No rank reads, holds or quantizes more than its own rows of a weight, unless it is stored transposed or needs one of
 upstream's conversions: then each rank reads all of it. Ranks exchange only the small statistics, because double
-quantization subtracts their mean over the *whole* tensor.
+quantization subtracts their mean over the *whole* tensor. Where every rank keeps a whole weight, each still reads and
+quantizes its own rows, and then they exchange them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import partial
 from math import prod
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -81,7 +83,8 @@ def stream_weights(
     with one_thread(), torch.no_grad():
         for done, (module, entry) in enumerate(zip(quantized, entries, strict=True)):
             if isinstance(entry, PackedWeight):
-                rows = _rows_of(module.packed, ranks)
+                sharded = isinstance(module.packed, DTensor)
+                rows = _rows_of(module.packed, ranks) if sharded else (0, module.packed.shape[0])
                 on_every(partial(fill_packed, module, entry, source, rows, ranks.device), ranks)
             else:
                 _fill_quantized(module, entry, source, ranks)
@@ -167,7 +170,7 @@ def stream_linear(module: QuantMatrices, read: Callable[[int, int], torch.Tensor
         ranks: the ranks to exchange statistics with.
     """
     first, last = _rows_of(module.packed, ranks)
-    packed = local_tensor(module.packed)
+    packed = _own_rows(module.packed, first, last)
     quant_format = module.quant_format
     absmax = torch.zeros(last - first, quant_format.row_statistics, dtype=torch.float32, device=ranks.device)
 
@@ -178,6 +181,12 @@ def stream_linear(module: QuantMatrices, read: Callable[[int, int], torch.Tensor
             absmax[start - first : stop - first].view(-1)[: found.numel()] = found
 
     on_every(quantize_mine, ranks)
+    if not isinstance(module.packed, DTensor):
+        everywhere = absmax.new_zeros(module.packed.shape[0], absmax.shape[1])
+        everywhere[first:last] = absmax
+        for whole in (module.packed, everywhere):
+            _exchange_rows(whole, ranks)
+        absmax, first, last = everywhere, 0, len(everywhere)
     if module.nested is None:
         local_tensor(module.absmax).copy_(float_to_bits(absmax))
     else:
@@ -249,15 +258,38 @@ def _of_all_ranks(module: QuantMatrices, absmax: torch.Tensor, ranks: Ranks) -> 
 
 
 def _rows_of(parameter: torch.Tensor, ranks: Ranks) -> tuple[int, int]:
-    """Return the dim-0 range of ``parameter`` that this rank holds, checked against the shard FSDP gave it."""
-    rows = parameter.shape[0]
+    """Return the dim-0 range of ``parameter`` that this rank reads: its shard, or its part of what all keep whole.
+
+    Raises:
+        NumericsError: if FSDP's shard is another range.
+    """
+    rows = parameter.shape[0] if parameter.dim() else 1
     if not isinstance(parameter, DTensor):
-        return 0, rows
+        return row_range(rows, ranks.rank, ranks.size)
     start, stop = row_range(rows, ranks.shard_rank, ranks.shard_size)
     local = parameter.to_local().shape[0]
     if local != stop - start:
         raise NumericsError(f"FSDP gave this rank {local} rows of {rows}, but the layout expects {stop - start}.")
     return start, stop
+
+
+def _own_rows(parameter: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Return the rows that this rank reads: all of its shard, or a part of what it keeps whole."""
+    if isinstance(parameter, DTensor):
+        return local_tensor(parameter)
+    return parameter.detach()[first:last] if parameter.dim() else parameter.detach()
+
+
+@torch.no_grad()
+def _exchange_rows(whole: torch.Tensor, ranks: Ranks) -> None:
+    """Send each rank's rows of a tensor that all keep whole to the others; every rank has filled its own."""
+    if ranks.size == 1:
+        return
+    data = whole.detach().view(-1).view(torch.uint8).view(max(1, *whole.shape[:1]), -1)
+    for rank in range(ranks.size):
+        start, stop = row_range(data.shape[0], rank, ranks.size)
+        if stop > start:
+            dist.broadcast(data[start:stop], group_src=rank, group=ranks.group)
 
 
 def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -268,7 +300,7 @@ def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
 def _fill_kept(parameter: torch.Tensor, entry: StoredTensor, source: SafetensorsFolder, ranks: Ranks) -> None:
     first, last = _rows_of(parameter, ranks)
     width = prod(entry.shape[1:])
-    local = local_tensor(parameter).view(-1)
+    local = _own_rows(parameter, first, last).view(-1)
 
     def fill_mine() -> None:
         for a, b in _pieces(first * width, last * width):
@@ -277,6 +309,8 @@ def _fill_kept(parameter: torch.Tensor, entry: StoredTensor, source: Safetensors
             local[a - first * width : b - first * width] = values
 
     on_every(fill_mine, ranks)
+    if not isinstance(parameter, DTensor):
+        _exchange_rows(parameter, ranks)
 
 
 def resident_bytes(module: QuantMatrices) -> int:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import NumericsError, PlanError
 from fsdp_qlora.quant.linear import QuantLinear
+from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.packing import STORAGE_DTYPE
 
 Precision = Literal["bf16", "fp32"]
@@ -54,7 +55,7 @@ def shard_model(
     of a unit, in which case it becomes a unit of its own.
 
     Raises:
-        PlanError: if the policy would cast packed bytes as if they were numbers.
+        PlanError: if the policy would cast packed bytes as if they were numbers, or copy them as such.
     """
     _refuse_casting(model, policy)
     pinned = ranks.device.type != "cpu"  # pinning requires an accelerator
@@ -72,12 +73,22 @@ def shard_model(
         model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False, offload_policy=offload,
         ignored_params=ignored,
     )  # fmt: skip
+    _require_gathered_as_bytes(model, policy, ignored)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is a sum over target tokens divided by their global count, so FSDP must only add. The order of
             # these two lines matters: without the first, the second requires an operation that gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def keep_whole(model: nn.Module, ranks: Ranks, policy: MixedPrecisionPolicy) -> None:
+    """Make ``model`` an FSDP root that manages no parameter: each rank keeps all of them, and nothing is copied.
+
+    For one rank, or one copy of the parameters per rank. `fsdp_qlora.adapters.replicated.ReplicatedGradients` reduces
+    the gradients.
+    """
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=set(model.parameters()))
 
 
 def untie_across(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> None:
@@ -184,6 +195,42 @@ def _refuse_casting(model: nn.Module, policy: MixedPrecisionPolicy) -> None:
             raise PlanError(
                 f"{name}: param_dtype={policy.param_dtype} would convert its packed bytes ({STORAGE_DTYPE}) as if they "
                 "were numbers. Use precision=bf16 or precision=fp32; storage follows from it."
+            )
+
+
+def _require_gathered_as_bytes(model: nn.Module, policy: MixedPrecisionPolicy, ignored: Collection[object]) -> None:
+    """Check that each unit with packed bytes is gathered as bytes, not as floating-point numbers.
+
+    FSDP copies a unit's parameters into one tensor: of their dtype, if they share one after its cast, else of bytes.
+    On CUDA, a copy of floating-point numbers by ``torch._foreach_copy_`` turns every NaN pattern into the same one
+    (https://github.com/pytorch/pytorch/issues/159333). Statistics, which are integers, keep units with packed bytes
+    from sharing one dtype.
+
+    Raises:
+        PlanError: naming the first unit that would be copied as numbers.
+    """
+    dtypes: dict[nn.Module, set[torch.dtype]] = {}
+    packed: dict[nn.Module, str] = {}
+
+    def visit(module: nn.Module, name: str, unit: nn.Module) -> None:
+        unit = module if isinstance(module, FSDPModule) else unit
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter in ignored:
+                continue
+            cast = parameter.is_floating_point() and policy.param_dtype is not None
+            dtypes.setdefault(unit, set()).add(policy.param_dtype if cast else parameter.dtype)  # type: ignore[arg-type]
+            if isinstance(module, QuantMatrices) and key == "packed" and parameter.is_floating_point():
+                packed[unit] = f"{name}.{key}"
+        for key, child in module.named_children():
+            visit(child, f"{name}.{key}" if name else key, unit)
+
+    visit(model, "", model)
+    for unit, name in packed.items():
+        if len(dtypes[unit]) == 1:
+            raise PlanError(
+                f"{name}: its FSDP unit would be gathered as {dtypes[unit].pop()}, so CUDA would copy packed bytes as "
+                "numbers and change those that are not a number. Shard it together with its statistics, which are "
+                "integers."
             )
 
 

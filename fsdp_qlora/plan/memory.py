@@ -112,6 +112,8 @@ class StorageSettings:
     accumulation_steps: int = 1
     adapter_copies: int = 0
     """Ranks that each hold the adapters whole (``fsdp.adapters=replicated``); 0 if they are sharded."""
+    keeps_whole: bool = False
+    """Each rank keeps all parameters on its device, so that nothing is gathered."""
 
     @property
     def adapter_shards(self) -> int:
@@ -195,7 +197,7 @@ class MemoryModel:
         edge = 5 * settings.tokens * self.shapes.hidden_size * settings.itemsize
         head, again = self._gathered_head(settings)
         at_layer = self._gathered(self.layers, settings) + self.dense * settings.itemsize
-        if self.shapes.tied:  # the embedding's unit is freed only at the end of backward
+        if self.shapes.tied and not settings.keeps_whole:  # the embedding's unit is freed only at the end of backward
             at_layer += self.edges[0].gathered
         gradients = self._gradients(settings)
         on_device = (0 if settings.offload_parameters else sum(fixed)) + max(self.host_shards, default=0)
@@ -292,7 +294,7 @@ class MemoryModel:
         """Return the gathered bytes while one of ``units`` computes: that unit and the buffers of prefetched ones."""
         largest = max((unit.gathered for unit in units), default=0)
         if settings.shard_size == 1:
-            return largest  # FSDP copies the unit even on a single rank
+            return 0 if settings.keeps_whole else largest  # FSDP copies a unit even on a single rank
         if units is self.layers and not settings.reshard_after_forward:
             return self._held_layers(settings) + largest
         return largest * (1 + settings.prefetch)
@@ -316,6 +318,8 @@ class MemoryModel:
         Each counts twice if both its receive buffer and its gathered parameters are alive: the first layer, and a tied
         embedding, which stays gathered for the head. Of an untied embedding only the receive buffer is left.
         """
+        if settings.keeps_whole:
+            return 0
         if settings.shard_size == 1 or not self.layers:
             return self.edges[0].gathered
         return self.edges[0].gathered * (2 if self.shapes.tied else 1) + 2 * self.layers[0].gathered

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from fsdp_qlora.adapters import build_method, parameters_of
-from fsdp_qlora.config.auto import Choice, asked, switch
+from fsdp_qlora.config.auto import Choice, asked, degree, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.deal import BatchPlan
 from fsdp_qlora.distributed.mesh import degrees
@@ -39,7 +39,7 @@ class TrainPlan:
     offloaded: frozenset[str]
     """Unquantized parameters that stay in host memory in float32."""
     units: tuple[tuple[str, ...], ...]
-    """FSDP units, as tuples of module names."""
+    """FSDP units, as tuples of module names; none if every rank keeps the parameters whole."""
     batch: BatchPlan
     bytes: BytesPerRank
     moments: dict[str, int]
@@ -77,6 +77,7 @@ class TrainPlan:
             "base_parameters": self.base_parameters,
             "quantized_linears": len(self.quantized),
             "fsdp_units": len(self.units) + 1,
+            "auto": {key: str(choice) for key, choice in self.choices.items()},
             "micro_batches_per_rank": self.batch.accumulation_steps,
             "batch": {
                 "global_rows": self.batch.global_batch_size,
@@ -113,7 +114,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     if config.train.micro_batch_tokens:  # the worst case: all rows at maximum length
         rows = max(1, config.train.micro_batch_tokens // config.data.max_length)
     batch = BatchPlan(config.train.global_batch_size, rows, world_size)
-    _, shard = degrees(config.fsdp.shard_degree, config.fsdp.replicate_degree, world_size)
+    _, shard = degrees(degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree, world_size)
     settings = storage_settings(config, batch, shard)
     stored = (*quantized, *edges)
     offloaded = offloaded_parameters(
@@ -133,7 +134,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         quantized=quantized,
         quantized_edges=edges,
         targets=targets,
-        units=fsdp_units(shapes),
+        units=() if settings.keeps_whole else fsdp_units(shapes),
         batch=batch,
         bytes=planned.bytes,
         moments=planned.moments,
@@ -155,10 +156,22 @@ def _require_matches(config: RunConfig, trained: list[str]) -> None:
         )
 
 
+def _may_stay_whole(config: RunConfig) -> bool:
+    """Whether a rank can keep all parameters on its device as they are, without FSDP.
+
+    It cannot if some are in host memory, or if adapters run in PEFT's own layer, which relies on FSDP's cast to bf16.
+    """
+    quant, fsdp = config.quant, config.fsdp
+    in_peft = "none" in (quant.name, *quant.overrides.values()) or config.debug.name == "plain"
+    return not (fsdp.offloads_parameters or fsdp.offload_modules or (in_peft and config.precision.name == "bf16"))
+
+
 def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> StorageSettings:
     """Return the settings that determine memory."""
+    keeps_whole = shard_size == 1 and _may_stay_whole(config)
     return StorageSettings(
         shard_size=shard_size,
+        keeps_whole=keeps_whole,
         itemsize=2 if config.precision.name == "bf16" else 4,
         lora=config.lora,
         optim=config.optim,
@@ -174,5 +187,5 @@ def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> St
         reshard_after_forward=switch(config.fsdp.reshard_after_forward) is not False,
         cache_dequantized=switch(config.quant.cache_dequantized) is True,
         accumulation_steps=batch.accumulation_steps,
-        adapter_copies=batch.num_ranks if config.fsdp.adapters == "replicated" else 0,
+        adapter_copies=batch.num_ranks if keeps_whole or config.fsdp.adapters == "replicated" else 0,
     )

@@ -55,7 +55,9 @@ def experts_by_counts(
 
 
 def _tokens_per_expert(top_k_index: torch.Tensor, count: int) -> list[int]:
-    return torch.bincount(top_k_index.reshape(-1), minlength=count).tolist()
+    chosen = top_k_index.reshape(-1)
+    counts = chosen.new_zeros(count)  # not `bincount`, which waits for the device to learn the largest index
+    return counts.scatter_add_(0, chosen, torch.ones_like(chosen)).tolist()
 
 
 def first_matrices(module: nn.Module) -> QuantMatrices:

@@ -2,7 +2,9 @@
 
 Packed weights are stored as bfloat16 and statistics as integers because FSDP2 casts *float* parameters to
 ``MixedPrecisionPolicy.param_dtype`` when it gathers them, and leaves integers alone. Under ``param_dtype=bfloat16`` a
-bf16 tensor is gathered bit for bit; float32 statistics would be rounded, so their bits travel as int32.
+bf16 tensor is gathered bit for bit; float32 statistics would be rounded, so their bits travel as int32. The integers
+also make FSDP2 gather a unit as bytes, because its parameters then share no dtype: a gather as bfloat16 would change
+NaN patterns on CUDA (`fsdp_qlora.parallel.shard` checks each unit).
 """
 
 from __future__ import annotations

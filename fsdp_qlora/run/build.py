@@ -39,6 +39,7 @@ from fsdp_qlora.parallel.recompute import checkpoint_activations
 from fsdp_qlora.parallel.shard import (
     host_modules,
     keep_on_host,
+    keep_whole,
     mixed_precision,
     reach_all_experts,
     require_sharded,
@@ -149,7 +150,7 @@ def build_sharded(
     """
     task, lora = task_type(base), config.lora
     after = after_head(base) if task == "CAUSAL_LM" else None
-    whole = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
+    float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
     _quantize(base, plan, shapes, switch(config.quant.cache_dequantized) is True)
     if after is not None:
         install_loss_head(base, after, config.train.logits_chunk)
@@ -164,10 +165,15 @@ def build_sharded(
         offload_activations(layers, ranks.device, host=host)
     untie_across(base, units)
     policy = mixed_precision(config.precision.name)
-    replicated = [p for _, p in trainable_parameters(model)] if fsdp.adapters == "replicated" else []
+    keeps_whole = plan.settings.keeps_whole
+    replicated = keeps_whole or fsdp.adapters == "replicated"
+    unsharded = [*float32, *(p for _, p in trainable_parameters(model) if replicated)]
     on_host = host_modules(base, plan.offloaded)
     keep_on_host(on_host)
-    shard_model(model, units, ranks, policy, True, fsdp.offloads_parameters, [*replicated, *whole], on_host)
+    if keeps_whole:
+        keep_whole(model, ranks, policy)
+    else:
+        shard_model(model, units, ranks, policy, True, fsdp.offloads_parameters, unsharded, on_host)
     if switch(config.train.compile) is True:
         settle_compile_caches(os.environ)
         kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
@@ -182,7 +188,7 @@ def build_sharded(
     skip_gather_in_backward(base.get_input_embeddings(), base.get_output_embeddings())
     for method in ("generate", "logits", "outputs"):
         register_fsdp_forward_method(model, method)
-    require_sharded(model, ranks, fsdp.adapters == "replicated")
+    require_sharded(model, ranks, replicated)
     return model
 
 

@@ -9,14 +9,14 @@ import torch
 from transformers import PreTrainedModel
 
 from fsdp_qlora.attention.candidates import EAGER, attention_candidates
-from fsdp_qlora.config.auto import asked
+from fsdp_qlora.config.auto import Choice, asked, degree
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.deal import num_steps
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.distributed.process import ACCELERATORS, Placement, device_types, memory_of
-from fsdp_qlora.distributed.reduce import all_max
+from fsdp_qlora.distributed.process import ACCELERATORS, Placement, device_model, device_types, memory_of
+from fsdp_qlora.distributed.reduce import all_max, on_main
 from fsdp_qlora.load.stored import require_readable
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.folder import config_for_plan
@@ -26,9 +26,13 @@ from fsdp_qlora.parallel.compile import COMPILED_TYPES, can_compile
 from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.plan.choices import decided, tensor_budget
 from fsdp_qlora.plan.compilation import Compilation, Work, choose_compilation
-from fsdp_qlora.plan.devices import find_device
+from fsdp_qlora.plan.devices import device_of_driver, find_device, find_interconnect
+from fsdp_qlora.plan.layout import Cluster, settle_shard_degree
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.plan.sizes import parse_bytes
+from fsdp_qlora.run.world import World
+
+SHARD_DEGREE = "fsdp.shard_degree"
 
 
 def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
@@ -39,8 +43,45 @@ def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
 def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedModel, TrainPlan]:
     """Return the settings with every ``auto`` resolved, the meta model and the plan, from the model's config alone."""
     config, base = planned_skeleton(config)
-    plan = make_plan(config, read_shapes(base), world_size, planned_budget(config, world_size))
+    shapes, budget = read_shapes(base), planned_budget(config, world_size)
+    config, choice = settle_shard_degree(config, shapes, _planned_cluster(config, world_size, budget))
+    plan = make_plan(config, shapes, world_size, budget)
+    if choice is not None:
+        plan = replace(plan, choices={SHARD_DEGREE: choice, **plan.choices})
     return decided(config, plan.settings), base, plan
+
+
+def _planned_cluster(config: RunConfig, world_size: int, budget: int) -> Cluster:
+    node_size = min(config.launcher.nproc_per_node or world_size, world_size)
+    if config.plan.device is None:
+        return Cluster(world_size, node_size, budget)
+    device = find_device(config.plan.device)
+    link = find_interconnect(config.plan.interconnect or device.interconnect)
+    return Cluster(world_size, node_size, budget, device, link)
+
+
+def settled_world(config: RunConfig, folder: Path, world: World, budget: int) -> tuple[RunConfig, World, Choice | None]:
+    """Return the settings with ``fsdp.shard_degree`` settled, the ranks laid out by it, and the choice.
+
+    Every rank calls it.
+    """
+    if degree(config.fsdp.shard_degree) is not None:
+        return config, world, None
+    ranks, node_size = world.ranks, world.placement.local_world_size
+
+    def choose() -> list[str]:
+        asked_for = with_attention(config, ranks.device, folder)
+        device = device_of_driver(device_model(ranks.device)) if ranks.device.type != "cpu" else None
+        link = None if device is None else find_interconnect(device.interconnect)
+        cluster = Cluster(ranks.size, node_size, budget, device, link)
+        _, choice = settle_shard_degree(asked_for, read_shapes(skeleton(asked_for, folder)), cluster)
+        assert choice is not None
+        return [choice.value, choice.why]
+
+    value, why = on_main(choose, ranks)
+    size = int(value)
+    fsdp = replace(config.fsdp, shard_degree=size, replicate_degree=ranks.size // size)
+    return replace(config, fsdp=fsdp), world.resharded(size), Choice(value, why)
 
 
 def planned_budget(config: RunConfig, world_size: int) -> int:

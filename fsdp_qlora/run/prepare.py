@@ -18,7 +18,7 @@ from fsdp_qlora.model.folder import needs_hub, resolve_folder
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.run.build import load_model
 from fsdp_qlora.run.check import open_and_check, told
-from fsdp_qlora.run.decide import compilation_for, rank_budget
+from fsdp_qlora.run.decide import SHARD_DEGREE, compilation_for, rank_budget, settled_world
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.tokens import tokenize
 from fsdp_qlora.run.world import World, open_world
@@ -46,8 +46,10 @@ def prepare(
 
 
 def _prepare(config: RunConfig, world: World, progress: Progress | None, training: bool) -> Prepared:
-    folder = _find_model(config.model, world)
-    opened, verdict = open_and_check(config, folder, world.ranks, rank_budget(world.ranks, world.placement))
+    asked, folder = config, _find_model(config.model, world)
+    budget = rank_budget(world.ranks, world.placement)
+    config, world, layout = settled_world(config, folder, world, budget)
+    opened, verdict = open_and_check(config, folder, world.ranks, budget)
     tokenizer, data = tokenize(config, folder, opened, verdict, world)
     compilation = compilation_for(config, opened.base, opened.plan, data, world.ranks.device, training)
     repairs = opened.repairs  # needs the model as transformers built it, before load_model changes it
@@ -55,13 +57,14 @@ def _prepare(config: RunConfig, world: World, progress: Progress | None, trainin
     model, report = load_model(opened.compiled(compilation.on), world.ranks, progress)
     _verify(config, model, world.ranks, training)
     choices = {
+        **({} if layout is None else {SHARD_DEGREE: layout}),
         **opened.plan.choices,
         "model.attn_implementation": told(verdict),
         "model.check": Choice("off: nothing was compared" if config.model.check == "off" else _EQUAL, ""),
         "train.compile": Choice(as_word(compilation.on), compilation.why),
     }
     return Prepared(
-        config=config, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks, folder=folder,
+        config=asked, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks, folder=folder,
         shapes=opened.shapes, load=report, data=data, placement=world.placement,
         threads=world.threads, choices=choices, repairs=repairs,
         _stack=world.stack,

@@ -6,12 +6,13 @@ import atexit
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.distributed.mesh import Ranks, build_ranks
+from fsdp_qlora.distributed.mesh import Ranks, build_mesh, build_ranks
 from fsdp_qlora.distributed.nodes import once_per_node
 from fsdp_qlora.distributed.process import (
     Placement,
@@ -34,6 +35,12 @@ class World:
     threads: int
     stack: ExitStack
 
+    def resharded(self, shard_degree: int) -> World:
+        """Return the same ranks with another number of them sharing one copy of the parameters. A collective."""
+        ranks = self.ranks
+        mesh = build_mesh(ranks.device, shard_degree, ranks.size // shard_degree, ranks.size)
+        return replace(self, ranks=replace(ranks, mesh=mesh))
+
     def share(self, work: Callable[[], str], doing: str = "preparing the data") -> str:
         """Run ``work`` in one process per node; every rank returns its node's result."""
 
@@ -54,7 +61,7 @@ def open_world(config: RunConfig) -> World:
         keep_freed_memory(config.launcher.keep_freed_memory)
     stack = ExitStack()
     group = stack.enter_context(process_group(device, placement, config.launcher.timeout_seconds))
-    ranks = build_ranks(group, device, config.fsdp.shard_degree, config.fsdp.replicate_degree)
+    ranks = build_ranks(group, device, degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree)
     atexit.register(_abandon)
     return World(ranks, placement, threads, stack)
 

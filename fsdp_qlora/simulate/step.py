@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
+from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.choices import NONE
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.labels import ROWS, TOKENS
@@ -33,6 +34,7 @@ from fsdp_qlora.quant.formats import dequantize, quantize
 from fsdp_qlora.run.build import build_sharded
 from fsdp_qlora.run.decide import planned, planned_skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.shapes.units import fsdp_units
 from fsdp_qlora.simulate.depth import (
     Counts,
     Cut,
@@ -121,8 +123,9 @@ def simulate(config: RunConfig, world_size: int) -> Simulation:
     """
     started = time.perf_counter()
     _make_tables(config)
-    fsdp = config.fsdp
-    with simulated_ranks(world_size, fsdp.shard_degree, fsdp.replicate_degree) as ranks:
+    fsdp = planned(config, world_size)[0].fsdp  # with the degrees as numbers
+    config = replace(config, fsdp=replace(fsdp, reshard_after_forward=config.fsdp.reshard_after_forward))
+    with simulated_ranks(world_size, degree(fsdp.shard_degree) or 0, fsdp.replicate_degree) as ranks:
         resolved, base, _ = planned(config, world_size)
         resolved = replace(
             resolved,
@@ -183,7 +186,7 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> Cut
     with evenly_spread_experts(), nullcontext() if restarting else only_causal_masks():
         peaks = measure_step(
             model, optimizer.inner, step_runner(config, model, batch, ranks), lambda: optimizer.step(1e-6, 0.5), fake,
-            ranks.device.type,
+            [base.get_submodule(name) for unit in fsdp_units(shapes) for name in unit], ranks.device.type,
         )  # fmt: skip
     return Cut(counts_of(kinds), _by_name(peaks, base, shapes, kinds))
 

@@ -8,7 +8,7 @@ mistakes for two units. `tests/unit/test_simulate.py` fails if they change.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
@@ -81,14 +81,17 @@ Place = tuple[str, nn.Module | None]
 class _PlaceTracker(FSDPMemTracker):
     """torch's tracker, recording the peak at each place in the step; a place lasts until the next one begins."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device_type: str) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, units: Iterable[nn.Module], device_type: str
+    ) -> None:
         super().__init__(model, optimizer)
+        self._unsharded_units = [unit for unit in units if not isinstance(unit, FSDPModule)]
         self.peaks: dict[Place, dict[Any, int]] = {}
         self.place: Place = ("forward", model)
         self._highest: dict[Place, int] = {}
         self._device_type = device_type
-        self._whole = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-        self._gradient_hooks: list[RemovableHandle] = []
+        self._whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
+        self._hooks: list[RemovableHandle] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Half of all calls ask a fake tensor for its device; dispatching it through both modes costs as much as an op.
@@ -148,6 +151,16 @@ class _PlaceTracker(FSDPMemTracker):
         for buffer in self._root_mod.buffers():
             self._update_and_maybe_create_winfos(buffer, _FSDPRefType.BUFFER)
         self._instrument_whole_parameters()
+        for unit in self._unsharded_units:
+            self._hooks.append(unit.register_forward_pre_hook(self._forward_of, prepend=True))
+            self._hooks.append(unit.register_full_backward_pre_hook(self._backward_of, prepend=True))
+
+    def _forward_of(self, unit: nn.Module, _: Any) -> None:
+        if not self._mod_tracker.is_bw:  # otherwise it is recomputation within backward
+            self.place = ("forward", unit)
+
+    def _backward_of(self, unit: nn.Module, _: Any) -> None:
+        self.place = ("backward", unit)
 
     def _instrument_whole_parameters(self) -> None:
         """Count the parameters that FSDP ignores, and their gradients: torch's tracker only sees FSDP's parameters."""
@@ -159,12 +172,13 @@ class _PlaceTracker(FSDPMemTracker):
         for parameter in self._whole:
             self._update_and_maybe_create_winfos(parameter, _FSDPRefType.SHARDED_PARAM)
             note_gradient(parameter)
-            self._gradient_hooks.append(parameter.register_post_accumulate_grad_hook(note_gradient))
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(note_gradient))
 
     def _deregister_module_and_optimizer_hooks(self) -> None:
         super()._deregister_module_and_optimizer_hooks()
-        while self._gradient_hooks:
-            self._gradient_hooks.pop().remove()
+        while self._hooks:
+            self._hooks.pop().remove()
         for state in _states(self._root_mod):
             _register(state, state._pre_forward, state._post_forward)
 
@@ -195,6 +209,7 @@ def measure_step(
     forward_backward: Callable[[Callable[[], None]], object],
     update: Callable[[], object],
     fake: FakeTensorMode | None = None,
+    units: Iterable[nn.Module] = (),
     device_type: str = "cpu",
 ) -> dict[Place, TensorBytes]:
     """Run one step and return the peak tensor bytes at each place.
@@ -205,9 +220,10 @@ def measure_step(
         forward_backward: runs the micro-batches; calls its argument before each one.
         update: changes the parameters. It runs outside ``fake``, because optimizers read their step counters.
         fake: the mode of the model's fake tensors; None for real ones.
+        units: the modules that name the places, where FSDP does not shard them.
         device_type: where tensors are counted.
     """
-    tracker = _PlaceTracker(model, optimizer, device_type)
+    tracker = _PlaceTracker(model, optimizer, units, device_type)
     mode: AbstractContextManager[object] = fake or nullcontext()
     with mode, tracker:
         forward_backward(tracker.reset_mod_stats)

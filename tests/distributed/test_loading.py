@@ -155,6 +155,14 @@ def _refusals(ranks: Ranks, folder: str) -> list[str]:
         shard_model(model, [], ranks, MixedPrecisionPolicy(param_dtype=torch.float32))
     except PlanError as error:
         said.append(str(error))
+    bare = torch.nn.Sequential(torch.nn.Sequential(QuantLinear(64, 64, build_format(double_quant=False))))
+    bare[0][0].absmax = None  # the planted unit: packed bytes without integers beside them
+    numbers = torch.nn.Sequential(torch.nn.Linear(64, 64, device="meta"))  # real numbers may be gathered as such
+    shard_model(numbers, [], ranks, MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    try:
+        shard_model(bare, [[bare[0]]], ranks, MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    except PlanError as error:
+        said.append(str(error))
     prepared = build(ranks, folder)
     late = torch.nn.Linear(4, 4)
     prepared.model.add_module("late", late)
@@ -185,5 +193,6 @@ def _refusals(ranks: Ranks, folder: str) -> list[str]:
 def test_what_would_train_wrongly_is_refused(pool, tiny_model):
     first, last = pool.run(2, _refusals, str(tiny_model))
     assert "would convert its packed bytes" in first[0]
-    assert "late.weight is trained but not sharded" in first[1]
-    assert len(first) == 2 and "gathers different bytes" in last[2]
+    assert "0.0.packed" in first[1] and "would be gathered as torch.bfloat16" in first[1]
+    assert "late.weight is trained but not sharded" in first[2]
+    assert len(first) == 3 and "gathers different bytes" in last[3]

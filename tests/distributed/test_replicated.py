@@ -237,7 +237,7 @@ def _missing(ranks: Ranks) -> list[list[float] | None]:
     parameters[0].grad = torch.full((2, 1), float(ranks.rank + 1))
     if ranks.rank == ranks.size - 1:
         parameters[1].grad = torch.full((2, 1), 5.0)
-    ReplicatedGradients([(str(i), p) for i, p in enumerate(parameters)], ranks)(1)
+    ReplicatedGradients([(str(i), p) for i, p in enumerate(parameters)], ranks)()
     return [None if p.grad is None else p.grad.flatten().tolist() for p in parameters]
 
 

@@ -31,6 +31,7 @@ def main() -> int:
             found = walk(make_folder(Path(root), variant.family), variant)
             result = {
                 "launches": found.launches, "syncs": found.syncs, "copies": found.copies, "unwaited": found.unwaited,
+                "gathered": found.gathered,
             }  # fmt: skip
         except Exception as error:
             lines = str(error).splitlines() or [""]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fsdp_qlora.config.choices import OPTIMIZERS
+from tests.fake_cuda.faults import PLANTS
 from tests.fake_cuda.walk import Variant
 
 Settings = dict[str, Any]
+FAST = ("2 ranks", "1 rank", "flat, varlen", "adapters replicated, 2 x 2 ranks", "offload params", "experts")
+"""The variants of `make test`; all others are walked in the full tier."""
 
 
 def _with(
@@ -73,4 +76,5 @@ VARIANTS: dict[str, Variant] = {
     "offload params, adamw_8bit": _with(fsdp={"offload": "params"}, optim="adamw_8bit"),
     "adapters replicated, offload params": _with(fsdp={"adapters": "replicated", "offload": "params"}),
     **{f"optim {name}": _with(optim=name) for name in OPTIMIZERS if name != "adamw"},
+    **{f"planted: {name}": Variant(world_size=1, plant=name) for name in PLANTS},
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from fsdp_qlora.run.decide import planned
 from fsdp_qlora.train.evaluate import evaluate
 from fsdp_qlora.train.step import StepSettings, train_step
 from tests.fake_cuda.device import observed
+from tests.fake_cuda.faults import PLANTS
 from tests.fake_cuda.recorder import Recorder
 
 BODIES = {**products.BODIES, **blockwise.BODIES, **varlen.BODIES}
@@ -72,7 +73,7 @@ class Variant:
     accumulation: int = 2
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     plant: str | None = None
-    """Name of a fault to plant (`tests.fake_cuda.faults`)."""
+    """Name of a fault to plant, in `PLANTS`."""
 
 
 class FakeFolder:
@@ -187,12 +188,15 @@ def _fake_buffers(base: nn.Module, mode: FakeTensorMode) -> None:
                 setattr(module, name, torch.empty_like(buffer))
 
 
-def walk(folder: Path, variant: Variant, plant: Callable[[CausalModel], None] | None = None) -> Recorder:
-    """Walk one variant; return what was recorded, by phase: load, S1, S2 (steps), evaluate, save, export."""
+def walk(folder: Path, variant: Variant) -> Recorder:
+    """Walk one variant; return what was recorded in each phase: load, step 1 to 3, evaluate, save, export."""
     config = _config(folder, variant)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     packed = variant.batch == "packed"
-    recorder = Recorder(BODIES, {"all_max": 0.0, "find_packed_sequence_indices": not packed, "_next": 0})
+    # Values that upstream's code and ours branch on: no rank failed, whether rows are packed, evenly spread experts.
+    each = 2 * LENGTH * variant.rows // 4
+    answers = {"all_max": 0.0, "find_packed_sequence_indices": not packed, "_tokens_per_expert": each}
+    recorder = Recorder(BODIES, answers)
     with _ranks(variant, config) as ranks:
         resolved, base, plan = planned(config, variant.world_size)
         resolved = replace(resolved, train=replace(resolved.train, compile="false"))
@@ -208,8 +212,8 @@ def walk(folder: Path, variant: Variant, plant: Callable[[CausalModel], None] | 
                 on_host = host_modules(model.base, plan.offloaded)
                 stream_weights(model, model.base, FakeFolder(), ranks, None, shards_on, on_host)  # type: ignore[arg-type]
                 initialize_adapters(model, 0, ranks.shard_rank, ranks.shard_size, resolved.lora.variant)
-            if plant is not None:
-                plant(model)
+            if variant.plant is not None:
+                PLANTS[variant.plant](model.base)
             _train(model, resolved, batches, ranks, recorder)
     return recorder
 
@@ -240,14 +244,14 @@ def _train(model: CausalModel, config: RunConfig, batches: list[Batch], ranks: R
 
 
 TINY: dict[str, Any] = {
-    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 512, "pad_token_id": 0,
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
     "tied": {"model_type": "llama", "tie_word_embeddings": True},
     "experts": {
-        "model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2,
         "tie_word_embeddings": False,
     },
 }  # fmt: skip

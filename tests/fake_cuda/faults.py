@@ -1,0 +1,37 @@
+"""Faults planted in a walk, which it must find."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def a_buffer_on_the_host(base: nn.Module) -> None:
+    """Leave the rotary frequencies in host memory."""
+    for module in base.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name == "inv_freq":
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+
+
+def _in_forward(base: nn.Module, hook: Any) -> None:
+    base.get_submodule("model.layers.1").register_forward_hook(hook)
+
+
+def an_item_in_the_step(base: nn.Module) -> None:
+    """Read a value from the device in a layer's forward."""
+    _in_forward(base, lambda *found: found[-1].detach().sum().item() and None)
+
+
+def a_copy_read_too_early(base: nn.Module) -> None:
+    """Compute on the host with what a copy that nobody waits for brings there."""
+
+    def hook(*found: Any) -> None:
+        found[-1].detach().to("cpu", non_blocking=True).add(1)
+
+    _in_forward(base, hook)
+
+
+PLANTS = {plant.__name__: plant for plant in (a_buffer_on_the_host, an_item_in_the_step, a_copy_read_too_early)}

@@ -1,0 +1,96 @@
+"""Walks on the fake CUDA device (`tests.fake_cuda`): devices are not mixed, and a step waits for its device once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fake_cuda.guard import NoCompilerError, build_guard
+from tests.fake_cuda.variants import FAST, VARIANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+Walk = Mapping[str, Any]
+MASK = "transformers/masking_utils.py"
+"""transformers asks, once a micro-batch, whether rows are packed."""
+MORE = {
+    "experts": "quant/experts.py",  # how many tokens each expert gets: once a layer and micro-batch
+    "offload": "_fsdp_param_group.py",  # FSDP waits until gradients are in host memory
+    "optim paged": "optim/bnb.py",  # before the host may touch paged memory
+}
+"""Variants whose names begin so wait elsewhere, too (docs/numerics.md says why)."""
+
+
+def _walk(folder: Path, names: list[str]) -> dict[str, Walk]:
+    try:
+        build_guard(folder)
+    except NoCompilerError as error:
+        pytest.skip(str(error))
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fake_cuda", str(folder), *names],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Walk]:
+    """Walk every variant that a selected test asks for, in one process."""
+    wanted = {item.callspec.params["name"] for item in request.session.items if _asks(item)}
+    return _walk(tmp_path_factory.mktemp("walks"), [name for name in VARIANTS if name in wanted])
+
+
+def _asks(item: Any) -> bool:
+    return item.path == Path(__file__) and "name" in getattr(getattr(item, "callspec", None), "params", {})
+
+
+def _names(planted: bool) -> list[Any]:
+    chosen = [name for name in VARIANTS if name.startswith("planted") == planted]
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.full) for name in chosen]
+
+
+@pytest.mark.parametrize("name", _names(planted=False))
+def test_a_run_mixes_no_devices_and_a_step_waits_once(walked, name):
+    walk = walked[name]
+    assert "error" not in walk, (walk["error"], walk["traceback"][-1500:])
+    assert walk["unwaited"] == []
+    steps = walk["syncs"]["step 3"]
+    allowed = [place for start, place in MORE.items() if all(word in name for word in start.split())]
+    waits = {where: n for where, n in steps.items() if not any(place in where for place in (MASK, *allowed))}
+    assert sum(waits.values()) == 1 and "all_sum" in next(iter(waits)), steps
+    assert sum(n for where, n in steps.items() if MASK in where) <= VARIANTS[name].accumulation
+    copies = [where for where in walk["copies"]["step 3"] if "pageable, blocking" in where]
+    assert not copies or "offload" in name, copies
+    assert walk["launches"]["export"] and walk["launches"]["evaluate"]  # it went to the end
+
+
+@pytest.mark.full
+def test_planted_faults_are_found(tmp_path):
+    names = [name for name in VARIANTS if name.startswith("planted")]
+    found = _walk(tmp_path, names)
+    buffer, item, early = (found[f"planted: {name}"] for name in (
+        "a_buffer_on_the_host", "an_item_in_the_step", "a_copy_read_too_early"
+    ))  # fmt: skip
+    assert "device" in buffer["error"] and "cpu" in buffer["error"]
+    assert any("faults" in where or "forward" in where for where in item["syncs"]["step 3"])
+    assert sum(item["syncs"]["step 3"].values()) == 2 + 1 + 2  # masks, the loop, and the planted ones
+    assert early["unwaited"]
+
+
+def test_one_rank_gathers_nothing_and_two_gather_bytes(walked):
+    assert "step 3" not in walked["1 rank"]["gathered"]
+    assert walked["2 ranks"]["gathered"]["step 3"] > 0
+
+
+def test_without_a_compiler_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(NoCompilerError, match=r"no g\+\+"):
+        build_guard(tmp_path / "none")
