@@ -123,15 +123,18 @@ def round_weights(model: nn.Module, quantized: Iterable[Packed]) -> None:
         parameter = model.get_parameter(linear.parameter)
         for matrix in parameter if linear.stacked else [parameter]:
             whole = (matrix.t() if linear.transposed else matrix).contiguous()
-            rounded = _rounded(whole, packed.layout)
+            rounded = _rounded(whole, packed.quant_format)
             matrix.copy_(rounded.t() if linear.transposed else rounded)
 
 
-def _rounded(whole: torch.Tensor, layout: Format) -> torch.Tensor:
-    if not isinstance(layout, Blocks4):  # our own code, as upstream has none for this format
-        return dequantize(quantize(whole, layout), layout, tuple(whole.shape), whole.dtype)
+def _rounded(whole: torch.Tensor, quant_format: Format) -> torch.Tensor:
+    if not isinstance(quant_format, Blocks4):  # our own code, as upstream has none for this format
+        return dequantize(quantize(whole, quant_format), quant_format, tuple(whole.shape), whole.dtype)
     codes, state = bitsandbytes.functional.quantize_4bit(
-        whole, blocksize=layout.block_size, quant_type=layout.name, compress_statistics=layout.double_quant
+        whole,
+        blocksize=quant_format.block_size,
+        quant_type=quant_format.name,
+        compress_statistics=quant_format.double_quant,
     )
     return bitsandbytes.functional.dequantize_4bit(codes, state)
 

@@ -84,6 +84,6 @@ def describe(packed: tuple[Packed, ...]) -> str:
     """Return the number of weights in each format: ``24 int8, 186 nf4 with double quantization``."""
     counts: dict[str, int] = {}
     for x in packed:
-        words = x.layout.describe()
+        words = x.quant_format.describe()
         counts[words] = counts.get(words, 0) + 1
     return ", ".join(f"{count} {words}" for words, count in counts.items()) or "none"

@@ -28,7 +28,7 @@ def swap_linears(
     """
     default = quant_format or build_format()
     packed = [x if isinstance(x, Packed) else Packed(x, default) for x in linears]
-    return [_swap(model, x.linear, quant_format or x.layout, cache_dequantized) for x in packed]
+    return [_swap(model, x.linear, quant_format or x.quant_format, cache_dequantized) for x in packed]
 
 
 def _swap(model: nn.Module, linear: LinearShape, quant_format: Format, cache_dequantized: bool) -> str:

@@ -65,9 +65,9 @@ def test_slices_of_rows_equal_the_whole(world_size):
 
 
 def test_layout_has_one_byte_a_weight_and_four_a_row():
-    layout = build_format("int8", double_quant=True, block_size=128, threshold=6.0)
-    assert (layout.double_quant, layout.block_size, layout.threshold) == (False, 64, 6.0)
-    assert layout.num_rows(41, 96) * (layout.row_bytes(96) + layout.statistics_bytes) == 41 * (96 + 4)
+    quant_format = build_format("int8", double_quant=True, block_size=128, threshold=6.0)
+    assert (quant_format.double_quant, quant_format.block_size, quant_format.threshold) == (False, 64, 6.0)
+    assert quant_format.num_rows(41, 96) * (quant_format.row_bytes(96) + quant_format.statistics_bytes) == 41 * (96 + 4)
     assert build_format("nf4", threshold=6.0).threshold == 0.0
 
 
