@@ -28,7 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 from fsdp_qlora.cli.foreign import TAKEN, is_taken, refuse_hydras_own, require_typed
 from fsdp_qlora.cli.outside import Outside
 from fsdp_qlora.cli.quoting import list_of_names, literal, quoted, sweep_hint
-from fsdp_qlora.config.convert import convert, field_types, known_keys, nearest
+from fsdp_qlora.config.choices import nearest
+from fsdp_qlora.config.convert import convert, field_types, known_keys
 from fsdp_qlora.config.facts import VERBATIM, keys_with
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.saved import read_config

@@ -10,7 +10,8 @@ import textwrap
 import typing
 from collections.abc import Iterator
 
-from fsdp_qlora.config.convert import field_types, nearest, words_of
+from fsdp_qlora.config.choices import nearest
+from fsdp_qlora.config.convert import field_types, words_of
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
 

@@ -7,8 +7,11 @@ imported. For built-in ones, names, registries and ``conf/<group>/*.yaml`` match
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Generic, Protocol, TypeVar
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, Generic, NoReturn, Protocol, TypeVar
+
+from fsdp_qlora.errors import ConfigError
 
 
 class _Named(Protocol):
@@ -18,6 +21,12 @@ class _Named(Protocol):
 
 
 _T = TypeVar("_T", bound=_Named)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 class Names:
@@ -42,15 +51,33 @@ class Names:
 class Registry(dict[str, type[_T]], Generic[_T]):
     """The classes behind the names of a setting. Registering one lets the setting accept its name."""
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, kind: str, names: Names) -> None:
+        """Start empty; ``kind`` is what the names are names of, in one word."""
         super().__init__()
-        self._names = names
+        self._kind, self._names = kind, names
 
     def register(self, kind: type[_T]) -> type[_T]:
-        """Register a class under its ``name`` (the command line knows only built-in ones)."""
+        """Register a class under its ``name`` (the command line knows only built-in ones).
+
+        Raises:
+            ValueError: if another class has that name.
+        """
+        if (holder := self.get(kind.name, kind)) is not kind:
+            raise ValueError(
+                f"{_path(kind)}: the {self._kind} {kind.name!r} is already registered by {_path(holder)}; choose "
+                "another name."
+            )
         self[kind.name] = kind
         self._names.add(kind.name)
         return kind
+
+    def __missing__(self, name: str) -> NoReturn:
+        """Refuse a name that nothing is registered under."""
+        raise ConfigError(f"{self._kind}: {name!r} is not one of {', '.join(self)}.{nearest(name, self)}")
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 FORMATS = Names("nf4", "fp4", "int8")

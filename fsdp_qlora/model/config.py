@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from fsdp_qlora.config.convert import nearest
+from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.errors import ModelError, typed_line
 from fsdp_qlora.files.bounded import OutOfBoundsError, require_bounded_config, require_bounded_values
 

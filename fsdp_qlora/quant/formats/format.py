@@ -212,14 +212,18 @@ class Packed:
         return self.row_bytes / self.quant_format.row_weights(self.linear.in_features)
 
 
-_FORMATS: choices.Registry[Format] = choices.Registry(choices.FORMATS)
+_FORMATS: choices.Registry[Format] = choices.Registry("format", choices.FORMATS)
 register = _FORMATS.register
 
 
 def build_format(
     name: str = "nf4", double_quant: bool = True, block_size: int = BLOCK_WEIGHTS, threshold: float = 0.0
 ) -> Format:
-    """Return the format called ``name``; options it does not use stay at their defaults."""
+    """Return the format called ``name``; options it does not use stay at their defaults.
+
+    Raises:
+        ConfigError: if there is none.
+    """
     return _FORMATS[name](double_quant, block_size, threshold)
 
 
