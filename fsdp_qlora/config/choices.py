@@ -1,14 +1,16 @@
 """The names of all formats, methods, objectives, optimizers, trackers and exports: built-in and registered later.
 
-Each one is a file in its own package (`quant/formats/`, `adapters/`, `objectives/`, `optim/`, `track/`, `export/`),
-which registers it. The names are here, below all those packages, so that a misspelt one is rejected before torch is
-imported. For built-in ones, names, registries and ``conf/<group>/*.yaml`` match (`tests/unit/test_seams.py`).
+Formats, methods and objectives are classes that register themselves, one kind in a file of `quant/formats/`,
+`adapters/` or `objectives/` (`Registry`). Optimizers, trackers and exports are rows of a table: `optim/optimizers.py`,
+`track/sinks.py`, `cli/export.py` (`Table`). The names are here, below all those packages, so that a misspelt one is
+rejected before torch is imported. For built-in ones, names, registries, tables and ``conf/<group>/*.yaml`` match
+(`tests/unit/test_seams.py`).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, Generic, NoReturn, Protocol, TypeVar
 
 from fsdp_qlora.errors import ConfigError
@@ -21,6 +23,7 @@ class _Named(Protocol):
 
 
 _T = TypeVar("_T", bound=_Named)
+_V = TypeVar("_V")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -48,13 +51,30 @@ class Names:
         return name in self._all
 
 
-class Registry(dict[str, type[_T]], Generic[_T]):
+class Table(dict[str, _V], Generic[_V]):
+    """What is behind each name of a setting; a name that it lacks is refused."""
+
+    def __init__(self, kind: str, rows: Mapping[str, _V] | None = None) -> None:
+        """Start with ``rows``; ``kind`` is what the names are names of, for messages."""
+        super().__init__(rows or {})
+        self.kind = kind
+
+    def __missing__(self, name: str) -> NoReturn:
+        """Refuse a name.
+
+        Raises:
+            ConfigError: naming the ones there are.
+        """
+        raise ConfigError(f"{self.kind}: {name!r} is not one of {', '.join(self)}.{nearest(name, self)}")
+
+
+class Registry(Table[type[_T]], Generic[_T]):
     """The classes behind the names of a setting. Registering one lets the setting accept its name."""
 
     def __init__(self, kind: str, names: Names) -> None:
-        """Start empty; ``kind`` is what the names are names of, in one word."""
-        super().__init__()
-        self._kind, self._names = kind, names
+        """Start empty."""
+        super().__init__(kind)
+        self._names = names
 
     def register(self, kind: type[_T]) -> type[_T]:
         """Register a class under its ``name`` (the command line knows only built-in ones).
@@ -64,16 +84,12 @@ class Registry(dict[str, type[_T]], Generic[_T]):
         """
         if (holder := self.get(kind.name, kind)) is not kind:
             raise ValueError(
-                f"{_path(kind)}: the {self._kind} {kind.name!r} is already registered by {_path(holder)}; choose "
+                f"{_path(kind)}: the {self.kind} {kind.name!r} is already registered by {_path(holder)}; choose "
                 "another name."
             )
         self[kind.name] = kind
         self._names.add(kind.name)
         return kind
-
-    def __missing__(self, name: str) -> NoReturn:
-        """Refuse a name that nothing is registered under."""
-        raise ConfigError(f"{self._kind}: {name!r} is not one of {', '.join(self)}.{nearest(name, self)}")
 
 
 def _path(kind: type) -> str:
@@ -91,8 +107,8 @@ OPTIMIZERS = Names(
 )
 """``optim=``: optimizers (`fsdp_qlora.optim.optimizers`)."""
 TRACKERS = Names("console", "wandb")
-"""``track=``: where metrics go in addition to metrics.jsonl (`fsdp_qlora.track`)."""
+"""``track=``: where metrics go in addition to metrics.jsonl (`fsdp_qlora.track.sinks`)."""
 EXPORTS = Names("adapter", "base-4bit")
-"""``export what=``: what is exported (`fsdp_qlora.export`)."""
+"""``export what=``: what is exported (`fsdp_qlora.cli.export`)."""
 NONE = "none"
 """Word that an optional setting accepts in addition to names, to turn it off."""

@@ -7,13 +7,14 @@ is wrapped in DTensors when it is saved (`state.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
@@ -41,7 +42,7 @@ class ShardedOptimizer:
         self._leaves = [
             Leaf(n, nn.Parameter(local_tensor(p).detach()), Layout.of(p)) for n, p in self.parameters.items()
         ]
-        self._optimizer = _build(self._leaves, settings)
+        self._optimizer = OPTIMIZERS[settings.name](self._leaves, settings)
 
     @property
     def inner(self) -> torch.optim.Optimizer:
@@ -145,15 +146,20 @@ class _SGD(LocalOptimizer, torch.optim.SGD):
         return [] if found is None else [Part("momentum_buffer", found, leaf.layout.shape)]
 
 
-def _build(leaves: list[Leaf], settings: OptimSettings) -> LocalOptimizer:
-    local = [leaf.local for leaf in leaves]
-    if settings.name in UPDATES:
-        return BlockwiseOptimizer(leaves, settings)
-    if settings.name == "adafactor":
-        return ShardedAdafactor(leaves, settings)
-    if settings.name == "adamw":
-        return _AdamW(
-            local, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
-            weight_decay=settings.weight_decay, fused=False, foreach=True,
-        )  # fmt: skip
-    return _SGD(local, lr=settings.lr, momentum=settings.beta1, weight_decay=settings.weight_decay)
+def _adamw(leaves: list[Leaf], settings: OptimSettings) -> LocalOptimizer:
+    return _AdamW(
+        [leaf.local for leaf in leaves], lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
+        weight_decay=settings.weight_decay, fused=False, foreach=True,
+    )  # fmt: skip
+
+
+def _sgd(leaves: list[Leaf], settings: OptimSettings) -> LocalOptimizer:
+    return _SGD(
+        [leaf.local for leaf in leaves], lr=settings.lr, momentum=settings.beta1, weight_decay=settings.weight_decay
+    )
+
+
+OPTIMIZERS: choices.Table[Callable[[list[Leaf], OptimSettings], LocalOptimizer]] = choices.Table(
+    "optim", {**dict.fromkeys(UPDATES, BlockwiseOptimizer), "adafactor": ShardedAdafactor, "adamw": _adamw, "sgd": _sgd}
+)
+"""The optimizers of ``optim=``."""
