@@ -142,7 +142,7 @@ class _Twin:
 
     def __init__(self, config: RunConfig, folder: Path, ranks: Ranks, build: Build) -> None:
         self.config, self.folder, self.ranks, self._build = config, folder, ranks, build
-        self.layout = Layout.of(config, config.model.attn_implementation)
+        self.layout = Layout.of(config.data, config.train, config.model.attn_implementation)
 
     def problem(self) -> str | None:
         """Return how our model differs from upstream's, or None if it does not; identical on every rank."""
