@@ -71,8 +71,8 @@ def identity_of(
         data_key: key of the prepared data (sources, tokenizer, template, settings).
         repairs: fixes that changed the losses of this model; checkpoints from before them lack these keys.
     """
-    found = blocking_settings(config) | {DATA_KEY: data_key} | dict.fromkeys(repairs, True)
-    return found | {_BASE_FILE + name: value for name, value in base.items()}
+    identity = blocking_settings(config) | {DATA_KEY: data_key} | dict.fromkeys(repairs, True)
+    return identity | {_BASE_FILE + name: value for name, value in base.items()}
 
 
 def with_whole(identity: dict[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:

@@ -234,13 +234,13 @@ def _typed_overrides(line: CommandLine, settings: dict[str, Any]) -> dict[str, A
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested groups as dotted keys; settings that are mappings themselves stay mappings."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and f"{prefix}{key}" not in _MAPPINGS:
-            found |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            flat[prefix + key] = value
+    return flat
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -53,10 +53,10 @@ def _adapter(config: RunConfig) -> int:
     if config.export.checkpoint:
         source = Path(config.export.checkpoint).expanduser()
     else:
-        found = complete_checkpoints(folder.checkpoints)
-        if not found:
+        checkpoints = complete_checkpoints(folder.checkpoints)
+        if not checkpoints:
             raise CheckpointError(f"{folder.checkpoints} holds no complete checkpoint; set export.checkpoint=FOLDER.")
-        source = found[-1]
+        source = checkpoints[-1]
     _, manifest = open_checkpoint(source)
     target = Path(config.export.to).expanduser() if config.export.to else folder.adapter
     if target == folder.adapter and target.is_symlink():

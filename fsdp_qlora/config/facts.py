@@ -77,4 +77,4 @@ def value_of(settings: Any, key: str) -> Any:
 
 def keys_with(schema: type, fact: Fact) -> frozenset[str]:
     """Return the dotted keys of the settings that have a fact."""
-    return frozenset(key for key, found in facts(schema) if found == fact)
+    return frozenset(key for key, stated in facts(schema) if stated == fact)

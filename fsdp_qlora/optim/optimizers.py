@@ -98,10 +98,10 @@ class ShardedOptimizer:
         Scalar step counters are omitted: they all equal the run's step. 8-bit states consist of codes and, under
         ``<state>_absmax``, the table of their blocks' absmax (`blockwise.py`).
         """
-        found: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
         for leaf, part in parts_of(self._leaves, self._optimizer):
-            found |= present(leaf, part)
-        return found
+            tensors |= present(leaf, part)
+        return tensors
 
     def prepare_state(self, step: int) -> None:
         """Create a state of zeros with step counters at ``step``."""
@@ -142,8 +142,8 @@ class _SGD(LocalOptimizer, torch.optim.SGD):
         return {"momentum_buffer": torch.zeros_like(leaf.local)} if self.param_groups[0]["momentum"] else {}
 
     def parts(self, leaf: Leaf) -> list[Part | Blocks]:
-        found = self.state[leaf.local].get("momentum_buffer")
-        return [] if found is None else [Part("momentum_buffer", found, leaf.layout.shape)]
+        momentum = self.state[leaf.local].get("momentum_buffer")
+        return [] if momentum is None else [Part("momentum_buffer", momentum, leaf.layout.shape)]
 
 
 def _adamw(leaves: list[Leaf], settings: OptimSettings) -> LocalOptimizer:
