@@ -172,10 +172,10 @@ def compute(model: nn.Module, rows: Sequence[torch.Tensor], gradients: bool = Tr
     for row in rows:
         with torch.set_grad_enabled(gradients):
             logits = model(input_ids=row[None], use_cache=False).logits[0].float()
-            found = nn.functional.cross_entropy(logits[:-1], row[1:], reduction="none")
+            row_losses = nn.functional.cross_entropy(logits[:-1], row[1:], reduction="none")
             if gradients:
-                found.sum().backward()
-        losses.append(found.detach())
+                row_losses.sum().backward()
+        losses.append(row_losses.detach())
     made = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in _adapters(model).items()}
     return Computed(losses, made if gradients else {})
 
@@ -190,12 +190,12 @@ def is_random(model: nn.Module, row: torch.Tensor) -> bool:
 
 def outputs_of(run: Callable[[], Any], names: Mapping[nn.Module, str]) -> dict[str, torch.Tensor]:
     """Return the outputs of modules during ``run``, by module name, in the order in which they finish."""
-    found: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
 
     def keep(module: nn.Module, _: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
         if isinstance(first, torch.Tensor) and first.is_floating_point():
-            found.setdefault(names[module], first.detach().float().reshape(-1).clone())
+            outputs.setdefault(names[module], first.detach().float().reshape(-1).clone())
 
     hooks = [module.register_forward_hook(keep) for module in names]
     try:
@@ -204,4 +204,4 @@ def outputs_of(run: Callable[[], Any], names: Mapping[nn.Module, str]) -> dict[s
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return outputs

@@ -51,7 +51,7 @@ def chosen_edges(settings: QuantSettings, shapes: ModelShapes) -> tuple[Packed, 
 
 def _overridden(overrides: Mapping[str, str], names: list[str]) -> dict[str, str]:
     """Return name -> format for the linears that a pattern matches; later patterns win."""
-    found: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for pattern, kind in overrides.items():
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
@@ -60,8 +60,8 @@ def _overridden(overrides: Mapping[str, str], names: list[str]) -> dict[str, str
                 f"pattern must match the whole name, such as *.{endings(names)[0]} or {names[0]} (this model has "
                 f"{', '.join(endings(names))})."
             )
-        found |= dict.fromkeys(matched, kind)
-    return found
+        kinds |= dict.fromkeys(matched, kind)
+    return kinds
 
 
 def _require_most(shapes: ModelShapes, can: set[str]) -> None:
