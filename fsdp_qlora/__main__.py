@@ -15,7 +15,7 @@ from fsdp_qlora.cli.launcher import launch, ranks_to_start
 from fsdp_qlora.cli.logs import listen
 from fsdp_qlora.cli.output import restart_in_utf8, withstand
 from fsdp_qlora.cli.quiet import quieten
-from fsdp_qlora.config.convert import nearest
+from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.rules import check_verb
 from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.distributed.meeting import MEETING_VARIABLE

@@ -108,15 +108,15 @@ def _refused(values: dict[str, Any]) -> list[str]:
     """Return the settings that are neither honoured nor harmless, with their values."""
     defaults = {f.name: f.default for f in fields(LoraConfig) if f.default is not MISSING}
     known = _HONOURED | _SELECTING | _HARMLESS
-    found = []
+    refused = []
     for key, value in values.items():
         if key == "init_lora_weights":
             plain = any(value is v if isinstance(v, bool) else value == v for v in _PLAIN_STARTS)
         else:
             plain = key in known or value in _OFF or (key in defaults and value == defaults[key])
         if not plain:
-            found.append(f"{key}={json.dumps(value)}"[:200])
-    return found
+            refused.append(f"{key}={json.dumps(value)}"[:200])
+    return refused
 
 
 def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
@@ -126,15 +126,15 @@ def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
         ModelError: if a tensor does not belong to plain LoRA on a linear.
     """
     tensors = "|".join(map(re.escape, sorted(tensor_names())))
-    found = {name: re.fullmatch(rf"base_model\.model\.(.+)\.(?:{tensors})", name) for name in names}
-    if odd := sorted(name for name, match in found.items() if match is None):
+    matches = {name: re.fullmatch(rf"base_model\.model\.(.+)\.(?:{tensors})", name) for name in names}
+    if odd := sorted(name for name, match in matches.items() if match is None):
         raise ModelError(
             f"adapter: {file} holds {len(odd)} tensor(s) that are not LoRA matrices of a linear (first: {odd[0]}); "
             "such adapters are not supported."
         )
-    if not found:
+    if not matches:
         raise ModelError(f"adapter: {file} holds no tensors.")
-    return sorted({match[1] for match in found.values() if match is not None})
+    return sorted({match[1] for match in matches.values() if match is not None})
 
 
 def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
@@ -212,13 +212,13 @@ def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks
     Raises:
         ModelError: if its rank, alpha or variant differs, or it does not fit this model's adapters.
     """
-    found = read_adapter_config(folder).settings([])
+    saved = read_adapter_config(folder).settings([])
     differ = [
         f"lora.{key}: {ours}, but the adapter in lora.init_from={folder} has {theirs}; set lora.{key}={theirs:{form}}."
         for key, theirs, ours, form in (
-            ("r", found.r, lora.r, ""),
-            ("alpha", found.alpha, float(lora.alpha), "g"),
-            ("variant", found.variant, lora.variant, ""),
+            ("r", saved.r, lora.r, ""),
+            ("alpha", saved.alpha, float(lora.alpha), "g"),
+            ("variant", saved.variant, lora.variant, ""),
         )
         if theirs != ours
     ]

@@ -83,10 +83,10 @@ class SharedInput:
         place = self.layers.index(layer)
         if self._input is not x or place not in self._made:
             self._input, self._made = x, dict(enumerate(products(self.layers, x)))
-        found = self._made.pop(place)
+        product = self._made.pop(place)
         if not self._made:
             self._input = None
-        return found
+        return product
 
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -105,7 +105,7 @@ def use_fused_products(model: nn.Module) -> list[SharedInput]:
             parent.fused = not (isinstance(dropout, nn.Dropout) and dropout.p > 0)
     for parent in list(model.modules()):
         for names in SHARED_INPUTS:
-            found = [m for n in names if isinstance(m := getattr(parent, n, None), QuantLoraLinear) and m.fused]
-            if len(found) > 1 and len({(m.in_features, m.get_base_layer().quant_format) for m in found}) == 1:
-                groups.append(SharedInput(found))
+            linears = [m for n in names if isinstance(m := getattr(parent, n, None), QuantLoraLinear) and m.fused]
+            if len(linears) > 1 and len({(m.in_features, m.get_base_layer().quant_format) for m in linears}) == 1:
+                groups.append(SharedInput(linears))
     return groups

@@ -56,12 +56,16 @@ def parameters_of(method: Method, linear: LinearShape, lora: LoraSettings) -> di
     return {f"base_model.model.{linear.name}.{name}": shape for name, shape in method.shapes(linear, lora).items()}
 
 
-_METHODS: choices.Registry[Method] = choices.Registry(choices.METHODS)
+_METHODS: choices.Registry[Method] = choices.Registry("adapter method", choices.METHODS)
 register = _METHODS.register
 
 
 def build_method(name: str) -> Method:
-    """Return the method called ``name``."""
+    """Return the method called ``name``.
+
+    Raises:
+        ConfigError: if there is none.
+    """
     return _METHODS[name]()
 
 

@@ -42,8 +42,8 @@ def renamed_by_peft(model: PreTrainedModel, names: Iterable[str]) -> frozenset[s
     keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
     tensors = {key: torch.empty(1, 1, device="meta") for key in keys}
     kept = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors, "default")
-    found = {key.replace(".lora_A.default.", ".lora_A.") for key in kept}
-    return frozenset(name for key, name in keys.items() if key not in found)
+    stored = {key.replace(".lora_A.default.", ".lora_A.") for key in kept}
+    return frozenset(name for key, name in keys.items() if key not in stored)
 
 
 ADAPTER = "default"

@@ -42,16 +42,16 @@ class ReplicatedGradients:
         """Reduce the gradients. Parameters without a gradient on any rank stay without one. Every rank must call it."""
         if not self._parameters or self._ranks.size == 1:
             return
-        found = [p.grad is not None for p in self._parameters]
+        has_gradient = [p.grad is not None for p in self._parameters]
         with record_function(GATHER):
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
             # Also sum how many ranks have each gradient: one that is missing here may exist on another rank.
-            counts = grads[0].new_ones(len(found))
-            if not all(found):  # a copy from the host, which waits for the device
-                counts.copy_(torch.tensor(found))
+            counts = grads[0].new_ones(len(has_gradient))
+            if not all(has_gradient):  # a copy from the host, which waits for the device
+                counts.copy_(torch.tensor(has_gradient))
             flat = torch.cat([*(grad.view(-1) for grad in grads), counts])
         dist.all_reduce(flat, group=self._ranks.group)
-        *views, counts = flat.split([*self._sizes, len(found)])
-        somewhere = found if all(found) else (counts > 0).tolist()
+        *views, counts = flat.split([*self._sizes, len(has_gradient)])
+        somewhere = has_gradient if all(has_gradient) else (counts > 0).tolist()
         for parameter, view, exists in zip(self._parameters, views, somewhere, strict=True):
             parameter.grad = view.view_as(parameter) if exists else None

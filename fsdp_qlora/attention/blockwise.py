@@ -200,8 +200,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, mask, *kept = ctx.saved_tensors
         known = kept[0] if kept else None
-        found = ops.attention_backward(grads[0], query, key, value, out, mask, known, ctx.scale, ctx.causal)
-        return (*found, None, None, None, None)
+        gradients = ops.attention_backward(grads[0], query, key, value, out, mask, known, ctx.scale, ctx.causal)
+        return (*gradients, None, None, None, None)
 
 
 def _fake_attention(

@@ -49,16 +49,16 @@ def attention_candidates(
         return (asked,)
     if kind is None:  # an encoder, an encoder-decoder, or the folder's own code
         return (EAGER,) if device.type == "cpu" else ("sdpa", EAGER)
-    capped, found = _has(text, _CAPS), []
+    capped, candidates = _has(text, _CAPS), []
     if device.type == "cpu":
         if kind._supports_attention_backend and not capped and not _has(text, _DROPOUTS):
-            found.append(BLOCKWISE)
+            candidates.append(BLOCKWISE)
     else:
         if kind._supports_flash_attn and is_flash_attn_2_available() and dtype.itemsize == 2 and not capped:
-            found += [] if _from_hub(kind) else [_FLASH]
+            candidates += [] if _from_hub(kind) else [_FLASH]
         if kind._supports_sdpa and not capped:
-            found.append("sdpa")
-    return (*found, EAGER)
+            candidates.append("sdpa")
+    return (*candidates, EAGER)
 
 
 def _from_hub(kind: Any) -> str | None:
@@ -103,10 +103,10 @@ def _has(text_config: Any, keys: tuple[str, ...]) -> bool:
 
 def code_files(model_config: Any, folder: Path, trust_remote_code: bool) -> list[Path]:
     """Return the files that hold the model's own code: upstream's module, and the folder's if trusted."""
-    found = sorted(folder.glob("*.py")) if trust_remote_code and folder.is_dir() else []
+    own = sorted(folder.glob("*.py")) if trust_remote_code and folder.is_dir() else []
     kind = _model_class(model_config)
     module = sys.modules.get(kind.__module__) if kind is not None else None
-    return [*found, Path(module.__file__)] if module is not None and module.__file__ else found
+    return [*own, Path(module.__file__)] if module is not None and module.__file__ else own
 
 
 def _model_class(model_config: Any) -> Any:

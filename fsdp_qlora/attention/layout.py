@@ -10,7 +10,7 @@ from fsdp_qlora.attention.blocks import KEPT_SCORES_LENGTH
 from fsdp_qlora.attention.blockwise import BLOCKWISE
 from fsdp_qlora.attention.flatten import reads_boundaries
 from fsdp_qlora.attention.varlen import VARLEN
-from fsdp_qlora.config.schema import DataSettings, RunConfig
+from fsdp_qlora.config.schema import DataSettings, TrainSettings
 from fsdp_qlora.data.forms import Form, width_step
 from fsdp_qlora.data.loader import MicroBatch, Piece, Rows, TokenRows
 from fsdp_qlora.data.pack import FlatRows, PackedRows, flat_batch, pack
@@ -32,16 +32,23 @@ class Layout:
     is_main: bool
 
     @classmethod
-    def of(cls, config: RunConfig, attention: str, compiled: bool = False, is_main: bool = False) -> Self:
+    def of(
+        cls,
+        data: DataSettings,
+        train: TrainSettings,
+        attention: str,
+        compiled: bool = False,
+        is_main: bool = False,
+    ) -> Self:
         """Return the layout for the settings and the model's attention implementation.
 
         Args:
-            config: the settings.
+            data: how rows are packed, and their maximum length.
+            train: the size of a micro-batch.
             attention: the attention implementation, not ``auto``.
             compiled: whether the decoder layers are compiled; micro-batches then come in few widths.
             is_main: whether to log how well sequences are filled.
         """
-        data, train = config.data, config.train
         by_tokens = max(2, train.micro_batch_tokens // data.max_length)
         num_sequences = by_tokens if train.micro_batch_tokens else train.micro_batch_size
         return cls(data, attention, num_sequences, width_step(data.max_length) if compiled else 1, is_main)

@@ -188,8 +188,8 @@ def forward(
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     laid = heads.by_head(out)
     for start, stop, first in _blocks(ends, window):
-        found = matmul(heads.probabilities(start, stop, first)[0], heads.value[:, first:stop])
-        laid[:, :, start:stop] = found.unflatten(1, (heads.group, stop - start))
+        product = matmul(heads.probabilities(start, stop, first)[0], heads.value[:, first:stop])
+        laid[:, :, start:stop] = product.unflatten(1, (heads.group, stop - start))
     return out
 
 
@@ -237,10 +237,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, boundaries = ctx.saved_tensors
-        found = ops.varlen_attention_backward(
+        gradients = ops.varlen_attention_backward(
             grads[0], query, key, value, out, boundaries, ctx.scale, ctx.window, ctx.softcap
         )
-        return (*found, None, None, None, None)
+        return (*gradients, None, None, None, None)
 
 
 def _fake_attention(

@@ -238,15 +238,15 @@ class Checkpointer:
         def search() -> list[Any] | None:
             for problem in tidy(self.folder):
                 self._tell_kept(problem)
-            found = self._search(resume)
-            if found is None:
+            chosen = self._search(resume)
+            if chosen is None:
                 return None
-            folder, manifest = found
+            folder, manifest = chosen
             compare(without(manifest.identity, overrides), without(identity, overrides), folder)
             return [str(folder), asdict(manifest)]
 
-        found = on_main(search, self.ranks)
-        return None if found is None else (Path(found[0]), Manifest(**found[1]))
+        chosen = on_main(search, self.ranks)
+        return None if chosen is None else (Path(chosen[0]), Manifest(**chosen[1]))
 
     def _search(self, resume: Resume) -> tuple[Path, Manifest] | None:
         if resume.never:
@@ -256,12 +256,12 @@ class Checkpointer:
         problems = []
         for folder in reversed(complete_checkpoints(self.folder)):
             try:
-                found = open_checkpoint(folder)
+                opened = open_checkpoint(folder)
             except CheckpointError as error:
                 problems.append(str(error))
                 self._say(f"skipping a damaged checkpoint: {error}")
                 continue
-            return found
+            return opened
         if problems:
             raise CheckpointError("no checkpoint of this run is valid:\n" + "\n".join(problems))
         return None

@@ -1,4 +1,4 @@
-"""The contents of a checkpoint, and the settings that must match for a resume."""
+"""The tensors of a checkpoint: what is trained, and the optimizer's state."""
 
 from __future__ import annotations
 

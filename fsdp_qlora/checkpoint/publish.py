@@ -38,11 +38,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     Raises:
         SecurityError: if the folder or one of them is a link: in a stranger's run folder, it may lead to yours.
     """
-    found = sorted(f for f in folder.iterdir() if is_complete(f)) if folder.is_dir() else []
-    for place in (folder, *found):
+    complete = sorted(f for f in folder.iterdir() if is_complete(f)) if folder.is_dir() else []
+    for place in (folder, *complete):
         if place.is_symlink():
             raise SecurityError(f"{place} is a link; links are not followed here. Pass the checkpoint's real path.")
-    return found
+    return complete
 
 
 def staging_for(target: Path) -> Path:

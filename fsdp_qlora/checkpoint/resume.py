@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fsdp_qlora.config.facts import MAY_CHANGE, keys_with
+from fsdp_qlora.config.choices import FORMATS, NONE
+from fsdp_qlora.config.facts import MAY_CHANGE, FormatOption, ReadBy, facts, keys_with
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.quant.formats import build_format
 
 _MAY_CHANGE = keys_with(RunConfig, MAY_CHANGE)
 """Settings of the blocking groups that may differ on a resume (the base model is identified by its files instead)."""
-_READ_BY = {
-    "optim.beta3": ("ademamix_8bit",),
-    "optim.alpha": ("ademamix_8bit",),
-    "optim.t_alpha": ("ademamix_8bit",),
-    "optim.t_beta3": ("ademamix_8bit",),
-    "optim.override_32bit": ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit"),
-}
-"""Settings that only some optimizers read; with any other, they do not block a resume and are not recorded."""
+_READERS = {key: fact for key, fact in facts(RunConfig) if isinstance(fact, ReadBy | FormatOption)}
+"""Settings that only some optimizers or formats read."""
 BLOCKING_GROUPS = ("model", "quant", "lora", "precision", "train", "optim", "schedule", "objective")
 DATA_KEY = "data"
 """Key that covers data sources, tokenizer, chat template and the settings of the data group together."""
@@ -26,26 +22,42 @@ _BASE_FILE, _WHOLE = "base model file ", ", whole"
 
 def blocking_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that must match for a resume, by dotted key."""
-    found: dict[str, Any] = {"run.seed": config["run"]["seed"]}
+    blocking: dict[str, Any] = {"run.seed": config["run"]["seed"]}
     for group in BLOCKING_GROUPS:
-        for key, value in config[group].items():
-            read_by = _READ_BY.get(f"{group}.{key}")
-            if f"{group}.{key}" not in _MAY_CHANGE and (read_by is None or config["optim"]["name"] in read_by):
-                found[f"{group}.{key}"] = value
-    return found
+        blocking |= {f"{group}.{key}": value for key, value in config[group].items()}
+    return {key: value for key, value in blocking.items() if key not in _MAY_CHANGE and _is_read(key, blocking)}
 
 
 def without(identity: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return the identity without the settings that may differ (``optim`` stands for all of its keys).
 
-    Whole-file digests are left out as well, because one of the two sides may not know them yet: see `whole_of`.
+    Settings that nothing reads are left out, because older checkpoints recorded some. Whole-file digests are left out
+    as well, because one of the two sides may not know them yet: see `whole_of`.
     """
     free = {DATA_KEY if key.partition(".")[0] == DATA_KEY else key for key in overrides}
     return {
         key: value
         for key, value in identity.items()
-        if key not in free and key.partition(".")[0] not in free and not _is_whole(key)
+        if key not in free and key.partition(".")[0] not in free and not _is_whole(key) and _is_read(key, identity)
     }
+
+
+def _is_read(key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the optimizer, or a format, of these settings reads one of them."""
+    reader = _READERS.get(key)
+    if isinstance(reader, FormatOption):
+        overrides = settings.get("quant.overrides")
+        kinds = [settings.get("quant.name"), settings.get("quant.embeddings")]
+        kinds += overrides.values() if isinstance(overrides, dict) else []
+        return any(_takes(kind, reader.name) for kind in kinds)
+    return reader is None or settings.get("optim.name") in reader.optimizers
+
+
+def _takes(kind: Any, option: str) -> bool:
+    """Whether a format takes an option; one that is not known here may."""
+    if kind == NONE:
+        return False
+    return not isinstance(kind, str) or kind not in FORMATS or option in build_format(kind).takes
 
 
 def identity_of(
@@ -59,8 +71,8 @@ def identity_of(
         data_key: key of the prepared data (sources, tokenizer, template, settings).
         repairs: fixes that changed the losses of this model; checkpoints from before them lack these keys.
     """
-    found = blocking_settings(config) | {DATA_KEY: data_key} | dict.fromkeys(repairs, True)
-    return found | {_BASE_FILE + name: value for name, value in base.items()}
+    identity = blocking_settings(config) | {DATA_KEY: data_key} | dict.fromkeys(repairs, True)
+    return identity | {_BASE_FILE + name: value for name, value in base.items()}
 
 
 def with_whole(identity: dict[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:

@@ -100,8 +100,8 @@ class WholeDigests:
         if place is None:
             return None
         try:
-            found = read_json(place, dict[str, int | str])
-            return str(found["sha256"]) if found == {**_identity(file), "sha256": found["sha256"]} else None
+            kept = read_json(place, dict[str, int | str])
+            return str(kept["sha256"]) if kept == {**_identity(file), "sha256": kept["sha256"]} else None
         except (OSError, ValueError, KeyError, SecurityError):
             return None
 
@@ -115,5 +115,5 @@ class WholeDigests:
 
 def _identity(file: Path) -> dict[str, int | str]:
     """Return attributes that change with a file's content; unlike mtime, ctime cannot be set back."""
-    found = file.stat()
-    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns, "inode": found.st_ino}
+    now = file.stat()
+    return {"size": now.st_size, "mtime_ns": now.st_mtime_ns, "ctime_ns": now.st_ctime_ns, "inode": now.st_ino}

@@ -109,10 +109,10 @@ def _backward_drift(
 
     def gradients(losses: torch.Tensor) -> list[torch.Tensor]:
         losses.sum().backward()
-        found = [local_tensor(p.grad).float().clone() for _, p in trainable_parameters(model) if p.grad is not None]
+        grads = [local_tensor(p.grad).float().clone() for _, p in trainable_parameters(model) if p.grad is not None]
         for _, parameter in trainable_parameters(model):
             parameter.grad = None
-        return found
+        return grads
 
     squares = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for a, b in zip(gradients(together()), gradients(alone()), strict=True):

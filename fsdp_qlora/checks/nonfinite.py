@@ -58,15 +58,15 @@ def locate_nonfinite(
         micro_batches: the micro-batches that this rank ran.
         run: runs the forward of one micro-batch, as the step did.
     """
-    found: dict[str, Any] = {"gradient": nonfinite_gradient(model), "module": None}
-    found["rows"] = [row for m in micro_batches if m.weight for row in m.rows]
+    own: dict[str, Any] = {"gradient": nonfinite_gradient(model), "module": None}
+    own["rows"] = [row for m in micro_batches if m.weight for row in m.rows]
     for micro_batch in micro_batches:
         modules: list[str] = []
         with torch.no_grad(), watching_outputs(model, modules.append):
             run(micro_batch)
-        if modules and micro_batch.weight and found["module"] is None:
-            found |= {"module": modules[0], "rows": list(micro_batch.rows)}
-    told = list(enumerate(gather_json(found, ranks)))
+        if modules and micro_batch.weight and own["module"] is None:
+            own |= {"module": modules[0], "rows": list(micro_batch.rows)}
+    told = list(enumerate(gather_json(own, ranks)))
     places = [
         f"On rank {rank}, {bad['module']} is the first module whose output is not finite, for training row(s) "
         f"{_listed(bad['rows'])}."

@@ -123,15 +123,18 @@ def round_weights(model: nn.Module, quantized: Iterable[Packed]) -> None:
         parameter = model.get_parameter(linear.parameter)
         for matrix in parameter if linear.stacked else [parameter]:
             whole = (matrix.t() if linear.transposed else matrix).contiguous()
-            rounded = _rounded(whole, packed.layout)
+            rounded = _rounded(whole, packed.quant_format)
             matrix.copy_(rounded.t() if linear.transposed else rounded)
 
 
-def _rounded(whole: torch.Tensor, layout: Format) -> torch.Tensor:
-    if not isinstance(layout, Blocks4):  # our own code, as upstream has none for this format
-        return dequantize(quantize(whole, layout), layout, tuple(whole.shape), whole.dtype)
+def _rounded(whole: torch.Tensor, quant_format: Format) -> torch.Tensor:
+    if not isinstance(quant_format, Blocks4):  # our own code, as upstream has none for this format
+        return dequantize(quantize(whole, quant_format), quant_format, tuple(whole.shape), whole.dtype)
     codes, state = bitsandbytes.functional.quantize_4bit(
-        whole, blocksize=layout.block_size, quant_type=layout.name, compress_statistics=layout.double_quant
+        whole,
+        blocksize=quant_format.block_size,
+        quant_type=quant_format.name,
+        compress_statistics=quant_format.double_quant,
     )
     return bitsandbytes.functional.dequantize_4bit(codes, state)
 
@@ -169,10 +172,10 @@ def compute(model: nn.Module, rows: Sequence[torch.Tensor], gradients: bool = Tr
     for row in rows:
         with torch.set_grad_enabled(gradients):
             logits = model(input_ids=row[None], use_cache=False).logits[0].float()
-            found = nn.functional.cross_entropy(logits[:-1], row[1:], reduction="none")
+            row_losses = nn.functional.cross_entropy(logits[:-1], row[1:], reduction="none")
             if gradients:
-                found.sum().backward()
-        losses.append(found.detach())
+                row_losses.sum().backward()
+        losses.append(row_losses.detach())
     made = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in _adapters(model).items()}
     return Computed(losses, made if gradients else {})
 
@@ -187,12 +190,12 @@ def is_random(model: nn.Module, row: torch.Tensor) -> bool:
 
 def outputs_of(run: Callable[[], Any], names: Mapping[nn.Module, str]) -> dict[str, torch.Tensor]:
     """Return the outputs of modules during ``run``, by module name, in the order in which they finish."""
-    found: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
 
     def keep(module: nn.Module, _: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
         if isinstance(first, torch.Tensor) and first.is_floating_point():
-            found.setdefault(names[module], first.detach().float().reshape(-1).clone())
+            outputs.setdefault(names[module], first.detach().float().reshape(-1).clone())
 
     hooks = [module.register_forward_hook(keep) for module in names]
     try:
@@ -201,4 +204,4 @@ def outputs_of(run: Callable[[], Any], names: Mapping[nn.Module, str]) -> dict[s
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return outputs

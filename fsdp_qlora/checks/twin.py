@@ -142,7 +142,7 @@ class _Twin:
 
     def __init__(self, config: RunConfig, folder: Path, ranks: Ranks, build: Build) -> None:
         self.config, self.folder, self.ranks, self._build = config, folder, ranks, build
-        self.layout = Layout.of(config, config.model.attn_implementation)
+        self.layout = Layout.of(config.data, config.train, config.model.attn_implementation)
 
     def problem(self) -> str | None:
         """Return how our model differs from upstream's, or None if it does not; identical on every rank."""
@@ -176,8 +176,8 @@ class _Twin:
         problem = ""
         if self.ranks.is_main:
             try:
-                found = self._read_by_peft(values)
-                odd = [n for n in (*values, *found) if n not in found or not values[n].equal(found[n])]
+                read = self._read_by_peft(values)
+                odd = [n for n in (*values, *read) if n not in read or not values[n].equal(read[n])]
                 problem = f"plain PEFT would not load the exported adapter of {odd[0]}" if odd else ""
             except Exception as error:  # PEFT raises anything, and the other ranks wait
                 problem = f"plain PEFT would not load the exported adapter ({typed_line(error)})"
@@ -220,13 +220,13 @@ class _Twin:
     @torch.no_grad()
     def _adapter_values(self) -> dict[str, torch.Tensor]:
         """Fill our adapters with random values, since B starts at zero and would hide errors; return them whole."""
-        found = {}
+        drawn = {}
         for number, (name, parameter) in enumerate(trainable_parameters(self.model)):
             generator = torch.Generator().manual_seed(number)
             value = torch.randn(parameter.shape, generator=generator) * 0.1
             local_tensor(parameter).copy_(self._own_rows(value))
-            found[name] = value
-        return found
+            drawn[name] = value
+        return drawn
 
     def _reference(
         self, dtype: torch.dtype, values: dict[str, torch.Tensor], rows: list[torch.Tensor]
@@ -261,10 +261,10 @@ class _Twin:
         micro_batch = self.layout.micro_batch([[next(pieces) for _ in range(count)] for count in self._pattern])
         self.model.train(train)
         with torch.set_grad_enabled(gradients):
-            found = token_losses(self.model, micro_batch.to(self.ranks.device))
+            losses = token_losses(self.model, micro_batch.to(self.ranks.device))
             if gradients:
-                found.sum().backward()
-        return list(found.detach().split([len(row) - 1 for row in rows]))
+                losses.sum().backward()
+        return list(losses.detach().split([len(row) - 1 for row in rows]))
 
     def _losses_differ(self, mine: Computed, wanted: Computed) -> str | None:
         gap = float((torch.cat(mine.losses) - torch.cat(wanted.losses)).abs().max())  # NaN if any loss is NaN
@@ -345,9 +345,9 @@ class _Twin:
         wanted = reference.outputs_of(lambda: theirs(input_ids=row[None], use_cache=False), names)
         inside = {module: name for module, name in own.items() if name in wanted}
         with self.model.peft.disable_adapter() if self.model.peft is not None else nullcontext():
-            found = reference.outputs_of(lambda: self.model.logits(row[None]), inside)
+            our_outputs = reference.outputs_of(lambda: self.model.logits(row[None]), inside)
         for name, output in wanted.items():
-            mine = found.get(name)
+            mine = our_outputs.get(name)
             if mine is None or mine.shape != output.shape:
                 continue
             gap = float((mine - output).abs().max() / output.abs().max().clamp(min=1e-12))
@@ -366,8 +366,8 @@ def _or_inf(value: float) -> float:
 def _bf16_problem(mine: Computed, theirs: Computed, wanted: Computed, ranks: Ranks) -> str | None:
     """Compare our bf16 error, the distance from upstream's float32 losses, with upstream's own bf16 error."""
 
-    def distance(found: Computed) -> float:
-        gap = torch.cat(found.losses) - torch.cat(wanted.losses)
+    def distance(computed: Computed) -> float:
+        gap = torch.cat(computed.losses) - torch.cat(wanted.losses)
         return float(gap.square().mean().sqrt() / torch.cat(wanted.losses).mean())
 
     own, allowed = all_max(_or_inf(distance(mine)), ranks), BF16_FACTOR * distance(theirs) + BF16_FLOOR

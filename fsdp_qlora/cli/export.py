@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.cli.quoting import command
 from fsdp_qlora.cli.show import loading
+from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.process import Placement, choose_device, use_device
 from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError, StorageError
@@ -23,7 +25,7 @@ from fsdp_qlora.track.console import megabytes
 
 def run(config: RunConfig) -> int:
     """Export; return the exit code."""
-    return _base_4bit(config) if config.what == "base-4bit" else _adapter(config)
+    return EXPORTS[config.what](config)
 
 
 def _base_4bit(config: RunConfig) -> int:
@@ -51,10 +53,10 @@ def _adapter(config: RunConfig) -> int:
     if config.export.checkpoint:
         source = Path(config.export.checkpoint).expanduser()
     else:
-        found = complete_checkpoints(folder.checkpoints)
-        if not found:
+        checkpoints = complete_checkpoints(folder.checkpoints)
+        if not checkpoints:
             raise CheckpointError(f"{folder.checkpoints} holds no complete checkpoint; set export.checkpoint=FOLDER.")
-        source = found[-1]
+        source = checkpoints[-1]
     _, manifest = open_checkpoint(source)
     target = Path(config.export.to).expanduser() if config.export.to else folder.adapter
     if target == folder.adapter and target.is_symlink():
@@ -65,3 +67,9 @@ def _adapter(config: RunConfig) -> int:
         raise StorageError(f"export.to: {target} cannot be written: {error}") from error
     print(f"step {manifest.step} of {source} -> {target}")
     return 0
+
+
+EXPORTS: choices.Table[Callable[[RunConfig], int]] = choices.Table(
+    "what", {"adapter": _adapter, "base-4bit": _base_4bit}
+)
+"""The exports of ``export what=``."""

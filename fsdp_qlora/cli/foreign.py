@@ -55,7 +55,7 @@ def _reaches_hydra(file: Path, place: Path) -> Iterator[str]:
         raise ConfigError(f"--config-dir: {file} is not a file.")  # reading a pipe would block
     try:
         text = read_settings(file)
-        packages = [found[1] for line in text.splitlines() if (found := _PACKAGE.match(line))]
+        packages = [match[1] for line in text.splitlines() if (match := _PACKAGE.match(line))]
         if any(_NAMES_HYDRA.search(package) for package in packages):
             yield "places itself among Hydra's own settings (@package)"
         # Read it as Hydra does: PyYAML's own loader fails at a tag that Hydra accepts.

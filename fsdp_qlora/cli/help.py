@@ -10,7 +10,8 @@ import textwrap
 import typing
 from collections.abc import Iterator
 
-from fsdp_qlora.config.convert import field_types, nearest, words_of
+from fsdp_qlora.config.choices import nearest
+from fsdp_qlora.config.convert import field_types, words_of
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
 
@@ -77,9 +78,9 @@ def _documents(kind: type) -> dict[str, str]:
     """Return the docstring under each field of a dataclass."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(tree, ast.ClassDef)
-    found = {}
+    documents = {}
     for field, below in zip(tree.body, tree.body[1:], strict=False):
         is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-            found[field.target.id] = str(below.value.value)  # type: ignore[attr-defined]
-    return found
+            documents[field.target.id] = str(below.value.value)  # type: ignore[attr-defined]
+    return documents

@@ -21,8 +21,8 @@ def run(paths: list[str]) -> int:
     """Show or compare checkpoints; return 0, or 1 if two differ."""
     if not 1 <= len(paths) <= 2 or any(p.startswith("-") for p in paths):
         raise ConfigError("usage: fsdp-qlora inspect PATH [PATH]   (a checkpoint, or a run folder for its newest one)")
-    found = [open_checkpoint(_checkpoint(Path(path).expanduser())) for path in paths]
-    return _show(*found[0]) if len(found) == 1 else _compare(*found[0], *found[1])
+    opened = [open_checkpoint(_checkpoint(Path(path).expanduser())) for path in paths]
+    return _show(*opened[0]) if len(opened) == 1 else _compare(*opened[0], *opened[1])
 
 
 def _checkpoint(path: Path) -> Path:

@@ -24,12 +24,14 @@ class LifeSigns:
         self._since, self._looked = Since(2 * _LOOK_SECONDS), 0.0
 
     def _notes(self) -> dict[int, dict[str, Any]]:
-        found: dict[int, tuple[float, dict[str, Any]]] = {}
+        newest: dict[int, tuple[float, dict[str, Any]]] = {}
         for file in self._meeting.glob("board-*/[0-9]*"):  # one board for each start of the ranks
             with suppress(OSError, ValueError):
                 written, note = file.stat().st_mtime, json.loads(file.read_text(encoding="utf-8"))
-                found[int(file.name)] = max(found.get(int(file.name), (0.0, note)), (written, note), key=lambda x: x[0])
-        return {rank: note for rank, (_, note) in found.items()}
+                newest[int(file.name)] = max(
+                    newest.get(int(file.name), (0.0, note)), (written, note), key=lambda x: x[0]
+                )
+        return {rank: note for rank, (_, note) in newest.items()}
 
     @property
     def begun(self) -> bool:

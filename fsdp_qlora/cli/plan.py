@@ -39,14 +39,20 @@ def run(config: RunConfig) -> int:
     counted, base, plan = planned(config, world_size)
     shapes = read_shapes(base)
     simulation = simulate(config, world_size) if config.plan.simulate else None
-    found = report(counted, plan, shapes, None if simulation is None else simulation.peak_bytes)
-    found["model"] = _of_the_model(config, counted, base, shapes)
+    figures = report(counted, plan, shapes, None if simulation is None else simulation.peak_bytes)
+    figures["model"] = _of_the_model(config, counted, base, shapes)
     if config.plan.json:
         if simulation is not None:
-            found["simulation"] = simulation.to_dict()
-        print(json.dumps(found, indent=2))
+            figures["simulation"] = simulation.to_dict()
+        print(json.dumps(figures, indent=2))
         return 0
-    rows = [*_bytes(found, config), *_fates(found), *_model(found), *_work(found, plan, config), *_time(found)]
+    rows = [
+        *_bytes(figures, config),
+        *_fates(figures),
+        *_model(figures),
+        *_work(figures, plan, config),
+        *_time(figures),
+    ]
     if simulation is not None:
         rows += simulation.rows(plan)
     print_table(f"plan for {config.model.name}", rows)
@@ -54,12 +60,12 @@ def run(config: RunConfig) -> int:
         "Parameters, statistics, adapters and optimizer are exact. Gradients, activations, logits and gather are "
         "calculated for the moment at which FSDP and autograd hold the most; not all kinds are held at once."
     )
-    if found["device"]:
-        print(_assumed(found["device"]))
-    for line in found["advice"]:
+    if figures["device"]:
+        print(_assumed(figures["device"]))
+    for line in figures["advice"]:
         print(f"Advice: {line}")
-    if found["search"]:
-        _print_search(found["search"], config)
+    if figures["search"]:
+        _print_search(figures["search"], config)
     return 0
 
 
@@ -78,8 +84,8 @@ def _of_the_model(
     }
 
 
-def _model(found: dict[str, Any]) -> Rows:
-    model = found["model"]
+def _model(figures: dict[str, Any]) -> Rows:
+    model = figures["model"]
     how = "as asked" if model["attention_asked_for"] else "auto"
     rows = [("attention", f"{model['attention']} ({how}; confirmed at the start of training)")]
     if model["rope"]:
@@ -95,36 +101,36 @@ def _counted(names: dict[str, int]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in names.items())
 
 
-def _bytes(found: dict[str, Any], config: RunConfig) -> Rows:
-    rows = [(kind.replace("_", " "), megabytes(count)) for kind, count in found["bytes_per_rank"].items()]
-    peak = f"{megabytes(found['peak_planned_bytes'])}, {_MOMENTS[found['peak_moment']]}"
+def _bytes(figures: dict[str, Any], config: RunConfig) -> Rows:
+    rows = [(kind.replace("_", " "), megabytes(count)) for kind, count in figures["bytes_per_rank"].items()]
+    peak = f"{megabytes(figures['peak_planned_bytes'])}, {_MOMENTS[figures['peak_moment']]}"
     rows.append(("planned peak per rank", peak))
-    reserve = megabytes(found["reserve_bytes"])
+    reserve = megabytes(figures["reserve_bytes"])
     rows.append(("framework (reserve)", f"{reserve} for CUDA, NCCL and the allocator: the larger of 1.5 GiB and 6 %"))
-    if found["gpu_bytes"]:
-        verdict = "fits" if found["fits"] else "does not fit"
-        simulated = found["peak_simulated_bytes"]
-        left = found["gpu_bytes"] - (simulated or found["peak_planned_bytes"]) - found["reserve_bytes"]
+    if figures["gpu_bytes"]:
+        verdict = "fits" if figures["fits"] else "does not fit"
+        simulated = figures["peak_simulated_bytes"]
+        left = figures["gpu_bytes"] - (simulated or figures["peak_planned_bytes"]) - figures["reserve_bytes"]
         by = f"{megabytes(abs(left))} {'left' if left >= 0 else 'missing'}"
         by += ", according to the simulation" if simulated else ""
-        rows.append((f"in {config.plan.gpu or found['device']['memory']}", f"{verdict}, {by}"))
-    host = found["host_bytes_per_rank"]
+        rows.append((f"in {config.plan.gpu or figures['device']['memory']}", f"{verdict}, {by}"))
+    host = figures["host_bytes_per_rank"]
     parts = ", ".join(f"{megabytes(count)} {kind.replace('_', ' ')}" for kind, count in host.items() if count)
     rows.append(("host memory per rank", f"{megabytes(sum(host.values()))}: {parts}"))
     return rows
 
 
-def _fates(found: dict[str, Any]) -> Rows:
-    return [(f"{fate}: {sum(names.values())}", _counted(names) or "none") for fate, names in found["fates"].items()]
+def _fates(figures: dict[str, Any]) -> Rows:
+    return [(f"{fate}: {sum(names.values())}", _counted(names) or "none") for fate, names in figures["fates"].items()]
 
 
-def _work(found: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
-    batch, flops = found["batch"], found["flops_per_token"]
-    gathered = found["gathered_bytes_per_micro_batch"]
+def _work(figures: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
+    batch, flops = figures["batch"], figures["flops_per_token"]
+    gathered = figures["gathered_bytes_per_micro_batch"]
     return [
         ("ranks", f"{plan.world_size}, {plan.shard_size} of which share one copy of the base"),
         *[("shard degree", f"auto: {choice}") for key, choice in plan.choices.items() if key == SHARD_DEGREE],
-        ("FSDP units", str(found["fsdp_units"])),
+        ("FSDP units", str(figures["fsdp_units"])),
         ("quantized linears", f"{describe(plan.quantized)}; embedding and head {config.quant.embeddings}"),
         ("trainable parameters", f"{plan.trainable_parameters:,} of {plan.base_parameters:,}"),
         (
@@ -140,7 +146,7 @@ def _work(found: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
         ),
         (
             "gathered per rank",
-            f"{megabytes(gathered)} per micro-batch, {megabytes(found['gathered_bytes_per_step'])} per step",
+            f"{megabytes(gathered)} per micro-batch, {megabytes(figures['gathered_bytes_per_step'])} per step",
         ),
         (
             "operations per token",
@@ -150,8 +156,8 @@ def _work(found: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
     ]
 
 
-def _time(found: dict[str, Any]) -> Rows:
-    time, device = found["time"], found["device"]
+def _time(figures: dict[str, Any]) -> Rows:
+    time, device = figures["time"], figures["device"]
     if time is None:
         return []
     parts = f"compute {time['compute_seconds']:.2f} s, dequantize {time['dequantize_seconds']:.2f} s"
@@ -174,12 +180,12 @@ def _assumed(device: dict[str, Any]) -> str:
     )
 
 
-def _print_search(found: dict[str, Any], config: RunConfig) -> None:
-    length = found["max_length"]
+def _print_search(search: dict[str, Any], config: RunConfig) -> None:
+    length = search["max_length"]
     header = ["checkpointing", "offload", f"rows of {length}", "planned peak", "host memory", "longest row"]
     header += ["most tokens", "tokens/s"]
     lines = []
-    for tried in found["tried"]:
+    for tried in search["tried"]:
         speed = tried["tokens_per_second"]
         lines.append(
             [
@@ -193,15 +199,15 @@ def _print_search(found: dict[str, Any], config: RunConfig) -> None:
                 "" if speed is None else f"{speed:.0f}",
             ]
         )
-    count = sum(tried["tried"] for tried in found["tried"])
-    print_columns(f"tried: {count} micro-batches in {megabytes(found['budget_bytes'])} of tensors", header, lines)
-    if found["best"] is None:
+    count = sum(tried["tried"] for tried in search["tried"])
+    print_columns(f"tried: {count} micro-batches in {megabytes(search['budget_bytes'])} of tensors", header, lines)
+    if search["best"] is None:
         print(
             f"Nothing fits, not even one row of {length} tokens; try more ranks, a shorter length, "
             "quant.embeddings=nf4."
         )
     else:
-        print(f"The cheapest that fits: {shlex.join(found['overrides'])}")
-    if found["fastest"] is not None and found["fastest"] != found["best"]:
-        host = megabytes(found["fastest"]["host_bytes"])
-        print(f"The fastest by estimate: {shlex.join(found['fastest_overrides'])} ({host} of host memory per rank)")
+        print(f"The cheapest that fits: {shlex.join(search['overrides'])}")
+    if search["fastest"] is not None and search["fastest"] != search["best"]:
+        host = megabytes(search["fastest"]["host_bytes"])
+        print(f"The fastest by estimate: {shlex.join(search['fastest_overrides'])} ({host} of host memory per rank)")

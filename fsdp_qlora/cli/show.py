@@ -90,10 +90,10 @@ def print_samples(prepared: Prepared, folder: RunFolder) -> None:
     lines = []
     screen = console(soft_wrap=True)
     for number in range(min(count, len(rows))):
-        found = segments(rows, number, prepared.tokenizer)
-        lines.append([asdict(s) for s in found])
+        sample = segments(rows, number, prepared.tokenizer)
+        lines.append([asdict(s) for s in sample])
         text = Text(f"sample {number + 1}, learned in [brackets]: ")
-        for segment in found:
+        for segment in sample:
             shown = visible(segment.text.replace("\n", "\\n"))
             shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN // 2]} ... {shown[-_SHOWN // 2 :]}"
             text.append(f"[{shown}]" if segment.learned else shown, style="green" if segment.learned else "dim")

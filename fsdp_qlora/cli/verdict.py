@@ -34,7 +34,7 @@ def verdict(
         standstill: the ending that the launcher found itself, if no rank gave a sign of life.
     """
     starts = (tellings(exit_file, attempt) for attempt in range(restarts, -1, -1))
-    told: Sequence[Ending] = next((found for found in starts if found), [])
+    told: Sequence[Ending] = next((endings for endings in starts if endings), [])
     failure = first_failure(told)
     candidates = [
         failure if failure is not None and failure.expected else None,

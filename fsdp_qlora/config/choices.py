@@ -1,14 +1,19 @@
 """The names of all formats, methods, objectives, optimizers, trackers and exports: built-in and registered later.
 
-Each one is a file in its own package (`quant/formats/`, `adapters/`, `objectives/`, `optim/`, `track/`, `export/`),
-which registers it. The names are here, below all those packages, so that a misspelt one is rejected before torch is
-imported. For built-in ones, names, registries and ``conf/<group>/*.yaml`` match (`tests/unit/test_seams.py`).
+Formats, methods and objectives are classes that register themselves, one kind in a file of `quant/formats/`,
+`adapters/` or `objectives/` (`Registry`). Optimizers, trackers and exports are rows of a table: `optim/optimizers.py`,
+`track/sinks.py`, `cli/export.py` (`Table`). The names are here, below all those packages, so that a misspelt one is
+rejected before torch is imported. For built-in ones, names, registries, tables and ``conf/<group>/*.yaml`` match
+(`tests/unit/test_seams.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Generic, Protocol, TypeVar
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import ClassVar, Generic, NoReturn, Protocol, TypeVar
+
+from fsdp_qlora.errors import ConfigError
 
 
 class _Named(Protocol):
@@ -18,6 +23,13 @@ class _Named(Protocol):
 
 
 _T = TypeVar("_T", bound=_Named)
+_V = TypeVar("_V")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 class Names:
@@ -39,18 +51,49 @@ class Names:
         return name in self._all
 
 
-class Registry(dict[str, type[_T]], Generic[_T]):
+class Table(dict[str, _V], Generic[_V]):
+    """What is behind each name of a setting; a name that it lacks is refused."""
+
+    def __init__(self, kind: str, rows: Mapping[str, _V] | None = None) -> None:
+        """Start with ``rows``; ``kind`` is what the names are names of, for messages."""
+        super().__init__(rows or {})
+        self.kind = kind
+
+    def __missing__(self, name: str) -> NoReturn:
+        """Refuse a name.
+
+        Raises:
+            ConfigError: naming the ones there are.
+        """
+        raise ConfigError(f"{self.kind}: {name!r} is not one of {', '.join(self)}.{nearest(name, self)}")
+
+
+class Registry(Table[type[_T]], Generic[_T]):
     """The classes behind the names of a setting. Registering one lets the setting accept its name."""
 
-    def __init__(self, names: Names) -> None:
-        super().__init__()
+    def __init__(self, kind: str, names: Names) -> None:
+        """Start empty."""
+        super().__init__(kind)
         self._names = names
 
     def register(self, kind: type[_T]) -> type[_T]:
-        """Register a class under its ``name`` (the command line knows only built-in ones)."""
+        """Register a class under its ``name`` (the command line knows only built-in ones).
+
+        Raises:
+            ValueError: if another class has that name.
+        """
+        if (holder := self.get(kind.name, kind)) is not kind:
+            raise ValueError(
+                f"{_path(kind)}: the {self.kind} {kind.name!r} is already registered by {_path(holder)}; choose "
+                "another name."
+            )
         self[kind.name] = kind
         self._names.add(kind.name)
         return kind
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 FORMATS = Names("nf4", "fp4", "int8")
@@ -64,8 +107,8 @@ OPTIMIZERS = Names(
 )
 """``optim=``: optimizers (`fsdp_qlora.optim.optimizers`)."""
 TRACKERS = Names("console", "wandb")
-"""``track=``: where metrics go in addition to metrics.jsonl (`fsdp_qlora.track`)."""
+"""``track=``: where metrics go in addition to metrics.jsonl (`fsdp_qlora.track.sinks`)."""
 EXPORTS = Names("adapter", "base-4bit")
-"""``export what=``: what is exported (`fsdp_qlora.export`)."""
+"""``export what=``: what is exported (`fsdp_qlora.cli.export`)."""
 NONE = "none"
 """Word that an optional setting accepts in addition to names, to turn it off."""

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.facts import plain
 from fsdp_qlora.errors import ConfigError
 
 T = typing.TypeVar("T")
-
-
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the closest known word, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def to_dict(config: Any) -> dict[str, Any]:

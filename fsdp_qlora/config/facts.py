@@ -27,6 +27,20 @@ class Fact:
     name: str
 
 
+@dataclasses.dataclass(frozen=True)
+class ReadBy:
+    """The optimizers that read a setting. With any other it does not block a resume and is not recorded."""
+
+    optimizers: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FormatOption:
+    """A setting that only formats read that take this option (`Format.takes`); without one, as with `ReadBy`."""
+
+    name: str
+
+
 POSITIVE = Range("must be above 0", lambda value: value > 0)
 NOT_NEGATIVE = Range("must not be negative", lambda value: not value < 0)
 BELOW_ONE = Range("must be at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -50,7 +64,9 @@ def facts(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from facts(typing.cast(type, kind), f"{prefix}{name}.")
         elif typing.get_origin(kind) is Annotated:
             yield from (
-                (f"{prefix}{name}", fact) for fact in typing.get_args(kind)[1:] if isinstance(fact, Range | Fact)
+                (f"{prefix}{name}", fact)
+                for fact in typing.get_args(kind)[1:]
+                if isinstance(fact, Range | Fact | ReadBy | FormatOption)
             )
 
 
@@ -61,4 +77,4 @@ def value_of(settings: Any, key: str) -> Any:
 
 def keys_with(schema: type, fact: Fact) -> frozenset[str]:
     """Return the dotted keys of the settings that have a fact."""
-    return frozenset(key for key, found in facts(schema) if found == fact)
+    return frozenset(key for key, stated in facts(schema) if stated == fact)

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fsdp_qlora.config import choices
-from fsdp_qlora.config.facts import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE
+from fsdp_qlora.config.facts import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, ReadBy
+
+_ADEMAMIX = ReadBy(("ademamix_8bit",))
+_IN_8_BITS = ReadBy(("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit"))
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,17 @@ class OptimSettings:
     """First-moment decay (AdamW, AdEMAMix), momentum (SGD), or share of the momentum in the update (Lion)."""
     beta2: Annotated[float, BELOW_ONE] = 0.999
     """Second-moment decay (AdamW, AdEMAMix), or decay of the momentum (Lion)."""
-    beta3: Annotated[float, BELOW_ONE] = 0.9999
+    beta3: Annotated[float, BELOW_ONE, _ADEMAMIX] = 0.9999
     """Decay of the slow first moment (AdEMAMix)."""
-    alpha: Annotated[float, NOT_NEGATIVE] = 5.0
+    alpha: Annotated[float, NOT_NEGATIVE, _ADEMAMIX] = 5.0
     """Weight of the slow first moment (AdEMAMix)."""
-    t_alpha: Annotated[int, NOT_NEGATIVE] = 0
+    t_alpha: Annotated[int, NOT_NEGATIVE, _ADEMAMIX] = 0
     """Steps over which ``alpha`` rises from 0 (AdEMAMix); 0 = no ramp."""
-    t_beta3: Annotated[int, NOT_NEGATIVE] = 0
+    t_beta3: Annotated[int, NOT_NEGATIVE, _ADEMAMIX] = 0
     """Steps over which ``beta3`` rises from ``beta1`` (AdEMAMix); 0 = no ramp."""
     eps: Annotated[float, POSITIVE] = 1e-8
     """Term added to the square root of the second moment (AdamW, AdEMAMix)."""
-    override_32bit: list[str] = field(default_factory=list)
+    override_32bit: Annotated[list[str], _IN_8_BITS] = field(default_factory=list)
     """Patterns of parameters whose states an 8-bit optimizer keeps in 32 bits. Names are those in the adapter's file
     (``["*.layers.0.*", "*.q_proj.lora_B.*"]``). Tensors with fewer than 4,096 elements always keep 32-bit states."""
 

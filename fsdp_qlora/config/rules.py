@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.auto import degree
-from fsdp_qlora.config.convert import known_keys, nearest
+from fsdp_qlora.config.choices import nearest
+from fsdp_qlora.config.convert import known_keys
 from fsdp_qlora.config.facts import Range, facts, value_of
 from fsdp_qlora.config.schema import BLOCK_SIZES, RunConfig
 from fsdp_qlora.errors import ConfigError

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.convert import build
-from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, NOT_NEGATIVE, POSITIVE, RUNS_CODE, VERBATIM
+from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, NOT_NEGATIVE, POSITIVE, RUNS_CODE, VERBATIM, FormatOption
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
 from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
@@ -128,11 +128,11 @@ class QuantSettings:
     name: QuantName = "nf4"
     """``nf4`` (4-bit NormalFloat), ``fp4`` (4-bit float), ``int8`` (LLM.int8), or ``none`` (plain LoRA, no
     quantization)."""
-    double_quant: bool = True
+    double_quant: Annotated[bool, FormatOption("double_quant")] = True
     """Also quantize the block statistics (QLoRA's double quantization; 4-bit only)."""
-    block_size: int = 64
+    block_size: Annotated[int, FormatOption("block_size")] = 64
     """Weights that share one statistic: 64, 128, 256, 512, 1024, 2048 or 4096 (4-bit only)."""
-    llm_int8_threshold: Annotated[float, NOT_NEGATIVE] = 6.0
+    llm_int8_threshold: Annotated[float, NOT_NEGATIVE, FormatOption("threshold")] = 6.0
     """Outlier threshold of LLM.int8 (int8 only); 0 = no outliers. Input columns with a value of at least this magnitude
     are multiplied without being quantized."""
     overrides: dict[str, str] = field(default_factory=dict)

@@ -57,8 +57,8 @@ def files_of_card(folder: Path, split: str | None, kind: Callable[[str], str | N
 def _configs(card: Path) -> list[dict[str, Any]]:
     try:
         with card.open(encoding="utf-8") as stream:
-            found = _FRONT_MATTER.match(stream.read(_LARGEST))
-        values = yaml.safe_load(found.group(1)) if found else None
+            front = _FRONT_MATTER.match(stream.read(_LARGEST))
+        values = yaml.safe_load(front.group(1)) if front else None
     except (OSError, ValueError, yaml.YAMLError):
         return []  # no card, or an unreadable one
     configs = values.get("configs") if isinstance(values, dict) else None

@@ -136,8 +136,8 @@ def _packed(template: ChatTemplate, item: tuple[tuple[Any, ...], TrainOn]) -> by
 
 def _unpacked(packed: bytes) -> _Text | DataError:
     head, _, text = packed.partition(b"\n")
-    found = json.loads(head)
-    return DataError(found["error"]) if "error" in found else _Text(text.decode("utf-8"), False, found["spans"])
+    stored = json.loads(head)
+    return DataError(stored["error"]) if "error" in stored else _Text(text.decode("utf-8"), False, stored["spans"])
 
 
 def _tokenized(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, plain: bool) -> list[Encoded | DataError]:
@@ -158,9 +158,9 @@ def _together(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, plain: boo
         return []
     try:
         if len(texts[0].text) > _TOGETHER:  # a text this long is alone in its group
-            found = [tokenize_in_windows(texts[0].text, lambda text: _call([text], tokenizer, plain)[0])]
+            tokenized = [tokenize_in_windows(texts[0].text, lambda text: _call([text], tokenizer, plain)[0])]
         else:
-            found = _call([text.text for text in texts], tokenizer, plain)
+            tokenized = _call([text.text for text in texts], tokenizer, plain)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except DataError as error:
@@ -169,14 +169,14 @@ def _together(texts: list[_Text], tokenizer: PreTrainedTokenizerBase, plain: boo
         if len(texts) == 1:
             return [DataError(f"the tokenizer rejects the text: {type(error).__name__}: {error}")]
         return [result for text in texts for result in _together([text], tokenizer, plain)]
-    return [_masked(text, tokenizer, tokens) for text, tokens in zip(texts, found, strict=True)]
+    return [_masked(text, tokenizer, tokens) for text, tokens in zip(texts, tokenized, strict=True)]
 
 
 def _call(texts: list[str], tokenizer: PreTrainedTokenizerBase, plain: bool) -> list[Tokens]:
-    found: Any = tokenizer(
+    encoding: Any = tokenizer(
         texts, add_special_tokens=plain, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
     )
-    columns = (found["input_ids"], found["offset_mapping"], found["special_tokens_mask"])
+    columns = (encoding["input_ids"], encoding["offset_mapping"], encoding["special_tokens_mask"])
     return [
         Tokens(
             np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2), np.array(added, dtype=bool)

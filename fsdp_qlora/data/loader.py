@@ -188,13 +188,13 @@ class Cut:
         if not self.micro_batch_tokens:
             size = self.micro_batch_size
             return [ordered[i : i + size] for i in range(0, len(ordered), size)]
-        found: list[list[int]] = []
+        micro_batches: list[list[int]] = []
         for row in ordered:
-            if found and rows.room([*found[-1], row]) <= self.micro_batch_tokens:
-                found[-1].append(row)
+            if micro_batches and rows.room([*micro_batches[-1], row]) <= self.micro_batch_tokens:
+                micro_batches[-1].append(row)
             else:
-                found.append([row])
-        return found
+                micro_batches.append([row])
+        return micro_batches
 
 
 class Loader:

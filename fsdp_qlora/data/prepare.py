@@ -116,13 +116,13 @@ def _opened(folder: Path) -> PreparedData:
     from datasets import Dataset  # imported here so that code without data does not need `datasets`
 
     held = hold(folder)
-    found = json.loads((folder / _COUNTS).read_text(encoding="ascii"))
+    counts = json.loads((folder / _COUNTS).read_text(encoding="ascii"))
     rows = Dataset.from_file(str(folder / _TOKENS))
-    parts = {n: rows.select(np.load(folder / f"{n}.npy")) if found[n]["kept"] else None for n in ("train", "eval")}
+    parts = {n: rows.select(np.load(folder / f"{n}.npy")) if counts[n]["kept"] else None for n in ("train", "eval")}
     assert parts["train"] is not None
     return PreparedData(
-        parts["train"], parts["eval"], Counts(**found["train"]), Counts(**found["eval"]), folder.name,
-        found["train_sources"], found["eval_sources"], folder / _BAD_ROWS if found["bad"] else None, found["bad"],
+        parts["train"], parts["eval"], Counts(**counts["train"]), Counts(**counts["eval"]), folder.name,
+        counts["train_sources"], counts["eval_sources"], folder / _BAD_ROWS if counts["bad"] else None, counts["bad"],
         held=held,
     )  # fmt: skip
 
@@ -179,10 +179,10 @@ def _streamed(
     if data.eval is None:
         return made
     own = replace(data, train=data.eval, eval=None, eval_fraction=0.0, streaming=False, weights=None, max_rows=None)
-    found = prepare_data(own, seed, tokenizer, cache, share, progress)
+    evaluation = prepare_data(own, seed, tokenizer, cache, share, progress)
     return replace(
-        made, eval=found.train, eval_counts=found.train_counts, eval_sources=found.train_sources,
-        bad_rows=found.bad_rows, num_bad=found.num_bad, held=found.held,
+        made, eval=evaluation.train, eval_counts=evaluation.train_counts, eval_sources=evaluation.train_sources,
+        bad_rows=evaluation.bad_rows, num_bad=evaluation.num_bad, held=evaluation.held,
     )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ def segments(rows: TokenRows, number: int, tokenizer: PreTrainedTokenizerBase) -
     """Return row ``number`` split into learned and other segments."""
     ids, learned = rows.row(number)
     pairs = list(zip(learned.tolist(), ids.tolist(), strict=True))
-    found = []
+    shown = []
     for flag, group in groupby(pairs, key=lambda pair: pair[0]):
         tokens = [token for _, token in group]
-        found.append(Segment(str(tokenizer.decode(tokens)), flag, len(tokens)))
-    return found
+        shown.append(Segment(str(tokenizer.decode(tokens)), flag, len(tokens)))
+    return shown

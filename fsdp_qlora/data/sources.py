@@ -122,18 +122,18 @@ def _links_away(name: str) -> list[Path]:
 
 def _matches(pattern: Path) -> list[str]:
     """Return the matching files, sorted; a pattern without a known suffix is filtered as a folder is."""
-    found = _found(pattern)
-    if not found:
+    files = _found(pattern)
+    if not files:
         raise DataError(f"data: no file matches {pattern}.")
-    return [str(file) for file in require_some(found, _fixed(pattern))]
+    return [str(file) for file in require_some(files, _fixed(pattern))]
 
 
 def _found(pattern: Path) -> list[Path]:
-    found = sorted(Path(f) for f in glob.glob(str(pattern), recursive=True) if Path(f).is_file())  # noqa: PTH207 (absolute)
+    files = sorted(Path(f) for f in glob.glob(str(pattern), recursive=True) if Path(f).is_file())  # noqa: PTH207 (absolute)
     if kind_of(pattern.name) is None:
-        data = (file for file in found if kind_of(file.name) is not None and is_data(file, _fixed(pattern)))
-        found = rows_or_texts(data, lambda name: kind_of(name) == "text") or found
-    return found
+        data = (file for file in files if kind_of(file.name) is not None and is_data(file, _fixed(pattern)))
+        files = rows_or_texts(data, lambda name: kind_of(name) == "text") or files
+    return files
 
 
 def _fixed(pattern: Path) -> Path:

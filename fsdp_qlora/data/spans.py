@@ -140,9 +140,9 @@ def _find(conversation: Conversation, turn: int, text: str, later: list[Message]
         raise DataError(
             f"the answer in message {turn + 1} cannot be located: with another answer in its place, {error}"
         ) from error
-    head, found, _ = other.partition(mark)
+    head, marked, _ = other.partition(mark)
     tail = other.rpartition(mark)[2]
-    if not found:
+    if not marked:
         raise DataError(
             f"the chat template does not write the content of the assistant's messages (message {turn + 1}), so there "
             "is nothing to learn; data.template=FILE sets another template"

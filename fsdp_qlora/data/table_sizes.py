@@ -91,8 +91,8 @@ def require_unfoldable(name: str, source: pa.NativeFile) -> None:
         DataError: if a batch, or all dictionaries together, would be larger, naming the batch.
     """
     number, dictionaries = 0, 0
-    while (found := _next_message(source)) is not None:
-        header, length, start = found
+    while (message := _next_message(source)) is not None:
+        header, length, start = message
         kind, sizes = _sizes(header, source, start)
         total = sum(sizes)
         if kind == _DICTIONARY_BATCH:

@@ -60,10 +60,10 @@ def tokenize_in_windows(text: str, tokenize: Tokenize, window: int = WINDOW, ove
     Raises:
         DataError: if no start within the search range gives two windows a common stretch of tokens.
     """
-    found = [tokenize(text[:window])]
+    parts = [tokenize(text[:window])]
     stop = window
     while stop < len(text):
-        last = found[-1]
+        last = parts[-1]
         for start in _starts(last, stop, overlap):
             following = tokenize(text[start : start + window]).moved(start)
             if (cut := _meeting(last, following, start, stop)) is not None:
@@ -73,10 +73,10 @@ def tokenize_in_windows(text: str, tokenize: Tokenize, window: int = WINDOW, ove
                 f"the text of {len(text)} characters is too long to tokenize at once, and at character {stop} its "
                 "tokens depend on more context than fits; shorten the row"
             )
-        found[-1] = last.part(0, cut[0])
-        found.append(following.part(cut[1], None))
+        parts[-1] = last.part(0, cut[0])
+        parts.append(following.part(cut[1], None))
         stop = start + window
-    return Tokens(*(np.concatenate([getattr(part, name) for part in found]) for name in ("ids", "offsets", "added")))
+    return Tokens(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "offsets", "added")))
 
 
 def _starts(last: Tokens, stop: int, overlap: int) -> list[int]:

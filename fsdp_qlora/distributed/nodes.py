@@ -39,14 +39,14 @@ def once_per_node(work: Callable[[], Any], ranks: Ranks, local_rank: int, waitin
     if mine == ranks.rank:
         result, verdict = attempt(work)
         board.write(_key(mine), json.dumps(verdict or {"result": result}))
-    found = _wait(board, leaders, waiting)
+    verdicts = _wait(board, leaders, waiting)
     board.write(f"read-{ranks.rank}", "")
     if ranks.is_main:  # rank 0 may serve the board, so it stays until all have read
         _wait_for_readers(board, ranks.size)
-    for rank, verdict in found.items():
+    for rank, verdict in verdicts.items():
         if "code" in verdict:
             raise_alike({**verdict, "message": f"rank {rank}: {verdict['message']}" if rank else verdict["message"]})
-    return found[mine]["result"]
+    return verdicts[mine]["result"]
 
 
 def _wait_for_readers(board: Board, count: int) -> None:
@@ -60,21 +60,21 @@ def _wait_for_readers(board: Board, count: int) -> None:
 
 def _wait(board: Board, leaders: list[int], waiting: Callable[[str], None]) -> dict[int, dict[str, Any]]:
     """Wait for the leaders and return their verdicts: all of them, or only the failures as soon as there is one."""
-    found: dict[int, dict[str, Any]] = {}
+    verdicts: dict[int, dict[str, Any]] = {}
     started = said = time.monotonic()
-    while len(found) < len(leaders):
+    while len(verdicts) < len(leaders):
         for rank in leaders:
-            if rank not in found and (told := board.read(_key(rank))) is not None:
-                found[rank] = json.loads(told)
-        if any("code" in verdict for verdict in found.values()):
-            return {rank: verdict for rank, verdict in found.items() if "code" in verdict}
-        if len(found) < len(leaders):
+            if rank not in verdicts and (told := board.read(_key(rank))) is not None:
+                verdicts[rank] = json.loads(told)
+        if any("code" in verdict for verdict in verdicts.values()):
+            return {rank: verdict for rank, verdict in verdicts.items() if "code" in verdict}
+        if len(verdicts) < len(leaders):
             if time.monotonic() - said > _SAY_SECONDS:
                 said = time.monotonic()
-                missing = ", ".join(str(rank) for rank in leaders if rank not in found)
+                missing = ", ".join(str(rank) for rank in leaders if rank not in verdicts)
                 waiting(f"waiting for rank {missing}: {said - started:.0f} s")
             time.sleep(_POLL_SECONDS)
-    return found
+    return verdicts
 
 
 def _key(rank: int) -> str:

@@ -55,12 +55,12 @@ ACCELERATORS = ("cuda", "xpu")
 
 def device_types() -> dict[str, int]:
     """Return the available device types and their counts; ``cpu`` is last, with 0 for any number of ranks."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name in ACCELERATORS:
         backend = getattr(torch, name)
         if backend.is_available():
-            found[name] = backend.device_count()
-    return {**found, "cpu": 0}
+            counts[name] = backend.device_count()
+    return {**counts, "cpu": 0}
 
 
 def choose_device(device: str, placement: Placement) -> torch.device:
@@ -69,16 +69,16 @@ def choose_device(device: str, placement: Placement) -> torch.device:
     Raises:
         ConfigError: if the type is not available, or this node has fewer devices than ranks.
     """
-    found = device_types()
-    kind = asked(device) or next(iter(found))
-    if kind not in found:
-        raise ConfigError(f"launcher.device: {kind} is not available here; available: {', '.join(found)}.")
+    available = device_types()
+    kind = asked(device) or next(iter(available))
+    if kind not in available:
+        raise ConfigError(f"launcher.device: {kind} is not available here; available: {', '.join(available)}.")
     if kind == "cpu":
         return torch.device("cpu")
-    if placement.local_world_size > found[kind]:
+    if placement.local_world_size > available[kind]:
         raise ConfigError(
-            f"launcher.nproc_per_node: {placement.local_world_size} ranks on this node, but only {found[kind]} {kind} "
-            f"device(s). Start {found[kind]} rank(s), or set launcher.device=cpu."
+            f"launcher.nproc_per_node: {placement.local_world_size} ranks on this node, but only {available[kind]} "
+            f"{kind} device(s). Start {available[kind]} rank(s), or set launcher.device=cpu."
         )
     return torch.device(kind, placement.local_rank)
 

@@ -85,10 +85,10 @@ def on_every(work: Callable[[], _T], ranks: Ranks) -> _T:
     with ranks.phases.by_itself():
         result, verdict = attempt(work)
     if any_rank(bool(verdict), ranks):
-        found = gather_json(verdict, ranks)
-        rank = next(rank for rank, verdict in enumerate(found) if verdict)
-        where = f"rank {rank}: " if not all(found) else ""
-        raise_alike({**found[rank], "message": where + found[rank]["message"]})
+        verdicts = gather_json(verdict, ranks)
+        rank = next(rank for rank, verdict in enumerate(verdicts) if verdict)
+        where = f"rank {rank}: " if not all(verdicts) else ""
+        raise_alike({**verdicts[rank], "message": where + verdicts[rank]["message"]})
     return cast(_T, result)
 
 

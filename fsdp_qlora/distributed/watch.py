@@ -152,12 +152,12 @@ class Watch:
 
     def _others(self, board: Board) -> dict[int, tuple[dict[str, Any], float]]:
         """Return the other ranks' posted states, and the seconds since each one's last heartbeat."""
-        found = {}
+        others = {}
         for rank in range(self._size):
             if rank != self._rank and (note := board.read(str(rank))) is not None:
                 shown = json.loads(note)
-                found[rank] = shown, self._since.unchanged(f"rank {rank}", shown["beat"])
-        return found
+                others[rank] = shown, self._since.unchanged(f"rank {rank}", shown["beat"])
+        return others
 
     def _missing(self, others: dict[int, tuple[dict[str, Any], float]], thread: str) -> str:
         mine = self._threads[thread]

@@ -30,10 +30,10 @@ from fsdp_qlora.shapes.targets import endings
 
 def gather_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the whole adapter on the CPU under PEFT's names. A collective."""
-    found: dict[str, torch.Tensor] = {}
+    adapter: dict[str, torch.Tensor] = {}
     for name, parameter in trainable_parameters(model):
-        found[name] = _whole(parameter.detach()).to("cpu", copy=True).contiguous()
-    return found
+        adapter[name] = _whole(parameter.detach()).to("cpu", copy=True).contiguous()
+    return adapter
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

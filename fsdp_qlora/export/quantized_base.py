@@ -203,6 +203,6 @@ def _beside_the_weights(source: Path) -> dict[str, Path]:
 
 def _check(folder: Path, home: dict[str, str]) -> None:
     """Read the files' headers back and compare them with what was written."""
-    found = {name: entry.file.name for name, entry in SafetensorsFolder(folder).entries.items()}
-    if found != home:
+    stored = {name: entry.file.name for name, entry in SafetensorsFolder(folder).entries.items()}
+    if stored != home:
         raise StorageError(f"{folder} does not hold the tensors that were written.")

@@ -57,12 +57,12 @@ def open_regular(file: Path, flags: int = os.O_RDONLY, changes: bool = True) -> 
         if error.errno in (errno.EISDIR, errno.ENXIO):
             raise SecurityError(f"{file} is not a regular file.") from error
         raise
-    found = os.fstat(handle)
+    status = os.fstat(handle)
     written = changes and flags & (os.O_WRONLY | os.O_RDWR)
-    if stat.S_ISREG(found.st_mode) and not (written and found.st_nlink > 1):
+    if stat.S_ISREG(status.st_mode) and not (written and status.st_nlink > 1):
         return handle
     os.close(handle)
-    what = "has a second name elsewhere (a hard link)" if stat.S_ISREG(found.st_mode) else "is not a regular file"
+    what = "has a second name elsewhere (a hard link)" if stat.S_ISREG(status.st_mode) else "is not a regular file"
     raise SecurityError(f"{file} {what}; remove it.")
 
 
@@ -116,10 +116,10 @@ def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
 
 
 def _unequal_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    values = dict(pairs)
+    if len(values) != len(pairs):
         raise ValueError("it has a duplicate key")
-    return found
+    return values
 
 
 def misfit(value: Any, kind: Any, name: str = "it") -> str | None:
@@ -128,8 +128,8 @@ def misfit(value: Any, kind: Any, name: str = "it") -> str | None:
     if kind is Any:
         return None
     if origin in (types.UnionType, typing.Union):
-        found = [misfit(value, inner, name) for inner in args]
-        return None if None in found else found[0]
+        misfits = [misfit(value, inner, name) for inner in args]
+        return None if None in misfits else misfits[0]
     if origin is dict and isinstance(value, dict):
         return next((wrong for k, v in value.items() if (wrong := misfit(v, args[1], f"{name}[{k[:80]!r}]"))), None)
     if origin is list and isinstance(value, list):
@@ -146,8 +146,8 @@ def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
     """Yield everything below a folder at any depth, without following links; iterative, so depth is unlimited."""
     left = [str(folder)]
     while left:
-        with os.scandir(left.pop()) as found:
-            for entry in found:
+        with os.scandir(left.pop()) as entries:
+            for entry in entries:
                 yield entry
                 if entry.is_dir(follow_symlinks=False):
                     left.append(entry.path)
@@ -202,11 +202,11 @@ def _real(path: Path) -> Path:
 
 def who_else_changes(path: Path) -> str | None:
     """Say who other than this user and root can change a path, judging by owner and mode; None if nobody can."""
-    found = path.lstat()
-    if found.st_uid not in (0, os.geteuid()):
-        return f"{path} belongs to another user (uid {found.st_uid})"
-    if found.st_mode & stat.S_IWOTH and not stat.S_ISLNK(found.st_mode):
-        return f"everybody can write to {path} (mode {stat.S_IMODE(found.st_mode):o})"
+    status = path.lstat()
+    if status.st_uid not in (0, os.geteuid()):
+        return f"{path} belongs to another user (uid {status.st_uid})"
+    if status.st_mode & stat.S_IWOTH and not stat.S_ISLNK(status.st_mode):
+        return f"everybody can write to {path} (mode {stat.S_IMODE(status.st_mode):o})"
     return None
 
 

@@ -18,7 +18,7 @@ def rows_at_a_time(vocab_size: int, device: torch.device) -> int:
     return max(1, CACHED_BYTES // (4 * vocab_size)) if device.type == "cpu" else 2**31
 
 
-def token_losses(
+def cross_entropy_(
     logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None, wants_grad: bool
 ) -> torch.Tensor:
     """Return the cross entropy of each row, float32 ``[rows]``; with ``wants_grad`` its gradient replaces the logits.
@@ -55,7 +55,7 @@ def token_losses(
     return losses
 
 
-def token_losses_by_code(
+def cross_entropy_by_code(
     logits: torch.Tensor, targets: torch.Tensor, code: Callable[[torch.Tensor], torch.Tensor], wants_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cross entropy of ``code(logits)``, float32 ``[rows]``, and its gradient.
@@ -99,9 +99,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             if code is None:
-                losses[part] = token_losses(logits, labels[part], scale, softcap, wants_grad)
+                losses[part] = cross_entropy_(logits, labels[part], scale, softcap, wants_grad)
             else:
-                losses[part], logits = token_losses_by_code(logits, labels[part], code, wants_grad)
+                losses[part], logits = cross_entropy_by_code(logits, labels[part], code, wants_grad)
             if grad is not None:
                 product_into(grad[part], logits, weight)
         if grad is not None:

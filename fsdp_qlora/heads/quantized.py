@@ -41,9 +41,9 @@ class QuantLossHead(nn.Module):
     @property
     def source(self) -> QuantMatrices:
         """The matrix ``[vocab, hidden]``."""
-        found = self.matrices if self.matrices is not None else self._tied[0]
-        assert found is not None
-        return found
+        matrices = self.matrices if self.matrices is not None else self._tied[0]
+        assert matrices is not None
+        return matrices
 
     def dense(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the dense weight ``[stop - start, hidden]`` and the bias of a slice."""

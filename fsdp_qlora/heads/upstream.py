@@ -57,10 +57,10 @@ class _StandIn(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            found = getattr(self._like[0], name)
-            if isinstance(found, nn.Module):  # upstream calls into a part of it, so it replaces too much
+            attribute = getattr(self._like[0], name)
+            if isinstance(attribute, nn.Module):  # upstream calls into a part of it, so it replaces too much
                 raise
-            return found
+            return attribute
 
 
 class _Stop(_StandIn):

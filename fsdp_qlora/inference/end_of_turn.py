@@ -73,9 +73,9 @@ def _learned_end(tokenizer: PreTrainedTokenizerBase) -> int | str | None:
         text = render_apart(tokenizer, messages)
     except ModelError:  # rendering the prompt will report what is wrong
         return None
-    _, found, after = text.rpartition(_ANSWER)
+    _, mark, after = text.rpartition(_ANSWER)
     after = after.strip()
-    if not found or not after:
+    if not mark or not after:
         return None
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     assert isinstance(ids, list)

@@ -69,9 +69,9 @@ class _Streamer(TextStreamer):
             text = ""
         elif self._end:
             text = self._held + text
-            text, found, _ = text.partition(self._end)
-            self._ended = bool(found)
-            kept = 0 if found or stream_end else _overlap(text, self._end)
+            text, ended, _ = text.partition(self._end)
+            self._ended = bool(ended)
+            kept = 0 if ended or stream_end else _overlap(text, self._end)
             text, self._held = text[: len(text) - kept], text[len(text) - kept :]
         super().on_finalized_text(visible(text), stream_end)
 

@@ -90,10 +90,10 @@ def arrangement(model: PreTrainedModel, stored: Iterable[str]) -> Arrangement:
 
 
 def _by_pattern(parts: list[tuple[str, str | None]]) -> dict[str | None, list[str]]:
-    found: dict[str | None, list[str]] = {}
+    by_pattern: dict[str | None, list[str]] = {}
     for name, pattern in parts:
-        found.setdefault(pattern, []).append(name)
-    return found
+        by_pattern.setdefault(pattern, []).append(name)
+    return by_pattern
 
 
 def _targets(conversion: Conversion, wanted: Mapping[str, torch.Tensor]) -> list[str]:

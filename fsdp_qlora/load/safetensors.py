@@ -80,7 +80,7 @@ def file_digests(folder: Path) -> dict[str, str]:
     The samples are the header and 16 ranges of 64 KiB spread over the file; the header alone is not enough, because a
     base model and its chat version have equal headers.
     """
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for file in weight_files(folder):
         size, digest = file.stat().st_size, hashlib.sha256()
         with file.open("rb") as stream:
@@ -89,8 +89,8 @@ def file_digests(folder: Path) -> dict[str, str]:
             for part in range(_SAMPLES):
                 stream.seek(min(size, 8 + length + (size - 8 - length) * part // _SAMPLES))
                 digest.update(stream.read(_SAMPLE_BYTES))
-        found[file.name] = f"{size} bytes, sampled sha256 {digest.hexdigest()[:16]}"
-    return found
+        digests[file.name] = f"{size} bytes, sampled sha256 {digest.hexdigest()[:16]}"
+    return digests
 
 
 class SafetensorsFolder:
@@ -262,13 +262,13 @@ class SafetensorsFolder:
             ModelError: if it has another shape or an unsupported dtype.
         """
         if name in self.converted:
-            found = self._convert(name)
+            whole = self._convert(name)
         else:
             (entry,) = self.arranged.get(name) or (self.entries[name],)
-            found = self._read_whole(entry.name)
-        if tuple(found.shape) != shape:
-            raise ModelError(f"{self.folder}: tensor {name} is {list(found.shape)}, but the model needs {list(shape)}.")
-        return found
+            whole = self._read_whole(entry.name)
+        if tuple(whole.shape) != shape:
+            raise ModelError(f"{self.folder}: tensor {name} is {list(whole.shape)}, but the model needs {list(shape)}.")
+        return whole
 
     def find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         """Return the location of a tensor, checked against ``shape``.
@@ -285,8 +285,8 @@ class SafetensorsFolder:
             raise ModelError(f"{self.folder}: no tensor {name} in its {len(self.entries)} tensors.")
         entry = parts[0]
         if (len(parts) == 1 and entry.shape != shape) or sum(part.numel for part in parts) != prod(shape):
-            found = list(entry.shape) if len(parts) == 1 else f"{len(parts)} parts of {list(entry.shape)}"
-            raise ModelError(f"{entry.file}: tensor {name} is {found}, but the model needs {list(shape)}.")
+            stored = list(entry.shape) if len(parts) == 1 else f"{len(parts)} parts of {list(entry.shape)}"
+            raise ModelError(f"{entry.file}: tensor {name} is {stored}, but the model needs {list(shape)}.")
         for part in parts:
             if part.dtype not in _DTYPES:
                 raise ModelError(
@@ -298,10 +298,10 @@ class SafetensorsFolder:
         parts = tuple(self.entries[part] for part, _ in self.converted[name].parts)
 
         def make() -> torch.Tensor:
-            found = self._convert(name)
-            if tuple(found.shape) != shape:
-                raise ModelError(f"{parts[0].file}: {name} is {list(found.shape)} after conversion, not {list(shape)}.")
-            return found
+            whole = self._convert(name)
+            if tuple(whole.shape) != shape:
+                raise ModelError(f"{parts[0].file}: {name} is {list(whole.shape)} after conversion, not {list(shape)}.")
+            return whole
 
         return StoredTensor(name, shape, parts, make)
 

@@ -49,20 +49,21 @@ def require_readable(folder: Path, settings: QuantSettings) -> None:
     Raises:
         ModelError: if they are quantized by another method, or in another 4-bit format than the settings ask for.
     """
-    found = quantization_of(folder)
-    if found is None:
+    quantization = quantization_of(folder)
+    if quantization is None:
         return
-    method = str(found.get("quant_method") or ("bitsandbytes" if _flag(found, 4) or _flag(found, 8) else "unknown"))
-    if method == "bitsandbytes" and _flag(found, 8):
+    in_4_bits, in_8_bits = _flag(quantization, 4), _flag(quantization, 8)
+    method = str(quantization.get("quant_method") or ("bitsandbytes" if in_4_bits or in_8_bits else "unknown"))
+    if method == "bitsandbytes" and in_8_bits:
         method = "bitsandbytes int8"
     if method != "bitsandbytes":
         raise ModelError(
             f"model.name: {folder} is quantized with {method} (quantization_config in its config.json); only "
             "bitsandbytes' 4-bit form can be read. Use the 16-bit model it was made from."
         )
-    if _flag(found, 4):
-        name = str(found.get("bnb_4bit_quant_type", "fp4"))  # transformers' own default
-        _require_format(name, bool(found.get("bnb_4bit_use_double_quant")), settings, f"model.name: {folder}")
+    if in_4_bits:
+        name = str(quantization.get("bnb_4bit_quant_type", "fp4"))  # transformers' own default
+        _require_format(name, bool(quantization.get("bnb_4bit_use_double_quant")), settings, f"model.name: {folder}")
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
@@ -75,16 +76,16 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
     try:
         config = json.loads(file.read_text())
         inner = config.get("text_config") or {}
-        found = next((c[k] for c in (config, inner) for k in _CONFIG_KEYS if c.get(k)), None)
+        quantization = next((c[k] for c in (config, inner) for k in _CONFIG_KEYS if c.get(k)), None)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} is not a model's configuration: {error}") from error
-    if found is not None and not isinstance(found, dict):
+    if quantization is not None and not isinstance(quantization, dict):
         raise ModelError(f"{file}: quantization_config is not a JSON object.")
-    return found
+    return quantization
 
 
-def _flag(found: dict[str, Any], bits: int) -> bool:
-    return bool(found.get(f"load_in_{bits}bit") or found.get(f"_load_in_{bits}bit"))
+def _flag(quantization: dict[str, Any], bits: int) -> bool:
+    return bool(quantization.get(f"load_in_{bits}bit") or quantization.get(f"_load_in_{bits}bit"))
 
 
 def _require_format(name: str, double_quant: bool, settings: QuantSettings | Format, what: str) -> None:
@@ -110,16 +111,16 @@ def packed_format(source: SafetensorsFolder, name: str) -> str | None:
     Raises:
         ModelError: if it is stored in bitsandbytes' int8 form, or has statistics but not exactly one state.
     """
-    found = [kind for kind in _FORMATS if f"{name}{STATE_SUFFIX}{kind}" in source.entries]
+    kinds = [kind for kind in _FORMATS if f"{name}{STATE_SUFFIX}{kind}" in source.entries]
     if f"{name.removesuffix('weight')}SCB" in source.entries:
         raise ModelError(
             f"{source.entries[name].file if name in source.entries else source.folder}: {name} is stored in "
             "bitsandbytes' int8 form, which cannot be read; use the 16-bit model it was made from."
         )
-    if len(found) == 1:
-        return found[0]
-    if found or f"{name}.absmax" in source.entries:
-        raise ModelError(f"{source.folder}: {name} has {len(found)} of the tensors {name}{STATE_SUFFIX}nf4|fp4, not 1.")
+    if len(kinds) == 1:
+        return kinds[0]
+    if kinds or f"{name}.absmax" in source.entries:
+        raise ModelError(f"{source.folder}: {name} has {len(kinds)} of the tensors {name}{STATE_SUFFIX}nf4|fp4, not 1.")
     return None
 
 
@@ -154,10 +155,10 @@ def find_weight(source: SafetensorsFolder, module: QuantMatrices) -> StoredTenso
     double_quant = "nested_blocksize" in state or f"{name}.nested_absmax" in source.entries
     _require_format(kind, double_quant, module.quant_format, f"{state_entry.file}: {name}")
     quant_format = module.quant_format
-    if (found := state.get("blocksize")) in BLOCK_SIZES and found != quant_format.block_size:
+    if (block_size := state.get("blocksize")) in BLOCK_SIZES and block_size != quant_format.block_size:
         raise ModelError(
-            f"{state_entry.file}: {name} is stored in blocks of {found}, but the settings ask for "
-            f"{quant_format.block_size}; set quant.block_size={found}."
+            f"{state_entry.file}: {name} is stored in blocks of {block_size}, but the settings ask for "
+            f"{quant_format.block_size}; set quant.block_size={block_size}."
         )
     shape = list(module.shape)
     _require_state(state, state_entry, {"quant_type": kind, "blocksize": quant_format.block_size, "shape": shape})
@@ -236,8 +237,8 @@ def fill_packed(
         absmax = float_to_bits(_finite(source.read_entry(weight.absmax, *blocks), weight.absmax))
     else:
         absmax = source.read_bytes(weight.absmax, *blocks)
-        found = _finite(source.read_entry(weight.nested, first // together, -(-last // together)), weight.nested)
-        of_rows = nested_of_rows(quant_format, found, first, last)
+        values = _finite(source.read_entry(weight.nested, first // together, -(-last // together)), weight.nested)
+        of_rows = nested_of_rows(quant_format, values, first, last)
         nested = values_to_rows(float_to_bits(of_rows), count, 1).to(device)
         offset = torch.tensor(weight.offset, dtype=torch.float32, device=device)
     module.fill(

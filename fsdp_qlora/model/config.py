@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from fsdp_qlora.config.convert import nearest
+from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.errors import ModelError, typed_line
 from fsdp_qlora.files.bounded import OutOfBoundsError, require_bounded_config, require_bounded_values
 
@@ -90,16 +90,16 @@ def _current_spelling(values: Mapping[str, Any], overrides: Mapping[str, Any]) -
 
     As separate keywords next to that mapping, they would be silently overridden by it.
     """
-    found, rope = dict(overrides), values.get(_ROPE)
+    renamed, rope = dict(overrides), values.get(_ROPE)
     if not isinstance(rope, dict) or any(isinstance(part, dict) for part in rope.values()):
-        return found  # another spelling, or one mapping per kind of layer: then only the full key is unambiguous
-    merged = dict(found.pop(_ROPE, {}))
-    if "rope_scaling" in found and "rope_scaling" not in values:
-        merged |= found.pop("rope_scaling")
-    merged |= {key: found.pop(key) for key in _ROPE_KEYS if key in found and key not in values}
+        return renamed  # another spelling, or one mapping per kind of layer: then only the full key is unambiguous
+    merged = dict(renamed.pop(_ROPE, {}))
+    if "rope_scaling" in renamed and "rope_scaling" not in values:
+        merged |= renamed.pop("rope_scaling")
+    merged |= {key: renamed.pop(key) for key in _ROPE_KEYS if key in renamed and key not in values}
     if "type" in merged:
         merged.setdefault("rope_type", merged["type"])
-    return {**found, _ROPE: merged} if merged else found
+    return {**renamed, _ROPE: merged} if merged else renamed
 
 
 def _require_taken(wanted: Mapping[str, Any], config: PreTrainedConfig, folder: Path) -> None:

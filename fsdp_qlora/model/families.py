@@ -31,8 +31,8 @@ def is_causal(model_config: Any) -> bool:
 
 def task_type(model: PreTrainedModel) -> str | None:
     """Return PEFT's name for the model's task: ``CAUSAL_LM``, ``SEQ_2_SEQ_LM``, or None for a masked model."""
-    found = auto_class(model.config)
-    return {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSeq2SeqLM: "SEQ_2_SEQ_LM"}.get(found)
+    kind = auto_class(model.config)
+    return {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSeq2SeqLM: "SEQ_2_SEQ_LM"}.get(kind)
 
 
 def _longest_list(model: nn.Module) -> list[nn.Module]:
@@ -51,11 +51,11 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """
     classes = set(model._no_split_modules or [])  # read only; transformers has used this name since v4
     table = model.get_input_embeddings()
-    found = [module for module in model.modules() if type(module).__name__ in classes] or _longest_list(model)
-    found = [module for module in found if all(inner is not table for inner in module.modules())]
-    inside = {inner for module in found for inner in module.modules() if inner is not module}
-    found = [module for module in found if module not in inside]
+    layers = [module for module in model.modules() if type(module).__name__ in classes] or _longest_list(model)
+    layers = [module for module in layers if all(inner is not table for inner in module.modules())]
+    inside = {inner for module in layers for inner in module.modules() if inner is not module}
+    layers = [module for module in layers if module not in inside]
     if task_type(model) == "CAUSAL_LM" and hasattr(model, "get_decoder"):
         within = set(model.get_decoder().modules())
-        found = [module for module in found if module in within] or found
-    return found
+        layers = [module for module in layers if module in within] or layers
+    return layers

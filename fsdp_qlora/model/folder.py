@@ -9,7 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers it
-from fsdp_qlora.config.convert import nearest
+from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.errors import ModelError, typed_line
 from fsdp_qlora.shapes.known import closest, known_config
 

@@ -39,17 +39,17 @@ def replaceable_linears(model: PreTrainedModel) -> Iterator[LinearShape]:
 def kept_linears(model: PreTrainedModel, inside: tuple[str, ...]) -> dict[str, str]:
     """Return the linears within the modules ``inside`` that are not replaced: name -> reason."""
     read = _read_by_others(model)
-    found: dict[str, str] = {}
+    kept: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or not name.startswith(tuple(f"{x}." for x in inside)):
             continue
         if not is_plain_linear(module):
-            found[name] = f"a {type(module).__name__} has its own forward"
+            kept[name] = f"a {type(module).__name__} has its own forward"
         elif name in read:
-            found[name] = f"{read[name]} reads its weight"
+            kept[name] = f"{read[name]} reads its weight"
         elif _in_float32(module, model):
-            found[name] = "upstream keeps it in float32"
-    return found
+            kept[name] = "upstream keeps it in float32"
+    return kept
 
 
 def _shapes(name: str, module: nn.Module) -> Iterator[LinearShape]:
@@ -80,7 +80,7 @@ def _in_float32(module: nn.Linear | Conv1D, model: PreTrainedModel) -> bool:
 def _read_by_others(model: PreTrainedModel) -> dict[str, str]:
     """Return the linears whose weight or bias an enclosing module's code reads: name -> that module's class."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    found: dict[str, str] = {
+    readers: dict[str, str] = {
         name: "upstream"
         for name in linears
         if _in_float32(model.get_submodule(name), model)  # type: ignore[arg-type]
@@ -89,8 +89,8 @@ def _read_by_others(model: PreTrainedModel) -> dict[str, str]:
         children = _children_read(type(module)) if owner else frozenset()
         for name in linears if children else ():
             if name.startswith(f"{owner}.") and name.rpartition(".")[2] in children:
-                found.setdefault(name, type(module).__name__)
-    return found
+                readers.setdefault(name, type(module).__name__)
+    return readers
 
 
 @cache

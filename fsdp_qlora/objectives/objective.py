@@ -83,10 +83,14 @@ class Totals:
         return {name: total / max(1, weights[w]) for (name, w), total in zip(divisors, over_ranks, strict=True)}
 
 
-_OBJECTIVES: choices.Registry[Objective] = choices.Registry(choices.OBJECTIVES)
+_OBJECTIVES: choices.Registry[Objective] = choices.Registry("objective", choices.OBJECTIVES)
 register = _OBJECTIVES.register
 
 
 def build_objective(name: str) -> Objective:
-    """Return the objective called ``name``."""
+    """Return the objective called ``name``.
+
+    Raises:
+        ConfigError: if there is none.
+    """
     return _OBJECTIVES[name]()

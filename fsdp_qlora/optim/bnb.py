@@ -137,18 +137,18 @@ class BlockwiseOptimizer(LocalOptimizer):
 
     def parts(self, leaf: Leaf) -> list[Part | Blocks]:
         """Return each moment, in 8-bit blocks or in float32."""
-        state, local, found = self.state[leaf.local], leaf.local, []
+        state, local, parts = self.state[leaf.local], leaf.local, []
         for number, moments in enumerate((self._update.first, self._update.second), 1):
             for i, name in enumerate(moments):
                 stored = state[f"state{number}"]
                 stored = stored.view(len(moments), stored.shape[-1])[i, : local.numel()].view(local.shape)
                 if stored.dtype == torch.float32:
-                    found.append(Part(name, stored, leaf.layout.shape))
+                    parts.append(Part(name, stored, leaf.layout.shape))
                     continue
                 absmax = state[f"absmax{number}"]
                 absmax = absmax.view(len(moments), absmax.shape[-1])[i]
-                found.append(Blocks(name, stored, absmax, self._tables_on(local.device)[number - 1]))
-        return found
+                parts.append(Blocks(name, stored, absmax, self._tables_on(local.device)[number - 1]))
+        return parts
 
 
 @cache

@@ -7,13 +7,14 @@ is wrapped in DTensors when it is saved (`state.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
@@ -41,7 +42,7 @@ class ShardedOptimizer:
         self._leaves = [
             Leaf(n, nn.Parameter(local_tensor(p).detach()), Layout.of(p)) for n, p in self.parameters.items()
         ]
-        self._optimizer = _build(self._leaves, settings)
+        self._optimizer = OPTIMIZERS[settings.name](self._leaves, settings)
 
     @property
     def inner(self) -> torch.optim.Optimizer:
@@ -97,10 +98,10 @@ class ShardedOptimizer:
         Scalar step counters are omitted: they all equal the run's step. 8-bit states consist of codes and, under
         ``<state>_absmax``, the table of their blocks' absmax (`blockwise.py`).
         """
-        found: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
         for leaf, part in parts_of(self._leaves, self._optimizer):
-            found |= present(leaf, part)
-        return found
+            tensors |= present(leaf, part)
+        return tensors
 
     def prepare_state(self, step: int) -> None:
         """Create a state of zeros with step counters at ``step``."""
@@ -141,19 +142,24 @@ class _SGD(LocalOptimizer, torch.optim.SGD):
         return {"momentum_buffer": torch.zeros_like(leaf.local)} if self.param_groups[0]["momentum"] else {}
 
     def parts(self, leaf: Leaf) -> list[Part | Blocks]:
-        found = self.state[leaf.local].get("momentum_buffer")
-        return [] if found is None else [Part("momentum_buffer", found, leaf.layout.shape)]
+        momentum = self.state[leaf.local].get("momentum_buffer")
+        return [] if momentum is None else [Part("momentum_buffer", momentum, leaf.layout.shape)]
 
 
-def _build(leaves: list[Leaf], settings: OptimSettings) -> LocalOptimizer:
-    local = [leaf.local for leaf in leaves]
-    if settings.name in UPDATES:
-        return BlockwiseOptimizer(leaves, settings)
-    if settings.name == "adafactor":
-        return ShardedAdafactor(leaves, settings)
-    if settings.name == "adamw":
-        return _AdamW(
-            local, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
-            weight_decay=settings.weight_decay, fused=False, foreach=True,
-        )  # fmt: skip
-    return _SGD(local, lr=settings.lr, momentum=settings.beta1, weight_decay=settings.weight_decay)
+def _adamw(leaves: list[Leaf], settings: OptimSettings) -> LocalOptimizer:
+    return _AdamW(
+        [leaf.local for leaf in leaves], lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
+        weight_decay=settings.weight_decay, fused=False, foreach=True,
+    )  # fmt: skip
+
+
+def _sgd(leaves: list[Leaf], settings: OptimSettings) -> LocalOptimizer:
+    return _SGD(
+        [leaf.local for leaf in leaves], lr=settings.lr, momentum=settings.beta1, weight_decay=settings.weight_decay
+    )
+
+
+OPTIMIZERS: choices.Table[Callable[[list[Leaf], OptimSettings], LocalOptimizer]] = choices.Table(
+    "optim", {**dict.fromkeys(UPDATES, BlockwiseOptimizer), "adafactor": ShardedAdafactor, "adamw": _adamw, "sgd": _sgd}
+)
+"""The optimizers of ``optim=``."""

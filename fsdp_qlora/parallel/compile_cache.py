@@ -58,11 +58,11 @@ def who_else_writes(folder: Path) -> str | None:
     trusted = {0, os.geteuid()}
     resolved = folder.resolve()
     for place in (resolved, *resolved.parents):
-        found = place.stat()
-        if found.st_uid not in trusted:
-            return f"{place} belongs to another user (uid {found.st_uid})"
-        if place == resolved and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return f"others can write to {place} (mode {stat.S_IMODE(found.st_mode):o})"
-        if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        status = place.stat()
+        if status.st_uid not in trusted:
+            return f"{place} belongs to another user (uid {status.st_uid})"
+        if place == resolved and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return f"others can write to {place} (mode {stat.S_IMODE(status.st_mode):o})"
+        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
             return f"everybody can write to {place}"
     return None

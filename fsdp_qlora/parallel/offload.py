@@ -69,8 +69,8 @@ class _Call:
 
     def find(self, key: tuple[Any, ...]) -> _Kept | None:
         """Return the tensor kept under ``key``, if autograd still holds it."""
-        found = self._kept.get(key)
-        return None if found is None else found()
+        reference = self._kept.get(key)
+        return None if reference is None else reference()
 
     def add(self, key: tuple[Any, ...], kept: _Kept) -> None:
         """Remember a kept tensor (weakly)."""

@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fsdp_qlora.config.auto import Choice, as_word, asked, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
 from fsdp_qlora.plan.sizes import reserve_bytes
 
-_Ladder = tuple[tuple[str, bool, bool], ...]
-LADDER: _Ladder = (
-    ("none", False, True),
-    ("none", False, False),
-    ("none", True, True),
-    ("none", True, False),
-    ("selective", False, False),
-    ("selective", True, False),
-    ("full", False, False),
-    ("full", True, False),
+
+@dataclass(frozen=True)
+class Rung:
+    """A combination of the settings that change speed and memory but no numbers."""
+
+    checkpointing: str
+    reshard_after_forward: bool
+    cache_dequantized: bool
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The rung that the settings ask for; None for ``auto``."""
+
+    checkpointing: str | None
+    reshard_after_forward: bool | None
+    cache_dequantized: bool | None
+
+    def allows(self, rung: Rung) -> bool:
+        """Whether the rung has every value that is asked for."""
+        return all(given is None or given == getattr(rung, name) for name, given in vars(self).items())
+
+
+LADDER = (
+    Rung("none", reshard_after_forward=False, cache_dequantized=True),
+    Rung("none", reshard_after_forward=False, cache_dequantized=False),
+    Rung("none", reshard_after_forward=True, cache_dequantized=True),
+    Rung("none", reshard_after_forward=True, cache_dequantized=False),
+    Rung("selective", reshard_after_forward=False, cache_dequantized=False),
+    Rung("selective", reshard_after_forward=True, cache_dequantized=False),
+    Rung("full", reshard_after_forward=False, cache_dequantized=False),
+    Rung("full", reshard_after_forward=True, cache_dequantized=False),
 )
-"""(checkpointing, reshard after forward, cache dequantized), fastest first: recomputing a layer costs most, then
-gathering it again, then dequantizing it again (`benchmarks/auto.py` compares the order with measured times)."""
-_Asked = tuple[str | None, bool | None, bool | None]
-"""The rung that the settings ask for; None for ``auto``."""
-_PLAIN = ("none", True, False)
+"""Fastest first: recomputing a layer costs most, then gathering it again, then dequantizing it again
+(benchmarks/results/step.md compares the order with measured times)."""
+_PLAIN = Rung("none", reshard_after_forward=True, cache_dequantized=False)
 """The rung that ``debug=plain`` uses."""
 
 
@@ -44,33 +64,31 @@ def choose(
     wanted = _wanted(config)
     candidates = list(_candidates(wanted, memory, settings))
     if budget is None:
-        chosen, why = replace(settings, cache_dequantized=bool(wanted[2])), "the available memory is unknown"
+        chosen, why = (
+            replace(settings, cache_dequantized=bool(wanted.cache_dequantized)),
+            "the available memory is unknown",
+        )
     else:
         fitting = [c for c in candidates if memory.plan(c).peak <= budget]
         chosen = fitting[0] if fitting else candidates[-1]
         why = f"fits in {budget / 1e9:.1f} GB" if fitting else f"nothing fits in {budget / 1e9:.1f} GB"
     made = {
-        "train.activation_checkpointing": (wanted[0], chosen.checkpointing),
-        "fsdp.reshard_after_forward": (wanted[1], as_word(chosen.reshard_after_forward)),
-        "quant.cache_dequantized": (wanted[2], as_word(chosen.cache_dequantized)),
+        "train.activation_checkpointing": (wanted.checkpointing, chosen.checkpointing),
+        "fsdp.reshard_after_forward": (wanted.reshard_after_forward, as_word(chosen.reshard_after_forward)),
+        "quant.cache_dequantized": (wanted.cache_dequantized, as_word(chosen.cache_dequantized)),
     }
     return chosen, {key: Choice(value, why) for key, (given, value) in made.items() if given is None}
 
 
 def _wanted(config: RunConfig) -> _Asked:
-    given = (
+    given = _Asked(
         asked(config.train.activation_checkpointing),
         switch(config.fsdp.reshard_after_forward),
         switch(config.quant.cache_dequantized),
     )
     if config.debug.name != "plain":
         return given
-    checkpointing, reshard, cache = given
-    return (
-        checkpointing or _PLAIN[0],
-        _PLAIN[1] if reshard is None else reshard,
-        _PLAIN[2] if cache is None else cache,
-    )
+    return _Asked(**(vars(_PLAIN) | {name: value for name, value in vars(given).items() if value is not None}))
 
 
 def decided(config: RunConfig, settings: StorageSettings) -> RunConfig:
@@ -91,12 +109,12 @@ def tensor_budget(capacity: int, is_accelerator: bool) -> int:
 def _candidates(wanted: _Asked, memory: MemoryModel, settings: StorageSettings) -> Iterator[StorageSettings]:
     """Yield the rungs of the ladder that are compatible with the given settings."""
     for rung in LADDER:
-        if any(given is not None and given != value for given, value in zip(wanted, rung, strict=True)):
+        if not wanted.allows(rung):
             continue
-        if wanted[1] is None and settings.shard_size == 1 and not rung[1]:
+        if wanted.reshard_after_forward is None and settings.shard_size == 1 and not rung.reshard_after_forward:
             continue  # a single rank has nothing to gather
-        if rung[2] and not memory.all_dense:
+        if rung.cache_dequantized and not memory.all_dense:
             continue
-        if rung[0] == "selective" and memory.offloaded_inside:
+        if rung.checkpointing == "selective" and memory.offloaded_inside:
             continue
-        yield replace(settings, checkpointing=rung[0], reshard_after_forward=rung[1], cache_dequantized=rung[2])
+        yield replace(settings, **vars(rung))

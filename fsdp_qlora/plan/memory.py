@@ -168,7 +168,7 @@ class MemoryModel:
         # very large weights are dequantized slice by slice, and a slice is freed only once the next one exists
         dense = (min(size, 2 * SLICE_WEIGHTS) if size > WHOLE_WEIGHTS else size for size in sizes)
         self.dense = max(dense, default=0)
-        kept_dense = (x.linear for x in inside if x.layout.dense_forward)
+        kept_dense = (x.linear for x in inside if x.quant_format.dense_forward)
         self.all_dense = sum(x.numel for x in kept_dense if x.numel_each <= WHOLE_WEIGHTS)
         self.host_shards = [
             FLOAT32 * _share(shape[0], settings.shard_size) * prod(shape[1:])
@@ -254,7 +254,7 @@ class MemoryModel:
         adapters = FLOAT32 * self._held(settings)
         return (
             sum(mine * x.row_bytes for x, mine in rows),
-            sum(mine * x.layout.statistics_bytes for x, mine in rows),
+            sum(mine * x.quant_format.statistics_bytes for x, mine in rows),
             kept * settings.itemsize + self.shapes.float32_bytes,
             adapters,
             sum(
@@ -374,7 +374,7 @@ class MemoryModel:
         largest = 0
         for name, shape in self.shapes.parameters.items():
             if (packed := self.packed.get(name)) is not None:
-                chunk = max(CHUNK_WEIGHTS, packed.layout.row_weights(packed.linear.in_features))
+                chunk = max(CHUNK_WEIGHTS, packed.quant_format.row_weights(packed.linear.in_features))
                 whole = prod(shape) if packed.linear.transposed else chunk
                 largest = max(largest, min(whole, prod(shape)))
             else:

@@ -24,7 +24,7 @@ def offloaded_parameters(
     Raises:
         PlanError: if a pattern matches nothing or only quantized weights, or a parameter that several modules share.
     """
-    found: set[str] = set()
+    offloaded: set[str] = set()
     for pattern in patterns:
         matched = _matched(pattern, shapes)
         if not matched:
@@ -38,13 +38,13 @@ def offloaded_parameters(
                 f"fsdp.offload_modules: everything that {pattern!r} matches is quantized, and such weights are "
                 "multiplied together with their adapters; fsdp.offload=params keeps all shards in host memory."
             )
-        found |= whole
+        offloaded |= whole
     edges = (f"{shapes.embedding}.", f"{shapes.head}.")
-    if not shapes.edges_apart and (bound := sorted(name for name in found if name.startswith(edges))):
+    if not shapes.edges_apart and (bound := sorted(name for name in offloaded if name.startswith(edges))):
         raise PlanError(
             f"fsdp.offload_modules: {bound[0]} is shared by several modules of this model and stays on the device."
         )
-    return frozenset(found)
+    return frozenset(offloaded)
 
 
 def _matched(pattern: str, shapes: ModelShapes) -> set[str]:
@@ -52,9 +52,9 @@ def _matched(pattern: str, shapes: ModelShapes) -> set[str]:
     pattern = {"head": head, "embeddings": shapes.embedding, "norms": "*norm*"}.get(pattern, pattern)
     if shapes.tied and fnmatchcase(shapes.head, pattern):
         pattern = head
-    found = set()
+    matched = set()
     for name in shapes.parameters:
         parts = name.split(".")[:-1]
         if any(fnmatchcase(".".join(parts[:depth]), pattern) for depth in range(1, len(parts) + 1)):
-            found.add(name)
-    return found
+            matched.add(name)
+    return matched

@@ -22,8 +22,8 @@ def fates(plan: TrainPlan, shapes: ModelShapes) -> dict[str, dict[str, int]]:
 
 def alike(names: Iterable[str]) -> dict[str, int]:
     """Count ``names`` after replacing layer numbers by ``*``."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name in names:
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-        found[pattern] = found.get(pattern, 0) + 1
-    return found
+        counts[pattern] = counts.get(pattern, 0) + 1
+    return counts

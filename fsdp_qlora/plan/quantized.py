@@ -51,7 +51,7 @@ def chosen_edges(settings: QuantSettings, shapes: ModelShapes) -> tuple[Packed, 
 
 def _overridden(overrides: Mapping[str, str], names: list[str]) -> dict[str, str]:
     """Return name -> format for the linears that a pattern matches; later patterns win."""
-    found: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for pattern, kind in overrides.items():
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
@@ -60,8 +60,8 @@ def _overridden(overrides: Mapping[str, str], names: list[str]) -> dict[str, str
                 f"pattern must match the whole name, such as *.{endings(names)[0]} or {names[0]} (this model has "
                 f"{', '.join(endings(names))})."
             )
-        found |= dict.fromkeys(matched, kind)
-    return found
+        kinds |= dict.fromkeys(matched, kind)
+    return kinds
 
 
 def _require_most(shapes: ModelShapes, can: set[str]) -> None:
@@ -84,6 +84,6 @@ def describe(packed: tuple[Packed, ...]) -> str:
     """Return the number of weights in each format: ``24 int8, 186 nf4 with double quantization``."""
     counts: dict[str, int] = {}
     for x in packed:
-        words = x.layout.describe()
+        words = x.quant_format.describe()
         counts[words] = counts.get(words, 0) + 1
     return ", ".join(f"{count} {words}" for words, count in counts.items()) or "none"

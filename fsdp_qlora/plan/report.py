@@ -29,7 +29,7 @@ def report(
     device = find_device(config.plan.device) if config.plan.device else None
     gpu = config.plan.gpu or (device.memory if device else None)
     flops = flops_per_token(plan, shapes)
-    found = plan.to_dict(gpu, simulated_bytes) | {
+    values = plan.to_dict(gpu, simulated_bytes) | {
         "fates": fates(plan, shapes),
         "gpu_bytes": parse_bytes(gpu) if gpu else None,
         "gathered_bytes_per_micro_batch": plan.memory.gathered_bytes(plan.settings),
@@ -44,13 +44,13 @@ def report(
     if device is not None:
         link = find_interconnect(config.plan.interconnect or device.interconnect)
         time = step_time(plan, shapes, device, link, config.fsdp.prefetch > 0)
-        found["device"] = assumptions(config.plan.device or "", device, link)
-        found["time"] = time.to_dict()
-        found["advice"] = advice(plan, time, config, gpu)
+        values["device"] = assumptions(config.plan.device or "", device, link)
+        values["time"] = time.to_dict()
+        values["advice"] = advice(plan, time, config, gpu)
         speed = _speed(plan, shapes, device, link, config.fsdp.prefetch > 0)
     if config.plan.search and gpu is not None:
-        found["search"] = _search(plan, shapes, gpu, speed)
-    return found
+        values["search"] = _search(plan, shapes, gpu, speed)
+    return values
 
 
 def _speed(
@@ -109,12 +109,12 @@ def _search(
 ) -> dict[str, Any]:
     capacity = parse_bytes(gpu)
     budget = capacity - reserve_bytes(0, gpu)
-    found = search(plan.memory, plan.settings, plan.batch, budget, shapes.max_positions, speed)
-    chosen, quickest = best(found), fastest(found)
+    tried = search(plan.memory, plan.settings, plan.batch, budget, shapes.max_positions, speed)
+    chosen, quickest = best(tried), fastest(tried)
     return {
         "budget_bytes": budget,
         "max_length": plan.settings.max_length,
-        "tried": [asdict(f) for f in found],
+        "tried": [asdict(f) for f in tried],
         "best": None if chosen is None else asdict(chosen),
         "overrides": [] if chosen is None else _overrides(chosen, plan),
         "fastest": None if quickest is None else asdict(quickest),

@@ -70,14 +70,14 @@ def search(
     return [_one(memory, base, batch, budget, max_positions, speed, *setting) for setting in possible]
 
 
-def best(found: list[Found]) -> Found | None:
+def best(tried: list[Found]) -> Found | None:
     """Return the first setting that fits, in the order of `SETTINGS`."""
-    return next((f for f in found if f.fits), None)
+    return next((f for f in tried if f.fits), None)
 
 
-def fastest(found: list[Found]) -> Found | None:
+def fastest(tried: list[Found]) -> Found | None:
     """Return the setting that fits with the most estimated tokens per second, or None."""
-    return max((f for f in found if f.tokens_per_second), key=lambda f: f.tokens_per_second or 0.0, default=None)
+    return max((f for f in tried if f.tokens_per_second), key=lambda f: f.tokens_per_second or 0.0, default=None)
 
 
 def _one(
@@ -142,8 +142,8 @@ def _turns(batch: BatchPlan, rows: int) -> int:
 
 
 def _powers(low: int, high: int) -> list[int]:
-    found = []
+    powers = []
     while low <= high:
-        found.append(low)
+        powers.append(low)
         low *= 2
-    return found
+    return powers

@@ -161,7 +161,7 @@ def _dequantized_bytes(plan: TrainPlan, shapes: ModelShapes, settings: StorageSe
     total = 0.0
     for x in plan.quantized:
         if x.linear.name in inside:
-            uses = times if x.layout.dense_forward else 1  # otherwise dense in backward only
+            uses = times if x.quant_format.dense_forward else 1  # otherwise dense in backward only
             total += x.linear.numel * (x.code_bytes + settings.itemsize) * uses
     return total
 

@@ -23,9 +23,9 @@ Scoped = tuple[nn.Module, str]
 
 def scoped_modules(model: PreTrainedModel) -> list[Scoped]:
     """Return the loss head and the attention modules."""
-    found: list[Scoped] = [(m, ATTENTION_BLOCK) for m in model.modules() if type(m).__name__.endswith("Attention")]
+    scoped: list[Scoped] = [(m, ATTENTION_BLOCK) for m in model.modules() if type(m).__name__.endswith("Attention")]
     head = model.get_output_embeddings()
-    return found if head is None else [*found, (head, HEAD)]
+    return scoped if head is None else [*scoped, (head, HEAD)]
 
 
 @contextmanager

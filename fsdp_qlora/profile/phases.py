@@ -222,24 +222,24 @@ def _kernel_phase(kernel: Event, launched: dict[int | None, Place], host: dict[T
         at = bisect_right(segments, time, key=lambda s: s.start) - 1
         if at >= 0 and segments[at].end >= time and segments[at].phase != WAITING:
             return segments[at].phase
-    found = _classify(kernel.name, _Context()).own  # nothing around its launch identifies it
-    return "elementwise" if found == WAITING else found
+    phase = _classify(kernel.name, _Context()).own  # nothing around its launch identifies it
+    return "elementwise" if phase == WAITING else phase
 
 
 def _without(segments: Iterable[Segment], taken: Sequence[Segment]) -> list[Segment]:
     """Return ``segments`` minus the time of ``taken`` (sorted, not overlapping)."""
-    found: list[Segment] = []
+    left: list[Segment] = []
     for segment in segments:
         now = segment.start
         for at in range(max(0, bisect_right(taken, now, key=lambda s: s.start) - 1), len(taken)):
             if (other := taken[at]).start >= segment.end:
                 break
             if other.start > now:
-                found.append(Segment(now, other.start, segment.phase))
+                left.append(Segment(now, other.start, segment.phase))
             now = max(now, other.end)
         if now < segment.end:
-            found.append(Segment(now, segment.end, segment.phase))
-    return found
+            left.append(Segment(now, segment.end, segment.phase))
+    return left
 
 
 def divide_steps(trace: Trace) -> list[StepPhases]:
@@ -258,13 +258,13 @@ def _collectives(trace: Trace, main: Thread) -> list[Segment]:
     """Return when a collective of this rank was in flight: on gloo's own threads, or in NCCL's kernels."""
     names = re.compile(r"gloo:|nccl", re.IGNORECASE)
     events = trace.device or [e for e in trace.host if e.thread != main]
-    found: list[Segment] = []
+    merged: list[Segment] = []
     for event in sorted((e for e in events if names.match(e.name)), key=lambda e: e.start):
-        if found and event.start <= found[-1].end:
-            found[-1] = found[-1]._replace(end=max(found[-1].end, event.end))
+        if merged and event.start <= merged[-1].end:
+            merged[-1] = merged[-1]._replace(end=max(merged[-1].end, event.end))
         else:
-            found.append(Segment(event.start, event.end, WAITING))
-    return found
+            merged.append(Segment(event.start, event.end, WAITING))
+    return merged
 
 
 def _divide(window: Event, segments: Sequence[Segment], under_way: Sequence[Segment]) -> StepPhases:

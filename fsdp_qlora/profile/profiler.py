@@ -73,16 +73,16 @@ class StepProfiler:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it reports each start and stop on stderr
         kinds = {ProfilerActivity.CPU} | (supported_activities() if self._device.type != "cpu" else set())
         self._stack.enter_context(self._scoped())
-        found = profile(
+        started = profile(
             activities=kinds, on_trace_ready=self._write,
             schedule=schedule(wait=0, warmup=self._first, active=self._last - self._first, repeat=1),
         )  # fmt: skip
-        found.start()
-        return found
+        started.start()
+        return started
 
-    def _write(self, found: profile) -> None:
+    def _write(self, finished: profile) -> None:
         try:
-            found.export_chrome_trace(str(self.file))
+            finished.export_chrome_trace(str(self.file))
         except OSError as error:  # raised later on every rank; raising here would deadlock the others
             self._failure = f"{self.file} cannot be written: {error.strerror}."
 
@@ -103,17 +103,17 @@ class StepProfiler:
             raise StorageError(self._failure)
         if not self.steps:
             return None
-        found = divide_steps(read_trace(self.file))
-        count = len(found) * _SECOND
-        mean = {phase: sum(step.phases[phase] for step in found) / count for phase in PHASES}
-        waited = sum(step.waited for step in found) / count
+        steps = divide_steps(read_trace(self.file))
+        count = len(steps) * _SECOND
+        mean = {phase: sum(step.phases[phase] for step in steps) / count for phase in PHASES}
+        waited = sum(step.waited for step in steps) / count
         return {
             "rank": self._rank,
             "steps": self.steps,
-            "step_seconds": sum(step.total for step in found) / count,
+            "step_seconds": sum(step.total for step in steps) / count,
             "measured_step_seconds": sum(self._seconds) / len(self._seconds),
             "phases": mean,
             "waiting": {"in_collectives": waited, "elsewhere": mean[WAITING] - waited},
-            "collectives_under_way": sum(step.under_way for step in found) / count,
+            "collectives_under_way": sum(step.under_way for step in steps) / count,
             "trace": self.file.name,
         }

@@ -43,14 +43,14 @@ def experts_by_counts(
     order = top_k_index.reshape(-1).argsort(stable=True)
     tokens = order // top_k_index.shape[-1]
     parts = hidden_states[tokens].split(counts(top_k_index, up.count))
-    found = []
+    outputs = []
     for expert, part in enumerate(parts):
         if part.shape[0] == 0:
             continue
         inner = up.matmul(part, expert)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-        found.append(down.matmul(inner, expert))
-    weighted = torch.cat(found) * top_k_weights.reshape(-1)[order, None]
+        outputs.append(down.matmul(inner, expert))
+    weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order, None]
     return torch.zeros_like(hidden_states).index_add_(0, tokens, weighted.to(hidden_states.dtype))
 
 

@@ -19,11 +19,11 @@ def register(functions: Mapping[str, tuple[Callable[..., Any], Callable[..., Any
         functions: by name, the implementation and its fake (shapes and dtypes only). Both take the same arguments; the
             implementation's annotations define the op's schema. Results must be new tensors.
     """
-    found = {}
+    bodies = {}
     for name, (function, fake) in functions.items():
         full = f"{NAMESPACE}::{name}"
         torch.library.define(full, torch.library.infer_schema(function, mutates_args=()))
         torch.library.impl(full, "default", function)
         torch.library.register_fake(full, fake)
-        found[getattr(getattr(torch.ops, NAMESPACE), name).default] = function
-    return found
+        bodies[getattr(getattr(torch.ops, NAMESPACE), name).default] = function
+    return bodies

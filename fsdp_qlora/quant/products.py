@@ -44,11 +44,11 @@ def _matrices(
             for out, dense in zip(out_features, packed, strict=True)
         ]
     quant_format = format_of_key(name, bool(nested), block_size)
-    found = []
+    matrices = []
     for i, out in enumerate(out_features):
         second = (nested[i], offset[i]) if nested else (None, None)
-        found.append(Matrix(out, in_features, QuantizedTensor(packed[i], absmax[i], *second), quant_format))
-    return found
+        matrices.append(Matrix(out, in_features, QuantizedTensor(packed[i], absmax[i], *second), quant_format))
+    return matrices
 
 
 def _linears(
@@ -78,11 +78,11 @@ def _linears_backward(
     """
     used = next(g for g in grads if g is not None)  # None: nothing used that output
     shape = (*used.shape[:-1], in_features)
-    found = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
+    flat_grads = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
     grad_x = None
     if wants_x:
         matrices = _matrices(in_features, out_features, packed, absmax, nested, offset, name, block_size)
-        for matrix, grad in zip(matrices, found, strict=True):
+        for matrix, grad in zip(matrices, flat_grads, strict=True):
             if grad is not None:
                 grad_x = matrix.apply_transposed(grad, grad_x)
     if x is None:
@@ -92,7 +92,7 @@ def _linears_backward(
     low = matmul(flat, stacked.t()).split(ranks, dim=1)
     grad_low = flat.new_zeros(flat.shape[0], sum(ranks))
     grad_up = []
-    for grad, part, into, b, scaling in zip(found, low, grad_low.split(ranks, dim=1), up, scalings, strict=True):
+    for grad, part, into, b, scaling in zip(flat_grads, low, grad_low.split(ranks, dim=1), up, scalings, strict=True):
         if grad is None:
             grad_up.append(torch.zeros_like(b))
             continue
@@ -146,9 +146,9 @@ class _Linears(torch.autograd.Function):
         # None rather than zeros for an adapter whose output was not used: that is how dead adapters are detected
         used = [grad is not None for grad in grads]
         adapters = [
-            found.to(own.dtype) if exists else None
+            gradient.to(own.dtype) if exists else None
             for gradients, parameters in ((grad_down, down), (grad_up, up))
-            for found, own, exists in zip(gradients, parameters, used, strict=bool(parameters))
+            for gradient, own, exists in zip(gradients, parameters, used, strict=bool(parameters))
         ]
         return None, grad_x if wants_x else None, *adapters, *[None] * sum(lengths[2:])
 
@@ -159,11 +159,11 @@ def _as(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def _cut(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
     """Split ``tensors`` into lists of these lengths."""
-    found, place = [], 0
+    lists, place = [], 0
     for length in lengths:
-        found.append(list(tensors[place : place + length]))
+        lists.append(list(tensors[place : place + length]))
         place += length
-    return found
+    return lists
 
 
 def _dense(
@@ -175,13 +175,13 @@ def _dense(
 
 def densify(matrix: Matrix, dtype: torch.dtype) -> Matrix:
     """Return ``matrix`` dequantized to ``dtype``, so that backward need not dequantize it again."""
-    found = matrix.quantized
-    assert found is not None
-    nested = [] if found.nested is None else [found.nested]
-    offset = [] if found.offset is None else [found.offset]
+    quantized = matrix.quantized
+    assert quantized is not None
+    nested = [] if quantized.nested is None else [quantized.nested]
+    offset = [] if quantized.offset is None else [quantized.offset]
     out, into, quant_format = matrix.out_features, matrix.in_features, matrix.quant_format
     made = ops.dense(
-        found.packed, found.absmax, nested, offset, out, into, quant_format.name, quant_format.block_size, dtype
+        quantized.packed, quantized.absmax, nested, offset, out, into, quant_format.name, quant_format.block_size, dtype
     )
     return Matrix(out, into, None, quant_format, made)
 

@@ -28,23 +28,23 @@ def swap_linears(
     """
     default = quant_format or build_format()
     packed = [x if isinstance(x, Packed) else Packed(x, default) for x in linears]
-    return [_swap(model, x.linear, quant_format or x.layout, cache_dequantized) for x in packed]
+    return [_swap(model, x.linear, quant_format or x.quant_format, cache_dequantized) for x in packed]
 
 
 def _swap(model: nn.Module, linear: LinearShape, quant_format: Format, cache_dequantized: bool) -> str:
     parent_name, _, child = linear.name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    found = getattr(parent, child)
-    weight = found if isinstance(found, nn.Parameter) else getattr(found, "weight", None)
+    target = getattr(parent, child)
+    weight = target if isinstance(target, nn.Parameter) else getattr(target, "weight", None)
     if not isinstance(weight, nn.Parameter) or tuple(weight.shape) != linear.stored_shape:
-        raise PlanError(f"{linear.name} is a {type(found).__name__}, not a linear layer: it cannot be quantized.")
+        raise PlanError(f"{linear.name} is a {type(target).__name__}, not a linear layer: it cannot be quantized.")
     if weight.device != torch.device("meta"):
         raise PlanError(f"{linear.name} already holds a weight; swap_linears works on a meta model before loading.")
-    if isinstance(found, nn.Parameter):
+    if isinstance(target, nn.Parameter):
         delattr(parent, child)
         made = QuantMatrices(linear.in_features, linear.out_features, quant_format, linear.count)
     else:
-        bias = getattr(found, "bias", None) is not None
+        bias = getattr(target, "bias", None) is not None
         made = QuantLinear(linear.in_features, linear.out_features, quant_format, bias, weight.dtype)
     made.stored, made.cache_dequantized = linear, cache_dequantized
     setattr(parent, child, made)

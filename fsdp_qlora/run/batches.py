@@ -52,7 +52,7 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
     cut = Cut(train.micro_batch_size, prepared.ranks.data_rank, prepared.ranks.data_size, train.micro_batch_tokens)
     attention = prepared.choices["model.attn_implementation"].value
     compiled = prepared.model.compiled_layers is not None
-    layout = Layout.of(prepared.config, attention, compiled, prepared.ranks.is_main)
+    layout = Layout.of(prepared.config.data, prepared.config.train, attention, compiled, prepared.ranks.is_main)
     if layout.shared_rows is not None:
         prepared.ranks.phases.enter("checking whether rows that share a sequence leak into each other")
         try_isolation(prepared.model, layout, prepared.ranks)

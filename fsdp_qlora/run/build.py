@@ -198,4 +198,4 @@ def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache
     if any(x.linear.stacked for x in plan.quantized):
         use_quantized_experts(base)
     if plan.quantized_edges:
-        quantize_edges(base, shapes, plan.quantized_edges[0].layout)
+        quantize_edges(base, shapes, plan.quantized_edges[0].quant_format)

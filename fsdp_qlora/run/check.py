@@ -64,12 +64,12 @@ def _remembered(
 
 def _require_alike(attentions: Sequence[str], ranks: Ranks) -> None:
     """Raise on all ranks if they would take different attention implementations."""
-    found = gather_json(list(attentions), ranks)
-    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    of_ranks = gather_json(list(attentions), ranks)
+    other = next((rank for rank, theirs in enumerate(of_ranks) if theirs != of_ranks[0]), None)
     if other is not None:
         raise ModelError(
-            f"model.attn_implementation: rank 0 would use {', '.join(found[0])}, but rank {other} "
-            f"{', '.join(found[other])}: their machines have different libraries. Install the same ones on all."
+            f"model.attn_implementation: rank 0 would use {', '.join(of_ranks[0])}, but rank {other} "
+            f"{', '.join(of_ranks[other])}: their machines have different libraries. Install the same ones on all."
         )
 
 

@@ -88,11 +88,11 @@ def tell_launcher(ending: Ending) -> None:
 
 def tellings(exit_file: Path, attempt: int) -> list[Ending]:
     """Return what the ranks of the ``attempt``-th start (from 0) have reported, oldest first."""
-    found = []
+    endings = []
     for file in exit_file.parent.glob(f"{exit_file.name}.{attempt}.*"):
         with suppress(OSError, ValueError):
-            found.append(Ending(**json.loads(file.read_text(encoding="utf-8"))))
-    return sorted(found, key=lambda ending: ending.time)
+            endings.append(Ending(**json.loads(file.read_text(encoding="utf-8"))))
+    return sorted(endings, key=lambda ending: ending.time)
 
 
 def first_failure(told: Sequence[Ending]) -> Ending | None:

@@ -19,8 +19,8 @@ from fsdp_qlora.run.summary import summarize
 from fsdp_qlora.run.training import FitResult, Training
 from fsdp_qlora.shown import published
 from fsdp_qlora.track.console import ConsoleProgress
+from fsdp_qlora.track.sinks import TRACKERS
 from fsdp_qlora.track.tracker import Beside, JsonLines, Sink, Tracker
-from fsdp_qlora.track.wandb import open_wandb
 
 
 def fit(prepared: Prepared, folder: RunFolder | None = None, signals: StopSignals | None = None) -> FitResult:
@@ -107,7 +107,6 @@ def _sinks(training: Training, folder: RunFolder) -> list[Sink]:
         JsonLines(folder.metrics_file, training.progress.step, training.unwritten),
         Beside(ConsoleProgress(total, training.progress.step), "the progress display"),
     ]
-    if config.track.name == "wandb":
-        sink = open_wandb(folder.path, config.run.name, config.track, published(to_dict(config)))
-        sinks += [Beside(sink, "track=wandb")] if sink is not None else []
-    return sinks
+    open_sink = TRACKERS[config.track.name]
+    sink = open_sink(folder.path, config.run.name, config.track, published(to_dict(config)))
+    return sinks if sink is None else [*sinks, Beside(sink, f"track={config.track.name}")]

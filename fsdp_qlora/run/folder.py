@@ -178,19 +178,19 @@ class RunFolder:
     def read_exit(self) -> dict[str, Any] | None:
         """Return what `write_exit` wrote, or None if there is no valid record."""
         try:
-            found = read_json(self.exit_file, dict[str, Any])
+            ending = read_json(self.exit_file, dict[str, Any])
         except (OSError, ValueError, SecurityError):
             return None
         kinds = {"code": int, "rank": int, "message": str, "time": int | float}
-        return found if all(isinstance(found.get(key), kind) for key, kind in kinds.items()) else None
+        return ending if all(isinstance(ending.get(key), kind) for key, kind in kinds.items()) else None
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that affect results."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    installed = {"python": platform.python_version(), "platform": platform.platform()}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed

@@ -42,9 +42,9 @@ def load_for_inference(config: RunConfig, adapter: Path | None = None, world: Wo
 
 def _with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
     """Return the settings completed from an adapter folder: base model, LoRA settings, and chat template."""
-    found, model, data = read_adapter_config(adapter), config.model, config.data
-    if not model.name and found.base_model:
-        model = replace(model, name=found.base_model, revision=model.revision or found.revision)
+    saved, model, data = read_adapter_config(adapter), config.model, config.data
+    if not model.name and saved.base_model:
+        model = replace(model, name=saved.base_model, revision=model.revision or saved.revision)
     if data.template is None and (adapter / CHAT_TEMPLATE_NAME).is_file():
         data = replace(data, template=str(own_file(adapter, CHAT_TEMPLATE_NAME)))
-    return replace(config, model=model, data=data, lora=found.settings(stored_modules(adapter, found.r)))
+    return replace(config, model=model, data=data, lora=saved.settings(stored_modules(adapter, saved.r)))

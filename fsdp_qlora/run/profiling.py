@@ -61,16 +61,16 @@ class Profiling:
         profiler, ranks = self.profiler, self._prepared.ranks
         self._prepared.ranks.phases.enter("reading the profile")
         profiler.close()
-        found = gather_json(on_every(profiler.result, ranks), ranks)
-        if not all(found):
+        results = gather_json(on_every(profiler.result, ranks), ranks)
+        if not all(results):
             return None
-        whole = {"meaning": SUMMED, "ranks": found}
+        whole = {"meaning": SUMMED, "ranks": results}
         if self._gemms is not None:
             whole["matrix_products_alone"] = self._gemms.to_dict()
         on_main(lambda: write_json(self._folder / "phases.json", whole), ranks)
         # The ranks step together, so the slowest is not the one with the longest step but the one that waits least.
-        slowest = min(found, key=lambda one: one["phases"][WAITING])
-        shown = [found[0]] if slowest["rank"] == 0 else [found[0], slowest]
+        slowest = min(results, key=lambda one: one["phases"][WAITING])
+        shown = [results[0]] if slowest["rank"] == 0 else [results[0], slowest]
         return {**whole, "ranks": shown, "slowest_rank": slowest["rank"], "folder": str(self._folder)}
 
 

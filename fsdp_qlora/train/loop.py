@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from torch import nn
 from torch.profiler import record_function
@@ -16,23 +15,12 @@ from fsdp_qlora.errors import NonFiniteError
 from fsdp_qlora.optim.schedules import Schedule
 from fsdp_qlora.scopes import DATA
 from fsdp_qlora.track.meter import Meter
+from fsdp_qlora.track.tracker import Tracker
 from fsdp_qlora.train.evaluate import Evaluation
 from fsdp_qlora.train.length import Length
 from fsdp_qlora.train.progress import Progress
 from fsdp_qlora.train.recovery import Recovery
 from fsdp_qlora.train.step import Optimizer, StepSettings, train_step
-
-
-class Tracker(Protocol):
-    """Receives logged values."""
-
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Log the values of a step."""
-        ...
-
-    def rewind(self, step: int) -> None:
-        """Discard what was logged for later steps."""
-        ...
 
 
 @dataclass(frozen=True)

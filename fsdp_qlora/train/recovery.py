@@ -8,23 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.errors import NonFiniteError
+from fsdp_qlora.track.tracker import Tracker
 from fsdp_qlora.train.progress import Progress
-
-
-class Rewindable(Protocol):
-    """A tracker that can discard the steps after a given one."""
-
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Log the values of a step."""
-        ...
-
-    def rewind(self, step: int) -> None:
-        """Discard what was logged for later steps."""
-        ...
 
 
 @dataclass
@@ -40,7 +29,7 @@ class Recovery:
     """Load the newest checkpoint, including its progress."""
     in_a_row: int = 0
 
-    def __call__(self, error: NonFiniteError, batch: Batch, progress: Progress, tracker: Rewindable) -> None:
+    def __call__(self, error: NonFiniteError, batch: Batch, progress: Progress, tracker: Tracker) -> None:
         """Apply the policy and move ``progress`` past the bad batch.
 
         Raises:

@@ -78,9 +78,9 @@ def _in_micro_batches(ranks: Ranks, model: str, rows: str, attention: str, seque
         ranks, model, rows, attention, train={"micro_batch_size": sequences, "global_batch_size": 2 * sequences}
     )
     _wake(prepared.model)
-    packing = replace(prepared.config, data=replace(prepared.config.data, packing=True))
+    packing = replace(prepared.config.data, packing=True)
     tokens = TokenRows(prepared.data.train)
-    packed = Layout.of(packing, attention)(tokens)
+    packed = Layout.of(packing, prepared.config.train, attention)(tokens)
     parts = [list(range(start, min(start + sequences, len(packed)))) for start in range(0, len(packed), sequences)]
     sums, grads = [], []
     for source, chosen in ((packed, parts), (tokens, [[row] for row in range(len(tokens))])):
@@ -142,7 +142,7 @@ class _Deaf:
 
 def _probe(ranks: Ranks, model: str, rows: str, attention: str) -> list:
     prepared = _prepared(ranks, model, rows, attention)
-    layout = Layout.of(replace(prepared.config, data=replace(prepared.config.data, packing=True)), attention)
+    layout = Layout.of(replace(prepared.config.data, packing=True), prepared.config.train, attention)
     try_isolation(prepared.model, layout, ranks)
     untouched = prepared.model.training and all(p.grad is None for _, p in trainable_parameters(prepared.model))
     try:

@@ -88,8 +88,8 @@ def train(folder: Path, offload: str, checkpointing: str, prefetch: int = 1) -> 
         verify_gather(model, ranks)
         assert {local_tensor(p).device.type for p in model.parameters()} == {shards_on.type}
         assert {b.device.type for b in model.buffers()} == {DEVICE}
-        packed = replace(config, data=replace(config.data, packing=True))
-        try_isolation(model.train(), Layout.of(packed, "eager"), ranks)
+        packed = replace(config.data, packing=True)
+        try_isolation(model.train(), Layout.of(packed, config.train, "eager"), ranks)
         optimizer = ShardedOptimizer(trainable_parameters(model), config.optim)
         settings = StepSettings(
             objective=build_objective("sft"), ranks=ranks, seed=0, max_grad_norm=1.0, synchronize=synchronize_gradients,

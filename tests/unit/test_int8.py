@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import bitsandbytes as bnb
 import pytest
 import torch
 
+from fsdp_qlora.checkpoint.resume import blocking_settings, without
+from fsdp_qlora.config.convert import to_dict
+from fsdp_qlora.config.schema import QuantSettings, RunConfig
 from fsdp_qlora.distributed.shards import row_range
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.quant.embedding import QuantEmbedding
@@ -65,9 +70,9 @@ def test_slices_of_rows_equal_the_whole(world_size):
 
 
 def test_layout_has_one_byte_a_weight_and_four_a_row():
-    layout = build_format("int8", double_quant=True, block_size=128, threshold=6.0)
-    assert (layout.double_quant, layout.block_size, layout.threshold) == (False, 64, 6.0)
-    assert layout.num_rows(41, 96) * (layout.row_bytes(96) + layout.statistics_bytes) == 41 * (96 + 4)
+    quant_format = build_format("int8", double_quant=True, block_size=128, threshold=6.0)
+    assert (quant_format.double_quant, quant_format.block_size, quant_format.threshold) == (False, 64, 6.0)
+    assert quant_format.num_rows(41, 96) * (quant_format.row_bytes(96) + quant_format.statistics_bytes) == 41 * (96 + 4)
     assert build_format("nf4", threshold=6.0).threshold == 0.0
 
 
@@ -96,3 +101,32 @@ def test_few_tokens(tokens):
     out = ours(x)
     out.sum().backward()
     assert out.shape == (tokens, 40) and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("quant", "read"),
+    [
+        ({}, {"double_quant", "block_size"}),
+        ({"name": "int8", "double_quant": False}, {"llm_int8_threshold"}),
+        ({"overrides": {"*.down_proj": "int8"}}, {"double_quant", "block_size", "llm_int8_threshold"}),
+        ({"name": "int8", "embeddings": "nf4"}, {"double_quant", "block_size", "llm_int8_threshold"}),
+        ({"name": "none"}, set()),
+    ],
+)
+def test_options_that_no_format_of_the_run_takes_block_no_resume(quant, read):
+    settings = QuantSettings(**quant)
+    options = {"double_quant", "block_size", "llm_int8_threshold"}
+    before = blocking_settings(to_dict(RunConfig(quant=settings)))
+    assert {name for name in options if f"quant.{name}" in before} == read
+    other = {"double_quant": not settings.double_quant, "block_size": 128, "llm_int8_threshold": 3.0}
+    for name in options:
+        now = blocking_settings(to_dict(RunConfig(quant=replace(settings, **{name: other[name]}))))
+        assert (without(before, []) == without(now, [])) == (name not in read)
+    # a checkpoint from before these were left out
+    recorded = before | {f"quant.{name}": value for name, value in other.items() if name not in read}
+    assert without(recorded, []) == before
+
+
+def test_a_format_that_is_not_known_here_may_read_every_option():
+    identity = {"quant.name": "exotic", "quant.block_size": 64, "quant.overrides": None}
+    assert without(identity, []) == identity

@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from fsdp_qlora import adapters, objectives
 from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.cli.export import EXPORTS
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.load.stream import resident_bytes
-from fsdp_qlora.optim.optimizers import ShardedOptimizer
+from fsdp_qlora.optim.optimizers import OPTIMIZERS, ShardedOptimizer
+from fsdp_qlora.optim.sizes import MOMENTS
+from fsdp_qlora.quant import formats
 from fsdp_qlora.quant.matrices import QuantMatrices
+from fsdp_qlora.track.sinks import TRACKERS
 from tests import toys
 from tests.build import build, essence, losses, metrics, run_fit
 from tests.tolerances import BF16_LOSSES
@@ -92,15 +97,46 @@ def test_what_ships_is_what_conf_has(names, group, beside):
 
 
 def test_what_ships_is_what_is_registered():
-    from fsdp_qlora import adapters, objectives
-    from fsdp_qlora.quant import formats
-
     assert [formats.build_format(name).name for name in choices.FORMATS.shipped] == list(choices.FORMATS.shipped)
     assert [adapters.build_method(name).name for name in choices.METHODS.shipped] == list(choices.METHODS.shipped)
     assert [objectives.build_objective(n).name for n in choices.OBJECTIVES.shipped] == list(choices.OBJECTIVES.shipped)
+
+
+@pytest.mark.parametrize(
+    ("table", "names"),
+    [(OPTIMIZERS, choices.OPTIMIZERS), (TRACKERS, choices.TRACKERS), (EXPORTS, choices.EXPORTS)],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_what_ships_is_a_row_of_its_table(table, names):
+    assert set(table) == set(names.shipped)
+    with pytest.raises(ConfigError, match=f"{table.kind}: 'adamv' is not one of "):
+        table["adamv"]
+
+
+def test_an_optimizer_that_ships_has_a_size():
+    assert {*MOMENTS, "adafactor"} == set(choices.OPTIMIZERS.shipped)
 
 
 def test_a_registered_name_is_a_setting_and_a_misspelt_one_is_not():
     assert from_dict({"quant": {"name": "row8"}}).quant.name == "row8"
     with pytest.raises(ConfigError, match="Did you mean 'row8'"):
         from_dict({"quant": {"name": "row9"}})
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [(formats.build_format, "nf4"), (adapters.build_method, "rslora"), (objectives.build_objective, "sft")],
+)
+def test_a_name_that_nothing_has_is_refused_with_the_nearest(build, name):
+    with pytest.raises(ConfigError, match=f"'{name}x' is not one of .*{name}.* Did you mean '{name}'"):
+        build(name + "x")
+
+
+def test_a_taken_name_is_refused():
+    class Other(formats.NF4):
+        """A second format called nf4."""
+
+    with pytest.raises(ValueError, match=r"Other: the format 'nf4' .* by fsdp_qlora\.quant\.formats\.blocks4\.NF4"):
+        formats.register(Other)
+    assert type(formats.build_format("nf4")) is formats.NF4
+    assert formats.register(formats.NF4) is formats.NF4

@@ -99,8 +99,8 @@ class Blocks4(Format):
         size, numel, own = self.block_size, prod(shape), shape
         if shape[-1] % size:  # bitsandbytes' CPU kernel uses the wrong absmax if blocks cross rows, so reshape
             own = (numel // size, size) if numel % size == 0 else (1, numel)
-        found = torch.ops.bitsandbytes.dequantize_4bit.default(codes, absmax, size, self.name, list(own), dtype)
-        return found.view(shape)
+        weights = torch.ops.bitsandbytes.dequantize_4bit.default(codes, absmax, size, self.name, list(own), dtype)
+        return weights.view(shape)
 
     def cannot_look_up(self, width: int) -> str:
         """Return why rows of a table cannot be looked up on their own, or an empty string if they can."""
@@ -136,9 +136,9 @@ class NF4(Blocks4):
     def _quantize_piece(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         whole_blocks = weights.numel() % self.block_size == 0
         if weights.dtype == torch.bfloat16 and weights.device.type == "cpu" and whole_blocks:
-            found = quantize_nf4(weights, self.block_size)
-            if found is not None:
-                return found
+            quantized = quantize_nf4(weights, self.block_size)
+            if quantized is not None:
+                return quantized
         return super()._quantize_piece(weights)
 
 

@@ -189,37 +189,41 @@ class Packed:
     """A linear, or stacked matrices, with its storage format."""
 
     linear: LinearShape
-    layout: Format
+    quant_format: Format
 
     @property
     def rows(self) -> int:
         """Rows of packed storage; each of the stacked matrices starts on its own row."""
-        return self.linear.count * self.layout.num_rows(self.linear.out_features, self.linear.in_features)
+        return self.linear.count * self.quant_format.num_rows(self.linear.out_features, self.linear.in_features)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of codes in a row of packed storage."""
-        return self.layout.row_bytes(self.linear.in_features)
+        return self.quant_format.row_bytes(self.linear.in_features)
 
     @property
     def bytes(self) -> int:
         """Bytes of all codes and statistics."""
-        return self.rows * (self.row_bytes + self.layout.statistics_bytes)
+        return self.rows * (self.row_bytes + self.quant_format.statistics_bytes)
 
     @property
     def code_bytes(self) -> float:
         """Bytes of code per weight."""
-        return self.row_bytes / self.layout.row_weights(self.linear.in_features)
+        return self.row_bytes / self.quant_format.row_weights(self.linear.in_features)
 
 
-_FORMATS: choices.Registry[Format] = choices.Registry(choices.FORMATS)
+_FORMATS: choices.Registry[Format] = choices.Registry("format", choices.FORMATS)
 register = _FORMATS.register
 
 
 def build_format(
     name: str = "nf4", double_quant: bool = True, block_size: int = BLOCK_WEIGHTS, threshold: float = 0.0
 ) -> Format:
-    """Return the format called ``name``; options it does not use stay at their defaults."""
+    """Return the format called ``name``; options it does not use stay at their defaults.
+
+    Raises:
+        ConfigError: if there is none.
+    """
     return _FORMATS[name](double_quant, block_size, threshold)
 
 
