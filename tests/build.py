@@ -7,6 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.tensor import DTensor
+
 from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.process import Placement
@@ -48,6 +51,11 @@ def run_fit(ranks: Ranks, folder: str, root: str, name: str, groups: dict[str, A
     run = {"output_root": root, "name": name, **groups.pop("run", {})}
     result = fit(build(ranks, folder, run=run, **groups))
     return {"summary": result.summary, "metrics": metrics(Path(root) / name)} if ranks.is_main else {}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a parameter, gradient or state of all ranks; a rank that keeps it whole has it already."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

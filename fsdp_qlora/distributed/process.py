@@ -83,10 +83,17 @@ def choose_device(device: str, placement: Placement) -> torch.device:
     return torch.device(kind, placement.local_rank)
 
 
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Settings of torch's allocator; without expandable segments, batches of changing widths leave gaps in its memory."""
+
+
 def use_device(device: torch.device) -> None:
     """Make ``device`` the current device of this process."""
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(device.index)
+    if device.type == "cpu":
+        return
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"  # read when memory is first allocated
+    torch.accelerator.set_device_index(device.index)
 
 
 def device_name(device: torch.device) -> str:
@@ -163,9 +170,14 @@ def host_memory() -> tuple[int, str]:
 
 
 def memory_of(device: torch.device, local_world_size: int) -> int:
-    """Return a rank's memory in bytes: all of its accelerator's, or its share of the host's."""
+    """Return the bytes that a rank may use: what is free on its accelerator, or its share of the host's memory.
+
+    What this process's allocator holds without using it is free as well.
+    """
     if device.type != "cpu":
-        return int(torch.get_device_module(device).get_device_properties(device).total_memory)
+        module = torch.get_device_module(device)
+        free, _ = module.mem_get_info(device)
+        return int(free + module.memory_reserved(device) - module.memory_allocated(device))
     return host_memory()[0] // local_world_size
 
 

@@ -10,13 +10,14 @@ LOGIT_COPIES = 2
 SLICE_COPIES = 5
 """Float32 tensors of the sliced cross entropy at once: three of this slice and two of the previous one."""
 FLOAT_LOGITS_BYTES = 64 * 2**20
-"""Assumed limit on the part of a chunk's logits that is float32 at a time."""
+"""Assumed limit on the part of a chunk's logits that is float32 at a time on a CPU."""
 
 
-def chunked_bytes(chunk: int, vocab_size: int, itemsize: int) -> int:
+def chunked_bytes(chunk: int, vocab_size: int, itemsize: int, on_accelerator: bool) -> int:
     """Return the bytes of a dense head's loss (`heads/dense.py`), ``chunk`` tokens at a time."""
-    logits = chunk * vocab_size  # per copy: the logits in their own dtype and, in part, in float32
-    return LOGIT_COPIES * (logits * itemsize + min(logits * FLOAT32, FLOAT_LOGITS_BYTES))
+    logits = chunk * vocab_size  # per copy: the logits in their own dtype and in float32, on a CPU a part at a time
+    floats = logits * FLOAT32
+    return LOGIT_COPIES * (logits * itemsize + (floats if on_accelerator else min(floats, FLOAT_LOGITS_BYTES)))
 
 
 def sliced_bytes(chunk: int, tokens: int, vocab_size: int, hidden_size: int, itemsize: int) -> int:

@@ -168,8 +168,24 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
+TRITON_CAPABILITY = (7, 0)
+"""The lowest compute capability that Triton supports."""
+
+
 def can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` has what it needs here: a C++ compiler for a CPU, Triton for an accelerator."""
+    """Whether `torch.compile` has what it needs here.
+
+    That is a C++ compiler for a CPU. For an accelerator it is Triton, which needs a C compiler and, on NVIDIA's cards,
+    compute capability 7.0.
+    """
     if device.type == "cpu":
-        return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
-    return importlib.util.find_spec("triton") is not None
+        return _has_one_of(os.environ.get("CXX"), "g++", "clang++")
+    if importlib.util.find_spec("triton") is None or not _has_one_of(os.environ.get("CC"), "gcc", "clang", "cc"):
+        return False
+    capability = getattr(torch.get_device_module(device), "get_device_capability", None)
+    level = capability(device) if capability is not None else None
+    return not isinstance(level, tuple) or level >= TRITON_CAPABILITY  # others describe themselves in other ways
+
+
+def _has_one_of(*compilers: str | None) -> bool:
+    return any(shutil.which(name) for name in compilers if name)

@@ -118,3 +118,26 @@ def _candidates(wanted: _Asked, memory: MemoryModel, settings: StorageSettings) 
         if rung.checkpointing == "selective" and memory.offloaded_inside:
             continue
         yield replace(settings, **vars(rung))
+
+
+def smaller(memory: MemoryModel, settings: StorageSettings) -> str | None:
+    """Return the change of settings that holds less memory at the least cost, or None if there is none.
+
+    As ``key=value (planned peak ...)``: the ladder's next rung, half the rows, or activations in host memory.
+    """
+    rows = max(1, settings.micro_batch_size // 2)
+    changes = {
+        "quant.cache_dequantized=false": replace(settings, cache_dequantized=False),
+        "fsdp.reshard_after_forward=true": replace(settings, reshard_after_forward=True),
+        "train.activation_checkpointing=selective": replace(settings, checkpointing="selective"),
+        "train.activation_checkpointing=full": replace(settings, checkpointing="full"),
+        f"train.micro_batch_size={rows}": replace(settings, micro_batch_size=rows),
+        "fsdp.offload=activations": replace(settings, offload_activations=True),
+    }
+    peak = memory.plan(settings).peak
+    for words, other in changes.items():
+        if "selective" in words and memory.offloaded_inside:
+            continue
+        if (less := memory.plan(other).peak) < peak:
+            return f"{words} (planned peak {less / 1e9:.1f} instead of {peak / 1e9:.1f} GB)"
+    return None

@@ -112,6 +112,7 @@ class StorageSettings:
     accumulation_steps: int = 1
     adapter_copies: int = 0
     """Ranks that each hold the adapters whole (``fsdp.adapters=replicated``); 0 if they are sharded."""
+    on_accelerator: bool = False
     keeps_whole: bool = False
     """Each rank keeps all parameters on its device, so that nothing is gathered."""
 
@@ -367,7 +368,7 @@ class MemoryModel:
         chunk, shapes = min(settings.logits_chunk, settings.tokens), self.shapes
         if settings.quantized_embeddings:
             return sliced_bytes(chunk, settings.tokens, shapes.vocab_size, shapes.hidden_size, settings.itemsize)
-        return chunked_bytes(chunk, shapes.vocab_size, settings.itemsize)
+        return chunked_bytes(chunk, shapes.vocab_size, settings.itemsize, settings.on_accelerator)
 
     def _largest_slice(self, shard_size: int) -> int:
         """Return the most elements that this rank reads at a time: a chunk (all if transposed) or its shard."""

@@ -171,6 +171,7 @@ def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> St
     keeps_whole = shard_size == 1 and _may_stay_whole(config)
     return StorageSettings(
         shard_size=shard_size,
+        on_accelerator=(asked(config.launcher.device) or "cpu") != "cpu",
         keeps_whole=keeps_whole,
         itemsize=2 if config.precision.name == "bf16" else 4,
         lora=config.lora,

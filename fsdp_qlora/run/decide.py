@@ -102,8 +102,13 @@ def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
     check(config)
     source = config_for_plan(config.model.name, config.model.revision)
     device = ACCELERATORS[0] if config.plan.gpu or config.plan.device else next(iter(device_types()))
-    config = with_attention(config, torch.device(device), source)
+    config = with_attention(on_device(config, device), torch.device(device), source)
     return config, skeleton(config, source)
+
+
+def on_device(config: RunConfig, kind: str) -> RunConfig:
+    """Return the settings with the device type settled."""
+    return replace(config, launcher=replace(config.launcher, device=kind))
 
 
 def with_attention(config: RunConfig, device: torch.device, source: Path) -> RunConfig:

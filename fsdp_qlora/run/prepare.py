@@ -18,7 +18,7 @@ from fsdp_qlora.model.folder import needs_hub, resolve_folder
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.run.build import load_model
 from fsdp_qlora.run.check import open_and_check, told
-from fsdp_qlora.run.decide import SHARD_DEGREE, compilation_for, rank_budget, settled_world
+from fsdp_qlora.run.decide import SHARD_DEGREE, compilation_for, on_device, rank_budget, settled_world
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.tokens import tokenize
 from fsdp_qlora.run.world import World, open_world
@@ -48,7 +48,7 @@ def prepare(
 def _prepare(config: RunConfig, world: World, progress: Progress | None, training: bool) -> Prepared:
     asked, folder = config, _find_model(config.model, world)
     budget = rank_budget(world.ranks, world.placement)
-    config, world, layout = settled_world(config, folder, world, budget)
+    config, world, layout = settled_world(on_device(config, world.ranks.device.type), folder, world, budget)
     opened, verdict = open_and_check(config, folder, world.ranks, budget)
     tokenizer, data = tokenize(config, folder, opened, verdict, world)
     compilation = compilation_for(config, opened.base, opened.plan, data, world.ranks.device, training)

@@ -30,7 +30,7 @@ from fsdp_qlora.distributed.process import memory_peak
 from fsdp_qlora.distributed.reduce import on_main
 from fsdp_qlora.distributed.seeds import seed_of
 from fsdp_qlora.distributed.signals import StopSignals
-from fsdp_qlora.errors import DataError, NonFiniteError
+from fsdp_qlora.errors import DataError, NonFiniteError, PlanError, first_line
 from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
 from fsdp_qlora.export.card import model_card
 from fsdp_qlora.inference.end_of_turn import end_of_turn
@@ -41,6 +41,7 @@ from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule, warmup_notice
 from fsdp_qlora.parallel.fallback import EagerFallback
 from fsdp_qlora.parallel.shard import release_gathered, synchronize_gradients
+from fsdp_qlora.plan.choices import smaller
 from fsdp_qlora.run.base_files import BaseFiles
 from fsdp_qlora.run.batches import build_batches, data_key
 from fsdp_qlora.run.evaluate import evaluate_rows
@@ -271,9 +272,20 @@ class Training:
                 self.model, self.optimizer, self.schedule, self.config.optim.lr, self.progress, due, settings, hooks,
                 self._recovery(), tracker, self.profiling.meter,
             )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            raise PlanError(self._out_of_memory(error)) from error
         finally:
             self.batches.batch_at.close()
             self.base_files.close()
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+        plan = self.prepared.plan
+        change = smaller(plan.memory, plan.settings)
+        return (
+            f"step {self.progress.step + 1}: out of memory on {self.ranks.device}: planned were "
+            f"{plan.peak / 1e9:.1f} GB of tensors, allocated at most {memory_peak(self.ranks.device)[0] / 1e9:.1f} GB "
+            f"({first_line(error)}). " + (f"Set {change}." if change else "Lower data.max_length, or shard over more.")
+        )
 
 
 def debug_context(config: RunConfig) -> Callable[[], Any]:

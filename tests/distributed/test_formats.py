@@ -19,7 +19,7 @@ from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.packing import bits_to_float
-from tests.build import build, losses, run_fit
+from tests.build import build, losses, run_fit, whole
 from tests.distributed.test_families import LR, _batches
 from tests.families import NF4, reference, reference_losses
 from tests.pool import Pool
@@ -35,7 +35,7 @@ def _linears(ranks: Ranks, folder: str, quant: dict[str, Any]) -> dict[str, dict
     for name, module in prepared.model.base.named_modules():
         if isinstance(module, QuantLinear):
             parts = {k: p for k in ("packed", "absmax", "nested") if (p := getattr(module, k)) is not None}
-            found[name.removesuffix(".base_layer")] = {k: p.full_tensor() for k, p in parts.items()}
+            found[name.removesuffix(".base_layer")] = {k: whole(p) for k, p in parts.items()}
     return found if ranks.is_main else {}
 
 

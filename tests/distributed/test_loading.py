@@ -14,7 +14,7 @@ from fsdp_qlora.quant.formats import build_format
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.packing import ROW_ELEMENTS, bits_to_float, raw_bytes, rows_to_bytes
 from tests import tiny
-from tests.build import build
+from tests.build import build, whole
 
 
 def _gathered(ranks: Ranks, folder: str, quant: dict) -> dict:
@@ -24,7 +24,7 @@ def _gathered(ranks: Ranks, folder: str, quant: dict) -> dict:
         if isinstance(module, QuantLinear):
             parts = {k: p for k in ("packed", "absmax", "nested") if (p := getattr(module, k)) is not None}
             found[name.removesuffix(".base_layer")] = {
-                **{k: p.full_tensor() for k, p in parts.items()},
+                **{k: whole(p) for k, p in parts.items()},
                 "offset": module.offset,
                 "rows": [local_tensor(p).shape[0] for p in parts.values()],
             }

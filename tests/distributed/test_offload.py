@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fsdp_qlora.distributed.mesh import Ranks
-from tests.build import build, essence, run_fit
+from tests.build import build, essence, run_fit, whole
 from tests.pool import RankError
 from tests.tiers import some_in_full
 from tests.tiny import make_model
@@ -263,7 +263,7 @@ def _state(ranks: Ranks, folder: str, rows: str, root: str, steps: int, offload:
     training.resume()
     with _tracker(training, run_folder) as tracker:
         training.run(tracker, StopSignals())
-    return {n: t.full_tensor().clone() for n, t in training._tensors().items()}
+    return {n: whole(t).clone() for n, t in training._tensors().items()}
 
 
 @pytest.mark.full

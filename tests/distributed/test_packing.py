@@ -18,7 +18,7 @@ from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.objectives import build_objective, token_losses
 from fsdp_qlora.parallel.shard import synchronize_gradients
-from tests.build import build, losses, metrics, run_fit
+from tests.build import build, losses, metrics, run_fit, whole
 from tests.tiers import some_in_full
 from tests.tolerances import FP32_LOSSES, close
 
@@ -57,7 +57,7 @@ def _gradients(ranks: Ranks, model: str, rows: str, attention: str) -> list[floa
             loss.backward()
             total += float(loss)
         sums.append(total)
-        grads.append([p.grad.full_tensor().clone() for _, p in trainable_parameters(prepared.model)])
+        grads.append([whole(p.grad).clone() for _, p in trainable_parameters(prepared.model)])
         for _, p in trainable_parameters(prepared.model):
             p.grad = None
     gap = torch.stack([(a - b).norm() for a, b in zip(*grads, strict=True)]).norm()
@@ -89,7 +89,7 @@ def _in_micro_batches(ranks: Ranks, model: str, rows: str, attention: str, seque
         sums.append(float(sum(x.sum() for x in found)))
         for x in found:
             x.sum().backward()
-        grads.append([p.grad.full_tensor().clone() for _, p in trainable_parameters(prepared.model)])
+        grads.append([whole(p.grad).clone() for _, p in trainable_parameters(prepared.model)])
         for _, p in trainable_parameters(prepared.model):
             p.grad = None
     gap = torch.stack([(a - b).norm() for a, b in zip(*grads, strict=True)]).norm()

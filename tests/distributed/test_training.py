@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fsdp_qlora.distributed.mesh import Ranks
-from tests.build import build, losses, next_rows, norms, run_fit
+from tests.build import build, losses, next_rows, norms, run_fit, whole
 from tests.tiers import some_in_full
 from tests.tolerances import BF16_FIRST_LOSS, BF16_LOSSES, BF16_MEAN_LOSS, FP32_LOSSES, FP32_NORMS, close
 
@@ -191,14 +191,14 @@ def _poisoned(ranks: Ranks, folder: str, rows: str, root: str) -> str:
     from fsdp_qlora.run.fit import fit
 
     prepared = build(ranks, folder, data={"train": rows}, run={"output_root": root, "name": "poison"})
-    before = {n: p.full_tensor().clone() for n, p in trainable_parameters(prepared.model)}
+    before = {n: whole(p).clone() for n, p in trainable_parameters(prepared.model)}
     if ranks.rank == ranks.size - 1:
         layer = prepared.model.base.get_submodule("model.layers.1.self_attn.q_proj")
         layer.register_forward_hook(lambda m, a, out: out * float("nan"))
     try:
         fit(prepared)
     except NonFiniteError as error:
-        after = {n: p.full_tensor() for n, p in trainable_parameters(prepared.model)}
+        after = {n: whole(p) for n, p in trainable_parameters(prepared.model)}
         assert all(torch.equal(before[n], after[n]) for n in before)
         return str(error)
     return "trained on"
@@ -249,11 +249,11 @@ def _state(ranks: Ranks, folder: str, rows: str, root: str, steps: int, resume: 
     run_folder.create()
     training = Training(prepared, run_folder)
     resumed = training.resume()
-    after_load = {n: t.full_tensor().clone() for n, t in training._tensors().items()} if resumed else {}
+    after_load = {n: whole(t).clone() for n, t in training._tensors().items()} if resumed else {}
     following = next_rows(training)
     with _tracker(training, run_folder) as tracker:
         training.run(tracker, StopSignals())
-    final = {n: t.full_tensor().clone() for n, t in training._tensors().items()}
+    final = {n: whole(t).clone() for n, t in training._tensors().items()}
     return {"loaded": after_load, "next": following, "final": final, "position": training.progress.position}
 
 
@@ -275,3 +275,34 @@ def test_resume_on_another_world_size(pool, tiny_model, chat_rows, tmp_path, fir
             assert torch.equal(rest["final"][name], tensor), name
         else:
             torch.testing.assert_close(rest["final"][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def _out_of_memory(ranks: Ranks, folder: str, rows: str, root: str) -> str:
+    """Let the device run out of memory in the second step, on every rank."""
+    from fsdp_qlora.errors import PlanError
+    from fsdp_qlora.run.fit import fit
+
+    prepared = build(
+        ranks, folder, data={"train": rows}, run={"output_root": root, "name": "r"},
+        train={"max_steps": 4, "global_batch_size": 4, "micro_batch_size": 2},
+    )  # fmt: skip
+    calls = 0
+
+    def run_out(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    prepared.model.base.get_decoder().register_forward_hook(run_out)
+    try:
+        fit(prepared)
+    except PlanError as error:
+        return str(error)
+    return ""
+
+
+def test_out_of_memory_says_what_was_planned_and_what_to_set(pool, tiny_model, chat_rows, tmp_path):
+    for said in pool.run(2, _out_of_memory, str(tiny_model), str(chat_rows), str(tmp_path)):
+        assert "step 2: out of memory on cpu: planned were" in said and "Tried to allocate 2.00 GiB" in said
+        assert "Set train.activation_checkpointing=selective (planned peak" in said

@@ -19,6 +19,7 @@ from fsdp_qlora.checks import reference
 from fsdp_qlora.checks.twin import check_twin
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import FsdpQloraError
 from fsdp_qlora.model import skeleton
 from fsdp_qlora.model.families import decoder_layers
@@ -103,7 +104,7 @@ def two_experts_exchanged(model: CausalModel, ranks: Ranks) -> None:
     order = torch.arange(matrices.count * rows).view(matrices.count, rows)[[1, 0, *range(2, matrices.count)]].flatten()
     with torch.no_grad():
         for parameter in (matrices.packed, matrices.absmax, matrices.nested):
-            local = parameter.to_local()  # on one rank: all rows
+            local = local_tensor(parameter)  # on one rank: all rows
             local.copy_(local[order].clone())
         matrices.offset.copy_(matrices.offset[[1, 0, *range(2, matrices.count)]].clone())
 

@@ -310,3 +310,35 @@ def test_planning_uses_settings_of_the_library_too(tiny_model):
     stored = plan.bytes
     assert (stored.base_packed, stored.adapters, stored.optimizer) == (0, 0, 0)
     assert plan.host.offloaded_parameters > 0
+
+
+def test_on_an_accelerator_a_whole_chunk_of_logits_is_float32():
+    """`heads/logprobs.py` converts a chunk at once there; on a CPU it converts a few rows at a time."""
+    from fsdp_qlora.heads.costs import FLOAT_LOGITS_BYTES, LOGIT_COPIES, chunked_bytes
+
+    logits = 256 * 128_256
+    assert chunked_bytes(256, 128_256, 2, True) == LOGIT_COPIES * logits * (2 + 4)
+    assert chunked_bytes(256, 128_256, 2, False) == LOGIT_COPIES * (logits * 2 + FLOAT_LOGITS_BYTES)
+
+
+def test_the_next_setting_that_holds_less_is_named():
+    from dataclasses import replace
+
+    from fsdp_qlora.config.schema import from_dict
+    from fsdp_qlora.plan.choices import smaller
+    from fsdp_qlora.run.decide import plan_for
+
+    config = from_dict({"model": {"name": "meta-llama/Meta-Llama-3-8B"}, "plan": {"gpu": "80GiB"}})
+    plan = plan_for(config, 1)
+    memory, settings = plan.memory, replace(plan.settings, cache_dequantized=True, micro_batch_size=4)
+    steps = [
+        ("quant.cache_dequantized=false", {"cache_dequantized": False}),
+        ("train.activation_checkpointing=selective", {"checkpointing": "selective"}),
+        ("train.activation_checkpointing=full", {"checkpointing": "full"}),
+        ("train.micro_batch_size=2", {"micro_batch_size": 1}),
+        ("fsdp.offload=activations", {"offload_activations": True}),
+    ]
+    for words, change in steps:
+        assert str(smaller(memory, settings)).startswith(words)
+        settings = replace(settings, **change)
+    assert smaller(memory, settings) is None
