@@ -33,19 +33,17 @@ def main() -> int:
         "",
         f"Written by `tools/walk_table.py`: {sys.argv[3]}",
         "",
-        "A step of a small Llama (2 layers of width 256, 2 micro-batches, 48 tokens a row; Mixtral with 4 experts) on the",
-        "fake CUDA device of `tests/fake_cuda`, after the optimizer's state exists. *Waits*: how often the host waits for",
-        "the device. *Launches*: operations that start work there. *Gathered*: MB of all gathered units. No time is",
-        "measured here. docs/numerics.md says which waits are left and why.",
+        "A step of a small Llama (2 layers of width 256, 2 micro-batches, 48 tokens a row; Mixtral with 4 experts) on",
+        "the fake CUDA device of `tests/fake_cuda`, after the optimizer's state exists. *Waits*: how often the host",
+        "waits for the device. *Launches*: operations that start work there. *Gathered*: MB of all gathered units. No",
+        "time is measured here. docs/numerics.md says which waits are left and why.",
         "",
         "| variant | waits | launches | gathered MB |",
         "|---|---|---|---|",
     ]
+    kinds = ("syncs", "launches", "gathered")
     for name in (name for name in after if not name.startswith("planted")):
-        cells = [
-            f"{_count(before.get(name), kind)} -> {_count(after[name], kind)}"
-            for kind in ("syncs", "launches", "gathered")
-        ]
+        cells = [f"{_count(before.get(name), kind)} -> {_count(after[name], kind)}" for kind in kinds]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     PAGE.write_text("\n".join(lines) + "\n")
     return 0

@@ -83,9 +83,17 @@ def attach_lora(
     model: PreTrainedModel, target_modules: Sequence[str], r: int, alpha: float, dropout: float = 0.0,
     variant: str = "lora", task_type: str | None = "CAUSAL_LM",
 ) -> PeftModel:  # fmt: skip
+    """Add LoRA adapters to the named linears; see `attach_adapters`, which takes all settings."""
+    return attach_adapters(
+        model, target_modules, LoraSettings(variant=variant, r=r, alpha=alpha, dropout=dropout), task_type
+    )
+
+
+def attach_adapters(
+    model: PreTrainedModel, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM"
+) -> PeftModel:
     """Add adapters (float32, on meta) to the named linears of a meta model and freeze everything else."""
-    method = build_method(variant)
-    lora = LoraSettings(variant=variant, r=r, alpha=alpha, dropout=dropout)
+    method = build_method(lora.variant)
     config = method.peft(target_modules, lora, task_type)
     config._register_custom_module({QuantLinear: method.layer})
     with warnings.catch_warnings():

@@ -50,7 +50,7 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
     assert prepared.data is not None
     train, data, seed = prepared.config.train, prepared.config.data, prepared.config.run.seed
     cut = Cut(train.micro_batch_size, prepared.ranks.data_rank, prepared.ranks.data_size, train.micro_batch_tokens)
-    attention = prepared.choices["model.attn_implementation"].value
+    attention = prepared.settings.model.attn_implementation
     compiled = prepared.model.compiled_layers is not None
     layout = Layout.of(prepared.config.data, prepared.config.train, attention, compiled, prepared.ranks.is_main)
     if layout.shared_rows is not None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters.folder import start_from_adapter
 from fsdp_qlora.adapters.linear import use_fused_products
-from fsdp_qlora.adapters.lora import attach_lora, initialize_adapters
+from fsdp_qlora.adapters.lora import attach_adapters, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.config.auto import as_word, switch
 from fsdp_qlora.config.schema import RunConfig
@@ -148,13 +148,13 @@ def build_sharded(
 
     ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
-    task, lora = task_type(base), config.lora
+    task = task_type(base)
     after = after_head(base) if task == "CAUSAL_LM" else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
     _quantize(base, plan, shapes, switch(config.quant.cache_dequantized) is True)
     if after is not None:
         install_loss_head(base, after, config.train.logits_chunk)
-    model = CausalModel(attach_lora(base, plan.targets, lora.r, lora.alpha, lora.dropout, lora.variant, task))
+    model = CausalModel(attach_adapters(base, plan.targets, config.lora, task))
     if config.debug.name != "plain":
         use_fused_products(model)
     units = [[base.get_submodule(name) for name in unit] for unit in plan.units]

@@ -54,7 +54,8 @@ def _prepare(config: RunConfig, world: World, progress: Progress | None, trainin
     compilation = compilation_for(config, opened.base, opened.plan, data, world.ranks.device, training)
     repairs = opened.repairs  # needs the model as transformers built it, before load_model changes it
     world.ranks.phases.enter("loading the model")
-    model, report = load_model(opened.compiled(compilation.on), world.ranks, progress)
+    opened = opened.compiled(compilation.on)
+    model, report = load_model(opened, world.ranks, progress)
     _verify(config, model, world.ranks, training)
     choices = {
         **({} if layout is None else {SHARD_DEGREE: layout}),
@@ -64,10 +65,9 @@ def _prepare(config: RunConfig, world: World, progress: Progress | None, trainin
         "train.compile": Choice(as_word(compilation.on), compilation.why),
     }
     return Prepared(
-        config=asked, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks, folder=folder,
-        shapes=opened.shapes, load=report, data=data, placement=world.placement,
-        threads=world.threads, choices=choices, repairs=repairs,
-        _stack=world.stack,
+        config=asked, settings=opened.config, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks,
+        folder=folder, shapes=opened.shapes, load=report, data=data, placement=world.placement, threads=world.threads,
+        choices=choices, repairs=repairs, _stack=world.stack,
     )  # fmt: skip
 
 

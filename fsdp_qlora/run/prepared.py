@@ -26,6 +26,9 @@ class Prepared:
     """A sharded model with its weights loaded, its tokenizer, plan and data."""
 
     config: RunConfig
+    """The settings as asked for."""
+    settings: RunConfig
+    """The settings with every ``auto`` resolved."""
     plan: TrainPlan
     model: CausalModel
     tokenizer: PreTrainedTokenizerBase
