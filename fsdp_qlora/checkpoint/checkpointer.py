@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from fsdp_qlora.checkpoint.manifest import FORMAT, Manifest, compare
+from fsdp_qlora.checkpoint.manifest import FORMAT, Manifest, SavedCheckpoint, compare
 from fsdp_qlora.checkpoint.publish import complete_checkpoints, remove, set_aside, step_folder, tidy
 from fsdp_qlora.checkpoint.resume import without
 from fsdp_qlora.checkpoint.retention import Retention, superfluous
@@ -222,9 +222,7 @@ class Checkpointer:
         saved = step_folder(self.fallback, snapshot.step)
         raise StorageError(message + f"It was saved to {saved}; resume with checkpoint.resume={saved}.")
 
-    def find(
-        self, resume: Resume, identity: dict[str, Any], overrides: Sequence[str] = ()
-    ) -> tuple[Path, Manifest] | None:
+    def find(self, resume: Resume, identity: dict[str, Any], overrides: Sequence[str] = ()) -> SavedCheckpoint | None:
         """Return the checkpoint to resume from, chosen by rank 0 for all ranks, or None to start afresh.
 
         It is the newest valid one; damaged ones are skipped with a warning. Settings named in ``overrides`` may differ.
@@ -241,14 +239,13 @@ class Checkpointer:
             found = self._search(resume)
             if found is None:
                 return None
-            folder, manifest = found
-            compare(without(manifest.identity, overrides), without(identity, overrides), folder)
-            return [str(folder), asdict(manifest)]
+            compare(without(found.manifest.identity, overrides), without(identity, overrides), found.folder)
+            return [str(found.folder), asdict(found.manifest)]
 
         found = on_main(search, self.ranks)
-        return None if found is None else (Path(found[0]), Manifest(**found[1]))
+        return None if found is None else SavedCheckpoint(Path(found[0]), Manifest(**found[1]))
 
-    def _search(self, resume: Resume) -> tuple[Path, Manifest] | None:
+    def _search(self, resume: Resume) -> SavedCheckpoint | None:
         if resume.never:
             return None
         if resume.folder is not None:
@@ -266,7 +263,7 @@ class Checkpointer:
             raise CheckpointError("no checkpoint of this run is valid:\n" + "\n".join(problems))
         return None
 
-    def load(self, folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load(self, saved: SavedCheckpoint, tensors: Mapping[str, torch.Tensor]) -> None:
         """Load a checkpoint into ``tensors``, however they are sharded now and on any number of ranks.
 
         Newer checkpoints of this run, which it does not resume from, are set aside.
@@ -274,6 +271,7 @@ class Checkpointer:
         Raises:
             CheckpointError: if the checkpoint cannot be read, or its tensors differ from these in name or shape.
         """
+        folder, manifest = saved.folder, saved.manifest
         wanted = {name: list(t.shape) for name, t in tensors.items()}
         if wanted != manifest.tensors:
             odd = sorted(k for k in wanted.keys() | manifest.tensors.keys() if wanted.get(k) != manifest.tensors.get(k))
@@ -294,7 +292,7 @@ class Checkpointer:
         barrier(self.ranks)
 
 
-def open_checkpoint(folder: Path) -> tuple[Path, Manifest]:
+def open_checkpoint(folder: Path) -> SavedCheckpoint:
     """Read and verify a checkpoint without loading it; warn if other users can change it.
 
     Raises:
@@ -304,4 +302,4 @@ def open_checkpoint(folder: Path) -> tuple[Path, Manifest]:
     manifest = Manifest.read(folder)
     verify(folder, manifest)
     warn_of_others(folder, *(Path(entry.path) for entry in walk(folder)))
-    return folder, manifest
+    return SavedCheckpoint(folder, manifest)

@@ -77,6 +77,14 @@ class Manifest:
         return Manifest(**values)
 
 
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint on disk: its folder and what its manifest says."""
+
+    folder: Path
+    manifest: Manifest
+
+
 def _require_values(values: dict[str, Any], file: Path) -> None:
     """Raise ValueError unless these are the values of a manifest, each with the right type and within bounds."""
     kinds = get_type_hints(Manifest)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.differences import contrast
-from fsdp_qlora.checkpoint.manifest import Manifest
+from fsdp_qlora.checkpoint.manifest import SavedCheckpoint
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.cli.tables import print_table
 from fsdp_qlora.errors import CheckpointError, ConfigError
@@ -22,7 +22,7 @@ def run(paths: list[str]) -> int:
     if not 1 <= len(paths) <= 2 or any(p.startswith("-") for p in paths):
         raise ConfigError("usage: fsdp-qlora inspect PATH [PATH]   (a checkpoint, or a run folder for its newest one)")
     found = [open_checkpoint(_checkpoint(Path(path).expanduser())) for path in paths]
-    return _show(*found[0]) if len(found) == 1 else _compare(*found[0], *found[1])
+    return _show(found[0]) if len(found) == 1 else _compare(*found)
 
 
 def _checkpoint(path: Path) -> Path:
@@ -34,7 +34,8 @@ def _checkpoint(path: Path) -> Path:
     return path
 
 
-def _show(folder: Path, manifest: Manifest) -> int:
+def _show(saved: SavedCheckpoint) -> int:
+    manifest = saved.manifest
     values = sum(prod(shape) for shape in manifest.tensors.values())
     size = sum(int(file["size"]) for file in manifest.files.values())
     rows = [
@@ -46,11 +47,12 @@ def _show(folder: Path, manifest: Manifest) -> int:
         *((key, str(value)) for key, value in manifest.identity.items() if isinstance(value, (str, int, float, list))),
         *((f"version of {key}", value) for key, value in manifest.versions.items()),
     ]
-    print_table(str(folder), rows)
+    print_table(str(saved.folder), rows)
     return 0
 
 
-def _compare(first: Path, ours: Manifest, second: Path, theirs: Manifest) -> int:
+def _compare(first: SavedCheckpoint, second: SavedCheckpoint) -> int:
+    ours, theirs = first.manifest, second.manifest
     settings = [
         (key, f"{ours.identity.get(key)} | {theirs.identity.get(key)}")
         for key in sorted(ours.identity.keys() | theirs.identity.keys())
@@ -61,7 +63,7 @@ def _compare(first: Path, ours: Manifest, second: Path, theirs: Manifest) -> int
         for key in ours.progress
         if ours.progress.get(key) != theirs.progress.get(key)
     ]
-    tensors = [(d.name, d.text) for d in contrast(first, ours, second, theirs)]
+    tensors = [(d.name, d.text) for d in contrast(first, second)]
     for name, text in settings + progress + tensors[:_SHOWN]:
         print(visible(f"{name}: {text}"))
     if len(tensors) > _SHOWN:

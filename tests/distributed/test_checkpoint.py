@@ -52,8 +52,8 @@ def _load(ranks: Ranks, folder: str, resume: str, identity: dict) -> tuple:
     if found is None:
         return 0, "none"
     tensors = _tensors(ranks, -1000)
-    checkpointer.load(*found, tensors)
-    step = found[1].step
+    checkpointer.load(found, tensors)
+    step = found.manifest.step
     expected = {n: t.full_tensor() for n, t in _tensors(ranks, step).items()}
     assert all(torch.equal(t.full_tensor(), expected[n]) for n, t in tensors.items())
     return 0, step

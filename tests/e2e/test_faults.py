@@ -196,7 +196,7 @@ def test_a_base_that_was_changed_between_the_samples_is_refused_by_a_resume(argu
     run = [*arguments, f"model.name={model}", "train.eval_every=0"]
     codes, text = warm.run(run, tmp_path, cli_env)
     assert codes == [0, 0], text
-    _, manifest = open_checkpoint(tmp_path / "outputs/run/checkpoints/step_00000006")
+    manifest = open_checkpoint(tmp_path / "outputs/run/checkpoints/step_00000006").manifest
     assert whole_of(manifest.identity).keys() == {"model.safetensors"}
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes())
