@@ -60,7 +60,7 @@ def _compare(first: SavedCheckpoint, second: SavedCheckpoint) -> int:
     ]
     progress = [
         (f"progress.{key}", f"{ours.progress.get(key)} | {theirs.progress.get(key)}")
-        for key in ours.progress
+        for key in sorted(ours.progress.keys() | theirs.progress.keys())
         if ours.progress.get(key) != theirs.progress.get(key)
     ]
     tensors = [(d.name, d.text) for d in contrast(first, second)]
@@ -68,6 +68,7 @@ def _compare(first: SavedCheckpoint, second: SavedCheckpoint) -> int:
         print(visible(f"{name}: {text}"))
     if len(tensors) > _SHOWN:
         print(f"... and {len(tensors) - _SHOWN} more tensors")
-    same = len(ours.tensors.keys() & theirs.tensors.keys()) - sum(1 for n, _ in tensors if n in theirs.tensors)
+    common = ours.tensors.keys() & theirs.tensors.keys()
+    same = len(common) - sum(name in common for name, _ in tensors)
     print(f"{same} tensors are bit-equal, {len(tensors)} are not; {len(settings)} settings differ.")
     return 1 if tensors or settings or progress else 0
