@@ -194,15 +194,23 @@ class Checkpointer:
         try:
             write_checkpoint(target, manifest, stage, self._background, self._write_adapter)
             if self.ranks.is_main and folder == self.folder:
-                for old in superfluous(complete_checkpoints(folder), self.retention):
-                    self._tell_kept(remove(old))
+                self._remove_old()
         except (FsdpQloraError, OSError, RuntimeError) as error:
+            problem = str(error) if str(error).endswith((".", "?", "!")) else f"{error}."
             if self.ranks.is_main:
-                self._say(f"checkpoint of step {snapshot.step} FAILED; older checkpoints are intact: {error}")
-            return str(error)
+                self._say(f"checkpoint of step {snapshot.step} FAILED; older checkpoints are intact: {problem}")
+            return problem
         finally:
             self._background.phases.rest()
         return None
+
+    def _remove_old(self) -> None:
+        """Delete old checkpoints on rank 0. Raises nothing: the new one is written, and other ranks count it so."""
+        try:
+            for old in superfluous(complete_checkpoints(self.folder), self.retention):
+                self._tell_kept(remove(old))
+        except (FsdpQloraError, OSError) as error:
+            self._tell_kept(str(error).rstrip("."))
 
     def _tell_kept(self, problem: str | None) -> None:
         """Warn once per run that old checkpoints cannot be deleted: they fill the disk, but need not stop the run."""
@@ -215,7 +223,7 @@ class Checkpointer:
     def _emergency(self, snapshot: Snapshot, staged: dict[str, torch.Tensor]) -> NoReturn:
         message = f"checkpoint: {MAX_FAILURES} saves in a row failed, the last because {self._problem} The run stops. "
         if self.fallback is None:
-            raise StorageError(message + "Free up space there; older checkpoints are intact.")
+            raise StorageError(message + "Older checkpoints are intact.")
         problem = self._thread.submit(self._write, self.fallback, snapshot, lambda: staged).result()
         if problem is not None:
             raise StorageError(message + f"checkpoint.fallback_dir failed as well: {problem}")
