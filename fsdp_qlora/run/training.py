@@ -67,6 +67,8 @@ class FitResult:
     """False if the run was stopped early; it can be resumed."""
     summary: dict[str, Any]
     """Contents of summary.json; empty if the run was stopped."""
+    checkpoint: Path | None = None
+    """The checkpoint that a stopped run was saved to; None if it was stopped before the first step."""
 
 
 class Training:
