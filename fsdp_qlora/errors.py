@@ -5,10 +5,23 @@ Any other exception that escapes is a bug of ours and ends the process with code
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
+
+REMEDIES = {
+    errno.ENOSPC: "free up space", errno.EDQUOT: "free up space in the quota", errno.EACCES: "", errno.EPERM: "",
+    errno.EROFS: "it is mounted read-only", errno.EIO: "", errno.ESTALE: "the network file system has lost it",
+    errno.ENOTDIR: "", errno.ENAMETOOLONG: "choose shorter names", errno.ELOOP: "its links form a loop",
+    errno.EFBIG: "raise the limit on files (ulimit -f)", errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "the machine's limit on open files is reached", errno.ENOTSUP: "this file system does not support it",
+    errno.ENOSYS: "this file system does not support it", errno.ENOLCK: "this file system does not support locks",
+    errno.ENOMEM: "the machine has no memory left for it (see also `ulimit -v`)",
+    errno.EAGAIN: "raise the limit on processes (ulimit -u)",
+}  # fmt: skip
+"""Operating-system errors that are not bugs of ours -> what helps."""
 
 
 class FsdpQloraError(Exception):
@@ -67,6 +80,12 @@ def first_line(error: BaseException) -> str:
 def typed_line(error: BaseException) -> str:
     """Return a foreign error in one line: its type and the first line of its message."""
     return f"{type(error).__name__}: {first_line(error)}"[:300]
+
+
+def with_remedy(error: BaseException) -> str:
+    """Return an error's message, and what helps if it is one of `REMEDIES`."""
+    remedy = REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    return f"{error} ({remedy})" if remedy else str(error)
 
 
 def attempt(work: Callable[[], _T]) -> tuple[_T | None, dict[str, Any]]:

@@ -93,7 +93,7 @@ def _lines_of_the_newest_checkpoint(run: Path) -> bytes:
     complete = complete_checkpoints(run / "checkpoints")
     if not complete:
         return b""
-    _, manifest = open_checkpoint(complete[-1])
+    manifest = open_checkpoint(complete[-1]).manifest
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     parsed = metrics(run) if lines and lines[-1].endswith(b"\n") else []
     return b"".join(line for line, values in zip(lines, parsed, strict=False) if values["step"] <= manifest.step)

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from fsdp_qlora.checkpoint.manifest import FORMAT, Manifest, compare
+from fsdp_qlora.checkpoint.manifest import FORMAT, Manifest, SavedCheckpoint, compare
 from fsdp_qlora.checkpoint.publish import complete_checkpoints, remove, set_aside, step_folder, tidy
 from fsdp_qlora.checkpoint.resume import without
 from fsdp_qlora.checkpoint.retention import Retention, superfluous
@@ -194,15 +194,23 @@ class Checkpointer:
         try:
             write_checkpoint(target, manifest, stage, self._background, self._write_adapter)
             if self.ranks.is_main and folder == self.folder:
-                for old in superfluous(complete_checkpoints(folder), self.retention):
-                    self._tell_kept(remove(old))
+                self._remove_old()
         except (FsdpQloraError, OSError, RuntimeError) as error:
+            problem = str(error) if str(error).endswith((".", "?", "!")) else f"{error}."
             if self.ranks.is_main:
-                self._say(f"checkpoint of step {snapshot.step} FAILED; older checkpoints are intact: {error}")
-            return str(error)
+                self._say(f"checkpoint of step {snapshot.step} FAILED; older checkpoints are intact: {problem}")
+            return problem
         finally:
             self._background.phases.rest()
         return None
+
+    def _remove_old(self) -> None:
+        """Delete old checkpoints on rank 0. Raises nothing: the new one is written, and other ranks count it so."""
+        try:
+            for old in superfluous(complete_checkpoints(self.folder), self.retention):
+                self._tell_kept(remove(old))
+        except (FsdpQloraError, OSError) as error:
+            self._tell_kept(str(error).rstrip("."))
 
     def _tell_kept(self, problem: str | None) -> None:
         """Warn once per run that old checkpoints cannot be deleted: they fill the disk, but need not stop the run."""
@@ -215,16 +223,14 @@ class Checkpointer:
     def _emergency(self, snapshot: Snapshot, staged: dict[str, torch.Tensor]) -> NoReturn:
         message = f"checkpoint: {MAX_FAILURES} saves in a row failed, the last because {self._problem} The run stops. "
         if self.fallback is None:
-            raise StorageError(message + "Free up space there; older checkpoints are intact.")
+            raise StorageError(message + "Older checkpoints are intact.")
         problem = self._thread.submit(self._write, self.fallback, snapshot, lambda: staged).result()
         if problem is not None:
             raise StorageError(message + f"checkpoint.fallback_dir failed as well: {problem}")
         saved = step_folder(self.fallback, snapshot.step)
         raise StorageError(message + f"It was saved to {saved}; resume with checkpoint.resume={saved}.")
 
-    def find(
-        self, resume: Resume, identity: dict[str, Any], overrides: Sequence[str] = ()
-    ) -> tuple[Path, Manifest] | None:
+    def find(self, resume: Resume, identity: dict[str, Any], overrides: Sequence[str] = ()) -> SavedCheckpoint | None:
         """Return the checkpoint to resume from, chosen by rank 0 for all ranks, or None to start afresh.
 
         It is the newest valid one; damaged ones are skipped with a warning. Settings named in ``overrides`` may differ.
@@ -241,14 +247,13 @@ class Checkpointer:
             chosen = self._search(resume)
             if chosen is None:
                 return None
-            folder, manifest = chosen
-            compare(without(manifest.identity, overrides), without(identity, overrides), folder)
-            return [str(folder), asdict(manifest)]
+            compare(without(chosen.manifest.identity, overrides), without(identity, overrides), chosen.folder)
+            return [str(chosen.folder), asdict(chosen.manifest)]
 
         chosen = on_main(search, self.ranks)
-        return None if chosen is None else (Path(chosen[0]), Manifest(**chosen[1]))
+        return None if chosen is None else SavedCheckpoint(Path(chosen[0]), Manifest(**chosen[1]))
 
-    def _search(self, resume: Resume) -> tuple[Path, Manifest] | None:
+    def _search(self, resume: Resume) -> SavedCheckpoint | None:
         if resume.never:
             return None
         if resume.folder is not None:
@@ -266,7 +271,7 @@ class Checkpointer:
             raise CheckpointError("no checkpoint of this run is valid:\n" + "\n".join(problems))
         return None
 
-    def load(self, folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load(self, saved: SavedCheckpoint, tensors: Mapping[str, torch.Tensor]) -> None:
         """Load a checkpoint into ``tensors``, however they are sharded now and on any number of ranks.
 
         Newer checkpoints of this run, which it does not resume from, are set aside.
@@ -274,6 +279,7 @@ class Checkpointer:
         Raises:
             CheckpointError: if the checkpoint cannot be read, or its tensors differ from these in name or shape.
         """
+        folder, manifest = saved.folder, saved.manifest
         wanted = {name: list(t.shape) for name, t in tensors.items()}
         if wanted != manifest.tensors:
             odd = sorted(k for k in wanted.keys() | manifest.tensors.keys() if wanted.get(k) != manifest.tensors.get(k))
@@ -294,7 +300,7 @@ class Checkpointer:
         barrier(self.ranks)
 
 
-def open_checkpoint(folder: Path) -> tuple[Path, Manifest]:
+def open_checkpoint(folder: Path) -> SavedCheckpoint:
     """Read and verify a checkpoint without loading it; warn if other users can change it.
 
     Raises:
@@ -304,4 +310,4 @@ def open_checkpoint(folder: Path) -> tuple[Path, Manifest]:
     manifest = Manifest.read(folder)
     verify(folder, manifest)
     warn_of_others(folder, *(Path(entry.path) for entry in walk(folder)))
-    return folder, manifest
+    return SavedCheckpoint(folder, manifest)

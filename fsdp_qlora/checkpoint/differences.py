@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from fsdp_qlora.checkpoint.manifest import Manifest
+from fsdp_qlora.checkpoint.manifest import SavedCheckpoint
 from fsdp_qlora.checkpoint.write import read_tensors
 
 
@@ -20,17 +19,17 @@ class Difference:
     text: str
 
 
-def contrast(first: Path, first_manifest: Manifest, second: Path, second_manifest: Manifest) -> Iterator[Difference]:
+def contrast(first: SavedCheckpoint, second: SavedCheckpoint) -> Iterator[Difference]:
     """Yield every tensor that is not bit-equal in both checkpoints, holding two tensors in memory at a time."""
-    ours, theirs = first_manifest.tensors, second_manifest.tensors
+    ours, theirs = first.manifest.tensors, second.manifest.tensors
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
-            yield Difference(name, f"only in {first if name in ours else second}")
+            yield Difference(name, f"only in {(first if name in ours else second).folder}")
         elif ours[name] != theirs[name]:
             yield Difference(name, f"{ours[name]} and {theirs[name]}")
         else:
             shape = {name: ours[name]}
-            a, b = read_tensors(first, shape)[name], read_tensors(second, shape)[name]
+            a, b = read_tensors(first.folder, shape)[name], read_tensors(second.folder, shape)[name]
             if (text := _differ(a, b)) is not None:
                 yield Difference(name, text)
 

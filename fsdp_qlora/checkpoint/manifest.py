@@ -77,6 +77,14 @@ class Manifest:
         return Manifest(**values)
 
 
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint on disk: its folder and what its manifest says."""
+
+    folder: Path
+    manifest: Manifest
+
+
 def _require_values(values: dict[str, Any], file: Path) -> None:
     """Raise ValueError unless these are the values of a manifest, each with the right type and within bounds."""
     kinds = get_type_hints(Manifest)
@@ -114,9 +122,17 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> N
     differ = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
     if differ:
         lines = [f"{key}: {saved.get(key)!r:.500} in the checkpoint, {now.get(key)!r:.500} now." for key in differ]
-        raise ConfigError(
-            "\n".join(lines)
-            + f"\n{folder} was made with different settings. Restore them, choose another run.name, or resume with "
-            "the new ones on purpose: "
-            f"checkpoint.resume_overrides=[{','.join(d for d in differ if _SETTING.fullmatch(d))}]."
+        raise ConfigError("\n".join([*lines, _way_out(differ, folder)]))
+
+
+def _way_out(differ: list[str], folder: Path) -> str:
+    """Return what to do about keys that differ; overrides help only if all of them are settings."""
+    if all(_SETTING.fullmatch(key) for key in differ):
+        return (
+            f"{folder} was made with different settings. Restore them, choose another run.name, or resume with the "
+            f"new ones on purpose: checkpoint.resume_overrides=[{','.join(differ)}]."
         )
+    return (
+        f"{folder} was made with a different base model, or with a version that computes this model differently. "
+        "Restore what differs, or choose another run.name."
+    )

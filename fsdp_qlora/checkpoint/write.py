@@ -25,7 +25,7 @@ from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.phases import Phases
 from fsdp_qlora.distributed.reduce import gather_json
-from fsdp_qlora.errors import FsdpQloraError, StorageError
+from fsdp_qlora.errors import FsdpQloraError, StorageError, with_remedy
 from fsdp_qlora.files.read import file_sha256
 from fsdp_qlora.files.write import sync
 
@@ -87,9 +87,9 @@ def together(ranks: Ranks, target: Path, work: Callable[[], Any], alone: bool = 
         told = {"problem": str(error)}
     except CheckpointException as error:  # DCP has gathered the failures by rank, with tracebacks
         rank, (cause, _) = min(error.failures.items())
-        told = {"problem": f"{type(cause).__name__}: {cause}", "rank": rank}
+        told = {"problem": f"{type(cause).__name__}: {with_remedy(cause)}", "rank": rank}
     except (OSError, RuntimeError) as error:
-        told = {"problem": f"{type(error).__name__}: {error}"}
+        told = {"problem": f"{type(error).__name__}: {with_remedy(error)}"}
     except Exception as error:  # the other ranks wait for this one, so they must learn of any error
         told = {"problem": f"unexpected {type(error).__name__}: {error}"}
     answers = gather_json(told, ranks)
@@ -107,7 +107,9 @@ def _begin(staging: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> 
     needed += sum(math.prod(t.shape) * t.element_size() for n, t in tensors.items() if n.startswith(MODEL_PREFIX))
     free = shutil.disk_usage(staging).free
     if free < needed:
-        raise StorageError(f"it needs {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free there.")
+        raise StorageError(
+            f"it needs {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free there; free up space."
+        )
 
 
 class _Writer(HuggingFaceStorageWriter):

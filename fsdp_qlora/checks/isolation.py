@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.attention.candidates import EAGER
 from fsdp_qlora.attention.layout import Layout
 from fsdp_qlora.data.loader import Piece
 from fsdp_qlora.data.pack import pack
@@ -74,11 +75,12 @@ def require_isolation(
     dtype = model.base.dtype
     if leak > _FORWARD_LIMIT[dtype] or drift > _BACKWARD_LIMIT[dtype]:
         what = "packed rows" if max(pattern) > 1 else "rows"
+        others = ", ".join(name for name in (EAGER, "sdpa") if name != attention)
         way_out = f"Set {key}=false, or try another" if key.startswith("data.") else "Try another"
         raise ModelError(
             f"{key}: with attn_implementation={attention}, the {what} of this model leak into each other (losses move "
             f"by {leak:.1e} of their spread, gradients by {drift:.1e} of their norm, tried on {len(pattern)} sequences "
-            f"of {max(pattern)} rows). {way_out} model.attn_implementation (eager, sdpa)."
+            f"of {max(pattern)} rows). {way_out} model.attn_implementation ({others})."
         )
 
 

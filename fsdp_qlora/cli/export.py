@@ -57,7 +57,7 @@ def _adapter(config: RunConfig) -> int:
         if not checkpoints:
             raise CheckpointError(f"{folder.checkpoints} holds no complete checkpoint; set export.checkpoint=FOLDER.")
         source = checkpoints[-1]
-    _, manifest = open_checkpoint(source)
+    manifest = open_checkpoint(source).manifest
     target = Path(config.export.to).expanduser() if config.export.to else folder.adapter
     if target == folder.adapter and target.is_symlink():
         raise SecurityError(f"{target} is a link; links are not followed here. Name the folder with export.to.")

@@ -20,7 +20,9 @@ def run(config: RunConfig) -> int:
     """Generate; return the exit code."""
     prompt = config.prompt if config.prompt is not None else _read(config.prompt_file or "")
     if not prompt.strip():
-        raise ConfigError("prompt: is empty.")
+        raise ConfigError(
+            "prompt: is empty." if config.prompt is not None else f"prompt_file: {config.prompt_file} is empty."
+        )
     return on_ranks(config, lambda world: _generate(config, prompt, world))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.differences import contrast
-from fsdp_qlora.checkpoint.manifest import Manifest
+from fsdp_qlora.checkpoint.manifest import SavedCheckpoint
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.cli.tables import print_table
 from fsdp_qlora.errors import CheckpointError, ConfigError
@@ -22,7 +22,7 @@ def run(paths: list[str]) -> int:
     if not 1 <= len(paths) <= 2 or any(p.startswith("-") for p in paths):
         raise ConfigError("usage: fsdp-qlora inspect PATH [PATH]   (a checkpoint, or a run folder for its newest one)")
     opened = [open_checkpoint(_checkpoint(Path(path).expanduser())) for path in paths]
-    return _show(*opened[0]) if len(opened) == 1 else _compare(*opened[0], *opened[1])
+    return _show(opened[0]) if len(opened) == 1 else _compare(*opened)
 
 
 def _checkpoint(path: Path) -> Path:
@@ -34,7 +34,8 @@ def _checkpoint(path: Path) -> Path:
     return path
 
 
-def _show(folder: Path, manifest: Manifest) -> int:
+def _show(saved: SavedCheckpoint) -> int:
+    manifest = saved.manifest
     values = sum(prod(shape) for shape in manifest.tensors.values())
     size = sum(int(file["size"]) for file in manifest.files.values())
     rows = [
@@ -46,11 +47,12 @@ def _show(folder: Path, manifest: Manifest) -> int:
         *((key, str(value)) for key, value in manifest.identity.items() if isinstance(value, (str, int, float, list))),
         *((f"version of {key}", value) for key, value in manifest.versions.items()),
     ]
-    print_table(str(folder), rows)
+    print_table(str(saved.folder), rows)
     return 0
 
 
-def _compare(first: Path, ours: Manifest, second: Path, theirs: Manifest) -> int:
+def _compare(first: SavedCheckpoint, second: SavedCheckpoint) -> int:
+    ours, theirs = first.manifest, second.manifest
     settings = [
         (key, f"{ours.identity.get(key)} | {theirs.identity.get(key)}")
         for key in sorted(ours.identity.keys() | theirs.identity.keys())
@@ -58,14 +60,15 @@ def _compare(first: Path, ours: Manifest, second: Path, theirs: Manifest) -> int
     ]
     progress = [
         (f"progress.{key}", f"{ours.progress.get(key)} | {theirs.progress.get(key)}")
-        for key in ours.progress
+        for key in sorted(ours.progress.keys() | theirs.progress.keys())
         if ours.progress.get(key) != theirs.progress.get(key)
     ]
-    tensors = [(d.name, d.text) for d in contrast(first, ours, second, theirs)]
+    tensors = [(d.name, d.text) for d in contrast(first, second)]
     for name, text in settings + progress + tensors[:_SHOWN]:
         print(visible(f"{name}: {text}"))
     if len(tensors) > _SHOWN:
         print(f"... and {len(tensors) - _SHOWN} more tensors")
-    same = len(ours.tensors.keys() & theirs.tensors.keys()) - sum(1 for n, _ in tensors if n in theirs.tensors)
+    common = ours.tensors.keys() & theirs.tensors.keys()
+    same = len(common) - sum(name in common for name, _ in tensors)
     print(f"{same} tensors are bit-equal, {len(tensors)} are not; {len(settings)} settings differ.")
     return 1 if tensors or settings or progress else 0

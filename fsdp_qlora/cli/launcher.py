@@ -74,15 +74,18 @@ def launch(verb: str, config: RunConfig, num_ranks: int) -> int:
         started = time.time()
         agent = subprocess.Popen(command, env=environment, start_new_session=True)
         signs = LifeSigns(meeting, config.launcher.timeout_seconds)
-        num_signals, standstill = _wait(agent, exit_file, restarts, signs)
+        saves = verb == "train"
+        num_signals, standstill = _wait(
+            agent, exit_file, restarts, signs, "saving, then exiting" if saves else "exiting"
+        )
         for left in signs.left_behind():
             print(
                 f"fsdp-qlora: {left} does not exit: a driver or storage is blocking it. Not waiting for it.",
                 file=sys.stderr,
             )
-        stopped = stopped_by(num_signals, signs.begun)
+        stopped = stopped_by(num_signals, signs.begun, saves)
         ending = verdict(exit_file, restarts, agent.returncode, stopped, standstill)
-        if verb == "train":
+        if saves:
             folder = RunFolder(config.run.output_root, config.run.name)
             with suppress(TimeoutError):
                 Patience(_ANSWER_SECONDS, "the storage").ask(lambda: record(ending, folder, started))
@@ -108,9 +111,11 @@ def _scratch_folder() -> Iterator[Path]:
 
 
 def _wait(
-    agent: subprocess.Popen[bytes], exit_file: Path, last_start: int, signs: LifeSigns
+    agent: subprocess.Popen[bytes], exit_file: Path, last_start: int, signs: LifeSigns, answer: str
 ) -> tuple[int, Ending | None]:
     """Wait for the agent: forward the first signal; kill it on the second, after a standstill or a stuck failure.
+
+    The first signal is answered with ``answer`` on the screen.
 
     Returns the number of signals received, and the ending found if all ranks stood still.
     """
@@ -120,7 +125,7 @@ def _wait(
         received.append(number)
         if len(received) == 1:
             print(
-                f"\n{signal.Signals(number).name}: saving, then exiting; send it again to exit immediately.",
+                f"\n{signal.Signals(number).name}: {answer}; send it again to exit immediately.",
                 file=sys.stderr,
             )
             agent.send_signal(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -104,11 +105,10 @@ def print_samples(prepared: Prepared, folder: RunFolder) -> None:
         print(f"{prepared.data.num_bad} bad row(s) were skipped; see {folder.bad_rows}", flush=True)
 
 
-def print_stopped(folder: RunFolder) -> None:
-    """Print how to resume after a signal."""
-    saved = sorted(f.name for f in folder.checkpoints.glob("step_*")) if folder.checkpoints.is_dir() else []
-    state = f"saved {folder.checkpoints / saved[-1]}; " if saved else "nothing was trained yet; "
-    print(f"stopped by a signal: {state}to resume, run the same command with checkpoint.resume=auto.", flush=True)
+def print_stopped(checkpoint: Path | None) -> None:
+    """Print how to resume after a signal, given the checkpoint that was saved, if any."""
+    state = f"saved {checkpoint}" if checkpoint is not None else "there was nothing to save"
+    print(f"stopped by a signal: {state}; to resume, run the same command with checkpoint.resume=auto.", flush=True)
 
 
 def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
@@ -120,7 +120,8 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         first, last = summary.get("metrics_before", {}), summary.get("metrics_after", {})
         rows += [(f"held-out {name}", f"{first[name]:.2f} -> {last[name]:.2f}") for name in first if name in last]
     for sample in summary["samples"]:
-        rows.append((f"{sample['prompt']} (before)", sample["before"]))
+        if sample["before"] is not None:  # a resumed run may not know it
+            rows.append((f"{sample['prompt']} (before)", sample["before"]))
         rows.append((f"{sample['prompt']} (after)", sample["after"]))
     trainable, base = summary["trainable_parameters"], summary["base_parameters"]
     rows.append(("trainable parameters", f"{trainable:,} ({100 * trainable / base:.2f} % of the base)"))

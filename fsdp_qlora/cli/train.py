@@ -6,8 +6,10 @@ import signal
 import sys
 from contextlib import suppress
 
+from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.cli.show import loading, print_samples, print_start, print_stopped, print_summary
+from fsdp_qlora.config.auto import Resume
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.patience import Patience
 from fsdp_qlora.distributed.signals import STOP_SIGNALS, StopSignals, take_signals
@@ -102,7 +104,7 @@ class _Run:
 def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signals: StopSignals, watch: Watch) -> int:
     main = world.ranks.is_main
     if main and (restarts := restart_count()):
-        print(f"restart {restarts}: resuming from the last checkpoint", flush=True)
+        print(f"restart {restarts}: {_goes_on(config, folder)}", flush=True)
     prepared = prepare(config, world, loading() if main else None)
     if main:
         print_start(prepared, note)
@@ -115,8 +117,18 @@ def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signal
         if result.finished:
             print_summary(result.summary, folder)
         else:
-            print_stopped(folder)
+            print_stopped(result.checkpoint)
     return code
+
+
+def _goes_on(config: RunConfig, folder: RunFolder) -> str:
+    """Return where a restarted run goes on from."""
+    resume = Resume.of(config.checkpoint.resume)
+    if resume.folder is not None:
+        return f"resuming from {resume.folder} (checkpoint.resume)"
+    if resume.newest and complete_checkpoints(folder.checkpoints):
+        return "resuming from the last checkpoint"
+    return "there is no checkpoint to resume from, so starting over"
 
 
 def _show(config: RunConfig, folder: RunFolder, main: bool, note: str) -> None:

@@ -50,17 +50,19 @@ def verdict(
     return next((ending for ending in candidates if ending is not None), wordless)
 
 
-def stopped_by(signals: int, begun: bool) -> Ending | None:
+def stopped_by(signals: int, begun: bool, saves: bool = True) -> Ending | None:
     """Return the ending of a run after this many signals, if no rank reports one.
 
     Args:
         signals: number of signals that the launcher received.
         begun: whether the ranks had started their work.
+        saves: whether the verb saves checkpoints.
     """
     if signals > 1:
-        return Ending(1, 0, "stopped immediately by a second signal; progress since the last checkpoint is lost.")
+        lost = "; progress since the last checkpoint is lost" if saves else ""
+        return Ending(1, 0, f"stopped immediately by a second signal{lost}.")
     if signals == 1 and not begun:
-        return Ending(STOPPED_EXIT_CODE, 0, NOTHING_TO_SAVE)
+        return Ending(STOPPED_EXIT_CODE, 0, NOTHING_TO_SAVE if saves else "stopped by a signal.")
     return None
 
 

@@ -147,8 +147,11 @@ def _part(part: Any, number: int) -> str:
         raise DataError(f"expected text or a list of its parts, got {type(part).__name__} as part {number}")
     kind = part.get("type", "text")
     unknown = [key for key, value in part.items() if key not in ("type", "text", "cache_control") and value is not None]
-    if kind not in ("text", "input_text", "output_text") or (unknown and "text" not in part):
+    if kind not in ("text", "input_text", "output_text"):
         raise DataError(f"part {number} of the content has type {kind!r}; only text can be learned")
+    if unknown and "text" not in part:
+        names = ", ".join(map(str, unknown))
+        raise DataError(f"part {number} of the content has no 'text', only {names}; only text can be learned")
     return text_of(part.get("text"))
 
 

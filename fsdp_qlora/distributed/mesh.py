@@ -89,8 +89,13 @@ def degrees(shard_degree: int, replicate_degree: int, world_size: int) -> tuple[
     """Return ``(replicate, shard)``; a ``shard_degree`` of 0 means ``world_size / replicate_degree``.
 
     Raises:
-        ConfigError: if their product is not ``world_size``.
+        ConfigError: if ``replicate_degree`` does not divide ``world_size``, or their product is not ``world_size``.
     """
+    if world_size % replicate_degree:
+        raise ConfigError(
+            f"fsdp.replicate_degree: {replicate_degree} does not divide the number of ranks, {world_size}; choose a "
+            "number that does, or start another number of ranks."
+        )
     shard = shard_degree or world_size // replicate_degree
     if shard * replicate_degree != world_size:
         raise ConfigError(

@@ -113,7 +113,8 @@ class Watch:
                 return Leave(
                     StorageError.exit_code,
                     f"rank {self._rank} is stuck in {name!r}: no progress for {still:.0f} s. Is a file "
-                    "system not responding? (launcher.timeout_seconds sets the limit.)",
+                    f"system not responding? (The limit is {self._limit_alone:.0f} s, {100 * _SHARE_ALONE:.0f} % of "
+                    "launcher.timeout_seconds.)",
                 )
         return None
 

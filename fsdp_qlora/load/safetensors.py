@@ -193,7 +193,9 @@ class SafetensorsFolder:
 
     def _add(self, file: Path, size: int, start: int, name: str, info: dict[str, Any]) -> None:
         begin, end = info["data_offsets"]
-        if not 0 <= begin <= end or start + end > size:
+        if not 0 <= begin <= end:
+            raise ModelError(f"{file} is damaged: its header puts {name} at bytes {begin} to {end}; download it again.")
+        if start + end > size:
             raise ModelError(
                 f"{file} is truncated: {name} ends at byte {start + end}, but the file has {size}; download it again."
             )

@@ -101,7 +101,7 @@ def _require_format(name: str, double_quant: bool, settings: QuantSettings | For
 
 def _spell(name: str, double_quant: bool) -> str:
     if name in ("none", "int8"):
-        return "16 bits" if name == "none" else name
+        return "no quantization" if name == "none" else name
     return f"{name} {'with' if double_quant else 'without'} double quantization"
 
 
@@ -132,8 +132,9 @@ def find_kept(source: SafetensorsFolder, name: str, shape: tuple[int, ...]) -> S
     """
     if kind := packed_format(source, name):
         raise ModelError(
-            f"{source.folder}: {name} is stored in {kind}, but this run keeps that tensor in 16 bits (quant=none, or "
-            "not a linear layer inside the decoder layers); use a model that holds it in 16 bits."
+            f"{source.folder}: {name} is stored in {kind}, but this run keeps that tensor unquantized, because of "
+            "quant=none, a pattern with none in quant.overrides, quant.embeddings=none, or because it is not a linear "
+            "layer that can be quantized. Change that setting, or use a model that holds the tensor unquantized."
         )
     return source.find(name, shape)
 

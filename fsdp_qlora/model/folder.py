@@ -17,9 +17,9 @@ _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def needs_hub(name: str) -> bool:
-    """Whether ``name`` is a hub id rather than a local folder."""
+    """Whether ``name`` is a hub id (``owner/name``, or an old ``name`` like gpt2) rather than a local folder."""
     folder = Path(name).expanduser()
-    return not (folder.is_dir() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1)
+    return not (folder.is_dir() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1)
 
 
 def resolve_folder(name: str, revision: str | None = None) -> Path:

@@ -6,7 +6,6 @@ file that our own launcher names in the environment.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError, StorageError
+from fsdp_qlora.errors import REMEDIES, STOPPED_EXIT_CODE, FsdpQloraError, StorageError, with_remedy
 from fsdp_qlora.files.write import write_first
 from fsdp_qlora.shown import visible
 
@@ -28,18 +27,6 @@ EXIT_VARIABLE = "FSDP_QLORA_EXIT_FILE"
 """Environment variable with the base path of the files in which ranks tell our launcher how they ended."""
 
 NOTHING_TO_SAVE = "stopped before the first step; there was nothing to save."
-
-_REMEDIES = {
-    errno.ENOSPC: "free up space", errno.EDQUOT: "free up space in the quota", errno.EACCES: "", errno.EPERM: "",
-    errno.EROFS: "it is mounted read-only", errno.EIO: "", errno.ESTALE: "the network file system has lost it",
-    errno.ENOTDIR: "", errno.ENAMETOOLONG: "choose shorter names", errno.ELOOP: "its links form a loop",
-    errno.EFBIG: "raise the limit on files (ulimit -f)", errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENFILE: "the machine's limit on open files is reached", errno.ENOTSUP: "this file system does not support it",
-    errno.ENOSYS: "this file system does not support it", errno.ENOLCK: "this file system does not support locks",
-    errno.ENOMEM: "the machine has no memory left for it (see also `ulimit -v`)",
-    errno.EAGAIN: "raise the limit on processes (ulimit -u)",
-}  # fmt: skip
-"""Operating-system errors that are not bugs of ours -> what helps."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +56,8 @@ def ending_of(error: BaseException) -> Ending:
     rank = own_rank()
     if isinstance(error, FsdpQloraError):
         return Ending(error.exit_code, rank, str(error))
-    if isinstance(error, OSError) and error.errno in _REMEDIES:  # one that no code of ours has caught and explained
-        remedy = _REMEDIES[error.errno]
-        return Ending(StorageError.exit_code, rank, f"{error}{f' ({remedy})' if remedy else ''}")
+    if isinstance(error, OSError) and error.errno in REMEDIES:  # one that no code of ours has caught and explained
+        return Ending(StorageError.exit_code, rank, with_remedy(error))
     if isinstance(error, KeyboardInterrupt):
         return Ending(130, rank, "interrupted.")
     if isinstance(error, SystemExit):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from fsdp_qlora.checkpoint.publish import step_folder
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.distributed.reduce import any_rank, on_main
 from fsdp_qlora.distributed.signals import StopSignals
-from fsdp_qlora.errors import STOPPED_EXIT_CODE, RunFolderError
+from fsdp_qlora.errors import STOPPED_EXIT_CODE
 from fsdp_qlora.files.read import read_json
 from fsdp_qlora.files.write import write_json
 from fsdp_qlora.run.claim import claim
@@ -21,6 +23,8 @@ from fsdp_qlora.shown import published
 from fsdp_qlora.track.console import ConsoleProgress
 from fsdp_qlora.track.sinks import TRACKERS
 from fsdp_qlora.track.tracker import Beside, JsonLines, Sink, Tracker
+
+_log = logging.getLogger(__name__)
 
 
 def fit(prepared: Prepared, folder: RunFolder | None = None, signals: StopSignals | None = None) -> FitResult:
@@ -63,7 +67,7 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
         training.close()
         profile = training.profiling.finish()
         if not finished:
-            return FitResult(False, {})
+            return FitResult(False, {}, step_folder(folder.checkpoints, training.progress.step))
         size = training.export(folder.adapter)
         summary = summarize(
             prepared, training.progress, training.profiling.meter, training.batches.num_rows, before,
@@ -73,17 +77,37 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
     return FitResult(True, summary)
 
 
-def _before(training: Training, folder: RunFolder, resumed: Path | None) -> list[str]:
-    """Return the answers before training; a resumed run reads those that its first start stored."""
-    file = folder.path / "answers_before.json"
-    if resumed is not None and file.is_file():
-        try:
-            return read_json(file, list[str])
-        except ValueError as error:
-            raise RunFolderError(f"{file} is damaged: {error}. Remove it to generate the answers again.") from error
-    answers = training.answers()
-    on_main(lambda: write_json(file, answers), training.ranks)
-    return answers
+def _before(training: Training, folder: RunFolder, resumed: Path | None) -> Sequence[str | None]:
+    """Return the answers to the sample prompts before training.
+
+    A resumed run cannot generate them, because its adapter is already trained: it reads those that its first start
+    stored, and has None for the others.
+    """
+    file, prompts = folder.path / "answers_before.json", training.config.train.sample_prompts
+    if resumed is None:
+        answers = training.answers()
+        on_main(lambda: write_json(file, dict(zip(prompts, answers, strict=True))), training.ranks)
+        return answers
+    stored: dict[str, str] = on_main(lambda: _stored_answers(file, prompts), training.ranks)
+    return [stored.get(prompt) for prompt in prompts]
+
+
+def _stored_answers(file: Path, prompts: Sequence[str]) -> dict[str, str]:
+    """Return the answers before training by prompt; warn if one is missing."""
+    stored: dict[str, str] = {}
+    why = "does not answer every prompt of train.sample_prompts"
+    try:
+        stored = read_json(file, dict[str, str])
+    except FileNotFoundError:
+        why = "is missing"
+    except ValueError as error:
+        why = f"is damaged ({error})"
+    if any(prompt not in stored for prompt in prompts):
+        _log.warning(
+            "%s %s. The adapter is already trained, so the summary has no answers from before training in their place.",
+            file, why,
+        )  # fmt: skip
+    return stored
 
 
 @contextmanager

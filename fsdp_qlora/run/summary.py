@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fsdp_qlora.data.sources import names_of
@@ -14,10 +15,10 @@ from fsdp_qlora.train.progress import Progress
 
 
 def summarize(
-    prepared: Prepared, progress: Progress, meter: Meter, num_rows: int, before: list[str], after: list[str],
-    adapter_bytes: int,
+    prepared: Prepared, progress: Progress, meter: Meter, num_rows: int, before: Sequence[str | None],
+    after: Sequence[str], adapter_bytes: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the summary; every rank calls it."""
+    """Return the summary; every rank calls it. ``before`` has None for an answer that is not known."""
     config, ranks = prepared.config, prepared.ranks
     peak, kind = memory_peak(ranks.device)
     own = {

@@ -16,7 +16,7 @@ from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.contents import checkpoint_tensors, optimizer_shapes
-from fsdp_qlora.checkpoint.manifest import Manifest
+from fsdp_qlora.checkpoint.manifest import SavedCheckpoint
 from fsdp_qlora.checkpoint.resume import identity_of, whole_of, with_whole
 from fsdp_qlora.checkpoint.retention import Retention
 from fsdp_qlora.checks.copies import require_equal_copies
@@ -68,6 +68,8 @@ class FitResult:
     """False if the run was stopped early; it can be resumed."""
     summary: dict[str, Any]
     """Contents of summary.json; empty if the run was stopped."""
+    checkpoint: Path | None = None
+    """The checkpoint that a stopped run was saved to; None if it was stopped before the first step."""
 
 
 class Training:
@@ -104,14 +106,15 @@ class Training:
         found = self.checkpointer.find(Resume.of(settings.resume), self.identity, settings.resume_overrides)
         if found is None:
             return None
-        self.base_files.compare(whole_of(found[1].identity), found[0])
-        self._load(*found)
-        return found[0]
+        self.base_files.compare(whole_of(found.manifest.identity), found.folder)
+        self._load(found)
+        return found.folder
 
-    def _load(self, folder: Path, manifest: Manifest) -> None:
+    def _load(self, saved: SavedCheckpoint) -> None:
+        manifest = saved.manifest
         self.progress.restore(manifest.progress)
         state = self.optimizer.load_state(manifest.step, optimizer_shapes(manifest.tensors))
-        self.checkpointer.load(folder, manifest, checkpoint_tensors(self.optimizer.parameters.items(), state))
+        self.checkpointer.load(saved, checkpoint_tensors(self.optimizer.parameters.items(), state))
         state.finish()
 
     def _checkpointer(self) -> Checkpointer:
@@ -234,7 +237,7 @@ class Training:
         found = self.checkpointer.find(Resume.of("auto"), self.identity, self.config.checkpoint.resume_overrides)
         if found is None:
             raise NonFiniteError("train.on_nonfinite: rollback found no checkpoint of this run yet; the run stops.")
-        self._load(*found)
+        self._load(found)
 
     def run(self, tracker: Tracker, signals: StopSignals) -> bool:
         """Train to the end; return False if stopped early."""

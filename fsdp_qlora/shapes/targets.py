@@ -21,8 +21,9 @@ def target_linears(shapes: ModelShapes, target_modules: str | Sequence[str]) -> 
     candidates = [name for name in linears if name not in shapes.not_adapted]
     if not candidates:
         raise PlanError(
-            "lora.target_modules: this model's decoder layers have no linear layer that can take an adapter: all have "
-            "their own forward, or other code reads their weights."
+            "lora.target_modules: this model's decoder layers have no linear layer that can take an adapter: each one "
+            "has its own forward, has its weight read by other code, is kept in float32 by upstream, or would lose its "
+            "adapter in plain PEFT, which looks for it elsewhere."
         )
     if target_modules == "all-linear":
         return tuple(candidates)
@@ -31,8 +32,8 @@ def target_linears(shapes: ModelShapes, target_modules: str | Sequence[str]) -> 
         if not any(_matches(name, item) for name in candidates):
             if any(_matches(name, item) for name in linears):
                 raise PlanError(
-                    f"lora.target_modules: in this mixture of experts, plain PEFT mistakes {item!r} for the experts' "
-                    "stacked weights and could not load the adapter. Leave it out (all-linear does)."
+                    f"lora.target_modules: plain PEFT could not load an adapter for {item!r} in this model: it renames "
+                    "it, or takes it for the experts' stacked weights. Leave it out (all-linear does)."
                 )
             raise PlanError(
                 f"lora.target_modules: {item!r} matches none of the model's {len(candidates)} linears; "

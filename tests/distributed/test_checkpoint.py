@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -52,8 +54,8 @@ def _load(ranks: Ranks, folder: str, resume: str, identity: dict) -> tuple:
     if found is None:
         return 0, "none"
     tensors = _tensors(ranks, -1000)
-    checkpointer.load(*found, tensors)
-    step = found[1].step
+    checkpointer.load(found, tensors)
+    step = found.manifest.step
     expected = {n: t.full_tensor() for n, t in _tensors(ranks, step).items()}
     assert all(torch.equal(t.full_tensor(), expected[n]) for n, t in tensors.items())
     return 0, step
@@ -238,6 +240,35 @@ def test_one_failed_save_is_told_and_tried_again(pool, tmp_path):
     assert first[:2] == second[:2] == [False, False]
     assert len(first[2]) == 1 and "checkpoint of step 1 FAILED" in first[2][0] and second[2] == []
     assert first[3] == ["3", "4"]
+
+
+def _fail(ranks: Ranks, folder: str, place: str, number: int) -> list:
+    """Save with a function on rank 0 that raises an operating-system error; return what is said and counted."""
+    said: list[str] = []
+    checkpointer = Checkpointer(Path(folder), ranks, say=said.append)
+    with mock.patch(f"fsdp_qlora.checkpoint.{place}", side_effect=OSError(number, os.strerror(number), folder)):
+        try:
+            checkpointer.finish(Snapshot(1, {}, {}, {}), partial(_tensors, ranks, 1))
+        except FsdpQloraError as error:
+            said.append(str(error))
+    checkpointer.close()
+    return [said, checkpointer._failures]
+
+
+def test_old_checkpoints_that_stay_are_no_failed_save(pool, tmp_path):
+    """And rank 0 counts no failure that the other ranks do not count."""
+    first, second = pool.run(2, _fail, str(tmp_path), "checkpointer.superfluous", errno.EIO)
+    assert first[1] == second[1] == 0 and second[0] == []
+    assert len(first[0]) == 1 and "keep_last: an old checkpoint cannot be deleted" in first[0][0]
+    assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["step_00000001"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_the_last_failure_is_told_in_sentences_and_with_its_own_remedy(pool, tmp_path, number):
+    said = pool.run(2, _fail, str(tmp_path), "write.make_fresh", number)[1][0][-1]
+    remedy = " (free up space)" if number == errno.ENOSPC else ""
+    assert f"'{tmp_path}'{remedy}. The run stops. Older checkpoints are intact." in said
+    assert ("space" in said.replace("No space left", "")) is bool(remedy)
 
 
 def test_what_a_kill_left_between_two_moves_is_undone(pool, tmp_path):

@@ -124,8 +124,8 @@ def _go_on(ranks: Ranks, folder: str, name: str) -> dict[str, torch.Tensor]:
     checkpointer = Checkpointer(Path(folder), ranks)
     found = checkpointer.find(Resume.of("auto"), {})
     assert found is not None
-    state = optimizer.load_state(found[1].step, optimizer_shapes(found[1].tensors))
-    checkpointer.load(*found, checkpoint_tensors(sharded.items(), state))
+    state = optimizer.load_state(found.manifest.step, optimizer_shapes(found.manifest.tensors))
+    checkpointer.load(found, checkpoint_tensors(sharded.items(), state))
     state.finish()
     checkpointer.close()
     loaded = _whole(optimizer.state_tensors())

@@ -156,6 +156,7 @@ def _probe(ranks: Ranks, model: str, rows: str, attention: str) -> list:
 def test_the_probe_refuses_what_mixes_rows(pool, tiny_model, chat_rows, attention):
     for untouched, said in pool.run(1, _probe, str(tiny_model), str(chat_rows), attention):
         assert untouched and "packed rows of this model leak into each other" in said and attention in said
+        assert attention not in said.partition("try another")[2], "it is not the way out"
 
 
 @pytest.mark.parametrize("num_ranks", some_in_full([1, 2, 3], [2]))

@@ -128,8 +128,8 @@ def _resume(pool, model: Path, rows: Path, root: Path, saved: tuple[str, int, st
     settings = _groups(rows, adapters, train={**STEPS, "max_steps": 2})
     _train(pool, num_ranks, model, root, settings, layout)
     name = f"{adapters}-{num_ranks}-{layout}"
-    folder, manifest = open_checkpoint(root / name / "checkpoints/step_00000002")  # each value is there just once
-    wanted = {n: _digest(t) for n, t in read_tensors(folder, manifest.tensors).items()}
+    checkpoint = open_checkpoint(root / name / "checkpoints/step_00000002")  # each value is there just once
+    wanted = {n: _digest(t) for n, t in read_tensors(checkpoint.folder, checkpoint.manifest.tensors).items()}
     assert sum(n.startswith("optim.") for n in wanted) == 2 * sum(n.startswith("model.") for n in wanted)
     weights = hashlib.sha256((root / name / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
     for others, count, where in loads:

@@ -50,9 +50,9 @@ def _state(ranks: Ranks, model: str, root: str, name: str, groups: dict) -> tupl
 def test_any_number_of_ranks_resumes_on_any_other(pool, tiny_model, chat_rows, tmp_path, saved_by):
     optim = OPTIMIZERS[saved_by % 2]
     pool.run(saved_by, run_fit, str(tiny_model), str(tmp_path), "run", _groups(chat_rows, optim, 3))
-    folder, manifest = open_checkpoint(tmp_path / "run/checkpoints/step_00000003")
-    expected = {n: _digest(t) for n, t in read_tensors(folder, manifest.tensors).items()}
-    assert manifest.world_size == saved_by and any(n.startswith("optim.") for n in expected)
+    saved = open_checkpoint(tmp_path / "run/checkpoints/step_00000003")
+    expected = {n: _digest(t) for n, t in read_tensors(saved.folder, saved.manifest.tensors).items()}
+    assert saved.manifest.world_size == saved_by and any(n.startswith("optim.") for n in expected)
     batches = set()
     for loaded_by, layout in ((1, "shard"), (2, "shard"), (3, "shard"), (4, "shard"), (4, "hybrid")):
         groups = _groups(chat_rows, optim, 6)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fsdp_qlora.cli.compose import compose_config, conf_dir, group_options, hydra_main, split, GROUPS  # isort: skip
+from fsdp_qlora.cli.generate import run as generate
 from fsdp_qlora.cli.help import show
 from fsdp_qlora.config.convert import known_keys, to_dict
 from fsdp_qlora.config.rules import check
@@ -151,3 +152,11 @@ def test_a_saved_config_is_loaded_without_hydra_and_lets_no_code_run(tmp_path):
     with pytest.raises(SecurityError, match=r"model\.trust_remote_code"):
         RunConfig.load(tmp_path / "other.yaml")
     assert RunConfig.load(tmp_path / "other.yaml", trust_remote_code=True).model.trust_remote_code
+
+
+def test_an_empty_prompt_is_blamed_on_the_key_that_gave_it(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text(" \n")
+    for key, value in (("prompt", " "), ("prompt_file", str(file))):
+        with pytest.raises(ConfigError, match=rf"^{key}: .*is empty"):
+            generate(from_dict({key: value}))

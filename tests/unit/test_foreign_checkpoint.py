@@ -157,6 +157,20 @@ def test_files_without_end_are_refused_unread(folder, manifest):
     open_checkpoint(folder)
 
 
+def test_tensors_of_one_checkpoint_alone_are_not_counted_as_equal(tmp_path, folder, manifest, capsys):
+    other = tmp_path / "other/step_00000002"
+    more = make_checkpoint(other)
+    for side, name in ((folder, "a"), (other, "b"), (other, "c")):
+        file = f"shard-0000{'abc'.index(name) + 2}-model-00001-of-00001.safetensors"
+        save_file({f"model.{name}": torch.ones(2)}, side / file)
+        changed = manifest if side == folder else more
+        changed["tensors"][f"model.{name}"] = [2]
+        changed["files"][file] = {}
+        vouch(side, changed)
+    assert inspect.run([str(folder), str(other)]) == 1
+    assert "2 tensors are bit-equal, 3 are not; 0 settings differ." in capsys.readouterr().out
+
+
 WRONG = [None, True, -1, 0.5, 10**30, float("nan"), float("inf"), "x", "", [], [[]], {}, {"x": {"y": []}}, [-1], [10**18] * 4,
          ["1"], [1] * 100_000, {"": None}, {"../x": {"size": 1, "sha256": "0" * 64}}]  # fmt: skip
 PLACES = [("format",), ("step",), ("world_size",), ("progress",), ("identity",), ("tensors",), ("files",), ("versions",),
@@ -168,8 +182,8 @@ PLACES = [("format",), ("step",), ("world_size",), ("progress",), ("identity",),
 def _ends_well(folder: Path) -> None:
     """Check that it is opened, or refused in one line for the right reason."""
     try:
-        _, manifest = open_checkpoint(folder)
-        list(contrast(folder, manifest, folder, manifest))
+        saved = open_checkpoint(folder)
+        list(contrast(saved, saved))
         inspect.run([str(folder)])
     except (SecurityError, CheckpointError) as error:
         assert str(folder) in str(error) and len(str(error)) < 2000 and "\n" not in str(error)

@@ -187,6 +187,8 @@ def test_parts_of_a_text_are_joined(tokenizer, content):
 @pytest.mark.parametrize(("content", "said"), [
     ([{"type": "image_url", "image_url": {"url": "x"}}], "part 1 of the content has type 'image_url'"),
     ([*PARTS, {"type": "image"}], "part 3 of the content has type 'image'; only text"),
+    ([{"type": "text", "image": "x"}], "part 1 of the content has no 'text', only image; only text"),
+    ([{"video": "x", "fps": 2}], "part 1 of the content has no 'text', only video, fps; only text"),
     ([3], "got int as part 1"), ({"text": "42"}, "expected text, got dict"), ([{"type": "text", "text": 3}], "got int"),
 ])  # fmt: skip
 def test_other_parts_are_refused(content, said):

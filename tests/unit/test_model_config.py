@@ -12,7 +12,7 @@ import torch
 from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.model.config import load_config
-from fsdp_qlora.model.folder import needs_hub, resolve_folder
+from fsdp_qlora.model.folder import config_for_plan, needs_hub, resolve_folder
 from fsdp_qlora.model.skeleton import build_skeleton
 from fsdp_qlora.model.tokenizer import build_tokenizer
 
@@ -130,6 +130,7 @@ def test_a_name_that_is_nowhere_says_where_it_was_looked_for(tmp_path, monkeypat
             "(models exists, but does not contain it. Did you mean 'llama-small'?); then models/lama-small on http",
         ),
         ("nowhere/llama", f"the folder {tmp_path}/nowhere/llama; then nowhere/llama on http"),
+        ("gpt2", "; then gpt2 on http"),
     ):
         with pytest.raises(ModelError) as refused:
             resolve_folder(name)
@@ -137,3 +138,19 @@ def test_a_name_that_is_nowhere_says_where_it_was_looked_for(tmp_path, monkeypat
             refused.value
         )
     assert needs_hub("Qwen/Qwen3-8B") and not needs_hub("./Qwen/Qwen3-8B")
+    assert needs_hub("gpt2") and not needs_hub("models") and not needs_hub("a/b/c") and not needs_hub("")
+    with pytest.raises(ModelError, match="there is no folder a/b/c"):
+        resolve_folder("a/b/c")
+
+
+def test_a_model_of_the_hub_without_an_owner_is_found_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snapshot = tmp_path / "hub/models--gpt2/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "hub/models--gpt2/refs").mkdir()
+    (tmp_path / "hub/models--gpt2/refs/main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert config_for_plan("gpt2") == snapshot
+    with pytest.raises(ModelError, match="gpt3 is not a folder, not in the local hub cache"):
+        config_for_plan("gpt3")

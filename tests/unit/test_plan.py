@@ -16,6 +16,7 @@ from fsdp_qlora.adapters.lora import attach_lora
 from fsdp_qlora.attention.blocks import kept_scores
 from fsdp_qlora.cli.compose import compose_config, conf_dir
 from fsdp_qlora.config.schema import from_dict
+from fsdp_qlora.distributed.mesh import degrees
 from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.model.folder import config_for_plan
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
@@ -342,3 +343,18 @@ def test_the_next_setting_that_holds_less_is_named():
         assert str(smaller(memory, settings)).startswith(words)
         settings = replace(settings, **change)
     assert smaller(memory, settings) is None
+
+
+@pytest.mark.parametrize(("shard", "replicate", "found"), [
+    (0, 2, (2, 2)), (2, 2, (2, 2)), (0, 1, (1, 4)),
+    (0, 3, r"fsdp\.replicate_degree: 3 does not divide the number of ranks, 4"),
+    (2, 3, r"fsdp\.replicate_degree: 3 does not divide"),
+    (0, 8, r"fsdp\.replicate_degree: 8 does not divide"),
+    (3, 2, r"fsdp\.shard_degree: 3 x .* set fsdp\.shard_degree=0"),
+])  # fmt: skip
+def test_degrees_that_do_not_fit_the_ranks_name_the_culprit(shard, replicate, found):
+    if isinstance(found, tuple):
+        assert degrees(shard, replicate, 4) == found
+        return
+    with pytest.raises(ConfigError, match=found):
+        degrees(shard, replicate, 4)

@@ -81,8 +81,11 @@ def test_what_was_left_in_16_bit_is_told_apart(packed):
     assert source.entries[Q].dtype == "BF16"
     assert not isinstance(find_weight(source, _layer(Q, (128, 128))), PackedWeight)
     assert isinstance(find_weight(source, _layer(DOWN, (128, 352))), PackedWeight)
-    with pytest.raises(ModelError, match=r"down_proj\.weight is stored in nf4, but this run keeps that tensor"):
+    with pytest.raises(ModelError, match=r"down_proj\.weight is stored in nf4, but this run keeps that .*") as refused:
         find_kept(source, DOWN, (128, 352))
+    for setting in ("quant=none", "quant.overrides", "quant.embeddings=none"):
+        assert setting in str(refused.value)
+    assert "16 bit" not in str(refused.value), "precision=fp32 keeps 32"
 
 
 def _edited(folder: Path, target: Path, edit) -> SafetensorsFolder:
@@ -170,7 +173,7 @@ def test_statistics_that_are_not_finite_are_refused_by_name(packed, tmp_path, do
 @pytest.mark.parametrize(("stored", "asked", "said"), [
     (("fp4", False), ("nf4", True), "set quant=fp4 quant.double_quant=false"),
     (("nf4", False), ("nf4", True), r"the settings ask for nf4 with double quantization; set quant.double_quant=false"),
-    (("nf4", True), ("none", False), r"ask for 16 bits; set quant=nf4 quant.double_quant=true"),
+    (("nf4", True), ("none", False), r"ask for no quantization; set quant=nf4 quant.double_quant=true"),
 ])  # fmt: skip
 def test_other_settings_than_the_stored_format_name_the_overrides(packed, stored, asked, said):
     folder = packed(*stored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fsdp_qlora.adapters.names import names_taken_for_experts
-from fsdp_qlora.errors import ModelError
+from fsdp_qlora.errors import ModelError, PlanError
 from fsdp_qlora.heads.upstream import after_head, head_input
 from fsdp_qlora.load.buffers import persistent_buffers
 from fsdp_qlora.load.conversions import arrangement
@@ -24,6 +25,7 @@ from fsdp_qlora.model.families import decoder_layers
 from fsdp_qlora.model.replaceable import is_plain_linear, kept_linears
 from fsdp_qlora.model.rope import rope_choice, settle_rope
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
+from fsdp_qlora.shapes.targets import target_linears
 from tests import upstream
 from tests.matrix import small_config
 
@@ -189,6 +191,12 @@ def test_an_adapter_that_peft_would_look_for_under_another_name_is_none(tmp_path
     shapes = read_shapes(build_skeleton(_folder(tmp_path, "laguna"), torch.float32, "eager"))
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in shapes.not_adapted} == {"shared_experts"}
     assert not read_shapes(build_skeleton(_folder(tmp_path / "other", "llama"), torch.float32, "eager")).not_adapted
+    name = next(iter(shapes.not_adapted))
+    with pytest.raises(PlanError, match=f"could not load an adapter for '{name}' in this model: it renames it"):
+        target_linears(shapes, [name])
+    none = replace(shapes, not_adapted=frozenset(x.name for x in shapes.linears))
+    with pytest.raises(PlanError, match="kept in float32 by upstream, or would lose its adapter in plain PEFT"):
+        target_linears(none, "all-linear")
 
 
 def _long(original: int) -> dict:

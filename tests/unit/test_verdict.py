@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
+import subprocess
 import threading
 import time
 from dataclasses import asdict
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fsdp_qlora.cli import launcher
 from fsdp_qlora.cli.verdict import record, stopped_by, verdict
+from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.errors import DataError, StorageError
 from fsdp_qlora.run.exit import Ending, ending_of
 from fsdp_qlora.run.folder import RunFolder
@@ -64,6 +68,27 @@ def test_signals_before_a_rank_could_tell_anything(tmp_path, signals, begun, cod
     found = _judge(tmp_path, [], code=143, stopped=stopped_by(signals, begun))
     assert found.code == code, found
     assert ("nothing to save" in found.message) is (code == 75)
+
+
+@pytest.mark.parametrize(("signals", "code"), [(1, 75), (2, 1)])
+def test_a_stopped_verb_that_saves_nothing_speaks_of_no_checkpoint(tmp_path, signals, code):
+    found = _judge(tmp_path, [], code=143, stopped=stopped_by(signals, False, saves=False))
+    assert found.code == code and "stopped" in found.message
+    assert "save" not in found.message and "checkpoint" not in found.message
+
+
+@pytest.mark.parametrize(("verb", "answer"), [
+    ("train", "saving, then exiting"), ("evaluate", "exiting"), ("generate", "exiting"),
+])  # fmt: skip
+def test_the_launcher_promises_to_save_only_what_is_saved(monkeypatch, tmp_path, capfd, verb, answer):
+    start = subprocess.Popen
+    monkeypatch.setattr(launcher.subprocess, "Popen", lambda _, **settings: start(["sleep", "60"], **settings))
+    monkeypatch.setattr(launcher, "take_signals", lambda _, forward: forward(signal.SIGTERM, None) or {})
+    config = from_dict({"run": {"output_root": str(tmp_path)}, "launcher": {"max_restarts": 0}})
+    assert launcher.launch(verb, config, 2) == 75
+    said = capfd.readouterr().err
+    assert f"SIGTERM: {answer}; send it again" in said
+    assert ("save" in said) is (verb == "train")
 
 
 def test_a_second_signal_does_not_hide_that_all_was_saved(tmp_path):

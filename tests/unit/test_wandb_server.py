@@ -74,4 +74,4 @@ def test_a_server_of_the_users_own_is_used_and_shown(cli_env, tmp_path, canary, 
         (own / "settings").write_text(f"[default]\nbase_url = {url}\n")
     done = _run(cli_env, tmp_path, **({"WANDB_BASE_URL": url} if way == "environment" else {}))
     assert done.returncode == 0 and heard, done.stderr
-    assert f"fsdp-qlora: W&B: API key and metrics go to {url}" in done.stderr
+    assert f"W&B: API key and metrics go to {url}" in done.stderr

@@ -75,6 +75,12 @@ DAMAGE = {
         lambda f: _parts(f)[1].write_bytes((4).to_bytes(8, "little") + b"oops"), "{second} is damaged: its header"),
     "header without offsets": (
         lambda f: _header(_parts(f)[1], lambda t: _first_entry(t).pop("data_offsets")), "{second} is damaged"),
+    "a range that ends before it begins": (
+        lambda f: _header(_parts(f)[1], lambda t: _first_entry(t).update(data_offsets=[8, 4])),
+        "{second} is damaged: its header puts .* at bytes 8 to 4;"),
+    "a range before the data": (
+        lambda f: _header(_parts(f)[1], lambda t: _first_entry(t).update(data_offsets=[-4, 4])),
+        "{second} is damaged: its header puts .* at bytes -4 to 4;"),
     "header is a list": (
         lambda f: _parts(f)[1].write_bytes((2).to_bytes(8, "little") + b"[]"), "{second} is damaged"),
     "bytes that do not fit the shape": (
