@@ -74,7 +74,6 @@ VARIANTS: dict[str, Variant] = {
     "experts": _with(family="experts"),
     "experts, 1 rank": _with(family="experts", world_size=1),
     "offload params, adamw_8bit": _with(fsdp={"offload": "params"}, optim="adamw_8bit"),
-    "adapters replicated, offload params": _with(fsdp={"adapters": "replicated", "offload": "params"}),
     **{f"optim {name}": _with(optim=name) for name in OPTIMIZERS if name != "adamw"},
     **{f"planted: {name}": Variant(world_size=1, plant=name) for name in PLANTS},
 }
