@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.adapters.names import trainable_parameters
@@ -206,7 +207,7 @@ def _copies(ranks: Ranks, model: str, steps: int) -> tuple[list[str], str]:
             parameter.grad = own[name].clone()
         reduce()
         total = sum(float(p.grad.double().square().sum()) for p in named.values() if p.grad is not None)
-        shares = torch.tensor(optimizer.grad_square_sum(ranks), dtype=torch.float64)
+        shares = optimizer.grad_square_sum(ranks).clone()
         torch.distributed.all_reduce(shares, group=ranks.group)
         assert abs(float(shares) / total - 1) < 1e-12  # each element counts once
         optimizer.step(1e-2, 0.7)
@@ -255,9 +256,11 @@ def _held(ranks: Ranks, model: str, settings: dict[str, Any]) -> dict[str, Any]:
     with pytest.raises(NumericsError, match="not sharded"):
         require_sharded(prepared.model, ranks)
     layer = prepared.model.base.model.layers[0]
-    layer.unshard()
+    if isinstance(layer, FSDPModule):
+        layer.unshard()
     gathered = sum(p.nbytes for p in layer.parameters() if not p.requires_grad)
-    layer.reshard()
+    if isinstance(layer, FSDPModule):
+        layer.reshard()
     optimizer = ShardedOptimizer(named.items(), config.optim)
     step_runner(config, prepared.model, worst_batch(plan, 64, prepared.shapes), ranks)(lambda: None)
     storages = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in named.values()}  # type: ignore[union-attr]
@@ -270,9 +273,9 @@ def _held(ranks: Ranks, model: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {"held": held, "planned": plan.bytes, "unit": plan.memory.layers[0].gathered, "gathered": gathered}
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, "shard"), (2, "shard"), (4, "hybrid")])
+@pytest.mark.parametrize(("num_ranks", "layout"), [(1, "shard"), (2, "shard"), (2, "copies"), (4, "hybrid")])
 def test_planned_bytes_are_held(pool, tiny_model, num_ranks, layout):
-    replicas = 2 if layout == "hybrid" else 1
+    replicas = 1 if layout == "shard" else 2
     settings = {"fsdp": {"adapters": "replicated", "replicate_degree": replicas}, "data": {"max_length": 64}}
     for found in pool.run(num_ranks, _held, str(tiny_model), settings, layout=layout):
         held, planned = found["held"], found["planned"]
@@ -280,6 +283,7 @@ def test_planned_bytes_are_held(pool, tiny_model, num_ranks, layout):
         # what backward left is as large as the adapters; it is there until the flat tensor takes its place
         assert held["gradients"] + (held["adapters"] if num_ranks > 1 else 0) == planned.gradients
         assert found["gathered"] == found["unit"]
+        assert (planned.gather == 0) == (num_ranks == 1 or layout == "copies")
 
 
 def test_what_does_not_go_together_is_refused_by_name():
