@@ -43,7 +43,7 @@ def _steps(prepared: Prepared, ranks: Ranks) -> tuple[int, list[float]]:
     losses: list[float] = []
 
     def run_and_note(before_each: Callable[[], None]) -> None:
-        losses.append(float(run(before_each).values[0])  # type: ignore[attr-defined])
+        losses.append(float(run(before_each).values[0]))  # type: ignore[attr-defined]
 
     run(lambda: None)
     optimizer.step(1e-3, 0.5)
