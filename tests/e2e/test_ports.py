@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,73 @@ def test_nothing_of_a_run_on_one_machine_can_be_written_into(cli_env, tiny_run, 
         assert all(address in LOOPBACK for address, _ in sockets), sockets
         # what does listen (gloo's pairs) is no store that an attacker could put a pickle into
         assert not any(_is_store(port) for _, port in sockets)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, out[-300:] + err[-1500:]
+
+
+ATTACK = """
+import pickle, socket, struct, sys
+
+class Canary:
+    def __reduce__(self):
+        return (open, (sys.argv[1], "w"))
+
+load = pickle.dumps(Canary())
+key = b"default_pg/0//store_based_barrier_key:1"
+payloads = [
+    load,
+    struct.pack(">I", len(load)) + load,  # multiprocessing's framing
+    struct.pack("<Q", len(load)) + load,
+    struct.pack("=BIB", 0, 0x3C85F7CE, 0) + struct.pack("=Q", len(key)) + key + struct.pack("=Q", len(load)) + load,
+    b"\\0" * 4096,
+]
+reached = 0
+for port in map(int, sys.argv[2:]):
+    for payload in payloads:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=2) as client:
+                reached += 1
+                client.sendall(payload)
+                client.settimeout(0.3)
+                client.recv(64)
+        except OSError:
+            pass
+print(reached)
+"""
+"""What another user of the machine sends to each port: pickles, as TCPStore and multiprocessing would frame them."""
+PYTHON = "/usr/bin/python3"
+"""One that another user may run."""
+
+
+def _as_nobody(before: list[str], canary: Path, ports: list[int]) -> int:
+    """Attack the ports as a user without rights; return how many connections were accepted."""
+    who = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    command = [*before, *who, PYTHON, "-c", ATTACK, str(canary), *map(str, ports)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("setpriv") or not Path(PYTHON).exists(), reason="takes another user's place"
+)
+def test_another_user_makes_no_rank_run_code(cli_env, tiny_run, tmp_path):
+    run = ["train", *tiny_run, "train.max_steps=5000", "launcher.nproc_per_node=2", "launcher.timeout_seconds=60"]
+    process = start(run, cli_env, tmp_path)
+    metrics, canary = tmp_path / "outputs/tiny/metrics.jsonl", tmp_path / "canary"
+    wait_for_step(metrics, 2, process)
+    try:
+        ports = sorted({port for pid in ranks_of(process) for _, port in _listening(pid)})
+        if ports:
+            assert _as_nobody([], canary, ports) > 0  # gloo's pairs do accept connections
+        if shutil.which("unshare") and subprocess.run(["unshare", "-n", "true"], check=False).returncode == 0:
+            assert _as_nobody(["unshare", "-n"], canary, ports or [1]) == 0  # from another network namespace
+        steps = len(metrics.read_text().splitlines())
+        wait_for_step(metrics, steps + 3, process)  # it trains on, undisturbed
+        assert not canary.exists()
     finally:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)

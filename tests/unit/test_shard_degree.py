@@ -12,6 +12,7 @@ from fsdp_qlora.config.rules import failures
 from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.plan.layout import ROOM
 from fsdp_qlora.run.decide import SHARD_DEGREE, planned
+from tests.tiers import some_in_full
 
 SMALL, LARGE = "meta-llama/Meta-Llama-3-8B", "meta-llama/Llama-2-70b-hf"
 CLUSTERS = {
@@ -47,7 +48,10 @@ def _planned(model: str, device: str | None, world_size: int, node_size: int, de
     return planned(config, world_size)
 
 
-@pytest.mark.parametrize("model, where", CHOSEN)
+FAST = [(SMALL, "2 x 24 GB, PCIe"), (LARGE, "8 x 80 GB, NVLink")]
+
+
+@pytest.mark.parametrize("model, where", some_in_full(list(CHOSEN), FAST))
 def test_the_group_is_the_one_that_arithmetic_gives(model, where):
     device, world_size, node_size = CLUSTERS[where]
     config, _, plan = _planned(model, device, world_size, node_size)
