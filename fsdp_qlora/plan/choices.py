@@ -77,6 +77,8 @@ def choose(
         "fsdp.reshard_after_forward": (wanted.reshard_after_forward, as_word(chosen.reshard_after_forward)),
         "quant.cache_dequantized": (wanted.cache_dequantized, as_word(chosen.cache_dequantized)),
     }
+    if settings.keeps_whole:  # nothing is gathered
+        del made["fsdp.reshard_after_forward"]
     return chosen, {key: Choice(value, why) for key, (given, value) in made.items() if given is None}
 
 
