@@ -49,6 +49,7 @@ from fsdp_qlora.run.folder import RunFolder, versions
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.profiling import Profiling
 from fsdp_qlora.shown import published
+from fsdp_qlora.track.console import megabytes
 from fsdp_qlora.track.tracker import Tracker
 from fsdp_qlora.track.unwritten import Unwritten
 from fsdp_qlora.train.evaluate import Evaluation
@@ -286,8 +287,9 @@ class Training:
         change = smaller(plan.memory, plan.settings)
         return (
             f"step {self.progress.step + 1}: out of memory on {self.ranks.device}: planned were "
-            f"{plan.peak / 1e9:.1f} GB of tensors, allocated at most {memory_peak(self.ranks.device)[0] / 1e9:.1f} GB "
-            f"({first_line(error)}). " + (f"Set {change}." if change else "Lower data.max_length, or shard over more.")
+            f"{megabytes(plan.peak)} of tensors, allocated at most {megabytes(memory_peak(self.ranks.device)[0])} "
+            f"({first_line(error).rstrip('.')}). "
+            + (f"Set {change}." if change else "Lower data.max_length, or shard over more.")
         )
 
 
