@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 from torch.distributed.tensor import DTensor
 
@@ -23,8 +25,14 @@ def require_equal_copies(parameters: Named, ranks: Ranks) -> None:
     everywhere = gather_json(hashlib.sha256("".join(digests.values()).encode()).hexdigest(), ranks)
     if len(set(everywhere)) == 1:
         return
-    first, *others = gather_json(digests, ranks)
-    rank, name = next((r, n) for r, other in enumerate(others, start=1) for n in digests if other[n] != first[n])
-    raise NumericsError(
-        f"{name}: rank {rank} has different values from rank 0; replicated adapters must be identical on all ranks."
-    )
+    if (odd := first_difference(digests, ranks)) is not None:
+        name, rank = odd
+        raise NumericsError(
+            f"{name}: rank {rank} has different values from rank 0; replicated adapters must be identical on all ranks."
+        )
+
+
+def first_difference(mine: Mapping[str, Any], ranks: Ranks) -> tuple[str, int] | None:
+    """Return the first name under which a rank has another value than rank 0, and that rank. Every rank calls it."""
+    first, *others = gather_json(mine, ranks)
+    return next(((n, r) for r, other in enumerate(others, start=1) for n in first if other.get(n) != first[n]), None)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from fsdp_qlora.checks.copies import first_difference
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import gather_json
 from fsdp_qlora.distributed.shards import local_tensor, row_range
@@ -42,11 +43,9 @@ def _shape(module: QuantMatrices) -> tuple[object, ...]:
 
 
 def _verify_copies(modules: Mapping[object, tuple[str, QuantMatrices]], ranks: Ranks) -> None:
-    mine = {name: _digests(module) for name, module in modules.values()}
-    first, *others = gather_json(mine, ranks)
-    for rank, theirs in enumerate(others, start=1):
-        for name in (n for n in first if theirs.get(n) != first[n]):
-            raise NumericsError(f"{name}: rank {rank} keeps different bytes than rank 0.")
+    if (odd := first_difference({name: _digests(module) for name, module in modules.values()}, ranks)) is not None:
+        name, rank = odd
+        raise NumericsError(f"{name}: rank {rank} keeps different bytes than rank 0.")
 
 
 def _verify_unit(unit: FSDPModule, ranks: Ranks) -> None:
@@ -76,10 +75,9 @@ def verify_buffers(model: nn.Module, ranks: Ranks) -> None:
         NumericsError: naming the first buffer that differs, and the rank.
     """
     mine = {name: tensor_sha256(buffer) for name, buffer in model.named_buffers() if buffer.numel()}
-    first, *others = gather_json(mine, ranks)
-    for rank, digests in enumerate(others, start=1):
-        for name in (n for n in first if digests.get(n) != first[n]):
-            raise NumericsError(f"{name}: this buffer differs between rank {rank} and rank 0.")
+    if (odd := first_difference(mine, ranks)) is not None:
+        name, rank = odd
+        raise NumericsError(f"{name}: this buffer differs between rank {rank} and rank 0.")
 
 
 def _quantized_inside(unit: nn.Module) -> dict[str, QuantMatrices]:

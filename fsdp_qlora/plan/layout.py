@@ -30,8 +30,8 @@ class Cluster:
     world_size: int
     node_size: int
     """Ranks on a node."""
-    budget: int | None
-    """Bytes that a rank's tensors may take, if known."""
+    budget: int
+    """Bytes that a rank's tensors may take."""
     device: Device | None = None
     """Each rank's device, if its speed is known."""
     link: Interconnect | None = None
@@ -42,11 +42,9 @@ class Cluster:
         """Numbers of ranks that may share one copy: one, those of a node, or all."""
         return sorted({size for size in (1, self.node_size, self.world_size) if self.world_size % size == 0})
 
-    def budget_of(self, group_size: int) -> int | None:
+    def budget_of(self, group_size: int) -> int:
         """Return the bytes that the plan of such a group may take."""
-        if self.budget is None or group_size == self.world_size:
-            return self.budget
-        return int(ROOM * self.budget)
+        return self.budget if group_size == self.world_size else int(ROOM * self.budget)
 
     def link_of(self, group_size: int) -> Interconnect | None:
         """Return the slowest link within a group of ranks."""
@@ -63,13 +61,11 @@ def settle_shard_degree(config: RunConfig, shapes: ModelShapes, cluster: Cluster
     """
     if degree(config.fsdp.shard_degree) is not None:
         return config, None
-    if cluster.budget is None:
-        return _with(config, cluster, cluster.world_size, "the available memory is unknown")
     plans = {
         size: make_plan(_degrees(config, cluster, size), shapes, cluster.world_size, cluster.budget_of(size))
         for size in cluster.group_sizes
     }
-    fitting = {size: plan for size, plan in plans.items() if plan.peak <= (cluster.budget_of(size) or 0)}
+    fitting = {size: plan for size, plan in plans.items() if plan.peak <= cluster.budget_of(size)}
     if not fitting:
         return _with(config, cluster, cluster.world_size, f"nothing fits in {cluster.budget / 1e9:.1f} GB")
     costs = {size: _cost(plan, shapes, config, cluster) for size, plan in fitting.items()}
@@ -94,7 +90,6 @@ def _cost(plan: TrainPlan, shapes: ModelShapes, config: RunConfig, cluster: Clus
 
 
 def _reason(best: int, plans: dict[int, TrainPlan], costs: dict[int, float], cluster: Cluster) -> str:
-    assert cluster.budget is not None
     what = "each rank keeps a whole copy, so nothing is gathered" if best == 1 else f"{best} ranks share one copy"
     parts = [f"{what}: {plans[best].peak / 1e9:.1f} of {cluster.budget / 1e9:.1f} GB"]
     for size, plan in plans.items():

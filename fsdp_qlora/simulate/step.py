@@ -123,8 +123,11 @@ def simulate(config: RunConfig, world_size: int) -> Simulation:
     """
     started = time.perf_counter()
     _make_tables(config)
-    fsdp = planned(config, world_size)[0].fsdp  # with the degrees as numbers
-    config = replace(config, fsdp=replace(fsdp, reshard_after_forward=config.fsdp.reshard_after_forward))
+    fsdp = config.fsdp
+    if degree(fsdp.shard_degree) is None:
+        chosen = planned(config, world_size)[0].fsdp
+        fsdp = replace(fsdp, shard_degree=chosen.shard_degree, replicate_degree=chosen.replicate_degree)
+        config = replace(config, fsdp=fsdp)
     with simulated_ranks(world_size, degree(fsdp.shard_degree) or 0, fsdp.replicate_degree) as ranks:
         resolved, base, _ = planned(config, world_size)
         resolved = replace(

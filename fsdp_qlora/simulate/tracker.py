@@ -19,13 +19,12 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType, _SavedFSDPMethods
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState, _register_group_forward_hooks
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from fsdp_qlora.distributed.mesh import REPLICATE, SHARD, Ranks, degrees
+from fsdp_qlora.distributed.mesh import Ranks, build_mesh
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.simulate.stand_ins import OUR_OPS
 
@@ -256,13 +255,12 @@ def simulated_ranks(world_size: int, shard_degree: int = 0, replicate_degree: in
     """
     if dist.is_initialized():
         raise PlanError("plan.simulate: this process already has a process group; simulate in a separate process.")
-    replicate, shard = degrees(shard_degree, replicate_degree, world_size)
     dist.init_process_group("fake", rank=0, world_size=world_size)
     try:
         group = dist.group.WORLD
         assert group is not None
-        shape, names = ((shard,), (SHARD,)) if replicate == 1 else ((replicate, shard), (REPLICATE, SHARD))
-        yield Ranks(init_device_mesh("cpu", shape, mesh_dim_names=names), group, group, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        yield Ranks(build_mesh(cpu, shard_degree, replicate_degree, world_size), group, group, cpu)
     finally:
         dist.destroy_process_group()
         gc.collect()  # modules, hooks and mesh refer to each other

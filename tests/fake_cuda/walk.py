@@ -19,7 +19,6 @@ import torch.distributed as dist
 import transformers.masking_utils
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoConfig
@@ -30,11 +29,12 @@ from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.attention import blockwise, varlen
 from fsdp_qlora.checkpoint.contents import checkpoint_tensors
 from fsdp_qlora.checks.gradients import FirstGradients
+from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.data.labels import ROWS, TOKENS
 from fsdp_qlora.data.loader import Batch, MicroBatch, Piece
 from fsdp_qlora.data.pack import flat_batch, pack
-from fsdp_qlora.distributed.mesh import REPLICATE, SHARD, Ranks, degrees
+from fsdp_qlora.distributed.mesh import Ranks, build_mesh
 from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.export.adapter import gather_adapter
 from fsdp_qlora.load.safetensors import StoredTensor
@@ -140,13 +140,12 @@ def _batch(variant: Variant, vocabulary: int) -> Batch:
 
 @contextlib.contextmanager
 def _ranks(variant: Variant, config: RunConfig) -> Iterator[Ranks]:
-    copies, shard = degrees(config.fsdp.shard_degree, config.fsdp.replicate_degree, variant.world_size)
     dist.init_process_group("fake", rank=0, world_size=variant.world_size)
     try:
-        shape, names = ((shard,), (SHARD,)) if copies == 1 else ((copies, shard), (REPLICATE, SHARD))
-        group = dist.group.WORLD
+        group, device, fsdp = dist.group.WORLD, torch.device("cuda", 0), config.fsdp
         assert group is not None
-        yield Ranks(init_device_mesh("cuda", shape, mesh_dim_names=names), group, group, torch.device("cuda", 0))
+        mesh = build_mesh(device, degree(fsdp.shard_degree) or 0, fsdp.replicate_degree, variant.world_size)
+        yield Ranks(mesh, group, group, device)
     finally:
         dist.destroy_process_group()
 
