@@ -1,8 +1,8 @@
 """Does keeping whole copies pay, and what does one rank cost? `python -m benchmarks.layouts [--before FOLDER]`.
 
-Each comparison starts both ways once and steps them by turns on the same rows (`benchmarks.step`): a pair of turns gives
-one ratio. Reported are the median over the pairs and its 95 % interval by order statistics: of 9 pairs, the 2nd to the
-8th. FOLDER is a checkout of an older commit, for comparing a step on one rank with what it was.
+Each comparison starts both ways once and steps them by turns on the same rows (`benchmarks.step`). A pair of turns
+gives one ratio. Reported are the median over the pairs and its 95 % interval by order statistics: of 9 pairs, the 2nd
+to the 8th. FOLDER is a checkout of an older commit, for comparing a step on one rank with what it was.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import torch
 
 from fsdp_qlora.cli.tables import print_table
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.distributed.process import Placement, choose_device, device_types, host_memory
+from fsdp_qlora.distributed.memory import host_memory
+from fsdp_qlora.distributed.process import Placement, choose_device, device_types
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.run.folder import versions

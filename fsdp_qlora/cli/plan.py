@@ -12,6 +12,7 @@ from fsdp_qlora.cli.launcher import ranks_to_start
 from fsdp_qlora.cli.tables import print_columns, print_table
 from fsdp_qlora.config.auto import asked
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.distributed.memory import resident_bytes
 from fsdp_qlora.model.replaceable import kept_linears
 from fsdp_qlora.model.rope import rope_choice
 from fsdp_qlora.model.skeleton import read_shapes
@@ -41,6 +42,7 @@ def run(config: RunConfig) -> int:
     simulation = simulate(config, world_size) if config.plan.simulate else None
     figures = report(counted, plan, shapes, None if simulation is None else simulation.peak_bytes)
     figures["model"] = _of_the_model(config, counted, base, shapes)
+    figures["process_bytes"] = resident_bytes()
     if config.plan.json:
         if simulation is not None:
             figures["simulation"] = simulation.to_dict()
@@ -117,6 +119,9 @@ def _bytes(figures: dict[str, Any], config: RunConfig) -> Rows:
     host = figures["host_bytes_per_rank"]
     parts = ", ".join(f"{megabytes(count)} {kind.replace('_', ' ')}" for kind, count in host.items() if count)
     rows.append(("host memory per rank", f"{megabytes(sum(host.values()))}: {parts}"))
+    rows.append(
+        ("process", f"another {megabytes(figures['process_bytes'])} of host memory for Python and its libraries")
+    )
     return rows
 
 

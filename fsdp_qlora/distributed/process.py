@@ -1,23 +1,19 @@
-"""Process group set-up and teardown, choice of device, threads and memory of a rank."""
+"""Process group set-up and teardown, choice of device and threads of a rank."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 from fsdp_qlora.config.auto import asked
-from fsdp_qlora.distributed.cgroup import memory_limit
 from fsdp_qlora.distributed.meeting import meeting_folder, meeting_store
 from fsdp_qlora.distributed.torchrun import is_rank, leftovers
 from fsdp_qlora.errors import ConfigError
@@ -140,57 +136,3 @@ def process_group(device: torch.device, placement: Placement, timeout_seconds: i
     finally:
         if dist.is_initialized():  # otherwise it was already destroyed at exit, after an error
             dist.destroy_process_group()
-
-
-RETURNED_BYTES = 16 * 2**20
-"""Blocks of at least this size are returned to the kernel immediately, unless freed memory is kept."""
-
-
-def keep_freed_memory(keep: bool) -> None:
-    """Keep freed memory in this process, or return large blocks to the kernel.
-
-    A step allocates and frees the same blocks over and over; if each comes from the kernel, it spends much of its time
-    in page faults. But if blocks of many sizes are kept, a process grows to two or three times what it uses. The
-    parameters are those of mallopt(3): M_MMAP_THRESHOLD (-3) and M_TRIM_THRESHOLD (-1). Does nothing with C libraries
-    other than glibc.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(-3, 2**30 if keep else RETURNED_BYTES)
-        if keep:
-            libc.mallopt(-1, 2**31 - 1)
-
-
-def host_memory() -> tuple[int, str]:
-    """Return how many bytes of memory the processes here may use in total, and what sets that limit."""
-    total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), memory_limit()
-    if limit is None or limit >= total:
-        return total, "the whole machine"
-    return limit, f"a cgroup limit; the machine has {total / 1e9:.1f} GB"
-
-
-def memory_of(device: torch.device, local_world_size: int) -> int:
-    """Return the bytes that a rank may use: what is free on its accelerator, or its share of the host's memory.
-
-    What this process's allocator holds without using it is free as well.
-    """
-    if device.type != "cpu":
-        module = torch.get_device_module(device)
-        free, _ = module.mem_get_info(device)
-        return int(free + module.memory_reserved(device) - module.memory_allocated(device))
-    return host_memory()[0] // local_world_size
-
-
-def memory_peak(device: torch.device) -> tuple[int, str]:
-    """Return this process's peak memory in bytes and the name of the metric.
-
-    On an accelerator it is ``max_memory_allocated``; on CPU, the kernel's high-water mark of resident memory, VmHWM
-    (``ru_maxrss`` if the kernel does not report it).
-    """
-    if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated(), "max_memory_allocated"
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else []:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024, "VmHWM"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "ru_maxrss"

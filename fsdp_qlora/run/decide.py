@@ -14,8 +14,9 @@ from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.deal import num_steps
 from fsdp_qlora.data.prepare import PreparedData
+from fsdp_qlora.distributed.memory import memory_of
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.distributed.process import ACCELERATORS, Placement, device_model, device_types, memory_of
+from fsdp_qlora.distributed.process import ACCELERATORS, Placement, device_model, device_types
 from fsdp_qlora.distributed.reduce import all_max, on_main
 from fsdp_qlora.load.stored import require_readable
 from fsdp_qlora.model.config import load_config

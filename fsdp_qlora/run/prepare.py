@@ -10,6 +10,7 @@ from fsdp_qlora.checks.gather import verify_buffers, verify_gather
 from fsdp_qlora.config.auto import Choice, as_word
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import ModelSettings, RunConfig
+from fsdp_qlora.distributed.memory import resident_bytes, return_freed_memory
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import any_rank, on_every
 from fsdp_qlora.load.stream import Progress
@@ -55,6 +56,8 @@ def _prepare(config: RunConfig, world: World, progress: Progress | None, trainin
     repairs = opened.repairs  # needs the model as transformers built it, before load_model changes it
     world.ranks.phases.enter("loading the model")
     opened = opened.compiled(compilation.on)
+    return_freed_memory()
+    process_bytes = resident_bytes()
     model, report = load_model(opened, world.ranks, progress)
     _verify(config, model, world.ranks, training)
     choices = {
@@ -67,7 +70,7 @@ def _prepare(config: RunConfig, world: World, progress: Progress | None, trainin
     return Prepared(
         config=asked, settings=opened.config, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks,
         folder=folder, shapes=opened.shapes, load=report, data=data, placement=world.placement, threads=world.threads,
-        choices=choices, repairs=repairs, _stack=world.stack,
+        process_bytes=process_bytes, choices=choices, repairs=repairs, _stack=world.stack,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.config.auto import Choice
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.prepare import PreparedData
+from fsdp_qlora.distributed.memory import return_freed_memory
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.process import Placement
 from fsdp_qlora.load.stream import LoadReport
@@ -40,6 +41,8 @@ class Prepared:
     data: PreparedData | None
     placement: Placement
     threads: int
+    process_bytes: int = 0
+    """Resident memory of this process before the model was loaded: the interpreter, libraries, tokenizer and rows."""
     choices: dict[str, Choice] = field(default_factory=dict)
     """What the plan and the device chose for settings left at ``auto``, by key, and why."""
     repairs: tuple[str, ...] = ()
@@ -56,6 +59,11 @@ class Prepared:
         """The transformers model with its adapters."""
         assert isinstance(self.model.model, PeftModel)
         return self.model.model
+
+    def return_freed_memory(self) -> None:
+        """On a CPU, return to the kernel what an evaluation or a generation has freed: a step needs other sizes."""
+        if self.ranks.device.type == "cpu":
+            return_freed_memory()
 
     def close(self) -> None:
         """Leave the process group."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fsdp_qlora.data.sources import names_of
-from fsdp_qlora.distributed.process import memory_peak
+from fsdp_qlora.distributed.memory import memory_peak
 from fsdp_qlora.distributed.reduce import gather_json
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.shown import shown_source
@@ -26,9 +26,11 @@ def summarize(
         "bytes_read": prepared.load.bytes_read,
         "quantized_bytes": prepared.load.quantized_bytes,
         "peak_memory_bytes": peak,
+        "process_bytes": prepared.process_bytes,
     }
     speed = meter.total_tokens / max(1e-9, meter.total_seconds)
     prompts = config.train.sample_prompts
+    all_ranks = gather_json(own, ranks)
     return {
         "steps": progress.step,
         "eval_loss_before": progress.first_eval_loss,
@@ -46,6 +48,7 @@ def summarize(
         "memory_kind": kind,
         "auto": {key: str(choice) for key, choice in prepared.choices.items()},
         "planned_bytes_per_rank": prepared.plan.peak,
+        "process_bytes": max(each["process_bytes"] for each in all_ranks),
         "device": str(ranks.device),
         "threads_per_rank": prepared.threads,
         "load_seconds": prepared.load.seconds,
@@ -53,5 +56,5 @@ def summarize(
         "samples": [
             {"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=False)
         ],
-        "ranks": gather_json(own, ranks),
+        "ranks": all_ranks,
     }  # fmt: skip

@@ -26,7 +26,7 @@ from fsdp_qlora.config.auto import Choice, Resume, switch
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.loader import MicroBatch, TokenRows
-from fsdp_qlora.distributed.process import memory_peak
+from fsdp_qlora.distributed.memory import memory_peak
 from fsdp_qlora.distributed.reduce import on_main
 from fsdp_qlora.distributed.seeds import seed_of
 from fsdp_qlora.distributed.signals import StopSignals
@@ -191,6 +191,7 @@ class Training:
                 self.unwritten.attempt(
                     self.folder.answers_file, lambda: self.folder.add_answers(self.progress.step, answers)
                 )
+        self.prepared.return_freed_memory()
         return result
 
     def answers(self) -> list[str]:
@@ -199,6 +200,7 @@ class Training:
         tokens = self.config.train.sample_tokens
         tokenizer = self.prepared.tokenizer
         end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
+        self.prepared.return_freed_memory()
         return [answer(self.model, tokenizer, end, p, tokens) for p in self.config.train.sample_prompts]
 
     def _recovery(self) -> Recovery:

@@ -12,12 +12,12 @@ import torch
 
 from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.distributed.memory import settle_host_memory
 from fsdp_qlora.distributed.mesh import Ranks, build_mesh, build_ranks
 from fsdp_qlora.distributed.nodes import once_per_node
 from fsdp_qlora.distributed.process import (
     Placement,
     choose_device,
-    keep_freed_memory,
     process_group,
     set_threads,
     use_device,
@@ -58,7 +58,7 @@ def open_world(config: RunConfig) -> World:
     use_device(device)
     threads = set_threads(config.launcher.threads_per_rank, placement.local_world_size)
     if device.type == "cpu":
-        keep_freed_memory(config.launcher.keep_freed_memory)
+        settle_host_memory(config.launcher.keep_freed_memory)
     stack = ExitStack()
     group = stack.enter_context(process_group(device, placement, config.launcher.timeout_seconds))
     ranks = build_ranks(group, device, degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree)

@@ -24,9 +24,11 @@ from fsdp_qlora.checks.gradients import FirstGradients
 from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.schema import DataSettings, LoraSettings, OptimSettings, PrecisionSettings, RunConfig
 from fsdp_qlora.data.labels import IGNORE
+from fsdp_qlora.data.labels import ROWS, TOKENS
 from fsdp_qlora.data.loader import Batch, MicroBatch
+from fsdp_qlora.distributed.memory import memory_peak
 from fsdp_qlora.distributed.mesh import Ranks, build_ranks
-from fsdp_qlora.distributed.process import Placement, choose_device, memory_peak, process_group, use_device
+from fsdp_qlora.distributed.process import Placement, choose_device, process_group, use_device
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.heads.upstream import after_head
 from fsdp_qlora.load.safetensors import SafetensorsFolder
@@ -164,7 +166,8 @@ def batch_of(micro_batches: list[MicroBatch]) -> Batch:
     """Return one rank's global batch of these."""
     targets = sum(int((x.labels[:, 1:] != IGNORE).sum()) for x in micro_batches)
     tokens = sum(x.input_ids.numel() for x in micro_batches)
-    return Batch(micro_batches, sum(len(x.input_ids) for x in micro_batches), tokens, targets)
+    rows = sum(len(x.input_ids) for x in micro_batches)
+    return Batch(micro_batches, rows, tokens, {TOKENS: targets, ROWS: rows})
 
 
 def draw_batch(vocabulary: int) -> Batch:

@@ -28,7 +28,7 @@ from fsdp_qlora.config.schema import (
     TrainSettings,
 )
 from fsdp_qlora.data.loader import Batch, MicroBatch
-from fsdp_qlora.distributed.process import memory_peak
+from fsdp_qlora.distributed.memory import memory_peak
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.export.adapter import gather_adapter
 from fsdp_qlora.load.safetensors import SafetensorsFolder

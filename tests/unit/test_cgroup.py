@@ -92,7 +92,7 @@ def test_a_process_in_a_real_group_sees_its_limit(real_group, cli_env):
     code = (
         "import os, pathlib, sys, torch\n"
         f"pathlib.Path({str(real_group)!r}, 'cgroup.procs').write_text(str(os.getpid()))\n"
-        "from fsdp_qlora.distributed.process import host_memory, memory_of\n"
+        "from fsdp_qlora.distributed.memory import host_memory, memory_of\n"
         "print(host_memory()[0], memory_of(torch.device('cpu'), 2))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=cli_env, capture_output=True, text=True, check=False)

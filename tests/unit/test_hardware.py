@@ -13,7 +13,7 @@ from bitsandbytes import cextension
 
 import fsdp_qlora
 from fsdp_qlora.distributed import process
-from fsdp_qlora.distributed.process import memory_of
+from fsdp_qlora.distributed.memory import memory_of
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.parallel import compile as compile_module
 from fsdp_qlora.parallel.compile import can_compile
