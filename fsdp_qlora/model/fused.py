@@ -67,12 +67,14 @@ class Fused:
     left: Counter[str]
     """Classes of norms and gated modules that stay upstream's -> how many."""
 
-    def describe(self) -> str:
-        """Return what is replaced and what is not, in a few words."""
-        counts = Counter("norms" if isinstance(module, FusedNorm) else "MLPs" for module in self.modules.values())
-        done = " and ".join(f"{count} {kind}" for kind, count in counts.items()) or "no module"
-        left = ", ".join(f"{count} {name}" for name, count in self.left.items())
-        return done + (f"; left to upstream: {left}" if left else "")
+    def describe(self, loss: bool | None = None) -> str:
+        """Return what is replaced and what is not, in a few words; ``loss`` is whether the loss is computed, too."""
+        counts = Counter("norm" if isinstance(module, FusedNorm) else "MLP" for module in self.modules.values())
+        done = [f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in counts.items()] or ["no module"]
+        left = [f"{count} {name}" for name, count in self.left.items()]
+        if loss is not None:
+            (done if loss else left).append("the loss")
+        return ", ".join(done) + (f"; left as they are: {', '.join(left)}" if left else "")
 
 
 def fusible(model: PreTrainedModel, kernels: Kernels, inside_not: Iterable[nn.Module] = ()) -> Fused:

@@ -7,6 +7,7 @@ other code could only get there by a patch (docs/performance.md).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from fsdp_qlora.heads.logprobs import CrossEntropy, block_cross_entropy_, cross_
 from fsdp_qlora.model import liger
 from fsdp_qlora.model.formulas import Formula
 from fsdp_qlora.parallel.compile import CompiledRegion, can_compile, settle_compiler
+from fsdp_qlora.parallel.compile_cache import settle_compile_caches
 
 
 class Kernels:
@@ -63,7 +65,8 @@ class CompiledKernels(Kernels):
         return f"compile needs {needs}, which this machine lacks; install it, or set train.kernels=torch."
 
     def begin(self) -> None:
-        """Set the compiler's options, and forget what it compiled before."""
+        """Set up the compiler, and let it forget what it compiled before."""
+        settle_compile_caches(os.environ)
         settle_compiler()
 
     def code(self, formula: Formula) -> Formula:
@@ -105,6 +108,10 @@ class LigerKernels(Kernels):
                 "train.kernels=torch."
             )
         return None
+
+    def begin(self) -> None:
+        """Point Triton's compiler to a private folder."""
+        settle_compile_caches(os.environ)
 
     def code(self, formula: Formula) -> Formula | None:
         """Return Liger's code for ``formula``, if it has any."""

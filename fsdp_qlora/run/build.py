@@ -200,11 +200,13 @@ def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | No
     """Let ``train.kernels`` compute what it can in a meta model, and install the loss head; return what it computes."""
     kernels = KERNELS[asked(config.train.kernels) or Kernels.name]()
     kernels.begin()
-    # compiled layers are compiled whole, with all that is in them
-    fused = fusible(base, kernels, decoder_layers(base) if switch(config.train.compile) is True else ())
+    compiled = switch(config.train.compile) is True  # whole layers, with the norms and MLPs in them
+    fused = fusible(base, kernels, decoder_layers(base) if compiled else ())
     swap_fused(base, fused)
     loss = after is not None and install_loss_head(base, after, config.train.logits_chunk, kernels.cross_entropy)
-    return "" if kernels.name == Kernels.name else f"{fused.describe()}; the loss {'too' if loss else 'is not its own'}"
+    if kernels.name == Kernels.name:
+        return ""
+    return f"{'outside the compiled layers: ' if compiled else ''}{fused.describe(loss)}"
 
 
 def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache: bool) -> None:

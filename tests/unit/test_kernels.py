@@ -144,9 +144,11 @@ def _skeleton(tmp_path, family, dtype=torch.float32):
 def test_torch_replaces_nothing_and_the_others_what_they_can(tmp_path):
     base = _skeleton(tmp_path, "qwen3")
     modules = dict(base.named_modules())
+    assert fusible(base, LigerKernels()).describe(loss=True) == "9 norms, 2 MLPs, the loss"
+    assert fusible(base, LigerKernels()).describe(loss=False).endswith("MLPs; left as they are: the loss")
     assert not fusible(base, Kernels()).modules and Kernels().cross_entropy is cross_entropy_
     fused = fusible(base, LigerKernels())  # before each layer's attention and MLP, on queries and keys; the last one
-    assert fused.describe() == "9 norms and 2 MLPs"
+    assert fused.describe() == "9 norms, 2 MLPs"
     keys, parameters = [*base.state_dict()], [*base.parameters()]
     swap_fused(base, fused)
     assert [*base.state_dict()] == keys
@@ -157,14 +159,14 @@ def test_torch_replaces_nothing_and_the_others_what_they_can(tmp_path):
 
 def test_layers_that_are_compiled_whole_keep_their_modules(tmp_path):
     base = _skeleton(tmp_path, "llama")
-    assert fusible(base, _Plain(), base.model.layers).describe() == "1 norms"
+    assert fusible(base, _Plain(), base.model.layers).describe() == "1 norm"
 
 
 def test_norms_in_another_dtype_than_the_model_are_left_to_upstream(tmp_path):
     base = _skeleton(tmp_path, "llama", torch.bfloat16)
     base.model.norm.to(torch.float32)
     fused = fusible(base, LigerKernels())
-    assert "model.norm" not in fused.modules and fused.describe().endswith("left to upstream: 1 LlamaRMSNorm")
+    assert "model.norm" not in fused.modules and fused.describe().endswith("left as they are: 1 LlamaRMSNorm")
 
 
 def test_names_match():
@@ -212,7 +214,7 @@ def test_kernels_that_cannot_run_here_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: object())
     require_kernels(_config("liger"), llama, cuda)
     none = refusal("liger", neox, cuda)
-    assert "no kernel for any module of this model (no module; left to upstream: " in none
+    assert "no kernel for any module of this model (no module; left as they are: " in none
     assert "LayerNorm" in none and "GPTNeoXMLP" in none
     monkeypatch.setattr(compile_module.shutil, "which", lambda name: None)
     assert "compile needs a C++ compiler" in refusal("compile", llama, CPU)
