@@ -206,7 +206,7 @@ def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | No
     loss = after is not None and install_loss_head(base, after, config.train.logits_chunk, kernels.cross_entropy)
     if kernels.name == Kernels.name:
         return ""
-    return f"{'outside the compiled layers: ' if compiled else ''}{fused.describe(loss)}"
+    return f"{', outside the compiled layers' if compiled else ''}: {fused.describe(loss)}"
 
 
 def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache: bool) -> None:

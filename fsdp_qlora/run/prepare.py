@@ -65,7 +65,7 @@ def _prepare(config: RunConfig, world: World, progress: Progress | None, trainin
         "model.attn_implementation": told(verdict),
         "model.check": Choice("off: nothing was compared" if config.model.check == "off" else _EQUAL, ""),
         "train.compile": Choice(as_word(compilation.on), compilation.why),
-        KERNELS_KEY: replace(kernels := opened.plan.choices[KERNELS_KEY], why=model.fused or kernels.why),
+        KERNELS_KEY: replace(kernels := opened.plan.choices[KERNELS_KEY], why=kernels.why + model.fused),
     }
     return Prepared(
         config=asked, settings=opened.config, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks,
