@@ -15,6 +15,7 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.model.replaceable import kept_linears
 from fsdp_qlora.model.rope import rope_choice
 from fsdp_qlora.model.skeleton import read_shapes
+from fsdp_qlora.plan.choices import KERNELS_KEY
 from fsdp_qlora.plan.parameters import alike
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.quantized import describe
@@ -144,6 +145,7 @@ def _work(figures: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
             f"checkpointing {plan.settings.checkpointing}, offload {config.fsdp.offload}"
             + (f", {len(plan.offloaded)} parameters in host memory" if plan.offloaded else ""),
         ),
+        ("kernels", str(plan.choices[KERNELS_KEY])),
         (
             "gathered per rank",
             f"{megabytes(gathered)} per micro-batch, {megabytes(figures['gathered_bytes_per_step'])} per step",

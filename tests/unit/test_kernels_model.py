@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.files.home import COMPILED_PLACES
 from fsdp_qlora.heads.upstream import after_head
 from fsdp_qlora.model.fused import fusible, swap_fused
 from fsdp_qlora.model.kernels import CompiledKernels, Kernels, LigerKernels
 from fsdp_qlora.model.root import CausalModel, install_loss_head
+from fsdp_qlora.parallel.compile import CompiledRegion
 from fsdp_qlora.parallel.recompute import checkpoint_activations
 from tests.families import write_family
 from tests.unit.test_compile import _fill, _model
@@ -18,6 +21,13 @@ from tests.unit.test_kernels import stand_in  # noqa: F401 - a fixture
 WIDTHS = (40, 7, 56, 33, 64, 12, 2, 48, 21, 63)
 MOST_GRAPHS = 7
 """Of two widths (hidden and a head's), with and without a gradient of the input; and the product and the loss."""
+
+
+@pytest.fixture(autouse=True)
+def _caches(tmp_path, monkeypatch):
+    """Keep compiled code in this test's folder, and the process's variables as they were."""
+    for variable, name in COMPILED_PLACES.items():
+        monkeypatch.setenv(variable, str(tmp_path / name))
 
 
 def _run(model: CausalModel, length: int, rows: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -67,6 +77,16 @@ def _compare(folder, kernels: Kernels, checkpointing: str = "none") -> None:
 def test_compiled_kernels_hold_over_widths(family, tmp_path):
     _compare(write_family(tmp_path / "model", family), CompiledKernels())
     assert 1 <= counters["stats"]["unique_graphs"] <= MOST_GRAPHS
+
+
+@pytest.mark.full
+def test_a_region_that_cannot_be_compiled_is_an_error():
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        return x + x.sum().item() if x.sum().item() > 0 else x
+
+    with pytest.raises(ConfigError, match=r"train\.kernels: cannot be compiled here .*Set it to torch") as refused:
+        CompiledRegion(breaks)(torch.ones(3, 4))
+    assert refused.value.exit_code == 2
 
 
 @pytest.mark.full
