@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fsdp_qlora.model.formulas import Formula, norm_formula, product_formula
 from fsdp_qlora.model.kernels import Kernels
@@ -77,15 +77,18 @@ class Fused:
         return ", ".join(done) + (f"; left as they are: {', '.join(left)}" if left else "")
 
 
-def fusible(model: PreTrainedModel, kernels: Kernels, inside_not: Iterable[nn.Module] = ()) -> Fused:
-    """Return the modules of a meta model that ``kernels`` can compute, except those within ``inside_not``."""
+def fusible(model: nn.Module, kernels: Kernels, dtype: torch.dtype, inside_not: Iterable[nn.Module] = ()) -> Fused:
+    """Return the modules of a meta model that ``kernels`` can compute, except those within ``inside_not``.
+
+    ``dtype`` is that of the activations: a norm with a weight in another one promotes them, or stays in float32.
+    """
     excluded = {module for outer in inside_not for module in outer.modules()}
     modules: dict[str, nn.Module] = {}
     left: Counter[str] = Counter()
     for name, module in model.named_modules():
         if module in excluded:
             continue
-        made = _made(module, model, kernels)
+        made = _made(module, kernels, dtype)
         if made is not None:
             modules[name] = made
         elif _is_norm(module) or _has_activation(module):
@@ -93,13 +96,12 @@ def fusible(model: PreTrainedModel, kernels: Kernels, inside_not: Iterable[nn.Mo
     return Fused(modules, left)
 
 
-def _made(module: nn.Module, model: PreTrainedModel, kernels: Kernels) -> nn.Module | None:
+def _made(module: nn.Module, kernels: Kernels, dtype: torch.dtype) -> nn.Module | None:
     norm = norm_formula(module)
     if norm is not None:
         formula, eps = norm
         code = kernels.code(formula)
-        same_dtype = module.get_parameter("weight").dtype == model.dtype  # else the rows are promoted, or it is float32
-        return None if code is None or not same_dtype else FusedNorm(module, eps, code)
+        return None if code is None or module.get_parameter("weight").dtype != dtype else FusedNorm(module, eps, code)
     formula = product_formula(module)
     code = None if formula is None else kernels.code(formula)
     return None if code is None else FusedMLP(module, code)
@@ -114,7 +116,7 @@ def _has_activation(module: nn.Module) -> bool:
     return any(name in children for name in ("act_fn", "activation_fn", "act"))
 
 
-def swap_fused(model: PreTrainedModel, fused: Fused) -> None:
+def swap_fused(model: nn.Module, fused: Fused) -> None:
     """Put the replacements into the model."""
     for name, module in fused.modules.items():
         parent, _, child = name.rpartition(".")

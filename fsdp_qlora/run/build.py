@@ -43,6 +43,7 @@ from fsdp_qlora.parallel.shard import (
     keep_on_host,
     keep_whole,
     mixed_precision,
+    model_dtype,
     reach_all_experts,
     require_sharded,
     set_prefetch,
@@ -201,7 +202,8 @@ def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | No
     kernels = KERNELS[asked(config.train.kernels) or Kernels.name]()
     kernels.begin()
     compiled = switch(config.train.compile) is True  # whole layers, with the norms and MLPs in them
-    fused = fusible(base, kernels, decoder_layers(base) if compiled else ())
+    dtype = model_dtype(config.precision.name)
+    fused = fusible(base, kernels, dtype, decoder_layers(base) if compiled else ())
     swap_fused(base, fused)
     loss = after is not None and install_loss_head(base, after, config.train.logits_chunk, kernels.cross_entropy)
     if kernels.name == Kernels.name:

@@ -65,7 +65,8 @@ def require_kernels(config: RunConfig, base: PreTrainedModel, device: torch.devi
     """
     kernels = KERNELS[config.train.kernels]()
     refusal = None if device is None else kernels.refusal(device)
-    if refusal is None and kernels.needs_modules and not (fused := fusible(base, kernels)).modules:
+    fused = fusible(base, kernels, model_dtype(config.precision.name))
+    if refusal is None and kernels.needs_modules and not fused.modules:
         refusal = f"{kernels.name} has no kernel for any module of this model ({fused.describe()}); set it to torch."
     if refusal is not None:
         raise PlanError(f"train.kernels: {refusal}")

@@ -41,7 +41,7 @@ from fsdp_qlora.run.decide import plan_for, require_kernels
 from tests.families import write_family
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU = torch.device("cpu")
+CPU, FP32 = torch.device("cpu"), torch.float32
 NORMS = {
     "llama.LlamaRMSNorm": scaled_after_cast,
     "mistral.MistralRMSNorm": scaled_after_cast,
@@ -72,9 +72,8 @@ def _mlp(kind: type[nn.Module], activation: str) -> nn.Module:
 
 def _fuse(module: nn.Module, kernels: Kernels) -> nn.Module:
     """Return what replaces a module that stands alone."""
-    model = nn.ModuleDict({"only": module})
-    model.dtype = next(module.parameters()).dtype  # type: ignore[assignment]
-    return fusible(model, kernels).modules["only"]  # type: ignore[arg-type]
+    dtype = next(module.parameters()).dtype
+    return fusible(nn.ModuleDict({"only": module}), kernels, dtype).modules["only"]
 
 
 class _Plain(Kernels):
@@ -144,10 +143,12 @@ def _skeleton(tmp_path, family, dtype=torch.float32):
 def test_torch_replaces_nothing_and_the_others_what_they_can(tmp_path):
     base = _skeleton(tmp_path, "qwen3")
     modules = dict(base.named_modules())
-    assert fusible(base, LigerKernels()).describe(loss=True) == "9 norms, 2 MLPs, the loss"
-    assert fusible(base, LigerKernels()).describe(loss=False).endswith("MLPs; left as they are: the loss")
-    assert not fusible(base, Kernels()).modules and Kernels().cross_entropy is cross_entropy_
-    fused = fusible(base, LigerKernels())  # before each layer's attention and MLP, on queries and keys; the last one
+    assert fusible(base, LigerKernels(), FP32).describe(loss=True) == "9 norms, 2 MLPs, the loss"
+    assert fusible(base, LigerKernels(), FP32).describe(loss=False).endswith("MLPs; left as they are: the loss")
+    assert not fusible(base, Kernels(), FP32).modules and Kernels().cross_entropy is cross_entropy_
+    fused = fusible(
+        base, LigerKernels(), FP32
+    )  # before each layer's attention and MLP, on queries and keys; the last one
     assert fused.describe() == "9 norms, 2 MLPs"
     keys, parameters = [*base.state_dict()], [*base.parameters()]
     swap_fused(base, fused)
@@ -159,13 +160,13 @@ def test_torch_replaces_nothing_and_the_others_what_they_can(tmp_path):
 
 def test_layers_that_are_compiled_whole_keep_their_modules(tmp_path):
     base = _skeleton(tmp_path, "llama")
-    assert fusible(base, _Plain(), base.model.layers).describe() == "1 norm"
+    assert fusible(base, _Plain(), FP32, base.model.layers).describe() == "1 norm"
 
 
 def test_norms_in_another_dtype_than_the_model_are_left_to_upstream(tmp_path):
     base = _skeleton(tmp_path, "llama", torch.bfloat16)
-    base.model.norm.to(torch.float32)
-    fused = fusible(base, LigerKernels())
+    base.model.norm.to(FP32)
+    fused = fusible(base, LigerKernels(), torch.bfloat16)
     assert "model.norm" not in fused.modules and fused.describe().endswith("left as they are: 1 LlamaRMSNorm")
 
 
@@ -175,6 +176,7 @@ def test_names_match():
 
 
 def _config(kernels: str, **groups) -> RunConfig:
+    groups = {"precision": {"name": "fp32"}, **groups}
     groups["train"] = {"kernels": kernels, **groups.get("train", {})}
     return from_dict({"model": {"name": "meta-llama/Llama-3.2-1B"}, **groups})
 

@@ -47,7 +47,7 @@ def _built(folder, kernels: Kernels, checkpointing: str) -> CausalModel:
     model = CausalModel(peft)
     after = after_head(base)
     kernels.begin()
-    swap_fused(base, fusible(base, kernels))
+    swap_fused(base, fusible(base, kernels, torch.float32))
     install_loss_head(base, after, 16, kernels.cross_entropy)
     if checkpointing != "none":
         checkpoint_activations(base, checkpointing)
