@@ -31,8 +31,8 @@ LIMIT_BYTES = 40 * 2**20
 NO_NETWORK_EXIT_CODE = 3
 
 PURE = (
-    "accelerate", "hydra-core", "iniconfig", "markdown-it-py", "mdurl", "omegaconf", "peft", "pluggy", "Pygments",
-    "pytest", "pytest-timeout", "rich",
+    "accelerate", "hydra-core", "iniconfig", "liger-kernel", "markdown-it-py", "mdurl", "omegaconf", "peft", "pluggy",
+    "Pygments", "pytest", "pytest-timeout", "rich",
 )  # fmt: skip
 """Packages that are Python alone and that transformers does not bring."""
 COMPILED = ("bitsandbytes", "psutil")

@@ -23,7 +23,8 @@ from fsdp_qlora.files.write import write_json
 from fsdp_qlora.model.cut import LAYERS, cut_config
 
 _LIBRARIES = (
-    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "flash-attn", "flash-attn-3",
+    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "liger-kernel", "flash-attn",
+    "flash-attn-3",
     "flash-linear-attention", "fla-core", "causal-conv1d", "mamba-ssm", "kernels", "tilelang",
 )  # fmt: skip
 """Packages that compute something, or provide kernels that transformers uses if they are installed."""

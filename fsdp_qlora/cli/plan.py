@@ -16,6 +16,7 @@ from fsdp_qlora.distributed.memory import resident_bytes
 from fsdp_qlora.model.replaceable import kept_linears
 from fsdp_qlora.model.rope import rope_choice
 from fsdp_qlora.model.skeleton import read_shapes
+from fsdp_qlora.plan.choices import KERNELS_KEY
 from fsdp_qlora.plan.parameters import alike
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.quantized import describe
@@ -149,6 +150,7 @@ def _work(figures: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
             f"checkpointing {plan.settings.checkpointing}, offload {config.fsdp.offload}"
             + (f", {len(plan.offloaded)} parameters in host memory" if plan.offloaded else ""),
         ),
+        ("kernels", str(plan.choices[KERNELS_KEY])),
         (
             "gathered per rank",
             f"{megabytes(gathered)} per micro-batch, {megabytes(figures['gathered_bytes_per_step'])} per step",

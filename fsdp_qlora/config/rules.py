@@ -183,6 +183,13 @@ def _fast_paths(config: RunConfig) -> Iterator[str]:
         yield "train.compile: compiled layers hide activations from fsdp.offload; set it to false."
     if train.compile == "true" and config.fsdp.offload_modules:
         yield "train.compile: compiled layers cannot copy in fsdp.offload_modules; set it to false."
+    if train.kernels == "liger" and train.compile == "true":
+        yield (
+            "train.kernels: compiled layers generate such kernels themselves; with train.compile=true, set it to torch "
+            "or compile, or set train.compile=false."
+        )
+    if train.kernels == "liger" and config.launcher.device == "cpu":
+        yield "train.kernels: Liger's kernels need a GPU, but launcher.device=cpu; set it to torch or compile."
 
 
 def _degrees(config: RunConfig) -> Iterator[str]:

@@ -24,6 +24,7 @@ QuantName = Annotated[str, choices.FORMATS, choices.NONE]
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 """Weights per block: bitsandbytes' sizes from 64 up. With 32, a nested block would cover only half a storage row."""
 Checkpointing = Literal["auto", "none", "selective", "full"]
+KernelsName = Literal["auto", "torch", "compile", "liger"]
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,9 @@ class TrainSettings:
     ``selective`` keeps the results of matrix products and attention and recomputes the rest."""
     compile: Annotated[Switch, MAY_CHANGE] = "auto"
     """torch.compile the decoder layers; ``auto`` = if the run is long enough to recoup the compile time."""
+    kernels: Annotated[KernelsName, MAY_CHANGE] = "auto"
+    """Code that computes RMSNorms, gated activations and the loss: ``torch`` (upstream's modules), ``compile`` (each
+    compiled on its own) or ``liger`` (Liger-Kernel, on GPUs). ``auto`` takes ``torch``."""
     logits_chunk: Annotated[int, POSITIVE, MAY_CHANGE] = 256
     """Supervised tokens whose logits are in memory at a time."""
     sample_prompts: Annotated[list[str], MAY_CHANGE] = field(default_factory=list)

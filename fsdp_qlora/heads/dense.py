@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fsdp_qlora.heads.logprobs import ChunkedCrossEntropy
+from fsdp_qlora.heads.logprobs import ChunkedCrossEntropy, CrossEntropy, cross_entropy_
 from fsdp_qlora.heads.upstream import AfterHead
 
 
@@ -25,19 +25,24 @@ class LossHead(nn.Linear):
         code: upstream's code after the head, ``[tokens, vocab]`` -> ``[tokens, columns]``; scale and cap are then 1 and
             None. See `fsdp_qlora.heads.upstream`.
         chunk: number of tokens whose logits exist at the same time.
+        cross_entropy: computes the loss of a chunk; not used with ``code``.
     """
 
     logit_scale: float = 1.0
     softcap: float | None = None
     code: Callable[[torch.Tensor], torch.Tensor] | None = None
     chunk: int = 256
+    cross_entropy: CrossEntropy = staticmethod(cross_entropy_)
 
     @staticmethod
-    def from_linear(linear: nn.Linear, after: AfterHead, chunk: int) -> LossHead:
+    def from_linear(
+        linear: nn.Linear, after: AfterHead, chunk: int, cross_entropy: CrossEntropy = cross_entropy_
+    ) -> LossHead:
         """Wrap a head, sharing its weight and bias (so a tie with the embedding is kept)."""
         head = LossHead(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         head.weight, head.bias, head.chunk = linear.weight, linear.bias, chunk
         head.logit_scale, head.softcap, head.code = after.scale, after.softcap, after.code
+        head.cross_entropy = cross_entropy
         return head
 
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -48,6 +53,14 @@ class LossHead(nn.Linear):
         if labels is None:
             return super().forward(input)
         losses: torch.Tensor = ChunkedCrossEntropy.apply(
-            input, self.weight, self.bias, labels, self.chunk, self.logit_scale, self.softcap, self.code
+            input,
+            self.weight,
+            self.bias,
+            labels,
+            self.chunk,
+            self.logit_scale,
+            self.softcap,
+            self.code,
+            self.cross_entropy,
         )  # type: ignore[assignment]
         return losses

@@ -12,6 +12,11 @@ from fsdp_qlora.quant.gemm import matmul, product_into
 CACHED_BYTES = 3 * 2**20
 """Float32 logits that a CPU processes at a time, so that repeated passes over them stay in its caches."""
 
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor, float, float | None, bool], torch.Tensor]
+"""`cross_entropy_`, or a kernel that computes the same."""
+BlockCrossEntropy = CrossEntropy
+"""`block_cross_entropy_`, or the same, compiled."""
+
 
 def rows_at_a_time(vocab_size: int, device: torch.device) -> int:
     """Return how many rows of logits are converted to float32 at a time: on an accelerator, all of a chunk."""
@@ -30,28 +35,44 @@ def cross_entropy_(
         softcap: see `LossHead`.
         wants_grad: whether to overwrite ``logits`` with (softmax - one-hot) times the derivative of scale and cap.
     """
+    return in_blocks(block_cross_entropy_, logits, targets, scale, softcap, wants_grad)
+
+
+def in_blocks(
+    block: BlockCrossEntropy, logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None,
+    wants_grad: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Return what `cross_entropy_` returns, computed by ``block`` for `rows_at_a_time`."""
     losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
     size = rows_at_a_time(logits.shape[1], logits.device)
     for raw, target, loss in zip(logits.split(size), targets[:, None].split(size), losses.split(size), strict=True):
-        values = raw.float() if raw.dtype != torch.float32 else raw.clone()
+        loss.copy_(block(raw, target, scale, softcap, wants_grad))
+    return losses
+
+
+def block_cross_entropy_(
+    raw: torch.Tensor, target: torch.Tensor, scale: float, softcap: float | None, wants_grad: bool
+) -> torch.Tensor:
+    """Return the cross entropy of a block of rows, as `cross_entropy_` does; ``target`` is int64 ``[rows, 1]``."""
+    values = raw.float() if raw.dtype != torch.float32 else raw.clone()
+    if scale != 1.0:
+        values *= scale
+    capped = None
+    if softcap is not None:
+        capped = torch.tanh_(values.div_(softcap))  # in (-1, 1)
+        values = capped * softcap
+    top = values.amax(dim=-1, keepdim=True)
+    chosen = values.gather(1, target) - top
+    values.sub_(top).exp_()
+    total = values.sum(dim=-1, keepdim=True)
+    losses = (total.log() - chosen).squeeze(1)
+    if wants_grad:
+        values.div_(total).scatter_add_(1, target, torch.full_like(top, -1.0))
+        if capped is not None:
+            values.mul_(capped.square_().neg_().add_(1))  # d tanh(x) = 1 - tanh(x)^2
         if scale != 1.0:
             values *= scale
-        capped = None
-        if softcap is not None:
-            capped = torch.tanh_(values.div_(softcap))  # in (-1, 1)
-            values = capped * softcap
-        top = values.amax(dim=-1, keepdim=True)
-        chosen = values.gather(1, target) - top
-        values.sub_(top).exp_()
-        total = values.sum(dim=-1, keepdim=True)
-        loss.copy_((total.log() - chosen).squeeze(1))
-        if wants_grad:
-            values.div_(total).scatter_add_(1, target, torch.full_like(top, -1.0))
-            if capped is not None:
-                values.mul_(capped.square_().neg_().add_(1))  # d tanh(x) = 1 - tanh(x)^2
-            if scale != 1.0:
-                values *= scale
-            raw.copy_(values)
+        raw.copy_(values)
     return losses
 
 
@@ -88,6 +109,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         code: Callable[[torch.Tensor], torch.Tensor] | None,
+        cross_entropy: CrossEntropy,
     ) -> torch.Tensor:
         """Return the losses, float32 ``[tokens]``; also computes the gradient of ``hidden``, which backward scales."""
         wants_grad = ctx.needs_input_grad[0]
@@ -99,7 +121,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             if code is None:
-                losses[part] = cross_entropy_(logits, labels[part], scale, softcap, wants_grad)
+                losses[part] = cross_entropy(logits, labels[part], scale, softcap, wants_grad)
             else:
                 losses[part], logits = cross_entropy_by_code(logits, labels[part], code, wants_grad)
             if grad is not None:
@@ -112,4 +134,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of ``hidden``; the head is frozen."""
         (grad_hidden,) = ctx.saved_tensors
-        return (grad_hidden * grads[0].unsqueeze(1).to(grad_hidden.dtype), None, None, None, None, None, None, None)
+        return (grad_hidden * grads[0].unsqueeze(1).to(grad_hidden.dtype), *[None] * 8)

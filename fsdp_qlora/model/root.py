@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from fsdp_qlora.attention.flatten import decoder_inputs
 from fsdp_qlora.data.labels import Sequences, supervised_positions
 from fsdp_qlora.heads.dense import LossHead
+from fsdp_qlora.heads.logprobs import CrossEntropy, cross_entropy_
 from fsdp_qlora.heads.quantized import QuantLossHead, configure_loss_head
 from fsdp_qlora.heads.upstream import AfterHead, head_input
 from fsdp_qlora.parallel.compile import CompiledLayers, uncompiled
@@ -34,6 +35,8 @@ class CausalModel(nn.Module):
         self.model = model
         self.compiled_layers: CompiledLayers | None = None
         """State of the compiled decoder layers (`compile_layers`); None if they are not compiled."""
+        self.fused = ""
+        """What ``train.kernels`` computes in this model, in words; empty if all of it is upstream's."""
 
     @property
     def compiled(self) -> bool:
@@ -130,14 +133,19 @@ class CausalModel(nn.Module):
             handle.remove()
 
 
-def install_loss_head(model: PreTrainedModel, after: AfterHead, chunk: int) -> None:
+def install_loss_head(
+    model: PreTrainedModel, after: AfterHead, chunk: int, cross_entropy: CrossEntropy = cross_entropy_
+) -> bool:
     """Replace the output head with a `LossHead` that shares its weight; a 4-bit head is already a loss head.
 
-    ``after`` is what `after_head` found while the head was still upstream's own.
+    ``after`` is what `after_head` found while the head was still upstream's own. Returns whether ``cross_entropy``
+    computes the losses: a quantized head works by slices of the vocabulary, and upstream's code after a head needs
+    autograd.
     """
     head = model.get_output_embeddings()
     if isinstance(head, QuantLossHead):
         configure_loss_head(head, after, chunk)
-        return
+        return False
     assert isinstance(head, nn.Linear)
-    model.set_output_embeddings(LossHead.from_linear(head, after, chunk))
+    model.set_output_embeddings(LossHead.from_linear(head, after, chunk, cross_entropy))
+    return after.code is None

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fsdp_qlora.errors import typed_line
+from fsdp_qlora.errors import ConfigError, typed_line
 
 COMPILED_TYPES = frozenset(
     ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox"]
@@ -100,18 +100,9 @@ def compile_layers(layers: Sequence[nn.Module], layer_types: Sequence[str] = ())
         layers: decoder layers.
         layer_types: the type of each layer (sliding or full attention), if the model's config lists them.
     """
-    from torch._dynamo import config as dynamo_config  # here: it imports the whole compiler
-    from torch._inductor import config as inductor_config
-
     # FSDP2 warns that a compiled layer's output is a view; transformers' models never write into it
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-    # A checkpointed layer passes products from one linear to the next (`SharedInput`); recomputation replays the graph,
-    # so there is nothing to pass on
-    dynamo_config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    # Precompiled headers would go to a temporary folder shared by all users, wherever the cache is
-    inductor_config.cpp_cache_precompile_headers = False
-    _keep_sizes_apart()
-    torch.compiler.reset()  # an earlier model's layers in this process would count against the number of recompilations
+    settle_compiler()
     switch = CompiledLayers(len(_kinds(layers, layer_types)))
     for layer in layers:
         plain = layer.forward
@@ -137,6 +128,40 @@ def want_input_gradient(embedding: nn.Module) -> None:
             output.requires_grad_(True)
 
     embedding.register_forward_hook(want)
+
+
+class CompiledRegion:
+    """A function of tensors that runs compiled, in one graph, whatever their first dimension."""
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        """Compile ``plain`` when it is first called; call `settle_compiler` before the first region of a model."""
+        self.plain = plain
+        self._compiled = torch.compile(plain, fullgraph=True, dynamic=True)
+
+    def __call__(self, *args: Any) -> Any:
+        """Return ``plain(*args)``.
+
+        Raises:
+            ConfigError: if it cannot be compiled.
+        """
+        try:
+            return self._compiled(*args)
+        except _failures() as error:
+            raise ConfigError(f"train.kernels: cannot be compiled here ({_reason(error)}). Set it to torch.") from error
+
+
+def settle_compiler() -> None:
+    """Set the compiler's options, and forget what it compiled for an earlier model in this process."""
+    from torch._dynamo import config as dynamo_config  # here: it imports the whole compiler
+    from torch._inductor import config as inductor_config
+
+    # A checkpointed layer passes products from one linear to the next (`SharedInput`); recomputation replays the graph,
+    # so there is nothing to pass on
+    dynamo_config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    # Precompiled headers would go to a temporary folder shared by all users, wherever the cache is
+    inductor_config.cpp_cache_precompile_headers = False
+    _keep_sizes_apart()
+    torch.compiler.reset()  # its compilations would count against the number of recompilations
 
 
 def _keep_sizes_apart() -> None:

@@ -10,6 +10,8 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
 from fsdp_qlora.plan.sizes import reserve_bytes
 
+KERNELS_KEY = "train.kernels"
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -79,7 +81,8 @@ def choose(
     }
     if settings.keeps_whole:  # nothing is gathered
         del made["fsdp.reshard_after_forward"]
-    return chosen, {key: Choice(value, why) for key, (given, value) in made.items() if given is None}
+    choices = {key: Choice(value, why) for key, (given, value) in made.items() if given is None}
+    return chosen, choices | {KERNELS_KEY: _kernels(config)}
 
 
 def _wanted(config: RunConfig) -> _Asked:
@@ -93,11 +96,19 @@ def _wanted(config: RunConfig) -> _Asked:
     return _Asked(**(vars(_PLAIN) | {name: value for name, value in vars(given).items() if value is not None}))
 
 
+def _kernels(config: RunConfig) -> Choice:
+    """Decide ``train.kernels=auto``: upstream's modules, as long as nothing faster has been measured."""
+    given = asked(config.train.kernels)
+    return (
+        Choice("torch", "no kernels have been measured on this device") if given is None else Choice(given, "as asked")
+    )
+
+
 def decided(config: RunConfig, settings: StorageSettings) -> RunConfig:
     """Return ``config`` with the choices of `choose` in place of ``auto``."""
     return replace(
         config,
-        train=replace(config.train, activation_checkpointing=settings.checkpointing),
+        train=replace(config.train, activation_checkpointing=settings.checkpointing, kernels=_kernels(config).value),
         fsdp=replace(config.fsdp, reshard_after_forward=as_word(settings.reshard_after_forward)),
         quant=replace(config.quant, cache_dequantized=as_word(settings.cache_dequantized)),
     )

@@ -15,13 +15,13 @@ from fsdp_qlora.adapters.folder import start_from_adapter
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import attach_adapters, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
-from fsdp_qlora.config.auto import as_word, switch
+from fsdp_qlora.config.auto import as_word, asked, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.heads.quantized import quantize_edges
-from fsdp_qlora.heads.upstream import after_head
+from fsdp_qlora.heads.upstream import AfterHead, after_head
 from fsdp_qlora.load.buffers import persistent_buffers
 from fsdp_qlora.load.conversions import arrangement
 from fsdp_qlora.load.inventory import take_stock
@@ -29,6 +29,8 @@ from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import LoadReport, Progress, stream_weights
 from fsdp_qlora.model.experts import use_quantized_experts
 from fsdp_qlora.model.families import decoder_layers, task_type
+from fsdp_qlora.model.fused import fusible, swap_fused
+from fsdp_qlora.model.kernels import KERNELS, Kernels
 from fsdp_qlora.model.replaceable import kept_linears
 from fsdp_qlora.model.root import CausalModel, install_loss_head
 from fsdp_qlora.model.skeleton import read_shapes
@@ -41,6 +43,7 @@ from fsdp_qlora.parallel.shard import (
     keep_on_host,
     keep_whole,
     mixed_precision,
+    model_dtype,
     reach_all_experts,
     require_sharded,
     set_prefetch,
@@ -53,7 +56,7 @@ from fsdp_qlora.plan.choices import decided
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.swap import swap_linears
-from fsdp_qlora.run.decide import skeleton
+from fsdp_qlora.run.decide import require_kernels, skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
 
 _log = logging.getLogger(__name__)
@@ -120,7 +123,9 @@ def open_model(
     plan = make_plan(config, shapes, ranks.size, budget)
     if plan.quantized or plan.quantized_edges:
         bitsandbytes_backend(ranks.device)
-    return OpenedModel(decided(config, plan.settings), base, source, shapes, plan)
+    resolved = decided(config, plan.settings)
+    require_kernels(resolved, base, ranks.device)
+    return OpenedModel(resolved, base, source, shapes, plan)
 
 
 def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = None) -> tuple[CausalModel, LoadReport]:
@@ -152,9 +157,9 @@ def build_sharded(
     after = after_head(base) if task == "CAUSAL_LM" else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
     _quantize(base, plan, shapes, switch(config.quant.cache_dequantized) is True)
-    if after is not None:
-        install_loss_head(base, after, config.train.logits_chunk)
+    fused = _use_kernels(config, base, after)
     model = CausalModel(attach_adapters(base, plan.targets, config.lora, task))
+    model.fused = fused
     if config.debug.name != "plain":
         use_fused_products(model)
     units = [[base.get_submodule(name) for name in unit] for unit in plan.units]
@@ -190,6 +195,20 @@ def build_sharded(
         register_fsdp_forward_method(model, method)
     require_sharded(model, ranks, replicated)
     return model
+
+
+def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | None) -> str:
+    """Let ``train.kernels`` compute what it can in a meta model, and install the loss head; return what it computes."""
+    kernels = KERNELS[asked(config.train.kernels) or Kernels.name]()
+    kernels.begin()
+    compiled = switch(config.train.compile) is True  # whole layers, with the norms and MLPs in them
+    dtype = model_dtype(config.precision.name)
+    fused = fusible(base, kernels, dtype, decoder_layers(base) if compiled else ())
+    swap_fused(base, fused)
+    loss = after is not None and install_loss_head(base, after, config.train.logits_chunk, kernels.cross_entropy)
+    if kernels.name == Kernels.name:
+        return ""
+    return f"{', outside the compiled layers' if compiled else ''}: {fused.describe(loss)}"
 
 
 def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache: bool) -> None:

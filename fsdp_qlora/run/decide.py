@@ -18,9 +18,12 @@ from fsdp_qlora.distributed.memory import memory_of
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.process import ACCELERATORS, Placement, device_model, device_types
 from fsdp_qlora.distributed.reduce import all_max, on_main
+from fsdp_qlora.errors import PlanError
 from fsdp_qlora.load.stored import require_readable
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.folder import config_for_plan
+from fsdp_qlora.model.fused import fusible
+from fsdp_qlora.model.kernels import KERNELS
 from fsdp_qlora.model.rope import settle_rope
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.parallel.compile import COMPILED_TYPES, can_compile
@@ -49,7 +52,25 @@ def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedMo
     plan = make_plan(config, shapes, world_size, budget)
     if choice is not None:
         plan = replace(plan, choices={SHARD_DEGREE: choice, **plan.choices})
-    return decided(config, plan.settings), base, plan
+    resolved = decided(config, plan.settings)
+    elsewhere = config.plan.gpu or config.plan.device
+    require_kernels(resolved, base, None if elsewhere else torch.device(config.launcher.device))
+    return resolved, base, plan
+
+
+def require_kernels(config: RunConfig, base: PreTrainedModel, device: torch.device | None) -> None:
+    """Refuse ``train.kernels`` where it cannot run; None is a device of some other machine.
+
+    Raises:
+        PlanError: if something is missing here, or if it could compute nothing of this model.
+    """
+    kernels = KERNELS[config.train.kernels]()
+    refusal = None if device is None else kernels.refusal(device)
+    fused = fusible(base, kernels, model_dtype(config.precision.name))
+    if refusal is None and kernels.needs_modules and not fused.modules:
+        refusal = f"{kernels.name} has no kernel for any module of this model ({fused.describe()}); set it to torch."
+    if refusal is not None:
+        raise PlanError(f"train.kernels: {refusal}")
 
 
 def _planned_cluster(config: RunConfig, world_size: int, budget: int) -> Cluster:

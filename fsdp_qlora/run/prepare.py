@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from fsdp_qlora.checks.agree import require_losses_agree
@@ -17,6 +18,7 @@ from fsdp_qlora.load.stream import Progress
 from fsdp_qlora.model.families import task_type
 from fsdp_qlora.model.folder import needs_hub, resolve_folder
 from fsdp_qlora.model.root import CausalModel
+from fsdp_qlora.plan.choices import KERNELS_KEY
 from fsdp_qlora.run.build import load_model
 from fsdp_qlora.run.check import open_and_check, told
 from fsdp_qlora.run.decide import SHARD_DEGREE, compilation_for, on_device, rank_budget, settled_world
@@ -66,6 +68,7 @@ def _prepare(config: RunConfig, world: World, progress: Progress | None, trainin
         "model.attn_implementation": told(verdict),
         "model.check": Choice("off: nothing was compared" if config.model.check == "off" else _EQUAL, ""),
         "train.compile": Choice(as_word(compilation.on), compilation.why),
+        KERNELS_KEY: replace(kernels := opened.plan.choices[KERNELS_KEY], why=kernels.why + model.fused),
     }
     return Prepared(
         config=asked, settings=opened.config, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks,

@@ -132,7 +132,8 @@ def simulate(config: RunConfig, world_size: int) -> Simulation:
         resolved, base, _ = planned(config, world_size)
         resolved = replace(
             resolved,
-            train=replace(resolved.train, compile="false"),  # the tracker needs to see single operations
+            # the tracker needs to see single operations
+            train=replace(resolved.train, compile="false", kernels="torch"),
             quant=replace(resolved.quant, llm_int8_threshold=0.0),  # the columns it selects depend on values
         )
         full = counts_of(layer_kinds(base, read_shapes(base)))

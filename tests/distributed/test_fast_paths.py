@@ -24,6 +24,9 @@ FAST: dict[str, dict[str, dict[str, Any]]] = {
     "selective": {"train": {"activation_checkpointing": "selective"}},
     "full": {"train": {"activation_checkpointing": "full"}},
     "compiled": {"train": {"compile": "true"}},
+    "compiled kernels": {"train": {"kernels": "compile"}},
+    "compiled kernels, offloaded": {"train": {"kernels": "compile"}, "fsdp": {"offload": "activations"}},
+    "compiled layers and kernels": {"train": {"kernels": "compile", "compile": "true"}},
     "compiled, full": {"train": {"compile": "true", "activation_checkpointing": "full"}},
     "compiled, selective": {"train": {"compile": "true", "activation_checkpointing": "selective"}},
 }
@@ -39,7 +42,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
 UNCOMPARED = {("dense weights kept", "bf16 base"), ("dense weights kept", "int8"), ("compiled", "dropout")}
 """What cannot be: nothing to dequantize, and compiled layers, which draw other numbers for dropout."""
 COMPILED_KINDS = ("nf4", "packed")
-"""With what checkpointing is compiled; the other kinds are compiled without it."""
+"""What is compiled in every way; the other kinds have only their layers compiled."""
 QUICK = {("as auto decides", "nf4"), ("selective", "nf4"), ("full", "fp4")}
 
 
@@ -63,7 +66,7 @@ def _train(pool: Pool, num_ranks: int, folder: Path, rows: Path, root: Path, gro
 CASES = [
     pytest.param(fast, kind, marks=() if (fast, kind) in QUICK else pytest.mark.full)
     for fast, kind in itertools.product(FAST, KINDS)
-    if (fast, kind) not in UNCOMPARED and (not fast.startswith("compiled,") or kind in COMPILED_KINDS)
+    if (fast, kind) not in UNCOMPARED and (not fast.startswith(("compiled,", "compiled ")) or kind in COMPILED_KINDS)
 ]
 
 
@@ -126,7 +129,7 @@ def test_auto_is_said_and_done(pool: Pool, tiny_model: Path, chat_rows: Path) ->
     choices, checkpointing, compiled = pool.run(2, _choices, str(tiny_model), groups)[0]
     assert set(choices) == {
         "train.activation_checkpointing", "fsdp.reshard_after_forward", "quant.cache_dequantized",
-        "model.attn_implementation", "model.check", "train.compile",
+        "model.attn_implementation", "model.check", "train.compile", "train.kernels",
     }  # fmt: skip
     assert checkpointing == "none" and choices["model.attn_implementation"] == "blockwise"
     assert choices["fsdp.reshard_after_forward"].startswith("false (fits")

@@ -39,6 +39,7 @@ COMPOSED = {
     "no equals sign": (["quickstart"], ["quickstart", "key=value"]),
     "unknown experiment": (["experiment=quickstrt"], ["experiment", "Did you mean 'quickstart'?"]),
     "run name that climbs": (["run.name=../x"], ["run.name"]),
+    "kernels for GPUs": (["train.kernels=liger", "launcher.device=cpu"], ["train.kernels", "need a GPU"]),
     "negative": (["optim.lr=-1"], ["optim.lr", "negative"]),
 }
 
@@ -145,6 +146,13 @@ def test_unknown_target_module_lists_the_real_ones(cli, tiny_run):
 
 @pytest.mark.full
 @pytest.mark.launch
+def test_kernels_that_cannot_run_here(cli, tiny_run):
+    """Before the data are read and the weights are loaded."""
+    result = cli("train", *tiny_run, "launcher.device=auto", "train.kernels=liger", CUDA_VISIBLE_DEVICES="")
+    _refused(result, "train.kernels: liger needs a GPU, and this run is on a CPU; set train.kernels=torch or compile.")
+    assert "training sequences" not in result.stdout
+
+
 def test_more_ranks_than_devices(cli, tiny_run):
     import torch
 

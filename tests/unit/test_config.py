@@ -102,6 +102,8 @@ def test_a_choice_that_looks_like_a_bool():
 def test_fast_paths_that_exclude_each_other_are_refused():
     pairs = (["quant.cache_dequantized=true", "train.activation_checkpointing=full"], "quant.cache_dequantized"), (
         ["train.compile=true", "fsdp.offload=activations"], "train.compile",
+    ), (
+        ["train.compile=true", "train.kernels=liger"], "train.kernels",
     )  # fmt: skip
     for overrides, key in pairs:
         with pytest.raises(ConfigError, match=key):
