@@ -209,12 +209,6 @@ def _replicated(config: RunConfig) -> Iterator[str]:
 
 
 def _plan(config: RunConfig) -> Iterator[str]:
-    if config.plan.simulate and (config.fsdp.offloads_parameters or config.fsdp.offload_modules):
-        which = "offload_modules" if config.fsdp.offload_modules else f"offload={config.fsdp.offload}"
-        yield (
-            "plan.simulate: the simulated device is a CPU, where shards in host memory cannot be told apart; plan "
-            f"fsdp.{which} without it."
-        )
     if config.plan.search and config.plan.gpu is None and config.plan.device is None:
         yield "plan.search: needs a memory size to fit into; set plan.gpu=24GiB or plan.device=rtx4090."
     if config.plan.interconnect is not None and config.plan.device is None:

@@ -65,7 +65,12 @@ class HostBytes:
     @property
     def total(self) -> int:
         """Sum of all of them."""
-        return self.loading + self.offloaded_parameters + self.offloaded_activations
+        return self.loading + self.in_step
+
+    @property
+    def in_step(self) -> int:
+        """Bytes during training."""
+        return self.offloaded_parameters + self.offloaded_activations
 
 
 @dataclass(frozen=True)

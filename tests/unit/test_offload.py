@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.errors import ConfigError, NumericsError
-from fsdp_qlora.load.stream import _allocate
+from fsdp_qlora.load.stream import allocate
 from fsdp_qlora.parallel.offload import HostActivations, _Kept, offload_activations
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
@@ -180,10 +180,10 @@ def test_a_write_into_a_saved_tensor_is_an_error():
         out.sum().backward()
 
 
-def test_shards_and_buffers_are_allocated_where_they_are_used():
+def test_shards_and_buffers_areallocated_where_they_are_used():
     model = nn.Sequential(nn.Linear(2, 2, device="meta"), nn.BatchNorm1d(2, device="meta"))
     model.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
-    _allocate(model, torch.device("cpu"), torch.device("meta"), ())
+    allocate(model, torch.device("cpu"), torch.device("meta"), ())
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert {b.device.type for b in model.buffers()} == {"meta"}
     assert "table" not in model.state_dict() and "1.running_mean" in model.state_dict()
