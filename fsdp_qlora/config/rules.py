@@ -179,6 +179,11 @@ def _fast_paths(config: RunConfig) -> Iterator[str]:
             "quant.cache_dequantized: true keeps dense weights until backward, where activation_checkpointing="
             f"{train.activation_checkpointing} recomputes them; set one of the two to auto."
         )
+    if config.quant.cache_dequantized == "true" and config.fsdp.offloads_activations:
+        yield (
+            f"quant.cache_dequantized: true keeps dense weights until backward, and fsdp.offload={config.fsdp.offload} "
+            "would copy them to the host and back, which takes longer than dequantizing them again; set it to auto."
+        )
     if train.compile == "true" and config.fsdp.offloads_activations:
         yield "train.compile: compiled layers hide activations from fsdp.offload; set it to false."
     if train.compile == "true" and config.fsdp.offload_modules:

@@ -31,6 +31,8 @@ NAME = "simulated"
 """The device type, as in ``torch.device("simulated")``."""
 MASK_COLUMNS = 8
 """CUDA pads an attention mask to a multiple of this many columns."""
+ONE_KERNEL = ("silu_backward", "mish_backward")
+"""Operations that are one kernel on every real device, and several with temporaries where none is registered."""
 _FLASH_SIZE = 256
 """Largest head that flash attention supports."""
 
@@ -178,6 +180,8 @@ def _register_kernels(mode: FakeTensorMode) -> None:
     library.impl("empty.memory_format", empty, "PrivateUse1")
     library.impl("empty_strided", empty_strided, "PrivateUse1")
     library.impl("scaled_dot_product_attention", attention, "AutogradPrivateUse1")
+    for name in ONE_KERNEL:  # never called: a fake tensor's own dispatch comes first
+        library.impl(name, lambda grad, *_: torch.empty_like(grad), "PrivateUse1")
     _LIBRARIES.append(library)
 
 

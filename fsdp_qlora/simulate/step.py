@@ -82,7 +82,9 @@ def simulate(config: RunConfig, world_size: int) -> Simulation:
             be simulated (`refuse`).
     """
     refuse(config)
-    return simulate_here(config, world_size) if planned_device(config) == HOST.type else simulate_apart(config, world_size)
+    return (
+        simulate_here(config, world_size) if planned_device(config) == HOST.type else simulate_apart(config, world_size)
+    )
 
 
 def simulate_here(config: RunConfig, world_size: int) -> Simulation:
@@ -135,8 +137,8 @@ def refuse(config: RunConfig) -> None:
     if planned_device(config) != HOST.type and not fsdp.offloads_parameters and name in PAGED:
         plain = "adamw_8bit" if name.endswith("_8bit") else "adamw"
         raise PlanError(
-            f"plan.simulate: optim={name} keeps its state in memory that moves between device and host as needed, which "
-            f"cannot be counted as either; simulate optim={plain}, which keeps the same bytes on the device."
+            f"plan.simulate: optim={name} keeps its state in memory that moves between device and host as needed, "
+            f"which counts as neither; simulate optim={plain}, which keeps the same bytes on the device."
         )
 
 
@@ -157,16 +159,23 @@ def _extrapolated(cuts: Sequence[Cut], full: Counts, least: Counts) -> tuple[Pla
 
 
 def _whole(cut: _Cuts, on_cpu: bool, started: float) -> Simulation:
-    return Simulation(cut.device.peaks, None if on_cpu else cut.host.peaks, (sum(cut.device.counts),), None, time.perf_counter() - started)
+    return Simulation(
+        cut.device.peaks,
+        None if on_cpu else cut.host.peaks,
+        (sum(cut.device.counts),),
+        None,
+        time.perf_counter() - started,
+    )
 
 
 def _make_tables(config: RunConfig, device: torch.device) -> None:
-    """Dequantize a block first, outside the fake mode: tables that are then cached must be computed from real values."""
+    """Dequantize a block first, outside the fake mode: the tables that this caches are computed from real values."""
     quant = config.quant
     for name in {quant.name, quant.embeddings, *quant.overrides.values()} - {NONE}:
         quant_format = format_of(quant, name)
         block = quantize(torch.zeros(1, 64), quant_format)
-        there = QuantizedTensor(*(None if part is None else part.to(device) for part in (block.packed, block.absmax, block.nested, block.offset)))
+        nested, offset = (None if part is None else part.to(device) for part in (block.nested, block.offset))
+        there = QuantizedTensor(block.packed.to(device), block.absmax.to(device), nested, offset)
         dequantize(there, quant_format, (1, 64), torch.float32)
 
 

@@ -238,15 +238,14 @@ def measure_step(
     tracker = _PlaceTracker(model, optimizer, units, device_type)
     mode: AbstractContextManager[object] = fake or nullcontext()
     on_accelerator = device_type != HOST.type
-    # Backward in this thread: on an accelerator autograd starts threads, which end the process with an abort at exit.
-    with mode, tracker, torch.autograd.set_multithreading_enabled(not on_accelerator):
+    # Backward in this thread, as on a CPU: with a simulated device autograd would start a thread for it, and that
+    # thread would abort the process when it exits.
+    with mode, tracker, torch.autograd.set_multithreading_enabled(False):
         forward_backward(tracker.reset_mod_stats)
     tracker.place = ("update", None)
     with tracker:
         update()
-    peaks = {
-        kind: {place: _by_kind(peak) for place, peak in places.items()} for kind, places in tracker.peaks.items()
-    }
+    peaks = {kind: {place: _by_kind(peak) for place, peak in places.items()} for kind, places in tracker.peaks.items()}
     return Peaks(peaks[device_type], peaks[HOST.type] if on_accelerator else {})
 
 
