@@ -21,7 +21,7 @@ from fsdp_qlora.attention.blocks import kept_scores
 from fsdp_qlora.config.schema import LoraSettings, OptimSettings
 from fsdp_qlora.distributed.shards import row_range
 from fsdp_qlora.heads.costs import chunked_bytes, sliced_bytes
-from fsdp_qlora.optim.sizes import state_bytes
+from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
 from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE
 from fsdp_qlora.plan.activations import LayerActivations, layer_activations
 from fsdp_qlora.plan.counted import BytesPerRank, HostBytes, MemoryPlan
@@ -167,10 +167,13 @@ class MemoryModel:
         on_device = 0 if settings.offload_parameters else sum(fixed)
         arriving, inside = self._arriving(settings)
         held = on_device + gradients + kept
+        # the layer in backward is one of those whose offloaded activations are on the device
+        moves = settings.offload_activations and settings.checkpointing == "none"
+        left = min(kept, self._saved(self.activations[-1], settings)) if moves else 0
         moments = {
             "first_layer": on_device + gradients + self._gathered_first(settings) + arriving,
             "head": held + self._held_layers(settings) + last + edge + max(logits + head, again + arriving),
-            "layer_backward": held + layer + at_layer + inside,
+            "layer_backward": held - left + layer + at_layer + inside,
             # gradients and the optimizer's temporaries: three times the adapters' bytes (fixed[3])
             "update": 0 if settings.offload_parameters else sum(fixed) + 3 * fixed[3],
         }
@@ -186,7 +189,7 @@ class MemoryModel:
             adapters,
             gradients,
             optimizer,
-            kept + max(layer, last + edge),
+            kept + max(layer - left, last + edge),
             logits,
             max(head, again, at_layer),
         )
@@ -350,7 +353,7 @@ class MemoryModel:
         chunk, shapes = min(settings.logits_chunk, settings.tokens), self.shapes
         if settings.quantized_embeddings:
             return sliced_bytes(chunk, settings.tokens, shapes.vocab_size, shapes.hidden_size, settings.itemsize)
-        return chunked_bytes(chunk, shapes.vocab_size, settings.itemsize, settings.on_accelerator)
+        return chunked_bytes(chunk, shapes.vocab_size, settings.itemsize, settings.on_accelerator, shapes.capped)
 
     def _largest_slice(self, shard_size: int) -> int:
         """Return the most elements that this rank reads at a time: a chunk (all if transposed) or its shard."""
@@ -369,9 +372,10 @@ class MemoryModel:
         none = settings.checkpointing == "none"
         each = [self._saved(x, settings) if none else edge + self._chosen(x, settings) for x in self.activations]
         offloaded = sum(each) if settings.offload_activations else 0
-        # and the adapters' gradients, and as much again for the update's temporaries
-        parameters = sum(self.fixed) + 2 * self.fixed[3] if settings.offload_parameters else 0
-        parameters += sum(self.host_shards.values())
+        parameters = sum(self.host_shards.values())
+        if settings.offload_parameters:  # reduced gradients come as the activations go; an update is after both
+            reduced = self.fixed[3] + temporary_bytes(settings.optim, self.fixed[3])
+            parameters += sum(self.fixed) + max(0, reduced - offloaded)
         return HostBytes(self.largest_slice * FILE_ITEMSIZE, parameters, offloaded)
 
 

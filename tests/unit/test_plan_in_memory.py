@@ -88,8 +88,11 @@ def test_a_head_in_host_memory_is_on_the_device_only_to_be_gathered() -> None:
     assert apart.host.offloaded_parameters == VOCABULARY // 2 * WIDTH * 4
 
 
-@pytest.mark.parametrize("offload", ["params", "all"])
-def test_host_memory_holds_gradients_and_temporaries_too(offload: str) -> None:
-    plan, other = _plan(2, fsdp={"offload": offload}), _plan(2).bytes
-    fixed = other.base_packed + other.base_statistics + other.base_kept + other.adapters + other.optimizer
-    assert plan.host.offloaded_parameters == fixed + 2 * other.adapters
+def test_host_memory_holds_gradients_and_temporaries_too() -> None:
+    for name, temporaries in (("adamw", 1), ("adamw_8bit", 0)):  # the root of the second moments
+        optim = {"optim": {"name": name}}
+        plan, other = _plan(2, fsdp={"offload": "params"}, **optim), _plan(2, **optim).bytes
+        fixed = other.base_packed + other.base_statistics + other.base_kept + other.adapters + other.optimizer
+        assert plan.host.offloaded_parameters == fixed + (1 + temporaries) * other.adapters
+        both = _plan(2, fsdp={"offload": "all"}, **optim).host  # which are there once activations are not
+        assert both.offloaded_parameters == fixed and both.offloaded_activations > 2 * other.adapters

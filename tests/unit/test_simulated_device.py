@@ -95,7 +95,7 @@ def test_the_peak_is_the_planned_one(found: dict[str, dict[str, Any]], name: str
     simulated = _simulation(found, name)
     assert simulated.peak_bytes == pytest.approx(found[name]["peak"], rel=0.1)
     if (planned := found[name]["host"]) > 0:
-        assert simulated.host_peak_bytes == pytest.approx(planned, rel=0.05)
+        assert simulated.host_peak_bytes == pytest.approx(planned, rel=0.02)
     else:  # step counters, and zero codes of 8-bit states
         assert simulated.host_peak_bytes is not None and simulated.host_peak_bytes < 4096
 
@@ -191,8 +191,16 @@ def test_ctrl_c_ends_both_processes(tmp_path: Path) -> None:
     assert len(children) == 1
     os.killpg(parent.pid, signal.SIGINT)
     assert parent.wait(timeout=60) in (1, 130, -signal.SIGINT)
-    assert not Path(f"/proc/{children[0]}").exists()
+    while _runs(children[0]) and time.monotonic() < deadline + 60:
+        time.sleep(0.1)
+    assert not _runs(children[0])
 
 
 def _children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs; one that has ended may wait for init to take note."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
