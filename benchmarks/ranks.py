@@ -21,9 +21,9 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl
 
 
 class Way:
-    """A spec's ranks, up and through their first step."""
+    """A spec's ranks, up and through their first step; they run the checkout ``code`` instead of this one if given."""
 
-    def __init__(self, spec: Spec, num_ranks: int, logs: Path) -> None:
+    def __init__(self, spec: Spec, num_ranks: int, logs: Path, code: Path | None = None) -> None:
         self.spec, self.num_ranks = spec, num_ranks
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -37,6 +37,8 @@ class Way:
         self._processes = []
         for rank in range(num_ranks):
             env = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            if code is not None:
+                env["PYTHONPATH"] = str(code.resolve())
             with (logs / f"{spec.way}-{rank}.txt").open("w") as log:
                 pipes: dict[str, Any] = {
                     "stdin": subprocess.PIPE,
@@ -44,7 +46,7 @@ class Way:
                     "stderr": log,
                     "text": True,
                 }
-                self._processes.append(subprocess.Popen(command, env=env, **pipes))
+                self._processes.append(subprocess.Popen(command, env=env, cwd=code, **pipes))
         self.first = self._answers()
 
     def _answers(self) -> list[dict[str, Any]]:

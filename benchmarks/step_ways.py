@@ -107,6 +107,41 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
         prepared.close()
 
 
+@contextlib.contextmanager
+def loop(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper, dict[str, Any]]]:
+    """Train our layers on one rank in a plain loop: their forward, backward, clipping and torch's AdamW."""
+    from fsdp_qlora.adapters.names import trainable_parameters
+    from fsdp_qlora.config.schema import from_dict
+    from fsdp_qlora.data.loader import MicroBatch
+    from fsdp_qlora.objectives.objective import token_losses
+    from fsdp_qlora.run.prepare import prepare
+
+    values: dict[str, dict[str, Any]] = {
+        "model": {"name": spec.model}, "data": {"max_length": rows.length}, "train": {"compile": "false"},
+        "lora": {"r": spec.r, "alpha": 2 * spec.r},
+    }  # fmt: skip
+    prepared = prepare(from_dict(values))
+    model = prepared.model.train()
+    trained = [parameter for _, parameter in trainable_parameters(model)]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
+    number = 0
+
+    def step() -> None:
+        nonlocal number
+        ids, labels = rows.of(number, placement.rank, placement.world_size, spec.batch)
+        number += 1
+        targets = int((labels[:, 1:] != -100).sum())
+        (token_losses(model, MicroBatch(0, ids, labels)).sum() / targets).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    try:
+        yield step, {}
+    finally:
+        prepared.close()
+
+
 def _compiled(prepared: Any) -> list[Any]:
     """Return what ends a benchmark whose layers cannot be compiled: it would measure something else."""
     from fsdp_qlora.parallel.fallback import EagerFallback
@@ -286,4 +321,4 @@ def roofline(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Ste
     yield step, {}
 
 
-WAYS = {"ours": ours, "trl": trl, "bare": bare, "roofline": roofline}
+WAYS = {"ours": ours, "loop": loop, "trl": trl, "bare": bare, "roofline": roofline}

@@ -101,9 +101,9 @@ def reference(
             if name.endswith(("gate_up_proj", "down_proj")) and parameter.dim() == 3:
                 for expert in parameter:
                     codes, state = bitsandbytes.functional.quantize_4bit(
-                        expert.contiguous(), quant_type="nf4", compress_statistics=True
+                        expert.reshape(1, -1), quant_type="nf4", compress_statistics=True  # see `checks.reference`
                     )
-                    expert.copy_(bitsandbytes.functional.dequantize_4bit(codes, state))
+                    expert.copy_(bitsandbytes.functional.dequantize_4bit(codes, state).view_as(expert))
     base.requires_grad_(False)
     config = LoraConfig(
         task_type=None if family in AUTO else "CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=targets,  # type: ignore[arg-type]

@@ -77,8 +77,9 @@ def round_to_nf4(model: nn.Module, weights: Iterable[str], transposed: Iterable[
         parameter = model.get_parameter(name)
         for matrix in parameter if parameter.dim() == 3 else [parameter]:
             whole = (matrix.t() if name in turned else matrix).contiguous()
-            codes, state = bitsandbytes.functional.quantize_4bit(whole, quant_type="nf4", compress_statistics=True)
-            rounded = bitsandbytes.functional.dequantize_4bit(codes, state)
+            flat = whole.view(1, -1)  # of rows that blocks cross, the AVX-512 kernel takes the wrong absmax
+            codes, state = bitsandbytes.functional.quantize_4bit(flat, quant_type="nf4", compress_statistics=True)
+            rounded = bitsandbytes.functional.dequantize_4bit(codes, state).view_as(whole)
             matrix.copy_(rounded.t() if name in turned else rounded)
 
 

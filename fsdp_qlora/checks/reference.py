@@ -131,12 +131,12 @@ def _rounded(whole: torch.Tensor, quant_format: Format) -> torch.Tensor:
     if not isinstance(quant_format, Blocks4):  # our own code, as upstream has none for this format
         return dequantize(quantize(whole, quant_format), quant_format, tuple(whole.shape), whole.dtype)
     codes, state = bitsandbytes.functional.quantize_4bit(
-        whole,
+        whole.view(1, -1),  # in one row: the AVX-512 kernel takes the wrong absmax where a block crosses rows
         blocksize=quant_format.block_size,
         quant_type=quant_format.name,
         compress_statistics=quant_format.double_quant,
     )
-    return bitsandbytes.functional.dequantize_4bit(codes, state)
+    return bitsandbytes.functional.dequantize_4bit(codes, state).view_as(whole)
 
 
 def adapt(model: PreTrainedModel, config: LoraConfig, values: Mapping[str, torch.Tensor]) -> nn.Module:

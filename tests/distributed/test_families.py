@@ -91,9 +91,9 @@ def test_quantized_embedding_and_head_give_the_losses_of_dense_ones_with_the_sam
     with torch.no_grad():
         for weight in edges:
             codes, state = bitsandbytes.functional.quantize_4bit(
-                weight.data.contiguous(), quant_type="nf4", compress_statistics=True
+                weight.data.reshape(1, -1), quant_type="nf4", compress_statistics=True
             )
-            weight.copy_(bitsandbytes.functional.dequantize_4bit(codes, state))
+            weight.copy_(bitsandbytes.functional.dequantize_4bit(codes, state).view_as(weight))
     dense = tmp_path / "dense"
     model.save_pretrained(dense)
     AutoTokenizer.from_pretrained(folder).save_pretrained(dense)
