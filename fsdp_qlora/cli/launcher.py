@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
@@ -44,9 +45,15 @@ def ranks_to_start(config: RunConfig) -> int:
     has_device_files = any(any(Path("/dev").glob(name)) for name in ("nvidia[0-9]*", "dri/render*"))
     if config.launcher.device == "cpu" or not has_device_files:
         return 1
+    return max(1, _accelerators())
+
+
+@cache
+def _accelerators() -> int:
+    """Return the number of accelerators; asked once, as a simulated one (`fsdp_qlora.simulate.device`) would count."""
     import torch
 
-    return max(1, torch.accelerator.device_count())
+    return torch.accelerator.device_count()
 
 
 def launch(verb: str, config: RunConfig, num_ranks: int) -> int:

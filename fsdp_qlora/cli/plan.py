@@ -23,7 +23,7 @@ from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.plan.report import report
 from fsdp_qlora.run.decide import SHARD_DEGREE, planned
 from fsdp_qlora.shapes.linears import ModelShapes
-from fsdp_qlora.simulate.step import simulate
+from fsdp_qlora.simulate.step import simulate_here
 from fsdp_qlora.track.console import megabytes
 
 Rows = list[tuple[str, str]]
@@ -37,10 +37,11 @@ _MOMENTS = {
 
 def run(config: RunConfig) -> int:
     """Print the plan as a table or as JSON; return the exit code."""
-    world_size = config.plan.world_size or ranks_to_start(config)
+    here = ranks_to_start(config)  # first: afterwards torch may take the simulated device for the machine's
+    world_size = config.plan.world_size or here
     counted, base, plan = planned(config, world_size)
     shapes = read_shapes(base)
-    simulation = simulate(config, world_size) if config.plan.simulate else None
+    simulation = simulate_here(config, world_size) if config.plan.simulate else None  # nothing is trained afterwards
     figures = report(counted, plan, shapes, None if simulation is None else simulation.peak_bytes)
     figures["model"] = _of_the_model(config, counted, base, shapes)
     figures["process_bytes"] = resident_bytes()

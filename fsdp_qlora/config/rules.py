@@ -179,6 +179,11 @@ def _fast_paths(config: RunConfig) -> Iterator[str]:
             "quant.cache_dequantized: true keeps dense weights until backward, where activation_checkpointing="
             f"{train.activation_checkpointing} recomputes them; set one of the two to auto."
         )
+    if config.quant.cache_dequantized == "true" and config.fsdp.offloads_activations:
+        yield (
+            f"quant.cache_dequantized: true keeps dense weights until backward, and fsdp.offload={config.fsdp.offload} "
+            "would copy them to the host and back, which takes longer than dequantizing them again; set it to auto."
+        )
     if train.compile == "true" and config.fsdp.offloads_activations:
         yield "train.compile: compiled layers hide activations from fsdp.offload; set it to false."
     if train.compile == "true" and config.fsdp.offload_modules:
@@ -216,12 +221,6 @@ def _replicated(config: RunConfig) -> Iterator[str]:
 
 
 def _plan(config: RunConfig) -> Iterator[str]:
-    if config.plan.simulate and (config.fsdp.offloads_parameters or config.fsdp.offload_modules):
-        which = "offload_modules" if config.fsdp.offload_modules else f"offload={config.fsdp.offload}"
-        yield (
-            "plan.simulate: the simulated device is a CPU, where shards in host memory cannot be told apart; plan "
-            f"fsdp.{which} without it."
-        )
     if config.plan.search and config.plan.gpu is None and config.plan.device is None:
         yield "plan.search: needs a memory size to fit into; set plan.gpu=24GiB or plan.device=rtx4090."
     if config.plan.interconnect is not None and config.plan.device is None:

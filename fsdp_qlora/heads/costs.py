@@ -6,18 +6,24 @@ from fsdp_qlora.quant.matrix import SLICE_WEIGHTS
 from fsdp_qlora.shapes.linears import FLOAT32
 
 LOGIT_COPIES = 2
-"""Tensors ``[chunk, vocab]`` of the chunked cross entropy at once: those of this chunk and the previous one."""
+"""Tensors ``[chunk, vocab]`` of the chunked cross entropy at once on a CPU: of this chunk and of the previous one."""
 SLICE_COPIES = 5
 """Float32 tensors of the sliced cross entropy at once: three of this slice and two of the previous one."""
 FLOAT_LOGITS_BYTES = 64 * 2**20
 """Assumed limit on the part of a chunk's logits that is float32 at a time on a CPU."""
 
 
-def chunked_bytes(chunk: int, vocab_size: int, itemsize: int, on_accelerator: bool) -> int:
-    """Return the bytes of a dense head's loss (`heads/dense.py`), ``chunk`` tokens at a time."""
-    logits = chunk * vocab_size  # per copy: the logits in their own dtype and in float32, on a CPU a part at a time
-    floats = logits * FLOAT32
-    return LOGIT_COPIES * (logits * itemsize + (floats if on_accelerator else min(floats, FLOAT_LOGITS_BYTES)))
+def chunked_bytes(chunk: int, vocab_size: int, itemsize: int, on_accelerator: bool, capped: bool = False) -> int:
+    """Return the bytes of a dense head's loss (`heads/dense.py`), ``chunk`` tokens at a time.
+
+    An accelerator holds a chunk's logits in their own dtype, and either in float32 (twice with a soft cap) or, while
+    they are multiplied, those of the previous chunk. A CPU has a part of them in float32 at a time.
+    """
+    logits = chunk * vocab_size
+    own, floats = logits * itemsize, logits * FLOAT32
+    if on_accelerator:
+        return own + max(own, floats * (2 if capped else 1))
+    return LOGIT_COPIES * (own + min(floats, FLOAT_LOGITS_BYTES))
 
 
 def sliced_bytes(chunk: int, tokens: int, vocab_size: int, hidden_size: int, itemsize: int) -> int:

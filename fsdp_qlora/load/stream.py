@@ -73,7 +73,7 @@ def stream_weights(
     """
     started = time.perf_counter()
     tied = _shares_weight(base)
-    _allocate(model, shards_on or ranks.device, ranks.device, on_host)
+    allocate(model, shards_on or ranks.device, ranks.device, on_host)
     on_every(lambda: _fill_buffers(base, source), ranks)
     quantized = [m for m in base.modules() if isinstance(m, QuantMatrices)]
     kept = [(_file_name(n), p) for n, p in base.named_parameters() if not _is_ours(n, p, base)]
@@ -101,7 +101,7 @@ def stream_weights(
     return LoadReport(source.bytes_read, source.total_bytes, size, time.perf_counter() - started, stored)
 
 
-def _allocate(model: nn.Module, shards_on: torch.device, device: torch.device, on_host: Iterable[nn.Module]) -> None:
+def allocate(model: nn.Module, shards_on: torch.device, device: torch.device, on_host: Iterable[nn.Module]) -> None:
     """Allocate sharded parameters on ``shards_on``, those of ``on_host`` on the host, unsharded ones on ``device``.
 
     FSDP moves the parameters it manages to the device, but not buffers or parameters that it does not shard.
@@ -110,9 +110,14 @@ def _allocate(model: nn.Module, shards_on: torch.device, device: torch.device, o
     if shards_on != HOST:
         for module in on_host:
             module.to_empty(device=HOST, recurse=False)
-    for parameter in model.parameters():
-        if not isinstance(parameter, DTensor) and not parameter.requires_grad and parameter.device.type != device.type:
-            parameter.data = torch.empty_like(parameter, device=device)
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            whole = not isinstance(parameter, DTensor) and not parameter.requires_grad
+            if whole and parameter.device.type != device.type:
+                if parameter not in moved:
+                    moved[parameter] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+                setattr(module, name, moved[parameter])
 
 
 def _fill_buffers(base: PreTrainedModel, source: SafetensorsFolder) -> None:

@@ -110,6 +110,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         experts_per_token=_number(config, "num_experts_per_tok"),
         not_adapted=frozenset(misnamed),
         float32=frozenset(float32_parameters(model)),
+        capped=bool(getattr(config, "final_logit_softcapping", None)),
     )
 
 

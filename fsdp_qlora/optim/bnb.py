@@ -44,6 +44,8 @@ UPDATES = {
     "lion_8bit": Update("lion", ("exp_avg",)),  # https://arxiv.org/abs/2302.06675
     "ademamix_8bit": Update("ademamix", ("exp_avg", "exp_avg_slow"), ("exp_avg_sq",)),  # arxiv.org/abs/2409.03137
 }
+PAGED = frozenset(name for name, update in UPDATES.items() if update.paged)
+"""Optimizers whose state can move between device and host."""
 
 
 class BlockwiseOptimizer(LocalOptimizer):

@@ -9,6 +9,9 @@ input, and only if they have an adapter:
   activation function's output;
 - eager attention: keys and values repeated for each head, the float32 softmax and its copy; blockwise attention: the
   probabilities of short sequences;
+- sdpa with a mask, which rows whose positions restart need: keys and values repeated for each head, and in each layer
+  the mask in the queries' dtype; sdpa in float32 with grouped heads, for which GPUs have no kernel: the same, and the
+  scores in place of the mask;
 - experts: the same, once for each expert that a token goes through.
 """
 
@@ -39,6 +42,8 @@ class LayerActivations:
     """The part of ``saved`` that selective checkpointing keeps: the outputs of products and attention."""
     blocks: int
     """For each position of a row, not each token: a block of blockwise attention's scores, gradient and copy."""
+    kept_positions: int
+    """For each position of the row: sdpa's mask, or its scores where it has no kernel."""
 
 
 def is_attention(parent: str) -> bool:
@@ -47,8 +52,9 @@ def is_attention(parent: str) -> bool:
 
 
 def layer_activations(
-    shapes: ModelShapes, layer: str, adapted: frozenset[str], itemsize: int, dropout: bool, attention: str
-) -> LayerActivations:
+    shapes: ModelShapes, layer: str, adapted: frozenset[str], itemsize: int, dropout: bool, attention: str,
+    masked: bool = False, on_accelerator: bool = False,
+) -> LayerActivations:  # fmt: skip
     """Return the bytes per token that the decoder layer named ``layer`` keeps.
 
     Args:
@@ -56,11 +62,15 @@ def layer_activations(
         layer: name of the layer.
         adapted: names of the linears with an adapter.
         itemsize: bytes per activation element.
-        dropout: whether the adapters use dropout (each then keeps its own dropped input and a mask).
+        dropout: whether the adapters use dropout (each then keeps its own dropped input and a mask, and no other).
         attention: its implementation. ``eager`` keeps the scores, ``blockwise`` keeps them for short sequences;
             ``varlen`` on a CPU computes them in blocks as well.
+        masked: whether sdpa gets a mask.
+        on_accelerator: whether the layer runs on a GPU.
     """
-    eager, blocks = attention == "eager", attention in ("blockwise", "varlen")
+    eager, blocks = attention == "eager", attention in ("blockwise", "varlen") and not on_accelerator
+    by_operations = attention == "sdpa" and on_accelerator and itemsize == FLOAT32 and not masked
+    repeats, keeps_scores = eager or by_operations or (attention == "sdpa" and masked), eager
     inside = [x for x in shapes.linears if x.name.startswith(layer + ".")]
     groups: dict[str, list[LinearShape]] = {}
     for x in inside:
@@ -68,7 +78,8 @@ def layer_activations(
     elements = transient = width = attending = 0
     for parent, group in groups.items():
         times = shapes.experts_per_token if group[0].count > 1 else 1
-        saved = _group(parent, group, adapted, eager)
+        saved, repeated = _group(parent, group, adapted, dropout), _repeated(parent, group) if repeats else 0
+        saved, keeps_scores = saved + repeated, keeps_scores or (by_operations and repeated > 0)
         elements += times * saved
         # experts: three more tensors as wide as the output: the sorted copy, the outputs and the weighted outputs
         transient = max(transient, times * (3 * group[-1].out_features if times > 1 else group[-1].in_features))
@@ -76,9 +87,11 @@ def layer_activations(
             width = max(width, group[-1].in_features)
             attending += saved
     extra = 0
-    if dropout:
-        extra = sum(x.in_features for x in inside if x.name in adapted) * (itemsize + 1)  # + 1: the mask
-    heads = shapes.num_attention_heads if eager else 0
+    if dropout:  # the dropped input and a mask, which CPUs keep in the input's dtype
+        mask = 1 if on_accelerator else itemsize
+        extra = sum(x.in_features for x in inside if x.name in adapted) * (itemsize + mask)
+    heads = shapes.num_attention_heads if keeps_scores else 0
+    attention_mask = itemsize if attention == "sdpa" and masked and width else 0
     return LayerActivations(
         saved=elements * itemsize + _norms(shapes, layer, inside) + extra,
         transient=(transient + shapes.hidden_size) * itemsize,
@@ -91,15 +104,18 @@ def layer_activations(
         )
         * itemsize,
         blocks=3 * shapes.num_attention_heads * QUERY_BLOCK * itemsize if blocks else 0,
+        kept_positions=attention_mask if eager or not keeps_scores else heads * FLOAT32,
     )
 
 
-def _group(parent: str, group: list[LinearShape], adapted: frozenset[str], eager: bool) -> int:
+def _group(parent: str, group: list[LinearShape], adapted: frozenset[str], dropout: bool) -> int:
     """Return the elements per token that the linears of one module keep."""
     *front, last = group
     if last.count > 1:  # no adapters, so no inputs; outputs are kept because each is weighted
         return sum(x.out_features for x in group) + last.in_features
     elements = sum(x.out_features for x in front)
+    if dropout:  # adapters save dropped copies, which are counted elsewhere
+        adapted = frozenset()
     if front and any(x.name in adapted for x in front):
         elements += front[0].in_features
     attention = is_attention(parent)
@@ -107,11 +123,16 @@ def _group(parent: str, group: list[LinearShape], adapted: frozenset[str], eager
     # saves the activation function's output, which is as wide.
     if attention or last.name in adapted:
         elements += last.in_features
-    if not attention:
-        elements += last.in_features
-    elif eager and len(front) == 3:  # q, k, v: keys and values, repeated to the width of the queries
-        elements += 2 * (max(x.out_features for x in front) - min(x.out_features for x in front))
-    return elements
+    return elements + (0 if attention else last.in_features)
+
+
+def _repeated(parent: str, group: list[LinearShape]) -> int:
+    """Return the elements per token by which keys and values grow if they are repeated to the queries' width."""
+    *front, _ = group
+    if not is_attention(parent) or len(front) != 3:  # q, k, v
+        return 0
+    widths = [x.out_features for x in front]
+    return 2 * (max(widths) - min(widths))
 
 
 def _norms(shapes: ModelShapes, layer: str, inside: Iterable[LinearShape]) -> int:

@@ -126,8 +126,8 @@ def _candidates(wanted: _Asked, memory: MemoryModel, settings: StorageSettings) 
             continue
         if wanted.reshard_after_forward is None and settings.shard_size == 1 and not rung.reshard_after_forward:
             continue  # a single rank has nothing to gather
-        if rung.cache_dequantized and not memory.all_dense:
-            continue
+        if rung.cache_dequantized and (not memory.all_dense or settings.offload_activations):
+            continue  # the hooks would move dense weights to the host and back, which takes longer than dequantizing
         if rung.checkpointing == "selective" and memory.offloaded_inside:
             continue
         yield replace(settings, **vars(rung))
@@ -145,7 +145,7 @@ def smaller(memory: MemoryModel, settings: StorageSettings) -> str | None:
         "train.activation_checkpointing=selective": replace(settings, checkpointing="selective"),
         "train.activation_checkpointing=full": replace(settings, checkpointing="full"),
         f"train.micro_batch_size={rows}": replace(settings, micro_batch_size=rows),
-        "fsdp.offload=activations": replace(settings, offload_activations=True),
+        "fsdp.offload=activations": replace(settings, offload_activations=True, cache_dequantized=False),
     }
     peak = memory.plan(settings).peak
     for words, other in changes.items():

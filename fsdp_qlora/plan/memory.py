@@ -14,16 +14,17 @@ to the reserve. The kinds do not peak at the same time, so the planned peak is t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 
 from fsdp_qlora.attention.blocks import kept_scores
 from fsdp_qlora.config.schema import LoraSettings, OptimSettings
 from fsdp_qlora.distributed.shards import row_range
 from fsdp_qlora.heads.costs import chunked_bytes, sliced_bytes
-from fsdp_qlora.optim.sizes import state_bytes
+from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
 from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE
 from fsdp_qlora.plan.activations import LayerActivations, layer_activations
+from fsdp_qlora.plan.counted import BytesPerRank, HostBytes, MemoryPlan
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.quant.matrix import SLICE_WEIGHTS, WHOLE_WEIGHTS
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS
@@ -31,56 +32,6 @@ from fsdp_qlora.shapes.linears import FLOAT32, ModelShapes
 
 FILE_ITEMSIZE = 2
 """Bytes per element in the model's files (bf16)."""
-
-
-@dataclass(frozen=True)
-class BytesPerRank:
-    """Bytes on the rank that holds most, each kind at its own peak."""
-
-    base_packed: int
-    base_statistics: int
-    base_kept: int
-    adapters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    gather: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all kinds: an upper bound, since they do not peak together."""
-        return sum(asdict(self).values())
-
-
-@dataclass(frozen=True)
-class HostBytes:
-    """Bytes of host memory that a rank needs, besides about 1 GB for Python and its libraries."""
-
-    loading: int
-    """During loading: the largest slice of a tensor that this rank reads."""
-    offloaded_parameters: int
-    offloaded_activations: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all of them."""
-        return self.loading + self.offloaded_parameters + self.offloaded_activations
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """The memory a rank needs."""
-
-    bytes: BytesPerRank
-    moments: dict[str, int]
-    """Bytes on the device at each of the four moments of a step."""
-    host: HostBytes
-
-    @property
-    def peak(self) -> int:
-        """Peak bytes of tensors on the device."""
-        return max(self.moments.values())
 
 
 @dataclass(frozen=True)
@@ -99,6 +50,8 @@ class StorageSettings:
     attention: str
     """The attention implementation: ``eager`` and ``blockwise`` keep scores, the others do not."""
     logits_chunk: int
+    restarting: bool = False
+    """Positions restart within a row (packed rows), so that sdpa needs a mask."""
     quantized_embeddings: bool = False
     offload_parameters: bool = False
     """Shards, their gradients and optimizer states live in host memory."""
@@ -160,7 +113,8 @@ class MemoryModel:
         offloaded: frozenset[str] = frozenset(),
     ) -> None:
         self.shapes, self.settings, self.offloaded = shapes, settings, offloaded
-        self.offloaded_inside = any(name.startswith(layer + ".") for name in offloaded for layer in shapes.layers)
+        layers = tuple(layer + "." for layer in shapes.layers)
+        self.offloaded_inside = frozenset(name for name in offloaded if name.startswith(layers))
         self.trained = trained
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.linear.parameter: x for x in quantized}
@@ -171,17 +125,26 @@ class MemoryModel:
         self.dense = max(dense, default=0)
         kept_dense = (x.linear for x in inside if x.quant_format.dense_forward)
         self.all_dense = sum(x.numel for x in kept_dense if x.numel_each <= WHOLE_WEIGHTS)
-        self.host_shards = [
-            FLOAT32 * _share(shape[0], settings.shard_size) * prod(shape[1:])
+        self.host_shards = {
+            name: FLOAT32 * _share(shape[0], settings.shard_size) * prod(shape[1:])
             for name, shape in shapes.parameters.items()
             if name in offloaded
-        ]
+        }
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
         adapted = frozenset(trained)
         self.activations: tuple[LayerActivations, ...] = tuple(
-            layer_activations(shapes, layer, adapted, settings.itemsize, settings.lora.dropout > 0, settings.attention)
+            layer_activations(
+                shapes,
+                layer,
+                adapted,
+                settings.itemsize,
+                settings.lora.dropout > 0,
+                settings.attention,
+                settings.restarting,
+                settings.on_accelerator,
+            )
             for layer in shapes.layers
         )
 
@@ -201,12 +164,16 @@ class MemoryModel:
         if self.shapes.tied and not settings.keeps_whole:  # the embedding's unit is freed only at the end of backward
             at_layer += self.edges[0].gathered
         gradients = self._gradients(settings)
-        on_device = (0 if settings.offload_parameters else sum(fixed)) + max(self.host_shards, default=0)
+        on_device = 0 if settings.offload_parameters else sum(fixed)
+        arriving, inside = self._arriving(settings)
         held = on_device + gradients + kept
+        # the layer in backward is one of those whose offloaded activations are on the device
+        moves = settings.offload_activations and settings.checkpointing == "none"
+        left = min(kept, self._saved(self.activations[-1], settings)) if moves else 0
         moments = {
-            "first_layer": on_device + gradients + self._gathered_first(settings),
-            "head": held + self._held_layers(settings) + last + edge + max(logits + head, again),
-            "layer_backward": held + layer + at_layer,
+            "first_layer": on_device + gradients + self._gathered_first(settings) + arriving,
+            "head": held + self._held_layers(settings) + last + edge + max(logits + head, again + arriving),
+            "layer_backward": held - left + layer + at_layer + inside,
             # gradients and the optimizer's temporaries: three times the adapters' bytes (fixed[3])
             "update": 0 if settings.offload_parameters else sum(fixed) + 3 * fixed[3],
         }
@@ -222,7 +189,7 @@ class MemoryModel:
             adapters,
             gradients,
             optimizer,
-            kept + max(layer, last + edge),
+            kept + max(layer - left, last + edge),
             logits,
             max(head, again, at_layer),
         )
@@ -298,7 +265,22 @@ class MemoryModel:
             return 0 if settings.keeps_whole else largest  # FSDP copies a unit even on a single rank
         if units is self.layers and not settings.reshard_after_forward:
             return self._held_layers(settings) + largest
-        return largest * (1 + settings.prefetch)
+        # the next layers are gathered ahead; an edge is not, but its receive buffer is alive beside it
+        return largest * (1 + settings.prefetch if units is self.layers else 2)
+
+    def _arriving(self, settings: StorageSettings) -> tuple[int, int]:
+        """Return the bytes that a shard's copy from host memory takes until it is gathered: of edges, and in layers.
+
+        They count on a single rank only: elsewhere a shard is no larger than the receive buffer, which comes later.
+        """
+        if settings.shard_size > 1:
+            return 0, 0
+        if settings.offload_parameters:
+            return self._gathered(self.edges, settings), 0
+        sizes: dict[bool, list[int]] = {True: [0], False: [0]}
+        for name, size in self.host_shards.items():
+            sizes[name in self.offloaded_inside].append(size)
+        return max(sizes[False]), max(sizes[True])
 
     def _held_layers(self, settings: StorageSettings) -> int:
         """Return the bytes of layers that stay gathered from forward to backward."""
@@ -334,7 +316,9 @@ class MemoryModel:
             each = [edge + self._chosen(layer, settings) for layer in self.activations]
         on_device = each[-LAYERS_ON_DEVICE:] if settings.offload_activations else each
         dense = self.all_dense * settings.itemsize if settings.cache_dequantized else 0
-        return sum(on_device) + dense + (edge if settings.checkpointing == "none" else 0)
+        # one mask for all layers, in bytes; each layer's copy of it is counted with the layer
+        mask = settings.tokens * settings.max_length if settings.attention == "sdpa" and settings.restarting else 0
+        return sum(on_device) + dense + mask + (edge if settings.checkpointing == "none" else 0)
 
     def _chosen(self, layer: LayerActivations, settings: StorageSettings) -> int:
         """Return the bytes of a layer's products that selective checkpointing keeps."""
@@ -359,7 +343,8 @@ class MemoryModel:
         return max(map(moments, self.activations), default=0)
 
     def _saved(self, layer: LayerActivations, settings: StorageSettings) -> int:
-        saved = settings.tokens * (layer.saved + self._scores(settings))
+        each = layer.saved + self._scores(settings) + layer.kept_positions * settings.max_length
+        saved = settings.tokens * each
         if settings.adapter_copies and settings.lora.dropout and settings.itemsize < FLOAT32:  # copies in compute dtype
             saved += max((unit.adapters for unit in self.layers), default=0) * settings.itemsize
         return saved
@@ -368,7 +353,7 @@ class MemoryModel:
         chunk, shapes = min(settings.logits_chunk, settings.tokens), self.shapes
         if settings.quantized_embeddings:
             return sliced_bytes(chunk, settings.tokens, shapes.vocab_size, shapes.hidden_size, settings.itemsize)
-        return chunked_bytes(chunk, shapes.vocab_size, settings.itemsize, settings.on_accelerator)
+        return chunked_bytes(chunk, shapes.vocab_size, settings.itemsize, settings.on_accelerator, shapes.capped)
 
     def _largest_slice(self, shard_size: int) -> int:
         """Return the most elements that this rank reads at a time: a chunk (all if transposed) or its shard."""
@@ -387,8 +372,10 @@ class MemoryModel:
         none = settings.checkpointing == "none"
         each = [self._saved(x, settings) if none else edge + self._chosen(x, settings) for x in self.activations]
         offloaded = sum(each) if settings.offload_activations else 0
-        parameters = sum(self.fixed) + self.fixed[3] if settings.offload_parameters else 0  # and the gradients
-        parameters += sum(self.host_shards)
+        parameters = sum(self.host_shards.values())
+        if settings.offload_parameters:  # reduced gradients come as the activations go; an update is after both
+            reduced = self.fixed[3] + temporary_bytes(settings.optim, self.fixed[3])
+            parameters += sum(self.fixed) + max(0, reduced - offloaded)
         return HostBytes(self.largest_slice * FILE_ITEMSIZE, parameters, offloaded)
 
 

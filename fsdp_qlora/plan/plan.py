@@ -14,7 +14,8 @@ from fsdp_qlora.distributed.mesh import degrees
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.optim.sizes import unmatched
 from fsdp_qlora.plan.choices import choose
-from fsdp_qlora.plan.memory import BytesPerRank, HostBytes, MemoryModel, StorageSettings
+from fsdp_qlora.plan.counted import BytesPerRank, HostBytes
+from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
@@ -180,6 +181,7 @@ def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> St
         max_length=config.data.max_length,
         checkpointing=asked(config.train.activation_checkpointing) or "none",
         attention=config.model.attn_implementation,
+        restarting=config.data.packing or config.data.padding_free,
         logits_chunk=config.train.logits_chunk,
         quantized_embeddings=config.quant.embeddings != "none",
         offload_parameters=config.fsdp.offloads_parameters,

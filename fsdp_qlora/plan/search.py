@@ -98,7 +98,7 @@ def _one(
             micro_batch_size=rows,
             max_length=length,
             checkpointing=checkpointing,
-            cache_dequantized=base.cache_dequantized and checkpointing == "none",
+            cache_dequantized=base.cache_dequantized and checkpointing == "none" and offload in ("none", "params"),
             offload_parameters=offload in ("params", "all"),
             offload_activations=offload in ("activations", "all"),
             accumulation_steps=_turns(batch, rows),

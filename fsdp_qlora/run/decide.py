@@ -123,9 +123,14 @@ def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
     """
     check(config)
     source = config_for_plan(config.model.name, config.model.revision)
-    device = ACCELERATORS[0] if config.plan.gpu or config.plan.device else next(iter(device_types()))
+    device = planned_device(config)
     config = with_attention(on_device(config, device), torch.device(device), source)
     return config, skeleton(config, source)
+
+
+def planned_device(config: RunConfig) -> str:
+    """Return the type of device that a run is planned for: a GPU if one is named, else this machine's."""
+    return ACCELERATORS[0] if config.plan.gpu or config.plan.device else next(iter(device_types()))
 
 
 def on_device(config: RunConfig, kind: str) -> RunConfig:

@@ -78,6 +78,8 @@ class ModelShapes:
     """Linears that get no adapter, because plain PEFT could not load one onto them."""
     float32: frozenset[str] = frozenset()
     """Parameters that upstream keeps in float32 in a 16-bit model; unsharded, because FSDP would round them."""
+    capped: bool = False
+    """Whether logits have a soft cap, whose derivative the loss keeps beside them."""
 
     @property
     def embedding_rows(self) -> int:

@@ -15,19 +15,28 @@ from fsdp_qlora.attention.blockwise import BLOCKWISE
 from fsdp_qlora.quant import products
 from fsdp_qlora.quant.experts import EXPERTS_IMPLEMENTATION, experts_by_counts
 
+SDPA = "sdpa"
+"""transformers' name of torch's attention."""
+
 
 @contextmanager
 def only_causal_masks() -> Iterator[None]:
-    """Give blockwise attention no mask, which it treats as causal.
+    """Give attention no mask where causality is all that it would say, so that its kernel needs none.
 
-    transformers omits the mask if positions do not restart; on fake tensors it cannot see that.
+    transformers omits such a mask if positions do not restart within a row; on fake tensors it cannot see that. Layers
+    with a window shorter than the row still get one.
     """
-    own = AttentionMaskInterface()[BLOCKWISE]
+    masks = AttentionMaskInterface()
+    blockwise_mask, sdpa_mask = masks[BLOCKWISE], masks[SDPA]
     AttentionMaskInterface.register(BLOCKWISE, lambda *_, **__: None)
+    AttentionMaskInterface.register(
+        SDPA, lambda *args, **settings: sdpa_mask(*args, **{**settings, "allow_is_causal_skip": True})
+    )
     try:
         yield
     finally:
-        AttentionMaskInterface.register(BLOCKWISE, own)
+        AttentionMaskInterface.register(BLOCKWISE, blockwise_mask)
+        AttentionMaskInterface.register(SDPA, sdpa_mask)
 
 
 @contextmanager

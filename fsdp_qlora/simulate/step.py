@@ -7,9 +7,9 @@ than a few layers are simulated at a few small depths and extrapolated, once tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -23,18 +23,23 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.labels import ROWS, TOKENS
 from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import HOST
+from fsdp_qlora.errors import PlanError
+from fsdp_qlora.load.stream import allocate
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.objectives import build_objective
+from fsdp_qlora.optim.bnb import PAGED
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.parallel.shard import synchronize_gradients
+from fsdp_qlora.parallel.shard import host_modules, synchronize_gradients
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.plan.quantized import format_of
-from fsdp_qlora.quant.formats import dequantize, quantize
+from fsdp_qlora.quant.formats import QuantizedTensor, dequantize, quantize
 from fsdp_qlora.run.build import build_sharded
-from fsdp_qlora.run.decide import planned, planned_skeleton
+from fsdp_qlora.run.decide import planned, planned_device, planned_skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.units import fsdp_units
+from fsdp_qlora.simulate.apart import simulate_apart
 from fsdp_qlora.simulate.depth import (
     Counts,
     Cut,
@@ -46,9 +51,18 @@ from fsdp_qlora.simulate.depth import (
     layer_kinds,
     relative_error,
 )
+from fsdp_qlora.simulate.device import accelerator, accelerator_mode
+from fsdp_qlora.simulate.result import Places, Simulation, highest
 from fsdp_qlora.simulate.stand_ins import evenly_spread_experts, only_causal_masks
-from fsdp_qlora.simulate.tracker import NOT_COUNTED, Place, TensorBytes, fake_mode, measure_step, simulated_ranks
-from fsdp_qlora.track.console import megabytes
+from fsdp_qlora.simulate.tracker import (
+    NOT_COUNTED,
+    FakeTensorMode,
+    Place,
+    TensorBytes,
+    fake_mode,
+    measure_step,
+    simulated_ranks,
+)
 from fsdp_qlora.train.step import StepSettings, forward_backward
 
 WHOLE_LAYERS = 8
@@ -57,78 +71,34 @@ TOLERANCE = 0.01
 """Largest relative error of the peak, estimated by the checking depth; beyond it the whole model is simulated."""
 
 
-@dataclass(frozen=True)
-class Simulation:
-    """Memory of a simulated step on the fullest rank."""
-
-    peak: TensorBytes
-    """Bytes of the tensors at the highest peak."""
-    place: str
-    """Where in the step the highest peak is."""
-    places: dict[str, TensorBytes]
-    """The peak at every place."""
-    depths: tuple[int, ...]
-    """Numbers of layers that were simulated; a single entry if it was the whole model."""
-    checked: float | None
-    """Relative error of the peak, estimated by the checking depth; None for a whole model."""
-    seconds: float
-
-    @property
-    def peak_bytes(self) -> int:
-        """Bytes of tensors at the peak."""
-        return self.peak.total
-
-    @property
-    def how(self) -> str:
-        """How the peak was found, in a few words."""
-        if self.checked is None:
-            return "the whole model"
-        *cuts, last = self.depths
-        depths = ", ".join(map(str, cuts))
-        return f"extrapolated from {depths} layers, checked with {last}: at most {100 * self.checked:.2f} % off"
-
-    def rows(self, plan: TrainPlan) -> list[tuple[str, str]]:
-        """Return the planned and the simulated bytes side by side, as rows of a table."""
-        found, planned = self.peak, plan.bytes
-        base = planned.base_packed + planned.base_statistics + planned.base_kept + planned.adapters
-        pairs = (
-            ("base and adapters", base, found.parameters),
-            ("gradients", planned.gradients, found.gradients),
-            ("optimizer", planned.optimizer, found.optimizer),
-            ("activations and logits", planned.activations + planned.logits, found.activations),
-            ("gather", planned.gather, found.gather),
-            ("peak per rank", plan.peak, found.total),
-        )
-        rows = [
-            (f"simulated {what}", f"{megabytes(there)} (planned {megabytes(known)})") for what, known, there in pairs
-        ]
-        return [*rows, ("simulated peak is in", self.place), ("simulated", f"{self.how}, {self.seconds:.0f} s")]
-
-    def to_dict(self) -> dict[str, object]:
-        """Return what `plan.json=true` prints besides ``peak_simulated_bytes``."""
-        return {
-            "bytes": asdict(self.peak),
-            "place": self.place,
-            "layers": list(self.depths),
-            "error": self.checked,
-            "seconds": round(self.seconds, 1),
-        }
-
-
 def simulate(config: RunConfig, world_size: int) -> Simulation:
     """Simulate a step of the run on ``world_size`` ranks, with all tokens supervised.
 
+    A run that is planned for an accelerator (``plan.gpu``, ``plan.device``, or one in this machine) is simulated in a
+    process of its own, since registering the simulated device (`fsdp_qlora.simulate.device`) cannot be undone.
+
     Raises:
-        PlanError: if this process is a rank of an open process group, or the model cannot be cut.
+        PlanError: if this process is a rank of an open process group, the model cannot be cut, or the settings cannot
+            be simulated (`refuse`).
     """
+    refuse(config)
+    return (
+        simulate_here(config, world_size) if planned_device(config) == HOST.type else simulate_apart(config, world_size)
+    )
+
+
+def simulate_here(config: RunConfig, world_size: int) -> Simulation:
+    """Simulate as `simulate` does, but always in this process, which must not train on a device afterwards."""
     started = time.perf_counter()
-    _make_tables(config)
+    refuse(config)
+    device = HOST if planned_device(config) == HOST.type else accelerator()
+    _make_tables(config, device)
     fsdp = config.fsdp
     if degree(fsdp.shard_degree) is None:
         chosen = planned(config, world_size)[0].fsdp
         fsdp = replace(fsdp, shard_degree=chosen.shard_degree, replicate_degree=chosen.replicate_degree)
         config = replace(config, fsdp=fsdp)
-    with simulated_ranks(world_size, degree(fsdp.shard_degree) or 0, fsdp.replicate_degree) as ranks:
+    with simulated_ranks(world_size, degree(fsdp.shard_degree) or 0, fsdp.replicate_degree, device) as ranks:
         resolved, base, _ = planned(config, world_size)
         resolved = replace(
             resolved,
@@ -138,51 +108,101 @@ def simulate(config: RunConfig, world_size: int) -> Simulation:
         )
         full = counts_of(layer_kinds(base, read_shapes(base)))
         if sum(full) <= WHOLE_LAYERS:
-            return _whole(_simulate_cut(resolved, base, ranks), started)
+            return _whole(_simulate_cut(resolved, base, ranks), device == HOST, started)
         needed, check = cut_counts(full)
         cuts = [_shallow(resolved, counts, ranks) for counts in (*needed, check)]
-        place, peak = _highest(places := extrapolate(cuts[:-1], full))
-        predicted = _highest(extrapolate(cuts[:-1], check))[1].total
-        error = relative_error(predicted, cuts[-1].total, needed[0], check, full, peak.total)
+        places, error = _extrapolated([cut.device for cut in cuts], full, needed[0])
+        host = None
+        if device != HOST:
+            host, wrong = _extrapolated([cut.host for cut in cuts], full, needed[0])
+            error = max(error, wrong)
         if error > TOLERANCE:
-            return _whole(_simulate_cut(resolved, base, ranks), started)
-    depths = tuple(sum(cut.counts) for cut in cuts)
-    return Simulation(peak, place, places, depths, error, time.perf_counter() - started)
+            return _whole(_simulate_cut(resolved, base, ranks), device == HOST, started)
+    depths = tuple(sum(cut.device.counts) for cut in cuts)
+    return Simulation(places, host, depths, error, time.perf_counter() - started)
 
 
-def _whole(cut: Cut, started: float) -> Simulation:
-    place, peak = _highest(cut.peaks)
-    return Simulation(peak, place, cut.peaks, (sum(cut.counts),), None, time.perf_counter() - started)
+def refuse(config: RunConfig) -> None:
+    """Refuse settings that cannot be simulated on the planned device.
+
+    Raises:
+        PlanError: naming them.
+    """
+    fsdp, name = config.fsdp, config.optim.name
+    if planned_device(config) == HOST.type and (fsdp.offloads_parameters or fsdp.offload_modules):
+        which = f"offload={fsdp.offload}" if fsdp.offloads_parameters else "offload_modules"
+        raise PlanError(
+            f"plan.simulate: on a CPU, device and host share one memory, so fsdp.{which} changes nothing that could be "
+            "counted; set plan.gpu=24GiB (or plan.device) to simulate a GPU."
+        )
+    if planned_device(config) != HOST.type and not fsdp.offloads_parameters and name in PAGED:
+        plain = "adamw_8bit" if name.endswith("_8bit") else "adamw"
+        raise PlanError(
+            f"plan.simulate: optim={name} keeps its state in memory that moves between device and host as needed, "
+            f"which counts as neither; simulate optim={plain}, which keeps the same bytes on the device."
+        )
 
 
-def _highest(places: dict[str, TensorBytes]) -> tuple[str, TensorBytes]:
-    return max(places.items(), key=lambda item: item[1].total)
+@dataclass(frozen=True)
+class _Cuts:
+    """Peaks of one simulated cut, on the device and in host memory."""
+
+    device: Cut
+    host: Cut
 
 
-def _make_tables(config: RunConfig) -> None:
-    """Dequantize one real block first: the code tables, which are then cached, must not be fake tensors."""
+def _extrapolated(cuts: Sequence[Cut], full: Counts, least: Counts) -> tuple[Places, float]:
+    """Return the peaks at full depth from all cuts but the last, and their relative error by the last one."""
+    *needed, check = cuts
+    places = extrapolate(needed, full)
+    predicted = highest(extrapolate(needed, check.counts))[1].total
+    return places, relative_error(predicted, check.total, least, check.counts, full, highest(places)[1].total)
+
+
+def _whole(cut: _Cuts, on_cpu: bool, started: float) -> Simulation:
+    return Simulation(
+        cut.device.peaks,
+        None if on_cpu else cut.host.peaks,
+        (sum(cut.device.counts),),
+        None,
+        time.perf_counter() - started,
+    )
+
+
+def _make_tables(config: RunConfig, device: torch.device) -> None:
+    """Dequantize a block first, outside the fake mode: the tables that this caches are computed from real values."""
     quant = config.quant
     for name in {quant.name, quant.embeddings, *quant.overrides.values()} - {NONE}:
         quant_format = format_of(quant, name)
-        dequantize(quantize(torch.zeros(1, 64), quant_format), quant_format, (1, 64), torch.float32)
+        block = quantize(torch.zeros(1, 64), quant_format)
+        nested, offset = (None if part is None else part.to(device) for part in (block.nested, block.offset))
+        there = QuantizedTensor(block.packed.to(device), block.absmax.to(device), nested, offset)
+        dequantize(there, quant_format, (1, 64), torch.float32)
 
 
-def _shallow(config: RunConfig, counts: Counts, ranks: Ranks) -> Cut:
+def _shallow(config: RunConfig, counts: Counts, ranks: Ranks) -> _Cuts:
     resolved, base = planned_skeleton(config)
     shapes = read_shapes(base)
     cut_layers(base, shapes, kept_layers(layer_kinds(base, shapes), counts))
     return _simulate_cut(resolved, base, ranks)
 
 
-def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> Cut:
+def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cuts:
     """Build the (cut) model on fake tensors and run one step."""
     shapes = read_shapes(base)
     kinds = layer_kinds(base, shapes)
     plan = make_plan(config, shapes, ranks.size)
-    model = build_sharded(config, base, shapes, plan, ranks, NOT_COUNTED)
-    fake = fake_mode()
+    on_cpu = ranks.device == HOST
+    fake = fake_mode() if on_cpu else accelerator_mode()
+    if not on_cpu:
+        _fake_buffers(base, ranks.device, fake)
+    model = build_sharded(config, base, shapes, plan, ranks, NOT_COUNTED if on_cpu else HOST)
     with fake:
-        model.to_empty(device=ranks.device)
+        if on_cpu:
+            model.to_empty(device=HOST)
+        else:
+            shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
+            allocate(model, shards_on, ranks.device, host_modules(model.base, plan.offloaded))
     optimizer = ShardedOptimizer(trainable_parameters(model), config.optim)
     optimizer.prepare_state(step=1)  # as in every step after the first
     batch = worst_batch(plan, config.data.max_length, shapes, config.data.packing or config.data.padding_free)
@@ -192,7 +212,17 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> Cut
             model, optimizer.inner, step_runner(config, model, batch, ranks), lambda: optimizer.step(1e-6, 0.5), fake,
             [base.get_submodule(name) for unit in fsdp_units(shapes) for name in unit], ranks.device.type,
         )  # fmt: skip
-    return Cut(counts_of(kinds), _by_name(peaks, base, shapes, kinds))
+    counts = counts_of(kinds)
+    return _Cuts(*(Cut(counts, _by_name(places, base, shapes, kinds)) for places in (peaks.device, peaks.host)))
+
+
+def _fake_buffers(base: nn.Module, device: torch.device, mode: FakeTensorMode) -> None:
+    """Replace the buffers by fake ones on ``device``: FSDP would move them there, and a real tensor cannot be moved."""
+    with mode:
+        for module in base.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    setattr(module, name, torch.empty_like(buffer, device=device))
 
 
 def step_runner(

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from fsdp_qlora.distributed.mesh import Ranks, build_mesh
+from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.simulate.stand_ins import OUR_OPS
 
@@ -71,10 +72,20 @@ _KINDS = {
 }
 
 NOT_COUNTED = torch.device("meta")
-"""Device of simulated host memory: simulated devices are CPUs, so host tensors need a different one."""
+"""Device of simulated host memory where the simulated device is a CPU, so that it is not counted as the device's."""
 
 Place = tuple[str, nn.Module | None]
 """``("forward" | "backward", the unit that started last)``, or ``("update", None)``."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Peak bytes of tensors at each place in a step."""
+
+    device: dict[Place, TensorBytes]
+    host: dict[Place, TensorBytes]
+    """Of tensors in host memory, if the device is an accelerator; else empty, since the device's memory is the host's.
+    """
 
 
 class _PlaceTracker(FSDPMemTracker):
@@ -85,10 +96,12 @@ class _PlaceTracker(FSDPMemTracker):
     ) -> None:
         super().__init__(model, optimizer)
         self._unsharded_units = [unit for unit in units if not isinstance(unit, FSDPModule)]
-        self.peaks: dict[Place, dict[Any, int]] = {}
         self.place: Place = ("forward", model)
-        self._highest: dict[Place, int] = {}
         self._device_type = device_type
+        kinds = {device_type, HOST.type}
+        self.peaks: dict[str, dict[Place, dict[Any, int]]] = {kind: {} for kind in kinds}
+        """By type of device, then by place."""
+        self._highest: dict[tuple[str, Place], int] = {}
         self._whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
         self._hooks: list[RemovableHandle] = []
 
@@ -104,12 +117,12 @@ class _PlaceTracker(FSDPMemTracker):
     def _update_peak_stats(self, peak_state: Any) -> None:
         """Update the peak of the current place only: torch's version visits every module after every operation."""
         for device, snapshot in self._curr_mem_snap.items():
-            if device.type != self._device_type:
+            if (peaks := self.peaks.get(device.type)) is None:
                 continue
             total = snapshot["Total"]
-            if total > self._highest.get(self.place, -1):
-                self._highest[self.place] = total
-                self.peaks[self.place] = {kind: count for kind, count in snapshot.items() if kind in _KINDS}
+            if total > self._highest.get((device.type, self.place), -1):
+                self._highest[device.type, self.place] = total
+                peaks[self.place] = {kind: count for kind, count in snapshot.items() if kind in _KINDS}
 
     def _fsdp_state_pre_forward(self, fsdp_mod: FSDPModule, orig_fsdp_state_pre_fw: Callable[..., T]) -> Any:
         inner = super()._fsdp_state_pre_forward(fsdp_mod, orig_fsdp_state_pre_fw)  # type: ignore[arg-type]
@@ -210,7 +223,7 @@ def measure_step(
     fake: FakeTensorMode | None = None,
     units: Iterable[nn.Module] = (),
     device_type: str = "cpu",
-) -> dict[Place, TensorBytes]:
+) -> Peaks:
     """Run one step and return the peak tensor bytes at each place.
 
     Args:
@@ -220,16 +233,20 @@ def measure_step(
         update: changes the parameters. It runs outside ``fake``, because optimizers read their step counters.
         fake: the mode of the model's fake tensors; None for real ones.
         units: the modules that name the places, where FSDP does not shard them.
-        device_type: where tensors are counted.
+        device_type: where the step runs; if that is an accelerator, tensors in host memory are counted apart.
     """
     tracker = _PlaceTracker(model, optimizer, units, device_type)
     mode: AbstractContextManager[object] = fake or nullcontext()
-    with mode, tracker:
+    on_accelerator = device_type != HOST.type
+    # Backward in this thread, as on a CPU: with a simulated device autograd would start a thread for it, and that
+    # thread would abort the process when it exits.
+    with mode, tracker, torch.autograd.set_multithreading_enabled(False):
         forward_backward(tracker.reset_mod_stats)
     tracker.place = ("update", None)
     with tracker:
         update()
-    return {place: _by_kind(peak) for place, peak in tracker.peaks.items()}
+    peaks = {kind: {place: _by_kind(peak) for place, peak in places.items()} for kind, places in tracker.peaks.items()}
+    return Peaks(peaks[device_type], peaks[HOST.type] if on_accelerator else {})
 
 
 def _by_kind(snapshot: dict[Any, int]) -> TensorBytes:
@@ -245,10 +262,10 @@ def fake_mode() -> FakeTensorMode:
 
 
 @contextmanager
-def simulated_ranks(world_size: int, shard_degree: int = 0, replicate_degree: int = 1) -> Iterator[Ranks]:
-    """Act as rank 0 (the fullest) of ``world_size`` simulated ranks, whose collectives do nothing.
-
-    The device is the CPU: without a CUDA build of torch, fake tensors cannot be on a GPU.
+def simulated_ranks(
+    world_size: int, shard_degree: int = 0, replicate_degree: int = 1, device: torch.device = HOST
+) -> Iterator[Ranks]:
+    """Act as rank 0 (the fullest) of ``world_size`` simulated ranks on ``device``, whose collectives do nothing.
 
     Raises:
         PlanError: if this process already has a process group.
@@ -259,8 +276,7 @@ def simulated_ranks(world_size: int, shard_degree: int = 0, replicate_degree: in
     try:
         group = dist.group.WORLD
         assert group is not None
-        cpu = torch.device("cpu")
-        yield Ranks(build_mesh(cpu, shard_degree, replicate_degree, world_size), group, group, cpu)
+        yield Ranks(build_mesh(device, shard_degree, replicate_degree, world_size), group, group, device)
     finally:
         dist.destroy_process_group()
         gc.collect()  # modules, hooks and mesh refer to each other

@@ -51,7 +51,7 @@ def _steps(prepared: Prepared, ranks: Ranks) -> tuple[int, list[float]]:
     optimizer.zero_grad()
     peaks = measure_step(model, optimizer.inner, run_and_note, lambda: optimizer.step(0.0, 0.5))
     run_and_note(lambda: None)
-    return max(peak.total for peak in peaks.values()), losses
+    return max(peak.total for peak in peaks.device.values()), losses
 
 
 def require_alike(pool: Pool, folder: Path, groups: dict[str, Any], ranks: int = 2) -> float:

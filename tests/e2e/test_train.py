@@ -192,6 +192,12 @@ def test_plan_and_hydras_own_flags(cli, tiny_run):
     assert {"reserve_bytes", "peak_planned_bytes", "peak_simulated_bytes"} <= found.keys()
     assert found["peak_simulated_bytes"] == sum(found["simulation"]["bytes"].values()) > 0
     assert found["simulation"]["layers"] == [2] and found["simulation"]["place"]
+    assert 0 < found["simulation"]["host_peak_bytes"] < 1024  # step counters, as nothing is offloaded
+    offloaded = cli(
+        "plan", *tiny_run, "plan.world_size=2", "plan.gpu=24GiB", "plan.simulate=true", "fsdp.offload=params"
+    )
+    assert offloaded.returncode == 0, offloaded.stderr
+    assert "simulated host memory per rank" in offloaded.stdout
     shown = cli("train", "optim.lr=1e-4", "--cfg", "job")
     assert shown.returncode == 0 and "lr: 0.0001" in shown.stdout
     helped = cli("train", "--help")

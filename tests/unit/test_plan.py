@@ -318,7 +318,8 @@ def test_on_an_accelerator_a_whole_chunk_of_logits_is_float32():
     from fsdp_qlora.heads.costs import FLOAT_LOGITS_BYTES, LOGIT_COPIES, chunked_bytes
 
     logits = 256 * 128_256
-    assert chunked_bytes(256, 128_256, 2, True) == LOGIT_COPIES * logits * (2 + 4)
+    assert chunked_bytes(256, 128_256, 2, True) == logits * (2 + 4)
+    assert chunked_bytes(256, 128_256, 2, True, capped=True) == logits * (2 + 4 + 4)
     assert chunked_bytes(256, 128_256, 2, False) == LOGIT_COPIES * (logits * 2 + FLOAT_LOGITS_BYTES)
 
 

@@ -54,7 +54,7 @@ def test_torchs_private_tracker_still_counts_to_the_byte() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         peaks = measure_step(
             model, optimizer, lambda _: model(x).sum().backward(), optimizer.zero_grad, fake
-        )  # fmt: skip
+        ).device  # fmt: skip
     by_phase = {(phase, module if module is None else list(model.modules()).index(module)): p
                 for (phase, module), p in peaks.items()}  # fmt: skip
     weight, output = numel * 4, rows * 256 * 4

@@ -1,0 +1,60 @@
+"""The bytes that a plan counts: by kind, by moment of a step, and in host memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class BytesPerRank:
+    """Bytes on the rank that holds most, each kind at its own peak."""
+
+    base_packed: int
+    base_statistics: int
+    base_kept: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    gather: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all kinds: an upper bound, since they do not peak together."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class HostBytes:
+    """Bytes of host memory that a rank needs, besides about 1 GB for Python and its libraries."""
+
+    loading: int
+    """During loading: the largest slice of a tensor that this rank reads."""
+    offloaded_parameters: int
+    offloaded_activations: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all of them."""
+        return self.loading + self.in_step
+
+    @property
+    def in_step(self) -> int:
+        """Bytes during training."""
+        return self.offloaded_parameters + self.offloaded_activations
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory a rank needs."""
+
+    bytes: BytesPerRank
+    moments: dict[str, int]
+    """Bytes on the device at each of the four moments of a step."""
+    host: HostBytes
+
+    @property
+    def peak(self) -> int:
+        """Peak bytes of tensors on the device."""
+        return max(self.moments.values())
