@@ -1,5 +1,8 @@
 """Adapters on a frozen base, one file per method; `method.py` defines the interface."""
 
+from fsdp_qlora.files import hub_kernels  # noqa: F401  (before PEFT and bitsandbytes)
+
+# isort: split
 from fsdp_qlora.adapters.lora import LoRA, RsLoRA
 from fsdp_qlora.adapters.method import Method, build_method, method_of, parameters_of, register
 

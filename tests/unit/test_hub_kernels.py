@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import fsdp_qlora
+from fsdp_qlora.files.hub_kernels import _not_importable
 from tests.families import MOE, SMALL
 
 _SETTINGS = {
@@ -94,3 +99,18 @@ def test_auto_takes_nothing_from_the_hub(build, kind):
     run, canary = build
     done = run(kind, "auto")
     assert done.returncode == 0 and not canary.exists(), done.stderr
+
+
+def test_bitsandbytes_is_imported_without_the_package_kernels():
+    with _not_importable("json"), pytest.raises(ModuleNotFoundError):
+        importlib.import_module("json")
+    assert importlib.import_module("json") is json
+
+
+def test_no_package_imports_bitsandbytes_in_another_way():
+    for file in Path(fsdp_qlora.__file__).parent.rglob("*.py"):
+        if file.name != "hub_kernels.py" and re.search(r"^(from|import) (peft|bitsandbytes)\b", file.read_text(), re.M):
+            assert "import hub_kernels" in (file.parent / "__init__.py").read_text() or file.parent.name == "formats", (
+                file
+            )
+    assert "import hub_kernels" in (Path(fsdp_qlora.__file__).parent / "quant" / "__init__.py").read_text()
