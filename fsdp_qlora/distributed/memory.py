@@ -17,7 +17,7 @@ RETURNED_BYTES = 16 * 2**20
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Parameters of mallopt(3)."""
 _PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-PRODUCTS_KEPT = 96
+PRODUCTS_KEPT = 64
 """oneDNN compiles a matrix product for each number of tokens. It and torch each keep the last 1,024 of them, at some
 0.5 MB apiece. A micro-batch needs about 40, and the next one usually has another number of tokens."""
 

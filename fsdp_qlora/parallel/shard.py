@@ -254,7 +254,7 @@ def require_sharded(model: nn.Module, ranks: Ranks, replicated: bool = False) ->
 def synchronize_gradients(model: nn.Module, enabled: bool) -> None:
     """Set whether the next backward reduces gradients over the ranks or accumulates them locally.
 
-    Until it reduces, layers that stay gathered (`stay_gathered`) also stay so from one micro-batch to the next.
+    Until it reduces, units that stay gathered (`stay_gathered`) also stay so from one micro-batch to the next.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
@@ -265,12 +265,12 @@ def synchronize_gradients(model: nn.Module, enabled: bool) -> None:
 _GATHERED = "fsdp_qlora_stays_gathered"
 
 
-def stay_gathered(layers: Iterable[nn.Module]) -> None:
-    """Keep ``layers`` gathered for the rest of the step once they are, so that they are gathered once per step."""
-    for layer in layers:
-        if isinstance(layer, FSDPModule):
-            layer.set_reshard_after_forward(False, recurse=False)
-            setattr(layer, _GATHERED, True)
+def stay_gathered(units: Iterable[nn.Module]) -> None:
+    """Keep ``units`` gathered for the rest of the step once they are, so that they are gathered once per step."""
+    for unit in units:
+        if isinstance(unit, FSDPModule):
+            unit.set_reshard_after_forward(False, recurse=False)
+            setattr(unit, _GATHERED, True)
 
 
 def release_gathered(model: nn.Module) -> None:

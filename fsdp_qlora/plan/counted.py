@@ -58,3 +58,14 @@ class MemoryPlan:
     def peak(self) -> int:
         """Peak bytes of tensors on the device."""
         return max(self.moments.values())
+
+
+@dataclass(frozen=True)
+class Unit:
+    """An FSDP unit."""
+
+    name: str
+    gathered: int
+    """Bytes of its parameters once gathered."""
+    adapters: int
+    """Number of elements in its adapters."""

@@ -24,7 +24,7 @@ from fsdp_qlora.heads.costs import chunked_bytes, sliced_bytes
 from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
 from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE
 from fsdp_qlora.plan.activations import LayerActivations, layer_activations
-from fsdp_qlora.plan.counted import BytesPerRank, HostBytes, MemoryPlan
+from fsdp_qlora.plan.counted import BytesPerRank, HostBytes, MemoryPlan, Unit
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.quant.matrix import SLICE_WEIGHTS, WHOLE_WEIGHTS
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS
@@ -75,20 +75,19 @@ class StorageSettings:
         return 1 if self.adapter_copies else self.shard_size
 
     @property
+    def layers_stay(self) -> bool:
+        """Whether layers stay gathered from forward to backward, and from one micro-batch to the next."""
+        return self.shard_size > 1 and not self.reshard_after_forward
+
+    @property
+    def edges_stay(self) -> bool:
+        """Whether the embedding and the head stay gathered for the whole step; in one micro-batch no one needs it."""
+        return self.layers_stay and self.accumulation_steps > 1
+
+    @property
     def tokens(self) -> int:
         """Tokens in a micro-batch."""
         return self.micro_batch_size * self.max_length
-
-
-@dataclass(frozen=True)
-class Unit:
-    """An FSDP unit."""
-
-    name: str
-    gathered: int
-    """Bytes of its parameters once gathered."""
-    adapters: int
-    """Number of elements in its adapters."""
 
 
 class MemoryModel:
@@ -161,8 +160,7 @@ class MemoryModel:
         edge = 5 * settings.tokens * self.shapes.hidden_size * settings.itemsize
         head, again = self._gathered_head(settings)
         at_layer = self._gathered(self.layers, settings) + self.dense * settings.itemsize
-        if self.shapes.tied and not settings.keeps_whole:  # the embedding's unit is freed only at the end of backward
-            at_layer += self.edges[0].gathered
+        at_layer += self._held_edges(settings)
         gradients = self._gradients(settings)
         on_device = 0 if settings.offload_parameters else sum(fixed)
         arriving, inside = self._arriving(settings)
@@ -198,13 +196,15 @@ class MemoryModel:
     def gathered_bytes(self, settings: StorageSettings) -> int:
         """Return the bytes that a rank receives for one micro-batch, forward and backward.
 
-        Layers that stay gathered are received once per step, and count here with a micro-batch's share of that.
+        Units that stay gathered are received once per step, and count here with a micro-batch's share of that.
         """
-        # The embedding is gathered once, since backward does not need it; an untied head is gathered for each pass.
-        edges = self.edges[0].gathered + (0 if self.shapes.tied else 2 * self.edges[1].gathered)
+        # Backward needs neither the embedding nor the head, which computes its gradients in forward.
+        edges = sum(unit.gathered for unit in self.edges[: 1 if self.shapes.tied else 2])
         layers = sum(unit.gathered for unit in self.layers)
-        layers = 2 * layers if settings.reshard_after_forward else layers // settings.accumulation_steps
-        return (layers + edges) * (settings.shard_size - 1) // settings.shard_size
+        turns = settings.accumulation_steps
+        received = layers // turns if not settings.reshard_after_forward else 2 * layers
+        received += edges // turns if settings.edges_stay else edges
+        return received * (settings.shard_size - 1) // settings.shard_size
 
     def trainable(self) -> int:
         """Return the number of trainable (adapter) elements."""
@@ -284,13 +284,19 @@ class MemoryModel:
 
     def _held_layers(self, settings: StorageSettings) -> int:
         """Return the bytes of layers that stay gathered from forward to backward."""
-        stay = settings.shard_size > 1 and not settings.reshard_after_forward
-        return sum(unit.gathered for unit in self.layers) if stay else 0
+        return sum(unit.gathered for unit in self.layers) if settings.layers_stay else 0
+
+    def _held_edges(self, settings: StorageSettings) -> int:
+        """Return the bytes of the embedding and the head that are gathered while layers compute their backward."""
+        if self.shapes.tied:  # one unit, which is freed only at the end of backward
+            return 0 if settings.keeps_whole else self.edges[0].gathered
+        return sum(unit.gathered for unit in self.edges) if settings.edges_stay else 0
 
     def _gathered_head(self, settings: StorageSettings) -> tuple[int, int]:
         """Return the gathered bytes while logits exist, and while the head is gathered again for backward."""
         again = self._gathered(self.edges, settings)
         if not self.shapes.tied or settings.shard_size == 1:
+            again += self.edges[0].gathered if settings.edges_stay else 0
             return again, again
         # a tied unit stays gathered from the embedding on; the receive buffer of the last layer is still alive
         return self.edges[0].gathered + max((u.gathered for u in self.layers), default=0), again
@@ -299,13 +305,15 @@ class MemoryModel:
         """Return the gathered bytes when the first layer follows the embedding.
 
         Each counts twice if both its receive buffer and its gathered parameters are alive: the first layer, and a tied
-        embedding, which stays gathered for the head. Of an untied embedding only the receive buffer is left.
+        embedding, which stays gathered for the head. Of an untied embedding that does not stay, only the receive buffer
+        is left.
         """
         if settings.keeps_whole:
             return 0
         if settings.shard_size == 1 or not self.layers:
             return self.edges[0].gathered
-        return self.edges[0].gathered * (2 if self.shapes.tied else 1) + 2 * self.layers[0].gathered
+        stays = self.shapes.tied or settings.edges_stay
+        return self.edges[0].gathered * (2 if stays else 1) + 2 * self.layers[0].gathered
 
     def _kept_for_backward(self, settings: StorageSettings) -> int:
         """Return the bytes that forward leaves on the device: each layer's input, or everything the layers save."""

@@ -187,6 +187,9 @@ def build_sharded(
         reach_all_experts(layers)
     if switch(fsdp.reshard_after_forward) is False:
         stay_gathered(layers)
+        if plan.settings.edges_stay:
+            edges = (base.get_input_embeddings(), base.get_output_embeddings())
+            stay_gathered(edge for edge in edges if edge is not None)
     set_prefetch(layers, fsdp.prefetch)
     if model.compiled:
         want_input_gradient(base.get_input_embeddings())

@@ -23,8 +23,7 @@ from fsdp_qlora.checks.gather import verify_gather
 from fsdp_qlora.checks.gradients import FirstGradients
 from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.schema import DataSettings, LoraSettings, OptimSettings, PrecisionSettings, RunConfig
-from fsdp_qlora.data.labels import IGNORE
-from fsdp_qlora.data.labels import ROWS, TOKENS
+from fsdp_qlora.data.labels import IGNORE, ROWS, TOKENS
 from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.distributed.memory import memory_peak
 from fsdp_qlora.distributed.mesh import Ranks, build_ranks
