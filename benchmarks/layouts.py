@@ -2,7 +2,7 @@
 
 Each comparison starts both ways once and steps them by turns on the same rows (`benchmarks.step`). A pair of turns
 gives one ratio. Reported are the median over the pairs and its 95 % interval by order statistics: of 9 pairs, the 2nd
-to the 8th. FOLDER is a checkout of an older commit, for comparing a step on one rank with what it was.
+to the 8th. FOLDER is a checkout of an older commit, for comparing a step with what it was.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def comparisons(rows: Path, before: Path | None) -> Iterator[Comparison]:
     yield Comparison(1, one, Side("a ten-line loop over the same layers", Spec("loop", model, str(rows))), 0.98)
     if before is not None:
         yield Comparison(1, one, Side("one rank, the older commit", ours(), before), 1.0)
+        yield Comparison(2, Side("two ranks", ours()), Side("two ranks, the older commit", ours(), before), 0.95)
 
 
 def measure(comparison: Comparison, logs: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Way:
         common = {
             "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks)),
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # as our launcher sets it, for all ways
             "BENCH_STARTED": str(time.time()), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.step_rank", json.dumps(asdict(spec))]
