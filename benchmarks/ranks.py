@@ -38,7 +38,13 @@ class Way:
     """A spec's ranks, up and through their first step."""
 
     def __init__(
-        self, spec: Spec, num_ranks: int, logs: Path, deadline: float = math.inf, code: Path | None = None
+        self,
+        spec: Spec,
+        num_ranks: int,
+        logs: Path,
+        deadline: float = math.inf,
+        code: Path | None = None,
+        packages: Path | None = None,
     ) -> None:
         """Start the ranks.
 
@@ -48,6 +54,7 @@ class Way:
             logs: folder for what they print.
             deadline: time (`time.monotonic`) at which they are ended, whatever they do.
             code: checkout that they run; None = this one.
+            packages: folder of further packages for these ranks alone.
 
         Raises:
             WayFailed: if a rank cannot build its way or take the first step, or not in time.
@@ -67,6 +74,8 @@ class Way:
             env = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             if code is not None:
                 env["PYTHONPATH"] = str(code.resolve())
+            if packages is not None:
+                env["PYTHONPATH"] = os.pathsep.join([str(packages.resolve()), env.get("PYTHONPATH", "")])
             with (logs / f"{spec.way}-{rank}.txt").open("w") as log:
                 pipes: dict[str, Any] = {
                     "stdin": subprocess.PIPE,

@@ -32,7 +32,8 @@ def run_part(name: str, here: Facts, options: argparse.Namespace) -> None:
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as scratch:
         job = Job(
-            here, Path(scratch), started + options.limit, options.small, options.rounds, options.steps
+            here, Path(scratch), started + options.limit, options.small, options.rounds, options.steps,
+            options.packages,
         )  # fmt: skip
         for way, measured in PARTS[name](job):
             if options.ways and way not in options.ways:
@@ -66,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="tiny models: a dry run")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of each part (default 540)")
     parser.add_argument("--ways", nargs="*", help="only these ways, by name")
+    parser.add_argument("--packages", type=Path, help="folder (pip --target) of packages that only peers see")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps of a round")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files and gpu.md")

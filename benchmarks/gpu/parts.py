@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Job:
     rounds: int
     steps: int
     """Steps of a round."""
+    packages: Path | None = None
+    """Folder of packages that only peers see: torchtune's torchao is one that PEFT refuses to stand beside."""
 
     @property
     def left(self) -> float:
@@ -79,7 +82,7 @@ def _ours(shape: Shape, rows: Path, batch: int, checkpointing: str = "auto", **g
     return Spec("ours", str(shape.folder), str(rows), batch=batch, drawn=True, overrides=overrides)
 
 
-def measure(job: Job, shape: Shape, spec: Spec, num_ranks: int = 1) -> Row:
+def measure(job: Job, shape: Shape, spec: Spec, num_ranks: int = 1, packages: Path | None = None) -> Row:
     """Start a way, train rounds of steps until they are enough or time is up, and return its row."""
     row: Row = {
         "shape": shape.name, "ranks": num_ranks, "length": job.length, "batch": spec.batch,
@@ -88,7 +91,7 @@ def measure(job: Job, shape: Shape, spec: Spec, num_ranks: int = 1) -> Row:
     speeds: list[float] = []
     way = None
     try:
-        way = Way(spec, num_ranks, job.scratch, job.deadline)
+        way = Way(spec, num_ranks, job.scratch, job.deadline, packages=packages)
         known = {k: v for k, v in way.first[0].items() if k not in ("first_step", "load_allocated")}
         row |= known | {"first_step_seconds": max(a["first_step"] for a in way.first), **_largest(way.first, LOADING)}
         row |= _largest(way.steps(1), MEMORY)  # the second step warms up what the first did not
@@ -141,6 +144,8 @@ def llama8b(job: Job) -> Iterator[Task]:
         f"ours, bf16 base, {many} rows": _ours(shape, rows, many, **bf16),
         f"ours, varlen attention, {few} rows": _ours(shape, rows, few, **varlen),
         f"ours, not compiled, {few} rows": _ours(shape, rows, few, train={"compile": "false"}),
+        f"ours, kernels=liger, {few} rows": _ours(shape, rows, few, train={"kernels": "liger"}),
+        f"ours, kernels=compile, {few} rows": _ours(shape, rows, few, train={"kernels": "compile", "compile": "false"}),
     })  # fmt: skip
 
 
@@ -191,13 +196,16 @@ def peers(job: Job) -> Iterator[Task]:
 def _peer(job: Job, shape: Shape, spec: Spec, package: str, num_ranks: int = 1) -> Row:
     """Measure a peer, or say why it cannot run here."""
     absent = None
+    packages = None
     if find_spec(package) is None:
-        absent = "not installed"
+        apart = [] if job.packages is None else [str(job.packages)]
+        packages = job.packages if PathFinder.find_spec(package, apart) is not None else None
+        absent = "not installed" if packages is None else None
     elif spec.fsdp and job.facts["accelerator"] is None:
         absent = "accelerate shards on accelerators only"
     if absent is not None:
         return {"shape": shape.name, "ranks": num_ranks, "failed": absent}
-    return measure(job, shape, spec, num_ranks)
+    return measure(job, shape, spec, num_ranks, packages)
 
 
 def moe(job: Job) -> Iterator[Task]:

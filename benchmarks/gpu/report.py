@@ -23,6 +23,7 @@ HEADER = (
     "loading, s", "drawn a rank, GB", "planned, GB", "simulated, GB", "allocated, GB", "reserved, GB",
     "gathered and checked, MB", "remarks",
 )  # fmt: skip
+LONGEST = 240
 DRY = "dry run on a CPU"
 
 
@@ -121,7 +122,7 @@ def remarks(part: dict[str, Any], row: Row) -> list[str]:
     if row.get("out_of_memory"):
         said.append(out_of_memory(row))
     elif "failed" in row:
-        said.append(row["failed"])
+        said.append(shortened(row["failed"]))
     if "counts" in row:
         said.append(", ".join(f"{n} {verdict}" for verdict, n in row["counts"].items()) + f" in {row['seconds']:.0f} s")
         said += [f"failed: {', '.join(row['failed_tests'])}"] if row["failed_tests"] else []
@@ -136,6 +137,11 @@ def remarks(part: dict[str, Any], row: Row) -> list[str]:
     if (compiled := row.get("choices", {}).get("train.compile")) is not None:
         said.append(f"compile {compiled}")
     return said
+
+
+def shortened(text: str) -> str:
+    """Return the beginning of a long message; the JSON has all of it."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def _off(row: Row, key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_any_cut_of_a_drawn_tensor_has_the_values_of_the_whole(drawn):
     assert whole.numel() > 2 * BLOCK
     entry = drawn.entries["wide.weight"]
     for cuts in ([0, 7, BLOCK - 1, 2 * BLOCK + 3, whole.numel()], [0, whole.numel() // 2, whole.numel()]):
-        pieces = [drawn.read_entry(entry, a, b) for a, b in reversed(list(zip(cuts, cuts[1:], strict=False)))]
+        pieces = [drawn.read_entry(entry, a, b) for a, b in reversed(list(itertools.pairwise(cuts)))]
         assert torch.equal(torch.cat(pieces[::-1]), whole)
     assert drawn.read_entry(entry, 5, 5).numel() == 0
     odd = drawn.read_bytes(entry, 3, 9)
