@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.ranks import Way, machine
 from benchmarks.step_rows import write_rows
-from benchmarks.step_ways import Spec
+from benchmarks.step_spec import Spec
 from fsdp_qlora.files.home import cache_folder
 
 PAIRS = 9
@@ -64,7 +64,7 @@ def comparisons(rows: Path, before: Path | None) -> Iterator[Comparison]:
 def measure(comparison: Comparison, logs: Path) -> dict[str, Any]:
     """Run the pairs of turns; return the ratios of tokens/s and both medians of seconds a step."""
     sides = {side.name: side for side in (comparison.ours, comparison.other)}
-    ways = {name: Way(side.spec, comparison.num_ranks, logs, side.code) for name, side in sides.items()}
+    ways = {name: Way(side.spec, comparison.num_ranks, logs, code=side.code) for name, side in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for pair in range(PAIRS):
         for name in list(ways) if pair % 2 else reversed(ways):  # neither is always the first

@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.ranks import Way, machine
 from benchmarks.step_rows import random_llama, save_tokenizer, small_model, write_rows
-from benchmarks.step_ways import Spec
+from benchmarks.step_spec import Spec
 from fsdp_qlora.files.home import cache_folder
 
 Found = dict[str, Any]
@@ -55,7 +55,7 @@ def measure(specs: Mapping[str, Spec], num_ranks: int, length: int, rounds: int,
             answers = way.steps(steps)
             tokens = num_ranks * length * specs[name].batch * steps
             speeds[name].append(tokens / max(a["seconds"] for a in answers))
-            device_peak[name] = max(a.get("device_peak", 0) for a in answers)
+            device_peak[name] = max(a.get("allocated", 0) for a in answers)
             growth[name] = max(a["growth"] for a in answers)
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     rows = []

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fsdp_qlora.config.schema import DataSettings
-from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.data.loader import Piece, TokenRows
 from fsdp_qlora.data.prepare import prepare_data
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.model.tokenizer import build_tokenizer
@@ -20,13 +21,34 @@ class Rows:
     def __init__(self, file: Path) -> None:
         found = json.loads(file.read_text())
         self._ids, self._labels = torch.tensor(found["ids"]), torch.tensor(found["labels"])
+        self._lengths: list[list[int]] | None = found.get("lengths")
         self.length = self._ids.shape[1]
+
+    def __len__(self) -> int:
+        return self._ids.shape[0]
 
     def of(self, step: int, rank: int, num_ranks: int, count: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Return input_ids and labels, int64 ``[count, length]``, of one rank's step."""
-        first = (step * num_ranks + rank) * count
-        chosen = torch.arange(first, first + count) % self._ids.shape[0]
+        chosen = self._chosen(step, rank, num_ranks, count)
         return self._ids[chosen], self._labels[chosen]
+
+    def _chosen(self, step: int, rank: int, num_ranks: int, count: int) -> list[int]:
+        first = (step * num_ranks + rank) * count
+        return [number % len(self) for number in range(first, first + count)]
+
+    def targets(self, step: int, rank: int, num_ranks: int, count: int) -> int:
+        """Return the number of supervised tokens of one rank's step."""
+        return int((self.of(step, rank, num_ranks, count)[1][:, 1:] != -100).sum())
+
+    def documents(self, step: int, rank: int, num_ranks: int, count: int) -> list[list[Piece]] | None:
+        """Return what the rows of one rank's step are made of, if they were packed: (ids, learned) of each document."""
+        if self._lengths is None:
+            return None
+        return [
+            list(zip(self._ids[row].split(self._lengths[row]), (self._labels[row] != -100).split(self._lengths[row]),
+                     strict=True))
+            for row in self._chosen(step, rank, num_ranks, count)
+        ]  # fmt: skip
 
     def lists(self) -> list[tuple[list[int], list[int]]]:
         """Return (input_ids, labels) of every row."""
@@ -58,6 +80,28 @@ def write_rows(file: Path, length: int, count: int = 24, vocab_size: int | None 
         labels = [label if label < 0 else label % vocab_size for label in labels]
     cut = [slice(i * length, (i + 1) * length) for i in range(count)]
     file.write_text(json.dumps({"ids": [ids[c] for c in cut], "labels": [labels[c] for c in cut]}))
+
+
+def draw_rows(file: Path, length: int, count: int, vocab_size: int) -> None:
+    """Write packed rows of ``length`` random tokens, without any tokenizer or data: documents laid end to end.
+
+    Their lengths are log-normal (median 300, as chats have them), the last of a row is cut; learned is what follows a
+    first part of 20 to 60 %, the prompt.
+    """
+    draw = np.random.default_rng(0)
+    ids, labels, lengths = [], [], []
+    for _ in range(count):
+        row = draw.integers(0, vocab_size, length)
+        learned, cut, start = np.zeros(length, dtype=bool), [], 0
+        while start < length:
+            size = min(length - start, max(2, int(draw.lognormal(5.7, 0.8))))
+            learned[start + max(1, int(size * draw.uniform(0.2, 0.6))) : start + size] = True
+            cut.append(size)
+            start += size
+        ids.append(row.tolist())
+        labels.append(np.where(learned, row, -100).tolist())
+        lengths.append(cut)
+    file.write_text(json.dumps({"ids": ids, "labels": labels, "lengths": lengths}))
 
 
 def small_model(folder: Path, layers: int, vocabulary: int) -> Path:

@@ -17,20 +17,23 @@ from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices
 from fsdp_qlora.quant.packing import tensor_sha256
 
 
-def verify_gather(model: nn.Module, ranks: Ranks) -> None:
+def verify_gather(model: nn.Module, ranks: Ranks) -> int:
     """Check byte for byte on every rank that FSDP gathers what was loaded, for one quantized unit of each kind.
 
     Where every rank keeps the parameters whole, check that all have the same, for one quantized module of each kind.
+
+    Returns:
+        The number of gathered bytes that were compared; 0 if nothing is gathered.
 
     Raises:
         NumericsError: naming the first parameter and rank whose bytes differ.
     """
     units = [m for m in model.modules() if m is not model and isinstance(m, FSDPModule) and _quantized_inside(m)]
-    for unit in {_kind(unit): unit for unit in reversed(units)}.values():
-        _verify_unit(unit, ranks)
+    compared = sum(_verify_unit(unit, ranks) for unit in {_kind(unit): unit for unit in reversed(units)}.values())
     whole = {n: m for n, m in _quantized_inside(model).items() if not isinstance(m.packed, DTensor)}
     if whole and ranks.size > 1:
         _verify_copies({_shape(module): (name, module) for name, module in reversed(whole.items())}, ranks)
+    return compared
 
 
 def _kind(unit: nn.Module) -> tuple[object, ...]:
@@ -48,7 +51,8 @@ def _verify_copies(modules: Mapping[object, tuple[str, QuantMatrices]], ranks: R
         raise NumericsError(f"{name}: rank {rank} keeps different bytes than rank 0.")
 
 
-def _verify_unit(unit: FSDPModule, ranks: Ranks) -> None:
+def _verify_unit(unit: FSDPModule, ranks: Ranks) -> int:
+    """Check one unit; return the number of its gathered bytes."""
     assert isinstance(unit, nn.Module)
     modules = _quantized_inside(unit)
     loaded = gather_json({n: _digests(m) for n, m in modules.items()}, ranks)
@@ -64,6 +68,7 @@ def _verify_unit(unit: FSDPModule, ranks: Ranks) -> None:
                                 f"{name}.{part}: rank {ranks.rank} gathers different bytes from those rank {owner} "
                                 "loaded."
                             )
+        return sum(getattr(m, name).nbytes for m in modules.values() for name in _stored_in(m))
     finally:
         unit.reshard()
 
@@ -84,13 +89,16 @@ def _quantized_inside(unit: nn.Module) -> dict[str, QuantMatrices]:
     return {name: m for name, m in unit.named_modules() if isinstance(m, QuantMatrices)}
 
 
+def _stored_in(module: QuantMatrices) -> list[str]:
+    """Return the names of the parameters that the module has."""
+    return [name for name in ("packed", *STATISTICS) if getattr(module, name) is not None]
+
+
 def _digests(module: QuantMatrices, num_shards: int = 0) -> dict[str, list[str]]:
     """Return sha256 digests by parameter name: of the local shard, or of each rank's rows of a gathered parameter."""
     found: dict[str, list[str]] = {}
-    for name in ("packed", *STATISTICS):
+    for name in _stored_in(module):
         parameter = getattr(module, name)
-        if parameter is None:
-            continue
         if num_shards == 0:
             pieces = [local_tensor(parameter)]
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,6 +62,9 @@ from fsdp_qlora.shapes.linears import ModelShapes
 
 _log = logging.getLogger(__name__)
 
+Weights = Callable[[Path], SafetensorsFolder]
+"""Opens the weights of a model's folder."""
+
 
 @dataclass(frozen=True)
 class OpenedModel:
@@ -93,7 +97,8 @@ class OpenedModel:
 
 
 def open_model(
-    config: RunConfig, folder: Path, ranks: Ranks, budget: int | None, say: bool = True
+    config: RunConfig, folder: Path, ranks: Ranks, budget: int | None, say: bool = True,
+    weights: Weights = SafetensorsFolder,
 ) -> OpenedModel:  # fmt: skip
     """Open everything about a model except its weights, so that errors show before any long work begins.
 
@@ -103,13 +108,14 @@ def open_model(
         ranks: the ranks of the run.
         budget: bytes that a rank's tensors may take; None = unknown.
         say: whether rank 0 logs which tensors of the files are left out.
+        weights: opens the folder's weights.
 
     Raises:
         ModelError: if the model cannot be built, or its files lack something that it needs.
         PlanError: if the settings do not suit the model.
     """
     base = skeleton(config, folder)
-    source = SafetensorsFolder(folder)
+    source = weights(folder)
     source.arrange(arrangement(base, source.entries))
     stock = take_stock(base, source)
     if (line := stock.describe()) and ranks.is_main and say:

@@ -16,10 +16,11 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import any_rank, gather_json, on_every
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.files.home import cache_folder
+from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.families import is_causal
 from fsdp_qlora.model.root import CausalModel
-from fsdp_qlora.run.build import OpenedModel, load_model, open_model
+from fsdp_qlora.run.build import OpenedModel, Weights, load_model, open_model
 from fsdp_qlora.run.decide import attentions_for, replace_attention
 
 
@@ -79,30 +80,32 @@ def told(verdict: Verdict) -> Choice:
     return Choice(verdict.attention, fell)
 
 
-def open_and_check(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> tuple[OpenedModel, Verdict]:
+def open_and_check(
+    config: RunConfig, folder: Path, ranks: Ranks, budget: int | None, weights: Weights = SafetensorsFolder
+) -> tuple[OpenedModel, Verdict]:
     """Open a model and choose the attention that matches upstream's code under everything that the plan decided.
 
     Raises:
         ModelError: if the model cannot be opened, or no attention matches.
         PlanError: if the settings do not suit the model.
     """
-    opened = on_every(lambda: _open_first(config, folder, ranks, budget), ranks)
+    opened = on_every(lambda: _open_first(config, folder, ranks, budget, weights), ranks)
     taken = opened.config.model.attn_implementation
     ranks.phases.enter("comparing a small twin of the model with upstream's code")
     verdict = check_model(replace_attention(opened.config, config.model.attn_implementation), folder, ranks)
     if verdict.attention != taken:
         chosen = replace_attention(config, verdict.attention)
-        opened = on_every(lambda: open_model(chosen, folder, ranks, budget, say=False), ranks)
+        opened = on_every(lambda: open_model(chosen, folder, ranks, budget, say=False, weights=weights), ranks)
     return opened, verdict
 
 
-def _open_first(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None) -> OpenedModel:
+def _open_first(config: RunConfig, folder: Path, ranks: Ranks, budget: int | None, weights: Weights) -> OpenedModel:
     """Open the model with the first attention implementation that its class accepts."""
     *others, last = attentions_for(config, ranks.device, folder)
     for attention in others:
         try:
-            return open_model(replace_attention(config, attention), folder, ranks, budget)
+            return open_model(replace_attention(config, attention), folder, ranks, budget, weights=weights)
         except ModelError as error:
             if not is_about_attention(error):
                 raise
-    return open_model(replace_attention(config, last), folder, ranks, budget)
+    return open_model(replace_attention(config, last), folder, ranks, budget, weights=weights)

@@ -14,12 +14,13 @@ from fsdp_qlora.config.schema import ModelSettings, RunConfig
 from fsdp_qlora.distributed.memory import resident_bytes, return_freed_memory
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import any_rank, on_every
+from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import Progress
 from fsdp_qlora.model.families import task_type
 from fsdp_qlora.model.folder import needs_hub, resolve_folder
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.plan.choices import KERNELS_KEY
-from fsdp_qlora.run.build import load_model
+from fsdp_qlora.run.build import Weights, load_model
 from fsdp_qlora.run.check import open_and_check, told
 from fsdp_qlora.run.decide import SHARD_DEGREE, compilation_for, on_device, rank_budget, settled_world
 from fsdp_qlora.run.prepared import Prepared
@@ -30,29 +31,36 @@ _EQUAL = "equal to upstream's own code"
 
 
 def prepare(
-    config: RunConfig, world: World | None = None, progress: Progress | None = None, training: bool = True
+    config: RunConfig,
+    world: World | None = None,
+    progress: Progress | None = None,
+    training: bool = True,
+    weights: Weights = SafetensorsFolder,
 ) -> Prepared:
     """Build, quantize, adapt, shard and load the model; tokenize the data if any is given.
 
     Call it on every rank under torchrun, or in a single process. Close the result when you are done with it. With
-    ``training=False``, steps that only serve training are skipped (compiled layers, the loss comparison).
+    ``training=False``, steps that only serve training are skipped (compiled layers, the loss comparison). ``weights``
+    opens the weights of the base model's folder (a benchmark draws them instead of reading them).
     """
     check(config)
     if world is not None:
-        return _prepare(config, world, progress, training)
+        return _prepare(config, world, progress, training, weights)
     world = open_world(config)
     try:
-        return _prepare(config, world, progress, training)
+        return _prepare(config, world, progress, training, weights)
     except BaseException:
         world.stack.__exit__(*sys.exc_info())  # or the next call would find a process group open
         raise
 
 
-def _prepare(config: RunConfig, world: World, progress: Progress | None, training: bool) -> Prepared:
+def _prepare(
+    config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights
+) -> Prepared:  # fmt: skip
     asked, folder = config, _find_model(config.model, world)
     budget = rank_budget(world.ranks, world.placement)
     config, world, layout = settled_world(on_device(config, world.ranks.device.type), folder, world, budget)
-    opened, verdict = open_and_check(config, folder, world.ranks, budget)
+    opened, verdict = open_and_check(config, folder, world.ranks, budget, weights)
     tokenizer, data = tokenize(config, folder, opened, verdict, world)
     compilation = compilation_for(config, opened.base, opened.plan, data, world.ranks.device, training)
     repairs = opened.repairs  # needs the model as transformers built it, before load_model changes it

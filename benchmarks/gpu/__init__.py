@@ -1,0 +1,1 @@
+"""The GPU table: `python -m benchmarks.gpu PART ...` (make bench-gpu)."""
