@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fsdp_qlora.distributed.phases import AT_REST, Phases
+from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.errors import ConfigError
 
 REPLICATE, SHARD = "replicate", "shard"
@@ -111,6 +113,17 @@ def build_mesh(device: torch.device, shard_degree: int, replicate_degree: int, w
     if replicate == 1:
         return init_device_mesh(device.type, (shard,), mesh_dim_names=(SHARD,))
     return init_device_mesh(device.type, (replicate, shard), mesh_dim_names=(REPLICATE, SHARD))
+
+
+@cache
+def host_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return a mesh of the same ranks and groups for DTensors in host memory: a tensor must be where its mesh is."""
+    if mesh.device_type == HOST.type:
+        return mesh
+    if mesh.ndim == 1:
+        return DeviceMesh.from_group(mesh.get_group(), HOST.type, mesh_dim_names=mesh.mesh_dim_names)
+    groups = [mesh.get_group(axis) for axis in range(mesh.ndim)]
+    return DeviceMesh.from_group(groups, HOST.type, mesh=mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
 
 
 def build_ranks(

@@ -18,7 +18,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from fsdp_qlora.distributed.shards import local_tensor
+from fsdp_qlora.distributed.mesh import host_mesh
+from fsdp_qlora.distributed.shards import HOST, local_tensor
 from fsdp_qlora.optim.blockwise import fit_blocks, table_shape
 
 ABSMAX = "_absmax"
@@ -61,12 +62,16 @@ class Layout:
         return None if self.mesh is None else self.mesh.get_group(self._axis)
 
     def present(self, local: torch.Tensor, shape: Sequence[int], whole: bool = False) -> torch.Tensor:
-        """Return this rank's rows of a tensor of ``shape`` (or, if ``whole``, all of it) as a DTensor."""
+        """Return this rank's rows of a tensor of ``shape`` (or, if ``whole``, all of it) as a DTensor.
+
+        It stays where ``local`` is: on the mesh's device, or, if offloaded, in host memory.
+        """
         if self.mesh is None:
             return local
+        mesh = host_mesh(self.mesh) if local.device == HOST else self.mesh
         stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
         placements = tuple(Replicate() for _ in self.placements) if whole else self.placements
-        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 @dataclass(frozen=True)
@@ -136,8 +141,7 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 class StateLoad:
     """The tensors to load a checkpoint into, and the copies from there into the optimizer's memory.
 
-    The two are not always the same: DTensors are on the mesh's device, while offloaded states are in host memory, and
-    8-bit states saved by another number of ranks have other blocks.
+    The two are not always the same: 8-bit states saved by another number of ranks have other blocks.
     """
 
     def __init__(self, leaves: Sequence[Leaf], optimizer: LocalOptimizer, saved: Mapping[str, Sequence[int]]) -> None:

@@ -34,7 +34,7 @@ from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.data.labels import ROWS, TOKENS
 from fsdp_qlora.data.loader import Batch, MicroBatch, Piece
 from fsdp_qlora.data.pack import flat_batch, pack
-from fsdp_qlora.distributed.mesh import Ranks, build_mesh
+from fsdp_qlora.distributed.mesh import Ranks, build_mesh, host_mesh
 from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.export.adapter import gather_adapter
 from fsdp_qlora.load.safetensors import StoredTensor
@@ -197,6 +197,7 @@ def walk(folder: Path, variant: Variant) -> Recorder:
     answers = {"all_max": 0.0, "find_packed_sequence_indices": not packed, "_tokens_per_expert": each}
     recorder = Recorder(BODIES, answers)
     with _ranks(variant, config) as ranks:
+        host_mesh(ranks.mesh)  # which keeps it: a mesh cannot be made where its own tensors are fake
         resolved, base, plan = planned(config, variant.world_size)
         resolved = replace(resolved, train=replace(resolved.train, compile="false"))
         shapes = read_shapes(base)

@@ -69,6 +69,7 @@ def test_a_run_mixes_no_devices_and_a_step_waits_once(walked, name):
     assert sum(n for where, n in steps.items() if MASK in where) <= VARIANTS[name].accumulation
     copies = [where for where in walk["copies"]["step 3"] if "pageable, blocking" in where]
     assert not copies or "offload" in name, copies
+    assert not walk["copies"].get("save")  # what is on the host is saved from there
     assert walk["launches"]["export"] and walk["launches"]["evaluate"]  # it went to the end
 
 
