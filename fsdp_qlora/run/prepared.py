@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft import PeftModel
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +20,9 @@ from fsdp_qlora.load.stream import LoadReport
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.shapes.linears import ModelShapes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass
@@ -57,8 +60,8 @@ class Prepared:
     @property
     def peft_model(self) -> PeftModel:
         """The transformers model with its adapters."""
-        assert isinstance(self.model.model, PeftModel)
-        return self.model.model
+        assert self.model.peft is not None
+        return self.model.peft
 
     def return_freed_memory(self) -> None:
         """On a CPU, return to the kernel what an evaluation or a generation has freed: a step needs other sizes."""
