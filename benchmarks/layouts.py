@@ -111,13 +111,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+    found: dict[str, Any] = {**machine(), "length": options.length, "rows": []}
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.json"
         write_rows(rows, options.length)
-        measured = [measure(each, Path(scratch)) for each in comparisons(rows, options.before)]
-    found = {**machine(), "length": options.length, "rows": measured}
-    (options.out / "layouts.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.out / "layouts.md").write_text(report(found))
+        for comparison in comparisons(rows, options.before):
+            found["rows"].append(measure(comparison, Path(scratch)))
+            (options.out / "layouts.json").write_text(json.dumps(found, indent=1) + "\n")
+            (options.out / "layouts.md").write_text(report(found))
     print(report(found))
 
 

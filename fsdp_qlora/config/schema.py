@@ -321,7 +321,7 @@ class LauncherSettings:
     device: Literal["auto", "cpu", "cuda", "xpu"] = "auto"
     """Device type; ``auto`` takes cuda, then xpu, then cpu."""
     keep_freed_memory: bool = True
-    """Let CPU ranks keep freed blocks of up to 32 MiB, which is faster; ``false``: of up to 16 MiB, for less memory."""
+    """Let CPU ranks keep freed memory between steps, which is faster; ``false`` returns blocks of 16 MiB and more."""
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from fsdp_qlora.distributed.cgroup import memory_limit
 
-KEPT_BYTES = 32 * 2**20
-RETURNED_BYTES = 16 * 2**20
-"""Blocks of at least this size always come from the kernel and return to it: if freed memory is kept, and if not."""
+KEPT_BYTES, SPARED_BYTES, RETURNED_BYTES = 2**30, 32 * 2**20, 16 * 2**20
+"""Blocks of at least this size come from the kernel and return to it: if freed memory is kept, if it is kept but for a
+while spared, and if it is not kept."""
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Parameters of mallopt(3)."""
 _PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -26,9 +28,8 @@ def settle_host_memory(keep_freed: bool) -> None:
     """Set how this process, a rank on a CPU, keeps memory; call it before the first matrix product.
 
     A step allocates and frees the same blocks over and over. If each comes from the kernel, it spends much of its time
-    in page faults (``keep_freed`` false: 0.8 times the speed for a model of 1.1 billion weights). But the heap must not
-    keep the very large ones: between two of them a small block may stay, and then the next one extends the heap
-    (SmolLM2-135M: 45 MB for each token generated). Does nothing with C libraries other than glibc.
+    in page faults (``keep_freed`` false: 0.8 times the speed for a model of 1.1 billion weights). Does nothing with C
+    libraries other than glibc.
     """
     for name in _PRODUCT_CACHES:
         os.environ.setdefault(name, str(PRODUCTS_KEPT))
@@ -36,6 +37,24 @@ def settle_host_memory(keep_freed: bool) -> None:
         libc.mallopt(_MMAP_THRESHOLD, KEPT_BYTES if keep_freed else RETURNED_BYTES)
         if keep_freed:
             libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def spared_memory() -> Iterator[None]:
+    """Keep no large block meanwhile, and nothing that was freed afterwards, in a process that keeps freed memory.
+
+    Around evaluation and generation, whose blocks a step does not need. While a heap keeps very large ones, a small one
+    may stay between them, and the next large one extends the heap (SmolLM2-135M: by 45 MB for each token generated).
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_MMAP_THRESHOLD, SPARED_BYTES)
+    try:
+        yield
+    finally:
+        if libc is not None:
+            libc.mallopt(_MMAP_THRESHOLD, KEPT_BYTES)
+        return_freed_memory()
 
 
 def return_freed_memory() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.config.auto import Choice
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.prepare import PreparedData
-from fsdp_qlora.distributed.memory import return_freed_memory
+from fsdp_qlora.distributed.memory import spared_memory
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.process import Placement
 from fsdp_qlora.load.stream import LoadReport
@@ -63,10 +63,10 @@ class Prepared:
         assert self.model.peft is not None
         return self.model.peft
 
-    def return_freed_memory(self) -> None:
-        """On a CPU, return to the kernel what an evaluation or a generation has freed: a step needs other sizes."""
-        if self.ranks.device.type == "cpu":
-            return_freed_memory()
+    def apart_from_steps(self) -> AbstractContextManager[object]:
+        """Return a context for what allocates other blocks than a step: evaluation and generation (`spared_memory`)."""
+        keeps = self.ranks.device.type == "cpu" and self.config.launcher.keep_freed_memory
+        return spared_memory() if keeps else nullcontext()
 
     def close(self) -> None:
         """Leave the process group."""

@@ -181,7 +181,8 @@ class Training:
     def evaluate(self) -> Evaluation | None:
         """Evaluate on the held-out rows if there are any, and answer the sample prompts if configured."""
         self.prepared.ranks.phases.enter(f"evaluation after step {self.progress.step}")
-        result = None if self.eval_rows is None else evaluate_rows(self.prepared, self.eval_rows)
+        with self.prepared.apart_from_steps():
+            result = None if self.eval_rows is None else evaluate_rows(self.prepared, self.eval_rows)
         if self.config.train.sample_at_eval and self.config.train.sample_prompts:
             answers = [
                 {"prompt": p, "answer": a}
@@ -191,7 +192,6 @@ class Training:
                 self.unwritten.attempt(
                     self.folder.answers_file, lambda: self.folder.add_answers(self.progress.step, answers)
                 )
-        self.prepared.return_freed_memory()
         return result
 
     def answers(self) -> list[str]:
@@ -200,8 +200,8 @@ class Training:
         tokens = self.config.train.sample_tokens
         tokenizer = self.prepared.tokenizer
         end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
-        self.prepared.return_freed_memory()
-        return [answer(self.model, tokenizer, end, p, tokens) for p in self.config.train.sample_prompts]
+        with self.prepared.apart_from_steps():
+            return [answer(self.model, tokenizer, end, p, tokens) for p in self.config.train.sample_prompts]
 
     def _recovery(self) -> Recovery:
         train = self.config.train

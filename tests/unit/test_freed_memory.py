@@ -9,15 +9,17 @@ import pytest
 
 SCRIPT = """
 import sys, torch
-from fsdp_qlora.distributed.memory import return_freed_memory, settle_host_memory
+from contextlib import nullcontext
+from fsdp_qlora.distributed.memory import return_freed_memory, settle_host_memory, spared_memory
 def resident():
     return next(int(l.split()[1]) // 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
-settle_host_memory(sys.argv[1] == "keep")
+settle_host_memory(sys.argv[1] != "return")
 before = resident()
-blocks = [torch.ones(int(sys.argv[2]) * 2**18) for _ in range(8)]
-last = torch.ones(10)  # above them in the heap
-del blocks
-kept = resident() - before
+with spared_memory() if sys.argv[1] == "spare" else nullcontext():
+    blocks = [torch.ones(int(sys.argv[2]) * 2**18) for _ in range(8)]
+    last = torch.ones(10)  # above them in the heap
+    del blocks
+    kept = resident() - before
 return_freed_memory()
 print(kept, resident() - before)
 """
@@ -53,7 +55,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 
 @pytest.mark.parametrize(
     ("word", "size", "low", "high"),
-    [("keep", 64, -20, 20), ("keep", 24, 180, 260), ("return", 24, -20, 20)],
+    [("keep", 64, 480, 560), ("spare", 64, -20, 20), ("spare", 24, 180, 260), ("return", 24, -20, 20)],
 )
 def test_eight_freed_blocks(word, size, low, high):
     kept, after = run(SCRIPT, word, str(size))
