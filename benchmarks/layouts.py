@@ -49,16 +49,18 @@ def comparisons(rows: Path, before: Path | None) -> Iterator[Comparison]:
     """Yield what is compared."""
     model = str(cache_folder() / "embedded" / "smollm2-135m-instruct")
 
-    def ours(**fsdp: int) -> Spec:
-        return Spec("ours", model, str(rows), overrides={"train": {"compile": "false"}, "fsdp": dict(fsdp)})
+    def spec(way: str, **fsdp: int) -> Spec:
+        return Spec(way, model, str(rows), overrides={"train": {"compile": "false"}, "fsdp": dict(fsdp)})
 
-    copies = Side("a copy on each rank (`fsdp.shard_degree=1`)", ours(shard_degree=1, replicate_degree=2))
-    yield Comparison(2, copies, Side("sharded over both", ours(shard_degree=2)), 1.05)
-    one = Side("one rank", ours())
-    yield Comparison(1, one, Side("a ten-line loop over the same layers", Spec("loop", model, str(rows))), 0.98)
+    copies = Side("a copy on each rank (`fsdp.shard_degree=1`)", spec("ours", shard_degree=1, replicate_degree=2))
+    yield Comparison(2, copies, Side("sharded over both", spec("ours", shard_degree=2)), 1.05)
+    one = Side("one rank", spec("ours"))
+    yield Comparison(1, one, Side("a ten-line loop over the same layers", spec("loop")), 0.98)
     if before is not None:
-        yield Comparison(1, one, Side("one rank, the older commit", ours(), before), 1.0)
-        yield Comparison(2, Side("two ranks", ours()), Side("two ranks, the older commit", ours(), before), 0.95)
+        yield Comparison(1, one, Side("one rank, the older commit", spec("ours"), before), 1.0)
+        yield Comparison(
+            2, Side("two ranks", spec("ours")), Side("two ranks, the older commit", spec("ours"), before), 0.95
+        )
 
 
 def measure(comparison: Comparison, logs: Path) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from benchmarks.step_rows import Rows
-from benchmarks.step_spec import Known, Spec, Stepper
+from benchmarks.step_spec import Known, Spec, Stepper, plain_loop
 from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.distributed.process import Placement
 
@@ -69,35 +71,21 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
 @contextlib.contextmanager
 def loop(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper, Known]]:
     """Train our layers on one rank in a plain loop: their forward, backward, clipping and torch's AdamW."""
-    import torch
-
     from fsdp_qlora.adapters.names import trainable_parameters
     from fsdp_qlora.data.loader import MicroBatch
     from fsdp_qlora.objectives.objective import token_losses
     from fsdp_qlora.run.prepare import prepare
 
-    values: dict[str, dict[str, Any]] = {
-        "model": {"name": spec.model}, "data": {"max_length": rows.length}, "train": {"compile": "false"},
-        "lora": {"r": spec.r, "alpha": 2 * spec.r},
-    }  # fmt: skip
-    prepared = prepare(from_dict(values))
+    prepared = prepare(config_of(spec, rows.length, placement.world_size))
     model = prepared.model.train()
     trained = [parameter for _, parameter in trainable_parameters(model)]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
-    number = 0
 
-    def step() -> None:
-        nonlocal number
-        ids, labels = rows.of(number, placement.rank, placement.world_size, spec.batch)
-        number += 1
-        targets = int((labels[:, 1:] != -100).sum())
-        (token_losses(model, MicroBatch(0, ids, labels)).sum() / targets).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        micro_batch = MicroBatch(0, ids, labels)
+        return token_losses(model, micro_batch).sum() / micro_batch.supervised.numel()
 
     try:
-        yield step, {}
+        yield plain_loop(trained, rows, spec, placement, loss), {}
     finally:
         prepared.close()
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.drawn import DrawnWeights, in_memory, write_drawn
 from benchmarks.step_rows import Rows
-from benchmarks.step_spec import LINEARS, Known, Spec, Stepper
+from benchmarks.step_spec import LINEARS, Known, Spec, Stepper, plain_loop
 from fsdp_qlora.distributed.process import Placement
 
 
@@ -74,20 +74,12 @@ def bare(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
         model.enable_input_require_grads()
     wrapped = DistributedDataParallel(model) if placement.world_size > 1 else model
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
-    number = 0
 
-    def step() -> None:
-        nonlocal number
-        ids, labels = rows.of(number, placement.rank, placement.world_size, spec.batch)
-        number += 1
-        wrapped(input_ids=ids.to(where), labels=labels.to(where), use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return wrapped(input_ids=ids.to(where), labels=labels.to(where), use_cache=False).loss
 
     try:
-        yield step, {}
+        yield plain_loop(trained, rows, spec, placement, loss), {}
     finally:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

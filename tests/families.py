@@ -22,6 +22,7 @@ from transformers import (
 from fsdp_qlora.adapters.lora import initialize_adapters
 from fsdp_qlora.data.loader import Batch
 from tests import tiny
+from tests.upstream import rounded_to_nf4
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -100,12 +101,7 @@ def reference(
         for name, parameter in base.named_parameters():
             if name.endswith(("gate_up_proj", "down_proj")) and parameter.dim() == 3:
                 for expert in parameter:
-                    codes, state = bitsandbytes.functional.quantize_4bit(
-                        expert.reshape(1, -1),
-                        quant_type="nf4",
-                        compress_statistics=True,  # see `checks.reference`
-                    )
-                    expert.copy_(bitsandbytes.functional.dequantize_4bit(codes, state).view_as(expert))
+                    expert.copy_(rounded_to_nf4(expert))
     base.requires_grad_(False)
     config = LoraConfig(
         task_type=None if family in AUTO else "CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=targets,  # type: ignore[arg-type]

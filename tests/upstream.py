@@ -70,6 +70,14 @@ def load(folder: Path, dtype: torch.dtype, attention: str = "eager") -> PreTrain
 
 
 @torch.no_grad()
+def rounded_to_nf4(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix after bitsandbytes' NF4 with double quantization."""
+    flat = matrix.reshape(1, -1)  # of rows that blocks cross, the AVX-512 kernel takes the wrong absmax
+    codes, state = bitsandbytes.functional.quantize_4bit(flat, quant_type="nf4", compress_statistics=True)
+    return bitsandbytes.functional.dequantize_4bit(codes, state).view_as(matrix)
+
+
+@torch.no_grad()
 def round_to_nf4(model: nn.Module, weights: Iterable[str], transposed: Iterable[str] = ()) -> None:
     """Send the named parameters through bitsandbytes' NF4 with double quantization, each matrix by itself."""
     turned = set(transposed)
@@ -77,9 +85,7 @@ def round_to_nf4(model: nn.Module, weights: Iterable[str], transposed: Iterable[
         parameter = model.get_parameter(name)
         for matrix in parameter if parameter.dim() == 3 else [parameter]:
             whole = (matrix.t() if name in turned else matrix).contiguous()
-            flat = whole.view(1, -1)  # of rows that blocks cross, the AVX-512 kernel takes the wrong absmax
-            codes, state = bitsandbytes.functional.quantize_4bit(flat, quant_type="nf4", compress_statistics=True)
-            rounded = bitsandbytes.functional.dequantize_4bit(codes, state).view_as(whole)
+            rounded = rounded_to_nf4(whole)
             matrix.copy_(rounded.t() if name in turned else rounded)
 
 

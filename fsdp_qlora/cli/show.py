@@ -180,12 +180,9 @@ def _rank_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [(f"{name} per rank", ", ".join(show(r) for r in ranks)) for name, _, show in each]
     measured, planned = max(r["peak_memory_bytes"] for r in ranks), summary["planned_bytes_per_rank"]
     rows[0] = (rows[0][0], f"{rows[0][1]} ({summary['memory_kind']})")
-    more = ""
-    if summary["memory_kind"] != "max_memory_allocated":  # of the whole process, not of its tensors alone
-        planned_all = planned + summary["process_bytes"]
-        more = f" + {megabytes(summary['process_bytes'])} for Python and its libraries"
-    else:
-        planned_all = planned
-    share = f": {100 * planned_all / measured:.0f} % of the largest measured" if measured else ""
+    # what is measured on a CPU is the whole process, on an accelerator its tensors alone
+    process = 0 if summary["memory_kind"] == "max_memory_allocated" else summary["process_bytes"]
+    more = f" + {megabytes(process)} for Python and its libraries" if process else ""
+    share = f": {100 * (planned + process) / measured:.0f} % of the largest measured" if measured else ""
     rows.insert(1, ("planned peak per rank", f"{megabytes(planned)} of tensors{more}{share}"))
     return rows

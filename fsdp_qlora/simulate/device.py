@@ -7,7 +7,7 @@ GPU.
 
 Registering cannot be undone. From then on torch takes this device for the machine's accelerator
 (`torch.accelerator`, and the streams of autograd on a GPU), so a process that has registered it must not train
-afterwards: `fsdp_qlora.simulate.child` gives it a process of its own.
+afterwards: `fsdp_qlora.simulate.apart` gives it a process of its own.
 
 This is the only module that uses these private parts of torch; `tests/unit/test_simulated_device.py` fails if they
 change.

@@ -205,8 +205,8 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cu
             allocate(model, shards_on, ranks.device, host_modules(model.base, plan.offloaded))
     optimizer = ShardedOptimizer(trainable_parameters(model), config.optim)
     optimizer.prepare_state(step=1)  # as in every step after the first
-    batch = worst_batch(plan, config.data.max_length, shapes, config.data.packing or config.data.padding_free)
-    restarting = config.data.packing or config.data.padding_free
+    restarting = plan.settings.restarting
+    batch = worst_batch(plan, config.data.max_length, shapes, restarting)
     with evenly_spread_experts(), nullcontext() if restarting else only_causal_masks():
         peaks = measure_step(
             model, optimizer.inner, step_runner(config, model, batch, ranks), lambda: optimizer.step(1e-6, 0.5), fake,

@@ -17,6 +17,7 @@ from tests.build import build, losses, run_fit
 from tests.families import FAMILIES, adapter_targets, reference, reference_losses, write_family
 from tests.tiers import some_in_full
 from tests.tolerances import BF16_FIRST_LOSS, BF16_LOSSES, UPSTREAM_FIRST_LOSS, UPSTREAM_LOSSES, close
+from tests.upstream import rounded_to_nf4
 
 STEPS, LR = 4, 2e-3
 
@@ -81,7 +82,6 @@ def test_quantized_embedding_and_head_give_the_losses_of_dense_ones_with_the_sam
     pool, chat_rows, tmp_path, family
 ):
     """The reference: a model whose 16-bit embedding and head hold what 4 bits can say."""
-    import bitsandbytes
     from transformers import AutoModelForCausalLM
 
     folder = write_family(tmp_path / "model", family)
@@ -90,10 +90,7 @@ def test_quantized_embedding_and_head_give_the_losses_of_dense_ones_with_the_sam
     edges = {m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     with torch.no_grad():
         for weight in edges:
-            codes, state = bitsandbytes.functional.quantize_4bit(
-                weight.data.reshape(1, -1), quant_type="nf4", compress_statistics=True
-            )
-            weight.copy_(bitsandbytes.functional.dequantize_4bit(codes, state).view_as(weight))
+            weight.copy_(rounded_to_nf4(weight.data))
     dense = tmp_path / "dense"
     model.save_pretrained(dense)
     AutoTokenizer.from_pretrained(folder).save_pretrained(dense)
