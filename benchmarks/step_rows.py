@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +60,14 @@ class Rows:
         return float((self._labels[:, 1:] != -100).float().mean())
 
 
-def write_rows(file: Path, length: int, count: int = 24, vocab_size: int | None = None) -> None:
-    """Lay real conversations end to end in rows of ``length`` tokens; ids beyond ``vocab_size`` wrap around."""
+def write_rows(
+    file: Path, length: int, count: int = 24, vocab_size: int | None = None,
+    supervised: Callable[[int], bool] | None = None,
+) -> None:  # fmt: skip
+    """Lay real conversations end to end in rows of ``length`` tokens; ids beyond ``vocab_size`` wrap around.
+
+    ``supervised`` says of each position whether its token is learned; None = the assistant's words.
+    """
     folder = cache_folder() / "embedded"
     tokenizer = build_tokenizer(folder / "smollm2-135m-instruct", False)
     settings = DataSettings(train=str(folder / "alpaca_en_demo.jsonl"), max_length=4096)
@@ -78,6 +85,8 @@ def write_rows(file: Path, length: int, count: int = 24, vocab_size: int | None 
     if vocab_size is not None:
         ids = [i % vocab_size for i in ids]
         labels = [label if label < 0 else label % vocab_size for label in labels]
+    if supervised is not None:
+        labels = [token if supervised(place) else -100 for place, token in enumerate(ids)]
     cut = [slice(i * length, (i + 1) * length) for i in range(count)]
     file.write_text(json.dumps({"ids": [ids[c] for c in cut], "labels": [labels[c] for c in cut]}))
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fsdp_qlora.checks.small import config_digest
 from fsdp_qlora.checks.twin import Verdict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.process import device_name
+from fsdp_qlora.files.own_source import own_source
 from fsdp_qlora.files.write import write_json
 from fsdp_qlora.model.cut import LAYERS, cut_config
 
@@ -72,7 +72,7 @@ def twin_key(
         "device": device_name(device),
         "ranks": num_ranks,
         "versions": [_version(name) for name in _LIBRARIES],
-        "fsdp_qlora": _own_source(),
+        "fsdp_qlora": own_source(),
     }
     return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:40]
 
@@ -107,13 +107,3 @@ def _version(name: str) -> str:
         return f"{name} {metadata.version(name)}"
     except metadata.PackageNotFoundError:
         return f"no {name}"
-
-
-@cache
-def _own_source() -> str:
-    digest = hashlib.sha256()
-    root = Path(__file__).parents[1]
-    for file in sorted(root.rglob("*.py")):
-        digest.update(str(file.relative_to(root)).encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fsdp_qlora.errors import ConfigError, typed_line
+from fsdp_qlora.files.own_source import own_source
 
 COMPILED_TYPES = frozenset(
     ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox"]
@@ -160,13 +161,18 @@ def settle_compiler() -> None:
     dynamo_config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     # Precompiled headers would go to a temporary folder shared by all users, wherever the cache is
     inductor_config.cpp_cache_precompile_headers = False
-    _keep_sizes_apart()
+    # torch's key of compiled code does not see what our ops say about their results
+    torch.compiler.config.cache_key_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "") + own_source()
+    # A float, such as an adapter's scaling, is a constant; as a symbol it would become one by tracing a second time
+    dynamo_config.specialize_float = True
+    _set_private_options()
     torch.compiler.reset()  # its compilations would count against the number of recompilations
 
 
-def _keep_sizes_apart() -> None:
-    """Set two private torch options that have no public switch; `tests/unit/test_compile.py` fails if either changes.
+def _set_private_options() -> None:
+    """Set three private torch options that have no public switch; `tests/unit/test_compile.py` fails if one changes.
 
+    - A compiled layer is taken from the cache although it holds an `autograd.Function`, ours.
     - Sizes that happen to be equal at compile time stay different symbols. Otherwise a first batch of 2,048 tokens
       would be identified with the 2,048 features of a hidden state, and the next length would trigger a recompilation.
     - Backward is compiled together with forward, so that a failure surfaces while the layer can still run eagerly. By
@@ -175,6 +181,7 @@ def _keep_sizes_apart() -> None:
     from torch._functorch import config as functorch_config
     from torch.fx.experimental import _config as symbols_config
 
+    functorch_config.autograd_cache_allow_custom_autograd_functions = True
     symbols_config.use_duck_shape = False
     functorch_config.force_non_lazy_backward_lowering = True
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,13 +28,13 @@ from fsdp_qlora.shapes.targets import target_linears
 from tests.families import FAMILIES, write_family
 
 
-def _model(folder, dtype=torch.float32):
+def _model(folder, dtype=torch.float32, alpha=8.0):
     """Return a small model with random 4-bit weights and adapters, and its layers."""
     attention = attention_candidates(torch.device("cpu"), None, load_config(folder), dtype)[0]
     base = build_skeleton(folder, dtype, attention)
     shapes = read_shapes(base)
     swap_linears(base, quantized_linears(shapes), build_format())
-    model = attach_lora(base, target_linears(shapes, "all-linear"), r=4, alpha=8)
+    model = attach_lora(base, target_linears(shapes, "all-linear"), r=4, alpha=alpha)
     use_fused_products(model)
     layers = decoder_layers(base)
     return model, base, layers
@@ -96,3 +102,43 @@ def test_layers_are_one_graph_compiled_once_and_compute_the_same(tiny_model):
 @pytest.mark.parametrize("family", sorted(COMPILED_TYPES & set(FAMILIES)))
 def test_each_family_that_auto_compiles(family, tmp_path):
     _compare(write_family(tmp_path / "model", family))
+
+
+AGAIN = """
+import json, sys
+import torch
+from pathlib import Path
+from torch._dynamo.utils import compile_times, counters
+from fsdp_qlora.parallel.compile import compile_layers, want_input_gradient
+from tests.unit.test_compile import _fill, _model, _step
+model, base, layers = _model(Path(sys.argv[1]), alpha=float(sys.argv[2]))
+_fill(model, base)
+plain = _step(model, base, 40)
+compile_layers(layers)
+want_input_gradient(base.get_input_embeddings())
+out, grads = _step(model, base, 40)
+torch.testing.assert_close(out, plain[0], rtol=2e-3, atol=2e-4)
+worst = max(float((a - b).norm() / b.norm()) for a, b in zip(grads, plain[1]))
+print(json.dumps({"counters": dict(counters["aot_autograd"]), "worst": worst, "times": compile_times(aggregate=True)}))
+"""
+
+
+@pytest.mark.full
+def test_a_second_process_takes_the_layer_from_the_cache_and_no_other_layer(tiny_model, tmp_path):
+    """A layer with another scaling differs by a constant inside our `autograd.Function` alone."""
+    env = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    found = []
+    for alpha in ("8", "8", "64"):
+        done = subprocess.run(
+            [sys.executable, "-c", AGAIN, str(tiny_model), alpha], env=env, capture_output=True, text=True, check=True
+        )
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    for one in found:
+        assert one["worst"] < 2e-3
+        assert "autograd_cache_bypass" not in one["counters"], one
+        assert "compile_attempt_1" not in one["times"], "a layer is traced twice"
+    assert [one["counters"].get("autograd_cache_hit", 0) for one in found] == [0, 1, 0]
