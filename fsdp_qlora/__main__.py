@@ -23,7 +23,7 @@ from fsdp_qlora.distributed.parent import die_with_parent
 from fsdp_qlora.distributed.signals import STOP_SIGNALS, take_signals
 from fsdp_qlora.distributed.torchrun import forget_leftovers, is_rank
 from fsdp_qlora.errors import ConfigError, StorageError
-from fsdp_qlora.run.exit import CONFIG_VARIABLE, EXIT_VARIABLE, end_by_signal, guarded
+from fsdp_qlora.run.exit import CONFIG_VARIABLE, EXIT_VARIABLE, end_by_signal, guarded, leave
 
 VERBS = {
     "train": "fine-tune a model and write its adapter",
@@ -66,7 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
         die_with_parent()
     if verb == "train" and arguments is None:  # until its own handlers take over; nothing is lost before
         take_signals(STOP_SIGNALS, end_by_signal)
-    return guarded(lambda: _run(verb, rest))
+    code = guarded(lambda: _run(verb, rest))
+    if verb in ON_RANKS and arguments is None:
+        leave(code)
+    return code
 
 
 def _run(verb: str, arguments: list[str]) -> int:

@@ -136,13 +136,20 @@ def guarded(work: Callable[[], int]) -> int:
     if "RANK" in os.environ:
         if ending.failed:
             _record_for_torchrun(ending.message)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not sys.exit. After a failure, closing a process group can hang while other ranks wait in a collective. After
-        # a success, gloo's threads outlive the group, and one that frees a tensor during interpreter finalization
-        # aborts the process ("terminate called without an active exception").
-        os._exit(ending.code)
+        leave(ending.code)
     return ending.code
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that may have had a process group.
+
+    Not by `sys.exit`. After a failure, closing a process group can hang while other ranks wait in a collective. And
+    gloo's threads outlive the group: one that frees a tensor during interpreter finalization aborts the process
+    ("terminate called without an active exception").
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _where() -> str:
