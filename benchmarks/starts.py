@@ -1,4 +1,4 @@
-"""How long from the command to the end of the first step? `python -m benchmarks.starts [--before FOLDER ...]`.
+"""How long from the command to the end of the first step? `python -m benchmarks.starts [--checks | --before ...]`.
 
 Each way is started by the command line, by turns, round after round: the quickstart's model on two ranks, without
 evaluation. Reported are medians over the rounds, and the median of the rounds' ratios with its interval
@@ -112,6 +112,16 @@ def compiled() -> tuple[list[Start], list[Compared]]:
     return ways, [second, Compared(ways[2].name, ways[0].name, float("inf"), 30.0)]
 
 
+def checked() -> tuple[list[Start], list[Compared]]:
+    """Return the ways with the twin check run anew, remembered and left out, and how they should compare."""
+    off, auto, always = (Start(f"model.check={how}", ("train.compile=false", f"model.check={how}")) for how in CHECKS)
+    anew = Compared(always.name, off.name, float("inf"), 3.0)
+    return [off, auto, always], [Compared(auto.name, off.name, float("inf"), 0.2), anew]
+
+
+CHECKS = ("off", "auto", "always")
+
+
 def beside(before: Mapping[str, Path]) -> tuple[list[Start], list[Compared]]:
     """Return this checkout's way and those of older ones."""
     now = Start("now", ("train.compile=false",))
@@ -176,12 +186,17 @@ def main() -> None:
     parser.add_argument("--before", nargs="*", default=[], help="NAME=FOLDER of older checkouts, and no compilation")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--checks", action="store_true", help="compare the twin check's ways instead")
     options = parser.parse_args()
     before = {name: Path(folder) for name, folder in (text.split("=", 1) for text in options.before)}
-    ways, compared = beside(before) if before else compiled()
+    name, (ways, compared) = "starts", compiled()
+    if options.checks:
+        name, (ways, compared) = "starts_checked", checked()
+    elif before:
+        name, (ways, compared) = "starts_before", beside(before)
     with tempfile.TemporaryDirectory() as scratch:
         seconds = measure(ways, options.rounds, Path(scratch), imports=bool(before))
-    file = options.out / ("starts_before.json" if before else "starts.json")
+    file = options.out / f"{name}.json"
     found = {**machine(), "rounds": options.rounds, "seconds": seconds, "rows": list(compare(seconds, compared))}
     file.write_text(json.dumps(found, indent=1) + "\n")
     file.with_suffix(".md").write_text(report(found))
