@@ -3,8 +3,9 @@
 Each way is started by the command line, by turns, round after round: the quickstart's model on two ranks, without
 evaluation. Reported are medians over the rounds, and the median of the rounds' ratios with its interval
 (`benchmarks.pairs`). Before the first round each way starts once uncounted; it fills the caches of compiled code, data
-and twin checks, but for the way that starts each time without compiled code. FOLDER is a checkout of an older commit,
-as NAME=FOLDER; beside it, the time of importing the library is compared as well.
+and twin checks, but for the way that starts each time without compiled code. Compared are layers compiled or not; with
+``--checks`` the twin check run, remembered or left out; with ``--before NAME=FOLDER`` checkouts of older commits, and
+there the time to import the library as well.
 """
 
 from __future__ import annotations
