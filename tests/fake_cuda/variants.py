@@ -9,7 +9,7 @@ from tests.fake_cuda.faults import PLANTS
 from tests.fake_cuda.walk import Variant
 
 Settings = dict[str, Any]
-FAST = ("2 ranks", "1 rank", "flat, varlen", "offload params")
+FAST = ("2 ranks", "1 rank", "flat, varlen", "offload params", "offload params, 1 rank")
 """The variants of `make test`; all others are walked in the full tier."""
 
 
