@@ -187,7 +187,8 @@ class FsdpSettings:
     They are stored sharded in float32 and copied to the device when needed. A pattern is like ``model.layers.0.*``.
     Unlike ``offload=params``, trained parameters stay on the device. Losses do not change."""
     prefetch: Annotated[int, NOT_NEGATIVE] = 1
-    """Decoder layers gathered ahead of the current one; 0 = none in backward, to hold one layer fewer."""
+    """Decoder layers gathered, or copied from host memory, ahead of the current one; 0 = none in backward, to hold one
+    layer fewer."""
     adapters: Literal["sharded", "replicated"] = "sharded"
     """Shard the adapters, or replicate them on every rank: fewer and smaller messages, more memory. ``replicated``
     holds adapters, gradients and optimizer states whole. No layer gathers adapters then, and one reduction per step

@@ -80,6 +80,11 @@ class StorageSettings:
         return self.shard_size > 1 and not self.reshard_after_forward
 
     @property
+    def copied_ahead(self) -> int:
+        """Layers that a rank which shards with no other copies ahead from host memory (`parallel/copy_ahead.py`)."""
+        return self.prefetch if self.offload_parameters and self.shard_size == 1 else 0
+
+    @property
     def edges_stay(self) -> bool:
         """Whether the embedding and the head stay gathered for the whole step; in one micro-batch no one needs it."""
         return self.layers_stay and self.accumulation_steps > 1
@@ -193,19 +198,6 @@ class MemoryModel:
         )
         return MemoryPlan(bytes_, moments, self._host(settings))
 
-    def gathered_bytes(self, settings: StorageSettings) -> int:
-        """Return the bytes that a rank receives for one micro-batch, forward and backward.
-
-        Units that stay gathered are received once per step, and count here with a micro-batch's share of that.
-        """
-        # Backward needs neither the embedding nor the head, which computes its gradients in forward.
-        edges = sum(unit.gathered for unit in self.edges[: 1 if self.shapes.tied else 2])
-        layers = sum(unit.gathered for unit in self.layers)
-        turns = settings.accumulation_steps
-        received = layers // turns if not settings.reshard_after_forward else 2 * layers
-        received += edges // turns if settings.edges_stay else edges
-        return received * (settings.shard_size - 1) // settings.shard_size
-
     def trainable(self) -> int:
         """Return the number of trainable (adapter) elements."""
         return sum(prod(shape) for shapes in self.trained.values() for shape in shapes.values())
@@ -261,8 +253,9 @@ class MemoryModel:
     def _gathered(self, units: Sequence[Unit], settings: StorageSettings) -> int:
         """Return the gathered bytes while one of ``units`` computes: that unit and the buffers of prefetched ones."""
         largest = max((unit.gathered for unit in units), default=0)
-        if settings.shard_size == 1:
-            return 0 if settings.keeps_whole else largest  # FSDP copies a unit even on a single rank
+        if settings.shard_size == 1:  # FSDP copies a unit even on a single rank
+            ahead = settings.copied_ahead if units is self.layers else 0
+            return 0 if settings.keeps_whole else largest * (1 + ahead)
         if units is self.layers and not settings.reshard_after_forward:
             return self._held_layers(settings) + largest
         # the next layers are gathered ahead; an edge is not, but its receive buffer is alive beside it

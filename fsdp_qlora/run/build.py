@@ -37,6 +37,7 @@ from fsdp_qlora.model.root import CausalModel, install_loss_head
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.parallel.compile import compile_layers, want_input_gradient
 from fsdp_qlora.parallel.compile_cache import settle_compile_caches
+from fsdp_qlora.parallel.copy_ahead import copy_ahead
 from fsdp_qlora.parallel.offload import offload_activations
 from fsdp_qlora.parallel.recompute import checkpoint_activations
 from fsdp_qlora.parallel.shard import (
@@ -197,6 +198,8 @@ def build_sharded(
             edges = (base.get_input_embeddings(), base.get_output_embeddings())
             stay_gathered(edge for edge in edges if edge is not None)
     set_prefetch(layers, fsdp.prefetch)
+    if fsdp.offloads_parameters and ranks.shard_size == 1:
+        copy_ahead(layers, fsdp.prefetch, ranks.device)
     if model.compiled:
         want_input_gradient(base.get_input_embeddings())
     skip_gather_in_backward(base.get_input_embeddings(), base.get_output_embeddings())

@@ -62,6 +62,7 @@ def test_a_run_mixes_no_devices_and_a_step_waits_once(walked, name):
     walk = walked[name]
     assert "error" not in walk, (walk["error"], walk["traceback"][-1500:])
     assert walk["unwaited"] == []
+    assert walk["races"] == []
     steps = walk["syncs"]["step 3"]
     allowed = [place for start, place in MORE.items() if all(word in name for word in start.split())]
     waits = {where: n for where, n in steps.items() if not any(place in where for place in (MASK, *allowed))}
@@ -77,18 +78,31 @@ def test_a_run_mixes_no_devices_and_a_step_waits_once(walked, name):
 def test_planted_faults_are_found(tmp_path):
     names = [name for name in VARIANTS if name.startswith("planted")]
     found = _walk(tmp_path, names)
-    buffer, item, early = (found[f"planted: {name}"] for name in (
-        "a_buffer_on_the_host", "an_item_in_the_step", "a_copy_read_too_early"
+    buffer, item, early, stream = (found[f"planted: {name}"] for name in (
+        "a_buffer_on_the_host", "an_item_in_the_step", "a_copy_read_too_early", "a_stream_that_nobody_waits_for",
     ))  # fmt: skip
     assert "device" in buffer["error"] and "cpu" in buffer["error"]
     assert any("faults" in where or "forward" in where for where in item["syncs"]["step 3"])
     assert sum(item["syncs"]["step 3"].values()) == 2 + 1 + 2  # masks, the loop, and the planted ones
     assert early["unwaited"]
+    races = [race.split(" @ ")[0] for race in stream["races"]]
+    assert races[0] == "aten::mul_" and set(races) - {"aten::mul_"}  # what waits for nothing, and what reads it
 
 
 def test_one_rank_gathers_nothing_and_two_gather_bytes(walked):
     assert "step 3" not in walked["1 rank"]["gathered"]
     assert walked["2 ranks"]["gathered"]["step 3"] > 0
+
+
+def test_one_rank_copies_layers_from_the_host_while_others_compute(walked):
+    """Of two layers, the second of forward and the first of backward arrive while the other one computes."""
+    arrived = walked["offload params, 1 rank"]["arrived"]["step 3"]
+    layer = arrived["beside"] / 2 / 2  # two passes, two micro-batches
+    edges = 2 * 2 * 1024 * 256 * 2  # in both micro-batches: the embedding and the head, bfloat16
+    inputs = 2 * 8 * 3 * 48  # ids, labels and supervised places, int64
+    assert arrived["alone"] == pytest.approx(2 * 2 * layer + edges, abs=2 * inputs)
+    assert layer > 500_000
+    assert "beside" not in walked["1 rank"]["arrived"]["step 3"]
 
 
 def test_without_a_compiler_it_is_said(tmp_path, monkeypatch):
