@@ -52,6 +52,12 @@ def _offload(which: str, **groups: Any) -> Groups:
 VARIANTS: dict[str, Groups] = {
     "2 ranks": {},
     "1 rank": {"ranks": 1},
+    "1 rank, int8 too": {"ranks": 1, "quant": {"overrides": {"*.down_proj": "int8", "*.0.self_attn.*": "none"}}},
+    "1 rank, experts": {"ranks": 1, "family": "experts"},
+    "1 rank, deep": {"ranks": 1, "family": "deep"},
+    "1 rank, dense weights not cached": {"ranks": 1, "quant": {"cache_dequantized": "false"}},
+    "1 rank, float32": {"ranks": 1, "precision": {"name": "fp32"}},
+    "a copy per rank": {"fsdp": {"replicate_degree": 2}},
     "3 ranks": {"ranks": 3},
     "2 x 2 ranks": {"ranks": 4, "fsdp": {"replicate_degree": 2}},
     "params": _offload("params"),

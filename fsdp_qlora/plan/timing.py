@@ -161,8 +161,9 @@ def step_time(
 def _dequantized_bytes(plan: TrainPlan, shapes: ModelShapes, settings: StorageSettings) -> float:
     """Return the bytes read and written by dequantization: a code and an element per weight, each time it is used."""
     inside = {x.name for x in shapes.linears}  # excludes embeddings, which dequantize single rows
-    # forward and backward, plus the recomputed forward; a cached dense weight is dequantized once
-    times = 3 if settings.checkpointing == "full" else 1 if settings.cache_dequantized else 2
+    # forward and backward, plus the recomputed forward; a dense weight that is kept is dequantized once, or never again
+    kept = 0 if settings.keeps_dense else 1
+    times = kept if settings.cache_dequantized else 3 if settings.checkpointing == "full" else 2
     total = 0.0
     for x in plan.quantized:
         if x.linear.name in inside:

@@ -57,7 +57,7 @@ from fsdp_qlora.parallel.shard import (
 from fsdp_qlora.plan.choices import decided
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.quant.backend import bitsandbytes_backend
-from fsdp_qlora.quant.swap import swap_linears
+from fsdp_qlora.quant.swap import keep_dense, swap_linears
 from fsdp_qlora.run.decide import require_kernels, skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
 
@@ -145,6 +145,8 @@ def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = No
     initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora.variant)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
+    if opened.plan.settings.keeps_dense:
+        keep_dense(opened.base, model_dtype(config.precision.name))
     return model, report
 
 

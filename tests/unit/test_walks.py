@@ -94,6 +94,16 @@ def test_one_rank_gathers_nothing_and_two_gather_bytes(walked):
     assert walked["2 ranks"]["gathered"]["step 3"] > 0
 
 
+@pytest.mark.parametrize("name", ["1 rank", pytest.param("a copy per rank", marks=pytest.mark.full)])
+def test_dense_weights_that_no_one_reshards_stay_from_step_to_step(walked, name):
+    def dequantized(phase, name=name):
+        return sum(n for op, n in walked[name]["launches"][phase].items() if "dequantize_4bit" in op)
+
+    linears = 2 * 7  # of two layers
+    assert [dequantized(phase) for phase in ("load", "step 1", "step 2", "step 3", "evaluate")] == [linears, 0, 0, 0, 0]
+    assert dequantized("step 3", "2 ranks") == 2 * linears  # once for each micro-batch
+
+
 def test_one_rank_copies_layers_from_the_host_while_others_compute(walked):
     """Of two layers, the second of forward and the first of backward arrive while the other one computes."""
     arrived = walked["offload params, 1 rank"]["arrived"]["step 3"]
