@@ -106,13 +106,15 @@ def test_bytes_are_those_of_a_simulated_cpu(found: dict[str, dict[str, Any]], na
     assert here.host is None and there.places.keys() == here.places.keys()
     for place, peak in there.places.items():
         ours = here.places[place]
-        counters = ours.optimizer - peak.optimizer  # the step counters are on the host
+        fused = "update" in place and "optim" not in VARIANTS[name]  # without AdamW's temporaries
+        roots = ours.gradients if fused else 0
+        counters = ours.optimizer - peak.optimizer - roots  # on the host, unless AdamW is fused
         assert 0 <= counters < SMALL
         assert peak.parameters == ours.parameters
         if name in OTHERWISE:
             continue
         more = LOGITS if place == "forward of the head" else 0
-        assert -SMALL <= peak.total - ours.total <= INPUTS + more + SMALL, (place, peak, ours)
+        assert -SMALL <= peak.total + roots - ours.total <= INPUTS + more + SMALL, (place, peak, ours)
         if peak.total - ours.total <= INPUTS + SMALL and "embedding" not in place:  # else at other moments
             assert (peak.gradients, peak.gather) == (ours.gradients, ours.gather), place
 

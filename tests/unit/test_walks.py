@@ -115,6 +115,14 @@ def test_one_rank_copies_layers_from_the_host_while_others_compute(walked):
     assert "beside" not in walked["1 rank"]["arrived"]["step 3"]
 
 
+def test_adamw_is_one_kernel_on_the_device_and_runs_on_the_host_with_the_states(walked):
+    ours = "aten._foreach_norm", "aten._foreach_mul_"  # the gradients' norm, and clipping
+    steps = {name: walked[name]["launches"]["step 3"] for name in ("1 rank", "offload params")}
+    of_each = {name: {op for op in ops if "_foreach_" in op or "adamw" in op} for name, ops in steps.items()}
+    assert of_each["1 rank"] == {*ours, "aten._fused_adamw_", "aten._foreach_add_"}  # which counts the steps
+    assert not of_each["offload params"] & {"aten._fused_adamw_", "aten._foreach_addcdiv_"}
+
+
 def test_without_a_compiler_it_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(NoCompilerError, match=r"no g\+\+"):
