@@ -143,7 +143,8 @@ class QuantSettings:
     """Format of embeddings and head. Embedding rows are dequantized on lookup, the head slice by slice."""
     cache_dequantized: Annotated[Switch, MAY_CHANGE] = "auto"
     """Keep dequantized weights from forward to backward instead of dequantizing twice; ``auto`` = if they fit. Takes as
-    much memory as the model in 16 bits; not with ``fsdp.offload=activations``."""
+    much memory as the model in 16 bits; not with ``fsdp.offload=activations``. One rank, or one copy per rank, keeps
+    them from step to step."""
     allow_16bit: bool = False
     """Continue if more than 10 % of the decoder layers' weights cannot be quantized and stay in 16 bits."""
 
@@ -187,7 +188,8 @@ class FsdpSettings:
     They are stored sharded in float32 and copied to the device when needed. A pattern is like ``model.layers.0.*``.
     Unlike ``offload=params``, trained parameters stay on the device. Losses do not change."""
     prefetch: Annotated[int, NOT_NEGATIVE] = 1
-    """Decoder layers gathered ahead of the current one; 0 = none in backward, to hold one layer fewer."""
+    """Decoder layers gathered, or copied from host memory, ahead of the current one; 0 = none in backward, to hold one
+    layer fewer."""
     adapters: Literal["sharded", "replicated"] = "sharded"
     """Shard the adapters, or replicate them on every rank: fewer and smaller messages, more memory. ``replicated``
     holds adapters, gradients and optimizer states whole. No layer gathers adapters then, and one reduction per step

@@ -12,6 +12,8 @@ class BytesPerRank:
     base_packed: int
     base_statistics: int
     base_kept: int
+    base_dense: int
+    """Dense copies of quantized weights that are kept from step to step."""
     adapters: int
     gradients: int
     optimizer: int

@@ -61,13 +61,18 @@ class StorageSettings:
     """Number of units gathered ahead."""
     reshard_after_forward: bool = True
     cache_dequantized: bool = False
-    """Dense weights are kept from forward to backward."""
+    """Dense weights are kept from forward to backward, or for good (`keeps_dense`)."""
     accumulation_steps: int = 1
     adapter_copies: int = 0
     """Ranks that each hold the adapters whole (``fsdp.adapters=replicated``); 0 if they are sharded."""
     on_accelerator: bool = False
     keeps_whole: bool = False
     """Each rank keeps all parameters on its device, so that nothing is gathered."""
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether dense weights are kept from step to step: the base never changes, and no one reshards it."""
+        return self.cache_dequantized and self.keeps_whole
 
     @property
     def adapter_shards(self) -> int:
@@ -78,6 +83,11 @@ class StorageSettings:
     def layers_stay(self) -> bool:
         """Whether layers stay gathered from forward to backward, and from one micro-batch to the next."""
         return self.shard_size > 1 and not self.reshard_after_forward
+
+    @property
+    def copied_ahead(self) -> int:
+        """Layers that a rank which shards with no other copies ahead from host memory (`parallel/copy_ahead.py`)."""
+        return self.prefetch if self.offload_parameters and self.shard_size == 1 else 0
 
     @property
     def edges_stay(self) -> bool:
@@ -120,10 +130,12 @@ class MemoryModel:
         inside = [x for x in quantized if x.linear.name not in edges]
         sizes = [x.linear.numel_each for x in inside]
         # very large weights are dequantized slice by slice, and a slice is freed only once the next one exists
-        dense = (min(size, 2 * SLICE_WEIGHTS) if size > WHOLE_WEIGHTS else size for size in sizes)
+        dense = [min(size, 2 * SLICE_WEIGHTS) if size > WHOLE_WEIGHTS else size for size in sizes]
+        may_stay = [x.quant_format.dense_forward and x.linear.numel_each <= WHOLE_WEIGHTS for x in inside]
         self.dense = max(dense, default=0)
-        kept_dense = (x.linear for x in inside if x.quant_format.dense_forward)
-        self.all_dense = sum(x.numel for x in kept_dense if x.numel_each <= WHOLE_WEIGHTS)
+        self.dense_again = max((size for size, stays in zip(dense, may_stay, strict=True) if not stays), default=0)
+        """The largest of those that are never kept."""
+        self.all_dense = sum(x.linear.numel for x, stays in zip(inside, may_stay, strict=True) if stays)
         self.host_shards = {
             name: FLOAT32 * _share(shape[0], settings.shard_size) * prod(shape[1:])
             for name, shape in shapes.parameters.items()
@@ -159,10 +171,12 @@ class MemoryModel:
         # five tensors [tokens, hidden] around the head: the final norm, its copies and the gradient
         edge = 5 * settings.tokens * self.shapes.hidden_size * settings.itemsize
         head, again = self._gathered_head(settings)
-        at_layer = self._gathered(self.layers, settings) + self.dense * settings.itemsize
+        at_layer = self._gathered(self.layers, settings)
+        at_layer += (self.dense_again if settings.keeps_dense else self.dense) * settings.itemsize
         at_layer += self._held_edges(settings)
         gradients = self._gradients(settings)
-        on_device = 0 if settings.offload_parameters else sum(fixed)
+        dense = self.all_dense * settings.itemsize if settings.keeps_dense else 0
+        on_device = 0 if settings.offload_parameters else sum(fixed) + dense
         arriving, inside = self._arriving(settings)
         held = on_device + gradients + kept
         # the layer in backward is one of those whose offloaded activations are on the device
@@ -173,7 +187,7 @@ class MemoryModel:
             "head": held + self._held_layers(settings) + last + edge + max(logits + head, again + arriving),
             "layer_backward": held - left + layer + at_layer + inside,
             # gradients and the optimizer's temporaries: three times the adapters' bytes (fixed[3])
-            "update": 0 if settings.offload_parameters else sum(fixed) + 3 * fixed[3],
+            "update": 0 if settings.offload_parameters else on_device + 3 * fixed[3],
         }
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
         # The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`).
@@ -184,6 +198,7 @@ class MemoryModel:
             packed,
             statistics,
             base,
+            dense,
             adapters,
             gradients,
             optimizer,
@@ -192,19 +207,6 @@ class MemoryModel:
             max(head, again, at_layer),
         )
         return MemoryPlan(bytes_, moments, self._host(settings))
-
-    def gathered_bytes(self, settings: StorageSettings) -> int:
-        """Return the bytes that a rank receives for one micro-batch, forward and backward.
-
-        Units that stay gathered are received once per step, and count here with a micro-batch's share of that.
-        """
-        # Backward needs neither the embedding nor the head, which computes its gradients in forward.
-        edges = sum(unit.gathered for unit in self.edges[: 1 if self.shapes.tied else 2])
-        layers = sum(unit.gathered for unit in self.layers)
-        turns = settings.accumulation_steps
-        received = layers // turns if not settings.reshard_after_forward else 2 * layers
-        received += edges // turns if settings.edges_stay else edges
-        return received * (settings.shard_size - 1) // settings.shard_size
 
     def trainable(self) -> int:
         """Return the number of trainable (adapter) elements."""
@@ -261,8 +263,9 @@ class MemoryModel:
     def _gathered(self, units: Sequence[Unit], settings: StorageSettings) -> int:
         """Return the gathered bytes while one of ``units`` computes: that unit and the buffers of prefetched ones."""
         largest = max((unit.gathered for unit in units), default=0)
-        if settings.shard_size == 1:
-            return 0 if settings.keeps_whole else largest  # FSDP copies a unit even on a single rank
+        if settings.shard_size == 1:  # FSDP copies a unit even on a single rank
+            ahead = settings.copied_ahead if units is self.layers else 0
+            return 0 if settings.keeps_whole else largest * (1 + ahead)
         if units is self.layers and not settings.reshard_after_forward:
             return self._held_layers(settings) + largest
         # the next layers are gathered ahead; an edge is not, but its receive buffer is alive beside it
@@ -323,7 +326,8 @@ class MemoryModel:
         else:
             each = [edge + self._chosen(layer, settings) for layer in self.activations]
         on_device = each[-LAYERS_ON_DEVICE:] if settings.offload_activations else each
-        dense = self.all_dense * settings.itemsize if settings.cache_dequantized else 0
+        until_backward = settings.cache_dequantized and not settings.keeps_dense
+        dense = self.all_dense * settings.itemsize if until_backward else 0
         # one mask for all layers, in bytes; each layer's copy of it is counted with the layer
         mask = settings.tokens * settings.max_length if settings.attention == "sdpa" and settings.restarting else 0
         return sum(on_device) + dense + mask + (edge if settings.checkpointing == "none" else 0)

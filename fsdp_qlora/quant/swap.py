@@ -21,7 +21,7 @@ def swap_linears(
     """Replace each linear by a `QuantLinear` on meta, and stacked matrices by `QuantMatrices`.
 
     Each uses ``quant_format`` or, if that is None, the format of its `Packed`. With ``cache_dequantized``, dense
-    matrices are kept from forward to backward. Returns the names swapped.
+    matrices are kept from forward to backward (or for good, `keep_dense`). Returns the names swapped.
 
     Raises:
         PlanError: if one is not a linear layer of ``model``, or is not on the meta device (its weight would be lost).
@@ -29,6 +29,13 @@ def swap_linears(
     default = quant_format or build_format()
     packed = [x if isinstance(x, Packed) else Packed(x, default) for x in linears]
     return [_swap(model, x.linear, quant_format or x.quant_format, cache_dequantized) for x in packed]
+
+
+def keep_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Dequantize what ``model`` caches to ``dtype`` and keep it for good; call it once the weights are loaded."""
+    for module in model.modules():
+        if isinstance(module, QuantMatrices):
+            module.keep_dense(dtype)
 
 
 def _swap(model: nn.Module, linear: LinearShape, quant_format: Format, cache_dequantized: bool) -> str:

@@ -37,6 +37,7 @@ from fsdp_qlora.model.root import CausalModel, install_loss_head
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.parallel.compile import compile_layers, want_input_gradient
 from fsdp_qlora.parallel.compile_cache import settle_compile_caches
+from fsdp_qlora.parallel.copy_ahead import copy_ahead
 from fsdp_qlora.parallel.offload import offload_activations
 from fsdp_qlora.parallel.recompute import checkpoint_activations
 from fsdp_qlora.parallel.shard import (
@@ -56,7 +57,7 @@ from fsdp_qlora.parallel.shard import (
 from fsdp_qlora.plan.choices import decided
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.quant.backend import bitsandbytes_backend
-from fsdp_qlora.quant.swap import swap_linears
+from fsdp_qlora.quant.swap import keep_dense, swap_linears
 from fsdp_qlora.run.decide import require_kernels, skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
 
@@ -144,6 +145,8 @@ def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = No
     initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora.variant)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
+    if opened.plan.settings.keeps_dense:
+        keep_dense(opened.base, model_dtype(config.precision.name))
     return model, report
 
 
@@ -197,6 +200,8 @@ def build_sharded(
             edges = (base.get_input_embeddings(), base.get_output_embeddings())
             stay_gathered(edge for edge in edges if edge is not None)
     set_prefetch(layers, fsdp.prefetch)
+    if fsdp.offloads_parameters and ranks.shard_size == 1:
+        copy_ahead(layers, fsdp.prefetch, ranks.device)
     if model.compiled:
         want_input_gradient(base.get_input_embeddings())
     skip_gather_in_backward(base.get_input_embeddings(), base.get_output_embeddings())

@@ -31,10 +31,11 @@ from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.bnb import PAGED
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.parallel.shard import host_modules, synchronize_gradients
+from fsdp_qlora.parallel.shard import host_modules, model_dtype, synchronize_gradients
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.plan.quantized import format_of
 from fsdp_qlora.quant.formats import QuantizedTensor, dequantize, quantize
+from fsdp_qlora.quant.swap import keep_dense
 from fsdp_qlora.run.build import build_sharded
 from fsdp_qlora.run.decide import planned, planned_device, planned_skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
@@ -203,6 +204,8 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cu
         else:
             shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
             allocate(model, shards_on, ranks.device, host_modules(model.base, plan.offloaded))
+        if plan.settings.keeps_dense:
+            keep_dense(base, model_dtype(config.precision.name))
     optimizer = ShardedOptimizer(trainable_parameters(model), config.optim)
     optimizer.prepare_state(step=1)  # as in every step after the first
     restarting = plan.settings.restarting
