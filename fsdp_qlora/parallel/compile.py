@@ -13,7 +13,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -80,12 +80,17 @@ class _CompiledForward:
             self._micro_batch, self._eager = layers.micro_batch, layers.eager
         if not self._eager:
             try:
-                with torch.compiler.config.patch(dynamic_sources=ARGUMENTS):  # overrules everybody's ``dynamic``
+                with _arguments_vary():
                     return self._compiled(*args, **kwargs)
             except _failures() as error:  # raised before any of the layer has run
                 layers.failure = layers.failure or _reason(error)
                 layers.eager = self._eager = True
         return self._plain(*args, **kwargs)
+
+
+def _arguments_vary() -> AbstractContextManager[None]:
+    """Make symbols of `ARGUMENTS`; only around our own calls, because it overrules everybody's ``dynamic``."""
+    return torch.compiler.config.patch(dynamic_sources=ARGUMENTS)  # type: ignore[attr-defined]
 
 
 def _reason(error: Exception) -> str:
