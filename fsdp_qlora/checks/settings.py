@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fsdp_qlora.adapters import build_method
 from fsdp_qlora.attention.flatten import reads_boundaries
 from fsdp_qlora.config.choices import NONE
 from fsdp_qlora.config.schema import RunConfig
@@ -48,7 +49,7 @@ def twin_settings(config: RunConfig, folder: Path, attention: str, device: torch
         quant=replace(quant, allow_16bit=True, overrides=overrides, block_size=min(64, quant.block_size)),
         lora=replace(
             config.lora, r=min(4, config.lora.r), dropout=NO_DROPOUT if config.lora.dropout else 0.0, init_from=None,
-            target_modules=targets,
+            target_modules=targets, options={**config.lora.options, **build_method(config.lora.variant).small},
         ),
         precision=replace(config.precision, name=precision),
         train=replace(

@@ -153,13 +153,17 @@ class LoraSettings:
     """The trainable adapters."""
 
     variant: Annotated[str, choices.METHODS] = "lora"
-    """Scaling: alpha/r (``lora``) or alpha/sqrt(r) (``rslora``)."""
+    """Adapter method: LoRA, scaled by alpha/r (``lora``) or alpha/sqrt(r) (``rslora``), runs in our own layer. The
+    others run in PEFT's layers: slower, never compiled, but the same method and files as in PEFT."""
     r: Annotated[int, POSITIVE] = 16
-    """Adapter rank."""
+    """Adapter rank. ``ia3``, ``oft``, ``road``, ``c3a`` and ``fourierft`` have none."""
     alpha: Annotated[float, POSITIVE] = 32.0
-    """Numerator of the scaling factor."""
+    """Numerator of the scaling factor (``lora``, ``rslora``, ``dora``, ``loha``, ``lokr`` and ``randlora``)."""
     dropout: Annotated[float, BELOW_ONE] = 0.0
-    """Dropout before A; masks depend on seed, step and micro-batch, never on the rank."""
+    """Dropout of the adapter's input; masks depend on seed, step and micro-batch, never on the rank."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """A method's own settings, named as in PEFT's config (``oft_block_size``, ``n_frequency``, ``group_size``, ...);
+    PEFT's defaults apply to the others."""
     target_modules: Any = "all-linear"
     """``all-linear``, or a list of module names or name suffixes (``[q_proj, v_proj]``)."""
     init_from: Annotated[str | None, VERBATIM, MAY_CHANGE] = None

@@ -164,6 +164,7 @@ def _may_stay_whole(config: RunConfig) -> bool:
     """
     quant, fsdp = config.quant, config.fsdp
     in_peft = "none" in (quant.name, *quant.overrides.values()) or config.debug.name == "plain"
+    in_peft = in_peft or build_method(config.lora.variant).layer is None
     return not (fsdp.offloads_parameters or fsdp.offload_modules or (in_peft and config.precision.name == "bf16"))
 
 

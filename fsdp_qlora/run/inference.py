@@ -35,7 +35,7 @@ def load_for_inference(config: RunConfig, adapter: Path | None = None, world: Wo
     except FsdpQloraError as error:
         raise (error if adapter is None else blamed_on_adapter(error, adapter)) from error
     if adapter is not None:
-        load_adapter(adapter, prepared.model, prepared.ranks.shard_rank, prepared.ranks.shard_size)
+        load_adapter(adapter, prepared.model, prepared.ranks.shard_rank, prepared.ranks.shard_size, config.lora)
     prepared.model.eval()
     return prepared
 
