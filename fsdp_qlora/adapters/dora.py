@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import nn
 
-from fsdp_qlora.adapters.lora import LoRA, lora_config
+from fsdp_qlora.adapters.lora import LoRA, is_lora, lora_config
 from fsdp_qlora.adapters.method import register
 from fsdp_qlora.adapters.names import ADAPTER
 from fsdp_qlora.config.schema import LoraSettings
@@ -36,9 +36,18 @@ class DoRA(LoRA):
         """Return the PEFT config."""
         return lora_config(targets, lora, task_type, use_dora=True)
 
+    def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
+        """Return the size of the identity through which PEFT multiplies A and B."""
+        return linear.in_features**2
+
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether it is DoRA, scaled by alpha / r."""
-        return config.get("peft_type") == "LORA" and config.get("use_dora") is True and not config.get("use_rslora")
+        return is_lora(config) and config.get("use_dora") is True and not config.get("use_rslora", False)
+
+    @property
+    def honoured(self) -> frozenset[str]:
+        """The keys of an adapter_config.json that this method's settings express."""
+        return super().honoured | {"use_dora"}
 
     def initial(self, name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor | None:
         """Return LoRA's initial value; magnitudes depend on the weight, see `initialize`."""

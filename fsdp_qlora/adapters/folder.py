@@ -39,7 +39,7 @@ _HARMLESS = {
     "fan_in_fan_out",  # how the base is stored, which we detect ourselves
     "runtime_config", "ensure_weight_tying",
     "qalora_group_size",  # only read with use_qalora
-    "rank_dropout", "module_dropout", "init_weights", "init_ia3_weights",  # only read in training, or before it
+    "rank_dropout", "module_dropout", "init_ia3_weights",  # only read in training, or before it
     "eva_config", "corda_config", "lora_ga_config", "loftq_config",  # only read with their init_lora_weights
 }  # fmt: skip
 """Keys that do not change what a trained adapter computes."""
@@ -116,7 +116,9 @@ def _refused(values: dict[str, Any], method: Method) -> list[str]:
     known = _HONOURED | _SELECTING | _HARMLESS | method.honoured
     refused = []
     for key, value in values.items():
-        if key == "init_lora_weights":
+        if key == "init_weights":  # MiSS: the words "bat" and "mini" choose what is computed
+            plain = isinstance(value, bool) or value == defaults.get(key)
+        elif key == "init_lora_weights":
             plain = any(value is v if isinstance(v, bool) else value == v for v in _PLAIN_STARTS)
         else:
             plain = key in known or value in _OFF or (key in defaults and value == defaults[key])

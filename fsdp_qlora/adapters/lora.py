@@ -19,7 +19,7 @@ from fsdp_qlora.adapters.linear import QuantLoraLinear
 from fsdp_qlora.adapters.method import Method, build_method, plain_number, register
 from fsdp_qlora.adapters.peft_layers import refuse_merging, restore_buffers
 from fsdp_qlora.config.schema import LoraSettings
-from fsdp_qlora.errors import NumericsError
+from fsdp_qlora.errors import NumericsError, PlanError
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.shapes.linears import LinearShape
 
@@ -42,7 +42,7 @@ class LoRA(Method):
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether it scales by alpha / r."""
-        return _is_lora(config) and not config.get("use_rslora", False) and not config.get("use_dora", False)
+        return is_lora(config) and not config.get("use_rslora", False) and config.get("use_dora") is not True
 
     def initial(self, name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor | None:
         """Return PEFT's initial value: A uniform as in `nn.Linear`, B zero."""
@@ -66,7 +66,7 @@ class RsLoRA(LoRA):
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether it scales by alpha / sqrt(r)."""
-        return _is_lora(config) and config.get("use_rslora", False) is True and not config.get("use_dora", False)
+        return is_lora(config) and config.get("use_rslora", False) is True
 
 
 def lora_config(targets: Sequence[str], lora: LoraSettings, task_type: str | None, **switches: Any) -> LoraConfig:
@@ -81,7 +81,8 @@ def lora_config(targets: Sequence[str], lora: LoraSettings, task_type: str | Non
     )
 
 
-def _is_lora(config: Mapping[str, Any]) -> bool:
+def is_lora(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter_config.json is of a kind of LoRA."""
     return config.get("peft_type") == "LORA"
 
 
@@ -104,7 +105,11 @@ def attach_adapters(
     """
     method = build_method(lora.variant)
     config = method.peft(target_modules, lora, task_type)
-    if method.layer is not None:
+    if method.layer is None:
+        modules = dict(model.named_modules())
+        if any(isinstance(modules.get(name), QuantLinear) for name in target_modules):
+            raise PlanError(f"{lora.variant}: attach it before swap_linears; PEFT's layers go on dense linears.")
+    else:
         assert isinstance(config, LoraConfig)
         config._register_custom_module({QuantLinear: method.layer})
     with warnings.catch_warnings():

@@ -66,12 +66,14 @@ class Method(ABC):
     @property
     def honoured(self) -> frozenset[str]:
         """The keys of an adapter_config.json that this method's settings express."""
-        return frozenset({"r", "lora_alpha", "use_rslora", "use_dora"})
+        return frozenset({"r", "lora_alpha", "use_rslora"})
 
     def settings(self, config: Mapping[str, Any]) -> LoraSettings:
-        """Return the settings, without targets, that an adapter_config.json of this method expresses."""
-        r, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-        return LoraSettings(variant=self.name, r=r, alpha=float(alpha))
+        """Return the settings, without targets, that an adapter_config.json of this method expresses.
+
+        Values are as the file has them; the caller checks their types.
+        """
+        return LoraSettings(variant=self.name, r=config.get("r", 8), alpha=config.get("lora_alpha", 8))
 
     def tensor_names(self) -> set[str]:
         """Return the names that tensors of a target have in PEFT's file, after the target's name."""
@@ -94,6 +96,14 @@ class Method(ABC):
                 local_tensor(parameter).zero_()
             else:
                 fill_slice(parameter, whole, shard_rank, shard_size)
+
+    def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
+        """Return how many numbers an adapter keeps from forward to backward besides the linear's input and output."""
+        return 0
+
+    def fixed_bytes(self, linears: Sequence[LinearShape], lora: LoraSettings, itemsize: int) -> int:
+        """Return the bytes of the tensors that are never trained, in a model that computes with ``itemsize`` bytes."""
+        return 0
 
     def fixed(self, model: nn.Module, lora: LoraSettings) -> dict[str, torch.Tensor]:
         """Return what else PEFT's file holds, by name: tensors that are never trained, and equal on every rank.

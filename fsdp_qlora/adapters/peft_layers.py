@@ -62,6 +62,7 @@ def restore_buffers(model: PeftModel, config: PeftConfig) -> None:
     first = {_size(layer): name for name, layer in reversed(layers.items())}
     dtype = next(iter(layers.values())).get_base_layer().weight.dtype  # PEFT casts projections to the base's
     config = copy.deepcopy(config)
+    config.task_type = config.base_model_name_or_path = None  # lone linears are no language model
     config.target_modules = set(first.values())  # type: ignore[attr-defined]
     made = layers_alone(config, {name: size for size, name in first.items()}, CPU, dtype)  # type: ignore[arg-type]
     for layer in lost.values():

@@ -36,6 +36,8 @@ class PeftMethod(Method):
     layer = None
     keys: ClassVar[Mapping[str, str]] = {}
     """Setting (``r``, ``alpha``, ``dropout``) -> its key in PEFT's config."""
+    dense: ClassVar[int] = 0
+    """Matrices of the size of the weight that PEFT's layer keeps from forward to backward."""
     always: ClassVar[Mapping[str, Any]] = {}
     """Settings of PEFT's config that ours do not have, unless they are among the options."""
     random_start: ClassVar[bool] = False
@@ -66,12 +68,12 @@ class PeftMethod(Method):
     @property
     def honoured(self) -> frozenset[str]:
         """The keys of an adapter_config.json that this method's settings express."""
-        return frozenset({*self.keys.values(), *self.always, *PEFT_METHODS[self.name]})
+        return frozenset({*self.keys.values(), *self.always, *PEFT_METHODS.get(self.name, ())})
 
     def settings(self, config: Mapping[str, Any]) -> LoraSettings:
         """Return the settings, without targets, that an adapter_config.json of this method expresses."""
         known = {setting: config[key] for setting, key in self.keys.items() if key in config and setting != "dropout"}
-        options = {key: config[key] for key in PEFT_METHODS[self.name] if key in config}
+        options = {key: config[key] for key in PEFT_METHODS.get(self.name, ()) if key in config}
         return LoraSettings(variant=self.name, options=options, **known)
 
     def shapes(self, linear: LinearShape, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
@@ -106,6 +108,10 @@ class PeftMethod(Method):
         """Return the names that tensors of a target may have in PEFT's file: they depend on the settings."""
         names = PEFT_TYPE_TO_TUNER_MAPPING[self._type].tuner_layer_cls.adapter_layer_names  # type: ignore[index]
         return {*names, *(f"{name}.weight" for name in names)}
+
+    def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
+        """Return the size of the dense matrices that PEFT's layer keeps."""
+        return self.dense * linear.numel
 
     def _alone(self, name: str, size: tuple[int, int], lora: LoraSettings, device: torch.device) -> Any:
         config = self.peft([name], lora, None)

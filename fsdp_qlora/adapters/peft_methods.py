@@ -34,6 +34,7 @@ from fsdp_qlora.adapters.names import ADAPTER, adapter_key
 from fsdp_qlora.adapters.peft_layers import CPU, adapted_layers
 from fsdp_qlora.adapters.peft_method import PeftMethod
 from fsdp_qlora.config.schema import LoraSettings
+from fsdp_qlora.shapes.linears import LinearShape
 
 
 @register
@@ -64,6 +65,10 @@ class _SharedProjections(PeftMethod):
         return {f"base_model.{name}": getattr(layer, name)[ADAPTER] for name in self.shared}
 
 
+def _largest(linears: Sequence[LinearShape]) -> tuple[int, int]:
+    return max(x.out_features for x in linears), max(x.in_features for x in linears)
+
+
 @register
 class VeRA(_SharedProjections):
     """VeRA (https://arxiv.org/abs/2310.11454): trained vectors around two shared random projections."""
@@ -72,6 +77,10 @@ class VeRA(_SharedProjections):
     config = VeraConfig
     keys: ClassVar = {"r": "r", "dropout": "vera_dropout"}
     shared = ("vera_A", "vera_B")
+
+    def fixed_bytes(self, linears: Sequence[LinearShape], lora: LoraSettings, itemsize: int) -> int:
+        """Return the bytes of both projections, which fit the largest linears."""
+        return lora.r * sum(_largest(linears)) * itemsize
 
 
 @register
@@ -98,6 +107,7 @@ class LoHa(PeftMethod):
 
     name = "loha"
     config = LoHaConfig
+    dense = 1
     keys: ClassVar = {"r": "r", "alpha": "alpha"}
     random_start = True
 
@@ -108,6 +118,7 @@ class LoKr(PeftMethod):
 
     name = "lokr"
     config = LoKrConfig
+    dense = 1
     keys: ClassVar = {"r": "r", "alpha": "alpha"}
     random_start = True
 
@@ -120,6 +131,10 @@ class HRA(PeftMethod):
     config = HRAConfig
     keys: ClassVar = {"r": "r"}
     random_start = True
+
+    def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
+        """Return the size of the reflections after each step, of the weight and of their product."""
+        return (lora.r + 1) * linear.in_features**2 + 2 * linear.numel
 
 
 def _mask_of_values(base_layer: nn.Linear, r: int, **settings: Any) -> torch.Tensor:
@@ -134,6 +149,7 @@ class SHiRA(PeftMethod):
 
     name = "shira"
     config = ShiraConfig
+    dense = 1
     keys: ClassVar = {"r": "r"}
     always: ClassVar = {"random_seed": 0}  # PEFT's default is a mask that differs from rank to rank
 
@@ -142,6 +158,10 @@ class SHiRA(PeftMethod):
         config = super().peft(targets, lora, task_type)
         config.mask_fn = _mask_of_values  # type: ignore[attr-defined]
         return config
+
+    def fixed_bytes(self, linears: Sequence[LinearShape], lora: LoraSettings, itemsize: int) -> int:
+        """Return the bytes of two int32 for each trained value."""
+        return 8 * sum(lora.r * (x.in_features + x.out_features) for x in linears)
 
     def tensor_names(self) -> set[str]:
         """Return the names of the values and of their places."""
@@ -171,6 +191,15 @@ class RandLoRA(_SharedProjections):
     keys: ClassVar = {"r": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout"}
     shared = ("randlora_A", "randlora_B")
 
+    def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
+        """Return the size of the scaled bases."""
+        return min(linear.in_features, linear.out_features) ** 2
+
+    def fixed_bytes(self, linears: Sequence[LinearShape], lora: LoraSettings, itemsize: int) -> int:
+        """Return the bytes of the bases: one for all, and as many as give full rank."""
+        small, large = sorted(_largest(linears))
+        return lora.r * (small + large * -(-small // lora.r)) * itemsize
+
 
 @register
 class C3A(PeftMethod):
@@ -188,5 +217,6 @@ class FourierFT(PeftMethod):
 
     name = "fourierft"
     config = FourierFTConfig
+    dense = 1
     random_start = True
     small: ClassVar = {"n_frequency": 16}

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from fsdp_qlora.adapters import build_method, parameters_of
+from fsdp_qlora.adapters import Method, build_method, parameters_of
 from fsdp_qlora.config.auto import Choice, asked, degree, switch
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.data.deal import BatchPlan
 from fsdp_qlora.distributed.mesh import degrees
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.optim.sizes import unmatched
 from fsdp_qlora.plan.choices import choose
-from fsdp_qlora.plan.counted import BytesPerRank, HostBytes
+from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes
 from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.quant.formats import Packed
-from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 from fsdp_qlora.shapes.targets import target_linears
 from fsdp_qlora.shapes.units import fsdp_units
 
@@ -121,7 +122,8 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     offloaded = offloaded_parameters(
         config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
     )
-    memory = MemoryModel(shapes, stored, trained, settings, offloaded)
+    cost = _adapter_cost(method, [by_name[name] for name in targets], shapes, config.lora, settings.itemsize)
+    memory = MemoryModel(shapes, stored, trained, settings, offloaded, cost)
     if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
         raise PlanError(
             "train.activation_checkpointing: selective does not work with fsdp.offload_modules inside decoder layers "
@@ -147,6 +149,17 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         settings=settings,
         choices=choices,
     )
+
+
+def _adapter_cost(
+    method: Method, targets: Sequence[LinearShape], shapes: ModelShapes, lora: LoraSettings, itemsize: int
+) -> AdapterCost:
+    kept = dict.fromkeys(shapes.layers, 0)
+    for linear in targets:
+        layer = next((layer for layer in kept if linear.name.startswith(layer + ".")), None)
+        if layer is not None:
+            kept[layer] += method.kept(linear, lora)
+    return AdapterCost(method.fixed_bytes(targets, lora, itemsize), max(kept.values(), default=0))
 
 
 def _require_matches(config: RunConfig, trained: list[str]) -> None:
