@@ -40,6 +40,9 @@ class Method(ABC):
     small: ClassVar[Mapping[str, Any]] = {}
     """``lora.options`` that fit linears of a few dozen features: the twin check's."""
 
+    simulates: ClassVar[bool] = True
+    """Whether ``plan.simulate`` can run it: the memory tracker knows no sparse tensors."""
+
     @abstractmethod
     def shapes(self, linear: LinearShape, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
         """Return the trained tensors of a target: name in PEFT's file, after the target's name -> shape.

@@ -60,15 +60,20 @@ def restore_buffers(model: PeftModel, config: PeftConfig) -> None:
     if not lost:
         return
     first = {_size(layer): name for name, layer in reversed(layers.items())}
-    dtype = next(iter(layers.values())).get_base_layer().weight.dtype  # PEFT casts projections to the base's
+    dtype = next(iter(layers.values())).get_base_layer().weight.dtype
     config = copy.deepcopy(config)
     config.task_type = config.base_model_name_or_path = None  # lone linears are no language model
     config.target_modules = set(first.values())  # type: ignore[attr-defined]
     made = layers_alone(config, {name: size for size, name in first.items()}, CPU, dtype)  # type: ignore[arg-type]
     for layer in lost.values():
         real = made[first[_size(layer)]]
-        for path, name, _ in _buffers(layer):
-            setattr(layer.get_submodule(path), name, real.get_submodule(path).get_buffer(name))  # type: ignore[attr-defined]
+        for path, name, lost_one in _buffers(layer):
+            if not lost_one.is_meta:  # shared, and restored with the first layer
+                continue
+            buffer = real.get_submodule(path).get_buffer(name)
+            if buffer.is_floating_point():  # PEFT rounds to the base's dtype, then computes in the trained tensors'
+                buffer = buffer.to(dtype)
+            setattr(layer.get_submodule(path), name, buffer)  # type: ignore[attr-defined]
 
 
 def _size(layer: Any) -> tuple[int, int]:

@@ -151,6 +151,7 @@ class SHiRA(PeftMethod):
     config = ShiraConfig
     dense = 1
     keys: ClassVar = {"r": "r"}
+    simulates = False
     always: ClassVar = {"random_seed": 0}  # PEFT's default is a mask that differs from rank to rank
 
     def peft(self, targets: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM") -> PeftConfig:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
@@ -157,9 +158,11 @@ def build_sharded(
     plan: TrainPlan,
     ranks: Ranks,
     host: torch.device = HOST,
+    before_sharding: Callable[[nn.Module], None] = lambda base: None,
 ) -> CausalModel:
     """Swap, adapt and shard a meta model as planned; the order matters (see docs/architecture.md).
 
+    ``before_sharding`` is called with the adapted base model.
     ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
     task = task_type(base)
@@ -178,6 +181,7 @@ def build_sharded(
     if fsdp.offloads_activations:
         offload_activations(layers, ranks.device, host=host)
     untie_across(base, units)
+    before_sharding(base)
     policy = mixed_precision(config.precision.name)
     keeps_whole = plan.settings.keeps_whole
     replicated = keeps_whole or fsdp.adapters == "replicated"
