@@ -12,13 +12,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from fsdp_qlora.adapters.method import Method, build_method, method_of, shared_names, tensor_names
+from fsdp_qlora.adapters.method import (
+    PATTERNS,
+    Method,
+    build_method,
+    method_of,
+    of_target,
+    shared_names,
+    tensor_names,
+)
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.config.choices import METHODS, PEFT_METHODS
 from fsdp_qlora.config.schema import LoraSettings
@@ -28,6 +37,7 @@ from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.load.finite import require_finite
 
+T = TypeVar("T")
 CONFIG_NAME = "adapter_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 _HONOURED = {"peft_type", "base_model_name_or_path", "revision"}
@@ -63,12 +73,23 @@ class AdapterConfig:
     """Branch, tag or commit of the base model."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The method's own settings (``lora.options``)."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Ranks by regular expressions of names, as PEFT reads them."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Alphas, likewise."""
 
     def settings(self, targets: list[str]) -> LoraSettings:
-        """Return the config as ``lora`` settings."""
+        """Return the config as ``lora`` settings for these targets, with whole names for PEFT's expressions."""
         return LoraSettings(
-            variant=self.variant, r=self.r, alpha=self.alpha, target_modules=targets, options=dict(self.options)
-        )
+            variant=self.variant, r=self.r, alpha=self.alpha, target_modules=targets, options=dict(self.options),
+            rank_pattern=_by_name(self.rank_pattern, targets), alpha_pattern=_by_name(self.alpha_pattern, targets),
+        )  # fmt: skip
+
+
+def _by_name(expressions: Mapping[str, T], targets: Iterable[str]) -> dict[str, T]:
+    """Return the value of each target that one of PEFT's expressions means."""
+    keys = [(name, get_pattern_key(list(expressions), name)) for name in targets]
+    return {name: expressions[key] for name, key in keys if key in expressions}
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -105,9 +126,27 @@ def _adapter_config(values: dict[str, Any], file: Path, method: Method) -> Adapt
     wrong += [] if type(alpha) in (int, float) and 0 < alpha < _MAX_ALPHA else [f"lora_alpha={alpha!r}"]
     wrong += [] if isinstance(rslora, bool) else [f"use_rslora={rslora!r}"]
     wrong += [f"{name!r} as a name" for name in names if not isinstance(name, str | None)]
+    ranks, alphas = (values.get(key) or {} for key in PATTERNS)
+    wrong += [] if _are_patterns(ranks, int, 2**31) else [f"rank_pattern={ranks!r}"]
+    wrong += [] if _are_patterns(alphas, float, _MAX_ALPHA) else [f"alpha_pattern={alphas!r}"]
     if wrong:
         raise ModelError(f"adapter: {file} is malformed: {', '.join(wrong)[:500]}.")
-    return AdapterConfig(r, float(alpha), method.name, *names, options=settings.options)
+    base, revision = names
+    return AdapterConfig(r, float(alpha), method.name, base, revision, settings.options, ranks, alphas)
+
+
+def _are_patterns(values: Any, kind: type, below: float) -> bool:
+    """Whether ``values`` are expressions with positive numbers of ``kind``."""
+    if not isinstance(values, dict):
+        return False
+    for expression, value in values.items():
+        if type(value) not in (int, kind) or not 0 < value < below:
+            return False
+        try:
+            re.compile(expression)
+        except re.error:
+            return False
+    return True
 
 
 def _refused(values: dict[str, Any], method: Method) -> list[str]:
@@ -157,13 +196,16 @@ def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+_RANKED = ".lora_A.weight"
+"""The ending of tensors whose first dimension is the rank."""
 
 
-def stored_modules(folder: Path, r: int | None = None) -> list[str]:
+def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[str]:
     """Return the names of the modules for which an adapter folder has tensors.
 
     Raises:
-        ModelError: if there is no file of tensors, or it holds anything but LoRA matrices, or a rank other than ``r``.
+        ModelError: if there is no file of tensors, or it holds anything but an adapter's, or a rank that ``config``
+            does not say.
         SecurityError: if the file is a link out of the folder.
     """
     file = own_file(folder, WEIGHTS_NAME)
@@ -171,10 +213,15 @@ def stored_modules(folder: Path, r: int | None = None) -> list[str]:
         raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")
     with opened_weights(file) as stored:
         names = stored.keys()
-        for name in names if r is not None else ():
-            if name.endswith("lora_A.weight") and (shape := stored.get_slice(name).get_shape())[:1] != [r]:
+        modules = adapted_modules(names, file)
+        settings = None if config is None else config.settings(modules)
+        for name in names:
+            if settings is None or not name.endswith(_RANKED):
+                continue
+            r = of_target(settings, name.removeprefix("base_model.model.").removesuffix(_RANKED)).r
+            if (shape := stored.get_slice(name).get_shape())[:1] != [r]:
                 raise ModelError(f"adapter: {folder / CONFIG_NAME} says r={r}, but {name} is {shape} in {file}.")
-        return adapted_modules(names, file)
+        return modules
 
 
 @contextmanager
@@ -225,7 +272,9 @@ def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks
     Raises:
         ModelError: if its rank, alpha or variant differs, or it does not fit this model's adapters.
     """
-    saved, method = read_adapter_config(folder).settings([]), build_method(lora.variant)
+    config, method = read_adapter_config(folder), build_method(lora.variant)
+    modules = stored_modules(folder, config)
+    saved = config.settings(modules)
     differ = [
         f"lora.{key}: {ours}, but the adapter in lora.init_from={folder} has {theirs}; set lora.{key}={theirs:{form}}."
         for key, theirs, ours, form in (
@@ -235,6 +284,8 @@ def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks
         )
         if theirs != ours and (key == "variant" or key in method.reads)
     ]
+    if not differ:
+        differ = [*_differ_by_target(saved, lora, modules, folder)]
     if saved.variant == lora.variant:
         configs = [method.peft([], settings, None) for settings in (saved, lora)]
         pairs = {key: [getattr(config, key) for config in configs] for key in PEFT_METHODS.get(lora.variant, ())}
@@ -246,3 +297,16 @@ def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks
     if differ:
         raise ModelError("\n".join(differ))
     load_adapter(folder, model, ranks.shard_rank, ranks.shard_size, lora)
+
+
+def _differ_by_target(saved: LoraSettings, lora: LoraSettings, modules: Iterable[str], folder: Path) -> Iterator[str]:
+    """Yield a line for the first module whose rank or alpha differs from the stored adapter's."""
+    for name in modules:
+        theirs, ours = (of_target(settings, name) for settings in (saved, lora))
+        for key, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
+            if (there := getattr(theirs, key)) != (here := getattr(ours, key)):
+                yield (
+                    f"lora.{pattern}: {key} of {name} is {here:g}, but {there:g} in the adapter in "
+                    f"lora.init_from={folder}."
+                )
+                return

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters.linear import QuantLoraLinear
-from fsdp_qlora.adapters.method import Method, build_method, plain_number, register
+from fsdp_qlora.adapters.method import Method, build_method, plain_number, register, spelt_out
 from fsdp_qlora.adapters.peft_layers import refuse_merging, restore_buffers
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.errors import NumericsError, PlanError
@@ -70,13 +70,18 @@ class RsLoRA(LoRA):
 
 
 def lora_config(targets: Sequence[str], lora: LoraSettings, task_type: str | None, **switches: Any) -> LoraConfig:
-    """Return PEFT's config of a kind of LoRA; ``switches`` say which."""
+    """Return PEFT's config of a kind of LoRA; ``switches`` say which.
+
+    Patterns must be spelt out (`spelt_out`): PEFT's are regular expressions.
+    """
     return LoraConfig(
         task_type=task_type,  # type: ignore[arg-type]
         target_modules=list(targets),
         r=lora.r,
         lora_alpha=plain_number(lora.alpha),  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern={name: plain_number(alpha) for name, alpha in lora.alpha_pattern.items()},
         **switches,
     )
 
@@ -104,7 +109,7 @@ def attach_adapters(
     A method with a layer of its own is attached after `swap_linears`, one that PEFT's layers compute before it.
     """
     method = build_method(lora.variant)
-    config = method.peft(target_modules, lora, task_type)
+    config = method.peft(target_modules, spelt_out(lora, target_modules), task_type)
     if method.layer is None:
         modules = dict(model.named_modules())
         if any(isinstance(modules.get(name), QuantLinear) for name in target_modules):

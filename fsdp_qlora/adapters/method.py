@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,10 @@ from fsdp_qlora.distributed.seeds import seed_of
 from fsdp_qlora.distributed.shards import fill_slice, local_tensor
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.shapes.linears import LinearShape
+from fsdp_qlora.shapes.patterns import by_name, matches
+
+PATTERNS = ("rank_pattern", "alpha_pattern")
+"""Keys of PEFT's LoraConfig that give some targets another rank or alpha."""
 
 
 class Method(ABC):
@@ -69,7 +74,7 @@ class Method(ABC):
     @property
     def honoured(self) -> frozenset[str]:
         """The keys of an adapter_config.json that this method's settings express."""
-        return frozenset({"r", "lora_alpha", "use_rslora"})
+        return frozenset({"r", "lora_alpha", "use_rslora", *PATTERNS})
 
     def settings(self, config: Mapping[str, Any]) -> LoraSettings:
         """Return the settings, without targets, that an adapter_config.json of this method expresses.
@@ -123,7 +128,34 @@ def plain_number(value: float) -> int | float:
 
 def parameters_of(method: Method, linear: LinearShape, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
     """Return name in PEFT's file -> shape, for a target's trained tensors."""
-    return {f"base_model.model.{linear.name}.{name}": shape for name, shape in method.shapes(linear, lora).items()}
+    shapes = method.shapes(linear, of_target(lora, linear.name))
+    return {f"base_model.model.{linear.name}.{name}": shape for name, shape in shapes.items()}
+
+
+def of_target(lora: LoraSettings, name: str) -> LoraSettings:
+    """Return the settings of the target ``name``: with its rank and alpha, and no patterns."""
+    if not lora.rank_pattern and not lora.alpha_pattern:
+        return lora
+    r, alpha = ([value for pattern, value in patterns.items() if matches(name, pattern)]
+                for patterns in (lora.rank_pattern, lora.alpha_pattern))  # fmt: skip
+    return replace(
+        lora, r=r[-1] if r else lora.r, alpha=alpha[-1] if alpha else lora.alpha, rank_pattern={}, alpha_pattern={}
+    )
+
+
+def spelt_out(lora: LoraSettings, targets: Sequence[str]) -> LoraSettings:
+    """Return the settings with a whole name for each target whose rank or alpha is not the common one, as for PEFT.
+
+    Raises:
+        PlanError: if a pattern means no target.
+    """
+    ranks = by_name("lora.rank_pattern", lora.rank_pattern, targets)
+    alphas = by_name("lora.alpha_pattern", lora.alpha_pattern, targets)
+    return replace(
+        lora,
+        rank_pattern={name: r for name, r in ranks.items() if r != lora.r},
+        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != lora.alpha},
+    )
 
 
 _METHODS: choices.Registry[Method] = choices.Registry("adapter method", choices.METHODS)

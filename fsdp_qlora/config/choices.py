@@ -118,6 +118,8 @@ METHODS = Names("lora", "rslora", *PEFT_METHODS)
 """``lora.variant``: adapter methods (`fsdp_qlora.adapters.method`)."""
 WITH_DROPOUT = ("lora", "rslora", "dora", "vera", "miss", "randlora")
 """The adapter methods among them that drop their input (``lora.dropout``)."""
+WITH_PATTERNS = ("lora", "rslora", "dora")
+"""The adapter methods that take ``lora.rank_pattern`` and ``lora.alpha_pattern``."""
 OBJECTIVES = Names("sft")
 """``objective=``: losses (`fsdp_qlora.objectives`)."""
 OPTIMIZERS = Names(

@@ -228,6 +228,15 @@ def _method(config: RunConfig) -> Iterator[str]:
         if option not in known:
             there = f"its options are {', '.join(known)}" if known else "it has no options"
             yield f"lora.options: {lora.variant} has no {option!r}; {there}.{nearest(option, known)}"
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(lora, key)
+        if patterns and lora.variant not in choices.WITH_PATTERNS:
+            kinds = ", ".join(choices.WITH_PATTERNS)
+            yield f"lora.{key}: {lora.variant} has one rank and alpha for all modules; {kinds} have not."
+        if bad := [pattern for pattern, value in patterns.items() if not value > 0]:
+            yield f"lora.{key}: {bad[0]}={patterns[bad[0]]} must be above 0."
+    if any(number < 0 for number in lora.layers_to_transform):
+        yield "lora.layers_to_transform: layers are numbered from 0."
     if lora.variant not in choices.PEFT_METHODS:
         return
     if lora.dropout and lora.variant not in choices.WITH_DROPOUT:

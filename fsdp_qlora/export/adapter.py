@@ -25,7 +25,7 @@ from fsdp_qlora.files.read import file_sha256
 from fsdp_qlora.files.scratch import fresh_folder, move_into
 from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_text
 from fsdp_qlora.load.finite import require_finite
-from fsdp_qlora.shapes.targets import endings
+from fsdp_qlora.shapes.patterns import endings
 
 
 def gather_adapter(model: nn.Module) -> dict[str, torch.Tensor]:

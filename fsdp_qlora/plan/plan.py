@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from fsdp_qlora.adapters import Method, build_method, parameters_of
+from fsdp_qlora.adapters import Method, build_method, of_target, parameters_of, spelt_out
 from fsdp_qlora.config.auto import Choice, asked, degree, switch
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.data.deal import BatchPlan
@@ -106,10 +106,12 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     Raises:
         PlanError: if a target module or a pattern of names matches nothing, or the ranks cannot be laid out as asked.
     """
-    targets = target_linears(shapes, config.lora.target_modules)
+    lora = config.lora
+    targets = target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
+    config = replace(config, lora=(lora := spelt_out(lora, targets)))
     by_name = {x.name: x for x in shapes.linears}
     method = build_method(config.lora.variant)
-    trained = {name: parameters_of(method, by_name[name], config.lora) for name in targets}
+    trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
     _require_matches(config, [name for tensors in trained.values() for name in tensors])
     quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
     rows = config.train.micro_batch_size
@@ -122,7 +124,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     offloaded = offloaded_parameters(
         config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
     )
-    cost = _adapter_cost(method, [by_name[name] for name in targets], shapes, config.lora, settings.itemsize)
+    cost = _adapter_cost(method, [by_name[name] for name in targets], shapes, lora, settings.itemsize)
     memory = MemoryModel(shapes, stored, trained, settings, offloaded, cost)
     if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
         raise PlanError(
@@ -158,7 +160,7 @@ def _adapter_cost(
     for linear in targets:
         layer = next((layer for layer in kept if linear.name.startswith(layer + ".")), None)
         if layer is not None:
-            kept[layer] += method.kept(linear, lora)
+            kept[layer] += method.kept(linear, of_target(lora, linear.name))
     return AdapterCost(method.fixed_bytes(targets, lora, itemsize), max(kept.values(), default=0))
 
 

@@ -159,7 +159,7 @@ class Training:
         return on_main(lambda: self._write_adapter(folder, tensors, self.progress.to_dict()), self.ranks)
 
     def _write_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], progress: dict[str, Any]) -> int:
-        lora = self.config.lora
+        lora = self.prepared.settings.lora  # with whole names
         targets = short_targets(self.prepared.plan.targets, self.model.base)
         card = model_card(published(to_dict(self.config)), self._facts(progress))
         method = build_method(lora.variant)
