@@ -38,7 +38,7 @@ def test_what_is_honoured_or_changes_nothing_is_read(tmp_path, settings):
 
 
 REFUSED = {
-    "alpha_pattern": {"q_proj": 32}, "rank_pattern": {"q_proj": 8}, "bias": "all",
+    "bias": "all",
     "modules_to_save": ["lm_head"], "init_lora_weights": "pissa_niter_16", "layer_replication": [[0, 2], [1, 2]],
     "trainable_token_indices": [1], "target_parameters": ["experts.gate_up_proj"], "lora_bias": True, "use_qalora": True,
     "alora_invocation_tokens": [1, 2], "arrow_config": {"top_k": 1}, "use_bdlora": {"x": 1}, "not_yet_known": 3,
@@ -60,8 +60,8 @@ def test_starts_that_change_the_base_are_refused(tmp_path, value):
 
 
 def test_all_are_named_at_once(tmp_path):
-    with pytest.raises(ModelError, match=r"use_dora=true, alpha_pattern=|alpha_pattern=.*use_dora=true"):
-        read_adapter_config(_folder(tmp_path, use_dora=True, use_rslora=True, alpha_pattern={"q_proj": 1}))
+    with pytest.raises(ModelError, match=r"use_dora=true, bias=|bias=.*use_dora=true"):
+        read_adapter_config(_folder(tmp_path, use_dora=True, use_rslora=True, bias="all"))
 
 
 @pytest.mark.parametrize(
