@@ -37,7 +37,7 @@ from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
 from fsdp_qlora.shown import visible
 
-_MAPPINGS = ("data.columns", "model.config_overrides", "quant.overrides")
+_MAPPINGS = ("data.columns", "model.config_overrides", "quant.overrides", "lora.options")
 """Settings that are mappings with arbitrary keys."""
 _VERBATIM = keys_with(RunConfig, VERBATIM)
 """Keys whose values are taken as typed: no quoting, no Hydra grammar (a list may still be written ``[a,b]``)."""

@@ -6,6 +6,16 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
+class AdapterCost:
+    """What adapters cost beyond their trained tensors."""
+
+    fixed: int = 0
+    """Bytes of tensors that are never trained; every rank holds them whole."""
+    kept: int = 0
+    """Numbers that the adapters of one decoder layer keep from forward to backward (the largest layer's)."""
+
+
+@dataclass(frozen=True)
 class BytesPerRank:
     """Bytes on the rank that holds most, each kind at its own peak."""
 

@@ -24,7 +24,7 @@ from fsdp_qlora.heads.costs import chunked_bytes, sliced_bytes
 from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
 from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE
 from fsdp_qlora.plan.activations import LayerActivations, layer_activations
-from fsdp_qlora.plan.counted import BytesPerRank, HostBytes, MemoryPlan, Unit
+from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes, MemoryPlan, Unit
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.quant.matrix import SLICE_WEIGHTS, WHOLE_WEIGHTS
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS
@@ -108,6 +108,7 @@ class MemoryModel:
         quantized: the weights that are stored quantized.
         trained: the tensors of each adapted linear: its name -> name in PEFT's file -> shape.
         offloaded: parameters that stay in host memory in float32.
+        adapters: what adapters cost beyond ``trained``.
         settings: the storage settings. `plan` may be called with other values of ``micro_batch_size``, ``max_length``,
             ``checkpointing``, ``logits_chunk``, ``offload_*``, ``prefetch``, ``reshard_after_forward``,
             ``cache_dequantized`` and ``accumulation_steps``.
@@ -120,8 +121,9 @@ class MemoryModel:
         trained: Mapping[str, Mapping[str, tuple[int, ...]]],
         settings: StorageSettings,
         offloaded: frozenset[str] = frozenset(),
+        adapters: AdapterCost = AdapterCost(),  # noqa: B008 (frozen)
     ) -> None:
-        self.shapes, self.settings, self.offloaded = shapes, settings, offloaded
+        self.shapes, self.settings, self.offloaded, self.adapters = shapes, settings, offloaded, adapters
         layers = tuple(layer + "." for layer in shapes.layers)
         self.offloaded_inside = frozenset(name for name in offloaded if name.startswith(layers))
         self.trained = trained
@@ -225,7 +227,7 @@ class MemoryModel:
         return (
             sum(mine * x.row_bytes for x, mine in rows),
             sum(mine * x.quant_format.statistics_bytes for x, mine in rows),
-            kept * settings.itemsize + self.shapes.float32_bytes,
+            kept * settings.itemsize + self.shapes.float32_bytes + self.adapters.fixed,
             adapters,
             sum(
                 state_bytes(settings.optim, name, shape, num_ranks=settings.adapter_shards)
@@ -356,7 +358,7 @@ class MemoryModel:
 
     def _saved(self, layer: LayerActivations, settings: StorageSettings) -> int:
         each = layer.saved + self._scores(settings) + layer.kept_positions * settings.max_length
-        saved = settings.tokens * each
+        saved = settings.tokens * each + self.adapters.kept * settings.itemsize
         if settings.adapter_copies and settings.lora.dropout and settings.itemsize < FLOAT32:  # copies in compute dtype
             saved += max((unit.adapters for unit in self.layers), default=0) * settings.itemsize
         return saved

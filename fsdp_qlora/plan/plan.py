@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from fsdp_qlora.adapters import build_method, parameters_of
+from fsdp_qlora.adapters import Method, build_method, of_target, parameters_of, spelt_out
 from fsdp_qlora.config.auto import Choice, asked, degree, switch
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.data.deal import BatchPlan
 from fsdp_qlora.distributed.mesh import degrees
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.optim.sizes import unmatched
 from fsdp_qlora.plan.choices import choose
-from fsdp_qlora.plan.counted import BytesPerRank, HostBytes
+from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes
 from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.quant.formats import Packed
-from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 from fsdp_qlora.shapes.targets import target_linears
 from fsdp_qlora.shapes.units import fsdp_units
 
@@ -105,10 +106,12 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     Raises:
         PlanError: if a target module or a pattern of names matches nothing, or the ranks cannot be laid out as asked.
     """
-    targets = target_linears(shapes, config.lora.target_modules)
+    lora = config.lora
+    targets = target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
+    config = replace(config, lora=(lora := spelt_out(lora, targets)))
     by_name = {x.name: x for x in shapes.linears}
     method = build_method(config.lora.variant)
-    trained = {name: parameters_of(method, by_name[name], config.lora) for name in targets}
+    trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
     _require_matches(config, [name for tensors in trained.values() for name in tensors])
     quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
     rows = config.train.micro_batch_size
@@ -121,7 +124,8 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     offloaded = offloaded_parameters(
         config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
     )
-    memory = MemoryModel(shapes, stored, trained, settings, offloaded)
+    cost = _adapter_cost(method, [by_name[name] for name in targets], shapes, lora, settings.itemsize)
+    memory = MemoryModel(shapes, stored, trained, settings, offloaded, cost)
     if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
         raise PlanError(
             "train.activation_checkpointing: selective does not work with fsdp.offload_modules inside decoder layers "
@@ -149,6 +153,17 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     )
 
 
+def _adapter_cost(
+    method: Method, targets: Sequence[LinearShape], shapes: ModelShapes, lora: LoraSettings, itemsize: int
+) -> AdapterCost:
+    kept = dict.fromkeys(shapes.layers, 0)
+    for linear in targets:
+        layer = next((layer for layer in kept if linear.name.startswith(layer + ".")), None)
+        if layer is not None:
+            kept[layer] += method.kept(linear, of_target(lora, linear.name))
+    return AdapterCost(method.fixed_bytes(targets, lora, itemsize), max(kept.values(), default=0))
+
+
 def _require_matches(config: RunConfig, trained: list[str]) -> None:
     if odd := unmatched(config.optim.override_32bit, trained):
         raise PlanError(
@@ -164,6 +179,7 @@ def _may_stay_whole(config: RunConfig) -> bool:
     """
     quant, fsdp = config.quant, config.fsdp
     in_peft = "none" in (quant.name, *quant.overrides.values()) or config.debug.name == "plain"
+    in_peft = in_peft or build_method(config.lora.variant).layer is None
     return not (fsdp.offloads_parameters or fsdp.offload_modules or (in_peft and config.precision.name == "bf16"))
 
 

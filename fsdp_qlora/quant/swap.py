@@ -9,7 +9,7 @@ from torch import nn
 
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.quant.formats import Format, Packed, build_format
-from fsdp_qlora.quant.linear import QuantLinear
+from fsdp_qlora.quant.linear import QuantLinear, ReadableLinear
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.shapes.linears import LinearShape
 
@@ -19,6 +19,8 @@ def swap_linears(
     cache_dequantized: bool = False,
 ) -> list[str]:  # fmt: skip
     """Replace each linear by a `QuantLinear` on meta, and stacked matrices by `QuantMatrices`.
+
+    Under an adapter layer, its ``base_layer`` is replaced, by a `ReadableLinear`.
 
     Each uses ``quant_format`` or, if that is None, the format of its `Packed`. With ``cache_dequantized``, dense
     matrices are kept from forward to backward (or for good, `keep_dense`). Returns the names swapped.
@@ -42,6 +44,9 @@ def _swap(model: nn.Module, linear: LinearShape, quant_format: Format, cache_deq
     parent_name, _, child = linear.name.rpartition(".")
     parent = model.get_submodule(parent_name)
     target = getattr(parent, child)
+    kind = QuantLinear
+    if isinstance(inner := getattr(target, "base_layer", None), nn.Module):
+        parent, child, target, kind = target, "base_layer", inner, ReadableLinear
     weight = target if isinstance(target, nn.Parameter) else getattr(target, "weight", None)
     if not isinstance(weight, nn.Parameter) or tuple(weight.shape) != linear.stored_shape:
         raise PlanError(f"{linear.name} is a {type(target).__name__}, not a linear layer: it cannot be quantized.")
@@ -52,7 +57,7 @@ def _swap(model: nn.Module, linear: LinearShape, quant_format: Format, cache_deq
         made = QuantMatrices(linear.in_features, linear.out_features, quant_format, linear.count)
     else:
         bias = getattr(target, "bias", None) is not None
-        made = QuantLinear(linear.in_features, linear.out_features, quant_format, bias, weight.dtype)
+        made = kind(linear.in_features, linear.out_features, quant_format, bias, weight.dtype)
     made.stored, made.cache_dequantized = linear, cache_dequantized
     setattr(parent, child, made)
     return linear.name

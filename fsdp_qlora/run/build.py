@@ -6,12 +6,16 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
+from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.folder import start_from_adapter
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import attach_adapters, initialize_adapters
@@ -142,7 +146,7 @@ def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = No
     shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
     on_host = host_modules(model.base, opened.plan.offloaded)
     report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host)
-    initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora.variant)
+    initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
     if opened.plan.settings.keeps_dense:
@@ -157,17 +161,19 @@ def build_sharded(
     plan: TrainPlan,
     ranks: Ranks,
     host: torch.device = HOST,
+    before_sharding: Callable[[nn.Module], None] = lambda base: None,
 ) -> CausalModel:
     """Swap, adapt and shard a meta model as planned; the order matters (see docs/architecture.md).
 
+    ``before_sharding`` is called with the adapted base model.
     ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
     task = task_type(base)
     after = after_head(base) if task == "CAUSAL_LM" else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
-    _quantize(base, plan, shapes, switch(config.quant.cache_dequantized) is True)
+    adapted = _adapt_and_quantize(config, base, plan, shapes, task)
     fused = _use_kernels(config, base, after)
-    model = CausalModel(attach_adapters(base, plan.targets, config.lora, task))
+    model = CausalModel(adapted)
     model.fused = fused
     if config.debug.name != "plain":
         use_fused_products(model)
@@ -178,6 +184,7 @@ def build_sharded(
     if fsdp.offloads_activations:
         offload_activations(layers, ranks.device, host=host)
     untie_across(base, units)
+    before_sharding(base)
     policy = mixed_precision(config.precision.name)
     keeps_whole = plan.settings.keeps_whole
     replicated = keeps_whole or fsdp.adapters == "replicated"
@@ -223,6 +230,20 @@ def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | No
     if kernels.name == Kernels.name:
         return ""
     return f"{', outside the compiled layers' if compiled else ''}: {fused.describe(loss)}"
+
+
+def _adapt_and_quantize(
+    config: RunConfig, base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, task: str | None
+) -> PeftModel:
+    """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know."""
+    attach = partial(attach_adapters, base, plan.targets, config.lora, task)
+    quantize = partial(_quantize, base, plan, shapes, switch(config.quant.cache_dequantized) is True)
+    if build_method(config.lora.variant).layer is None:
+        adapted = attach()
+        quantize()
+        return adapted
+    quantize()
+    return attach()
 
 
 def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache: bool) -> None:

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.config.auto import degree
@@ -195,9 +197,11 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cu
     plan = make_plan(config, shapes, ranks.size)
     on_cpu = ranks.device == HOST
     fake = fake_mode() if on_cpu else accelerator_mode()
-    if not on_cpu:
-        _fake_buffers(base, ranks.device, fake)
-    model = build_sharded(config, base, shapes, plan, ranks, NOT_COUNTED if on_cpu else HOST)
+    if not build_method(config.lora.variant).simulates:
+        raise PlanError(f"plan.simulate: the sparse tensors of lora.variant={config.lora.variant} cannot be simulated.")
+    on_device = partial(_fake_buffers, device=ranks.device, mode=fake)
+    host, moved = (NOT_COUNTED, _leave) if on_cpu else (HOST, on_device)
+    model = build_sharded(config, base, shapes, plan, ranks, host, moved)
     with fake:
         if on_cpu:
             model.to_empty(device=HOST)
@@ -217,6 +221,10 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cu
         )  # fmt: skip
     counts = counts_of(kinds)
     return _Cuts(*(Cut(counts, _by_name(places, base, shapes, kinds)) for places in (peaks.device, peaks.host)))
+
+
+def _leave(base: nn.Module) -> None:
+    """Leave buffers on the host, where they are."""
 
 
 def _fake_buffers(base: nn.Module, device: torch.device, mode: FakeTensorMode) -> None:

@@ -212,7 +212,7 @@ def walk(folder: Path, variant: Variant) -> Recorder:
                 shards_on = HOST if resolved.fsdp.offloads_parameters else ranks.device
                 on_host = host_modules(model.base, plan.offloaded)
                 stream_weights(model, model.base, FakeFolder(), ranks, None, shards_on, on_host)  # type: ignore[arg-type]
-                initialize_adapters(model, 0, ranks.shard_rank, ranks.shard_size, resolved.lora.variant)
+                initialize_adapters(model, 0, ranks.shard_rank, ranks.shard_size, resolved.lora)
                 if plan.settings.keeps_dense:
                     keep_dense(base, model_dtype(resolved.precision.name))
             if variant.plant is not None:
