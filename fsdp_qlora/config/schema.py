@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.convert import build
 from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, NOT_NEGATIVE, POSITIVE, RUNS_CODE, VERBATIM, FormatOption
+from fsdp_qlora.config.lora import LoraSettings
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
 from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
@@ -147,38 +148,6 @@ class QuantSettings:
     them from step to step."""
     allow_16bit: bool = False
     """Continue if more than 10 % of the decoder layers' weights cannot be quantized and stay in 16 bits."""
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """The trainable adapters."""
-
-    variant: Annotated[str, choices.METHODS] = "lora"
-    """Adapter method: LoRA, scaled by alpha/r (``lora``) or alpha/sqrt(r) (``rslora``), runs in our own layer. The
-    others run in PEFT's layers: slower, never compiled, but the same method and files as in PEFT."""
-    r: Annotated[int, POSITIVE] = 16
-    """Adapter rank. ``ia3``, ``oft``, ``road``, ``c3a`` and ``fourierft`` have none."""
-    alpha: Annotated[float, POSITIVE] = 32.0
-    """Numerator of the scaling factor (``lora``, ``rslora``, ``dora``, ``loha``, ``lokr`` and ``randlora``)."""
-    dropout: Annotated[float, BELOW_ONE] = 0.0
-    """Dropout of the adapter's input; masks depend on seed, step and micro-batch, never on the rank."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """A method's own settings, named as in PEFT's config (``oft_block_size``, ``n_frequency``, ``group_size``, ...);
-    PEFT's defaults apply to the others."""
-    target_modules: Any = "all-linear"
-    """``all-linear``, or a list of modules: a name, its last parts (``[q_proj, v_proj]``), or a pattern of the whole
-    name (``model.layers.1?.mlp.*``)."""
-    exclude_modules: list[str] = field(default_factory=list)
-    """Modules among them, named in the same ways, that get no adapter."""
-    layers_to_transform: list[int] = field(default_factory=list)
-    """Numbers of the decoder layers, from 0, that get adapters; empty = all."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks of some modules, named in the same ways (``{v_proj: 32}``); later patterns win. For LoRA's kinds only, as
-    ``alpha_pattern``."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Alphas of some modules, as ``rank_pattern``."""
-    init_from: Annotated[str | None, VERBATIM, MAY_CHANGE] = None
-    """PEFT adapter folder to start a new run from (same ranks, alphas and targets)."""
 
 
 @dataclass(frozen=True)

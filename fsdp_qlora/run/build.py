@@ -201,21 +201,26 @@ def build_sharded(
         model.compiled_layers = compile_layers(layers, kinds)
     if ranks.size > 1:
         reach_all_experts(layers)
-    if switch(fsdp.reshard_after_forward) is False:
-        stay_gathered(layers)
-        if plan.settings.edges_stay:
-            edges = (base.get_input_embeddings(), base.get_output_embeddings())
-            stay_gathered(edge for edge in edges if edge is not None)
-    set_prefetch(layers, fsdp.prefetch)
-    if fsdp.offloads_parameters and ranks.shard_size == 1:
-        copy_ahead(layers, fsdp.prefetch, ranks.device)
+    _settle_gathers(config, base, plan, ranks)
     if model.compiled:
         want_input_gradient(base.get_input_embeddings())
-    skip_gather_in_backward(base.get_input_embeddings(), base.get_output_embeddings())
     for method in ("generate", "logits", "outputs"):
         register_fsdp_forward_method(model, method)
     require_sharded(model, ranks, replicated)
     return model
+
+
+def _settle_gathers(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, ranks: Ranks) -> None:
+    """Set when the units of a sharded model are gathered, and how long they stay so."""
+    layers, edges, fsdp = decoder_layers(base), (base.get_input_embeddings(), base.get_output_embeddings()), config.fsdp
+    if switch(fsdp.reshard_after_forward) is False:
+        stay_gathered(layers)
+        if plan.settings.edges_stay:
+            stay_gathered(edge for edge in edges if edge is not None)
+    set_prefetch(layers, fsdp.prefetch)
+    if fsdp.offloads_parameters and ranks.shard_size == 1:
+        copy_ahead(layers, fsdp.prefetch, ranks.device)
+    skip_gather_in_backward(*edges)
 
 
 def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | None) -> str:

@@ -36,15 +36,15 @@ def by_name(key: str, patterns: Mapping[str, T], names: Iterable[str]) -> dict[s
         PlanError: if a pattern means none of them.
     """
     names = list(names)
-    found: dict[str, T] = {}
+    values: dict[str, T] = {}
     for pattern, value in patterns.items():
         meant = [name for name in names if matches(name, pattern)]
         if not meant:
             raise PlanError(
                 f"{key}: {pattern!r} matches none of the {len(names)} targets ({', '.join(endings(names))})."
             )
-        found |= dict.fromkeys(meant, value)
-    return found
+        values |= dict.fromkeys(meant, value)
+    return values
 
 
 def layer_number(name: str, layers: Iterable[str]) -> int | None:
