@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.convert import build
-from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, NOT_NEGATIVE, POSITIVE, RUNS_CODE, VERBATIM, FormatOption
+from fsdp_qlora.config.facts import (
+    BELOW_ONE,
+    MAY_CHANGE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RUNS_CODE,
+    VERBATIM,
+    YOUNGER,
+    FormatOption,
+)
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
 from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
@@ -161,7 +170,7 @@ class LoraSettings:
     """Numerator of the scaling factor (``lora``, ``rslora``, ``dora``, ``loha``, ``lokr`` and ``randlora``)."""
     dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout of the adapter's input; masks depend on seed, step and micro-batch, never on the rank."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Annotated[dict[str, Any], YOUNGER] = field(default_factory=dict)
     """A method's own settings, named as in PEFT's config (``oft_block_size``, ``n_frequency``, ``group_size``, ...);
     PEFT's defaults apply to the others."""
     target_modules: Any = "all-linear"
