@@ -163,6 +163,7 @@ def install() -> None:
     cuda.get_device_capability = lambda device=None: (9, 0)
     cuda.mem_get_info = lambda device=None: (79 << 30, 80 << 30)
     cuda.synchronize = synchronize
-    torch.accelerator.current_stream = cuda.current_stream
-    torch.accelerator.synchronize = synchronize
+    # Functions of their own, because dynamo registers one handler for each and refuses the second
+    torch.accelerator.current_stream = lambda device=None: current_stream(device)
+    torch.accelerator.synchronize = lambda device=None: synchronize(device)
     torch.accelerator.set_device_index = lambda device: None
