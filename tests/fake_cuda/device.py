@@ -156,6 +156,7 @@ def install() -> None:
     cuda.default_stream = lambda device=None: compute_stream()
     cuda._lazy_init = lambda: None
     cuda.current_device = lambda: 0
+    cuda._exchange_device = cuda._maybe_exchange_device = lambda device: 0
     cuda.device_count = lambda: 1
     cuda.set_device = lambda device: None
     cuda.manual_seed = cuda.manual_seed_all = lambda seed: None
