@@ -13,9 +13,9 @@ from typing import Any
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "walks.md"
 STEP = "step 3"
 INTRODUCTION = """
-A *walk* runs the product's code on the fake CUDA device of `tests/fake_cuda`, on tensors without bytes: build, load from
-fake files, three steps (forward, backward, clipping, optimizer), evaluation, an answer of two tokens, the tensors of a
-checkpoint, the adapter gathered and exported up to its file. `tests/unit/test_walks.py` holds every walk to the rules
+A *walk* runs the product's code on the fake CUDA device of `tests/fake_cuda`, on tensors without bytes: build, load
+from fake files, three steps (forward, backward, clipping, optimizer), evaluation, an answer of two tokens, the tensors
+of a checkpoint, the adapter gathered and exported up to its file. `tests/unit/test_walks.py` holds every walk to the rules
 below, in `make test` for all pairs of settings (optimizer, format, offload, ranks, attention, checkpointing, packing,
 adapters, kernels, compilation, micro-batches; `tests/fake_cuda/pairs.py`) and in `make test-full` for the variants of
 the table as well.
@@ -35,8 +35,8 @@ LIMITS = """
 
 - *Numbers*: fake tensors have none. The kernels of torch, bitsandbytes, Triton and Liger do not run, and neither does
   NCCL (a `fake` process group stands for it).
-- *Liger's kernels* (`train.kernels=liger`) are checked and counted where Liger launches them, and then skipped. Which of
-  their tensors a kernel writes is unknown, so each counts as written. Liger and Triton must be importable
+- *Liger's kernels* (`train.kernels=liger`) are checked and counted where Liger launches them, and then skipped. Which
+  of their tensors a kernel writes is unknown, so each counts as written. Liger and Triton must be importable
   (CONTRIBUTING.md); otherwise these walks are skipped by name.
 - *Inductor*, which asks the card for its properties and writes Triton code: `train.compile=true` and
   `train.kernels=compile` are walked with Dynamo and AOTAutograd (`aot_eager`; pairs of settings with `eager`), so a
@@ -84,8 +84,8 @@ def main() -> int:
         "",
         "A small Llama (2 layers of width 256, 2 micro-batches, 48 tokens a row; Mixtral with 4 experts), after the",
         "optimizer's state exists. *Waits*: how often the host waits for the device. *Launches*: operations that start",
-        "work there. *Gathered*: MB of all gathered units. *Copied ahead*: MB copied from host memory beside other work,",
-        "of all that are copied from there. No time is measured here.",
+        "work there. *Gathered*: MB of all gathered units. *Copied ahead*: MB copied from host memory beside other",
+        "work, of all that are copied from there. No time is measured here.",
         "",
         "| variant | waits | launches | gathered MB | copied ahead, MB |",
         "|---|---|---|---|---|",

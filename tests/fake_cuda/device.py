@@ -156,7 +156,9 @@ def install() -> None:
     cuda.default_stream = lambda device=None: compute_stream()
     cuda._lazy_init = lambda: None
     cuda.current_device = lambda: 0
-    cuda._exchange_device = cuda._maybe_exchange_device = lambda device: 0
+    # One function for each name: dynamo registers a handler for a function once, and refuses the second
+    cuda._exchange_device = lambda device: 0
+    cuda._maybe_exchange_device = lambda device: 0
     cuda.device_count = lambda: 1
     cuda.set_device = lambda device: None
     cuda.manual_seed = cuda.manual_seed_all = lambda seed: None
@@ -164,7 +166,6 @@ def install() -> None:
     cuda.get_device_capability = lambda device=None: (9, 0)
     cuda.mem_get_info = lambda device=None: (79 << 30, 80 << 30)
     cuda.synchronize = synchronize
-    # Functions of their own, because dynamo registers one handler for each and refuses the second
     torch.accelerator.current_stream = lambda device=None: current_stream(device)
     torch.accelerator.synchronize = lambda device=None: synchronize(device)
     torch.accelerator.set_device_index = lambda device: None
