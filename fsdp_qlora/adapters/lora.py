@@ -24,6 +24,7 @@ from fsdp_qlora.distributed.shards import fill_slice, local_tensor
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.shapes.linears import LinearShape
+from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 
 @register
@@ -118,6 +119,8 @@ def initialize_adapters(
     """
     method = build_method(variant)
     for name, parameter in trainable_parameters(model):
+        if name.endswith(TOKEN_ROWS):  # they start from the base's rows, which the method does not know
+            continue
         whole = method.initial(name, parameter.shape, torch.Generator().manual_seed(seed_of(seed, name)))
         if whole is None:
             local_tensor(parameter).zero_()

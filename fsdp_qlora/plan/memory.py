@@ -98,6 +98,7 @@ class MemoryModel:
         quantized: the weights that are stored quantized.
         trained: the tensors of each adapted linear: its name -> name in PEFT's file -> shape.
         offloaded: parameters that stay in host memory in float32.
+        rows: the trained rows of added tokens, name in PEFT's file -> shape; every rank holds them whole.
         settings: the storage settings. `plan` may be called with other values of ``micro_batch_size``, ``max_length``,
             ``checkpointing``, ``logits_chunk``, ``offload_*``, ``prefetch``, ``reshard_after_forward``,
             ``cache_dequantized`` and ``accumulation_steps``.
@@ -110,11 +111,14 @@ class MemoryModel:
         trained: Mapping[str, Mapping[str, tuple[int, ...]]],
         settings: StorageSettings,
         offloaded: frozenset[str] = frozenset(),
+        rows: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         self.shapes, self.settings, self.offloaded = shapes, settings, offloaded
         layers = tuple(layer + "." for layer in shapes.layers)
         self.offloaded_inside = frozenset(name for name in offloaded if name.startswith(layers))
-        self.trained = trained
+        self.trained, self.rows = trained, rows or {}
+        self.row_elements = sum(map(prod, self.rows.values()))
+        self.added = max((count for count, _ in self.rows.values()), default=0)
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.linear.parameter: x for x in quantized}
         inside = [x for x in quantized if x.linear.name not in edges]
@@ -158,6 +162,8 @@ class MemoryModel:
         logits = self._logits(settings)
         # five tensors [tokens, hidden] around the head: the final norm, its copies and the gradient
         edge = 5 * settings.tokens * self.shapes.hidden_size * settings.itemsize
+        if self.added:  # the head keeps its input and the derivatives by the new logits for the rows' gradient
+            edge += settings.tokens * (self.shapes.hidden_size + self.added) * settings.itemsize
         head, again = self._gathered_head(settings)
         at_layer = self._gathered(self.layers, settings) + self.dense * settings.itemsize
         at_layer += self._held_edges(settings)
@@ -179,7 +185,9 @@ class MemoryModel:
         # The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`).
         # It runs when activations are freed, so it counts in `bytes` but in none of the moments.
         if settings.adapter_copies > 1:
-            gradients = 2 * gradients + FLOAT32 * sum(map(len, self.trained.values()))
+            gradients = 2 * gradients + FLOAT32 * (sum(map(len, self.trained.values())) + len(self.rows))
+        elif settings.shard_size > 1 and self.rows:
+            gradients += FLOAT32 * (self.row_elements + len(self.rows))
         bytes_ = BytesPerRank(
             packed,
             statistics,
@@ -208,7 +216,7 @@ class MemoryModel:
 
     def trainable(self) -> int:
         """Return the number of trainable (adapter) elements."""
-        return sum(prod(shape) for shapes in self.trained.values() for shape in shapes.values())
+        return self.row_elements + sum(prod(shape) for shapes in self.trained.values() for shape in shapes.values())
 
     def _fixed(self, settings: StorageSettings) -> tuple[int, int, int, int, int]:
         """Return this rank's bytes of packed weights, statistics, kept weights, adapters and optimizer states."""
@@ -229,13 +237,15 @@ class MemoryModel:
                 state_bytes(settings.optim, name, shape, num_ranks=settings.adapter_shards)
                 for shapes in self.trained.values()
                 for name, shape in shapes.items()
-            ),
+            )
+            + sum(state_bytes(settings.optim, name, shape, num_ranks=1) for name, shape in self.rows.items()),
         )
 
     def _held(self, settings: StorageSettings) -> int:
         """Return the number of adapter elements that this rank holds."""
         shards = settings.adapter_shards
-        return sum(_share(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values())
+        adapters = (shape for shapes in self.trained.values() for shape in shapes.values())
+        return self.row_elements + sum(_share(shape[0], shards) * prod(shape[1:]) for shape in adapters)
 
     def _gradients(self, settings: StorageSettings) -> int:
         """Return the bytes of the adapters' float32 gradients: whole during accumulation, else this rank's shard."""
@@ -359,9 +369,10 @@ class MemoryModel:
 
     def _logits(self, settings: StorageSettings) -> int:
         chunk, shapes = min(settings.logits_chunk, settings.tokens), self.shapes
+        vocab = shapes.vocab_size + self.added  # as if none of them took a spare row
         if settings.quantized_embeddings:
-            return sliced_bytes(chunk, settings.tokens, shapes.vocab_size, shapes.hidden_size, settings.itemsize)
-        return chunked_bytes(chunk, shapes.vocab_size, settings.itemsize, settings.on_accelerator, shapes.capped)
+            return sliced_bytes(chunk, settings.tokens, vocab, shapes.hidden_size, settings.itemsize)
+        return chunked_bytes(chunk, vocab, settings.itemsize, settings.on_accelerator, shapes.capped)
 
     def _largest_slice(self, shard_size: int) -> int:
         """Return the most elements that this rank reads at a time: a chunk (all if transposed) or its shard."""

@@ -22,6 +22,7 @@ from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.targets import target_linears
+from fsdp_qlora.shapes.tokens import token_rows
 from fsdp_qlora.shapes.units import fsdp_units
 
 
@@ -109,19 +110,17 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     by_name = {x.name: x for x in shapes.linears}
     method = build_method(config.lora.variant)
     trained = {name: parameters_of(method, by_name[name], config.lora) for name in targets}
-    _require_matches(config, [name for tensors in trained.values() for name in tensors])
+    rows = token_rows(shapes, len(config.model.add_tokens))
+    _require_matches(config, [*(name for tensors in trained.values() for name in tensors), *rows])
     quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
-    rows = config.train.micro_batch_size
-    if config.train.micro_batch_tokens:  # the worst case: all rows at maximum length
-        rows = max(1, config.train.micro_batch_tokens // config.data.max_length)
-    batch = BatchPlan(config.train.global_batch_size, rows, world_size)
+    batch = BatchPlan(config.train.global_batch_size, _micro_batch_rows(config), world_size)
     _, shard = degrees(degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree, world_size)
     settings = storage_settings(config, batch, shard)
     stored = (*quantized, *edges)
     offloaded = offloaded_parameters(
         config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
     )
-    memory = MemoryModel(shapes, stored, trained, settings, offloaded)
+    memory = MemoryModel(shapes, stored, trained, settings, offloaded, rows)
     if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
         raise PlanError(
             "train.activation_checkpointing: selective does not work with fsdp.offload_modules inside decoder layers "
@@ -147,6 +146,12 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         settings=settings,
         choices=choices,
     )
+
+
+def _micro_batch_rows(config: RunConfig) -> int:
+    if config.train.micro_batch_tokens:  # the worst case: all rows at maximum length
+        return max(1, config.train.micro_batch_tokens // config.data.max_length)
+    return config.train.micro_batch_size
 
 
 def _require_matches(config: RunConfig, trained: list[str]) -> None:

@@ -21,6 +21,7 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.heads.added import add_token_rows, start_token_rows
 from fsdp_qlora.heads.quantized import quantize_edges
 from fsdp_qlora.heads.upstream import AfterHead, after_head
 from fsdp_qlora.load.buffers import persistent_buffers
@@ -59,6 +60,7 @@ from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.swap import swap_linears
 from fsdp_qlora.run.decide import require_kernels, skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +79,8 @@ class OpenedModel:
     source: SafetensorsFolder
     shapes: ModelShapes
     plan: TrainPlan
+    first_added: int | None = None
+    """Id of the first added token; None: after all rows of the base."""
 
     @property
     def repairs(self) -> tuple[str, ...]:
@@ -137,11 +141,12 @@ def open_model(
 def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = None) -> tuple[CausalModel, LoadReport]:
     """Quantize, adapt and shard an opened model, then load its weights and initialize its adapters."""
     config = opened.config
-    model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks)
+    model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks, first_added=opened.first_added)
     shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
     on_host = host_modules(model.base, opened.plan.offloaded)
     report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host)
     initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora.variant)
+    start_token_rows(model.base, opened.shapes, opened.source, ranks)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
     return model, report
@@ -154,6 +159,7 @@ def build_sharded(
     plan: TrainPlan,
     ranks: Ranks,
     host: torch.device = HOST,
+    first_added: int | None = None,
 ) -> CausalModel:
     """Swap, adapt and shard a meta model as planned; the order matters (see docs/architecture.md).
 
@@ -166,6 +172,8 @@ def build_sharded(
     fused = _use_kernels(config, base, after)
     model = CausalModel(attach_adapters(base, plan.targets, config.lora, task))
     model.fused = fused
+    if config.model.add_tokens:
+        add_token_rows(base, shapes, first_added, len(config.model.add_tokens))
     if config.debug.name != "plain":
         use_fused_products(model)
     units = [[base.get_submodule(name) for name in unit] for unit in plan.units]
@@ -178,7 +186,8 @@ def build_sharded(
     policy = mixed_precision(config.precision.name)
     keeps_whole = plan.settings.keeps_whole
     replicated = keeps_whole or fsdp.adapters == "replicated"
-    unsharded = [*float32, *(p for _, p in trainable_parameters(model) if replicated)]
+    trained = trainable_parameters(model)
+    unsharded = [*float32, *(p for name, p in trained if replicated or name.endswith(TOKEN_ROWS))]
     on_host = host_modules(base, plan.offloaded)
     keep_on_host(on_host)
     if keeps_whole:
