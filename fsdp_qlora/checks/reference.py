@@ -6,6 +6,7 @@ Only the order of the calls is ours: the reference must not be a second path thr
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -157,7 +158,7 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor
 
 
 def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
+    return {re.sub(r"\.default(?=\.|$)", "", n): p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def compute(model: nn.Module, rows: Sequence[torch.Tensor], gradients: bool = True) -> Computed:

@@ -235,7 +235,7 @@ def _added_tokens(config: RunConfig) -> Iterator[str]:
         yield f"model.add_tokens: {', '.join(map(repr, twice))} is named more than once."
     if tokens and (fsdp.offloads_parameters or fsdp.offload_modules):
         key = "offload_modules" if fsdp.offload_modules else f"offload={fsdp.offload}"
-        yield f"model.add_tokens: the rows of added tokens stay on the device, without fsdp.{key}; leave one of them out."
+        yield f"model.add_tokens: the rows of added tokens stay on the device; leave them or fsdp.{key} out."
 
 
 def _prompts(config: RunConfig) -> Iterator[str]:

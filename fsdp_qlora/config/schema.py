@@ -59,7 +59,7 @@ class ModelSettings:
     """Compare a small twin of the model with upstream's own code before the first step. ``auto`` reuses a cached
     result, ``always`` compares again, ``off`` trains unchecked."""
     add_tokens: list[str] = field(default_factory=list)
-    """Special tokens to add to the tokenizer, such as an end-of-turn token or chat markers that a base model lacks. Their
+    """Special tokens to add to the tokenizer, such as an end of turn or chat markers that a base model lacks. Their
     rows of embedding and head are trained and saved with the adapter; all other rows stay frozen."""
     config_overrides: dict[str, Any] = field(default_factory=dict)
     """Values that override the model's config.json (``rope_theta``, ``rope_scaling``, ...). Keys that the model's

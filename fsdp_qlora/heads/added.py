@@ -2,8 +2,8 @@
 
 The tokens of the base have the ids ``0 .. first - 1``, the added ones those from ``first`` on. Below ``first`` a table
 is the base's, from there on it is ours, and the base's own rows from there on (the padding of a vocabulary) are never
-read. So the vocabulary ends with the last added token, as after plain PEFT's ``resize_token_embeddings(len(tokenizer))``,
-and no table is copied, as PEFT's ``index_copy`` does in each forward.
+read. So the vocabulary ends with the last added token, as after ``resize_token_embeddings(len(tokenizer))`` in plain
+transformers, and no table is copied, as PEFT's ``index_copy`` does in each forward.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TokenRows(nn.Module):
 class TokenEmbedding(nn.Module):
     """An embedding whose rows from ``token_adapter.first`` on are trained.
 
-    Shapes: int64 ``[...]`` -> ``[..., hidden]`` in the dtype of ``base_layer``, times ``scale``, as ``base_layer`` does.
+    Shapes: int64 ``[...]`` -> ``[..., hidden]`` in the dtype of ``base_layer``, times ``scale``, as in ``base_layer``.
     """
 
     def __init__(self, base_layer: nn.Module, rows: TokenRows, scale: float) -> None:
@@ -101,6 +101,8 @@ def add_token_rows(model: PreTrainedModel, shapes: ModelShapes, first: int | Non
         PlanError: if the embedding does more than look up and scale rows, or upstream more with its logits than to
             scale and cap them.
     """
+    if not count:
+        return
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(table, nn.Module) and isinstance(head, WithTokenRows)
     if getattr(head, "code", None) is not None:
@@ -136,7 +138,7 @@ def start_token_rows(model: PreTrainedModel, shapes: ModelShapes, source: Safete
     """Start the rows of added tokens at the mean of the base's tokens. Every rank calls it.
 
     This is what transformers' ``resize_token_embeddings`` does, less its noise of a billionth of the covariance (after
-    J. Hewitt, https://www.cs.columbia.edu/~johnhew/vocab-expansion.html), and without the rows of a padded vocabulary.
+    J. Hewitt, https://nlp.stanford.edu/~johnhew/vocab-expansion.html), and without the rows of a padded vocabulary.
     The sums are integers, so that every number of ranks gets the same bits.
     """
     table, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -54,17 +54,14 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
         return
     known = tokenizer.get_vocab()
     if there := [f"{token!r} (id {known[token]})" for token in tokens if token in known]:
-        raise ConfigError(
-            f"model.add_tokens: the tokenizer already has {', '.join(there)}; leave {'it' if len(there) == 1 else 'them'}"
-            " out."
-        )
+        raise ConfigError(f"model.add_tokens: the tokenizer already has {', '.join(there)}; add only what it lacks.")
     first = len(tokenizer)
     tokenizer.add_tokens(list(tokens), special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     if ids != list(range(first, first + len(tokens))) or len(tokenizer) != first + len(tokens):
         raise ModelError(
-            f"model.add_tokens: this tokenizer has {first} tokens, but gives new ones the ids {ids}: its ids have gaps, "
-            "so plain transformers could not resize the model to it."
+            f"model.add_tokens: this tokenizer has {first} tokens, but gives new ones the ids {ids}: its ids have "
+            "gaps, so plain transformers could not resize the model to it."
         )
 
 

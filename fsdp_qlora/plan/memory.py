@@ -117,8 +117,7 @@ class MemoryModel:
         layers = tuple(layer + "." for layer in shapes.layers)
         self.offloaded_inside = frozenset(name for name in offloaded if name.startswith(layers))
         self.trained, self.rows = trained, rows or {}
-        self.row_elements = sum(map(prod, self.rows.values()))
-        self.added = max((count for count, _ in self.rows.values()), default=0)
+        self.added, self.row_elements = next(iter(self.rows.values()), (0, 0))[0], sum(map(prod, self.rows.values()))
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.linear.parameter: x for x in quantized}
         inside = [x for x in quantized if x.linear.name not in edges]
@@ -136,12 +135,11 @@ class MemoryModel:
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
-        adapted = frozenset(trained)
         self.activations: tuple[LayerActivations, ...] = tuple(
             layer_activations(
                 shapes,
                 layer,
-                adapted,
+                frozenset(trained),
                 settings.itemsize,
                 settings.lora.dropout > 0,
                 settings.attention,
@@ -244,8 +242,8 @@ class MemoryModel:
     def _held(self, settings: StorageSettings) -> int:
         """Return the number of adapter elements that this rank holds."""
         shards = settings.adapter_shards
-        adapters = (shape for shapes in self.trained.values() for shape in shapes.values())
-        return self.row_elements + sum(_share(shape[0], shards) * prod(shape[1:]) for shape in adapters)
+        sharded = sum(_share(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values())
+        return sharded + self.row_elements
 
     def _gradients(self, settings: StorageSettings) -> int:
         """Return the bytes of the adapters' float32 gradients: whole during accumulation, else this rank's shard."""
@@ -369,7 +367,7 @@ class MemoryModel:
 
     def _logits(self, settings: StorageSettings) -> int:
         chunk, shapes = min(settings.logits_chunk, settings.tokens), self.shapes
-        vocab = shapes.vocab_size + self.added  # as if none of them took a spare row
+        vocab = shapes.vocab_size + self.added  # as if no token took a spare row
         if settings.quantized_embeddings:
             return sliced_bytes(chunk, settings.tokens, vocab, shapes.hidden_size, settings.itemsize)
         return chunked_bytes(chunk, vocab, settings.itemsize, settings.on_accelerator, shapes.capped)

@@ -172,8 +172,7 @@ def build_sharded(
     fused = _use_kernels(config, base, after)
     model = CausalModel(attach_adapters(base, plan.targets, config.lora, task))
     model.fused = fused
-    if config.model.add_tokens:
-        add_token_rows(base, shapes, first_added, len(config.model.add_tokens))
+    add_token_rows(base, shapes, first_added, len(config.model.add_tokens))
     if config.debug.name != "plain":
         use_fused_products(model)
     units = [[base.get_submodule(name) for name in unit] for unit in plan.units]
@@ -186,8 +185,8 @@ def build_sharded(
     policy = mixed_precision(config.precision.name)
     keeps_whole = plan.settings.keeps_whole
     replicated = keeps_whole or fsdp.adapters == "replicated"
-    trained = trainable_parameters(model)
-    unsharded = [*float32, *(p for name, p in trained if replicated or name.endswith(TOKEN_ROWS))]
+    whole = (p for name, p in trainable_parameters(model) if replicated or name.endswith(TOKEN_ROWS))
+    unsharded = [*float32, *whole]
     on_host = host_modules(base, plan.offloaded)
     keep_on_host(on_host)
     if keeps_whole:

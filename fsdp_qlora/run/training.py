@@ -174,7 +174,7 @@ class Training:
         return export_adapter(folder, tensors, peft_config, base, self._saved_tokenizer(), card)
 
     def _saved_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the tokenizer to save: it names an added end of turn as its ``eos_token``, for plain PEFT to stop at."""
+        """Return the tokenizer to save; an added end of turn is its ``eos_token``, at which plain PEFT then stops."""
         tokenizer, added = self.prepared.tokenizer, self.config.model.add_tokens
         if added:
             end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
