@@ -93,6 +93,7 @@ def loop(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
 def _known(spec: Spec, rows: Rows, prepared: Any) -> Known:
     from fsdp_qlora.checks.gather import verify_gather
     from fsdp_qlora.plan.choices import smaller
+    from fsdp_qlora.plan.moved import gathered_bytes
     from fsdp_qlora.plan.timing import model_flops
 
     plan, ranks = prepared.plan, prepared.ranks
@@ -100,7 +101,7 @@ def _known(spec: Spec, rows: Rows, prepared: Any) -> Known:
     return {
         "read": prepared.load.bytes_read,
         "load_seconds": prepared.load.seconds,
-        "gathered": plan.memory.gathered_bytes(plan.settings) * plan.batch.accumulation_steps,
+        "gathered": gathered_bytes(plan.memory, plan.settings) * plan.batch.accumulation_steps,
         "gather_checked": verify_gather(prepared.model, ranks),
         "planned": plan.peak,
         "smaller": smaller(plan.memory, plan.settings),

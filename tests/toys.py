@@ -6,15 +6,17 @@ The examples of CONTRIBUTING's "How to add": each registers itself and needs at 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from peft import HiraConfig
 from torch import nn
 
 from fsdp_qlora import adapters, objectives
 from fsdp_qlora.adapters import LoRA
 from fsdp_qlora.adapters.linear import QuantLoraLinear
 from fsdp_qlora.adapters.names import ADAPTER
+from fsdp_qlora.adapters.peft_method import PeftMethod
 from fsdp_qlora.data.labels import ROWS, TOKENS
 from fsdp_qlora.objectives import Objective, token_losses
 from fsdp_qlora.quant import formats
@@ -70,6 +72,16 @@ class Scaled(LoRA):
 
     def initial(self, name, shape, generator):
         return torch.ones(tuple(shape)) if name.endswith("lora_scale") else super().initial(name, shape, generator)
+
+
+@adapters.register
+class HiRA(PeftMethod):
+    """A method of PEFT's that does not ship: the Hadamard product of the weight and a low-rank one."""
+
+    name = "hira"
+    config = HiraConfig
+    keys: ClassVar = {"r": "r"}
+    random_start = True
 
 
 @objectives.register

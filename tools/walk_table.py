@@ -22,6 +22,8 @@ def _count(walk: Any, kind: str) -> str:
     if walk is None or "error" in walk:
         return "not walked"
     value = walk.get(kind, {}).get(STEP, 0)
+    if kind == "arrived":
+        return f"{value.get('beside', 0) / 1e6:.2f} of {sum(value.values()) / 1e6:.2f}" if value else "not counted"
     return f"{value / 1e6:.2f}" if kind == "gathered" else str(sum(value.values()) if value else 0)
 
 
@@ -35,13 +37,14 @@ def main() -> int:
         "",
         "A step of a small Llama (2 layers of width 256, 2 micro-batches, 48 tokens a row; Mixtral with 4 experts) on",
         "the fake CUDA device of `tests/fake_cuda`, after the optimizer's state exists. *Waits*: how often the host",
-        "waits for the device. *Launches*: operations that start work there. *Gathered*: MB of all gathered units. No",
-        "time is measured here. docs/numerics.md says which waits are left and why.",
+        "waits for the device. *Launches*: operations that start work there. *Gathered*: MB of all gathered units.",
+        "*Copied ahead*: MB copied from host memory beside other work, of all that are copied from there. No time is",
+        "measured here. docs/numerics.md says which waits are left and why.",
         "",
-        "| variant | waits | launches | gathered MB |",
-        "|---|---|---|---|",
+        "| variant | waits | launches | gathered MB | copied ahead, MB |",
+        "|---|---|---|---|---|",
     ]
-    kinds = ("syncs", "launches", "gathered")
+    kinds = ("syncs", "launches", "gathered", "arrived")
     for name in (name for name in after if not name.startswith("planted")):
         cells = [f"{_count(before.get(name), kind)} -> {_count(after[name], kind)}" for kind in kinds]
         lines.append(f"| {name} | {' | '.join(cells)} |")

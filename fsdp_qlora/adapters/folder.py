@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from fsdp_qlora.adapters.method import method_of, tensor_names
+from fsdp_qlora.adapters.method import (
+    PATTERNS,
+    Method,
+    build_method,
+    method_of,
+    of_target,
+    shared_names,
+    tensor_names,
+)
 from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.config.choices import METHODS, PEFT_METHODS
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import fill_slice
@@ -29,11 +38,11 @@ from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
+T = TypeVar("T")
 CONFIG_NAME = "adapter_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
-_HONOURED = {
-    "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "trainable_token_indices"
-}  # fmt: skip
+_HONOURED = {"peft_type", "base_model_name_or_path", "revision", "trainable_token_indices"}
+"""Keys honoured for every method; see also `Method.honoured`."""
 _SELECTING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 """Keys that select modules. Also honoured, but through the names of the tensors in the file."""
 _HARMLESS = {
@@ -41,6 +50,7 @@ _HARMLESS = {
     "fan_in_fan_out",  # how the base is stored, which we detect ourselves
     "runtime_config", "ensure_weight_tying",
     "qalora_group_size",  # only read with use_qalora
+    "rank_dropout", "module_dropout", "init_ia3_weights",  # only read in training, or before it
     "eva_config", "corda_config", "lora_ga_config", "loftq_config",  # only read with their init_lora_weights
 }  # fmt: skip
 """Keys that do not change what a trained adapter computes."""
@@ -62,19 +72,34 @@ class AdapterConfig:
     base_model: str | None
     revision: str | None
     """Branch, tag or commit of the base model."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The method's own settings (``lora.options``)."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Ranks by regular expressions of names, as PEFT reads them."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Alphas, likewise."""
     token_ids: tuple[int, ...] = ()
     """Ids of the tokens whose rows of embedding and head were trained."""
 
     def settings(self, targets: list[str]) -> LoraSettings:
-        """Return the config as ``lora`` settings."""
-        return LoraSettings(variant=self.variant, r=self.r, alpha=self.alpha, target_modules=targets)
+        """Return the config as ``lora`` settings for these targets, with whole names for PEFT's expressions."""
+        return LoraSettings(
+            variant=self.variant, r=self.r, alpha=self.alpha, target_modules=targets, options=dict(self.options),
+            rank_pattern=_by_name(self.rank_pattern, targets), alpha_pattern=_by_name(self.alpha_pattern, targets),
+        )  # fmt: skip
+
+
+def _by_name(expressions: Mapping[str, T], targets: Iterable[str]) -> dict[str, T]:
+    """Return the value of each target that one of PEFT's expressions means."""
+    keys = [(name, get_pattern_key(list(expressions), name)) for name in targets]
+    return {name: expressions[key] for name, key in keys if key in expressions}
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """Read adapter_config.json.
 
     Raises:
-        ModelError: if it is missing, damaged, not for a LoRA adapter, or has unsupported settings.
+        ModelError: if it is missing, damaged, of no method known here, or has unsupported settings.
     """
     file = own_file(folder, CONFIG_NAME)
     try:
@@ -85,29 +110,33 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise ModelError(f"adapter: {file} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise ModelError(f"adapter: {file} is not JSON: {error}.") from error
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
-        raise ModelError(f"adapter: {folder} is not a LoRA adapter.")
-    if refused := _refused(values):
+    method = method_of(values) if isinstance(values, dict) else None
+    if method is None:
+        raise ModelError(f"adapter: {folder} is not an adapter of a method known here ({', '.join(METHODS)}).")
+    if refused := _refused(values, method):
         raise ModelError(
             f"adapter: {file} has unsupported settings that change what the adapter computes: "
             f"{', '.join(refused)}. Merge it into its base with PEFT, or train one without them."
         )
-    return _adapter_config(values, file)
+    return _adapter_config(values, file, method)
 
 
-def _adapter_config(values: dict[str, Any], file: Path) -> AdapterConfig:
-    r, alpha, rslora = values.get("r", 8), values.get("lora_alpha", 8), values.get("use_rslora", False)
+def _adapter_config(values: dict[str, Any], file: Path, method: Method) -> AdapterConfig:
+    settings, rslora = method.settings(values), values.get("use_rslora", False)
+    r, alpha = settings.r, settings.alpha
     names = [values.get("base_model_name_or_path"), values.get("revision")]
     wrong = [] if type(r) is int and r > 0 else [f"r={r!r}"]
     wrong += [] if type(alpha) in (int, float) and 0 < alpha < _MAX_ALPHA else [f"lora_alpha={alpha!r}"]
     wrong += [] if isinstance(rslora, bool) else [f"use_rslora={rslora!r}"]
     wrong += [f"{name!r} as a name" for name in names if not isinstance(name, str | None)]
+    ranks, alphas = (values.get(key) or {} for key in PATTERNS)
+    wrong += [] if _are_patterns(ranks, int, 2**31) else [f"rank_pattern={ranks!r}"]
+    wrong += [] if _are_patterns(alphas, float, _MAX_ALPHA) else [f"alpha_pattern={alphas!r}"]
     if wrong:
         raise ModelError(f"adapter: {file} is malformed: {', '.join(wrong)[:500]}.")
+    base, revision = names
     token_ids = _token_ids(values.get("trainable_token_indices"), file)
-    method = method_of(values)
-    assert method is not None, "use_rslora is true or false"
-    return AdapterConfig(r, float(alpha), method.name, *names, token_ids)
+    return AdapterConfig(r, float(alpha), method.name, base, revision, settings.options, ranks, alphas, token_ids)
 
 
 def _token_ids(indices: Any, file: Path) -> tuple[int, ...]:
@@ -120,13 +149,29 @@ def _token_ids(indices: Any, file: Path) -> tuple[int, ...]:
     return tuple(lists[0]) if lists else ()
 
 
-def _refused(values: dict[str, Any]) -> list[str]:
+def _are_patterns(values: Any, kind: type, below: float) -> bool:
+    """Whether ``values`` are expressions with positive numbers of ``kind``."""
+    if not isinstance(values, dict):
+        return False
+    for expression, value in values.items():
+        if type(value) not in (int, kind) or not 0 < value < below:
+            return False
+        try:
+            re.compile(expression)
+        except re.error:
+            return False
+    return True
+
+
+def _refused(values: dict[str, Any], method: Method) -> list[str]:
     """Return the settings that are neither honoured nor harmless, with their values."""
-    defaults = {f.name: f.default for f in fields(LoraConfig) if f.default is not MISSING}
-    known = _HONOURED | _SELECTING | _HARMLESS
+    defaults = {f.name: f.default for f in fields(method.config) if f.default is not MISSING}
+    known = _HONOURED | _SELECTING | _HARMLESS | method.honoured
     refused = []
     for key, value in values.items():
-        if key == "init_lora_weights":
+        if key == "init_weights":  # MiSS: the words "bat" and "mini" choose what is computed
+            plain = isinstance(value, bool) or value == defaults.get(key)
+        elif key == "init_lora_weights":
             plain = any(value is v if isinstance(v, bool) else value == v for v in _PLAIN_STARTS)
         else:
             plain = key in known or value in _OFF or (key in defaults and value == defaults[key])
@@ -142,11 +187,11 @@ def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
         ModelError: if a tensor does not belong to plain LoRA on a linear.
     """
     tensors = "|".join(map(re.escape, sorted(tensor_names())))
-    names = [name for name in names if not name.endswith(f".{TOKEN_ROWS}")]
-    matches = {name: re.fullmatch(rf"base_model\.model\.(.+)\.(?:{tensors})", name) for name in names}
+    of_targets = {name for name in set(names) - shared_names() if not name.endswith(f".{TOKEN_ROWS}")}
+    matches = {name: re.fullmatch(rf"base_model\.model\.(.+)\.(?:{tensors})", name) for name in of_targets}
     if odd := sorted(name for name, match in matches.items() if match is None):
         raise ModelError(
-            f"adapter: {file} holds {len(odd)} tensor(s) that are not LoRA matrices of a linear (first: {odd[0]}); "
+            f"adapter: {file} holds {len(odd)} tensor(s) that are no adapter's of a linear (first: {odd[0]}); "
             "such adapters are not supported."
         )
     if not matches:
@@ -165,13 +210,16 @@ def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+_RANKED = ".lora_A.weight"
+"""The ending of tensors whose first dimension is the rank."""
 
 
-def stored_modules(folder: Path, r: int | None = None) -> list[str]:
+def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[str]:
     """Return the names of the modules for which an adapter folder has tensors.
 
     Raises:
-        ModelError: if there is no file of tensors, or it holds anything but LoRA matrices, or a rank other than ``r``.
+        ModelError: if there is no file of tensors, or it holds anything but an adapter's, or a rank that ``config``
+            does not say.
         SecurityError: if the file is a link out of the folder.
     """
     file = own_file(folder, WEIGHTS_NAME)
@@ -179,10 +227,15 @@ def stored_modules(folder: Path, r: int | None = None) -> list[str]:
         raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")
     with opened_weights(file) as stored:
         names = stored.keys()
-        for name in names if r is not None else ():
-            if name.endswith("lora_A.weight") and (shape := stored.get_slice(name).get_shape())[:1] != [r]:
+        modules = adapted_modules(names, file)
+        settings = None if config is None else config.settings(modules)
+        for name in names:
+            if settings is None or not name.endswith(_RANKED):
+                continue
+            r = of_target(settings, name.removeprefix("base_model.model.").removesuffix(_RANKED)).r
+            if (shape := stored.get_slice(name).get_shape())[:1] != [r]:
                 raise ModelError(f"adapter: {folder / CONFIG_NAME} says r={r}, but {name} is {shape} in {file}.")
-        return adapted_modules(names, file)
+        return modules
 
 
 @contextmanager
@@ -200,8 +253,10 @@ def opened_weights(file: Path) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size: int = 1) -> None:
-    """Fill a model's adapters from a PEFT adapter folder.
+def load_adapter(
+    folder: Path, model: nn.Module, shard_rank: int = 0, shard_size: int = 1, lora: LoraSettings | None = None
+) -> None:
+    """Fill a model's adapters, attached with the settings ``lora``, from a PEFT adapter folder.
 
     Raises:
         ModelError: if its tensors do not match the model's by name and shape, or a value is not finite.
@@ -211,18 +266,20 @@ def load_adapter(folder: Path, model: nn.Module, shard_rank: int = 0, shard_size
     modules = stored_modules(folder)
     with opened_weights(file) as stored:
         names = set(stored.keys())
-        if odd := sorted(names ^ parameters.keys()):
+        lora = lora or LoraSettings()
+        fixed = build_method(lora.variant).fixed(model, lora)
+        if odd := sorted(names ^ parameters.keys() ^ fixed.keys()):
             ours = sorted(set(adapted_modules(parameters, file)) - set(modules))
             hint = f" It has no adapter for {ours[0]}: set lora.target_modules to the adapter's." if ours else ""
             if odd[0].endswith(TOKEN_ROWS):
                 hint = " One of them has rows of added tokens: set model.add_tokens to the adapter's."
             raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors (first: {odd[0]}).{hint}")
-        for name, parameter in parameters.items():
+        for name, target in {**parameters, **fixed}.items():
             value = stored.get_tensor(name)
-            if value.shape != parameter.shape:
-                raise ModelError(f"adapter: {name} is {list(value.shape)} in {file}, not {list(parameter.shape)}.")
+            if value.shape != target.shape:
+                raise ModelError(f"adapter: {name} is {list(value.shape)} in {file}, not {list(target.shape)}.")
             require_finite(value, f"adapter: {name} in {file}")
-            fill_slice(parameter, value, shard_rank, shard_size)
+            fill_slice(target, value, shard_rank, shard_size)
 
 
 def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks: Ranks) -> None:
@@ -231,7 +288,9 @@ def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks
     Raises:
         ModelError: if its rank, alpha or variant differs, or it does not fit this model's adapters.
     """
-    saved = read_adapter_config(folder).settings([])
+    config, method = read_adapter_config(folder), build_method(lora.variant)
+    modules = stored_modules(folder, config)
+    saved = config.settings(modules)
     differ = [
         f"lora.{key}: {ours}, but the adapter in lora.init_from={folder} has {theirs}; set lora.{key}={theirs:{form}}."
         for key, theirs, ours, form in (
@@ -239,8 +298,31 @@ def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks
             ("alpha", saved.alpha, float(lora.alpha), "g"),
             ("variant", saved.variant, lora.variant, ""),
         )
-        if theirs != ours
+        if theirs != ours and (key == "variant" or key in method.reads)
     ]
+    if not differ:
+        differ = [*_differ_by_target(saved, lora, modules, folder)]
+    if saved.variant == lora.variant:
+        configs = [method.peft([], settings, None) for settings in (saved, lora)]
+        pairs = {key: [getattr(config, key) for config in configs] for key in PEFT_METHODS.get(lora.variant, ())}
+        differ += [
+            f"lora.options: {key}={ours!r}, but the adapter in lora.init_from={folder} has {key}={theirs!r}."
+            for key, (theirs, ours) in pairs.items()
+            if theirs != ours
+        ]
     if differ:
         raise ModelError("\n".join(differ))
-    load_adapter(folder, model, ranks.shard_rank, ranks.shard_size)
+    load_adapter(folder, model, ranks.shard_rank, ranks.shard_size, lora)
+
+
+def _differ_by_target(saved: LoraSettings, lora: LoraSettings, modules: Iterable[str], folder: Path) -> Iterator[str]:
+    """Yield a line for the first module whose rank or alpha differs from the stored adapter's."""
+    for name in modules:
+        theirs, ours = (of_target(settings, name) for settings in (saved, lora))
+        for key, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
+            if (there := getattr(theirs, key)) != (here := getattr(ours, key)):
+                yield (
+                    f"lora.{pattern}: {key} of {name} is {here:g}, but {there:g} in the adapter in "
+                    f"lora.init_from={folder}."
+                )
+                return

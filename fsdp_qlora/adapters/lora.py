@@ -16,15 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters.linear import QuantLoraLinear
-from fsdp_qlora.adapters.method import Method, build_method, register
-from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.method import Method, build_method, plain_number, register, spelt_out
+from fsdp_qlora.adapters.peft_layers import refuse_merging, restore_buffers
 from fsdp_qlora.config.schema import LoraSettings
-from fsdp_qlora.distributed.seeds import seed_of
-from fsdp_qlora.distributed.shards import fill_slice, local_tensor
-from fsdp_qlora.errors import NumericsError
+from fsdp_qlora.errors import NumericsError, PlanError
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.shapes.linears import LinearShape
-from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 
 @register
@@ -41,17 +38,11 @@ class LoRA(Method):
 
     def peft(self, targets: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM") -> LoraConfig:
         """Return the PEFT config."""
-        return LoraConfig(
-            task_type=task_type,  # type: ignore[arg-type]
-            target_modules=list(targets),
-            r=lora.r,
-            lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # type: ignore[arg-type]
-            lora_dropout=lora.dropout,
-        )
+        return lora_config(targets, lora, task_type)
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether it scales by alpha / r."""
-        return not config.get("use_rslora", False)
+        return is_lora(config) and not config.get("use_rslora", False) and config.get("use_dora") is not True
 
     def initial(self, name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor | None:
         """Return PEFT's initial value: A uniform as in `nn.Linear`, B zero."""
@@ -71,13 +62,33 @@ class RsLoRA(LoRA):
 
     def peft(self, targets: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM") -> LoraConfig:
         """Return the PEFT config; PEFT computes the scaling from it."""
-        config = super().peft(targets, lora, task_type)
-        config.use_rslora = True
-        return config
+        return lora_config(targets, lora, task_type, use_rslora=True)
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether it scales by alpha / sqrt(r)."""
-        return config.get("use_rslora", False) is True
+        return is_lora(config) and config.get("use_rslora", False) is True
+
+
+def lora_config(targets: Sequence[str], lora: LoraSettings, task_type: str | None, **switches: Any) -> LoraConfig:
+    """Return PEFT's config of a kind of LoRA; ``switches`` say which.
+
+    Patterns must be spelt out (`spelt_out`): PEFT's are regular expressions.
+    """
+    return LoraConfig(
+        task_type=task_type,  # type: ignore[arg-type]
+        target_modules=list(targets),
+        r=lora.r,
+        lora_alpha=plain_number(lora.alpha),  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern={name: plain_number(alpha) for name, alpha in lora.alpha_pattern.items()},
+        **switches,
+    )
+
+
+def is_lora(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter_config.json is of a kind of LoRA."""
+    return config.get("peft_type") == "LORA"
 
 
 def attach_lora(
@@ -93,36 +104,40 @@ def attach_lora(
 def attach_adapters(
     model: PreTrainedModel, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM"
 ) -> PeftModel:
-    """Add adapters (float32, on meta) to the named linears of a meta model and freeze everything else."""
+    """Add adapters (float32, on meta) to the named linears of a meta model and freeze everything else.
+
+    A method with a layer of its own is attached after `swap_linears`, one that PEFT's layers compute before it.
+    """
     method = build_method(lora.variant)
-    config = method.peft(target_modules, lora, task_type)
-    config._register_custom_module({QuantLinear: method.layer})
+    config = method.peft(target_modules, spelt_out(lora, target_modules), task_type)
+    if method.layer is None:
+        modules = dict(model.named_modules())
+        if any(isinstance(modules.get(name), QuantLinear) for name in target_modules):
+            raise PlanError(f"{lora.variant}: attach it before swap_linears; PEFT's layers go on dense linears.")
+    else:
+        assert isinstance(config, LoraConfig)
+        config._register_custom_module({QuantLinear: method.layer})
     with warnings.catch_warnings():
         # peft warns that merging would have to untie the embedding; we neither target nor merge it here
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
         warnings.filterwarnings("ignore", message="Unsupported layer type .*QuantLinear")  # it is registered above
-        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     assert isinstance(peft_model, PeftModel)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if method.layer is None:
+        restore_buffers(peft_model, config)
+        refuse_merging(peft_model)
     return peft_model
 
 
-@torch.no_grad()
 def initialize_adapters(
-    model: nn.Module, seed: int, shard_rank: int = 0, shard_size: int = 1, variant: str = "lora"
+    model: nn.Module, seed: int, shard_rank: int = 0, shard_size: int = 1, lora: LoraSettings | None = None
 ) -> None:
     """Initialize each trained tensor as its method prescribes, with a seed derived from its name.
 
     Each tensor is drawn whole on the CPU and then sliced, so values do not depend on the number of ranks.
     """
-    method = build_method(variant)
-    for name, parameter in trainable_parameters(model):
-        if name.endswith(TOKEN_ROWS):  # they start from the base's rows, which the method does not know
-            continue
-        whole = method.initial(name, parameter.shape, torch.Generator().manual_seed(seed_of(seed, name)))
-        if whole is None:
-            local_tensor(parameter).zero_()
-        else:
-            fill_slice(parameter, whole, shard_rank, shard_size)
+    lora = lora or LoraSettings()
+    build_method(lora.variant).initialize(model, lora, seed, shard_rank, shard_size)

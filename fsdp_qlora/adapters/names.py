@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.transformers_weight_conversion import (
     _MOE_TARGET_MODULE_MAPPING,
     convert_peft_adapter_state_dict_for_transformers,
@@ -57,11 +58,15 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
             yield adapter_key(name), parameter
 
 
+_PREFIXES = "|".join(sorted(set(PEFT_TYPE_TO_PREFIX_MAPPING.values())))
+
+
 def adapter_of(name: str) -> str:
     """Return the common name of all tensors of one adapter: ``...q_proj.lora_*.weight``."""
-    return re.sub(r"\.lora_[^.]+", ".lora_*", name)
+    return re.sub(rf"\.({_PREFIXES})[^.]+", r".\1*", name)
 
 
 def adapter_key(name: str) -> str:
     """Return a parameter's name in PEFT's file: from ``base_model`` on, without the adapter's name."""
-    return re.sub(rf"\.{ADAPTER}(?=\.|$)", "", name[name.index("base_model") :])
+    key = re.sub(rf"\.{ADAPTER}(?=\.|$)", "", name[name.index("base_model") :])
+    return key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # as PEFT's old files have it

@@ -6,7 +6,6 @@ Only the order of the calls is ours: the reference must not be a second path thr
 from __future__ import annotations
 
 import math
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,11 +16,12 @@ from typing import Any
 
 import bitsandbytes.functional
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.quant.formats import Format, Packed, dequantize, quantize
 from fsdp_qlora.quant.formats.blocks4 import Blocks4
 
@@ -140,7 +140,7 @@ def _rounded(whole: torch.Tensor, quant_format: Format) -> torch.Tensor:
     return bitsandbytes.functional.dequantize_4bit(codes, state).view_as(whole)
 
 
-def adapt(model: PreTrainedModel, config: LoraConfig, values: Mapping[str, torch.Tensor]) -> nn.Module:
+def adapt(model: PreTrainedModel, config: PeftConfig, values: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return ``model`` wrapped in PEFT adapters with these values."""
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -158,7 +158,7 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor
 
 
 def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {re.sub(r"\.default(?=\.|$)", "", n): p for n, p in model.named_parameters() if p.requires_grad}
+    return dict(trainable_parameters(model))
 
 
 def compute(model: nn.Module, rows: Sequence[torch.Tensor], gradients: bool = True) -> Computed:

@@ -186,8 +186,9 @@ class _Twin:
     def _read_by_peft(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         lora, folder = self.config.lora, self.folder / "adapter"
         targets = short_targets(self.plan.targets, self.model.base)
-        peft_config = build_method(lora.variant).peft(targets, lora, "CAUSAL_LM")
-        export_adapter(folder, {name: value.contiguous() for name, value in values.items()}, peft_config, "twin")
+        method = build_method(lora.variant)
+        tensors = {**values, **method.fixed(self.model, lora)}
+        export_adapter(folder, tensors, method.peft(targets, lora, "CAUSAL_LM"), "twin")
         model = reference.load(self.folder, torch.float32, torch.device("cpu"), self.config.model.trust_remote_code)
         return reference.read_adapter(model, folder)
 

@@ -30,14 +30,14 @@ from fsdp_qlora.cli.outside import Outside
 from fsdp_qlora.cli.quoting import list_of_names, literal, quoted, sweep_hint
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.convert import convert, field_types, known_keys, words_of
-from fsdp_qlora.config.facts import VERBATIM, keys_with
+from fsdp_qlora.config.facts import VERBATIM, keys_with, mappings
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.saved import read_config
 from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
 from fsdp_qlora.shown import visible
 
-_MAPPINGS = ("data.columns", "model.config_overrides", "quant.overrides")
+_MAPPINGS = tuple(mappings(RunConfig))
 """Settings that are mappings with arbitrary keys."""
 _VERBATIM = keys_with(RunConfig, VERBATIM)
 """Keys whose values are taken as typed: no quoting, no Hydra grammar (a list may still be written ``[a,b]``)."""

@@ -98,8 +98,28 @@ def _path(kind: type) -> str:
 
 FORMATS = Names("nf4", "fp4", "int8")
 """``quant=``: storage formats of weights (`fsdp_qlora.quant.formats`)."""
-METHODS = Names("lora", "rslora")
+PEFT_METHODS: dict[str, tuple[str, ...]] = {
+    "dora": (),
+    "ia3": ("feedforward_modules",),
+    "vera": ("d_initial", "projection_prng_key", "save_projection"),
+    "oft": ("oft_block_size", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
+    "miss": (),
+    "loha": (),
+    "lokr": ("decompose_both", "decompose_factor"),
+    "hra": ("apply_GS",),
+    "shira": ("random_seed",),
+    "road": ("variant", "group_size"),
+    "randlora": ("sparse", "very_sparse", "projection_prng_key", "save_projection"),
+    "c3a": ("block_size",),
+    "fourierft": ("n_frequency", "scaling", "random_loc_seed"),
+}
+"""Adapter methods that PEFT's own layers compute -> the keys of PEFT's config that ``lora.options`` may set."""
+METHODS = Names("lora", "rslora", *PEFT_METHODS)
 """``lora.variant``: adapter methods (`fsdp_qlora.adapters.method`)."""
+WITH_DROPOUT = ("lora", "rslora", "dora", "vera", "miss", "randlora")
+"""The adapter methods among them that drop their input (``lora.dropout``)."""
+WITH_PATTERNS = ("lora", "rslora", "dora")
+"""The adapter methods that take ``lora.rank_pattern`` and ``lora.alpha_pattern``."""
 OBJECTIVES = Names("sft")
 """``objective=``: losses (`fsdp_qlora.objectives`)."""
 OPTIMIZERS = Names(

@@ -78,3 +78,12 @@ def value_of(settings: Any, key: str) -> Any:
 def keys_with(schema: type, fact: Fact) -> frozenset[str]:
     """Return the dotted keys of the settings that have a fact."""
     return frozenset(key for key, stated in facts(schema) if stated == fact)
+
+
+def mappings(schema: type, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of the settings that are mappings with arbitrary keys."""
+    for name, kind in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(kind):
+            yield from mappings(typing.cast(type, kind), f"{prefix}{name}.")
+        elif typing.get_origin(kind) is dict:
+            yield f"{prefix}{name}"

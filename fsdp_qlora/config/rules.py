@@ -220,6 +220,36 @@ def _replicated(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _method(config: RunConfig) -> Iterator[str]:
+    """Refuse what an adapter method cannot do; one that is registered later refuses by itself."""
+    lora = config.lora
+    known = choices.PEFT_METHODS.get(lora.variant, ())
+    for option in lora.options:
+        if option not in known:
+            there = f"its options are {', '.join(known)}" if known else "it has no options"
+            yield f"lora.options: {lora.variant} has no {option!r}; {there}.{nearest(option, known)}"
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(lora, key)
+        if patterns and lora.variant not in choices.WITH_PATTERNS:
+            kinds = ", ".join(choices.WITH_PATTERNS)
+            yield f"lora.{key}: {lora.variant} has one rank and alpha for all modules; {kinds} have not."
+        if bad := [pattern for pattern, value in patterns.items() if not value > 0]:
+            yield f"lora.{key}: {bad[0]}={patterns[bad[0]]} must be above 0."
+    if any(number < 0 for number in lora.layers_to_transform):
+        yield "lora.layers_to_transform: layers are numbered from 0."
+    if lora.variant not in choices.PEFT_METHODS:
+        return
+    if lora.dropout and lora.variant not in choices.WITH_DROPOUT:
+        yield f"lora.dropout: {lora.variant} does not drop its input; set it to 0."
+    if config.train.compile == "true":
+        yield f"train.compile: PEFT's layers for lora.variant={lora.variant} are not compiled; set it to auto or false."
+    if config.fsdp.adapters == "replicated" and config.precision.name == "bf16":
+        yield (
+            f"fsdp.adapters: replicated adapters are float32, and PEFT's layers for lora.variant={lora.variant} would "
+            "also compute in float32; set adapters=sharded, or precision=fp32."
+        )
+
+
 def _plan(config: RunConfig) -> Iterator[str]:
     if config.plan.search and config.plan.gpu is None and config.plan.device is None:
         yield "plan.search: needs a memory size to fit into; set plan.gpu=24GiB or plan.device=rtx4090."
@@ -261,6 +291,7 @@ RULES: tuple[Rule, ...] = (
     _degrees,
     _replicated,
     _added_tokens,
+    _method,
     _plan,
     _prompts,
 )

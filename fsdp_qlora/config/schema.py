@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.convert import build
 from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, NOT_NEGATIVE, POSITIVE, RUNS_CODE, VERBATIM, FormatOption
+from fsdp_qlora.config.lora import LoraSettings
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
 from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
@@ -146,27 +147,10 @@ class QuantSettings:
     """Format of embeddings and head. Embedding rows are dequantized on lookup, the head slice by slice."""
     cache_dequantized: Annotated[Switch, MAY_CHANGE] = "auto"
     """Keep dequantized weights from forward to backward instead of dequantizing twice; ``auto`` = if they fit. Takes as
-    much memory as the model in 16 bits; not with ``fsdp.offload=activations``."""
+    much memory as the model in 16 bits; not with ``fsdp.offload=activations``. One rank, or one copy per rank, keeps
+    them from step to step."""
     allow_16bit: bool = False
     """Continue if more than 10 % of the decoder layers' weights cannot be quantized and stay in 16 bits."""
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """The trainable adapters."""
-
-    variant: Annotated[str, choices.METHODS] = "lora"
-    """Scaling: alpha/r (``lora``) or alpha/sqrt(r) (``rslora``)."""
-    r: Annotated[int, POSITIVE] = 16
-    """Adapter rank."""
-    alpha: Annotated[float, POSITIVE] = 32.0
-    """Numerator of the scaling factor."""
-    dropout: Annotated[float, BELOW_ONE] = 0.0
-    """Dropout before A; masks depend on seed, step and micro-batch, never on the rank."""
-    target_modules: Any = "all-linear"
-    """``all-linear``, or a list of module names or name suffixes (``[q_proj, v_proj]``)."""
-    init_from: Annotated[str | None, VERBATIM, MAY_CHANGE] = None
-    """PEFT adapter folder to start a new run from (same ``r``, ``alpha`` and targets)."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +174,8 @@ class FsdpSettings:
     They are stored sharded in float32 and copied to the device when needed. A pattern is like ``model.layers.0.*``.
     Unlike ``offload=params``, trained parameters stay on the device. Losses do not change."""
     prefetch: Annotated[int, NOT_NEGATIVE] = 1
-    """Decoder layers gathered ahead of the current one; 0 = none in backward, to hold one layer fewer."""
+    """Decoder layers gathered, or copied from host memory, ahead of the current one; 0 = none in backward, to hold one
+    layer fewer."""
     adapters: Literal["sharded", "replicated"] = "sharded"
     """Shard the adapters, or replicate them on every rank: fewer and smaller messages, more memory. ``replicated``
     holds adapters, gradients and optimizer states whole. No layer gathers adapters then, and one reduction per step

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -25,7 +25,7 @@ from fsdp_qlora.files.read import file_sha256
 from fsdp_qlora.files.scratch import fresh_folder, move_into
 from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_text
 from fsdp_qlora.load.finite import require_finite
-from fsdp_qlora.shapes.targets import endings
+from fsdp_qlora.shapes.patterns import endings
 
 
 def gather_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -57,15 +57,22 @@ def short_targets(targets: Sequence[str], model: nn.Module) -> list[str]:
             named 0, 1, 2, and so are the linears in their MLPs.
     """
     short = endings(targets)
-    own = [name for name, _ in model.named_modules() if ".base_layer" not in name and ".lora_" not in name]
+    adapted = set(targets)
+    own = [name for name, _ in model.named_modules() if not adapted.intersection(_parents(name))]
     meant = [n for n in own if any(n == e or n.endswith("." + e) for e in short)]
     return sorted(short) if set(meant) == set(targets) else sorted(targets)
+
+
+def _parents(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a module."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def export_adapter(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
-    config: LoraConfig,
+    config: PeftConfig,
     base_model: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     model_card: str | None = None,
@@ -81,8 +88,9 @@ def export_adapter(
             raise NumericsError(f"adapter: {name} holds values that are not finite; it is not written.")
     config.base_model_name_or_path = base_model
     config.inference_mode = True
-    if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)  # a set's order differs between processes
+    for key in ("target_modules", "feedforward_modules"):
+        if isinstance(names := getattr(config, key, None), set):
+            setattr(config, key, sorted(names))  # a set's order differs between processes
     with fresh_folder(folder) as staging:  # PEFT and transformers would follow links in `folder`
         try:
             _write_into(staging, tensors, config, tokenizer, model_card)
@@ -96,13 +104,13 @@ def export_adapter(
 def _write_into(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
-    config: LoraConfig,
+    config: PeftConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     model_card: str | None,
 ) -> None:
     config.save_pretrained(str(folder))
     file = folder / WEIGHTS_NAME
-    save_file(dict(tensors), file, metadata={"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
     open_as_a_new_file(file)
     with safe_open(file, framework="pt") as written:
         if set(written.keys()) != tensors.keys():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fsdp_qlora.adapters import LoRA, build_method
+from fsdp_qlora.config.choices import WITH_DROPOUT
+
 
 def model_card(config: dict[str, Any], facts: dict[str, Any]) -> str:
     """Return the text of an adapter's README.md.
@@ -13,6 +16,11 @@ def model_card(config: dict[str, Any], facts: dict[str, Any]) -> str:
         facts: ``base_model``, ``train_rows``, ``steps``, ``trainable_parameters``, ``eval_loss_before``,
             ``eval_loss_after`` (either loss may be None), ``versions``.
     """
+    method = build_method(config["lora"]["variant"])
+    kind = "LoRA" if isinstance(method, LoRA) else f"PEFT {type(method).__name__}"
+    settings = [*sorted(method.reads, reverse=True), *(["dropout"] if method.name in WITH_DROPOUT else [])]
+    given = [f"{key}={config['lora'][key]}" for key in settings]
+    given += [f"{key}={value}" for key, value in config["lora"]["options"].items()]
     quant, lora, train, optim = config["quant"], config["lora"], config["train"], config["optim"]
     stored = quant["name"] + (", double quantization" if quant["double_quant"] and quant["name"] != "none" else "")
     stored += "".join(f", {pattern} in {name}" for pattern, name in quant["overrides"].items())
@@ -22,19 +30,19 @@ def model_card(config: dict[str, Any], facts: dict[str, Any]) -> str:
 base_model: {facts["base_model"]}
 library_name: peft
 pipeline_tag: text-generation
-tags: [qlora, lora, fsdp_qlora]
+tags: [qlora, {kind.rsplit(maxsplit=1)[-1].lower()}, fsdp_qlora]
 ---
 
 # {config["run"]["name"]}
 
-A LoRA adapter, trained with fsdp_qlora.
+A {kind} adapter, trained with fsdp_qlora.
 
 | | |
 |---|---|
 | Base model | `{facts["base_model"]}` |
 | Base precision in training | {stored}, compute in {config["precision"]["name"]} |
 | Data | {sources} ({facts["train_rows"]} sequences) |
-| LoRA | {lora["variant"]}, r={lora["r"]}, alpha={lora["alpha"]}, dropout={lora["dropout"]} |
+| {kind} | {", ".join([lora["variant"], *given])} |
 | Adapted modules | {lora["target_modules"]} |
 | Trained parameters | {facts["trainable_parameters"]:,} |
 | Steps | {facts["steps"]} of {train["global_batch_size"]} rows |

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.distributed.shards import local_tensor
+from fsdp_qlora.distributed.shards import HOST, local_tensor
 from fsdp_qlora.optim.adafactor import ShardedAdafactor
 from fsdp_qlora.optim.bnb import UPDATES, BlockwiseOptimizer
 from fsdp_qlora.optim.state import (
@@ -127,8 +127,9 @@ class ShardedOptimizer:
 
 class _AdamW(LocalOptimizer, torch.optim.AdamW):
     def new_state(self, leaf: Leaf, step: int) -> dict[str, Any]:
+        counters_on = leaf.local.device if self.defaults["fused"] else HOST  # where torch's own first step makes them
         return {
-            "step": torch.tensor(float(step)),
+            "step": torch.full((), float(step), device=counters_on),
             "exp_avg": torch.zeros_like(leaf.local),
             "exp_avg_sq": torch.zeros_like(leaf.local),
         }
@@ -147,9 +148,12 @@ class _SGD(LocalOptimizer, torch.optim.SGD):
 
 
 def _adamw(leaves: list[Leaf], settings: OptimSettings) -> LocalOptimizer:
+    # On a device, one kernel reads and writes each element once, and there are no temporaries. On a CPU, where there is
+    # no launch to save, the update stays the one whose bits docs/numerics.md promises.
+    fused = leaves[0].local.device != HOST
     return _AdamW(
         [leaf.local for leaf in leaves], lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
-        weight_decay=settings.weight_decay, fused=False, foreach=True,
+        weight_decay=settings.weight_decay, fused=fused, foreach=not fused,
     )  # fmt: skip
 
 

@@ -105,9 +105,10 @@ def _kernels(config: RunConfig) -> Choice:
 
 
 def decided(config: RunConfig, settings: StorageSettings) -> RunConfig:
-    """Return ``config`` with the choices of `choose` in place of ``auto``."""
+    """Return ``config`` with the choices of `choose` in place of ``auto``, and whole names for patterns of adapters."""
     return replace(
         config,
+        lora=settings.lora,
         train=replace(config.train, activation_checkpointing=settings.checkpointing, kernels=_kernels(config).value),
         fsdp=replace(config.fsdp, reshard_after_forward=as_word(settings.reshard_after_forward)),
         quant=replace(config.quant, cache_dequantized=as_word(settings.cache_dequantized)),

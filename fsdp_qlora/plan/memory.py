@@ -24,7 +24,7 @@ from fsdp_qlora.heads.costs import chunked_bytes, sliced_bytes
 from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
 from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE
 from fsdp_qlora.plan.activations import LayerActivations, layer_activations
-from fsdp_qlora.plan.counted import BytesPerRank, HostBytes, MemoryPlan, Unit
+from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes, MemoryPlan, Unit
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.quant.matrix import SLICE_WEIGHTS, WHOLE_WEIGHTS
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS
@@ -61,13 +61,18 @@ class StorageSettings:
     """Number of units gathered ahead."""
     reshard_after_forward: bool = True
     cache_dequantized: bool = False
-    """Dense weights are kept from forward to backward."""
+    """Dense weights are kept from forward to backward, or for good (`keeps_dense`)."""
     accumulation_steps: int = 1
     adapter_copies: int = 0
     """Ranks that each hold the adapters whole (``fsdp.adapters=replicated``); 0 if they are sharded."""
     on_accelerator: bool = False
     keeps_whole: bool = False
     """Each rank keeps all parameters on its device, so that nothing is gathered."""
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether dense weights are kept from step to step: the base never changes, and no one reshards it."""
+        return self.cache_dequantized and self.keeps_whole
 
     @property
     def adapter_shards(self) -> int:
@@ -78,6 +83,11 @@ class StorageSettings:
     def layers_stay(self) -> bool:
         """Whether layers stay gathered from forward to backward, and from one micro-batch to the next."""
         return self.shard_size > 1 and not self.reshard_after_forward
+
+    @property
+    def copied_ahead(self) -> int:
+        """Layers that a rank which shards with no other copies ahead from host memory (`parallel/copy_ahead.py`)."""
+        return self.prefetch if self.offload_parameters and self.shard_size == 1 else 0
 
     @property
     def edges_stay(self) -> bool:
@@ -98,7 +108,7 @@ class MemoryModel:
         quantized: the weights that are stored quantized.
         trained: the tensors of each adapted linear: its name -> name in PEFT's file -> shape.
         offloaded: parameters that stay in host memory in float32.
-        rows: the trained rows of added tokens, name in PEFT's file -> shape; every rank holds them whole.
+        adapters: what adapters cost beyond ``trained``.
         settings: the storage settings. `plan` may be called with other values of ``micro_batch_size``, ``max_length``,
             ``checkpointing``, ``logits_chunk``, ``offload_*``, ``prefetch``, ``reshard_after_forward``,
             ``cache_dequantized`` and ``accumulation_steps``.
@@ -111,22 +121,23 @@ class MemoryModel:
         trained: Mapping[str, Mapping[str, tuple[int, ...]]],
         settings: StorageSettings,
         offloaded: frozenset[str] = frozenset(),
-        rows: Mapping[str, tuple[int, int]] | None = None,
+        adapters: AdapterCost = AdapterCost(),  # noqa: B008 (frozen)
     ) -> None:
-        self.shapes, self.settings, self.offloaded = shapes, settings, offloaded
+        self.shapes, self.settings, self.offloaded, self.adapters = shapes, settings, offloaded, adapters
         layers = tuple(layer + "." for layer in shapes.layers)
         self.offloaded_inside = frozenset(name for name in offloaded if name.startswith(layers))
-        self.trained, self.rows = trained, rows or {}
-        self.added, self.row_elements = next(iter(self.rows.values()), (0, 0))[0], sum(map(prod, self.rows.values()))
+        self.trained = trained
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.linear.parameter: x for x in quantized}
         inside = [x for x in quantized if x.linear.name not in edges]
         sizes = [x.linear.numel_each for x in inside]
         # very large weights are dequantized slice by slice, and a slice is freed only once the next one exists
-        dense = (min(size, 2 * SLICE_WEIGHTS) if size > WHOLE_WEIGHTS else size for size in sizes)
+        dense = [min(size, 2 * SLICE_WEIGHTS) if size > WHOLE_WEIGHTS else size for size in sizes]
+        may_stay = [x.quant_format.dense_forward and x.linear.numel_each <= WHOLE_WEIGHTS for x in inside]
         self.dense = max(dense, default=0)
-        kept_dense = (x.linear for x in inside if x.quant_format.dense_forward)
-        self.all_dense = sum(x.numel for x in kept_dense if x.numel_each <= WHOLE_WEIGHTS)
+        self.dense_again = max((size for size, stays in zip(dense, may_stay, strict=True) if not stays), default=0)
+        """The largest of those that are never kept."""
+        self.all_dense = sum(x.linear.numel for x, stays in zip(inside, may_stay, strict=True) if stays)
         self.host_shards = {
             name: FLOAT32 * _share(shape[0], settings.shard_size) * prod(shape[1:])
             for name, shape in shapes.parameters.items()
@@ -159,14 +170,14 @@ class MemoryModel:
         last = self._saved(self.activations[-1], settings) if whole else 0
         logits = self._logits(settings)
         # five tensors [tokens, hidden] around the head: the final norm, its copies and the gradient
-        edge = 5 * settings.tokens * self.shapes.hidden_size * settings.itemsize
-        if self.added:  # the head keeps its input and the derivatives by the new logits for the rows' gradient
-            edge += settings.tokens * (self.shapes.hidden_size + self.added) * settings.itemsize
+        edge = settings.tokens * (5 * self.shapes.hidden_size + self.adapters.kept_by_head) * settings.itemsize
         head, again = self._gathered_head(settings)
-        at_layer = self._gathered(self.layers, settings) + self.dense * settings.itemsize
+        at_layer = self._gathered(self.layers, settings)
+        at_layer += (self.dense_again if settings.keeps_dense else self.dense) * settings.itemsize
         at_layer += self._held_edges(settings)
         gradients = self._gradients(settings)
-        on_device = 0 if settings.offload_parameters else sum(fixed)
+        dense = self.all_dense * settings.itemsize if settings.keeps_dense else 0
+        on_device = 0 if settings.offload_parameters else sum(fixed) + dense
         arriving, inside = self._arriving(settings)
         held = on_device + gradients + kept
         # the layer in backward is one of those whose offloaded activations are on the device
@@ -177,19 +188,20 @@ class MemoryModel:
             "head": held + self._held_layers(settings) + last + edge + max(logits + head, again + arriving),
             "layer_backward": held - left + layer + at_layer + inside,
             # gradients and the optimizer's temporaries: three times the adapters' bytes (fixed[3])
-            "update": 0 if settings.offload_parameters else sum(fixed) + 3 * fixed[3],
+            "update": 0 if settings.offload_parameters else on_device + 3 * fixed[3],
         }
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
         # The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`).
         # It runs when activations are freed, so it counts in `bytes` but in none of the moments.
         if settings.adapter_copies > 1:
-            gradients = 2 * gradients + FLOAT32 * (sum(map(len, self.trained.values())) + len(self.rows))
-        elif settings.shard_size > 1 and self.rows:
-            gradients += FLOAT32 * (self.row_elements + len(self.rows))
+            gradients = 2 * gradients + FLOAT32 * (sum(map(len, self.trained.values())) + len(self.adapters.rows))
+        elif settings.shard_size > 1:
+            gradients += FLOAT32 * (self.adapters.row_elements + len(self.adapters.rows))
         bytes_ = BytesPerRank(
             packed,
             statistics,
             base,
+            dense,
             adapters,
             gradients,
             optimizer,
@@ -199,22 +211,9 @@ class MemoryModel:
         )
         return MemoryPlan(bytes_, moments, self._host(settings))
 
-    def gathered_bytes(self, settings: StorageSettings) -> int:
-        """Return the bytes that a rank receives for one micro-batch, forward and backward.
-
-        Units that stay gathered are received once per step, and count here with a micro-batch's share of that.
-        """
-        # Backward needs neither the embedding nor the head, which computes its gradients in forward.
-        edges = sum(unit.gathered for unit in self.edges[: 1 if self.shapes.tied else 2])
-        layers = sum(unit.gathered for unit in self.layers)
-        turns = settings.accumulation_steps
-        received = layers // turns if not settings.reshard_after_forward else 2 * layers
-        received += edges // turns if settings.edges_stay else edges
-        return received * (settings.shard_size - 1) // settings.shard_size
-
     def trainable(self) -> int:
         """Return the number of trainable (adapter) elements."""
-        return self.row_elements + sum(prod(shape) for shapes in self.trained.values() for shape in shapes.values())
+        return self.adapters.row_elements + sum(prod(s) for shapes in self.trained.values() for s in shapes.values())
 
     def _fixed(self, settings: StorageSettings) -> tuple[int, int, int, int, int]:
         """Return this rank's bytes of packed weights, statistics, kept weights, adapters and optimizer states."""
@@ -229,21 +228,21 @@ class MemoryModel:
         return (
             sum(mine * x.row_bytes for x, mine in rows),
             sum(mine * x.quant_format.statistics_bytes for x, mine in rows),
-            kept * settings.itemsize + self.shapes.float32_bytes,
+            kept * settings.itemsize + self.shapes.float32_bytes + self.adapters.fixed,
             adapters,
             sum(
                 state_bytes(settings.optim, name, shape, num_ranks=settings.adapter_shards)
                 for shapes in self.trained.values()
                 for name, shape in shapes.items()
             )
-            + sum(state_bytes(settings.optim, name, shape, num_ranks=1) for name, shape in self.rows.items()),
+            + sum(state_bytes(settings.optim, name, shape, num_ranks=1) for name, shape in self.adapters.rows.items()),
         )
 
     def _held(self, settings: StorageSettings) -> int:
         """Return the number of adapter elements that this rank holds."""
         shards = settings.adapter_shards
         sharded = sum(_share(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values())
-        return sharded + self.row_elements
+        return sharded + self.adapters.row_elements
 
     def _gradients(self, settings: StorageSettings) -> int:
         """Return the bytes of the adapters' float32 gradients: whole during accumulation, else this rank's shard."""
@@ -269,8 +268,9 @@ class MemoryModel:
     def _gathered(self, units: Sequence[Unit], settings: StorageSettings) -> int:
         """Return the gathered bytes while one of ``units`` computes: that unit and the buffers of prefetched ones."""
         largest = max((unit.gathered for unit in units), default=0)
-        if settings.shard_size == 1:
-            return 0 if settings.keeps_whole else largest  # FSDP copies a unit even on a single rank
+        if settings.shard_size == 1:  # FSDP copies a unit even on a single rank
+            ahead = settings.copied_ahead if units is self.layers else 0
+            return 0 if settings.keeps_whole else largest * (1 + ahead)
         if units is self.layers and not settings.reshard_after_forward:
             return self._held_layers(settings) + largest
         # the next layers are gathered ahead; an edge is not, but its receive buffer is alive beside it
@@ -331,7 +331,8 @@ class MemoryModel:
         else:
             each = [edge + self._chosen(layer, settings) for layer in self.activations]
         on_device = each[-LAYERS_ON_DEVICE:] if settings.offload_activations else each
-        dense = self.all_dense * settings.itemsize if settings.cache_dequantized else 0
+        until_backward = settings.cache_dequantized and not settings.keeps_dense
+        dense = self.all_dense * settings.itemsize if until_backward else 0
         # one mask for all layers, in bytes; each layer's copy of it is counted with the layer
         mask = settings.tokens * settings.max_length if settings.attention == "sdpa" and settings.restarting else 0
         return sum(on_device) + dense + mask + (edge if settings.checkpointing == "none" else 0)
@@ -360,17 +361,16 @@ class MemoryModel:
 
     def _saved(self, layer: LayerActivations, settings: StorageSettings) -> int:
         each = layer.saved + self._scores(settings) + layer.kept_positions * settings.max_length
-        saved = settings.tokens * each
+        saved = settings.tokens * each + self.adapters.kept * settings.itemsize
         if settings.adapter_copies and settings.lora.dropout and settings.itemsize < FLOAT32:  # copies in compute dtype
             saved += max((unit.adapters for unit in self.layers), default=0) * settings.itemsize
         return saved
 
     def _logits(self, settings: StorageSettings) -> int:
-        chunk, shapes = min(settings.logits_chunk, settings.tokens), self.shapes
-        vocab = shapes.vocab_size + self.added  # as if no token took a spare row
+        chunk, vocab = min(settings.logits_chunk, settings.tokens), self.shapes.vocab_size + self.adapters.added
         if settings.quantized_embeddings:
-            return sliced_bytes(chunk, settings.tokens, vocab, shapes.hidden_size, settings.itemsize)
-        return chunked_bytes(chunk, vocab, settings.itemsize, settings.on_accelerator, shapes.capped)
+            return sliced_bytes(chunk, settings.tokens, vocab, self.shapes.hidden_size, settings.itemsize)
+        return chunked_bytes(chunk, vocab, settings.itemsize, settings.on_accelerator, self.shapes.capped)
 
     def _largest_slice(self, shard_size: int) -> int:
         """Return the most elements that this rank reads at a time: a chunk (all if transposed) or its shard."""

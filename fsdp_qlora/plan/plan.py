@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from fsdp_qlora.adapters import build_method, parameters_of
+from fsdp_qlora.adapters import Method, build_method, of_target, parameters_of, spelt_out
 from fsdp_qlora.config.auto import Choice, asked, degree, switch
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.data.deal import BatchPlan
 from fsdp_qlora.distributed.mesh import degrees
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.optim.sizes import unmatched
 from fsdp_qlora.plan.choices import choose
-from fsdp_qlora.plan.counted import BytesPerRank, HostBytes
+from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes
 from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.quant.formats import Packed
-from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 from fsdp_qlora.shapes.targets import target_linears
 from fsdp_qlora.shapes.tokens import token_rows
 from fsdp_qlora.shapes.units import fsdp_units
@@ -106,11 +107,13 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     Raises:
         PlanError: if a target module or a pattern of names matches nothing, or the ranks cannot be laid out as asked.
     """
-    targets = target_linears(shapes, config.lora.target_modules)
+    lora = config.lora
+    targets = target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
+    config = replace(config, lora=(lora := spelt_out(lora, targets)))
     by_name = {x.name: x for x in shapes.linears}
     method = build_method(config.lora.variant)
-    trained = {name: parameters_of(method, by_name[name], config.lora) for name in targets}
-    rows = token_rows(shapes, len(config.model.add_tokens))
+    trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
+    rows = _token_rows(config, shapes, method)
     _require_matches(config, [*(name for tensors in trained.values() for name in tensors), *rows])
     quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
     batch = BatchPlan(config.train.global_batch_size, _micro_batch_rows(config), world_size)
@@ -120,7 +123,8 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     offloaded = offloaded_parameters(
         config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
     )
-    memory = MemoryModel(shapes, stored, trained, settings, offloaded, rows)
+    cost = _adapter_cost(method, [by_name[name] for name in targets], shapes, lora, settings.itemsize)
+    memory = MemoryModel(shapes, stored, trained, settings, offloaded, replace(cost, rows=rows))
     if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
         raise PlanError(
             "train.activation_checkpointing: selective does not work with fsdp.offload_modules inside decoder layers "
@@ -148,10 +152,30 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     )
 
 
+def _token_rows(config: RunConfig, shapes: ModelShapes, method: Method) -> dict[str, tuple[int, int]]:
+    rows = token_rows(shapes, len(config.model.add_tokens))
+    if rows and not hasattr(method.config, "trainable_token_indices"):
+        raise PlanError(
+            f"model.add_tokens: PEFT's config of lora.variant={method.name} has no place for them; leave them out."
+        )
+    return rows
+
+
 def _micro_batch_rows(config: RunConfig) -> int:
     if config.train.micro_batch_tokens:  # the worst case: all rows at maximum length
         return max(1, config.train.micro_batch_tokens // config.data.max_length)
     return config.train.micro_batch_size
+
+
+def _adapter_cost(
+    method: Method, targets: Sequence[LinearShape], shapes: ModelShapes, lora: LoraSettings, itemsize: int
+) -> AdapterCost:
+    kept = dict.fromkeys(shapes.layers, 0)
+    for linear in targets:
+        layer = next((layer for layer in kept if linear.name.startswith(layer + ".")), None)
+        if layer is not None:
+            kept[layer] += method.kept(linear, of_target(lora, linear.name))
+    return AdapterCost(method.fixed_bytes(targets, lora, itemsize), max(kept.values(), default=0))
 
 
 def _require_matches(config: RunConfig, trained: list[str]) -> None:
@@ -169,6 +193,7 @@ def _may_stay_whole(config: RunConfig) -> bool:
     """
     quant, fsdp = config.quant, config.fsdp
     in_peft = "none" in (quant.name, *quant.overrides.values()) or config.debug.name == "plain"
+    in_peft = in_peft or build_method(config.lora.variant).layer is None
     return not (fsdp.offloads_parameters or fsdp.offload_modules or (in_peft and config.precision.name == "bf16"))
 
 

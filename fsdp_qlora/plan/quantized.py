@@ -10,7 +10,7 @@ from fsdp_qlora.config.schema import QuantSettings
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.quant.formats import Format, Packed, build_format
 from fsdp_qlora.shapes.linears import ModelShapes, quantized_edges, quantized_linears
-from fsdp_qlora.shapes.targets import endings
+from fsdp_qlora.shapes.patterns import endings
 
 _MOST_KEPT = 0.1
 """Share of the decoder layers' weights that may stay in 16 bits without confirmation."""

@@ -10,6 +10,7 @@ from typing import Any
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect, find_device, find_interconnect
 from fsdp_qlora.plan.memory import StorageSettings
+from fsdp_qlora.plan.moved import gathered_bytes
 from fsdp_qlora.plan.parameters import fates
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.search import Found, best, fastest, search
@@ -32,8 +33,8 @@ def report(
     values = plan.to_dict(gpu, simulated_bytes) | {
         "fates": fates(plan, shapes),
         "gpu_bytes": parse_bytes(gpu) if gpu else None,
-        "gathered_bytes_per_micro_batch": plan.memory.gathered_bytes(plan.settings),
-        "gathered_bytes_per_step": plan.memory.gathered_bytes(plan.settings) * plan.batch.accumulation_steps,
+        "gathered_bytes_per_micro_batch": gathered_bytes(plan.memory, plan.settings),
+        "gathered_bytes_per_step": gathered_bytes(plan.memory, plan.settings) * plan.batch.accumulation_steps,
         "flops_per_token": asdict(flops) | {"total": flops.total},
         "device": None,
         "time": None,

@@ -14,9 +14,11 @@ A micro-batch takes
 
     max(compute + dequantize, gather + copies over the same bus) + gather of the largest unit
 
-because the next unit arrives while one computes; the last term is the one gather that nothing overlaps. Without
-prefetching (``fsdp.prefetch=0``) nothing overlaps, and it takes the sum of computing and moving. A step takes that for
-each micro-batch of a rank, plus one reduction of the adapters' gradients. Of N ranks, each sends (N - 1) / N of their
+because the next unit arrives while one computes; the last term is the one gather that nothing overlaps. A rank that
+shards with no other copies its layers from host memory ahead (`parallel/copy_ahead.py`), but neither the embedding and
+the head nor the first layer of a pass, forward or backward; these copies are added. Without prefetching
+(``fsdp.prefetch=0``) nothing overlaps, and it takes the sum of computing and moving. A step takes that for each
+micro-batch of a rank, plus one reduction of the adapters' gradients. Of N ranks, each sends (N - 1) / N of their
 bytes, and twice that if all ranks keep all gradients (``fsdp.adapters=replicated``), because the sums are sent back.
 """
 
@@ -28,6 +30,7 @@ from typing import Any
 
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect
 from fsdp_qlora.plan.memory import FLOAT32, StorageSettings
+from fsdp_qlora.plan.moved import copied_alone, gathered_bytes, received_bytes
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_linears
 
@@ -134,15 +137,17 @@ def step_time(
     turns = accumulation_steps or plan.batch.accumulation_steps
     token = flops_per_token(plan, shapes, settings).total / (device.teraflops * 1e12 * MFU)
     compute = token * settings.tokens
-    gathered = memory.gathered_bytes(settings)
+    gathered = gathered_bytes(memory, settings)
     gather = gathered / link.rate if settings.shard_size > 1 else 0.0
     dequantize = _dequantized_bytes(plan, shapes, settings) / (device.bandwidth * 1e9)
     copies = _copied_bytes(plan, settings) / (device.host * 1e9 * LINK_SHARE)
     largest = max(unit.gathered for unit in (*memory.layers, *memory.edges))
-    exposed = largest * (settings.shard_size - 1) / settings.shard_size / link.rate
+    alone = copied_alone(memory, settings) / (device.host * 1e9 * LINK_SHARE)
+    exposed = largest * (settings.shard_size - 1) / settings.shard_size / link.rate + alone
     moving = gather + copies if link.over_host_bus else max(gather, copies)
+    moving -= alone
     working = compute + dequantize
-    micro_batch = max(working, moving) + exposed if prefetch else working + moving
+    micro_batch = max(working, moving) + exposed if prefetch else working + moving + alone
     ranks, ways = (settings.adapter_copies, 2) if settings.adapter_copies else (settings.shard_size, 1)
     reduce = ways * FLOAT32 * plan.trainable_parameters * (ranks - 1) / ranks / link.rate
     step = turns * micro_batch + reduce
@@ -156,8 +161,9 @@ def step_time(
 def _dequantized_bytes(plan: TrainPlan, shapes: ModelShapes, settings: StorageSettings) -> float:
     """Return the bytes read and written by dequantization: a code and an element per weight, each time it is used."""
     inside = {x.name for x in shapes.linears}  # excludes embeddings, which dequantize single rows
-    # forward and backward, plus the recomputed forward; a cached dense weight is dequantized once
-    times = 3 if settings.checkpointing == "full" else 1 if settings.cache_dequantized else 2
+    # forward and backward, plus the recomputed forward; a dense weight that is kept is dequantized once, or never again
+    kept = 0 if settings.keeps_dense else 1
+    times = kept if settings.cache_dequantized else 3 if settings.checkpointing == "full" else 2
     total = 0.0
     for x in plan.quantized:
         if x.linear.name in inside:
@@ -172,10 +178,5 @@ def _copied_bytes(plan: TrainPlan, settings: StorageSettings) -> int:
     if settings.offload_activations:
         copied += 2 * plan.memory.plan(settings).host.offloaded_activations
     if settings.offload_parameters:  # each rank copies in its own shard for each gather
-        share = max(1, settings.shard_size - 1)
-        copied += plan.memory.gathered_bytes(settings) // share if settings.shard_size > 1 else _whole(plan)
+        copied += received_bytes(plan.memory, settings) // settings.shard_size
     return copied
-
-
-def _whole(plan: TrainPlan) -> int:
-    return 2 * sum(unit.gathered for unit in (*plan.memory.layers, *plan.memory.edges))

@@ -34,3 +34,24 @@ class QuantLinear(QuantMatrices):
     def extra_repr(self) -> str:
         """Show shape, bias and format."""
         return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+
+class ReadableLinear(QuantLinear):
+    """A `QuantLinear` under an adapter layer of PEFT's, which may read its ``weight``: the numbers, never the bytes."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        quant_format: Format,
+        bias: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__(in_features, out_features, quant_format, bias, dtype, device)
+        self._dtype = dtype
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix ``[out_features, in_features]``, dequantized anew each time; writing into it changes nothing."""
+        return self.dequantize(self._dtype)

@@ -2,7 +2,7 @@
 
 The common base of quantized linears, stacked experts, embeddings and output heads. There is no ``.weight``, so no
 upstream code can mistake packed bytes for numbers. A matrix is dequantized inside forward and again inside backward
-(`quant/products.py`), so autograd saves nothing full-size.
+(`quant/products.py`), so autograd saves nothing full-size; unless it is kept dense (`keep_dense`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class QuantMatrices(nn.Module):
 
     Parameters (all frozen) of a 4-bit format, with R = ceil(out_features * in_features / 16384): ``packed`` bfloat16
     ``[count * R, 4096]``, ``absmax`` ``[count * R, 16384 / block_size]``, ``nested`` int32 ``[count * R, 1]`` (double
-    quantization only). ``offset`` is a float32 buffer ``[count]``. Of int8, with R = out_features: ``packed`` int8
+    quantization only). ``offset`` is a float32 buffer ``[count]``, and ``dense`` one of ``[count, out_features,
+    in_features]`` if the matrices are kept dense. Of int8, with R = out_features: ``packed`` int8
     ``[count * R, in_features]`` and ``absmax`` int32 ``[count * R, 1]``, the bits of each row's float32 absmax.
     """
 
@@ -58,6 +59,7 @@ class QuantMatrices(nn.Module):
             self.nested = frozen(torch.empty(rows, 1, dtype=torch.int32, device=device))
             offset = torch.empty(count, dtype=torch.float32, device=device)
         self.register_buffer("offset", offset, persistent=False)
+        self.register_buffer("dense", None, persistent=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,10 +89,24 @@ class QuantMatrices(nn.Module):
         return multiply(x, [self.for_product(x, index)])[0]
 
     def for_product(self, x: torch.Tensor, index: int = 0) -> Matrix:
-        """Return the matrix to pass to `multiply`: dense if backward should reuse it (``cache_dequantized``)."""
+        """Return the matrix to pass to `multiply`: dense if it is kept, or if backward should reuse it."""
+        if isinstance(self.dense, torch.Tensor) and self.dense.dtype == x.dtype:
+            return Matrix(self.out_features, self.in_features, None, self.quant_format, self.dense[index])
         matrix = self.matrix(index)
-        keep = self.cache_dequantized and self.training and torch.is_grad_enabled() and self.numel <= WHOLE_WEIGHTS
-        return densify(matrix, x.dtype) if keep and self.quant_format.dense_forward else matrix
+        return densify(matrix, x.dtype) if self._caches and self.training and torch.is_grad_enabled() else matrix
+
+    @property
+    def _caches(self) -> bool:
+        return self.cache_dequantized and self.quant_format.dense_forward and self.numel <= WHOLE_WEIGHTS
+
+    @torch.no_grad()
+    def keep_dense(self, dtype: torch.dtype) -> None:
+        """Keep the matrices dequantized to ``dtype`` from now on, with ``cache_dequantized``; only if unsharded.
+
+        They are frozen, so that a copy made once loading is done stays true.
+        """
+        if self._caches:
+            self.dense = torch.stack([self.dequantize(dtype, index) for index in range(self.count)])
 
     @torch.no_grad()
     def fill(self, quantized: QuantizedTensor) -> None:

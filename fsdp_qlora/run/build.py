@@ -6,12 +6,16 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
+from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.folder import start_from_adapter
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import attach_adapters, initialize_adapters
@@ -38,6 +42,7 @@ from fsdp_qlora.model.root import CausalModel, install_loss_head
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.parallel.compile import compile_layers, want_input_gradient
 from fsdp_qlora.parallel.compile_cache import settle_compile_caches
+from fsdp_qlora.parallel.copy_ahead import copy_ahead
 from fsdp_qlora.parallel.offload import offload_activations
 from fsdp_qlora.parallel.recompute import checkpoint_activations
 from fsdp_qlora.parallel.shard import (
@@ -57,7 +62,7 @@ from fsdp_qlora.parallel.shard import (
 from fsdp_qlora.plan.choices import decided
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.quant.backend import bitsandbytes_backend
-from fsdp_qlora.quant.swap import swap_linears
+from fsdp_qlora.quant.swap import keep_dense, swap_linears
 from fsdp_qlora.run.decide import require_kernels, skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
@@ -145,10 +150,12 @@ def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = No
     shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
     on_host = host_modules(model.base, opened.plan.offloaded)
     report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host)
-    initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora.variant)
+    initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora)
     start_token_rows(model.base, opened.shapes, opened.source, ranks)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
+    if opened.plan.settings.keeps_dense:
+        keep_dense(opened.base, model_dtype(config.precision.name))
     return model, report
 
 
@@ -160,17 +167,19 @@ def build_sharded(
     ranks: Ranks,
     host: torch.device = HOST,
     first_added: int | None = None,
+    before_sharding: Callable[[nn.Module], None] = lambda base: None,
 ) -> CausalModel:
     """Swap, adapt and shard a meta model as planned; the order matters (see docs/architecture.md).
 
+    ``before_sharding`` is called with the adapted base model.
     ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
     task = task_type(base)
     after = after_head(base) if task == "CAUSAL_LM" else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
-    _quantize(base, plan, shapes, switch(config.quant.cache_dequantized) is True)
+    adapted = _adapt_and_quantize(config, base, plan, shapes, task)
     fused = _use_kernels(config, base, after)
-    model = CausalModel(attach_adapters(base, plan.targets, config.lora, task))
+    model = CausalModel(adapted)
     model.fused = fused
     add_token_rows(base, shapes, first_added, len(config.model.add_tokens))
     if config.debug.name != "plain":
@@ -182,6 +191,7 @@ def build_sharded(
     if fsdp.offloads_activations:
         offload_activations(layers, ranks.device, host=host)
     untie_across(base, units)
+    before_sharding(base)
     policy = mixed_precision(config.precision.name)
     keeps_whole = plan.settings.keeps_whole
     replicated = keeps_whole or fsdp.adapters == "replicated"
@@ -199,19 +209,26 @@ def build_sharded(
         model.compiled_layers = compile_layers(layers, kinds)
     if ranks.size > 1:
         reach_all_experts(layers)
-    if switch(fsdp.reshard_after_forward) is False:
-        stay_gathered(layers)
-        if plan.settings.edges_stay:
-            edges = (base.get_input_embeddings(), base.get_output_embeddings())
-            stay_gathered(edge for edge in edges if edge is not None)
-    set_prefetch(layers, fsdp.prefetch)
+    _settle_gathers(config, base, plan, ranks)
     if model.compiled:
         want_input_gradient(base.get_input_embeddings())
-    skip_gather_in_backward(base.get_input_embeddings(), base.get_output_embeddings())
     for method in ("generate", "logits", "outputs"):
         register_fsdp_forward_method(model, method)
     require_sharded(model, ranks, replicated)
     return model
+
+
+def _settle_gathers(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, ranks: Ranks) -> None:
+    """Set when the units of a sharded model are gathered, and how long they stay so."""
+    layers, edges, fsdp = decoder_layers(base), (base.get_input_embeddings(), base.get_output_embeddings()), config.fsdp
+    if switch(fsdp.reshard_after_forward) is False:
+        stay_gathered(layers)
+        if plan.settings.edges_stay:
+            stay_gathered(edge for edge in edges if edge is not None)
+    set_prefetch(layers, fsdp.prefetch)
+    if fsdp.offloads_parameters and ranks.shard_size == 1:
+        copy_ahead(layers, fsdp.prefetch, ranks.device)
+    skip_gather_in_backward(*edges)
 
 
 def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | None) -> str:
@@ -226,6 +243,20 @@ def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | No
     if kernels.name == Kernels.name:
         return ""
     return f"{', outside the compiled layers' if compiled else ''}: {fused.describe(loss)}"
+
+
+def _adapt_and_quantize(
+    config: RunConfig, base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, task: str | None
+) -> PeftModel:
+    """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know."""
+    attach = partial(attach_adapters, base, plan.targets, config.lora, task)
+    quantize = partial(_quantize, base, plan, shapes, switch(config.quant.cache_dequantized) is True)
+    if build_method(config.lora.variant).layer is None:
+        adapted = attach()
+        quantize()
+        return adapted
+    quantize()
+    return attach()
 
 
 def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from fsdp_qlora.adapters import build_method
 from fsdp_qlora.attention.candidates import EAGER, attention_candidates
 from fsdp_qlora.config.auto import Choice, asked, degree
 from fsdp_qlora.config.rules import check
@@ -192,5 +193,6 @@ def compilation_for(
     if data is not None and data.train is not None and not config.data.packing:
         length = min(length, data.train_counts.tokens // max(1, rows))
     work = Work(plan.batch.accumulation_steps, plan.batch.micro_batch_size * length, weights)
-    known = base.config.model_type in COMPILED_TYPES and plan.quantized != ()
+    ours = build_method(config.lora.variant).layer is not None  # PEFT's layers are not known to be one graph
+    known = ours and base.config.model_type in COMPILED_TYPES and plan.quantized != ()
     return choose_compilation(config, work, steps, device.type, known and can_compile(device))

@@ -37,7 +37,7 @@ def load_for_inference(config: RunConfig, adapter: Path | None = None, world: Wo
         raise (error if adapter is None else blamed_on_adapter(error, adapter)) from error
     if adapter is not None:
         _require_same_ids(adapter, prepared)
-        load_adapter(adapter, prepared.model, prepared.ranks.shard_rank, prepared.ranks.shard_size)
+        load_adapter(adapter, prepared.model, prepared.ranks.shard_rank, prepared.ranks.shard_size, config.lora)
     prepared.model.eval()
     return prepared
 
@@ -50,7 +50,7 @@ def _with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
         model = replace(model, name=saved.base_model, revision=model.revision or saved.revision)
     if data.template is None and (adapter / CHAT_TEMPLATE_NAME).is_file():
         data = replace(data, template=str(own_file(adapter, CHAT_TEMPLATE_NAME)))
-    return replace(config, model=model, data=data, lora=saved.settings(stored_modules(adapter, saved.r)))
+    return replace(config, model=model, data=data, lora=saved.settings(stored_modules(adapter, saved)))
 
 
 def _require_same_ids(adapter: Path, prepared: Prepared) -> None:

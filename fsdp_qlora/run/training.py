@@ -162,13 +162,16 @@ class Training:
         return on_main(lambda: self._write_adapter(folder, tensors, self.progress.to_dict()), self.ranks)
 
     def _write_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], progress: dict[str, Any]) -> int:
-        lora = self.config.lora
+        lora = self.prepared.settings.lora  # with whole names
         targets = short_targets(self.prepared.plan.targets, self.model.base)
         card = model_card(published(to_dict(self.config)), self._facts(progress))
-        peft_config = build_method(lora.variant).peft(targets, lora, "CAUSAL_LM")
+        method = build_method(lora.variant)
+        peft_config = method.peft(targets, lora, "CAUSAL_LM")
         if count := len(self.config.model.add_tokens):
             first = len(self.prepared.tokenizer) - count
-            peft_config.trainable_token_indices = trained_indices(self.prepared.shapes, first, count)
+            indices = trained_indices(self.prepared.shapes, first, count)
+            peft_config.trainable_token_indices = indices  # type: ignore[attr-defined]
+        tensors = {**tensors, **method.fixed(self.model, lora)}
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
         return export_adapter(folder, tensors, peft_config, base, self._saved_tokenizer(), card)

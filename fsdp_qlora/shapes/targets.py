@@ -1,21 +1,28 @@
-"""Selects the linears that get an adapter: expands ``lora.target_modules`` to full names."""
+"""Selects the linears that get an adapter: those that ``lora``'s settings name, by their full names."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.shapes.linears import ModelShapes, quantized_linears
+from fsdp_qlora.shapes.patterns import endings, layer_number, matches
 
 
-def target_linears(shapes: ModelShapes, target_modules: str | Sequence[str]) -> tuple[str, ...]:
-    """Expand ``lora.target_modules`` to the full names of linears, in the model's order.
+def target_linears(
+    shapes: ModelShapes, target_modules: str | Sequence[str], exclude_modules: Sequence[str] = (),
+    layers_to_transform: Sequence[int] = (),
+) -> tuple[str, ...]:  # fmt: skip
+    """Return the full names of the linears that get an adapter, in the model's order.
 
-    ``all-linear`` means every linear inside the decoder layers; otherwise each item is a full name or the end of one.
+    Args:
+        shapes: the model.
+        target_modules: ``all-linear``, every linear inside the decoder layers, or patterns (`matches`).
+        exclude_modules: patterns of those that get none.
+        layers_to_transform: numbers of the decoder layers whose linears get one; empty = all layers.
 
     Raises:
-        PlanError: if an item matches no linear (the message lists the names), or none can take an adapter.
+        PlanError: if a pattern matches no linear (the message lists the names), or none can take an adapter.
     """
     linears = [x.name for x in quantized_linears(shapes) if not x.stacked]
     candidates = [name for name in linears if name not in shapes.not_adapted]
@@ -25,27 +32,45 @@ def target_linears(shapes: ModelShapes, target_modules: str | Sequence[str]) -> 
             "has its own forward, has its weight read by other code, is kept in float32 by upstream, or would lose its "
             "adapter in plain PEFT, which looks for it elsewhere."
         )
+    chosen = _meant("lora.target_modules", target_modules, candidates, linears)
+    if exclude_modules:
+        excluded = set(_meant("lora.exclude_modules", exclude_modules, candidates, linears))
+        chosen = [name for name in chosen if name not in excluded]
+    if layers_to_transform:
+        chosen = _in_layers(chosen, shapes, layers_to_transform)
+    if not chosen:
+        raise PlanError("lora.exclude_modules: none of lora.target_modules is left.")
+    return tuple(chosen)
+
+
+def _meant(key: str, target_modules: str | Sequence[str], candidates: list[str], linears: list[str]) -> list[str]:
+    """Return the candidates that ``target_modules``, the value of the setting ``key``, names."""
     if target_modules == "all-linear":
-        return tuple(candidates)
+        return candidates
     items = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     for item in items:
-        if not any(_matches(name, item) for name in candidates):
-            if any(_matches(name, item) for name in linears):
-                raise PlanError(
-                    f"lora.target_modules: plain PEFT could not load an adapter for {item!r} in this model: it renames "
-                    "it, or takes it for the experts' stacked weights. Leave it out (all-linear does)."
-                )
+        if any(matches(name, item) for name in candidates):
+            continue
+        if any(matches(name, item) for name in linears):
             raise PlanError(
-                f"lora.target_modules: {item!r} matches none of the model's {len(candidates)} linears; "
-                f"this model has {', '.join(endings(candidates))} (or all-linear)."
+                f"{key}: plain PEFT could not load an adapter for {item!r} in this model: it renames it, or takes it "
+                "for the experts' stacked weights. Leave it out (all-linear does)."
             )
-    return tuple(name for name in candidates if any(_matches(name, item) for item in items))
+        raise PlanError(
+            f"{key}: {item!r} matches none of the model's {len(candidates)} linears; this model has "
+            f"{', '.join(endings(candidates))} (or all-linear)."
+        )
+    return [name for name in candidates if any(matches(name, item) for item in items)]
 
 
-def _matches(name: str, item: str) -> bool:
-    return name == item or name.endswith("." + item)
-
-
-def endings(names: Iterable[str]) -> list[str]:
-    """Return the distinct last parts of ``names``, in order of appearance."""
-    return list(dict.fromkeys(re.split(r"\.", name)[-1] for name in names))
+def _in_layers(names: list[str], shapes: ModelShapes, layers: Sequence[int]) -> list[str]:
+    """Return the names that lie in the decoder layers of these numbers."""
+    if beyond := [number for number in layers if number >= len(shapes.layers)]:
+        raise PlanError(
+            f"lora.layers_to_transform: there is no layer {beyond[0]}; this model's {len(shapes.layers)} layers are "
+            f"numbered from 0 to {len(shapes.layers) - 1}."
+        )
+    inside = [name for name in names if layer_number(name, shapes.layers) in layers]
+    if not inside:
+        raise PlanError("lora.layers_to_transform: none of lora.target_modules lies in these layers.")
+    return inside

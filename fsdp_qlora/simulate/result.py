@@ -64,7 +64,7 @@ class Simulation:
     def rows(self, plan: TrainPlan) -> list[tuple[str, str]]:
         """Return the planned and the simulated bytes side by side, as rows of a table."""
         found, planned = self.peak, plan.bytes
-        base = planned.base_packed + planned.base_statistics + planned.base_kept + planned.adapters
+        base = planned.base_packed + planned.base_statistics + planned.base_kept + planned.base_dense + planned.adapters
         pairs = [
             ("base and adapters", base, found.parameters),
             ("gradients", planned.gradients, found.gradients),

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.config.auto import degree
@@ -31,10 +33,11 @@ from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.bnb import PAGED
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.parallel.shard import host_modules, synchronize_gradients
+from fsdp_qlora.parallel.shard import host_modules, model_dtype, synchronize_gradients
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.plan.quantized import format_of
 from fsdp_qlora.quant.formats import QuantizedTensor, dequantize, quantize
+from fsdp_qlora.quant.swap import keep_dense
 from fsdp_qlora.run.build import build_sharded
 from fsdp_qlora.run.decide import planned, planned_device, planned_skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
@@ -194,15 +197,19 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cu
     plan = make_plan(config, shapes, ranks.size)
     on_cpu = ranks.device == HOST
     fake = fake_mode() if on_cpu else accelerator_mode()
-    if not on_cpu:
-        _fake_buffers(base, ranks.device, fake)
-    model = build_sharded(config, base, shapes, plan, ranks, NOT_COUNTED if on_cpu else HOST)
+    if not build_method(config.lora.variant).simulates:
+        raise PlanError(f"plan.simulate: the sparse tensors of lora.variant={config.lora.variant} cannot be simulated.")
+    on_device = partial(_fake_buffers, device=ranks.device, mode=fake)
+    host, moved = (NOT_COUNTED, _leave) if on_cpu else (HOST, on_device)
+    model = build_sharded(config, base, shapes, plan, ranks, host, moved)
     with fake:
         if on_cpu:
             model.to_empty(device=HOST)
         else:
             shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
             allocate(model, shards_on, ranks.device, host_modules(model.base, plan.offloaded))
+        if plan.settings.keeps_dense:
+            keep_dense(base, model_dtype(config.precision.name))
     optimizer = ShardedOptimizer(trainable_parameters(model), config.optim)
     optimizer.prepare_state(step=1)  # as in every step after the first
     restarting = plan.settings.restarting
@@ -214,6 +221,10 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cu
         )  # fmt: skip
     counts = counts_of(kinds)
     return _Cuts(*(Cut(counts, _by_name(places, base, shapes, kinds)) for places in (peaks.device, peaks.host)))
+
+
+def _leave(base: nn.Module) -> None:
+    """Leave buffers on the host, where they are."""
 
 
 def _fake_buffers(base: nn.Module, device: torch.device, mode: FakeTensorMode) -> None:

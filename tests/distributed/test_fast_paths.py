@@ -84,6 +84,25 @@ def test_a_fast_path_gives_what_the_plain_path_gives(pool, tiny_model, chat_rows
         assert norms(found) == pytest.approx(norms(plain), rel=near * 3e-4)
 
 
+@pytest.mark.parametrize(("num_ranks", "layout"), [(1, "shard"), (2, "copies")])
+def test_dense_weights_that_stay_from_step_to_step_change_no_bit(
+    pool: Pool, tiny_model: Path, chat_rows: Path, tmp_path: Path, num_ranks: int, layout: str
+) -> None:
+    """Against dequantizing twice for each micro-batch."""
+    groups = {
+        "data": {"train": str(chat_rows), "max_length": 96}, "fsdp": {"replicate_degree": num_ranks},
+        "train": {"max_steps": 3, "global_batch_size": 6, "micro_batch_size": 2},
+    }  # fmt: skip
+    kept, again = (
+        pool.run(
+            num_ranks, run_fit, str(tiny_model), str(tmp_path), keep, {**groups, "quant": {"cache_dequantized": keep}},
+            layout=layout,
+        )[0]["metrics"]
+        for keep in ("true", "false")
+    )  # fmt: skip
+    assert losses(kept) == losses(again) and norms(kept) == norms(again) and len(losses(kept)) == 3
+
+
 def _kept_bytes(ranks: Ranks, folder: str, train: dict[str, Any]) -> int:
     """Return the bytes that the decoder layers keep from forward to backward, parameters apart."""
     prepared = build(ranks, folder, train={"micro_batch_size": 2, **train}, fsdp={"reshard_after_forward": "false"})

@@ -12,6 +12,7 @@ from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import NumericsError, PlanError
 from fsdp_qlora.quant.formats import build_format
 from fsdp_qlora.quant.linear import QuantLinear
+from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.packing import ROW_ELEMENTS, bits_to_float, raw_bytes, rows_to_bytes
 from tests import tiny
 from tests.build import build, whole
@@ -71,16 +72,18 @@ def test_each_rank_reads_and_holds_its_half_of_the_real_model(pool, real_model):
 
 def _planned_and_real(ranks: Ranks, folder: str, quant: dict) -> dict:
     prepared = build(ranks, folder, quant=quant)
-    planned, real = prepared.plan.bytes, {"packed": 0, "statistics": 0, "kept": 0, "adapters": 0}
+    planned, real = prepared.plan.bytes, {"packed": 0, "statistics": 0, "kept": 0, "adapters": 0, "dense": 0}
     for name, parameter in prepared.model.named_parameters():
         local = local_tensor(parameter)
         size = local.numel() * local.element_size()
         last = name.rpartition(".")[2]
         kind = {"packed": "packed", "absmax": "statistics", "nested": "statistics"}.get(last, "kept")
         real["adapters" if parameter.requires_grad else kind] += size
+    dense = [module.dense for module in prepared.model.modules() if isinstance(module, QuantMatrices)]
+    real["dense"] = sum(tensor.nbytes for tensor in dense if tensor is not None)
     plan = {
         "packed": planned.base_packed, "statistics": planned.base_statistics, "kept": planned.base_kept,
-        "adapters": planned.adapters,
+        "adapters": planned.adapters, "dense": planned.base_dense,
     }  # fmt: skip
     return {"planned": plan, "real": real}
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
 from fsdp_qlora.distributed.mesh import Ranks
-from tests.build import build, essence, losses, run_fit, whole
+from fsdp_qlora.parallel.copy_ahead import CopyAhead
+from fsdp_qlora.run.fit import fit
+from tests.build import build, essence, losses, metrics, run_fit, whole
 from tests.pool import RankError
 from tests.tiers import some_in_full
 from tests.tiny import make_model
@@ -181,6 +186,76 @@ def test_prefetch_names_the_layers_that_come_next(pool, model):
     assert pool.run(2, _ahead, str(model), 2)[0] == [
         ([1, 2], []), ([2, 3], [0]), ([3, 4], [1, 0]), ([4], [2, 1]), ([], [3, 2]),
     ]  # fmt: skip
+
+
+def _note_unshards(layers: list[nn.Module], calls: list[int]) -> None:
+    for place, layer in enumerate(layers):
+        assert isinstance(layer, FSDPModule)
+
+        def noting(_place: int = place, _unshard=layer.unshard) -> None:
+            calls.append(_place)
+            _unshard()
+
+        layer.unshard = noting
+
+
+def _fit_ahead(ranks: Ranks, folder: str, root: str, groups: dict, depth: int) -> dict:
+    """Train with layers copied ahead over a CPU's streams, which do nothing, so that all else is that of a GPU."""
+    prepared = build(ranks, folder, run={"output_root": root, "name": f"ahead{depth}"}, **groups)
+    layers, calls = list(prepared.model.base.model.layers), []
+    _note_unshards(layers, calls)
+    CopyAhead(layers, depth, ranks.device)
+    fit(prepared)
+    return {"metrics": metrics(Path(root) / f"ahead{depth}"), "calls": calls}
+
+
+AHEAD = [("full", 1), ("none", 2), ("none", 1), ("full", 2), ("full", 9)]
+
+
+@pytest.mark.parametrize(("checkpointing", "depth"), some_in_full(AHEAD, AHEAD[:2]))
+def test_layers_copied_ahead_change_no_bit(pool, model, chat_rows, tmp_path, checkpointing, depth):
+    groups = _groups(checkpointing=checkpointing, offload="params")
+    groups["data"] |= {"train": str(chat_rows), "max_length": 64, "eval_fraction": 0.1}
+    expected = pool.run(1, run_fit, str(model), str(tmp_path), "as-it-is", groups)[0]
+    found = pool.run(1, _fit_ahead, str(model), str(tmp_path), groups, depth)[0]
+    assert essence(found["metrics"]) == essence(expected["metrics"])
+    # Every layer but the first of its pass is copied ahead, once; an evaluation has no backward.
+    passes = "".join(map(str, found["calls"]))
+    assert passes.count("12343210") >= 2 * 3  # steps, and micro-batches of each
+    assert not passes.replace("12343210", "").replace("1234", "")
+
+
+class _Chain(nn.Module):
+    """Three layers, of which one can be skipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, skipped: int | None = None) -> torch.Tensor:
+        for place, layer in enumerate(self.layers):
+            x = x if place == skipped else layer(x)
+        return x
+
+
+def _skipping(ranks: Ranks) -> list[float]:
+    model = _Chain()
+    for layer in (*model.layers, model):
+        fully_shard(layer, mesh=ranks.mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    CopyAhead(list(model.layers), 1, ranks.device)
+    found = []
+    for skipped in (None, 1, None):
+        with torch.no_grad():
+            found.append(model(torch.ones(1, 4), skipped).sum().item())
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+    return found
+
+
+def test_a_layer_that_was_skipped_is_not_used_as_it_was(pool):
+    whole, _, eighth = pool.run(1, _skipping)[0]
+    assert eighth == pytest.approx(whole / 4**3)
 
 
 def _policies(ranks: Ranks, folder: str, offload: str) -> set[str]:

@@ -9,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.launch
 
 KINDS = {
-    "base_packed", "base_statistics", "base_kept", "adapters", "gradients", "optimizer", "activations", "logits",
+    "base_packed", "base_statistics", "base_kept", "base_dense", "adapters", "gradients", "optimizer", "activations", "logits",
     "gather",
 }  # fmt: skip
 

@@ -186,7 +186,7 @@ def test_plan_and_hydras_own_flags(cli, tiny_run):
     found = json.loads(plan.stdout)
     assert found["fits"] is True
     assert set(found["bytes_per_rank"]) == {
-        "base_packed", "base_statistics", "base_kept", "adapters", "gradients", "optimizer", "activations", "logits",
+        "base_packed", "base_statistics", "base_kept", "base_dense", "adapters", "gradients", "optimizer", "activations", "logits",
         "gather",
     }  # fmt: skip
     assert {"reserve_bytes", "peak_planned_bytes", "peak_simulated_bytes"} <= found.keys()

@@ -31,7 +31,7 @@ def main() -> int:
             found = walk(make_folder(Path(root), variant.family), variant)
             result = {
                 "launches": found.launches, "syncs": found.syncs, "copies": found.copies, "unwaited": found.unwaited,
-                "gathered": found.gathered,
+                "gathered": found.gathered, "races": found.order.races, "arrived": found.order.arrived,
             }  # fmt: skip
         except Exception as error:
             lines = str(error).splitlines() or [""]

@@ -2,27 +2,58 @@
 
 With the guard of `guard.py` loaded before torch, they make ``cuda`` usable for fake tensors. Stock CPU builds abort the
 process in a backward on them (pytorch#92627) and have no streams. All this is for a process of its own.
+
+Streams and events know what happens before what: a stream's clock says how far it has waited for each stream, itself
+included (a vector clock, as in Mattern, 1989). `recorder.py` asks them whether a read was ordered after its write.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+Clock = dict[int, int]
+"""Number of a stream -> how many of its operations have happened before."""
+_NUMBERS = itertools.count()
+_STREAMS: list[FakeStream] = []
+_HOST: Clock = {}
+"""What the host has waited for; whatever it issues later comes after that."""
+
+
+def _merge(clock: Clock, other: Clock) -> None:
+    for number, tick in other.items():
+        clock[number] = max(clock.get(number, 0), tick)
+
 
 class FakeStream:
-    """A stream that does nothing but knows which one is current."""
+    """A stream that runs nothing but knows what its work is ordered after, and which stream is current."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.number = next(_NUMBERS)
+        self.clock: Clock = {}
+        _STREAMS.append(self)
+
+    def issue(self) -> int:
+        """Issue one operation and return its place in this stream."""
+        _merge(self.clock, _HOST)
+        self.clock[self.number] = self.clock.get(self.number, 0) + 1
+        return self.clock[self.number]
+
+    def is_after(self, number: int, tick: int) -> bool:
+        """Whether what is issued here now comes after operation ``tick`` of stream ``number``."""
+        return max(self.clock.get(number, 0), _HOST.get(number, 0)) >= tick
 
     def wait_stream(self, stream: FakeStream) -> None:
-        """Do nothing."""
+        """Order this stream's later work after all that was issued to another."""
+        _merge(self.clock, stream.clock)
 
     def wait_event(self, event: FakeEvent) -> None:
-        """Do nothing."""
+        """Order this stream's later work after the event."""
+        _merge(self.clock, event.clock)
 
     def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
         """Return the event, or a new one, that stands for the work issued so far."""
@@ -31,7 +62,8 @@ class FakeStream:
         return event
 
     def synchronize(self) -> None:
-        """Tell the observer that the host waits."""
+        """Let the host wait, and tell the observer."""
+        _merge(_HOST, self.clock)
         _OBSERVERS[-1]("stream.synchronize")
 
     def query(self) -> bool:
@@ -47,18 +79,22 @@ class FakeStream:
 
 
 class FakeEvent:
-    """An event that does nothing."""
+    """An event that stands for what was issued to a stream before it."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.clock: Clock = {}
 
     def record(self, stream: FakeStream | None = None) -> None:
-        """Do nothing."""
+        """Stand for the work issued so far to the stream, by default the current one."""
+        self.clock = dict((stream or _CURRENT[-1]).clock)
 
     def wait(self, stream: FakeStream | None = None) -> None:
-        """Do nothing."""
+        """Order the stream's later work after this event."""
+        (stream or _CURRENT[-1]).wait_event(self)
 
     def synchronize(self) -> None:
-        """Tell the observer that the host waits."""
+        """Let the host wait, and tell the observer."""
+        _merge(_HOST, self.clock)
         _OBSERVERS[-1]("event.synchronize")
 
     def query(self) -> bool:
@@ -72,6 +108,21 @@ def _nobody(kind: str) -> None:
 
 _CURRENT: list[FakeStream] = [FakeStream()]
 _OBSERVERS: list[Callable[[str], None]] = [_nobody]
+
+
+def current_stream(device: object = None) -> FakeStream:
+    """Return the current stream."""
+    return _CURRENT[-1]
+
+
+def compute_stream() -> FakeStream:
+    """Return the default stream, on which layers compute."""
+    return _CURRENT[0]
+
+
+def wait_for_current() -> None:
+    """Let the host wait for the current stream, as reading a value does."""
+    _merge(_HOST, _CURRENT[-1].clock)
 
 
 @contextlib.contextmanager
@@ -95,12 +146,14 @@ def install() -> None:
     cuda: Any = torch.cuda
 
     def synchronize(device: object = None) -> None:
+        for stream in _STREAMS:
+            _merge(_HOST, stream.clock)
         _OBSERVERS[-1]("synchronize")
 
     cuda.Stream, cuda.Event = FakeStream, FakeEvent
     cuda.stream = lambda stream: stream if stream is not None else contextlib.nullcontext()
-    cuda.current_stream = lambda device=None: _CURRENT[-1]
-    cuda.default_stream = lambda device=None: _CURRENT[0]
+    cuda.current_stream = current_stream
+    cuda.default_stream = lambda device=None: compute_stream()
     cuda._lazy_init = lambda: None
     cuda.current_device = lambda: 0
     cuda.device_count = lambda: 1

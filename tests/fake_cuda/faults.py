@@ -32,4 +32,17 @@ def a_copy_read_too_early(base: nn.Module) -> None:
     _in_forward(base, hook)
 
 
-PLANTS = {plant.__name__: plant for plant in (a_buffer_on_the_host, an_item_in_the_step, a_copy_read_too_early)}
+def a_stream_that_nobody_waits_for(base: nn.Module) -> None:
+    """Change a layer's output on another stream, which waits for nothing and which nothing waits for."""
+
+    def hook(*found: Any) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found[-1].detach().mul_(2)
+
+    _in_forward(base, hook)
+
+
+PLANTS = {
+    plant.__name__: plant
+    for plant in (a_buffer_on_the_host, an_item_in_the_step, a_copy_read_too_early, a_stream_that_nobody_waits_for)
+}

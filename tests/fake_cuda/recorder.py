@@ -16,6 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.fake_cuda.device import wait_for_current
+from tests.fake_cuda.order import Order
+
 _A = torch.ops.aten
 _FREE = frozenset(
     [
@@ -70,6 +73,8 @@ _FREE = frozenset(
     ]
 )
 """Operations that start no work on the device."""
+_NEW = frozenset(["empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"])
+"""Operations that only allocate."""
 _WAITING = frozenset(
     [
         "nonzero",
@@ -142,6 +147,7 @@ class Recorder(TorchDispatchMode):
         """Phase -> bytes of all gathered units."""
         self.unwaited: list[str] = []
         """Reads of a non-blocking copy to the host before anything waited for it."""
+        self.order = Order()
         self._in_flight: dict[int, tuple[str, torch.Tensor]] = {}
         self._read: dict[int, torch.Tensor] = {}
         self._pinned: dict[int, torch.Tensor] = {}
@@ -187,6 +193,10 @@ class Recorder(TorchDispatchMode):
         self._require_one_device(namespace, name, args, kwargs)
         self._require_waited(name, args)
         out = func(*args, **kwargs)
+        if name not in _FREE and any(_device(x) == "cuda" for x in (*tree_leaves(out), *tree_leaves(args))):
+            self.order.issue(func, args, kwargs, out, _here)
+        elif name in _NEW:
+            self.order.made(out)
         if kwargs.get("pin_memory"):
             self._pin(out)
         self._note_copy(name, args, kwargs, out)
@@ -203,6 +213,7 @@ class Recorder(TorchDispatchMode):
 
     def _item(self, tensor: torch.Tensor) -> float | bool | int:
         if _device(tensor) == "cuda" and _storage(tensor) not in self._read:
+            wait_for_current()
             self.note_sync("item")
             self._read[_storage(tensor)] = tensor  # ``tolist`` reads one element after the other, but waits once
         for _, _, function in itertools.islice(_frames(), 16):
@@ -237,10 +248,14 @@ class Recorder(TorchDispatchMode):
             return
         if {_device(source), _device(target)} != {"cpu", "cuda"}:
             return
+        if _device(source) == "cpu":
+            self.order.copied(self.phase, source.nbytes)
         host = source if _device(source) == "cpu" else target
         pinned = "pinned" if _storage(host) in self._pinned else "pageable"
         where = "to the host" if host is target else "to the device"
         self.copies[self.phase][f"{where}, {pinned}{', blocking' if blocking else ''} @ {_here()}"] += 1
+        if blocking:
+            wait_for_current()
         if host is target and blocking:
             self.note_sync("copy to the host")
         elif host is target:

@@ -9,7 +9,7 @@ from tests.fake_cuda.faults import PLANTS
 from tests.fake_cuda.walk import Variant
 
 Settings = dict[str, Any]
-FAST = ("2 ranks", "1 rank", "flat, varlen", "offload params")
+FAST = ("2 ranks", "1 rank", "flat, varlen", "offload params", "offload params, 1 rank")
 """The variants of `make test`; all others are walked in the full tier."""
 
 
@@ -49,6 +49,8 @@ VARIANTS: dict[str, Variant] = {
     "float32": _with(precision="fp32"),
     "adapters replicated": _with(fsdp={"adapters": "replicated"}),
     "adapters replicated, 2 x 2 ranks": _with(fsdp={"adapters": "replicated", "replicate_degree": 2}, world_size=4),
+    "dense weights not cached, 1 rank": _with(quant={"cache_dequantized": "false"}, world_size=1),
+    "a copy per rank": _with(fsdp={"replicate_degree": 2}),
     "dense weights cached": _with(quant={"cache_dequantized": "true"}),
     "dense weights not cached": _with(quant={"cache_dequantized": "false"}),
     "layers stay gathered": _with(fsdp={"reshard_after_forward": "false"}),

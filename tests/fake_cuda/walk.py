@@ -43,9 +43,10 @@ from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.parallel.shard import host_modules, synchronize_gradients
+from fsdp_qlora.parallel.shard import host_modules, model_dtype, synchronize_gradients
 from fsdp_qlora.quant import products
 from fsdp_qlora.quant.formats import format as formats
+from fsdp_qlora.quant.swap import keep_dense
 from fsdp_qlora.run.build import build_sharded
 from fsdp_qlora.run.decide import planned
 from fsdp_qlora.train.evaluate import evaluate
@@ -211,7 +212,9 @@ def walk(folder: Path, variant: Variant) -> Recorder:
                 shards_on = HOST if resolved.fsdp.offloads_parameters else ranks.device
                 on_host = host_modules(model.base, plan.offloaded)
                 stream_weights(model, model.base, FakeFolder(), ranks, None, shards_on, on_host)  # type: ignore[arg-type]
-                initialize_adapters(model, 0, ranks.shard_rank, ranks.shard_size, resolved.lora.variant)
+                initialize_adapters(model, 0, ranks.shard_rank, ranks.shard_size, resolved.lora)
+                if plan.settings.keeps_dense:
+                    keep_dense(base, model_dtype(resolved.precision.name))
             if variant.plant is not None:
                 PLANTS[variant.plant](model.base)
             _train(model, resolved, batches, ranks, recorder)

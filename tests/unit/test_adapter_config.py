@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import BOFTConfig, LoraConfig, MissConfig, OFTConfig, VeraConfig
 from safetensors.torch import save_file
 
 from fsdp_qlora.adapters.folder import adapted_modules, blamed_on_adapter, read_adapter_config, stored_modules
@@ -38,7 +38,7 @@ def test_what_is_honoured_or_changes_nothing_is_read(tmp_path, settings):
 
 
 REFUSED = {
-    "alpha_pattern": {"q_proj": 32}, "rank_pattern": {"q_proj": 8}, "use_dora": True, "bias": "all",
+    "bias": "all",
     "modules_to_save": ["lm_head"], "init_lora_weights": "pissa_niter_16", "layer_replication": [[0, 2], [1, 2]],
     "trainable_token_indices": [1], "target_parameters": ["experts.gate_up_proj"], "lora_bias": True, "use_qalora": True,
     "alora_invocation_tokens": [1, 2], "arrow_config": {"top_k": 1}, "use_bdlora": {"x": 1}, "not_yet_known": 3,
@@ -60,8 +60,32 @@ def test_starts_that_change_the_base_are_refused(tmp_path, value):
 
 
 def test_all_are_named_at_once(tmp_path):
-    with pytest.raises(ModelError, match=r"use_dora=true, alpha_pattern=|alpha_pattern=.*use_dora=true"):
-        read_adapter_config(_folder(tmp_path, use_dora=True, alpha_pattern={"q_proj": 1}))
+    with pytest.raises(ModelError, match=r"use_dora=true, bias=|bias=.*use_dora=true"):
+        read_adapter_config(_folder(tmp_path, use_dora=True, use_rslora=True, bias="all"))
+
+
+@pytest.mark.parametrize(
+    ("config", "variant", "options"),
+    [
+        (LoraConfig(use_dora=True, r=4), "dora", {}),
+        (OFTConfig(oft_block_size=16), "oft", {"oft_block_size": 16}),
+        (VeraConfig(r=4, projection_prng_key=3), "vera", {"projection_prng_key": 3}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_methods_of_peft_are_read_with_their_options(tmp_path, config, variant, options):
+    config.target_modules = {"q_proj"}
+    config.save_pretrained(str(tmp_path))
+    settings = read_adapter_config(tmp_path).settings(["q_proj"])
+    assert settings.variant == variant and options.items() <= settings.options.items()
+
+
+@pytest.mark.parametrize("config", [OFTConfig(coft=True), MissConfig(init_weights="bat"), BOFTConfig()])
+def test_what_a_method_of_peft_does_not_compute_here_is_refused(tmp_path, config):
+    config.target_modules = {"q_proj"}
+    config.save_pretrained(str(tmp_path))
+    with pytest.raises(ModelError, match=r"coft=true|init_weights=|not an adapter of a method known here"):
+        read_adapter_config(tmp_path)
 
 
 def test_every_key_of_peft_at_its_default_is_read(tmp_path):
@@ -71,7 +95,7 @@ def test_every_key_of_peft_at_its_default_is_read(tmp_path):
     read_adapter_config(tmp_path)
 
 
-MALFORMED = ["", "{", "[]", '"x"', '{"peft_type": "IA3"}', '{"peft_type": "LORA", "r": "8"}', '{"peft_type": "LORA", "r": 0}',
+MALFORMED = ["", "{", "[]", '"x"', '{"peft_type": "BOFT"}', '{"peft_type": "LORA", "r": "8"}', '{"peft_type": "LORA", "r": 0}',
              '{"peft_type": "LORA", "lora_alpha": null}', '{"peft_type": "LORA", "base_model_name_or_path": 3}', "\xff"]  # fmt: skip
 
 
@@ -91,9 +115,7 @@ def test_the_adapted_modules_are_those_of_the_file(tmp_path):
     assert stored_modules(tmp_path) == ["model.layers.1.self_attn.q_proj", "model.layers.3.self_attn.q_proj"]
 
 
-@pytest.mark.parametrize(
-    "odd", ["q_proj.lora_magnitude_vector", "lm_head.weight", "embed.lora_embedding_A", "q_proj.bias"]
-)
+@pytest.mark.parametrize("odd", ["lm_head.weight", "embed.lora_embedding_A", "q_proj.bias"])
 def test_tensors_that_are_no_lora_matrices_are_refused_by_name(tmp_path, odd):
     with pytest.raises(ModelError, match=odd):
         adapted_modules(["base_model.model.q.lora_A.weight", f"base_model.model.{odd}"], tmp_path)

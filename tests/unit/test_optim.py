@@ -264,3 +264,9 @@ def test_a_step_can_be_simulated(tiny_model, name):
     planned = make_plan(config, read_shapes(planned_skeleton(config)[1]), 2).bytes.optimizer
     # more are torch's step counters and the tables of codes
     assert planned <= found.places["forward of the embedding"].optimizer <= planned + 2048 + 4 * 14 * 4
+
+
+def test_adamw_on_a_cpu_is_not_fused():
+    """Its bits are promised, and there is no launch to save."""
+    inner = ShardedOptimizer({"a": nn.Parameter(torch.ones(2, 2))}.items(), settings_of("adamw")).inner
+    assert inner.defaults["fused"] is False and inner.defaults["foreach"] is True

@@ -21,7 +21,7 @@ from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.model.folder import config_for_plan
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.plan.activations import layer_activations
-from fsdp_qlora.plan.devices import DEVICES, INTERCONNECTS, find_device, find_interconnect
+from fsdp_qlora.plan.devices import DEVICES, INTERCONNECTS, LINK_SHARE, find_device, find_interconnect
 from fsdp_qlora.plan.parameters import fates
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.plan.report import report
@@ -207,6 +207,28 @@ def test_operations_and_times_by_hand():
     apart = step_time(plan, shapes, device, link, prefetch=False)
     parts = time.compute_seconds + time.dequantize_seconds + time.gather_seconds
     assert apart.micro_batch_seconds == pytest.approx(parts, rel=0.01)
+
+
+def test_one_rank_waits_for_the_copies_that_nothing_hides():
+    lines = ["experiment=llama3_8b_1x12gb", "fsdp.offload=params", "train.activation_checkpointing=full"]
+    _, shapes, plan = planned(*lines)
+    device, link = find_device("RTX 4090"), find_interconnect("12GB/s")
+    layers, edges = plan.memory.layers, plan.memory.edges
+    rate = device.host * 1e9 * LINK_SHARE
+    alone = (sum(edge.gathered for edge in edges) + layers[0].gathered + layers[-1].gathered) / rate
+    ahead = sum(layer.gathered for layer in (*layers[1:], *layers[:-1])) / rate
+    time = step_time(plan, shapes, device, link, prefetch=True)
+    assert time.copy_seconds == pytest.approx(alone + ahead)
+    computing = time.compute_seconds + time.dequantize_seconds
+    assert time.micro_batch_seconds == pytest.approx(max(computing, ahead) + alone)
+    apart = step_time(plan, shapes, device, link, prefetch=False)
+    assert apart.micro_batch_seconds == pytest.approx(computing + ahead + alone)
+    held = [_plan_of("fsdp.prefetch", depth, lines).moments["layer_backward"] for depth in (0, 1, 2)]
+    assert held[1] - held[0] == held[2] - held[1] == max(layer.gathered for layer in layers)
+
+
+def _plan_of(key, value, lines):
+    return planned(*lines, f"{key}={value}")[2]
 
 
 def test_advice_balances_gathering_and_computing():

@@ -10,8 +10,9 @@ import torch
 
 from fsdp_qlora.config.schema import BLOCK_SIZES
 from fsdp_qlora.distributed.shards import row_range
-from fsdp_qlora.quant.formats import build_format, dequantize, one_thread, quantize, to_rows
+from fsdp_qlora.quant.formats import QuantizedTensor, build_format, dequantize, one_thread, quantize, to_rows
 from fsdp_qlora.quant.linear import QuantLinear
+from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.packing import ROW_WEIGHTS, bits_to_float, num_rows, rows_to_bytes
 
 SHAPES = [(576, 1536), (7, 13), (100, 333), (1, 1), (16384, 3), (3, 5461), (64, 256), (129, 128)]
@@ -97,6 +98,36 @@ def test_quant_linear_equals_its_dequantized_weight(name, bias):
     torch.nn.functional.linear(y, dense, layer.bias).square().sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
     assert all(p.grad is None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_matrices_kept_dense_give_the_same_bits_and_are_not_dequantized_again(monkeypatch, count):
+    matrices = QuantMatrices(96, 40, build_format(), count, device="cpu")
+    matrices.cache_dequantized = True
+    parts = [
+        quantize(torch.randn(40, 96, generator=torch.Generator().manual_seed(i)), build_format()) for i in range(count)
+    ]
+    join = [torch.cat([getattr(part, name) for part in parts]) for name in ("packed", "absmax", "nested")]
+    offset = torch.stack([part.offset.reshape(()) for part in parts])
+    matrices.fill(QuantizedTensor(*join, offset))
+    x = torch.randn(5, 96, dtype=torch.bfloat16)
+
+    def product(index):
+        given = x.clone().requires_grad_()
+        out = matrices.matmul(given, index)
+        out.float().square().sum().backward()
+        return out, given.grad
+
+    before = [product(index) for index in range(count)]
+    matrices.keep_dense(torch.bfloat16)
+    assert "dense" not in matrices.state_dict() and matrices.dense.shape == (count, 40, 96)
+    monkeypatch.setattr("fsdp_qlora.quant.matrix.dequantize", None)
+    for index, found in enumerate(before):
+        assert all(map(torch.equal, product(index), found))
+        assert torch.equal(matrices.eval().matmul(x, index), found[0])
+        matrices.train()
+    monkeypatch.undo()
+    matrices.matmul(x.float())  # another dtype is dequantized as before
 
 
 def test_forward_keeps_nothing_full_size_for_backward():

@@ -1,0 +1,69 @@
+"""DoRA (https://arxiv.org/abs/2402.09353) in PEFT's own layer, which reads the dequantized weight for its norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from torch import nn
+
+from fsdp_qlora.adapters.lora import LoRA, is_lora, lora_config
+from fsdp_qlora.adapters.method import register
+from fsdp_qlora.adapters.names import ADAPTER
+from fsdp_qlora.config.schema import LoraSettings
+from fsdp_qlora.distributed.gathered import gathered_units
+from fsdp_qlora.distributed.shards import fill_slice
+from fsdp_qlora.shapes.linears import LinearShape
+
+_MAGNITUDE = "lora_magnitude_vector"
+
+
+@register
+class DoRA(LoRA):
+    """LoRA whose sum with the weight is normalised, times a trained magnitude for each output."""
+
+    name = "dora"
+    layer = None
+
+    def shapes(self, linear: LinearShape, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A, B and the magnitudes."""
+        return super().shapes(linear, lora) | {_MAGNITUDE: (linear.out_features,)}
+
+    def peft(self, targets: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM") -> LoraConfig:
+        """Return the PEFT config."""
+        return lora_config(targets, lora, task_type, use_dora=True)
+
+    def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
+        """Return the size of the identity through which PEFT multiplies A and B."""
+        return linear.in_features**2
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        """Whether it is DoRA, scaled by alpha / r."""
+        return is_lora(config) and config.get("use_dora") is True and not config.get("use_rslora", False)
+
+    @property
+    def honoured(self) -> frozenset[str]:
+        """The keys of an adapter_config.json that this method's settings express."""
+        return super().honoured | {"use_dora"}
+
+    def initial(self, name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor | None:
+        """Return LoRA's initial value; magnitudes depend on the weight, see `initialize`."""
+        return None if name.endswith(_MAGNITUDE) else super().initial(name, shape, generator)
+
+    @torch.no_grad()
+    def initialize(self, model: nn.Module, lora: LoraSettings, seed: int, shard_rank: int, shard_size: int) -> None:
+        """Give every trained tensor its initial value: the magnitudes are the norms of the weight's rows.
+
+        A collective: units are gathered one by one.
+        """
+        super().initialize(model, lora, seed, shard_rank, shard_size)
+        norms: dict[nn.Module, torch.Tensor] = {}
+        for modules in gathered_units(model):
+            for layer in (module for module in modules if isinstance(module, Linear)):
+                norms[layer] = torch.linalg.norm(layer.get_base_layer().weight.float(), dim=1)
+        for layer, norm in norms.items():
+            magnitude = layer.get_submodule(f"{_MAGNITUDE}.{ADAPTER}").get_parameter("weight")
+            fill_slice(magnitude, norm, shard_rank, shard_size)
