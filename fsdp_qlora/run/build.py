@@ -166,8 +166,8 @@ def build_sharded(
     plan: TrainPlan,
     ranks: Ranks,
     host: torch.device = HOST,
-    first_added: int | None = None,
     before_sharding: Callable[[nn.Module], None] = lambda base: None,
+    first_added: int | None = None,
 ) -> CausalModel:
     """Swap, adapt and shard a meta model as planned; the order matters (see docs/architecture.md).
 
