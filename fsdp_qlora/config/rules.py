@@ -257,6 +257,17 @@ def _plan(config: RunConfig) -> Iterator[str]:
         yield "plan.interconnect: is compared with a device's compute; also set plan.device."
 
 
+def _added_tokens(config: RunConfig) -> Iterator[str]:
+    tokens, fsdp = config.model.add_tokens, config.fsdp
+    if any(not token.strip() for token in tokens):
+        yield "model.add_tokens: a token must not be empty or blank."
+    if twice := list(dict.fromkeys(token for token in tokens if tokens.count(token) > 1)):
+        yield f"model.add_tokens: {', '.join(map(repr, twice))} is named more than once."
+    if tokens and (fsdp.offloads_parameters or fsdp.offload_modules):
+        key = "offload_modules" if fsdp.offload_modules else f"offload={fsdp.offload}"
+        yield f"model.add_tokens: the rows of added tokens stay on the device; leave them or fsdp.{key} out."
+
+
 def _prompts(config: RunConfig) -> Iterator[str]:
     if config.prompt is not None and config.prompt_file is not None:
         yield "prompt_file: give prompt or prompt_file, not both."
@@ -279,6 +290,7 @@ RULES: tuple[Rule, ...] = (
     _fast_paths,
     _degrees,
     _replicated,
+    _added_tokens,
     _method,
     _plan,
     _prompts,
