@@ -16,6 +16,7 @@ from fsdp_qlora.distributed.process import Placement, choose_device, use_device
 from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError, StorageError
 from fsdp_qlora.export.adapter import copy_adapter
 from fsdp_qlora.export.quantized_base import export_base
+from fsdp_qlora.export.vllm import rewrite_for_vllm, served_by_vllm
 from fsdp_qlora.model.folder import resolve_folder
 from fsdp_qlora.model.skeleton import build_skeleton
 from fsdp_qlora.parallel.shard import model_dtype
@@ -84,9 +85,12 @@ def _adapter(config: RunConfig) -> int:
         raise SecurityError(f"{target} is a link; links are not followed here. Name the folder with export.to.")
     try:
         copy_adapter(source, manifest, target)
+        if config.export.for_vllm:
+            rewrite_for_vllm(target)
     except OSError as error:
         raise StorageError(f"export.to: {target} cannot be written: {error}") from error
     print(f"step {manifest.step} of {source} -> {target}")
+    print(served_by_vllm(target))
     return 0
 
 

@@ -60,6 +60,8 @@ class ExportSettings:
     """Output folder; null = ``<run folder>/adapter`` for an adapter."""
     overwrite: bool = False
     """``merged``: replace an earlier export in ``to``."""
+    for_vllm: bool = False
+    """``adapter``: write a LoRA of one rank and scaling 1, which computes the same and which vLLM reads right."""
     merge_base: Literal["auto", "original", "dequantized"] = "auto"
     """``merged``: fold the adapter into the weights as they are stored (``original``), or as they are after quantizing,
     which is what it was trained on (``dequantized``). ``auto`` measures both on at most 64 held-out rows and keeps the
