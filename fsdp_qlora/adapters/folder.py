@@ -28,7 +28,7 @@ from fsdp_qlora.adapters.method import (
     shared_names,
     tensor_names,
 )
-from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.names import LORA_A, trainable_parameters
 from fsdp_qlora.config.choices import METHODS, PEFT_METHODS
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.mesh import Ranks
@@ -211,8 +211,6 @@ def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-_RANKED = ".lora_A.weight"
-"""The ending of tensors whose first dimension is the rank."""
 
 
 def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[str]:
@@ -231,9 +229,9 @@ def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[st
         modules = adapted_modules(names, file)
         settings = None if config is None else config.settings(modules)
         for name in names:
-            if settings is None or not name.endswith(_RANKED):
+            if settings is None or not name.endswith(LORA_A):
                 continue
-            r = of_target(settings, name.removeprefix("base_model.model.").removesuffix(_RANKED)).r
+            r = of_target(settings, name.removeprefix("base_model.model.").removesuffix(LORA_A)).r
             if (shape := stored.get_slice(name).get_shape())[:1] != [r]:
                 raise ModelError(f"adapter: {folder / CONFIG_NAME} says r={r}, but {name} is {shape} in {file}.")
         return modules

@@ -18,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from fsdp_qlora.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, opened_weights
+from fsdp_qlora.adapters.names import LORA_A, LORA_B
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.files.scratch import fresh_folder, move_into
@@ -25,7 +26,6 @@ from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_json
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of ``--max-lora-rank`` (``MaxLoRARanks`` in vllm/config/lora.py)."""
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 _REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA",
     "modules_to_save": "modules_to_save",
@@ -46,29 +46,29 @@ def obstacles(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """
     if config.get("peft_type") != "LORA":
         return [f"it knows LoRA only, not {config.get('peft_type')}"]
-    found = [f"it refuses {words}" for key, words in _REFUSED.items() if config.get(key)]
+    reasons = [f"it refuses {words}" for key, words in _REFUSED.items() if config.get(key)]
     if config.get("bias", "none") != "none":
-        found.append("it refuses trained biases")
-    found += [f"it passes over {key} without a word" for key in _PASSED_OVER if config.get(key)]
+        reasons.append("it refuses trained biases")
+    reasons += [f"it passes over {key} without a word" for key in _PASSED_OVER if config.get(key)]
     if config.get("target_parameters"):
-        found.append("it reads the layout of adapters on experts in another way (vllm#52198)")
-    odd = [name for name in names if not name.endswith((_A, _B))]
-    if odd and not found:
-        found.append(f"it does not know tensors such as {odd[0]}")
+        reasons.append("it reads the layout of adapters on experts in another way (vllm#52198)")
+    odd = [name for name in names if not name.endswith((LORA_A, LORA_B))]
+    if odd and not reasons:
+        reasons.append(f"it does not know tensors such as {odd[0]}")
     edges = sorted({part for name in names for part in ("embed_tokens", "lm_head") if f".{part}." in name})
     if edges and not config.get("trainable_token_indices"):
-        found.append(f"most of its models take no adapter on {' and '.join(edges)}")
+        reasons.append(f"most of its models take no adapter on {' and '.join(edges)}")
     if (rank := _rank(config)) > RANKS[-1]:
-        found.append(f"its largest rank is {RANKS[-1]}, and this one has {rank}")
-    return found
+        reasons.append(f"its largest rank is {RANKS[-1]}, and this one has {rank}")
+    return reasons
 
 
 def served_by_vllm(folder: Path) -> str:
     """Return the line to print about an adapter's folder: whether vLLM serves it, and how or why not."""
     config = read_json(own_file(folder, CONFIG_NAME), dict[str, Any])
     with opened_weights(own_file(folder, WEIGHTS_NAME)) as stored:
-        found = obstacles(config, list(stored.keys()))
-    if not found:
+        reasons = obstacles(config, list(stored.keys()))
+    if not reasons:
         rank = next(rank for rank in RANKS if rank >= _rank(config))
         base = str(config.get("base_model_name_or_path"))
         words = [
@@ -82,11 +82,11 @@ def served_by_vllm(folder: Path) -> str:
             f"tuned={folder}",
         ]
         return f"vLLM: yes: {shlex.join(words)}"
-    plain = all(any(key in reason for key in _PASSED_OVER) for reason in found)
+    plain = all(any(key in reason for key in _PASSED_OVER) for reason in reasons)
     way = (
         "export.for_vllm=true writes a form that it computes right" if plain else "what=merged makes a model it serves"
     )
-    return f"vLLM: no, because {'; '.join(found)} ({way})."
+    return f"vLLM: no, because {'; '.join(reasons)} ({way})."
 
 
 def _rank(config: Mapping[str, Any]) -> int:
@@ -106,22 +106,22 @@ def rewrite_for_vllm(folder: Path) -> None:
     patterns = {key: config.get(key) or {} for key in _PASSED_OVER}
     with opened_weights(own_file(folder, WEIGHTS_NAME)) as stored:
         names = list(stored.keys())
-        if found := obstacles({**config, **dict.fromkeys(_PASSED_OVER)}, names):
+        if reasons := obstacles({**config, **dict.fromkeys(_PASSED_OVER)}, names):
             raise ModelError(
-                f"export.for_vllm: {folder} cannot be served by vLLM in any form of an adapter: {'; '.join(found)}. "
+                f"export.for_vllm: {folder} cannot be served by vLLM in any form of an adapter: {'; '.join(reasons)}. "
                 "Use what=merged."
             )
         tensors = {name: stored.get_tensor(name).float() for name in names}
     rank = _rank(config)
     written: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
-        module = name.removeprefix("base_model.model.").removesuffix(_A).removesuffix(_B)
+        module = name.removeprefix("base_model.model.").removesuffix(LORA_A).removesuffix(LORA_B)
         r, alpha = (
             _of_module(patterns[key], module, config[plain])
             for key, plain in zip(_PASSED_OVER, ("r", "lora_alpha"), strict=True)
         )
         scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-        if name.endswith(_A):
+        if name.endswith(LORA_A):
             written[name] = torch.cat([value, value.new_zeros(rank - r, value.shape[1])])
         else:
             written[name] = torch.cat([value * scaling, value.new_zeros(value.shape[0], rank - r)], dim=1)
