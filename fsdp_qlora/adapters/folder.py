@@ -28,7 +28,7 @@ from fsdp_qlora.adapters.method import (
     shared_names,
     tensor_names,
 )
-from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.names import LORA_A, trainable_parameters
 from fsdp_qlora.config.choices import METHODS, PEFT_METHODS
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.mesh import Ranks
@@ -36,11 +36,12 @@ from fsdp_qlora.distributed.shards import fill_slice
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.load.finite import require_finite
+from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 T = TypeVar("T")
 CONFIG_NAME = "adapter_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
-_HONOURED = {"peft_type", "base_model_name_or_path", "revision"}
+_HONOURED = {"peft_type", "base_model_name_or_path", "revision", "trainable_token_indices"}
 """Keys honoured for every method; see also `Method.honoured`."""
 _SELECTING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 """Keys that select modules. Also honoured, but through the names of the tensors in the file."""
@@ -77,6 +78,8 @@ class AdapterConfig:
     """Ranks by regular expressions of names, as PEFT reads them."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Alphas, likewise."""
+    token_ids: tuple[int, ...] = ()
+    """Ids of the tokens whose rows of embedding and head were trained."""
 
     def settings(self, targets: list[str]) -> LoraSettings:
         """Return the config as ``lora`` settings for these targets, with whole names for PEFT's expressions."""
@@ -132,7 +135,19 @@ def _adapter_config(values: dict[str, Any], file: Path, method: Method) -> Adapt
     if wrong:
         raise ModelError(f"adapter: {file} is malformed: {', '.join(wrong)[:500]}.")
     base, revision = names
-    return AdapterConfig(r, float(alpha), method.name, base, revision, settings.options, ranks, alphas)
+    token_ids = _token_ids(values.get("trainable_token_indices"), file)
+    return AdapterConfig(r, float(alpha), method.name, base, revision, settings.options, ranks, alphas, token_ids)
+
+
+def _token_ids(indices: Any, file: Path) -> tuple[int, ...]:
+    """Return the ids of ``trainable_token_indices``: a list of the embedding's, or the same list for each table."""
+    lists = list(indices.values()) if isinstance(indices, dict) else [indices or []]
+    shown = f"trainable_token_indices={json.dumps(indices)[:200]}"
+    if any(not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids) for ids in lists):
+        raise ModelError(f"adapter: {file} is malformed: {shown}.")
+    if any(ids != lists[0] for ids in lists):
+        raise ModelError(f"adapter: {file} trains different tokens in its tables ({shown}), which is not supported.")
+    return tuple(lists[0]) if lists else ()
 
 
 def _are_patterns(values: Any, kind: type, below: float) -> bool:
@@ -167,13 +182,13 @@ def _refused(values: dict[str, Any], method: Method) -> list[str]:
 
 
 def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
-    """Return the modules with an adapter, given the tensor names in an adapter file.
+    """Return the linears with an adapter, given the tensor names in an adapter file; rows of tokens are left out.
 
     Raises:
         ModelError: if a tensor does not belong to plain LoRA on a linear.
     """
     tensors = "|".join(map(re.escape, sorted(tensor_names())))
-    of_targets = set(names) - shared_names()
+    of_targets = {name for name in set(names) - shared_names() if not name.endswith(f".{TOKEN_ROWS}")}
     matches = {name: re.fullmatch(rf"base_model\.model\.(.+)\.(?:{tensors})", name) for name in of_targets}
     if odd := sorted(name for name, match in matches.items() if match is None):
         raise ModelError(
@@ -196,8 +211,6 @@ def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-_RANKED = ".lora_A.weight"
-"""The ending of tensors whose first dimension is the rank."""
 
 
 def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[str]:
@@ -216,9 +229,9 @@ def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[st
         modules = adapted_modules(names, file)
         settings = None if config is None else config.settings(modules)
         for name in names:
-            if settings is None or not name.endswith(_RANKED):
+            if settings is None or not name.endswith(LORA_A):
                 continue
-            r = of_target(settings, name.removeprefix("base_model.model.").removesuffix(_RANKED)).r
+            r = of_target(settings, name.removeprefix("base_model.model.").removesuffix(LORA_A)).r
             if (shape := stored.get_slice(name).get_shape())[:1] != [r]:
                 raise ModelError(f"adapter: {folder / CONFIG_NAME} says r={r}, but {name} is {shape} in {file}.")
         return modules
@@ -257,6 +270,8 @@ def load_adapter(
         if odd := sorted(names ^ parameters.keys() ^ fixed.keys()):
             ours = sorted(set(adapted_modules(parameters, file)) - set(modules))
             hint = f" It has no adapter for {ours[0]}: set lora.target_modules to the adapter's." if ours else ""
+            if odd[0].endswith(TOKEN_ROWS):
+                hint = " One of them has rows of added tokens: set model.add_tokens to the adapter's."
             raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors (first: {odd[0]}).{hint}")
         for name, target in {**parameters, **fixed}.items():
             value = stored.get_tensor(name)

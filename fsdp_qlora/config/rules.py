@@ -257,6 +257,17 @@ def _plan(config: RunConfig) -> Iterator[str]:
         yield "plan.interconnect: is compared with a device's compute; also set plan.device."
 
 
+def _added_tokens(config: RunConfig) -> Iterator[str]:
+    tokens, fsdp = config.model.add_tokens, config.fsdp
+    if any(not token.strip() for token in tokens):
+        yield "model.add_tokens: a token must not be empty or blank."
+    if twice := list(dict.fromkeys(token for token in tokens if tokens.count(token) > 1)):
+        yield f"model.add_tokens: {', '.join(map(repr, twice))} is named more than once."
+    if tokens and (fsdp.offloads_parameters or fsdp.offload_modules):
+        key = "offload_modules" if fsdp.offload_modules else f"offload={fsdp.offload}"
+        yield f"model.add_tokens: the rows of added tokens stay on the device; leave them or fsdp.{key} out."
+
+
 def _prompts(config: RunConfig) -> Iterator[str]:
     if config.prompt is not None and config.prompt_file is not None:
         yield "prompt_file: give prompt or prompt_file, not both."
@@ -279,10 +290,28 @@ RULES: tuple[Rule, ...] = (
     _fast_paths,
     _degrees,
     _replicated,
+    _added_tokens,
     _method,
     _plan,
     _prompts,
 )
+
+
+def _export_needs(config: RunConfig) -> Iterator[str]:
+    if config.what == "base-4bit":
+        if not config.model.name:
+            yield "model.name: not set. what=base-4bit stores this model in 4 bits."
+        if not config.export.to:
+            yield "export.to: not set. Give the folder that what=base-4bit writes."
+        if config.quant.name not in ("nf4", "fp4") or config.quant.overrides:
+            yield "quant: what=base-4bit stores all linears in one 4-bit format; choose nf4 or fp4, without overrides."
+        if config.export.checkpoint:
+            yield "export.checkpoint: holds an adapter; leave it out, or set what=adapter."
+    if config.what == "merged":
+        if not config.export.to:
+            yield "export.to: not set. Give the folder that what=merged writes."
+        if config.adapter and config.export.checkpoint:
+            yield "export.checkpoint: adapter names the adapter to fold in; give one of them."
 
 
 def _needs(verb: str, config: RunConfig) -> Iterator[str]:
@@ -292,15 +321,8 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
         yield "data.train: not set. Give a file, a folder, a hub data set, or a list of them."
     if verb == "evaluate" and config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
         yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
-    if verb == "export" and config.what == "base-4bit":
-        if not config.model.name:
-            yield "model.name: not set. what=base-4bit stores this model in 4 bits."
-        if not config.export.to:
-            yield "export.to: not set. Give the folder that what=base-4bit writes."
-        if config.quant.name not in ("nf4", "fp4") or config.quant.overrides:
-            yield "quant: what=base-4bit stores all linears in one 4-bit format; choose nf4 or fp4, without overrides."
-        if config.export.checkpoint:
-            yield "export.checkpoint: holds an adapter; leave it out, or set what=adapter."
+    if verb == "export":
+        yield from _export_needs(config)
     if verb == "generate":
         if config.prompt is None and config.prompt_file is None:
             yield 'prompt: not set. Give prompt="..." or prompt_file=FILE.'

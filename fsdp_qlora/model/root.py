@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.attention.flatten import decoder_inputs
 from fsdp_qlora.data.labels import Sequences, supervised_positions
+from fsdp_qlora.heads.added import TokenEmbedding
 from fsdp_qlora.heads.dense import LossHead
 from fsdp_qlora.heads.logprobs import CrossEntropy, cross_entropy_
 from fsdp_qlora.heads.quantized import QuantLossHead, configure_loss_head
@@ -58,6 +59,11 @@ class CausalModel(nn.Module):
         """The device it computes on; its shards may be in host memory."""
         parameter = next(self.parameters())
         return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
+
+    def num_ids(self, without: int) -> int:
+        """Return the number of token ids if tokens were added, else ``without``."""
+        table = self.base.get_input_embeddings()
+        return table.num_embeddings if isinstance(table, TokenEmbedding) else without
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None,

@@ -146,12 +146,11 @@ class MemoryModel:
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
-        adapted = frozenset(trained)
         self.activations: tuple[LayerActivations, ...] = tuple(
             layer_activations(
                 shapes,
                 layer,
-                adapted,
+                frozenset(trained),
                 settings.itemsize,
                 settings.lora.dropout > 0,
                 settings.attention,
@@ -171,7 +170,7 @@ class MemoryModel:
         last = self._saved(self.activations[-1], settings) if whole else 0
         logits = self._logits(settings)
         # five tensors [tokens, hidden] around the head: the final norm, its copies and the gradient
-        edge = 5 * settings.tokens * self.shapes.hidden_size * settings.itemsize
+        edge = settings.tokens * (5 * self.shapes.hidden_size + self.adapters.kept_by_head) * settings.itemsize
         head, again = self._gathered_head(settings)
         at_layer = self._gathered(self.layers, settings)
         at_layer += (self.dense_again if settings.keeps_dense else self.dense) * settings.itemsize
@@ -195,7 +194,9 @@ class MemoryModel:
         # The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`).
         # It runs when activations are freed, so it counts in `bytes` but in none of the moments.
         if settings.adapter_copies > 1:
-            gradients = 2 * gradients + FLOAT32 * sum(map(len, self.trained.values()))
+            gradients = 2 * gradients + FLOAT32 * (sum(map(len, self.trained.values())) + len(self.adapters.rows))
+        elif settings.shard_size > 1:
+            gradients += FLOAT32 * (self.adapters.row_elements + len(self.adapters.rows))
         bytes_ = BytesPerRank(
             packed,
             statistics,
@@ -212,7 +213,7 @@ class MemoryModel:
 
     def trainable(self) -> int:
         """Return the number of trainable (adapter) elements."""
-        return sum(prod(shape) for shapes in self.trained.values() for shape in shapes.values())
+        return self.adapters.row_elements + sum(prod(s) for shapes in self.trained.values() for s in shapes.values())
 
     def _fixed(self, settings: StorageSettings) -> tuple[int, int, int, int, int]:
         """Return this rank's bytes of packed weights, statistics, kept weights, adapters and optimizer states."""
@@ -233,13 +234,15 @@ class MemoryModel:
                 state_bytes(settings.optim, name, shape, num_ranks=settings.adapter_shards)
                 for shapes in self.trained.values()
                 for name, shape in shapes.items()
-            ),
+            )
+            + sum(state_bytes(settings.optim, name, shape, num_ranks=1) for name, shape in self.adapters.rows.items()),
         )
 
     def _held(self, settings: StorageSettings) -> int:
         """Return the number of adapter elements that this rank holds."""
         shards = settings.adapter_shards
-        return sum(_share(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values())
+        sharded = sum(_share(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values())
+        return sharded + self.adapters.row_elements
 
     def _gradients(self, settings: StorageSettings) -> int:
         """Return the bytes of the adapters' float32 gradients: whole during accumulation, else this rank's shard."""
@@ -364,10 +367,10 @@ class MemoryModel:
         return saved
 
     def _logits(self, settings: StorageSettings) -> int:
-        chunk, shapes = min(settings.logits_chunk, settings.tokens), self.shapes
+        chunk, vocab = min(settings.logits_chunk, settings.tokens), self.shapes.vocab_size + self.adapters.added
         if settings.quantized_embeddings:
-            return sliced_bytes(chunk, settings.tokens, shapes.vocab_size, shapes.hidden_size, settings.itemsize)
-        return chunked_bytes(chunk, shapes.vocab_size, settings.itemsize, settings.on_accelerator, shapes.capped)
+            return sliced_bytes(chunk, settings.tokens, vocab, self.shapes.hidden_size, settings.itemsize)
+        return chunked_bytes(chunk, vocab, settings.itemsize, settings.on_accelerator, self.shapes.capped)
 
     def _largest_slice(self, shard_size: int) -> int:
         """Return the most elements that this rank reads at a time: a chunk (all if transposed) or its shard."""

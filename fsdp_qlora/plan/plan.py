@@ -23,6 +23,7 @@ from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 from fsdp_qlora.shapes.targets import target_linears
+from fsdp_qlora.shapes.tokens import token_rows
 from fsdp_qlora.shapes.units import fsdp_units
 
 
@@ -112,12 +113,10 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     by_name = {x.name: x for x in shapes.linears}
     method = build_method(config.lora.variant)
     trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
-    _require_matches(config, [name for tensors in trained.values() for name in tensors])
+    rows = _token_rows(config, shapes, method)
+    _require_matches(config, [*(name for tensors in trained.values() for name in tensors), *rows])
     quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
-    rows = config.train.micro_batch_size
-    if config.train.micro_batch_tokens:  # the worst case: all rows at maximum length
-        rows = max(1, config.train.micro_batch_tokens // config.data.max_length)
-    batch = BatchPlan(config.train.global_batch_size, rows, world_size)
+    batch = BatchPlan(config.train.global_batch_size, _micro_batch_rows(config), world_size)
     _, shard = degrees(degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree, world_size)
     settings = storage_settings(config, batch, shard)
     stored = (*quantized, *edges)
@@ -125,7 +124,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
     )
     cost = _adapter_cost(method, [by_name[name] for name in targets], shapes, lora, settings.itemsize)
-    memory = MemoryModel(shapes, stored, trained, settings, offloaded, cost)
+    memory = MemoryModel(shapes, stored, trained, settings, offloaded, replace(cost, rows=rows))
     if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
         raise PlanError(
             "train.activation_checkpointing: selective does not work with fsdp.offload_modules inside decoder layers "
@@ -151,6 +150,21 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         settings=settings,
         choices=choices,
     )
+
+
+def _token_rows(config: RunConfig, shapes: ModelShapes, method: Method) -> dict[str, tuple[int, int]]:
+    rows = token_rows(shapes, len(config.model.add_tokens))
+    if rows and not hasattr(method.config, "trainable_token_indices"):
+        raise PlanError(
+            f"model.add_tokens: PEFT's config of lora.variant={method.name} has no place for them; leave them out."
+        )
+    return rows
+
+
+def _micro_batch_rows(config: RunConfig) -> int:
+    if config.train.micro_batch_tokens:  # the worst case: all rows at maximum length
+        return max(1, config.train.micro_batch_tokens // config.data.max_length)
+    return config.train.micro_batch_size
 
 
 def _adapter_cost(

@@ -24,6 +24,7 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.heads.added import add_token_rows, start_token_rows
 from fsdp_qlora.heads.quantized import quantize_edges
 from fsdp_qlora.heads.upstream import AfterHead, after_head
 from fsdp_qlora.load.buffers import persistent_buffers
@@ -63,6 +64,7 @@ from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.swap import keep_dense, swap_linears
 from fsdp_qlora.run.decide import require_kernels, skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +83,8 @@ class OpenedModel:
     source: SafetensorsFolder
     shapes: ModelShapes
     plan: TrainPlan
+    first_added: int | None = None
+    """Id of the first added token; None: after all rows of the base."""
 
     @property
     def repairs(self) -> tuple[str, ...]:
@@ -141,11 +145,12 @@ def open_model(
 def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = None) -> tuple[CausalModel, LoadReport]:
     """Quantize, adapt and shard an opened model, then load its weights and initialize its adapters."""
     config = opened.config
-    model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks)
+    model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks, first_added=opened.first_added)
     shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
     on_host = host_modules(model.base, opened.plan.offloaded)
     report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host)
     initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora)
+    start_token_rows(model.base, opened.shapes, opened.source, ranks)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
     if opened.plan.settings.keeps_dense:
@@ -161,6 +166,7 @@ def build_sharded(
     ranks: Ranks,
     host: torch.device = HOST,
     before_sharding: Callable[[nn.Module], None] = lambda base: None,
+    first_added: int | None = None,
 ) -> CausalModel:
     """Swap, adapt and shard a meta model as planned; the order matters (see docs/architecture.md).
 
@@ -174,6 +180,7 @@ def build_sharded(
     fused = _use_kernels(config, base, after)
     model = CausalModel(adapted)
     model.fused = fused
+    add_token_rows(base, shapes, first_added, len(config.model.add_tokens))
     if config.debug.name != "plain":
         use_fused_products(model)
     units = [[base.get_submodule(name) for name in unit] for unit in plan.units]
@@ -187,7 +194,8 @@ def build_sharded(
     policy = mixed_precision(config.precision.name)
     keeps_whole = plan.settings.keeps_whole
     replicated = keeps_whole or fsdp.adapters == "replicated"
-    unsharded = [*float32, *(p for _, p in trainable_parameters(model) if replicated)]
+    whole = (p for name, p in trainable_parameters(model) if replicated or name.endswith(TOKEN_ROWS))
+    unsharded = [*float32, *whole]
     on_host = host_modules(base, plan.offloaded)
     keep_on_host(on_host)
     if keeps_whole:

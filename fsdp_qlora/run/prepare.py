@@ -21,7 +21,7 @@ from fsdp_qlora.run.build import Weights, load_model
 from fsdp_qlora.run.check import check_losses, open_and_check, told
 from fsdp_qlora.run.decide import SHARD_DEGREE, compilation_for, on_device, rank_budget, settled_world
 from fsdp_qlora.run.prepared import Prepared
-from fsdp_qlora.run.tokens import tokenize
+from fsdp_qlora.run.tokens import first_added, tokenize
 from fsdp_qlora.run.world import World, open_world
 
 _EQUAL = "equal to upstream's own code"
@@ -62,7 +62,8 @@ def _prepare(
     compilation = compilation_for(config, opened.base, opened.plan, data, world.ranks.device, training)
     repairs = opened.repairs  # needs the model as transformers built it, before load_model changes it
     world.ranks.phases.enter("loading the model")
-    opened = opened.compiled(compilation.on)
+    first = on_every(lambda: first_added(config, opened.shapes, tokenizer), world.ranks)
+    opened = replace(opened.compiled(compilation.on), first_added=first)
     return_freed_memory()
     process_bytes = resident_bytes()
     model, report = load_model(opened, world.ranks, progress)

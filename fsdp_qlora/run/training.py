@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.names import trainable_parameters
@@ -48,6 +50,7 @@ from fsdp_qlora.run.evaluate import evaluate_rows
 from fsdp_qlora.run.folder import RunFolder, versions
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.profiling import Profiling
+from fsdp_qlora.shapes.tokens import trained_indices
 from fsdp_qlora.shown import published
 from fsdp_qlora.track.console import megabytes
 from fsdp_qlora.track.tracker import Tracker
@@ -164,10 +167,25 @@ class Training:
         card = model_card(published(to_dict(self.config)), self._facts(progress))
         method = build_method(lora.variant)
         peft_config = method.peft(targets, lora, "CAUSAL_LM")
+        if count := len(self.config.model.add_tokens):
+            first = len(self.prepared.tokenizer) - count
+            indices = trained_indices(self.prepared.shapes, first, count)
+            peft_config.trainable_token_indices = indices  # type: ignore[attr-defined]
         tensors = {**tensors, **method.fixed(self.model, lora)}
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
-        return export_adapter(folder, tensors, peft_config, base, self.prepared.tokenizer, card)
+        return export_adapter(folder, tensors, peft_config, base, self._saved_tokenizer(), card)
+
+    def _saved_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer to save; an added end of turn is its ``eos_token``, at which plain PEFT then stops."""
+        tokenizer, added = self.prepared.tokenizer, self.config.model.add_tokens
+        if added:
+            end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
+            for token in tokenizer.convert_ids_to_tokens(end.ids[:1]):
+                if token in added:
+                    tokenizer = deepcopy(tokenizer)
+                    tokenizer.eos_token = token
+        return tokenizer
 
     def _facts(self, progress: dict[str, Any]) -> dict[str, Any]:
         return {
