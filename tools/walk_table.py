@@ -15,10 +15,10 @@ STEP = "step 3"
 INTRODUCTION = """
 A *walk* runs the product's code on the fake CUDA device of `tests/fake_cuda`, on tensors without bytes: build, load
 from fake files, three steps (forward, backward, clipping, optimizer), evaluation, an answer of two tokens, the tensors
-of a checkpoint, the adapter gathered and exported up to its file. `tests/unit/test_walks.py` holds every walk to the rules
-below, in `make test` for all pairs of settings (optimizer, format, offload, ranks, attention, checkpointing, packing,
-adapters, kernels, compilation, micro-batches; `tests/fake_cuda/pairs.py`) and in `make test-full` for the variants of
-the table as well.
+of a checkpoint, the adapter gathered and exported up to its file. `tests/unit/test_walks.py` holds every walk to the
+rules below, in `make test` for all pairs of settings (optimizer, format, offload, ranks, attention, checkpointing,
+packing, adapters, kernels, compilation, micro-batches; `tests/fake_cuda/pairs.py`) and in `make test-full` for the
+variants of the table as well.
 
 - No operation mixes devices.
 - A step waits for the device once, and so does an evaluation; numerics.md names the exceptions.
