@@ -179,6 +179,18 @@ def test_one_rank_copies_layers_from_the_host_while_others_compute(walked):
     assert "beside" not in walked["1 rank"]["arrived"]["step 3"]
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["modules on the host, 1 rank"])
+def test_one_rank_copies_a_head_from_the_host_while_layers_compute(walked, name):
+    arrived = walked[name]["arrived"]["step 3"]
+    edge, norm = 1024 * 256 * 4, 256 * 4  # float32
+    inputs = 2 * 8 * 3 * 48
+    # In both micro-batches the head, the second layer's norms and the final one in forward, the first layer's in backward
+    assert arrived["beside"] == 2 * (edge + 5 * norm)
+    # The embedding, the norms of the layer that begins a pass, and the final one in backward
+    assert arrived["alone"] == pytest.approx(2 * (edge + 5 * norm), abs=inputs)
+
+
 def test_adamw_is_one_kernel_on_the_device_and_runs_on_the_host_with_the_states(walked):
     ours = "aten._foreach_norm", "aten._foreach_mul_"  # the gradients' norm, and clipping
     steps = {name: walked[name]["launches"]["step 3"] for name in ("1 rank", "offload params")}
