@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from fsdp_qlora.config import choices
+from fsdp_qlora.config.adapter_rules import ADAPTER_RULES
 from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.convert import known_keys
@@ -220,36 +221,6 @@ def _replicated(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _method(config: RunConfig) -> Iterator[str]:
-    """Refuse what an adapter method cannot do; one that is registered later refuses by itself."""
-    lora = config.lora
-    known = choices.PEFT_METHODS.get(lora.variant, ())
-    for option in lora.options:
-        if option not in known:
-            there = f"its options are {', '.join(known)}" if known else "it has no options"
-            yield f"lora.options: {lora.variant} has no {option!r}; {there}.{nearest(option, known)}"
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(lora, key)
-        if patterns and lora.variant not in choices.WITH_PATTERNS:
-            kinds = ", ".join(choices.WITH_PATTERNS)
-            yield f"lora.{key}: {lora.variant} has one rank and alpha for all modules; {kinds} have not."
-        if bad := [pattern for pattern, value in patterns.items() if not value > 0]:
-            yield f"lora.{key}: {bad[0]}={patterns[bad[0]]} must be above 0."
-    if any(number < 0 for number in lora.layers_to_transform):
-        yield "lora.layers_to_transform: layers are numbered from 0."
-    if lora.variant not in choices.PEFT_METHODS:
-        return
-    if lora.dropout and lora.variant not in choices.WITH_DROPOUT:
-        yield f"lora.dropout: {lora.variant} does not drop its input; set it to 0."
-    if config.train.compile == "true":
-        yield f"train.compile: PEFT's layers for lora.variant={lora.variant} are not compiled; set it to auto or false."
-    if config.fsdp.adapters == "replicated" and config.precision.name == "bf16":
-        yield (
-            f"fsdp.adapters: replicated adapters are float32, and PEFT's layers for lora.variant={lora.variant} would "
-            "also compute in float32; set adapters=sharded, or precision=fp32."
-        )
-
-
 def _plan(config: RunConfig) -> Iterator[str]:
     if config.plan.search and config.plan.gpu is None and config.plan.device is None:
         yield "plan.search: needs a memory size to fit into; set plan.gpu=24GiB or plan.device=rtx4090."
@@ -296,7 +267,7 @@ RULES: tuple[Rule, ...] = (
     _degrees,
     _replicated,
     _added_tokens,
-    _method,
+    *ADAPTER_RULES,
     _plan,
     _prompts,
 )
@@ -304,7 +275,7 @@ RULES: tuple[Rule, ...] = (
 
 def _export_needs(config: RunConfig) -> Iterator[str]:
     if config.what == "base-4bit":
-        if not config.model.name:
+        if not config.model.name and not config.adapter:
             yield "model.name: not set. what=base-4bit stores this model in 4 bits."
         if not config.export.to:
             yield "export.to: not set. Give the folder that what=base-4bit writes."
@@ -312,6 +283,10 @@ def _export_needs(config: RunConfig) -> Iterator[str]:
             yield "quant: what=base-4bit stores all linears in one 4-bit format; choose nf4 or fp4, without overrides."
         if config.export.checkpoint:
             yield "export.checkpoint: holds an adapter; leave it out, or set what=adapter."
+        if config.export.plain_lora:
+            yield "export.plain_lora: converts an adapter; set what=adapter."
+    if config.export.plain_lora and not config.export.to:
+        yield "export.to: not set. Give the folder that export.plain_lora=true writes."
     if config.what == "merged":
         if not config.export.to:
             yield "export.to: not set. Give the folder that what=merged writes."

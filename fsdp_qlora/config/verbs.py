@@ -63,6 +63,9 @@ class ExportSettings:
 
     checkpoint: Annotated[str | None, VERBATIM] = None
     """Checkpoint folder to export; null = the run's newest complete checkpoint."""
+    plain_lora: bool = False
+    """Convert an adapter that started from the base weights (PiSSA, OLoRA, LoftQ) to a plain LoRA of twice the rank for
+    the original base, and print what that changes."""
     to: Annotated[str | None, VERBATIM] = None
     """Output folder; null = ``<run folder>/adapter`` for an adapter."""
     overwrite: bool = False

@@ -33,6 +33,8 @@ _REFUSED: Mapping[str, str] = {
     "lora_bias": "trained biases",
 }
 """Settings that vLLM refuses, or whose tensors it refuses: what they are, in words."""
+_STARTS = ("pissa", "olora", "loftq")
+"""Beginnings of ``init_lora_weights`` with which the base is not the original one."""
 _PASSED_OVER = ("rank_pattern", "alpha_pattern")
 """Settings that change what an adapter computes and that vLLM does not read."""
 
@@ -49,6 +51,8 @@ def obstacles(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     reasons = [f"it refuses {words}" for key, words in _REFUSED.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         reasons.append("it refuses trained biases")
+    if str(config.get("init_lora_weights")).startswith(_STARTS):
+        reasons.append("it serves the original base, whose weights this adapter's start was taken off")
     reasons += [f"it passes over {key} without a word" for key in _PASSED_OVER if config.get(key)]
     if config.get("target_parameters"):
         reasons.append("it reads the layout of adapters on experts in another way (vllm#52198)")
@@ -86,6 +90,8 @@ def served_by_vllm(folder: Path) -> str:
     way = (
         "export.for_vllm=true writes a form that it computes right" if plain else "what=merged makes a model it serves"
     )
+    if str(config.get("init_lora_weights")).startswith(_STARTS):
+        way = "export.plain_lora=true converts it"
     return f"vLLM: no, because {'; '.join(reasons)} ({way})."
 
 
