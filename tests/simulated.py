@@ -83,6 +83,8 @@ VARIANTS: dict[str, Groups] = {
     "modules": ON_HOST,
     "modules, 1 rank": {**ON_HOST, "ranks": 1},
     "modules, 1 rank, deep": {**ON_HOST, "ranks": 1, "family": "deep"},
+    "modules, 1 rank, tied": {**ON_HOST, "ranks": 1, "family": "tied"},
+    "embeddings on the host, 1 rank, tied": {"family": "tied", "ranks": 1, "fsdp": {"offload_modules": ["embeddings"]}},
     "modules, 1 rank, prefetch 0": {"ranks": 1, "fsdp": {**ON_HOST["fsdp"], "prefetch": 0}},
     "modules, 1 rank, prefetch 2": {"ranks": 1, "fsdp": {**ON_HOST["fsdp"], "prefetch": 2}},
     "modules, deep": {**ON_HOST, "family": "deep"},

@@ -168,7 +168,8 @@ class MemoryModel:
         at_layer = self._gathered(self.layers, settings)
         at_layer += (self.dense_again if settings.keeps_dense else self.dense) * settings.itemsize
         apart = settings.on_accelerator and settings.shard_size == 1 and not settings.offload_parameters
-        ahead = settings.prefetch if apart and self.offloaded else 0  # `copy_modules_ahead` (`parallel/copy_ahead.py`)
+        later = any(not name.startswith(f"{self.shapes.embedding}.") for name in self.offloaded)
+        ahead = settings.prefetch if apart and later else 0  # `copy_modules_ahead` (`parallel/copy_ahead.py`)
         inside_ahead = ahead * most_inside(self.offloaded_inside, self.shapes) * settings.itemsize
         at_layer += self._held_edges(settings) + inside_ahead
         gradients = self._gradients(settings)
