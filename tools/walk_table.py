@@ -47,7 +47,7 @@ LIMITS = """
 - *flash_attention_2*, whose package needs a card to be imported; *flex_attention*, which must be compiled by inductor.
 - *LLM.int8's outlier columns*: bitsandbytes' fake kernels do not look for them, so the wait of numerics.md for a
   threshold does not show.
-- *Sampling and streaming* an answer, stop strings, and answers in batches to a file of prompts (`inference/prompts.py`).
+- *Sampling and streaming* an answer, stop strings, and answers to a file of prompts (`inference/prompts.py`).
 - *The allocator*, and time.
 """
 
