@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from fsdp_qlora.adapters.experts import attach_experts
 from fsdp_qlora.adapters.linear import QuantLoraLinear
 from fsdp_qlora.adapters.method import Method, build_method, plain_number, register, spelt_out
 from fsdp_qlora.adapters.peft_layers import refuse_merging, restore_buffers
@@ -105,14 +106,18 @@ def attach_lora(
 
 
 def attach_adapters(
-    model: PreTrainedModel, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM"
-) -> AdaptedModel:
+    model: PreTrainedModel, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM",
+    parameters: Sequence[LinearShape] = (),
+) -> AdaptedModel:  # fmt: skip
     """Add adapters (float32, on meta) to the named linears of a meta model and freeze everything else.
+
+    They are also added to the stacked weights ``parameters``, which are in the model's order; the model must run our
+    experts' forward (`use_experts_forward`).
 
     A method with a layer of its own is attached after `swap_linears`, one that PEFT's layers compute before it.
     """
     method = build_method(lora.method)
-    config = method.peft(target_modules, spelt_out(lora, target_modules), task_type)
+    config = method.peft(target_modules, spelt_out(lora, [*target_modules, *(x.name for x in parameters)]), task_type)
     if method.layer is None:
         modules = dict(model.named_modules())
         if any(isinstance(modules.get(name), QuantLinear) for name in target_modules):
@@ -129,6 +134,7 @@ def attach_adapters(
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    attach_experts(model, parameters, lora)
     if method.layer is None:
         restore_buffers(peft_model, config)
         refuse_merging(peft_model)

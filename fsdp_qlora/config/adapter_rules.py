@@ -82,6 +82,11 @@ def _start(config: RunConfig) -> Iterator[str]:
             "lora.init_lora_weights: loftq starts from what quantization loses, and quant=none loses nothing; choose "
             "pissa or olora, or quantize the base."
         )
+    if lora.target_parameters:
+        yield (
+            f"lora.target_parameters: adapters on stacked experts do not start from the base weights, as "
+            f"lora.init_lora_weights={lora.start} does; leave one of them out."
+        )
     if lora.init_from is not None:
         yield (
             f"lora.init_from: an adapter that is there already does not start from the base weights, as "

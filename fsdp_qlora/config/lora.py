@@ -44,15 +44,18 @@ class LoraSettings:
     target_modules: Any = "all-linear"
     """``all-linear``, or a list of modules: a name, its last parts (``[q_proj, v_proj]``), or a pattern of the whole
     name (``model.layers.1?.mlp.*``)."""
+    target_parameters: Annotated[Any, YOUNGER] = ""
+    """Stacked expert weights that get adapters too: ``experts`` (all of them), or a list, named in the same ways
+    (``[mlp.experts.down_proj]``). For ``lora`` and ``rslora``, without dropout. Routers get none."""
     exclude_modules: Annotated[list[str], YOUNGER] = field(default_factory=list)
-    """Modules among them, named in the same ways, that get no adapter."""
+    """Modules and stacked weights among them, named in the same ways, that get no adapter."""
     layers_to_transform: Annotated[list[int], YOUNGER] = field(default_factory=list)
     """Numbers of the decoder layers, from 0, that get adapters; empty = all."""
     rank_pattern: Annotated[dict[str, int], YOUNGER] = field(default_factory=dict)
-    """Ranks of some modules, named in the same ways (``{v_proj: 32}``); later patterns win. For LoRA's kinds only, as
-    ``alpha_pattern``."""
+    """Ranks of some targets, named in the same ways (``{v_proj: 32, "*.experts.*": 4}``); later patterns win. For
+    LoRA's kinds only, as ``alpha_pattern``."""
     alpha_pattern: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
-    """Alphas of some modules, as ``rank_pattern``."""
+    """Alphas of some targets, as ``rank_pattern``."""
     init_from: Annotated[str | None, VERBATIM, MAY_CHANGE] = None
     """PEFT adapter folder to start a new run from (same ranks, alphas and targets)."""
 

@@ -51,13 +51,24 @@ class Folding:
             ranks: one rank, on the device that quantizes.
 
         Raises:
-            ModelError: if a linear with an adapter is not in the model, or a changed tensor cannot be written back.
+            ModelError: if a linear with an adapter is not in the model, experts have adapters, or a changed tensor
+                cannot be written back.
         """
         self.base, self.files, self.adapter, self._ranks = base, files, adapter, ranks
+        if adapter.config.parameters:
+            raise ModelError(
+                f"what=merged: {adapter.folder} adapts stacked weights of experts, which are not folded in here; "
+                "export the adapter (what=adapter) and merge it with PEFT."
+            )
         shapes = read_shapes(base)
         self._formats = {x.linear.parameter: x for x in packed}
         self._linears = {x.parameter: x for x in shapes.linears} | {x.linear.parameter: x.linear for x in packed}
         names = {x.name: x for x in self._linears.values() if not x.stacked}
+        if adapter.config.parameters:
+            raise ModelError(
+                f"adapter: {adapter.folder} adapts stacked experts ({', '.join(adapter.config.parameters)}), which "
+                "what=merged does not fold yet; merge it with PEFT."
+            )
         if missing := sorted(set(adapter.modules) - names.keys()):
             raise ModelError(f"adapter: {adapter.folder} adapts {missing[0]}, which is no linear of this base model.")
         self._sizes = {name: (names[name].out_features, names[name].in_features) for name in adapter.modules}
@@ -152,7 +163,7 @@ class Folding:
             module = fill_alone(packed, self.files, self._ranks, taken)
             each = [module.dequantize(self.base.dtype, index).cpu() for index in range(linear.count)]
             weight = torch.stack(each) if linear.stacked else each[0]
-            return weight.t().contiguous() if linear.transposed else weight
+            return weight.transpose(-1, -2).contiguous() if linear.transposed else weight
         stored = self.files.find(parameter, linear.stored_shape)
         weight = self.files.read(stored, 0, stored.numel).view(linear.stored_shape)
         require_finite(weight, f"{stored.file}: tensor {parameter}")

@@ -8,6 +8,7 @@ quantizes its own rows, and then they exchange them.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -160,7 +161,7 @@ def _shares_weight(base: PreTrainedModel) -> bool:
 
 
 def _file_name(name: str) -> str:
-    return name.replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name)  # adapters on experts are nested
 
 
 def _is_ours(name: str, parameter: nn.Parameter, base: PreTrainedModel) -> bool:
@@ -221,19 +222,20 @@ def _kept_weight(base: PreTrainedModel, name: str, entry: StoredTensor, source: 
 
 def _reader(module: QuantMatrices, entry: StoredTensor, source: SafetensorsFolder) -> Read:
     """Return a reader of the flattened matrices ``[out_features, in_features]`` of ``module``, one after the other."""
-    whole: torch.Tensor | None = None
+    whole: tuple[int, torch.Tensor] | None = None  # a matrix and its place among the stacked ones
 
     def read(start: int, stop: int) -> torch.Tensor:
         nonlocal whole
+        index, shift = start // module.numel, start // module.numel * module.numel
         if module.stored is None or not module.stored.transposed:
             weights = source.read(entry, start, stop)
             require_finite(weights, f"{entry.file}: tensor {entry.name}")
             return weights
-        if whole is None:  # stored transposed (Conv1D): a row is not contiguous in the file, so read it all
-            stored = source.read(entry, 0, entry.numel).view(module.in_features, module.out_features)
+        if whole is None or whole[0] != index:  # transposed: a row is not contiguous in the file, so read the matrix
+            stored = source.read(entry, shift, shift + module.numel).view(module.in_features, module.out_features)
             require_finite(stored, f"{entry.file}: tensor {entry.name}")
-            whole = stored.t().reshape(-1)
-        return whole[start:stop]
+            whole = index, stored.t().reshape(-1)
+        return whole[1][start - shift : stop - shift]
 
     return read
 

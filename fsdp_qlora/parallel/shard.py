@@ -146,7 +146,9 @@ def host_modules(base: nn.Module, names: Collection[str]) -> list[nn.Module]:
     found = []
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
         module = base.get_submodule(owner)
-        found.append(getattr(module, "base_layer", module))  # below its adapter
+        while hasattr(module, "base_layer"):  # below its adapters
+            module = module.base_layer  # type: ignore[assignment]
+        found.append(module)
     return found
 
 

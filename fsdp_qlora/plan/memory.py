@@ -25,9 +25,9 @@ from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
 from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE
 from fsdp_qlora.plan.activations import LayerActivations, layer_activations
 from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes, MemoryPlan, Unit
+from fsdp_qlora.plan.dense import DenseWeights
 from fsdp_qlora.plan.offloaded import most_inside
 from fsdp_qlora.quant.formats import Packed
-from fsdp_qlora.quant.matrix import SLICE_WEIGHTS, WHOLE_WEIGHTS
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS
 from fsdp_qlora.shapes.linears import FLOAT32, ModelShapes
 
@@ -131,14 +131,7 @@ class MemoryModel:
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.linear.parameter: x for x in quantized}
         inside = [x for x in quantized if x.linear.name not in edges]
-        sizes = [x.linear.numel_each for x in inside]
-        # very large weights are dequantized slice by slice, and a slice is freed only once the next one exists
-        dense = [min(size, 2 * SLICE_WEIGHTS) if size > WHOLE_WEIGHTS else size for size in sizes]
-        may_stay = [x.quant_format.dense_forward and x.linear.numel_each <= WHOLE_WEIGHTS for x in inside]
-        self.dense = max(dense, default=0)
-        self.dense_again = max((size for size, stays in zip(dense, may_stay, strict=True) if not stays), default=0)
-        """The largest of those that are never kept."""
-        self.all_dense = sum(x.linear.numel for x, stays in zip(inside, may_stay, strict=True) if stays)
+        self.dense = DenseWeights.of(inside, trained, settings.on_accelerator)
         self.host_shards = {
             name: FLOAT32 * fullest_share(shape[0], settings.shard_size) * prod(shape[1:])
             for name, shape in shapes.parameters.items()
@@ -166,14 +159,14 @@ class MemoryModel:
         edge = settings.tokens * (5 * self.shapes.hidden_size + self.adapters.kept_by_head) * settings.itemsize
         head, again = self._gathered_head(settings)
         at_layer = self._gathered(self.layers, settings)
-        at_layer += (self.dense_again if settings.keeps_dense else self.dense) * settings.itemsize
+        at_layer += (self.dense.product_kept if settings.keeps_dense else self.dense.product) * settings.itemsize
         apart = settings.on_accelerator and settings.shard_size == 1 and not settings.offload_parameters
         later = any(not name.startswith(f"{self.shapes.embedding}.") for name in self.offloaded)
         ahead = settings.prefetch if apart and later else 0  # `copy_modules_ahead` (`parallel/copy_ahead.py`)
         inside_ahead = ahead * most_inside(self.offloaded_inside, self.shapes) * settings.itemsize
         at_layer += self._held_edges(settings) + inside_ahead
         gradients = self._gradients(settings)
-        dense = self.all_dense * settings.itemsize if settings.keeps_dense else 0
+        dense = self.dense.kept * settings.itemsize if settings.keeps_dense else 0
         on_device = 0 if settings.offload_parameters else sum(fixed) + dense
         arriving, inside = self._arriving(settings)
         held = on_device + gradients + kept
@@ -335,7 +328,7 @@ class MemoryModel:
             each = [edge + self._chosen(layer, settings) for layer in self.activations]
         on_device = each[-LAYERS_ON_DEVICE:] if settings.offload_activations else each
         until_backward = settings.cache_dequantized and not settings.keeps_dense
-        dense = self.all_dense * settings.itemsize if until_backward else 0
+        dense = self.dense.kept * settings.itemsize if until_backward else 0
         # one mask for all layers, in bytes; each layer's copy of it is counted with the layer
         mask = settings.tokens * settings.max_length if settings.attention == "sdpa" and settings.restarting else 0
         return sum(on_device) + dense + mask + (edge if settings.checkpointing == "none" else 0)
@@ -381,7 +374,7 @@ class MemoryModel:
         for name, shape in self.shapes.parameters.items():
             if (packed := self.packed.get(name)) is not None:
                 chunk = max(CHUNK_WEIGHTS, packed.quant_format.row_weights(packed.linear.in_features))
-                whole = prod(shape) if packed.linear.transposed else chunk
+                whole = packed.linear.numel_each if packed.linear.transposed else chunk
                 largest = max(largest, min(whole, prod(shape)))
             else:
                 largest = max(largest, fullest_share(shape[0] if shape else 1, shard_size) * prod(shape[1:]))

@@ -26,7 +26,7 @@ bytes, and twice that if all ranks keep all gradients (``fsdp.adapters=replicate
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect
@@ -80,7 +80,7 @@ def flops_per_token(plan: TrainPlan, shapes: ModelShapes, settings: StorageSetti
     """Return the operations per token at the settings' maximum length."""
     settings = settings or plan.settings
     weights = sum(x.numel_each * times for x, times in linears_of_token(plan, shapes))
-    head, adapters = shapes.vocab_size * shapes.hidden_size, plan.trainable_parameters
+    head, adapters = shapes.vocab_size * shapes.hidden_size, _adapters_of_token(plan, shapes)
     attention = _attention(plan, settings.max_length)
     return Flops(
         forward=2 * (weights + head + adapters) + attention,
@@ -93,6 +93,13 @@ def linears_of_token(plan: TrainPlan, shapes: ModelShapes) -> list[tuple[LinearS
     """Return the linears of the decoder layers that a token goes through, and how many matrices of each."""
     inner = quantized_linears(shapes) or shapes.linears
     return [(x, min(shapes.experts_per_token, x.count) if x.count > 1 else 1) for x in inner]
+
+
+def _adapters_of_token(plan: TrainPlan, shapes: ModelShapes) -> int:
+    """Return the number of adapter elements that a token is multiplied with: of experts, those it goes through."""
+    idle = {x.name: 1 - min(shapes.experts_per_token, x.count) / x.count for x in plan.parameters}
+    unused = (sum(map(prod, plan.memory.trained[name].values())) * share for name, share in idle.items())
+    return plan.trainable_parameters - round(sum(unused))
 
 
 def _attention(plan: TrainPlan, length: float) -> float:

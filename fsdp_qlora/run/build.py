@@ -33,7 +33,7 @@ from fsdp_qlora.load.conversions import arrangement
 from fsdp_qlora.load.inventory import take_stock
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import LoadReport, Progress, stream_weights
-from fsdp_qlora.model.experts import use_quantized_experts
+from fsdp_qlora.model.experts import use_experts_forward
 from fsdp_qlora.model.families import decoder_layers, task_type
 from fsdp_qlora.model.fused import fusible, swap_fused
 from fsdp_qlora.model.kernels import KERNELS, Kernels
@@ -259,7 +259,7 @@ def _adapt_and_quantize(
     config: RunConfig, base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, task: str | None
 ) -> AdaptedModel:
     """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know."""
-    attach = partial(attach_adapters, base, plan.targets, config.lora, task)
+    attach = partial(attach_adapters, base, plan.targets, config.lora, task, plan.parameters)
     quantize = partial(_quantize, base, plan, shapes, switch(config.quant.cache_dequantized) is True)
     if build_method(config.lora.method).layer is None:
         adapted = attach()
@@ -272,7 +272,7 @@ def _adapt_and_quantize(
 def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache: bool) -> None:
     """Replace the modules planned for quantization by modules with packed parameters."""
     swap_linears(base, plan.quantized, cache_dequantized=cache)
-    if any(x.linear.stacked for x in plan.quantized):
-        use_quantized_experts(base)
+    if plan.parameters or any(x.linear.stacked for x in plan.quantized):  # no other forward asks for adapters
+        use_experts_forward(base)
     if plan.quantized_edges:
         quantize_edges(base, shapes, plan.quantized_edges[0].quant_format)

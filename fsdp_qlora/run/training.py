@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters import build_method
+from fsdp_qlora.adapters.experts import peft_config, short_parameters
 from fsdp_qlora.adapters.loraplus import learning_rates
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
@@ -166,20 +167,20 @@ class Training:
         return on_main(lambda: self._write_adapter(folder, tensors, self.progress.to_dict()), self.ranks)
 
     def _write_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], progress: dict[str, Any]) -> int:
-        lora = self.prepared.settings.lora  # with whole names
-        targets = short_targets(self.prepared.plan.targets, self.model.base)
+        plan, lora = self.prepared.plan, self.prepared.settings.lora  # with whole names
+        targets = short_targets(plan.targets, self.model.base)
+        parameters = short_parameters(plan.parameters, plan.memory.shapes.parameters)
         card = model_card(published(to_dict(self.config)), self._facts(progress))
-        method = build_method(lora.method)
-        peft_config = as_started(method.peft(targets, lora, "CAUSAL_LM"), lora)
+        config, method = as_started(peft_config(targets, parameters, lora), lora), build_method(lora.method)
         if count := len(self.config.model.add_tokens):
             first = len(self.prepared.tokenizer) - count
             indices = trained_indices(self.prepared.shapes, first, count)
-            peft_config.trainable_token_indices = indices  # type: ignore[attr-defined]
+            config.trainable_token_indices = indices  # type: ignore[attr-defined]
         tensors = {**tensors, **method.fixed(self.model, lora)}
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
         beside = [] if lora.start is None else [self.folder.path / FILE_NAME]
-        return export_adapter(folder, tensors, peft_config, base, self._saved_tokenizer(), card, beside)
+        return export_adapter(folder, tensors, config, base, self._saved_tokenizer(), card, beside)
 
     def _saved_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer to save; an added end of turn is its ``eos_token``, at which plain PEFT then stops."""

@@ -15,7 +15,6 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from fsdp_qlora.config.schema import RunConfig, from_dict
@@ -28,7 +27,7 @@ from tests.distributed.test_peft_methods import QUANT, STOCK, _rounded
 from tests.matrix import small_config
 from tests.tiers import some_in_full
 
-FAMILIES = ("llama", "qwen3_moe", "gemma3_text", "gpt2")
+FAMILIES = ("llama", "qwen3_moe", "gpt_oss", "gemma3_text", "gpt2")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FORMS = ("original", "dequantized")
 
@@ -63,7 +62,8 @@ def expected(
     if form == "dequantized" and quant != "none":
         for name in quantized:
             parameter = model.get_parameter(name)
-            turned = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Module) and "c_" in name
+            owner = model.get_submodule(name.rpartition(".")[0])
+            turned = "c_" in name or bool(getattr(owner, "is_transposed", False))  # GPT-2's Conv1D, gpt-oss's experts
             for matrix in parameter if parameter.dim() == 3 else [parameter]:
                 whole = (matrix.t() if turned else matrix).contiguous()
                 rounded = _rounded(whole, quant).bfloat16().float()
@@ -190,3 +190,11 @@ def test_an_adapter_of_another_model_is_refused(pool, tmp_path, tiny_model):
     folder = write_adapter(other, tmp_path / "adapter", lora())
     (message,) = pool.run(1, run_merge, str(tiny_model), str(folder), str(tmp_path / "merged"), "nf4", "original")[0]
     assert message.startswith("adapter:") and not (tmp_path / "merged").exists()
+
+
+def test_adapters_on_experts_are_refused(pool, tmp_path):
+    base = upstream.write_random(tmp_path / "base", small_config("qwen3_moe"), torch.bfloat16)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    folder = write_adapter(base, tmp_path / "adapter", config)
+    (message,) = pool.run(1, run_merge, str(base), str(folder), str(tmp_path / "merged"), "nf4", "original")[0]
+    assert message.startswith("what=merged:") and "stacked weights of experts" in message

@@ -24,7 +24,6 @@ Walk = Mapping[str, Any]
 MASK = "transformers/masking_utils.py"
 """transformers asks, once a micro-batch, whether rows are packed."""
 MORE = {
-    "quant/experts.py": lambda variant, _: variant.family == "experts",  # how many tokens each expert gets
     "_fsdp_param_group.py": lambda _, config: config.fsdp.offloads_parameters,  # gradients arrive in host memory
     "checks/gradients.py": lambda variant, _: len(variant.steps) == 2,  # the second step of a start
     "optim/bnb.py": lambda _, config: config.optim.name.startswith("paged"),  # the host may touch paged memory
