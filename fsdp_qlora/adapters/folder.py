@@ -28,7 +28,7 @@ from fsdp_qlora.adapters.method import (
     shared_names,
     tensor_names,
 )
-from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.names import ADAPTER, adapter_parameters, trainable_parameters
 from fsdp_qlora.config.choices import METHODS, PEFT_METHODS
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.mesh import Ranks
@@ -240,29 +240,32 @@ def opened_weights(file: Path) -> Iterator[Any]:
 
 @torch.no_grad()
 def load_adapter(
-    folder: Path, model: nn.Module, shard_rank: int = 0, shard_size: int = 1, lora: LoraSettings | None = None
-) -> None:
+    folder: Path, model: nn.Module, shard_rank: int = 0, shard_size: int = 1, lora: LoraSettings | None = None,
+    name: str | None = None,
+) -> None:  # fmt: skip
     """Fill a model's adapters, attached with the settings ``lora``, from a PEFT adapter folder.
+
+    ``name`` is the adapter's name on the model; None = the one that is trained.
 
     Raises:
         ModelError: if its tensors do not match the model's by name and shape, or a value is not finite.
     """
     file = own_file(folder, WEIGHTS_NAME)
-    parameters = dict(trainable_parameters(model))
+    parameters = dict(trainable_parameters(model) if name is None else adapter_parameters(model, name))
     modules = stored_modules(folder)
     with opened_weights(file) as stored:
         names = set(stored.keys())
         lora = lora or LoraSettings()
-        fixed = build_method(lora.variant).fixed(model, lora)
+        fixed = build_method(lora.variant).fixed(model, lora, name or ADAPTER)
         if odd := sorted(names ^ parameters.keys() ^ fixed.keys()):
             ours = sorted(set(adapted_modules(parameters, file)) - set(modules))
             hint = f" It has no adapter for {ours[0]}: set lora.target_modules to the adapter's." if ours else ""
             raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors (first: {odd[0]}).{hint}")
-        for name, target in {**parameters, **fixed}.items():
-            value = stored.get_tensor(name)
+        for key, target in {**parameters, **fixed}.items():
+            value = stored.get_tensor(key)
             if value.shape != target.shape:
-                raise ModelError(f"adapter: {name} is {list(value.shape)} in {file}, not {list(target.shape)}.")
-            require_finite(value, f"adapter: {name} in {file}")
+                raise ModelError(f"adapter: {key} is {list(value.shape)} in {file}, not {list(target.shape)}.")
+            require_finite(value, f"adapter: {key} in {file}")
             fill_slice(target, value, shard_rank, shard_size)
 
 

@@ -262,6 +262,22 @@ def _prompts(config: RunConfig) -> Iterator[str]:
         yield "prompt_file: give prompt or prompt_file, not both."
 
 
+def _adapters(config: RunConfig) -> Iterator[str]:
+    chosen, names = config.generate.adapter, config.adapter
+    if not isinstance(names, dict):
+        if chosen is not None:
+            yield "generate.adapter: chooses among several adapters; set adapter={name: FOLDER, ...}."
+        return
+    if not names:
+        yield "adapter: names no adapter; give {name: FOLDER, ...}, one folder, or null."
+    for name in names:
+        if not re.fullmatch(r"[^\W_][\w-]*", name):
+            yield f"adapter: {name!r} cannot name an adapter; use letters, digits, '_' and '-'."
+    known = [*names, "__base__"]
+    if chosen is not None and chosen not in known:
+        yield f"generate.adapter: {chosen!r} is not one of {', '.join(known)}.{nearest(chosen, known)}"
+
+
 RULES: tuple[Rule, ...] = (
     _finite,
     _ranges,
@@ -282,6 +298,7 @@ RULES: tuple[Rule, ...] = (
     _method,
     _plan,
     _prompts,
+    _adapters,
 )
 
 
@@ -290,6 +307,8 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
         yield "model.name: not set. Give a hub name (Qwen/Qwen3-8B), a folder, or experiment=quickstart."
     if verb == "train" and config.data.train is None:
         yield "data.train: not set. Give a file, a folder, a hub data set, or a list of them."
+    if verb == "evaluate" and isinstance(config.adapter, dict):
+        yield "adapter: evaluate measures one adapter; give its folder."
     if verb == "evaluate" and config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
         yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
     if verb == "export" and config.what == "base-4bit":

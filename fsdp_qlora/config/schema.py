@@ -352,8 +352,9 @@ class RunConfig(Saved):
     """`generate`: the prompt, taken as typed."""
     prompt_file: Annotated[str | None, VERBATIM] = None
     """`generate`: file with the prompt."""
-    adapter: Annotated[str | None, VERBATIM] = None
-    """`generate`, `evaluate`: PEFT adapter folder; null = the base model alone."""
+    adapter: Annotated[str | dict[str, str] | None, VERBATIM] = None
+    """`generate`, `evaluate`: PEFT adapter folder; null = the base model alone. `generate` also takes several by name
+    (``{poet: FOLDER, coder: FOLDER}``) and answers with each, or with ``generate.adapter``."""
     what: Annotated[str, choices.EXPORTS] = "adapter"
     """`export`: a checkpoint's adapter, or the base model in bitsandbytes' 4-bit format (``base-4bit``). The latter
     loads without being quantized again."""

@@ -48,6 +48,8 @@ class GenerateSettings:
     """Sampling temperature; 0 = greedy, the same answer every time."""
     top_p: Annotated[float, SHARE] = 1.0
     """Probability mass for nucleus sampling, when the temperature is above 0."""
+    adapter: str | None = None
+    """Which of several adapters (``adapter={name: FOLDER}``) answers, or ``__base__`` for none; null = each of them."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from fsdp_qlora.adapters.folder import start_from_adapter
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.served import ServedAdapter, attach_served, load_served
 from fsdp_qlora.config.auto import as_word, asked, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
@@ -138,14 +139,22 @@ def open_model(
     return OpenedModel(resolved, base, source, shapes, plan)
 
 
-def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = None) -> tuple[CausalModel, LoadReport]:
-    """Quantize, adapt and shard an opened model, then load its weights and initialize its adapters."""
+def load_model(
+    opened: OpenedModel, ranks: Ranks, progress: Progress | None = None, served: Sequence[ServedAdapter] = ()
+) -> tuple[CausalModel, LoadReport]:
+    """Quantize, adapt and shard an opened model, then load its weights and initialize its adapters.
+
+    With ``served``, the adapters are these, filled from their folders and frozen.
+    """
     config = opened.config
-    model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks)
+    model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks, served=served)
     shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
     on_host = host_modules(model.base, opened.plan.offloaded)
     report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host)
-    initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora)
+    if served:
+        load_served(model, served, ranks)
+    else:
+        initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
     if opened.plan.settings.keeps_dense:
@@ -161,16 +170,18 @@ def build_sharded(
     ranks: Ranks,
     host: torch.device = HOST,
     before_sharding: Callable[[nn.Module], None] = lambda base: None,
+    served: Sequence[ServedAdapter] = (),
 ) -> CausalModel:
     """Swap, adapt and shard a meta model as planned; the order matters (see docs/architecture.md).
 
-    ``before_sharding`` is called with the adapted base model.
+    ``before_sharding`` is called with the adapted base model. ``served`` replaces the adapter to train by several
+    others; ``config.lora`` must be the settings of the first.
     ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
     task = task_type(base)
     after = after_head(base) if task == "CAUSAL_LM" else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
-    adapted = _adapt_and_quantize(config, base, plan, shapes, task)
+    adapted = _adapt_and_quantize(config, base, plan, shapes, task, served)
     fused = _use_kernels(config, base, after)
     model = CausalModel(adapted)
     model.fused = fused
@@ -237,10 +248,13 @@ def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | No
 
 
 def _adapt_and_quantize(
-    config: RunConfig, base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, task: str | None
-) -> AdaptedModel:
+    config: RunConfig, base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, task: str | None,
+    served: Sequence[ServedAdapter],
+) -> AdaptedModel:  # fmt: skip
     """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know."""
     attach = partial(attach_adapters, base, plan.targets, config.lora, task)
+    if served:
+        attach = partial(attach_served, base, shapes, served, task)
     quantize = partial(_quantize, base, plan, shapes, switch(config.quant.cache_dequantized) is True)
     if build_method(config.lora.variant).layer is None:
         adapted = attach()
