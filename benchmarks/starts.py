@@ -201,7 +201,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         seconds = measure(ways, options.rounds, Path(scratch), imports=bool(before))
     file = options.out / f"{name}.json"
-    found = {**machine(), "rounds": options.rounds, "settings": options.settings, "seconds": seconds, "rows": list(compare(seconds, compared))}
+    found = {
+        **machine(),
+        "rounds": options.rounds,
+        "settings": options.settings,
+        "seconds": seconds,
+        "rows": list(compare(seconds, compared)),
+    }
     file.write_text(json.dumps(found, indent=1) + "\n")
     file.with_suffix(".md").write_text(report(found))
     print(report(found))

@@ -63,11 +63,14 @@ def make_tokenizer(folder: Path) -> int:
 
 def make_model(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **settings: Any) -> Path:
     """Save a random bf16 Llama with its tokenizer into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return _save_llama(folder, make_tokenizer(folder), seed, max_shard_size, **settings)
+
+
+def _save_llama(folder: Path, vocab: int, seed: int = 0, max_shard_size: str = "5GB", **settings: Any) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab = make_tokenizer(folder)
     shape = {
         "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": vocab, "max_position_embeddings": 512, "tie_word_embeddings": True,
@@ -77,6 +80,28 @@ def make_model(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **setti
     model = LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16)
     model.save_pretrained(str(folder), max_shard_size=max_shard_size)
     return folder
+
+
+def make_base_model(folder: Path, spare: int = 0, **settings: Any) -> Path:
+    """Save a random Llama whose tokenizer has no chat tokens and no template; its embedding has ``spare`` rows more."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    make_tokenizer(folder)
+    core: Any = AutoTokenizer.from_pretrained(str(folder))
+    state = json.loads(core.backend_tokenizer.to_str())
+    chat = ("<|im_start|>", "<|im_end|>")  # ids 1 and 2: ordinary words take their places
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in chat]
+    vocabulary = {word: place for word, place in state["model"]["vocab"].items() if word not in chat}
+    state["model"]["vocab"] = {
+        word: number for number, word in enumerate(sorted(vocabulary, key=vocabulary.__getitem__))
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    (folder / "chat_template.jinja").unlink()
+    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **names).save_pretrained(str(folder))
+    ends = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0}
+    return _save_llama(folder, len(vocabulary) + spare, **ends, **settings)
 
 
 def make_packed(folder: Path, target: Path, name: str = "nf4", double_quant: bool = True, **settings: Any) -> Path:

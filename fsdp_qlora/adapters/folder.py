@@ -28,7 +28,8 @@ from fsdp_qlora.adapters.method import (
     shared_names,
     tensor_names,
 )
-from fsdp_qlora.adapters.names import ADAPTER, adapter_parameters, trainable_parameters
+from fsdp_qlora.adapters.names import ADAPTER, LORA_A, adapter_parameters, trainable_parameters
+from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.config.choices import METHODS, PEFT_METHODS
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.mesh import Ranks
@@ -36,11 +37,12 @@ from fsdp_qlora.distributed.shards import fill_slice
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.load.finite import require_finite
+from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 T = TypeVar("T")
 CONFIG_NAME = "adapter_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
-_HONOURED = {"peft_type", "base_model_name_or_path", "revision"}
+_HONOURED = {"peft_type", "base_model_name_or_path", "revision", "trainable_token_indices"}
 """Keys honoured for every method; see also `Method.honoured`."""
 _SELECTING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 """Keys that select modules. Also honoured, but through the names of the tensors in the file."""
@@ -77,11 +79,19 @@ class AdapterConfig:
     """Ranks by regular expressions of names, as PEFT reads them."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Alphas, likewise."""
+    use_rslora: bool | None = None
+    """DoRA's scaling; None: by alpha / r."""
+    start: str | None = None
+    """How it started, if that was from the base weights; the base is then what its start left of it."""
+    loftq_iter: int = 1
+    token_ids: tuple[int, ...] = ()
+    """Ids of the tokens whose rows of embedding and head were trained."""
 
     def settings(self, targets: list[str]) -> LoraSettings:
         """Return the config as ``lora`` settings for these targets, with whole names for PEFT's expressions."""
         return LoraSettings(
             variant=self.variant, r=self.r, alpha=self.alpha, target_modules=targets, options=dict(self.options),
+            use_rslora=self.use_rslora, init_lora_weights=self.start, loftq_iter=self.loftq_iter, allow_large_svd=True,
             rank_pattern=_by_name(self.rank_pattern, targets), alpha_pattern=_by_name(self.alpha_pattern, targets),
         )  # fmt: skip
 
@@ -110,7 +120,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     method = method_of(values) if isinstance(values, dict) else None
     if method is None:
         raise ModelError(f"adapter: {folder} is not an adapter of a method known here ({', '.join(METHODS)}).")
-    if refused := _refused(values, method):
+    if refused := _refused(values, method, (folder / FILE_NAME).is_file()):
         raise ModelError(
             f"adapter: {file} has unsupported settings that change what the adapter computes: "
             f"{', '.join(refused)}. Merge it into its base with PEFT, or train one without them."
@@ -132,7 +142,32 @@ def _adapter_config(values: dict[str, Any], file: Path, method: Method) -> Adapt
     if wrong:
         raise ModelError(f"adapter: {file} is malformed: {', '.join(wrong)[:500]}.")
     base, revision = names
-    return AdapterConfig(r, float(alpha), method.name, base, revision, settings.options, ranks, alphas)
+    start = _start_of(values.get("init_lora_weights"))
+    loftq = values.get("loftq_config") if start == "loftq" else None
+    iterations = loftq.get("loftq_iter", 1) if isinstance(loftq, dict) else 1
+    if type(iterations) is not int or not 0 < iterations < 2**31:
+        raise ModelError(f"adapter: {file} is malformed: loftq_iter={iterations!r}.")
+    return AdapterConfig(
+        r, float(alpha), method.name, base, revision, settings.options, ranks, alphas, settings.use_rslora, start,
+        iterations, _token_ids(values.get("trainable_token_indices"), file),
+    )  # fmt: skip
+
+
+def _start_of(word: Any) -> str | None:
+    """Return the value of ``init_lora_weights`` if an adapter with it started from the base weights."""
+    settings = LoraSettings(init_lora_weights=word) if isinstance(word, str) else LoraSettings()
+    return settings.start if settings.start_is_known else None
+
+
+def _token_ids(indices: Any, file: Path) -> tuple[int, ...]:
+    """Return the ids of ``trainable_token_indices``: a list of the embedding's, or the same list for each table."""
+    lists = list(indices.values()) if isinstance(indices, dict) else [indices or []]
+    shown = f"trainable_token_indices={json.dumps(indices)[:200]}"
+    if any(not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids) for ids in lists):
+        raise ModelError(f"adapter: {file} is malformed: {shown}.")
+    if any(ids != lists[0] for ids in lists):
+        raise ModelError(f"adapter: {file} trains different tokens in its tables ({shown}), which is not supported.")
+    return tuple(lists[0]) if lists else ()
 
 
 def _are_patterns(values: Any, kind: type, below: float) -> bool:
@@ -149,7 +184,7 @@ def _are_patterns(values: Any, kind: type, below: float) -> bool:
     return True
 
 
-def _refused(values: dict[str, Any], method: Method) -> list[str]:
+def _refused(values: dict[str, Any], method: Method, has_start: bool) -> list[str]:
     """Return the settings that are neither honoured nor harmless, with their values."""
     defaults = {f.name: f.default for f in fields(method.config) if f.default is not MISSING}
     known = _HONOURED | _SELECTING | _HARMLESS | method.honoured
@@ -159,6 +194,7 @@ def _refused(values: dict[str, Any], method: Method) -> list[str]:
             plain = isinstance(value, bool) or value == defaults.get(key)
         elif key == "init_lora_weights":
             plain = any(value is v if isinstance(v, bool) else value == v for v in _PLAIN_STARTS)
+            plain = plain or (has_start and _start_of(value) is not None)
         else:
             plain = key in known or value in _OFF or (key in defaults and value == defaults[key])
         if not plain:
@@ -167,13 +203,13 @@ def _refused(values: dict[str, Any], method: Method) -> list[str]:
 
 
 def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
-    """Return the modules with an adapter, given the tensor names in an adapter file.
+    """Return the linears with an adapter, given the tensor names in an adapter file; rows of tokens are left out.
 
     Raises:
         ModelError: if a tensor does not belong to plain LoRA on a linear.
     """
     tensors = "|".join(map(re.escape, sorted(tensor_names())))
-    of_targets = set(names) - shared_names()
+    of_targets = {name for name in set(names) - shared_names() if not name.endswith(f".{TOKEN_ROWS}")}
     matches = {name: re.fullmatch(rf"base_model\.model\.(.+)\.(?:{tensors})", name) for name in of_targets}
     if odd := sorted(name for name, match in matches.items() if match is None):
         raise ModelError(
@@ -196,8 +232,6 @@ def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-_RANKED = ".lora_A.weight"
-"""The ending of tensors whose first dimension is the rank."""
 
 
 def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[str]:
@@ -216,9 +250,9 @@ def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[st
         modules = adapted_modules(names, file)
         settings = None if config is None else config.settings(modules)
         for name in names:
-            if settings is None or not name.endswith(_RANKED):
+            if settings is None or not name.endswith(LORA_A):
                 continue
-            r = of_target(settings, name.removeprefix("base_model.model.").removesuffix(_RANKED)).r
+            r = of_target(settings, name.removeprefix("base_model.model.").removesuffix(LORA_A)).r
             if (shape := stored.get_slice(name).get_shape())[:1] != [r]:
                 raise ModelError(f"adapter: {folder / CONFIG_NAME} says r={r}, but {name} is {shape} in {file}.")
         return modules
@@ -256,10 +290,12 @@ def load_adapter(
     with opened_weights(file) as stored:
         names = set(stored.keys())
         lora = lora or LoraSettings()
-        fixed = build_method(lora.variant).fixed(model, lora, name or ADAPTER)
+        fixed = build_method(lora.method).fixed(model, lora, name or ADAPTER)
         if odd := sorted(names ^ parameters.keys() ^ fixed.keys()):
             ours = sorted(set(adapted_modules(parameters, file)) - set(modules))
             hint = f" It has no adapter for {ours[0]}: set lora.target_modules to the adapter's." if ours else ""
+            if odd[0].endswith(TOKEN_ROWS):
+                hint = " One of them has rows of added tokens: set model.add_tokens to the adapter's."
             raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors (first: {odd[0]}).{hint}")
         for key, target in {**parameters, **fixed}.items():
             value = stored.get_tensor(key)
@@ -275,7 +311,12 @@ def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks
     Raises:
         ModelError: if its rank, alpha or variant differs, or it does not fit this model's adapters.
     """
-    config, method = read_adapter_config(folder), build_method(lora.variant)
+    config, method = read_adapter_config(folder), build_method(lora.method)
+    if config.start is not None:
+        raise ModelError(
+            f"lora.init_from: the adapter in {folder} started from the base weights ({config.start}), so it needs the "
+            "base that its start left; convert it with export.plain_lora=true first."
+        )
     modules = stored_modules(folder, config)
     saved = config.settings(modules)
     differ = [
@@ -283,13 +324,13 @@ def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks
         for key, theirs, ours, form in (
             ("r", saved.r, lora.r, ""),
             ("alpha", saved.alpha, float(lora.alpha), "g"),
-            ("variant", saved.variant, lora.variant, ""),
+            ("variant", saved.method, lora.method, ""),
         )
         if theirs != ours and (key == "variant" or key in method.reads)
     ]
     if not differ:
         differ = [*_differ_by_target(saved, lora, modules, folder)]
-    if saved.variant == lora.variant:
+    if saved.method == lora.method:
         configs = [method.peft([], settings, None) for settings in (saved, lora)]
         pairs = {key: [getattr(config, key) for config in configs] for key in PEFT_METHODS.get(lora.variant, ())}
         differ += [

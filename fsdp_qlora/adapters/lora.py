@@ -71,7 +71,7 @@ class RsLoRA(LoRA):
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether it scales by alpha / sqrt(r)."""
-        return is_lora(config) and config.get("use_rslora", False) is True
+        return is_lora(config) and config.get("use_rslora", False) is True and config.get("use_dora") is not True
 
 
 def lora_config(targets: Sequence[str], lora: LoraSettings, task_type: str | None, **switches: Any) -> LoraConfig:
@@ -136,7 +136,7 @@ def _attachable(
     model: nn.Module, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None
 ) -> PeftConfig:
     """Return the PEFT config of an adapter, with our layer registered if the method has one."""
-    method = build_method(lora.variant)
+    method = build_method(lora.method)
     config = method.peft(target_modules, spelt_out(lora, target_modules), task_type)
     if method.layer is None:
         modules = dict(model.named_modules())
@@ -162,7 +162,7 @@ def _settle(peft_model: PeftModel, config: PeftConfig, lora: LoraSettings, name:
     """Make an attached adapter float32, and give PEFT's layers what attaching on meta took from them."""
     for _, parameter in adapter_parameters(peft_model, name):
         parameter.data = parameter.data.float()
-    if build_method(lora.variant).layer is None:
+    if build_method(lora.method).layer is None:
         restore_buffers(peft_model, config, name)
         refuse_merging(peft_model)
 
@@ -172,7 +172,12 @@ def initialize_adapters(
 ) -> None:
     """Initialize each trained tensor as its method prescribes, with a seed derived from its name.
 
-    Each tensor is drawn whole on the CPU and then sliced, so values do not depend on the number of ranks.
+    Each tensor is drawn whole on the CPU and then sliced, so values do not depend on the number of ranks. Matrices that
+    start from the base weights (`LoraSettings.start`) have their values already.
     """
     lora = lora or LoraSettings()
-    build_method(lora.variant).initialize(model, lora, seed, shard_rank, shard_size)
+    method = build_method(lora.method)
+    if lora.start is None:
+        method.initialize(model, lora, seed, shard_rank, shard_size)
+    else:
+        method.initialize_rest(model, lora, shard_rank, shard_size)

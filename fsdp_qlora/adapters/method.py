@@ -24,6 +24,7 @@ from fsdp_qlora.distributed.shards import fill_slice, local_tensor
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.shapes.linears import LinearShape
 from fsdp_qlora.shapes.patterns import by_name, matches
+from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 """Keys of PEFT's LoraConfig that give some targets another rank or alpha."""
@@ -101,11 +102,18 @@ class Method(ABC):
     def initialize(self, model: nn.Module, lora: LoraSettings, seed: int, shard_rank: int, shard_size: int) -> None:
         """Give every trained tensor of a sharded model its initial value, from ``seed`` and its name."""
         for name, parameter in trainable_parameters(model):
+            if name.endswith(TOKEN_ROWS):  # they start from the base's rows, which the method does not know
+                continue
             whole = self.initial(name, parameter.shape, torch.Generator().manual_seed(seed_of(seed, name)))
             if whole is None:
                 local_tensor(parameter).zero_()
             else:
                 fill_slice(parameter, whole, shard_rank, shard_size)
+
+    def initialize_rest(  # noqa: B027 (most methods have no others)
+        self, model: nn.Module, lora: LoraSettings, shard_rank: int, shard_size: int
+    ) -> None:
+        """Give the trained tensors beside LoRA's matrices their values, where these start from the base weights."""
 
     def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
         """Return how many numbers an adapter keeps from forward to backward besides the linear's input and output."""

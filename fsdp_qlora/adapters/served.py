@@ -68,17 +68,17 @@ def require_together(adapters: Sequence[ServedAdapter]) -> None:
         ):  # PEFT's layers keep adapters in dictionaries that have such attributes
             raise ModelError(f"adapter: {adapter.name!r} cannot be an adapter's name in PEFT; choose another one.")
     first, *others = adapters
-    kind = build_method(first.lora.variant)
+    kind = build_method(first.lora.method)
     if others and kind.alone:
         raise ModelError(
-            f"adapter: {first.name} is {first.lora.variant}, whose layers share projections; a base takes one such "
+            f"adapter: {first.name} is {first.lora.method}, whose layers share projections; a base takes one such "
             "adapter at a time. Load it alone."
         )
     for other in others:
-        method = build_method(other.lora.variant)
+        method = build_method(other.lora.method)
         if method.config is not kind.config or (method.layer is None) is not (kind.layer is None):
             raise ModelError(
-                f"adapter: {first.name} is {first.lora.variant} and {other.name} is {other.lora.variant}; only "
+                f"adapter: {first.name} is {first.lora.method} and {other.name} is {other.lora.method}; only "
                 "adapters of one method (lora and rslora count as one) can be on a base together. Load them one at a "
                 "time."
             )

@@ -24,7 +24,7 @@ def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
         ModelError: identically on every rank, if they differ or cannot be computed.
     """
     weight = getattr(model.base.get_input_embeddings(), "weight", None)
-    vocab = weight.shape[0] if isinstance(weight, torch.Tensor) else 256
+    vocab = model.num_ids(weight.shape[0] if isinstance(weight, torch.Tensor) else 256)
     positions = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
     length = min(LENGTH, positions) if isinstance(positions, int) and positions > 1 else LENGTH
     ids = torch.randint(0, vocab, (1, length), generator=torch.Generator().manual_seed(0)).to(ranks.device)

@@ -9,6 +9,7 @@ from fsdp_qlora.adapters.names import adapter_of, trainable_parameters
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import NumericsError
+from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 
 class FirstGradients:
@@ -37,6 +38,8 @@ class FirstGradients:
     def _require_nonzero(self, step: int) -> None:
         largest: dict[str, torch.Tensor] = {}
         for name, parameter in trainable_parameters(self._model):
+            if name.endswith(TOKEN_ROWS):  # no row may hold an added token yet
+                continue
             pair = adapter_of(name)
             grad = local_tensor(parameter.grad)  # type: ignore[arg-type]
             value = grad.abs().max().float() if grad.numel() else torch.zeros((), device=grad.device)

@@ -143,7 +143,7 @@ def try_isolation(model: CausalModel, layout: Layout, ranks: Ranks) -> None:
         padded = replace(pack([learned(rows) for rows in sequences]), position_ids=None)
         return token_losses(model, padded.to(ranks.device))
 
-    vocab_size = model.base.config.get_text_config().vocab_size
+    vocab_size = model.num_ids(model.base.config.get_text_config().vocab_size)
     shares = "data.padding_free" if layout.data.padding_free else "model.attn_implementation"
     key = "data.packing" if layout.data.packing else shares
     require_isolation(model, together, alone, pattern, ranks, vocab_size, layout.attention, key)

@@ -86,6 +86,7 @@ def agreement_key(
     depends = {
         "settings": _settings(config),
         "attention": config.model.attn_implementation,
+        "added tokens": config.model.add_tokens,
         "config": config_digest(model_config),
         "files": dict(files),
     }

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from fsdp_qlora.config import choices
+from fsdp_qlora.config.adapter_rules import ADAPTER_RULES
 from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.convert import known_keys
@@ -220,36 +221,6 @@ def _replicated(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _method(config: RunConfig) -> Iterator[str]:
-    """Refuse what an adapter method cannot do; one that is registered later refuses by itself."""
-    lora = config.lora
-    known = choices.PEFT_METHODS.get(lora.variant, ())
-    for option in lora.options:
-        if option not in known:
-            there = f"its options are {', '.join(known)}" if known else "it has no options"
-            yield f"lora.options: {lora.variant} has no {option!r}; {there}.{nearest(option, known)}"
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(lora, key)
-        if patterns and lora.variant not in choices.WITH_PATTERNS:
-            kinds = ", ".join(choices.WITH_PATTERNS)
-            yield f"lora.{key}: {lora.variant} has one rank and alpha for all modules; {kinds} have not."
-        if bad := [pattern for pattern, value in patterns.items() if not value > 0]:
-            yield f"lora.{key}: {bad[0]}={patterns[bad[0]]} must be above 0."
-    if any(number < 0 for number in lora.layers_to_transform):
-        yield "lora.layers_to_transform: layers are numbered from 0."
-    if lora.variant not in choices.PEFT_METHODS:
-        return
-    if lora.dropout and lora.variant not in choices.WITH_DROPOUT:
-        yield f"lora.dropout: {lora.variant} does not drop its input; set it to 0."
-    if config.train.compile == "true":
-        yield f"train.compile: PEFT's layers for lora.variant={lora.variant} are not compiled; set it to auto or false."
-    if config.fsdp.adapters == "replicated" and config.precision.name == "bf16":
-        yield (
-            f"fsdp.adapters: replicated adapters are float32, and PEFT's layers for lora.variant={lora.variant} would "
-            "also compute in float32; set adapters=sharded, or precision=fp32."
-        )
-
-
 def _plan(config: RunConfig) -> Iterator[str]:
     if config.plan.search and config.plan.gpu is None and config.plan.device is None:
         yield "plan.search: needs a memory size to fit into; set plan.gpu=24GiB or plan.device=rtx4090."
@@ -257,9 +228,25 @@ def _plan(config: RunConfig) -> Iterator[str]:
         yield "plan.interconnect: is compared with a device's compute; also set plan.device."
 
 
+def _added_tokens(config: RunConfig) -> Iterator[str]:
+    tokens, fsdp = config.model.add_tokens, config.fsdp
+    if any(not token.strip() for token in tokens):
+        yield "model.add_tokens: a token must not be empty or blank."
+    if twice := list(dict.fromkeys(token for token in tokens if tokens.count(token) > 1)):
+        yield f"model.add_tokens: {', '.join(map(repr, twice))} is named more than once."
+    if tokens and (fsdp.offloads_parameters or fsdp.offload_modules):
+        key = "offload_modules" if fsdp.offload_modules else f"offload={fsdp.offload}"
+        yield f"model.add_tokens: the rows of added tokens stay on the device; leave them or fsdp.{key} out."
+
+
 def _prompts(config: RunConfig) -> Iterator[str]:
     if config.prompt is not None and config.prompt_file is not None:
         yield "prompt_file: give prompt or prompt_file, not both."
+    if config.generate.prompts is not None:
+        if config.prompt is not None or config.prompt_file is not None:
+            yield "generate.prompts: give one prompt or a file of prompts, not both."
+        if config.generate.to is None:
+            yield "generate.to: not set. Give the file for the answers to generate.prompts."
 
 
 def _adapters(config: RunConfig) -> Iterator[str]:
@@ -273,6 +260,8 @@ def _adapters(config: RunConfig) -> Iterator[str]:
     for name in names:
         if not re.fullmatch(r"[^\W_][\w-]*", name):
             yield f"adapter: {name!r} cannot name an adapter; use letters, digits, '_' and '-'."
+    if config.generate.prompts is not None and chosen is None:
+        yield "generate.prompts: one adapter answers a file of prompts; choose it with generate.adapter."
     known = [*names, "__base__"]
     if chosen is not None and chosen not in known:
         yield f"generate.adapter: {chosen!r} is not one of {', '.join(known)}.{nearest(chosen, known)}"
@@ -295,24 +284,17 @@ RULES: tuple[Rule, ...] = (
     _fast_paths,
     _degrees,
     _replicated,
-    _method,
+    _added_tokens,
+    *ADAPTER_RULES,
     _plan,
     _prompts,
     _adapters,
 )
 
 
-def _needs(verb: str, config: RunConfig) -> Iterator[str]:
-    if verb in ("train", "plan", "prepare", "evaluate") and not config.model.name and not config.adapter:
-        yield "model.name: not set. Give a hub name (Qwen/Qwen3-8B), a folder, or experiment=quickstart."
-    if verb == "train" and config.data.train is None:
-        yield "data.train: not set. Give a file, a folder, a hub data set, or a list of them."
-    if verb == "evaluate" and isinstance(config.adapter, dict):
-        yield "adapter: evaluate measures one adapter; give its folder."
-    if verb == "evaluate" and config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
-        yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
-    if verb == "export" and config.what == "base-4bit":
-        if not config.model.name:
+def _export_needs(config: RunConfig) -> Iterator[str]:
+    if config.what == "base-4bit":
+        if not config.model.name and not config.adapter:
             yield "model.name: not set. what=base-4bit stores this model in 4 bits."
         if not config.export.to:
             yield "export.to: not set. Give the folder that what=base-4bit writes."
@@ -320,9 +302,31 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
             yield "quant: what=base-4bit stores all linears in one 4-bit format; choose nf4 or fp4, without overrides."
         if config.export.checkpoint:
             yield "export.checkpoint: holds an adapter; leave it out, or set what=adapter."
+        if config.export.plain_lora:
+            yield "export.plain_lora: converts an adapter; set what=adapter."
+    if config.export.plain_lora and not config.export.to:
+        yield "export.to: not set. Give the folder that export.plain_lora=true writes."
+    if config.what == "merged":
+        if not config.export.to:
+            yield "export.to: not set. Give the folder that what=merged writes."
+        if config.adapter and config.export.checkpoint:
+            yield "export.checkpoint: adapter names the adapter to fold in; give one of them."
+
+
+def _needs(verb: str, config: RunConfig) -> Iterator[str]:
+    if verb in ("train", "plan", "prepare", "evaluate") and not config.model.name and not config.adapter:
+        yield "model.name: not set. Give a hub name (Qwen/Qwen3-8B), a folder, or experiment=quickstart."
+    if verb == "train" and config.data.train is None:
+        yield "data.train: not set. Give a file, a folder, a hub data set, or a list of them."
+    if verb in ("evaluate", "export") and isinstance(config.adapter, dict):
+        yield f"adapter: {verb} takes one adapter; give its folder."
+    if verb == "evaluate" and config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
+        yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
+    if verb == "export":
+        yield from _export_needs(config)
     if verb == "generate":
-        if config.prompt is None and config.prompt_file is None:
-            yield 'prompt: not set. Give prompt="..." or prompt_file=FILE.'
+        if config.prompt is None and config.prompt_file is None and config.generate.prompts is None:
+            yield 'prompt: not set. Give prompt="..." or prompt_file=FILE, or generate.prompts=FILE.jsonl.'
         if not config.model.name and not config.adapter:
             yield "model.name: not set. Give a model, or adapter=FOLDER, which names its base."
 

@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.convert import build
-from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, NOT_NEGATIVE, POSITIVE, RUNS_CODE, VERBATIM, FormatOption
+from fsdp_qlora.config.facts import (
+    BELOW_ONE,
+    MAY_CHANGE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RUNS_CODE,
+    VERBATIM,
+    YOUNGER,
+    FormatOption,
+)
 from fsdp_qlora.config.lora import LoraSettings
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
@@ -59,6 +68,9 @@ class ModelSettings:
     check: Annotated[Literal["auto", "always", "off"], MAY_CHANGE] = "auto"
     """Compare a small twin of the model with upstream's own code before the first step. ``auto`` reuses a cached
     result, ``always`` compares again, ``off`` trains unchecked."""
+    add_tokens: Annotated[list[str], YOUNGER] = field(default_factory=list)
+    """Special tokens to add to the tokenizer, such as an end of turn or chat markers that a base model lacks. Their
+    rows of embedding and head are trained and saved with the adapter; all other rows stay frozen."""
     config_overrides: dict[str, Any] = field(default_factory=dict)
     """Values that override the model's config.json (``rope_theta``, ``rope_scaling``, ...). Keys that the model's
     config lacks are rejected."""
@@ -143,9 +155,9 @@ class QuantSettings:
     embeddings: QuantName = "none"
     """Format of embeddings and head. Embedding rows are dequantized on lookup, the head slice by slice."""
     cache_dequantized: Annotated[Switch, MAY_CHANGE] = "auto"
-    """Keep dequantized weights from forward to backward instead of dequantizing twice; ``auto`` = if they fit. Takes as
-    much memory as the model in 16 bits; not with ``fsdp.offload=activations``. One rank, or one copy per rank, keeps
-    them from step to step."""
+    """Keep dequantized weights from forward to backward instead of dequantizing twice; ``auto`` = if they fit, but on a
+    CPU only where they are kept from step to step: on one rank, or with one copy per rank. Takes as much memory as the
+    model in 16 bits; not with ``fsdp.offload=activations``."""
     allow_16bit: bool = False
     """Continue if more than 10 % of the decoder layers' weights cannot be quantized and stay in 16 bits."""
 
@@ -354,10 +366,12 @@ class RunConfig(Saved):
     """`generate`: file with the prompt."""
     adapter: Annotated[str | dict[str, str] | None, VERBATIM] = None
     """`generate`, `evaluate`: PEFT adapter folder; null = the base model alone. `generate` also takes several by name
-    (``{poet: FOLDER, coder: FOLDER}``) and answers with each, or with ``generate.adapter``."""
+    (``{poet: FOLDER, coder: FOLDER}``) and answers with each, or with ``generate.adapter``. `export`: the adapter to
+    fold in (``what=merged``) or to convert (``export.plain_lora``), null = that of the run's newest checkpoint; or, if
+    it started from the base weights, the one whose base to write (``what=base-4bit``)."""
     what: Annotated[str, choices.EXPORTS] = "adapter"
-    """`export`: a checkpoint's adapter, or the base model in bitsandbytes' 4-bit format (``base-4bit``). The latter
-    loads without being quantized again."""
+    """`export`: a checkpoint's adapter, the base model in bitsandbytes' 4-bit format (``base-4bit``; loads without
+    being quantized again), or the base model in 16 bits with the adapter folded in (``merged``)."""
     run_from: Annotated[str | None, VERBATIM] = None
     """Start from the settings of an earlier run: its config.yaml or its folder."""
 

@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from fsdp_qlora.heads.added import WithTokenRows
 from fsdp_qlora.heads.logprobs import ChunkedCrossEntropy, CrossEntropy, cross_entropy_
 from fsdp_qlora.heads.upstream import AfterHead
 
 
-class LossHead(nn.Linear):
+class LossHead(nn.Linear, WithTokenRows):
     """An ``nn.Linear`` head that, given labels, returns each token's loss instead of logits.
 
     Attributes:
@@ -50,11 +51,17 @@ class LossHead(nn.Linear):
 
         ``input`` is ``[..., hidden]``; with labels, ``[tokens, hidden]``.
         """
+        weight, trained = self.weight, self.trained
+        if self.rows is not None:
+            weight = weight[: self.rows.first]  # a view: the base's own rows from there on are padding
         if labels is None:
-            return super().forward(input)
+            logits = nn.functional.linear(input, weight, self.bias)
+            if trained is None:
+                return logits
+            return torch.cat([logits, nn.functional.linear(input, trained.to(input.dtype))], dim=-1)
         losses: torch.Tensor = ChunkedCrossEntropy.apply(
             input,
-            self.weight,
+            weight,
             self.bias,
             labels,
             self.chunk,
@@ -62,5 +69,6 @@ class LossHead(nn.Linear):
             self.softcap,
             self.code,
             self.cross_entropy,
+            trained,
         )  # type: ignore[assignment]
         return losses

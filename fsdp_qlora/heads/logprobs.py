@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fsdp_qlora.quant.gemm import matmul, product_into
+from fsdp_qlora.quant.gemm import add_product, matmul, product_into
 
 CACHED_BYTES = 3 * 2**20
 """Float32 logits that a CPU processes at a time, so that repeated passes over them stay in its caches."""
@@ -96,7 +96,11 @@ def cross_entropy_by_code(
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Per-token cross entropy of ``hidden @ weight.T`` (frozen weight) against labels."""
+    """Per-token cross entropy of ``hidden @ weight.T`` (frozen weight) against labels.
+
+    ``rows``, if any, are trained float32 rows that follow those of ``weight``. Their gradient needs the weight of each
+    token's loss, which only backward knows; until then the derivatives by their few logits are kept.
+    """
 
     @staticmethod
     def forward(
@@ -110,14 +114,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         code: Callable[[torch.Tensor], torch.Tensor] | None,
         cross_entropy: CrossEntropy,
+        rows: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the losses, float32 ``[tokens]``; also computes the gradient of ``hidden``, which backward scales."""
         wants_grad = ctx.needs_input_grad[0]
+        added = hidden.new_empty(0, hidden.shape[1]) if rows is None else rows.to(hidden.dtype)
+        slopes = hidden.new_empty(len(hidden), len(added))
+        ctx.chunk = chunk
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if wants_grad else None
         for start in range(0, labels.numel(), chunk):
             part = slice(start, start + chunk)
-            logits = matmul(hidden[part], weight.t())
+            logits = _logits(hidden[part], weight, added)
             if bias is not None:
                 logits += bias
             if code is None:
@@ -125,13 +133,43 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             else:
                 losses[part], logits = cross_entropy_by_code(logits, labels[part], code, wants_grad)
             if grad is not None:
-                product_into(grad[part], logits, weight)
+                own, slopes[part] = logits.tensor_split([len(weight)], dim=1)
+                product_into(grad[part], own, weight)
+                if rows is not None:
+                    add_product(grad[part], slopes[part], added)
         if grad is not None:
-            ctx.save_for_backward(grad)
+            ctx.save_for_backward(grad, *(() if rows is None else (slopes, hidden)))
         return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradient of ``hidden``; the head is frozen."""
-        (grad_hidden,) = ctx.saved_tensors
-        return (grad_hidden * grads[0].unsqueeze(1).to(grad_hidden.dtype), *[None] * 8)
+        """Return the gradients of ``hidden`` and of ``rows``; the head is frozen."""
+        grad_hidden, *kept = ctx.saved_tensors
+        of_rows = row_gradient(kept[0], grads[0], kept[1], ctx.chunk) if kept else None
+        return (grad_hidden * grads[0].unsqueeze(1).to(grad_hidden.dtype), *[None] * 8, of_rows)
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """Return ``hidden`` times the rows of both matrices, written side by side: neither matrix is copied."""
+    if not len(added):
+        return matmul(hidden, weight.t())
+    logits = hidden.new_empty(len(hidden), len(weight) + len(added))
+    own, new = logits.tensor_split([len(weight)], dim=1)
+    product_into(own, hidden, weight.t())
+    product_into(new, hidden, added.t())
+    return logits
+
+
+def row_gradient(slopes: torch.Tensor, weights: torch.Tensor, hidden: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Return the gradient of trained rows, float32 ``[count, hidden]``.
+
+    Args:
+        slopes: ``[tokens, count]``, the derivative of each token's loss by its logits of these rows.
+        weights: ``[tokens]``, the derivative of the result by each token's loss.
+        hidden: ``[tokens, hidden]``, the input of the head.
+        chunk: number of tokens that are float32 at a time.
+    """
+    grad = torch.zeros(slopes.shape[1], hidden.shape[1], dtype=torch.float32, device=hidden.device)
+    for slope, weight, x in zip(slopes.split(chunk), weights.split(chunk), hidden.split(chunk), strict=True):
+        grad.addmm_((slope.float() * weight[:, None]).t(), x.float())
+    return grad

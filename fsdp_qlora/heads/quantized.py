@@ -6,6 +6,7 @@ running maximum and sum, as in online softmax, https://arxiv.org/abs/1805.02867)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fsdp_qlora.errors import PlanError
+from fsdp_qlora.heads.added import WithTokenRows
+from fsdp_qlora.heads.logprobs import row_gradient
 from fsdp_qlora.heads.upstream import AfterHead
 from fsdp_qlora.quant.embedding import QuantEmbedding
 from fsdp_qlora.quant.formats import Format
@@ -21,7 +24,7 @@ from fsdp_qlora.quant.matrices import QuantMatrices, frozen
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 
 
-class QuantLossHead(nn.Module):
+class QuantLossHead(WithTokenRows):
     """An output head on a quantized matrix, its own or the embedding's, with the interface of `LossHead`.
 
     Attributes:
@@ -45,18 +48,27 @@ class QuantLossHead(nn.Module):
         assert matrices is not None
         return matrices
 
+    def slices(self) -> Iterator[tuple[int, int]]:
+        """Yield ``(start, stop)`` of the slices of the vocabulary; trained rows are the last one."""
+        first = self.source.out_features if self.rows is None else self.rows.first
+        for start, stop in self.source.matrix().slices():
+            if start < first:
+                yield start, min(stop, first)
+        if self.rows is not None:
+            yield first, self.rows.last
+
     def dense(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the dense weight ``[stop - start, hidden]`` and the bias of a slice."""
+        if self.trained is not None and self.rows is not None and start == self.rows.first:
+            return self.trained.to(dtype), None
         bias = None if self.bias is None else self.bias[start:stop]
         return self.source.matrix().rows(start, stop, dtype), bias
 
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits ``[..., vocab]``; with ``labels`` int64 ``[tokens]``, the float32 losses ``[tokens]``."""
         if labels is None:
-            return torch.cat(
-                [F.linear(input, *self.dense(a, b, input.dtype)) for a, b in self.source.matrix().slices()], dim=-1
-            )
-        return _SlicedCrossEntropy.apply(input, labels, self)  # type: ignore[return-value]
+            return torch.cat([F.linear(input, *self.dense(a, b, input.dtype)) for a, b in self.slices()], dim=-1)
+        return _SlicedCrossEntropy.apply(input, labels, self, self.trained)  # type: ignore[return-value]
 
     def logits(self, hidden: torch.Tensor, dense: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
         """Return the float32 logits of a slice, after scale and cap."""
@@ -68,11 +80,14 @@ class _SlicedCrossEntropy(torch.autograd.Function):
     """Per-token cross entropy; forward also computes the gradient of the hidden states, since the head is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: QuantLossHead) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: QuantLossHead, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.chunk = head.chunk
         chunks = [slice(i, i + head.chunk) for i in range(0, labels.numel(), head.chunk)]
         largest = torch.full(labels.shape, -torch.inf, dtype=torch.float32, device=hidden.device)
         total, target = torch.zeros_like(largest), torch.zeros_like(largest)
-        for start, stop in head.source.matrix().slices():
+        for start, stop in head.slices():
             dense = head.dense(start, stop, hidden.dtype)
             for part in chunks:
                 logits = head.logits(hidden[part], dense)
@@ -85,21 +100,27 @@ class _SlicedCrossEntropy(torch.autograd.Function):
                 target[part] += torch.where(inside, logits.gather(1, place[:, None]).squeeze(1), 0.0)
         log_sum = largest + torch.log(total)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(_gradient(hidden, labels, head, log_sum, chunks))
+            grad, slopes = _gradient(hidden, labels, head, log_sum, chunks)
+            ctx.save_for_backward(grad, *(() if rows is None else (slopes, hidden)))
         return log_sum - target
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grads[0].unsqueeze(1).to(grad_hidden.dtype), None, None
+        grad_hidden, *kept = ctx.saved_tensors
+        of_rows = row_gradient(kept[0], grads[0], kept[1], ctx.chunk) if kept else None
+        return grad_hidden * grads[0].unsqueeze(1).to(grad_hidden.dtype), None, None, of_rows
 
 
 def _gradient(
     hidden: torch.Tensor, labels: torch.Tensor, head: QuantLossHead, log_sum: torch.Tensor, chunks: list[slice]
-) -> torch.Tensor:
-    """Return d loss / d hidden, ``[tokens, hidden]``: (softmax - one-hot) @ weight, summed over the slices."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return d loss / d hidden, ``[tokens, hidden]``, and d loss / d logits of the trained rows, ``[tokens, count]``.
+
+    The former is (softmax - one-hot) @ weight, summed over the slices.
+    """
     grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    for start, stop in head.source.matrix().slices():
+    of_rows = None if head.trained is None else hidden.new_empty(len(hidden), len(head.trained))
+    for start, stop in head.slices():
         dense = head.dense(start, stop, hidden.dtype)
         for part in chunks:
             logits = head.logits(hidden[part], dense)
@@ -109,8 +130,11 @@ def _gradient(
             slope.scatter_add_(1, place[:, None], -inside.float()[:, None])
             if head.softcap is not None:
                 slope *= 1 - (logits / head.softcap) ** 2
-            grad[part] += (slope * head.logit_scale).to(hidden.dtype) @ dense[0]
-    return grad.to(hidden.dtype)
+            slope = (slope * head.logit_scale).to(hidden.dtype)
+            grad[part] += slope @ dense[0]
+            if of_rows is not None and head.rows is not None and start == head.rows.first:
+                of_rows[part] = slope
+    return grad.to(hidden.dtype), of_rows
 
 
 def quantize_edges(model: PreTrainedModel, shapes: ModelShapes, quant_format: Format) -> None:

@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters.lora import AdaptedModel
 from fsdp_qlora.adapters.served import require_rows, use_adapter
+from fsdp_qlora.adapters.turns import Starts
 from fsdp_qlora.attention.flatten import decoder_inputs
 from fsdp_qlora.data.labels import Sequences, supervised_positions
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.heads.added import TokenEmbedding
 from fsdp_qlora.heads.dense import LossHead
 from fsdp_qlora.heads.logprobs import CrossEntropy, cross_entropy_
 from fsdp_qlora.heads.quantized import QuantLossHead, configure_loss_head
@@ -38,6 +40,8 @@ class CausalModel(nn.Module):
         self.model = model
         self.compiled_layers: CompiledLayers | None = None
         """State of the compiled decoder layers (`compile_layers`); None if they are not compiled."""
+        self.starts = Starts()
+        """What the adapters started from, if that was the base weights."""
         self.fused = ""
         """What ``train.kernels`` computes in this model, in words; empty if all of it is upstream's."""
 
@@ -61,6 +65,11 @@ class CausalModel(nn.Module):
         """The device it computes on; its shards may be in host memory."""
         parameter = next(self.parameters())
         return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
+
+    def num_ids(self, without: int) -> int:
+        """Return the number of token ids if tokens were added, else ``without``."""
+        table = self.base.get_input_embeddings()
+        return table.num_embeddings if isinstance(table, TokenEmbedding) else without
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None = None,

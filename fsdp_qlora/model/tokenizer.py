@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import (
@@ -10,7 +11,7 @@ from transformers import (
 )
 
 from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers it
-from fsdp_qlora.errors import ModelError
+from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.files.read import own_file
 from fsdp_qlora.model.config import not_buildable, require_sane
 
@@ -24,9 +25,7 @@ def build_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrained
         ModelError: if there is none that transformers can load.
         SecurityError: if one of its files links outside the folder: the tokenizer is copied into the adapter's folder.
     """
-    for pattern in _TOKENIZER_FILES:
-        for file in folder.glob(pattern):
-            own_file(folder, str(file.relative_to(folder)))
+    _require_own_files(folder)
     require_sane(folder)  # for some tokenizers, transformers reads config.json too
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -36,3 +35,49 @@ def build_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrained
             raise not_buildable(folder, error) from error
         raise ModelError(f"model.name: {folder} has no usable tokenizer: {error}") from error
     return tokenizer
+
+
+def _require_own_files(folder: Path) -> None:
+    for pattern in _TOKENIZER_FILES:
+        for file in folder.glob(pattern):
+            own_file(folder, str(file.relative_to(folder)))
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+    """Add ``tokens``, which get the ids after those of the tokenizer.
+
+    Raises:
+        ConfigError: if the tokenizer already has one of them.
+        ModelError: if its ids have gaps, so that the new ones are not the last ``len(tokens)`` of ``len(tokenizer)``.
+    """
+    if not tokens:
+        return
+    known = tokenizer.get_vocab()
+    if there := [f"{token!r} (id {known[token]})" for token in tokens if token in known]:
+        raise ConfigError(f"model.add_tokens: the tokenizer already has {', '.join(there)}; add only what it lacks.")
+    first = len(tokenizer)
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    if ids != list(range(first, first + len(tokens))) or len(tokenizer) != first + len(tokens):
+        raise ModelError(
+            f"model.add_tokens: this tokenizer has {first} tokens, but gives new ones the ids {ids}: its ids have "
+            "gaps, so plain transformers could not resize the model to it."
+        )
+
+
+def added_tokens(folder: Path, ids: Sequence[int]) -> list[str]:
+    """Return the tokens that the tokenizer of an adapter's folder has under ``ids``.
+
+    Raises:
+        ModelError: if there is no tokenizer, or it has no such ids.
+        SecurityError: if one of its files links outside the folder.
+    """
+    _require_own_files(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever it is, the tokens are not known
+        raise ModelError(f"adapter: {folder} trains rows of tokens, but has no usable tokenizer: {error}") from error
+    names = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    if odd := [token_id for token_id in ids if token_id not in names]:
+        raise ModelError(f"adapter: {folder} trains the row of token {odd[0]}, which its tokenizer does not have.")
+    return [names[token_id] for token_id in ids]

@@ -15,6 +15,7 @@ from fsdp_qlora.errors import NumericsError, PlanError
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.packing import STORAGE_DTYPE
+from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 Precision = Literal["bf16", "fp32"]
 
@@ -177,13 +178,15 @@ def set_prefetch(layers: Sequence[nn.Module], depth: int) -> None:
 
 
 def skip_gather_in_backward(*modules: nn.Module | None) -> None:
-    """Gather the units of a frozen embedding and of the loss head for forward only.
+    """Gather the units of a frozen embedding and of the loss head for forward only; unsharded rows may be trained.
 
     Nothing before a frozen embedding needs a gradient, and the head computes the gradient of its input in forward.
     FSDP cannot know this: it would gather both again and hold them while the layers compute.
     """
     for module in modules:
-        if isinstance(module, FSDPModule) and not any(p.requires_grad for p in module.parameters()):
+        if isinstance(module, FSDPModule) and not any(
+            p.requires_grad and isinstance(p, DTensor) for p in module.parameters()
+        ):
             module.set_unshard_in_backward(False)
 
 
@@ -237,15 +240,18 @@ def _require_gathered_as_bytes(model: nn.Module, policy: MixedPrecisionPolicy, i
 def require_sharded(model: nn.Module, ranks: Ranks, replicated: bool = False) -> None:
     """Check that every trainable parameter is a float32 DTensor on our mesh, or if ``replicated``, a whole float32 one.
 
+    The rows of added tokens are whole in any case.
+
     Raises:
         NumericsError: naming the first parameter that is not; each rank would train its own copy of it.
     """
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if replicated and isinstance(parameter, DTensor):
+        whole = replicated or name.endswith(TOKEN_ROWS)
+        if whole and isinstance(parameter, DTensor):
             raise NumericsError(f"{name} is trained and sharded, but fsdp.adapters=replicated keeps adapters whole.")
-        if not replicated and (not isinstance(parameter, DTensor) or parameter.device_mesh != ranks.mesh):
+        if not whole and (not isinstance(parameter, DTensor) or parameter.device_mesh != ranks.mesh):
             raise NumericsError(f"{name} is trained but not sharded: attach adapters before shard_model().")
         if parameter.dtype != torch.float32:
             raise NumericsError(f"{name} is trained in {parameter.dtype}; adapters are kept in float32.")

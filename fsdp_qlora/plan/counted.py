@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
 
 
 @dataclass(frozen=True)
@@ -13,6 +15,25 @@ class AdapterCost:
     """Bytes of tensors that are never trained; every rank holds them whole."""
     kept: int = 0
     """Numbers that the adapters of one decoder layer keep from forward to backward (the largest layer's)."""
+    loading: int = 0
+    """Bytes on a rank's device, while the model is loaded, for finding where adapters start."""
+    rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """The trained rows of added tokens, name in PEFT's file -> shape; every rank holds them whole."""
+
+    @property
+    def added(self) -> int:
+        """Number of added tokens."""
+        return max((count for count, _ in self.rows.values()), default=0)
+
+    @property
+    def row_elements(self) -> int:
+        """Number of elements in the rows of added tokens."""
+        return sum(map(prod, self.rows.values()))
+
+    @property
+    def kept_by_head(self) -> int:
+        """Numbers that the head keeps of a token for the rows' gradient: its input, the derivatives by their logits."""
+        return max((count + hidden for count, hidden in self.rows.values()), default=0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +84,7 @@ class MemoryPlan:
 
     bytes: BytesPerRank
     moments: dict[str, int]
-    """Bytes on the device at each of the four moments of a step."""
+    """Bytes on the device at each of the four moments of a step, and while loading if adapters start there."""
     host: HostBytes
 
     @property

@@ -19,7 +19,7 @@ from math import prod
 
 from fsdp_qlora.attention.blocks import kept_scores
 from fsdp_qlora.config.schema import LoraSettings, OptimSettings
-from fsdp_qlora.distributed.shards import row_range
+from fsdp_qlora.distributed.shards import fullest_share
 from fsdp_qlora.heads.costs import chunked_bytes, sliced_bytes
 from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
 from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE
@@ -139,19 +139,18 @@ class MemoryModel:
         """The largest of those that are never kept."""
         self.all_dense = sum(x.linear.numel for x, stays in zip(inside, may_stay, strict=True) if stays)
         self.host_shards = {
-            name: FLOAT32 * _share(shape[0], settings.shard_size) * prod(shape[1:])
+            name: FLOAT32 * fullest_share(shape[0], settings.shard_size) * prod(shape[1:])
             for name, shape in shapes.parameters.items()
             if name in offloaded
         }
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
-        adapted = frozenset(trained)
         self.activations: tuple[LayerActivations, ...] = tuple(
             layer_activations(
                 shapes,
                 layer,
-                adapted,
+                frozenset(trained),
                 settings.itemsize,
                 settings.lora.dropout > 0,
                 settings.attention,
@@ -171,7 +170,7 @@ class MemoryModel:
         last = self._saved(self.activations[-1], settings) if whole else 0
         logits = self._logits(settings)
         # five tensors [tokens, hidden] around the head: the final norm, its copies and the gradient
-        edge = 5 * settings.tokens * self.shapes.hidden_size * settings.itemsize
+        edge = settings.tokens * (5 * self.shapes.hidden_size + self.adapters.kept_by_head) * settings.itemsize
         head, again = self._gathered_head(settings)
         at_layer = self._gathered(self.layers, settings)
         at_layer += (self.dense_again if settings.keeps_dense else self.dense) * settings.itemsize
@@ -191,11 +190,15 @@ class MemoryModel:
             # gradients and the optimizer's temporaries: three times the adapters' bytes (fixed[3])
             "update": 0 if settings.offload_parameters else on_device + 3 * fixed[3],
         }
+        if self.adapters.loading:
+            moments["loading"] = (0 if settings.offload_parameters else sum(fixed[:4])) + self.adapters.loading
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
         # The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`).
         # It runs when activations are freed, so it counts in `bytes` but in none of the moments.
         if settings.adapter_copies > 1:
-            gradients = 2 * gradients + FLOAT32 * sum(map(len, self.trained.values()))
+            gradients = 2 * gradients + FLOAT32 * (sum(map(len, self.trained.values())) + len(self.adapters.rows))
+        elif settings.shard_size > 1:
+            gradients += FLOAT32 * (self.adapters.row_elements + len(self.adapters.rows))
         bytes_ = BytesPerRank(
             packed,
             statistics,
@@ -212,14 +215,14 @@ class MemoryModel:
 
     def trainable(self) -> int:
         """Return the number of trainable (adapter) elements."""
-        return sum(prod(shape) for shapes in self.trained.values() for shape in shapes.values())
+        return self.adapters.row_elements + sum(prod(s) for shapes in self.trained.values() for s in shapes.values())
 
     def _fixed(self, settings: StorageSettings) -> tuple[int, int, int, int, int]:
         """Return this rank's bytes of packed weights, statistics, kept weights, adapters and optimizer states."""
         shard = settings.shard_size
-        rows = [(x, _share(x.rows, shard)) for x in self.packed.values()]
+        rows = [(x, fullest_share(x.rows, shard)) for x in self.packed.values()]
         kept = sum(
-            _share(shape[0] if shape else 1, shard) * prod(shape[1:])
+            fullest_share(shape[0] if shape else 1, shard) * prod(shape[1:])
             for name, shape in self.shapes.parameters.items()
             if name not in self.packed and name not in self.offloaded and name not in self.shapes.float32
         )
@@ -233,13 +236,17 @@ class MemoryModel:
                 state_bytes(settings.optim, name, shape, num_ranks=settings.adapter_shards)
                 for shapes in self.trained.values()
                 for name, shape in shapes.items()
-            ),
+            )
+            + sum(state_bytes(settings.optim, name, shape, num_ranks=1) for name, shape in self.adapters.rows.items()),
         )
 
     def _held(self, settings: StorageSettings) -> int:
         """Return the number of adapter elements that this rank holds."""
         shards = settings.adapter_shards
-        return sum(_share(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values())
+        sharded = sum(
+            fullest_share(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values()
+        )
+        return sharded + self.adapters.row_elements
 
     def _gradients(self, settings: StorageSettings) -> int:
         """Return the bytes of the adapters' float32 gradients: whole during accumulation, else this rank's shard."""
@@ -364,10 +371,10 @@ class MemoryModel:
         return saved
 
     def _logits(self, settings: StorageSettings) -> int:
-        chunk, shapes = min(settings.logits_chunk, settings.tokens), self.shapes
+        chunk, vocab = min(settings.logits_chunk, settings.tokens), self.shapes.vocab_size + self.adapters.added
         if settings.quantized_embeddings:
-            return sliced_bytes(chunk, settings.tokens, shapes.vocab_size, shapes.hidden_size, settings.itemsize)
-        return chunked_bytes(chunk, shapes.vocab_size, settings.itemsize, settings.on_accelerator, shapes.capped)
+            return sliced_bytes(chunk, settings.tokens, vocab, self.shapes.hidden_size, settings.itemsize)
+        return chunked_bytes(chunk, vocab, settings.itemsize, settings.on_accelerator, self.shapes.capped)
 
     def _largest_slice(self, shard_size: int) -> int:
         """Return the most elements that this rank reads at a time: a chunk (all if transposed) or its shard."""
@@ -378,7 +385,7 @@ class MemoryModel:
                 whole = prod(shape) if packed.linear.transposed else chunk
                 largest = max(largest, min(whole, prod(shape)))
             else:
-                largest = max(largest, _share(shape[0] if shape else 1, shard_size) * prod(shape[1:]))
+                largest = max(largest, fullest_share(shape[0] if shape else 1, shard_size) * prod(shape[1:]))
         return largest
 
     def _host(self, settings: StorageSettings) -> HostBytes:
@@ -391,7 +398,3 @@ class MemoryModel:
             reduced = self.fixed[3] + temporary_bytes(settings.optim, self.fixed[3])
             parameters += sum(self.fixed) + max(0, reduced - offloaded)
         return HostBytes(self.largest_slice * FILE_ITEMSIZE, parameters, offloaded)
-
-
-def _share(dim0: int, shard_size: int) -> int:
-    return row_range(dim0, 0, shard_size)[1]

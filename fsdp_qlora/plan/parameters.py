@@ -12,12 +12,11 @@ from fsdp_qlora.shapes.linears import ModelShapes
 def fates(plan: TrainPlan, shapes: ModelShapes) -> dict[str, dict[str, int]]:
     """Return ``{"quantized" | "kept" | "trained": {name: count}}``, with ``*`` for layer numbers in names."""
     packed = {x.linear.parameter for x in (*plan.quantized, *plan.quantized_edges)}
+    trained = [*plan.memory.adapters.rows, *(name for tensors in plan.memory.trained.values() for name in tensors)]
     return {
         "quantized": alike(name for name in shapes.parameters if name in packed),
         "kept": alike(name for name in shapes.parameters if name not in packed),
-        "trained": alike(
-            name.removeprefix("base_model.model.") for tensors in plan.memory.trained.values() for name in tensors
-        ),
+        "trained": alike(name.removeprefix("base_model.model.") for name in trained),
     }
 
 

@@ -18,6 +18,7 @@ from fsdp_qlora.data.loader import Batch, Cut, Loader, MicroBatch, TokenRows
 from fsdp_qlora.data.stream import StreamLoader
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.run.tokens import known_ids
 from fsdp_qlora.track.lines import Appended, read_lines, to_line, write_lines
 from fsdp_qlora.track.unwritten import Unwritten
 from fsdp_qlora.train.length import Length
@@ -58,7 +59,7 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
         try_isolation(prepared.model, layout, prepared.ranks)
     if prepared.data.stream is not None:
         note = _bad_row_list(bad_rows, unwritten) if prepared.ranks.is_main else _ignore
-        known = tokens_known(prepared.tokenizer, prepared.shapes.embedding_rows)
+        known = tokens_known(prepared.tokenizer, known_ids(prepared.config, prepared.shapes, prepared.tokenizer))
         streamed = StreamLoader(
             prepared.data.stream, train.global_batch_size, cut, lambda rows: layout(known(rows)), note
         )  # fmt: skip

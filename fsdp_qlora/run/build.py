@@ -20,11 +20,13 @@ from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.served import ServedAdapter, attach_served, load_served
+from fsdp_qlora.adapters.turns import TakingTurns
 from fsdp_qlora.config.auto import as_word, asked, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.heads.added import add_token_rows, start_token_rows
 from fsdp_qlora.heads.quantized import quantize_edges
 from fsdp_qlora.heads.upstream import AfterHead, after_head
 from fsdp_qlora.load.buffers import persistent_buffers
@@ -64,6 +66,7 @@ from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.swap import keep_dense, swap_linears
 from fsdp_qlora.run.decide import require_kernels, skeleton
 from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +85,8 @@ class OpenedModel:
     source: SafetensorsFolder
     shapes: ModelShapes
     plan: TrainPlan
+    first_added: int | None = None
+    """Id of the first added token; None: after all rows of the base."""
 
     @property
     def repairs(self) -> tuple[str, ...]:
@@ -140,21 +145,29 @@ def open_model(
 
 
 def load_model(
-    opened: OpenedModel, ranks: Ranks, progress: Progress | None = None, served: Sequence[ServedAdapter] = ()
-) -> tuple[CausalModel, LoadReport]:
+    opened: OpenedModel, ranks: Ranks, progress: Progress | None = None, kept: Path | None = None,
+    served: Sequence[ServedAdapter] = (),
+) -> tuple[CausalModel, LoadReport]:  # fmt: skip
     """Quantize, adapt and shard an opened model, then load its weights and initialize its adapters.
 
+    ``kept`` is a file of factors from which adapters start (`fsdp_qlora.adapters.turns`); None: they are computed.
     With ``served``, the adapters are these, filled from their folders and frozen.
     """
     config = opened.config
-    model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks, served=served)
+    model = build_sharded(
+        config, opened.base, opened.shapes, opened.plan, ranks, first_added=opened.first_added, served=served
+    )
     shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
     on_host = host_modules(model.base, opened.plan.offloaded)
-    report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host)
+    turns = None if config.lora.start is None else TakingTurns(model, config.lora, config.run.seed, ranks, kept)
+    report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host, turns or iter)
+    if turns is not None:
+        model.starts = turns.starts
     if served:
         load_served(model, served, ranks)
     else:
         initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora)
+    start_token_rows(model.base, opened.shapes, opened.source, ranks)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
     if opened.plan.settings.keeps_dense:
@@ -170,6 +183,7 @@ def build_sharded(
     ranks: Ranks,
     host: torch.device = HOST,
     before_sharding: Callable[[nn.Module], None] = lambda base: None,
+    first_added: int | None = None,
     served: Sequence[ServedAdapter] = (),
 ) -> CausalModel:
     """Swap, adapt and shard a meta model as planned; the order matters (see docs/architecture.md).
@@ -185,6 +199,7 @@ def build_sharded(
     fused = _use_kernels(config, base, after)
     model = CausalModel(adapted)
     model.fused = fused
+    add_token_rows(base, shapes, first_added, len(config.model.add_tokens))
     if config.debug.name != "plain":
         use_fused_products(model)
     units = [[base.get_submodule(name) for name in unit] for unit in plan.units]
@@ -198,7 +213,8 @@ def build_sharded(
     policy = mixed_precision(config.precision.name)
     keeps_whole = plan.settings.keeps_whole
     replicated = keeps_whole or fsdp.adapters == "replicated"
-    unsharded = [*float32, *(p for _, p in trainable_parameters(model) if replicated)]
+    whole = (p for name, p in trainable_parameters(model) if replicated or name.endswith(TOKEN_ROWS))
+    unsharded = [*float32, *whole]
     on_host = host_modules(base, plan.offloaded)
     keep_on_host(on_host)
     if keeps_whole:
@@ -256,7 +272,7 @@ def _adapt_and_quantize(
     if served:
         attach = partial(attach_served, base, shapes, served, task)
     quantize = partial(_quantize, base, plan, shapes, switch(config.quant.cache_dequantized) is True)
-    if build_method(config.lora.variant).layer is None:
+    if build_method(config.lora.method).layer is None:
         adapted = attach()
         quantize()
         return adapted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -40,7 +41,8 @@ def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
     Raises:
         ModelError: identically on every rank, if no attention implementation matches.
     """
-    model = config.model
+    model = replace(config.model, add_tokens=[])  # the twin compares the layers, which know no tokens
+    config = replace(config, model=model)
     model_config = on_every(lambda: load_config(folder, model.trust_remote_code, model.config_overrides), ranks)
     candidates = on_every(lambda: attentions_for(config, ranks.device, folder), ranks)
     _require_alike(candidates, ranks)

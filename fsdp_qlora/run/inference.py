@@ -15,9 +15,11 @@ from fsdp_qlora.adapters.folder import (
     stored_modules,
 )
 from fsdp_qlora.adapters.served import ServedAdapter
+from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file
+from fsdp_qlora.model.tokenizer import added_tokens
 from fsdp_qlora.run.prepare import prepare
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.world import World
@@ -41,12 +43,18 @@ def load_for_inference(
     if isinstance(adapter, Mapping):
         return _load_several(config, adapter, world)
     if adapter is not None:
-        config = _with_adapter(config, adapter)
+        config = with_adapter(config, adapter)
+    else:  # the base alone: nothing is taken off it
+        config = replace(
+            config, lora=replace(config.lora, variant=config.lora.method, init_lora_weights=None, loftq_iter=1)
+        )
     try:
-        prepared = prepare(config, world, training=False)
+        start = own_file(adapter, FILE_NAME) if adapter is not None and config.lora.start is not None else None
+        prepared = prepare(config, world, training=False, start=start)
     except FsdpQloraError as error:
         raise (error if adapter is None else blamed_on_adapter(error, adapter)) from error
     if adapter is not None:
+        _require_same_ids(adapter, prepared)
         load_adapter(adapter, prepared.model, prepared.ranks.shard_rank, prepared.ranks.shard_size, config.lora)
     prepared.model.eval()
     return prepared
@@ -55,7 +63,9 @@ def load_for_inference(
 def _load_several(config: RunConfig, adapters: Mapping[str, Path], world: World | None) -> Prepared:
     if not adapters:
         raise ModelError("adapter: names no adapter; give {name: folder}, or leave it out.")
-    settled = {name: _with_adapter(config, folder) for name, folder in adapters.items()}
+    settled = {name: with_adapter(config, folder) for name, folder in adapters.items()}
+    for name, own in settled.items():
+        _require_plain(name, own)
     _require_alike(settled)
     served = [ServedAdapter(name, folder, settled[name].lora) for name, folder in adapters.items()]
     first = next(iter(settled.values()))
@@ -67,11 +77,24 @@ def _load_several(config: RunConfig, adapters: Mapping[str, Path], world: World 
         for name, size in prepared.adapters.items():
             lora = settled[name].lora
             _log.info(
-                f"adapter {name}: {lora.variant} on {size.modules} linears, {size.num_parameters:,} parameters, "
+                f"adapter {name}: {lora.method} on {size.modules} linears, {size.num_parameters:,} parameters, "
                 f"{megabytes(size.num_bytes)} ({megabytes(size.bytes_here)} on this rank)"
             )
     prepared.model.eval()
     return prepared
+
+
+def _require_plain(name: str, config: RunConfig) -> None:
+    """Check that an adapter leaves the base as it is, so that others can use it."""
+    if config.lora.start is not None:
+        raise ModelError(
+            f"adapter: {name} started from the base weights ({config.lora.start}) and needs a base of its own; load it "
+            "alone, or convert it with export.plain_lora=true."
+        )
+    if config.model.add_tokens:
+        raise ModelError(
+            f"adapter: {name} has rows of added tokens, and a base with several adapters takes none; load it alone."
+        )
 
 
 def _require_alike(settled: Mapping[str, RunConfig]) -> None:
@@ -100,11 +123,27 @@ def _template(config: RunConfig) -> str | None:
     return None if config.data.template is None else Path(config.data.template).expanduser().read_text("utf-8")
 
 
-def _with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
+def with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
     """Return the settings completed from an adapter folder: base model, LoRA settings, and chat template."""
     saved, model, data = read_adapter_config(adapter), config.model, config.data
+    model = replace(model, add_tokens=added_tokens(adapter, saved.token_ids) if saved.token_ids else [])
     if not model.name and saved.base_model:
         model = replace(model, name=saved.base_model, revision=model.revision or saved.revision)
     if data.template is None and (adapter / CHAT_TEMPLATE_NAME).is_file():
         data = replace(data, template=str(own_file(adapter, CHAT_TEMPLATE_NAME)))
     return replace(config, model=model, data=data, lora=saved.settings(stored_modules(adapter, saved)))
+
+
+def _require_same_ids(adapter: Path, prepared: Prepared) -> None:
+    """Check that the tokens whose rows the adapter has get the ids here that they had in training.
+
+    Raises:
+        ModelError: if they get others.
+    """
+    there = list(read_adapter_config(adapter).token_ids)
+    here = prepared.tokenizer.convert_tokens_to_ids(prepared.config.model.add_tokens)
+    if there != here:
+        raise ModelError(
+            f"adapter: {adapter} has rows for the tokens {there}, but with this base model they are {here}: it was "
+            "trained on a model with another vocabulary."
+        )

@@ -23,7 +23,8 @@ from fsdp_qlora.run.build import Weights, load_model
 from fsdp_qlora.run.check import check_losses, open_and_check, told
 from fsdp_qlora.run.decide import SHARD_DEGREE, compilation_for, on_device, rank_budget, settled_world
 from fsdp_qlora.run.prepared import Prepared
-from fsdp_qlora.run.tokens import tokenize
+from fsdp_qlora.run.starts import kept_start
+from fsdp_qlora.run.tokens import first_added, tokenize
 from fsdp_qlora.run.world import World, open_world
 
 _EQUAL = "equal to upstream's own code"
@@ -35,28 +36,30 @@ def prepare(
     progress: Progress | None = None,
     training: bool = True,
     weights: Weights = SafetensorsFolder,
+    start: Path | None = None,
     served: Sequence[ServedAdapter] = (),
 ) -> Prepared:
     """Build, quantize, adapt, shard and load the model; tokenize the data if any is given.
 
     Call it on every rank under torchrun, or in a single process. Close the result when you are done with it. With
     ``training=False``, steps that only serve training are skipped (compiled layers, the loss comparison). ``weights``
-    opens the weights of the base model's folder (a benchmark draws them instead of reading them). ``served`` are the
-    adapters of `load_for_inference`.
+    opens the weights of the base model's folder (a benchmark draws them instead of reading them). ``start`` is the file
+    of what an adapter started from, if that was the base weights; None: a run's own, or it is computed. ``served`` are
+    the adapters of `load_for_inference`.
     """
     check(config)
     if world is not None:
-        return _prepare(config, world, progress, training, weights, served)
+        return _prepare(config, world, progress, training, weights, start, served)
     world = open_world(config)
     try:
-        return _prepare(config, world, progress, training, weights, served)
+        return _prepare(config, world, progress, training, weights, start, served)
     except BaseException:
         world.stack.__exit__(*sys.exc_info())  # or the next call would find a process group open
         raise
 
 
 def _prepare(
-    config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights,
+    config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights, start: Path | None,
     served: Sequence[ServedAdapter],
 ) -> Prepared:  # fmt: skip
     asked, folder = config, _find_model(config.model, world)
@@ -67,10 +70,13 @@ def _prepare(
     compilation = compilation_for(config, opened.base, opened.plan, data, world.ranks.device, training)
     repairs = opened.repairs  # needs the model as transformers built it, before load_model changes it
     world.ranks.phases.enter("loading the model")
-    opened = opened.compiled(compilation.on)
+    first = on_every(lambda: first_added(config, opened.shapes, tokenizer), world.ranks)
+    opened = replace(opened.compiled(compilation.on), first_added=first)
     return_freed_memory()
     process_bytes = resident_bytes()
-    model, report = load_model(opened, world.ranks, progress, served)
+    if training and opened.config.lora.start is not None:
+        start = start or kept_start(opened, folder, world.ranks)
+    model, report = load_model(opened, world.ranks, progress, start, served)
     world.ranks.phases.enter("comparing what the ranks gather")
     verify_gather(model, world.ranks)
     verify_buffers(model, world.ranks)

@@ -13,10 +13,10 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.limits import require_rows_fit
 from fsdp_qlora.data.prepare import PreparedData, prepare_data
 from fsdp_qlora.distributed.reduce import on_every
-from fsdp_qlora.errors import DataError
+from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.model.folder import resolve_folder
-from fsdp_qlora.model.tokenizer import build_tokenizer
+from fsdp_qlora.model.tokenizer import add_special_tokens, build_tokenizer
 from fsdp_qlora.run.build import OpenedModel
 from fsdp_qlora.run.world import World
 from fsdp_qlora.shapes.linears import ModelShapes
@@ -40,8 +40,31 @@ def tokenize(
         ranks.phases.by_itself,
     )  # fmt: skip
     limit = _longest_row(opened.shapes, verdict)
-    on_every(lambda: require_rows_fit(data, config.data, tokenizer, opened.shapes.embedding_rows, limit), ranks)
+    num_ids = known_ids(config, opened.shapes, tokenizer)
+    on_every(lambda: require_rows_fit(data, config.data, tokenizer, num_ids, limit), ranks)
     return tokenizer, data
+
+
+def known_ids(config: RunConfig, shapes: ModelShapes, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of token ids that the model has rows for: with added tokens, those of the tokenizer."""
+    return len(tokenizer) if config.model.add_tokens else shapes.embedding_rows
+
+
+def first_added(config: RunConfig, shapes: ModelShapes, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of the first added token, or None if none was added.
+
+    Raises:
+        ModelError: if the model lacks rows even for the tokens before it.
+    """
+    if not config.model.add_tokens:
+        return None
+    first = len(tokenizer) - len(config.model.add_tokens)
+    if first > shapes.embedding_rows:
+        raise ModelError(
+            f"model.add_tokens: the tokenizer has {first} tokens without the added ones, but the model's embedding has "
+            f"only {shapes.embedding_rows} rows. Use the tokenizer that came with the model."
+        )
+    return first
 
 
 def _longest_row(shapes: ModelShapes, verdict: Verdict) -> int | None:
@@ -59,6 +82,7 @@ def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = N
 
 def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = build_tokenizer(folder, config.model.trust_remote_code)
+    add_special_tokens(tokenizer, config.model.add_tokens)
     if config.data.template is not None:
         try:
             tokenizer.chat_template = Path(config.data.template).expanduser().read_text(encoding="utf-8")

@@ -40,7 +40,8 @@ def test_what_is_honoured_or_changes_nothing_is_read(tmp_path, settings):
 REFUSED = {
     "bias": "all",
     "modules_to_save": ["lm_head"], "init_lora_weights": "pissa_niter_16", "layer_replication": [[0, 2], [1, 2]],
-    "trainable_token_indices": [1], "target_parameters": ["experts.gate_up_proj"], "lora_bias": True, "use_qalora": True,
+    "trainable_token_indices": {"model.embed_tokens": [1], "lm_head": [2]}, "lora_bias": True, "use_qalora": True,
+    "target_parameters": ["experts.gate_up_proj"],
     "alora_invocation_tokens": [1, 2], "arrow_config": {"top_k": 1}, "use_bdlora": {"x": 1}, "not_yet_known": 3,
     "not_yet_known_either": True, "new_scaling": "cosine",
 }  # fmt: skip
@@ -53,6 +54,18 @@ def test_what_changes_the_result_is_refused_by_name(tmp_path, key):
     assert refusal.value.exit_code == 2
 
 
+@pytest.mark.parametrize("indices", [[260, 261], {"model.embed_tokens": [260, 261], "lm_head": [260, 261]}])
+def test_ids_of_added_tokens_are_read(tmp_path, indices):
+    assert read_adapter_config(_folder(tmp_path, trainable_token_indices=indices)).token_ids == (260, 261)
+
+
+@pytest.mark.parametrize("indices", [1, [-1], [True], ["a"], {"lm_head": 1}, {"lm_head": [1], "embed_tokens": None}])
+def test_malformed_ids_of_added_tokens_are_refused(tmp_path, indices):
+    with pytest.raises(ModelError, match="trainable_token_indices=") as refusal:
+        read_adapter_config(_folder(tmp_path, trainable_token_indices=indices))
+    assert refusal.value.exit_code == 2
+
+
 @pytest.mark.parametrize("value", ["pissa", "olora", "corda", "loftq", "lora_ga", "mystery", 1])
 def test_starts_that_change_the_base_are_refused(tmp_path, value):
     with pytest.raises(ModelError, match="init_lora_weights="):
@@ -60,8 +73,22 @@ def test_starts_that_change_the_base_are_refused(tmp_path, value):
 
 
 def test_all_are_named_at_once(tmp_path):
-    with pytest.raises(ModelError, match=r"use_dora=true, bias=|bias=.*use_dora=true"):
-        read_adapter_config(_folder(tmp_path, use_dora=True, use_rslora=True, bias="all"))
+    with pytest.raises(ModelError, match=r"lora_bias=true, bias=|bias=.*lora_bias=true"):
+        read_adapter_config(_folder(tmp_path, lora_bias=True, bias="all"))
+
+
+def test_switches_of_lora_are_read_together(tmp_path):
+    settings = read_adapter_config(_folder(tmp_path, use_dora=True, use_rslora=True)).settings(["a"])
+    assert settings.method == "dora" and settings.scales_by_root
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "loftq"])
+def test_a_start_from_the_base_is_read_with_what_it_took_off(tmp_path, start):
+    folder = _folder(tmp_path, init_lora_weights=start, loftq_config={"loftq_bits": 4, "loftq_iter": 3})
+    (folder / "initial_adapter.safetensors").touch()
+    settings = read_adapter_config(folder).settings(["a"])
+    assert settings.start == start and settings.method == "lora"
+    assert settings.loftq_iter == (3 if start == "loftq" else 1)
 
 
 @pytest.mark.parametrize(
