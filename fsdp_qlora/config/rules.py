@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from fsdp_qlora.config import choices
-from fsdp_qlora.config.adapter_rules import ADAPTER_RULES
+from fsdp_qlora.config.adapter_rules import ADAPTER_RULES, combination_needs
 from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.convert import known_keys
@@ -249,24 +249,6 @@ def _prompts(config: RunConfig) -> Iterator[str]:
             yield "generate.to: not set. Give the file for the answers to generate.prompts."
 
 
-def _adapters(config: RunConfig) -> Iterator[str]:
-    chosen, names = config.generate.adapter, config.adapter
-    if not isinstance(names, dict):
-        if chosen is not None:
-            yield "generate.adapter: chooses among several adapters; set adapter={name: FOLDER, ...}."
-        return
-    if not names:
-        yield "adapter: names no adapter; give {name: FOLDER, ...}, one folder, or null."
-    for name in names:
-        if not re.fullmatch(r"[^\W_][\w-]*", name):
-            yield f"adapter: {name!r} cannot name an adapter; use letters, digits, '_' and '-'."
-    if config.generate.prompts is not None and chosen is None:
-        yield "generate.prompts: one adapter answers a file of prompts; choose it with generate.adapter."
-    known = [*names, "__base__"]
-    if chosen is not None and chosen not in known:
-        yield f"generate.adapter: {chosen!r} is not one of {', '.join(known)}.{nearest(chosen, known)}"
-
-
 RULES: tuple[Rule, ...] = (
     _finite,
     _ranges,
@@ -288,11 +270,11 @@ RULES: tuple[Rule, ...] = (
     *ADAPTER_RULES,
     _plan,
     _prompts,
-    _adapters,
 )
 
 
 def _export_needs(config: RunConfig) -> Iterator[str]:
+    yield from combination_needs(config)
     if config.what == "base-4bit":
         if not config.model.name and not config.adapter:
             yield "model.name: not set. what=base-4bit stores this model in 4 bits."
@@ -318,8 +300,8 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
         yield "model.name: not set. Give a hub name (Qwen/Qwen3-8B), a folder, or experiment=quickstart."
     if verb == "train" and config.data.train is None:
         yield "data.train: not set. Give a file, a folder, a hub data set, or a list of them."
-    if verb in ("evaluate", "export") and isinstance(config.adapter, dict):
-        yield f"adapter: {verb} takes one adapter; give its folder."
+    if verb == "evaluate" and isinstance(config.adapter, dict):
+        yield "adapter: evaluate measures one adapter; give its folder."
     if verb == "evaluate" and config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
         yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
     if verb == "export":
