@@ -29,7 +29,7 @@ from fsdp_qlora.adapters.method import (
     shared_names,
     tensor_names,
 )
-from fsdp_qlora.adapters.names import LORA_A, trainable_parameters
+from fsdp_qlora.adapters.names import ADAPTER, LORA_A, adapter_parameters, trainable_parameters
 from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.config.choices import METHODS, PEFT_METHODS
 from fsdp_qlora.config.schema import LoraSettings
@@ -297,20 +297,24 @@ def opened_weights(file: Path) -> Iterator[Any]:
 
 @torch.no_grad()
 def load_adapter(
-    folder: Path, model: nn.Module, shard_rank: int = 0, shard_size: int = 1, lora: LoraSettings | None = None
-) -> None:
+    folder: Path, model: nn.Module, shard_rank: int = 0, shard_size: int = 1, lora: LoraSettings | None = None,
+    name: str | None = None,
+) -> None:  # fmt: skip
     """Fill a model's adapters, attached with the settings ``lora``, from a PEFT adapter folder.
+
+    ``name`` is the adapter's name on the model; None = the one that is trained.
 
     Raises:
         ModelError: if its tensors do not match the model's by name and shape, or a value is not finite.
     """
     file = own_file(folder, WEIGHTS_NAME)
-    parameters, stacks = dict(trainable_parameters(model)), stacked_tensors(model)
+    parameters = dict(trainable_parameters(model) if name is None else adapter_parameters(model, name))
     modules, exchanged = stored_modules(folder), read_adapter_config(folder).exchanged
+    stacks = stacked_tensors(model)
     with opened_weights(file) as stored:
         names = set(stored.keys())
         lora = lora or LoraSettings()
-        fixed = build_method(lora.method).fixed(model, lora)
+        fixed = build_method(lora.method).fixed(model, lora, name or ADAPTER)
         if odd := sorted(names ^ parameters.keys() ^ fixed.keys()):
             ours = sorted(set(adapted_modules(parameters, file)) - set(modules))
             key = "target_parameters" if any(".experts" in name for name in ours[:1]) else "target_modules"
@@ -318,11 +322,11 @@ def load_adapter(
             if odd[0].endswith(TOKEN_ROWS):
                 hint = " One of them has rows of added tokens: set model.add_tokens to the adapter's."
             raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors (first: {odd[0]}).{hint}")
-        for name, target in {**parameters, **fixed}.items():
-            value = stored_value(stored, name, target.shape, stacks.get(name), exchanged)
+        for key, target in {**parameters, **fixed}.items():
+            value = stored_value(stored, key, target.shape, stacks.get(key), exchanged)
             if value.shape != target.shape:
-                raise ModelError(f"adapter: {name} is {list(value.shape)} in {file}, not {list(target.shape)}.")
-            require_finite(value, f"adapter: {name} in {file}")
+                raise ModelError(f"adapter: {key} is {list(value.shape)} in {file}, not {list(target.shape)}.")
+            require_finite(value, f"adapter: {key} in {file}")
             fill_slice(target, value, shard_rank, shard_size)
 
 

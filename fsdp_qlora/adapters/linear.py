@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fsdp_qlora.adapters.names import ADAPTER
+from fsdp_qlora.errors import ModelError
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.quant.products import multiply
 
@@ -35,8 +36,17 @@ class QuantLoraLinear(nn.Module, LoraLayer):
         self.fused = False
         self.sharing: SharedInput | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``[..., out_features]`` for ``[..., in_features]``."""
+    def forward(self, x: torch.Tensor, adapter_names: Sequence[str] | None = None) -> torch.Tensor:
+        """Return ``[..., out_features]`` for ``[..., in_features]``.
+
+        ``adapter_names`` names the adapter of each row of ``x``. PEFT passes it in a forward of several adapters; a
+        name that this layer has no adapter of (``__base__`` among them) means the base alone.
+
+        Raises:
+            ModelError: if there is not one name a row.
+        """
+        if adapter_names is not None:
+            return self._by_row(x, adapter_names)
         if not self.fused or self.disable_adapters or self.active_adapters != [ADAPTER]:
             return self._apart(x)
         out = products([self], x)[0] if self.sharing is None else self.sharing.product(self, x)
@@ -49,10 +59,30 @@ class QuantLoraLinear(nn.Module, LoraLayer):
             return out
         for name in self.active_adapters:
             if name in self.lora_A:
-                # Adapters that FSDP does not gather (fsdp.adapters=replicated) are float32 here.
-                down, up = (cast(torch.Tensor, m[name].weight).to(x.dtype) for m in (self.lora_A, self.lora_B))
-                low = nn.functional.linear(self.lora_dropout[name](x), down)
-                out = out + nn.functional.linear(low, up) * self.scaling[name]
+                out = out + self._change(x, name)
+        return out
+
+    def _change(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Return what the adapter ``name`` adds to the base's product of ``x``."""
+        # Adapters that FSDP does not gather (fsdp.adapters=replicated) are float32 here.
+        down, up = (cast(torch.Tensor, m[name].weight).to(x.dtype) for m in (self.lora_A, self.lora_B))
+        low = nn.functional.linear(self.lora_dropout[name](x), down)
+        return nn.functional.linear(low, up) * self.scaling[name]
+
+    def _by_row(self, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
+        """Return the product of each row with the base and the adapter of its name."""
+        if len(adapter_names) != len(x):
+            raise ModelError(
+                f"adapter_names: {len(adapter_names)} names for {len(x)} rows; give one for each row of the batch "
+                "(beams and several answers a row are rows)."
+            )
+        out = self.base_layer(x)
+        if self.disable_adapters:
+            return out
+        for name in dict.fromkeys(adapter_names):
+            if name in self.lora_A:
+                rows = torch.tensor([i for i, own in enumerate(adapter_names) if own == name], device=x.device)
+                out = out.index_add(0, rows, self._change(x.index_select(0, rows), name))
         return out
 
 
@@ -101,8 +131,8 @@ def use_fused_products(model: nn.Module) -> list[SharedInput]:
     groups = []
     for parent in list(model.modules()):
         if isinstance(parent, QuantLoraLinear):
-            dropout = parent.lora_dropout[ADAPTER]
-            parent.fused = not (isinstance(dropout, nn.Dropout) and dropout.p > 0)
+            dropout = dict(parent.lora_dropout.items()).get(ADAPTER)
+            parent.fused = dropout is not None and not (isinstance(dropout, nn.Dropout) and dropout.p > 0)
     for parent in list(model.modules()):
         for names in SHARED_INPUTS:
             linears = [m for n in names if isinstance(m := getattr(parent, n, None), QuantLoraLinear) and m.fused]

@@ -7,17 +7,19 @@ through ``LoraConfig._register_custom_module`` (private; `tests/unit/test_lora.p
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters.experts import attach_experts
 from fsdp_qlora.adapters.linear import QuantLoraLinear
 from fsdp_qlora.adapters.method import Method, build_method, plain_number, register, spelt_out
+from fsdp_qlora.adapters.names import ADAPTER, adapter_parameters
 from fsdp_qlora.adapters.peft_layers import refuse_merging, restore_buffers
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.errors import NumericsError, PlanError
@@ -107,7 +109,7 @@ def attach_lora(
 
 def attach_adapters(
     model: PreTrainedModel, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM",
-    parameters: Sequence[LinearShape] = (),
+    parameters: Sequence[LinearShape] = (), name: str = ADAPTER,
 ) -> AdaptedModel:  # fmt: skip
     """Add adapters (float32, on meta) to the named linears of a meta model and freeze everything else.
 
@@ -116,8 +118,32 @@ def attach_adapters(
 
     A method with a layer of its own is attached after `swap_linears`, one that PEFT's layers compute before it.
     """
+    spelt = spelt_out(lora, [*target_modules, *(x.name for x in parameters)])
+    config = _attachable(model, target_modules, spelt, task_type)
+    with _expected_warnings():
+        peft_model = get_peft_model(model, config, name, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    assert isinstance(peft_model, PeftModel)
+    attach_experts(model, parameters, lora)
+    _settle(peft_model, config, lora, name)
+    return peft_model
+
+
+def attach_another(
+    peft_model: AdaptedModel, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None, name: str
+) -> None:
+    """Add another adapter, inactive and frozen, under its own name; before sharding, as `attach_adapters`."""
+    config = _attachable(peft_model.get_base_model(), target_modules, spelt_out(lora, target_modules), task_type)
+    with _expected_warnings():
+        peft_model.add_adapter(name, config, low_cpu_mem_usage=True)
+    _settle(peft_model, config, lora, name)
+
+
+def _attachable(
+    model: nn.Module, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None
+) -> PeftConfig:
+    """Return the PEFT config of an adapter with patterns spelt out, and our layer registered if the method has one."""
     method = build_method(lora.method)
-    config = method.peft(target_modules, spelt_out(lora, [*target_modules, *(x.name for x in parameters)]), task_type)
+    config = method.peft(target_modules, lora, task_type)
     if method.layer is None:
         modules = dict(model.named_modules())
         if any(isinstance(modules.get(name), QuantLinear) for name in target_modules):
@@ -125,20 +151,26 @@ def attach_adapters(
     else:
         assert isinstance(config, LoraConfig)
         config._register_custom_module({QuantLinear: method.layer})
+    return config
+
+
+@contextmanager
+def _expected_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         # peft warns that merging would have to untie the embedding; we neither target nor merge it here
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-        warnings.filterwarnings("ignore", message="Unsupported layer type .*QuantLinear")  # it is registered above
-        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
-    assert isinstance(peft_model, PeftModel)
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    attach_experts(model, parameters, lora)
-    if method.layer is None:
-        restore_buffers(peft_model, config)
+        warnings.filterwarnings("ignore", message="Unsupported layer type .*QuantLinear")  # it is registered
+        warnings.filterwarnings("ignore", message="Adapter name .* should not be contained in the prefix")
+        yield
+
+
+def _settle(peft_model: PeftModel, config: PeftConfig, lora: LoraSettings, name: str) -> None:
+    """Make an attached adapter float32, and give PEFT's layers what attaching on meta took from them."""
+    for _, parameter in adapter_parameters(peft_model, name):
+        parameter.data = parameter.data.float()
+    if build_method(lora.method).layer is None:
+        restore_buffers(peft_model, config, name)
         refuse_merging(peft_model)
-    return peft_model
 
 
 def initialize_adapters(

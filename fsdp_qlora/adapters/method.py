@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.names import ADAPTER, trainable_parameters
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.seeds import seed_of
@@ -46,6 +46,8 @@ class Method(ABC):
     small: ClassVar[Mapping[str, Any]] = {}
     """``lora.options`` that fit linears of a few dozen features: the twin check's."""
 
+    alone: ClassVar[bool] = False
+    """Whether a base takes only one adapter of this method at a time."""
     simulates: ClassVar[bool] = True
     """Whether ``plan.simulate`` can run it: the memory tracker knows no sparse tensors."""
 
@@ -121,7 +123,7 @@ class Method(ABC):
         """Return the bytes of the tensors that are never trained, in a model that computes with ``itemsize`` bytes."""
         return 0
 
-    def fixed(self, model: nn.Module, lora: LoraSettings) -> dict[str, torch.Tensor]:
+    def fixed(self, model: nn.Module, lora: LoraSettings, adapter: str = ADAPTER) -> dict[str, torch.Tensor]:
         """Return what else PEFT's file holds, by name: tensors that are never trained, and equal on every rank.
 
         They are the tensors the model computes with, so loading an adapter writes into them.

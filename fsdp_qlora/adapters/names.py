@@ -63,12 +63,20 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 _PREFIXES = "|".join(sorted(set(PEFT_TYPE_TO_PREFIX_MAPPING.values())))
 
 
+def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield ``(name, parameter)`` for the parameters of one of a model's adapters, with the names of its own file."""
+    own = re.compile(rf"\.(?:{_PREFIXES})[^.]*\.{re.escape(adapter)}(?=\.|$)")
+    for name, parameter in model.named_parameters():
+        if own.search(name):
+            yield adapter_key(name, adapter), parameter
+
+
 def adapter_of(name: str) -> str:
     """Return the common name of all tensors of one adapter: ``...q_proj.lora_*.weight``."""
     return re.sub(rf"\.({_PREFIXES})[^.]+", r".\1*", name)
 
 
-def adapter_key(name: str) -> str:
+def adapter_key(name: str, adapter: str = ADAPTER) -> str:
     """Return a parameter's name in PEFT's file: from ``base_model`` on, without the adapter's name."""
-    key = re.sub(rf"\.{ADAPTER}(?=\.|$)", "", name[name.index("base_model") :])
+    key = re.sub(rf"\.{re.escape(adapter)}(?=\.|$)", "", name[name.index("base_model") :])
     return key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # as PEFT's old files have it

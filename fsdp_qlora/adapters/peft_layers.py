@@ -29,17 +29,24 @@ def adapted_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and name}
 
 
+def has_adapter(layer: BaseTunerLayer, adapter: str) -> bool:
+    """Whether one of a layer's adapters has this name."""
+    return any(adapter in getattr(layer, name, ()) for name in layer.adapter_layer_names)
+
+
 def layers_alone(
-    config: PeftConfig, linears: Mapping[str, tuple[int, int]], device: torch.device, dtype: torch.dtype = torch.float32
-) -> dict[str, Any]:
+    config: PeftConfig, linears: Mapping[str, tuple[int, int]], device: torch.device,
+    dtype: torch.dtype = torch.float32, adapter: str = ADAPTER,
+) -> dict[str, Any]:  # fmt: skip
     """Return PEFT's layers by the names of the empty linears, ``name -> (out_features, in_features)``."""
-    model = adapted_alone(config, linears, device, dtype)
+    model = adapted_alone(config, linears, device, dtype, adapter)
     return {name.removeprefix("base_model.model."): layer for name, layer in adapted_layers(model).items()}
 
 
 def adapted_alone(
-    config: PeftConfig, linears: Mapping[str, tuple[int, int]], device: torch.device, dtype: torch.dtype = torch.float32
-) -> PeftModel:
+    config: PeftConfig, linears: Mapping[str, tuple[int, int]], device: torch.device,
+    dtype: torch.dtype = torch.float32, adapter: str = ADAPTER,
+) -> PeftModel:  # fmt: skip
     """Return a model of such linears alone, with PEFT's adapters.
 
     The memory of the linears is never touched, so they take none.
@@ -54,15 +61,15 @@ def adapted_alone(
             parent = parent.get_submodule(part)
         linear = skip_init(nn.Linear, in_features, out_features, bias=False, device=device, dtype=dtype)
         parent.add_module(last, linear)
-    return get_peft_model(root, config, ADAPTER, low_cpu_mem_usage=device == META)  # type: ignore[arg-type, return-value]
+    return get_peft_model(root, config, adapter, low_cpu_mem_usage=device == META)  # type: ignore[arg-type, return-value]
 
 
-def restore_buffers(model: PeftModel, config: PeftConfig) -> None:
-    """Give the buffers of adapters that were attached on meta the values that PEFT gives them.
+def restore_buffers(model: PeftModel, config: PeftConfig, adapter: str = ADAPTER) -> None:
+    """Give the buffers of an adapter that was attached on meta the values that PEFT gives them.
 
     Shared projections depend on the sizes of all linears, so one linear of each size is adapted again.
     """
-    layers = adapted_layers(model)
+    layers = {name: layer for name, layer in adapted_layers(model).items() if has_adapter(layer, adapter)}
     lost = {name: layer for name, layer in layers.items() if any(b.is_meta for _, _, b in _buffers(layer))}
     if not lost:
         return
@@ -114,5 +121,7 @@ def refuse_merging(model: nn.Module) -> None:
     The layers become instances of a subclass, as `fully_shard` does it; no class is changed.
     """
     for layer in adapted_layers(model).values():
+        if isinstance(layer, _Unmergeable):
+            continue
         kind = type(layer)
         layer.__class__ = type(kind.__name__, (_Unmergeable, kind), {"__module__": kind.__module__})

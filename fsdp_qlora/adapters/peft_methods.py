@@ -31,7 +31,7 @@ from torch.nn.utils import skip_init
 
 from fsdp_qlora.adapters.method import register
 from fsdp_qlora.adapters.names import ADAPTER, adapter_key
-from fsdp_qlora.adapters.peft_layers import CPU, adapted_layers
+from fsdp_qlora.adapters.peft_layers import CPU, adapted_layers, has_adapter
 from fsdp_qlora.adapters.peft_method import PeftMethod
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.shapes.linears import LinearShape
@@ -54,15 +54,18 @@ class IA3(PeftMethod):
 class _SharedProjections(PeftMethod):
     """A method with two random matrices that all layers share: buffers, whole on every rank, once in memory and file.
 
-    They come from ``projection_prng_key``, in the compute dtype, as in PEFT.
+    They come from ``projection_prng_key``, in the compute dtype, as in PEFT. A second adapter would take them from the
+    first one's layers (PEFT 0.21).
     """
 
-    def fixed(self, model: nn.Module, lora: LoraSettings) -> dict[str, torch.Tensor]:
+    alone = True
+
+    def fixed(self, model: nn.Module, lora: LoraSettings, adapter: str = ADAPTER) -> dict[str, torch.Tensor]:
         """Return the projections, unless ``save_projection`` is off."""
         if not lora.options.get("save_projection", True):
             return {}
         layer = next(iter(adapted_layers(model).values()))
-        return {f"base_model.{name}": getattr(layer, name)[ADAPTER] for name in self.shared}
+        return {f"base_model.{name}": getattr(layer, name)[adapter] for name in self.shared}
 
 
 def _largest(linears: Sequence[LinearShape]) -> tuple[int, int]:
@@ -168,10 +171,10 @@ class SHiRA(PeftMethod):
         """Return the names of the values and of their places."""
         return super().tensor_names() | {"shira_indices"}
 
-    def fixed(self, model: nn.Module, lora: LoraSettings) -> dict[str, torch.Tensor]:
+    def fixed(self, model: nn.Module, lora: LoraSettings, adapter: str = ADAPTER) -> dict[str, torch.Tensor]:
         """Return the places of the trained values."""
-        layers = adapted_layers(model).items()
-        return {adapter_key(f"{name}.shira_indices"): layer.shira_indices[ADAPTER] for name, layer in layers}  # type: ignore[attr-defined]
+        layers = [(name, layer) for name, layer in adapted_layers(model).items() if has_adapter(layer, adapter)]
+        return {adapter_key(f"{name}.shira_indices"): layer.shira_indices[adapter] for name, layer in layers}  # type: ignore[attr-defined]
 
 
 @register

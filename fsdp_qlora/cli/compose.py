@@ -27,10 +27,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fsdp_qlora.cli.foreign import TAKEN, is_taken, refuse_hydras_own, require_typed
 from fsdp_qlora.cli.outside import Outside
-from fsdp_qlora.cli.quoting import list_of_names, literal, quoted, sweep_hint
+from fsdp_qlora.cli.quoting import list_of_names, literal, mapping_of_names, quoted, sweep_hint
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.convert import convert, field_types, known_keys, words_of
-from fsdp_qlora.config.facts import VERBATIM, keys_with, mappings
+from fsdp_qlora.config.facts import VERBATIM, keys_with, mapping_kind, mappings
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.saved import read_config
 from fsdp_qlora.config.schema import RunConfig, from_dict
@@ -82,7 +82,7 @@ def _twin(schema: type, groups: dict[str, type] | None = None) -> type:
             continue
         if typing.get_origin(kind) in (typing.Literal, typing.Annotated):
             kind = str
-        elif any(words_of(inner) for inner in typing.get_args(kind)):  # a number or a word; `convert` checks it
+        elif any(words_of(k) or typing.get_origin(k) is dict for k in typing.get_args(kind)):  # `convert` checks it
             kind = Any
         default = item.default_factory if item.default is dataclasses.MISSING else item.default
         is_factory = item.default is dataclasses.MISSING
@@ -140,6 +140,8 @@ def split(arguments: Sequence[str]) -> CommandLine:
 def _verbatim(key: str, value: str) -> Any:
     if key in ("data.train", "data.eval") and value.startswith("[") and value.endswith("]"):
         return list_of_names(value)
+    if key == "adapter" and (named := mapping_of_names(value)):
+        return named
     if value == "null" and key != "prompt":
         return None
     return value
@@ -319,7 +321,7 @@ def _kind_of(key: str) -> Any:
         kind = field_types(kind)[part]
     if mapping is None or key == mapping:
         return kind
-    return typing.get_args(kind)[1] if key.count(".") == mapping.count(".") + 1 else Any
+    return typing.get_args(mapping_kind(kind))[1] if key.count(".") == mapping.count(".") + 1 else Any
 
 
 def group_options(group: str, config_dir: str | None = None) -> list[str]:

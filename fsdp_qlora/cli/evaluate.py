@@ -21,6 +21,7 @@ def run(config: RunConfig) -> int:
 
 
 def _evaluate(config: RunConfig, world: World) -> int:
+    assert not isinstance(config.adapter, dict)  # check_verb
     adapter = Path(config.adapter).expanduser() if config.adapter else None
     result = evaluate_prepared(load_for_inference(config, adapter, world))
     if world.ranks.is_main:

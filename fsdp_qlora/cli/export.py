@@ -17,6 +17,7 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.process import Placement, choose_device, use_device
 from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError, StorageError
 from fsdp_qlora.export.adapter import copy_adapter
+from fsdp_qlora.export.combined import combine_adapters
 from fsdp_qlora.export.quantized_base import export_base
 from fsdp_qlora.export.starts import StartedAdapter, measure, open_started, write_for_its_base, write_plain_lora
 from fsdp_qlora.export.vllm import rewrite_for_vllm, served_by_vllm
@@ -70,7 +71,7 @@ def _base_4bit(config: RunConfig) -> int:
 
 
 def _started(config: RunConfig) -> StartedAdapter:
-    assert config.adapter is not None
+    assert isinstance(config.adapter, str)  # check_verb
     return open_started(Path(config.adapter).expanduser())
 
 
@@ -110,6 +111,7 @@ def _plain_lora(config: RunConfig, adapter: StartedAdapter) -> int:
 def _merged(config: RunConfig) -> int:
     assert config.export.to is not None  # check_verb
     target = Path(config.export.to).expanduser()
+    assert not isinstance(config.adapter, dict)  # check_verb
     adapter = Path(config.adapter).expanduser() if config.adapter else _newest(config) / ADAPTER_FOLDER
     world = open_world(config)
     with world.stack:
@@ -131,7 +133,23 @@ def _newest(config: RunConfig) -> Path:
     return checkpoints[-1]
 
 
+def _combined(config: RunConfig, adapters: dict[str, str]) -> int:
+    """Make one adapter of several, and say how far it is from their weighted sum."""
+    export = config.export
+    assert export.to is not None  # check_verb
+    target = Path(export.to).expanduser()
+    folders = {name: Path(folder).expanduser() for name, folder in adapters.items()}
+    done = combine_adapters(folders, export.weights, export.combination, target, export.rank)
+    sum_of = " + ".join(f"{export.weights[name]:g} x {name}" for name in folders)
+    print(f"{sum_of} -> {target}: {done.modules} linears, ranks up to {done.r}, {megabytes(done.num_bytes)}")
+    far = f"{done.difference:.2e} of its size (root mean squares)"
+    print(f"{export.combination}: differs from that sum of changes by {far}")
+    return 0
+
+
 def _adapter(config: RunConfig) -> int:
+    if isinstance(config.adapter, dict):
+        return _combined(config, config.adapter)
     if config.adapter and config.export.plain_lora:
         return _plain_lora(config, _started(config))
     folder = RunFolder(config.run.output_root, config.run.name)

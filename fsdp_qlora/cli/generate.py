@@ -1,4 +1,4 @@
-"""`generate`: answers a prompt, token by token, or a file of prompts, with or without an adapter."""
+"""`generate`: answers a prompt, token by token, or a file of prompts, with one or several adapters or without."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fsdp_qlora.adapters.served import BASE
 from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
@@ -38,8 +39,10 @@ def _read(file: str) -> str:
 
 def _answer_file(config: RunConfig, world: World) -> int:
     config = replace(config, data=replace(config.data, train=None, eval=None))
-    adapter = Path(config.adapter).expanduser() if config.adapter else None
-    count = answer_file(config, load_for_inference(config, adapter, world))
+    prepared = load_for_inference(config, _folders(config), world)
+    if config.generate.adapter == BASE:
+        prepared.model.use_adapter(BASE)
+    count = answer_file(config, prepared)
     if world.ranks.is_main:
         print(f"{count} answers -> {config.generate.to}")
     return 0
@@ -47,13 +50,25 @@ def _answer_file(config: RunConfig, world: World) -> int:
 
 def _generate(config: RunConfig, prompt: str, world: World) -> int:
     config = replace(config, data=replace(config.data, train=None, eval=None))
-    adapter = Path(config.adapter).expanduser() if config.adapter else None
-    prepared = load_for_inference(config, adapter, world)
-    torch.manual_seed(config.run.seed)  # so that all ranks sample the same tokens
-    settings = config.generate
-    end = end_of_turn(prepared.folder, prepared.model.base.config, prepared.tokenizer)
-    answer(
-        prepared.model, prepared.tokenizer, end, prompt, settings.max_new_tokens, settings.temperature, settings.top_p,
-        stream=world.ranks.is_main,
-    )  # fmt: skip
+    prepared = load_for_inference(config, _folders(config), world)
+    settings, model = config.generate, prepared.model
+    end = end_of_turn(prepared.folder, model.base.config, prepared.tokenizer)
+    for name in [settings.adapter] if settings.adapter == BASE else prepared.adapters or [None]:
+        if name is not None:
+            model.use_adapter(name)
+        if len(prepared.adapters) > 1 and settings.adapter is None and world.ranks.is_main:
+            print(f"{name}:", flush=True)
+        torch.manual_seed(config.run.seed)  # so that all ranks sample the same tokens
+        answer(
+            model, prepared.tokenizer, end, prompt, settings.max_new_tokens, settings.temperature, settings.top_p,
+            stream=world.ranks.is_main,
+        )  # fmt: skip
     return 0
+
+
+def _folders(config: RunConfig) -> Path | dict[str, Path] | None:
+    """Return the adapters to load: of several, only the one that answers if it is known."""
+    if not isinstance(config.adapter, dict):
+        return Path(config.adapter).expanduser() if config.adapter else None
+    named = {name: Path(folder).expanduser() for name, folder in config.adapter.items()}
+    return named.get(config.generate.adapter or "", named)

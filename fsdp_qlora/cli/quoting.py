@@ -25,6 +25,8 @@ def quoted(value: Any) -> str:
         return "null"
     if isinstance(value, list):
         return "[" + ",".join(quoted(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{quoted(item)}" for key, item in value.items()) + "}"
     return literal(_INTERPOLATION.sub(lambda match: match[1] * 2 + "\\${", str(value)))
 
 
@@ -41,6 +43,16 @@ def list_of_names(text: str) -> list[str]:
 def _items(text: str) -> Iterator[str]:
     for match in re.finditer(r"""\s*(?:'([^']*)'|"([^"]*)"|([^,]*))\s*(?:,|\Z)""", text):
         yield next((part for part in match.groups() if part is not None), "").strip()
+
+
+def mapping_of_names(text: str) -> dict[str, str] | None:
+    """Return the items of ``{a: x, b: y}`` as typed, or None if it is not of this form; quotes protect a comma."""
+    if not (text.startswith("{") and text.endswith("}")):
+        return None
+    item = r"""\s*([\w-]+)\s*:\s*(?:'([^']*)'|"([^"]*)"|([^,]*?))\s*"""
+    if re.fullmatch(rf"(?:{item},)*{item}", text[1:-1]) is None:
+        return None
+    return {m[1]: next(v for v in m.groups()[1:] if v is not None) for m in re.finditer(rf"{item}(?:,|\Z)", text[1:-1])}
 
 
 def sweep_hint(key: str, text: str, is_list: bool, flags: Sequence[str]) -> str | None:

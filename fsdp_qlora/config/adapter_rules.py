@@ -1,7 +1,9 @@
-"""Rules on ``lora``: what an adapter method, and a way to start from the base weights, cannot do."""
+"""Rules on adapters: what a method and a start from the base weights cannot do, and what several need."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,4 +96,44 @@ def _start(config: RunConfig) -> Iterator[str]:
         )
 
 
-ADAPTER_RULES = (_method, _bundle, _start)
+def _adapters(config: RunConfig) -> Iterator[str]:
+    chosen, names = config.generate.adapter, config.adapter
+    if not isinstance(names, dict):
+        if chosen is not None:
+            yield "generate.adapter: chooses among several adapters; set adapter={name: FOLDER, ...}."
+        return
+    if not names:
+        yield "adapter: names no adapter; give {name: FOLDER, ...}, one folder, or null."
+    for name in names:
+        if not re.fullmatch(r"[^\W_][\w-]*", name):
+            yield f"adapter: {name!r} cannot name an adapter; use letters, digits, '_' and '-'."
+    if config.generate.prompts is not None and chosen is None:
+        yield "generate.prompts: one adapter answers a file of prompts; choose it with generate.adapter."
+    known = [*names, "__base__"]
+    if chosen is not None and chosen not in known:
+        yield f"generate.adapter: {chosen!r} is not one of {', '.join(known)}.{nearest(chosen, known)}"
+
+
+def combination_needs(config: RunConfig) -> Iterator[str]:
+    """Yield what keeps `export` from making one adapter of several."""
+    names, export = config.adapter, config.export
+    if not isinstance(names, dict):
+        if export.weights:
+            yield "export.weights: weigh several adapters; set adapter={name: FOLDER, ...}."
+        return
+    if config.what != "adapter" or export.plain_lora or export.for_vllm:
+        yield "adapter: several become one with what=adapter, and nothing else takes them; give one folder."
+    if names.keys() != export.weights.keys():
+        there = ", ".join(export.weights) or "none"
+        yield f"export.weights: needs one for each of {', '.join(names)}, got {there}."
+    if not all(math.isfinite(weight) for weight in export.weights.values()):
+        yield f"export.weights: must be finite numbers, got {export.weights}."
+    if not export.to:
+        yield "export.to: not set. Give the folder for the combined adapter."
+    if export.checkpoint:
+        yield "export.checkpoint: holds one adapter; leave it out, or name its adapter/ folder in adapter={...}."
+    if export.rank and export.combination != "svd":
+        yield f"export.rank: export.combination={export.combination} has no choice of ranks; leave it out, or take svd."
+
+
+ADAPTER_RULES = (_method, _bundle, _start, _adapters)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fsdp_qlora.config.choices import nearest
-from fsdp_qlora.config.facts import plain
+from fsdp_qlora.config.facts import mapping_kind, plain
 from fsdp_qlora.errors import ConfigError
 
 T = typing.TypeVar("T")
@@ -97,11 +97,16 @@ def convert(value: Any, kind: Any) -> Any:
 
 
 def _one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """Convert to the only type among ``kinds``, or keep None or one of the words that they allow."""
+    """Convert to the only type among ``kinds``, or keep None or one of the words that they allow.
+
+    Beside that type, a mapping may be one of them.
+    """
     words = tuple(word for kind in kinds for word in words_of(kind))
     if (value is None and type(None) in kinds) or value in words:
         return value
-    (kind,) = (kind for kind in kinds if kind is not type(None) and not words_of(kind))
+    if isinstance(value, Mapping) and (mapping := mapping_kind(*kinds)) is not None:
+        return convert(value, mapping)
+    (kind,) = (k for k in kinds if k is not type(None) and not words_of(k) and typing.get_origin(k) is not dict)
     try:
         return convert(value, kind)
     except ValueError as error:

@@ -86,5 +86,11 @@ def mappings(schema: type, prefix: str = "") -> Iterator[str]:
     for name, kind in typing.get_type_hints(schema).items():
         if dataclasses.is_dataclass(kind):
             yield from mappings(typing.cast(type, kind), f"{prefix}{name}.")
-        elif typing.get_origin(kind) is dict:
+        elif mapping_kind(kind) is not None:
             yield f"{prefix}{name}"
+
+
+def mapping_kind(*kinds: Any) -> Any:
+    """Return the mapping that a setting's type is, or allows beside other types; None if it allows none."""
+    alternatives = [one for kind in kinds for one in (kind, *typing.get_args(kind))]
+    return next((one for one in alternatives if typing.get_origin(one) is dict), None)

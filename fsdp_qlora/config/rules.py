@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from fsdp_qlora.config import choices
-from fsdp_qlora.config.adapter_rules import ADAPTER_RULES
+from fsdp_qlora.config.adapter_rules import ADAPTER_RULES, combination_needs
 from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.convert import known_keys
@@ -290,6 +290,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def _export_needs(config: RunConfig) -> Iterator[str]:
+    yield from combination_needs(config)
     if config.what == "base-4bit":
         if not config.model.name and not config.adapter:
             yield "model.name: not set. what=base-4bit stores this model in 4 bits."
@@ -315,6 +316,8 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
         yield "model.name: not set. Give a hub name (Qwen/Qwen3-8B), a folder, or experiment=quickstart."
     if verb == "train" and config.data.train is None:
         yield "data.train: not set. Give a file, a folder, a hub data set, or a list of them."
+    if verb == "evaluate" and isinstance(config.adapter, dict):
+        yield "adapter: evaluate measures one adapter; give its folder."
     if verb == "evaluate" and config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
         yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
     if verb == "export":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, SHARE, VERBATIM
@@ -48,6 +48,8 @@ class GenerateSettings:
     """Sampling temperature; 0 = greedy, the same answer every time."""
     top_p: Annotated[float, SHARE] = 1.0
     """Probability mass for nucleus sampling, when the temperature is above 0."""
+    adapter: str | None = None
+    """Which of several adapters (``adapter={name: FOLDER}``) answers, or ``__base__`` for none; null = each of them."""
     prompts: Annotated[str | None, VERBATIM] = None
     """JSONL file of prompts to answer in batches, instead of one prompt: ``{"prompt": "..."}`` or
     ``{"messages": [...]}``; what else a line holds is kept."""
@@ -72,6 +74,14 @@ class ExportSettings:
     """``merged``: replace an earlier export in ``to``."""
     for_vllm: bool = False
     """``adapter``: write a LoRA of one rank and scaling 1, which computes the same and which vLLM reads right."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """``adapter``: with which weights several adapters of LoRA's kinds (``adapter={name: FOLDER}``) become one:
+    ``{poet: 0.7, coder: 0.3}``."""
+    combination: Literal["svd", "cat", "linear"] = "svd"
+    """How: ``cat`` is exact and adds up the ranks, ``svd`` is the best approximation of rank ``rank``, ``linear`` adds
+    the matrices themselves, of equal ranks, which is not the sum of what they compute. As in PEFT."""
+    rank: Annotated[int, NOT_NEGATIVE] = 0
+    """``svd``: the rank of the result; 0 = the largest of the adapters'."""
     merge_base: Literal["auto", "original", "dequantized"] = "auto"
     """``merged``: fold the adapter into the weights as they are stored (``original``), or as they are after quantizing,
     which is what it was trained on (``dequantized``). ``auto`` measures both on at most 64 held-out rows and keeps the

@@ -177,7 +177,7 @@ def write_plain_lora(adapter: StartedAdapter, target: Path) -> int:
                     f"adapter: {name} in {adapter.folder} is {list(value.shape)}, not {list(other.shape)}."
                 )
             tensors[name] = torch.cat([value.float(), other], dim=0 if first else 1).contiguous()
-    return _write(adapter.folder, target, tensors, _doubled(read_json(own_file(adapter.folder, CONFIG_NAME))))
+    return write_folder(adapter.folder, target, tensors, _doubled(read_json(own_file(adapter.folder, CONFIG_NAME))))
 
 
 def _doubled(config: dict[str, Any]) -> dict[str, Any]:
@@ -202,10 +202,10 @@ def write_for_its_base(adapter: StartedAdapter, target: Path, base: Path) -> Non
     with opened_weights(own_file(adapter.folder, WEIGHTS_NAME)) as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
     config = _restarted(read_json(own_file(adapter.folder, CONFIG_NAME)))
-    _write(adapter.folder, target, tensors, config | {"base_model_name_or_path": str(base), "revision": None})
+    write_folder(adapter.folder, target, tensors, config | {"base_model_name_or_path": str(base), "revision": None})
 
 
-def _write(source: Path, target: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> int:
+def write_folder(source: Path, target: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> int:
     """Write an adapter folder with what lies beside the adapter in ``source``; return the bytes of its weights."""
     try:
         with fresh_folder(target) as staging:

@@ -7,7 +7,7 @@ full logits never exist, for any transformers causal LM, and without touching it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,9 +17,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from fsdp_qlora.adapters.lora import AdaptedModel
+from fsdp_qlora.adapters.served import require_rows, use_adapter
 from fsdp_qlora.adapters.turns import Starts
 from fsdp_qlora.attention.flatten import decoder_inputs
 from fsdp_qlora.data.labels import Sequences, supervised_positions
+from fsdp_qlora.errors import ModelError
 from fsdp_qlora.heads.added import TokenEmbedding
 from fsdp_qlora.heads.dense import LossHead
 from fsdp_qlora.heads.logprobs import CrossEntropy, cross_entropy_
@@ -96,23 +99,56 @@ class CausalModel(nn.Module):
         targets = labels.flatten().index_select(0, supervised + 1)
         return head(hidden.flatten(0, 1).index_select(0, supervised), labels=targets)
 
-    def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def use_adapter(self, name: str | None) -> None:
+        """Compute with the adapter ``name`` from now on; None: with the base alone.
+
+        What is trained does not change. Every rank must call it.
+
+        Raises:
+            ModelError: if there is no such adapter.
+        """
+        use_adapter(self._adapted(), name)
+
+    def logits(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Return the logits ``[rows, length, vocab]`` (for checks; training never materialises them in full).
 
-        Backward is not supported: a sharded head is not gathered for it.
+        ``adapter_names`` names an adapter for each row, or ``__base__`` for the base alone; None: the one in use for
+        all rows. Backward is not supported: a sharded head is not gathered for it.
+
+        Raises:
+            ModelError: if the rows cannot be computed so.
         """
-        places = {} if position_ids is None else {"position_ids": position_ids}
+        more: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        if adapter_names is not None:
+            require_rows(self._adapted(), adapter_names, len(input_ids))
+            more["adapter_names"] = list(adapter_names)
         with self._without_backward():
-            return self.model(input_ids=input_ids, use_cache=False, **places).logits
+            return self.model(input_ids=input_ids, use_cache=False, **more).logits
 
     def outputs(self, **inputs: Any) -> Any:
         """Return the transformers model's own outputs, as encoder-decoders and masked language models need."""
         return self.model(**inputs)
 
     def generate(self, **settings: Any) -> torch.Tensor:
-        """Generate as transformers does. Under FSDP, a collective."""
+        """Generate as transformers does. Under FSDP, a collective.
+
+        ``adapter_names`` names an adapter for each row, as in `logits`.
+
+        Raises:
+            ModelError: if the rows cannot be computed so.
+        """
+        if (names := settings.get("adapter_names")) is not None:
+            require_rows(self._adapted(), names)
         with self._inputs_on(self.device), self._without_backward():
             return self.model.generate(**settings)  # type: ignore[operator]
+
+    def _adapted(self) -> AdaptedModel:
+        if self.peft is None:
+            raise ModelError("adapter_names: this model has no adapters.")
+        return self.peft
 
     @contextmanager
     def _without_backward(self) -> Iterator[None]:

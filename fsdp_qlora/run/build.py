@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from fsdp_qlora.adapters.folder import start_from_adapter
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.served import ServedAdapter, attach_served, load_served
 from fsdp_qlora.adapters.turns import TakingTurns
 from fsdp_qlora.config.auto import as_word, asked, switch
 from fsdp_qlora.config.schema import RunConfig
@@ -144,21 +145,28 @@ def open_model(
 
 
 def load_model(
-    opened: OpenedModel, ranks: Ranks, progress: Progress | None = None, kept: Path | None = None
-) -> tuple[CausalModel, LoadReport]:
+    opened: OpenedModel, ranks: Ranks, progress: Progress | None = None, kept: Path | None = None,
+    served: Sequence[ServedAdapter] = (),
+) -> tuple[CausalModel, LoadReport]:  # fmt: skip
     """Quantize, adapt and shard an opened model, then load its weights and initialize its adapters.
 
     ``kept`` is a file of factors from which adapters start (`fsdp_qlora.adapters.turns`); None: they are computed.
+    With ``served``, the adapters are these, filled from their folders and frozen.
     """
     config = opened.config
-    model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks, first_added=opened.first_added)
+    model = build_sharded(
+        config, opened.base, opened.shapes, opened.plan, ranks, first_added=opened.first_added, served=served
+    )
     shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
     on_host = host_modules(model.base, opened.plan.offloaded)
     turns = None if config.lora.start is None else TakingTurns(model, config.lora, config.run.seed, ranks, kept)
     report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host, turns or iter)
     if turns is not None:
         model.starts = turns.starts
-    initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora)
+    if served:
+        load_served(model, served, ranks)
+    else:
+        initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora)
     start_token_rows(model.base, opened.shapes, opened.source, ranks)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
@@ -176,16 +184,18 @@ def build_sharded(
     host: torch.device = HOST,
     before_sharding: Callable[[nn.Module], None] = lambda base: None,
     first_added: int | None = None,
+    served: Sequence[ServedAdapter] = (),
 ) -> CausalModel:
     """Swap, adapt and shard a meta model as planned; the order matters (see docs/architecture.md).
 
-    ``before_sharding`` is called with the adapted base model.
+    ``before_sharding`` is called with the adapted base model. ``served`` replaces the adapter to train by several
+    others; ``config.lora`` must be the settings of the first.
     ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
     task = task_type(base)
     after = after_head(base) if task == "CAUSAL_LM" else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
-    adapted = _adapt_and_quantize(config, base, plan, shapes, task)
+    adapted = _adapt_and_quantize(config, base, plan, shapes, task, served)
     fused = _use_kernels(config, base, after)
     model = CausalModel(adapted)
     model.fused = fused
@@ -256,10 +266,13 @@ def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | No
 
 
 def _adapt_and_quantize(
-    config: RunConfig, base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, task: str | None
-) -> AdaptedModel:
+    config: RunConfig, base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, task: str | None,
+    served: Sequence[ServedAdapter],
+) -> AdaptedModel:  # fmt: skip
     """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know."""
     attach = partial(attach_adapters, base, plan.targets, config.lora, task, plan.parameters)
+    if served:
+        attach = partial(attach_served, base, shapes, served, task)
     quantize = partial(_quantize, base, plan, shapes, switch(config.quant.cache_dequantized) is True)
     if build_method(config.lora.method).layer is None:
         adapted = attach()

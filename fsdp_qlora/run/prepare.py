@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fsdp_qlora.adapters.served import ServedAdapter, adapter_size
 from fsdp_qlora.checks.gather import verify_buffers, verify_gather
 from fsdp_qlora.config.auto import Choice, as_word
 from fsdp_qlora.config.rules import check
@@ -35,27 +37,30 @@ def prepare(
     training: bool = True,
     weights: Weights = SafetensorsFolder,
     start: Path | None = None,
+    served: Sequence[ServedAdapter] = (),
 ) -> Prepared:
     """Build, quantize, adapt, shard and load the model; tokenize the data if any is given.
 
     Call it on every rank under torchrun, or in a single process. Close the result when you are done with it. With
     ``training=False``, steps that only serve training are skipped (compiled layers, the loss comparison). ``weights``
     opens the weights of the base model's folder (a benchmark draws them instead of reading them). ``start`` is the file
-    of what an adapter started from, if that was the base weights; None: a run's own, or it is computed.
+    of what an adapter started from, if that was the base weights; None: a run's own, or it is computed. ``served`` are
+    the adapters of `load_for_inference`.
     """
     check(config)
     if world is not None:
-        return _prepare(config, world, progress, training, weights, start)
+        return _prepare(config, world, progress, training, weights, start, served)
     world = open_world(config)
     try:
-        return _prepare(config, world, progress, training, weights, start)
+        return _prepare(config, world, progress, training, weights, start, served)
     except BaseException:
         world.stack.__exit__(*sys.exc_info())  # or the next call would find a process group open
         raise
 
 
 def _prepare(
-    config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights, start: Path | None
+    config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights, start: Path | None,
+    served: Sequence[ServedAdapter],
 ) -> Prepared:  # fmt: skip
     asked, folder = config, _find_model(config.model, world)
     budget = rank_budget(world.ranks, world.placement)
@@ -71,7 +76,7 @@ def _prepare(
     process_bytes = resident_bytes()
     if training and opened.config.lora.start is not None:
         start = start or kept_start(opened, folder, world.ranks)
-    model, report = load_model(opened, world.ranks, progress, start)
+    model, report = load_model(opened, world.ranks, progress, start, served)
     world.ranks.phases.enter("comparing what the ranks gather")
     verify_gather(model, world.ranks)
     verify_buffers(model, world.ranks)
@@ -88,6 +93,7 @@ def _prepare(
     return Prepared(
         config=asked, settings=opened.config, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks,
         folder=folder, shapes=opened.shapes, load=report, data=data, placement=world.placement, threads=world.threads,
+        adapters={adapter.name: adapter_size(model, adapter.name) for adapter in served},
         process_bytes=process_bytes, choices=choices, repairs=repairs, _stack=world.stack,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.adapters.served import AdapterSize
 from fsdp_qlora.config.auto import Choice
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.prepare import PreparedData
@@ -44,6 +45,8 @@ class Prepared:
     data: PreparedData | None
     placement: Placement
     threads: int
+    adapters: dict[str, AdapterSize] = field(default_factory=dict)
+    """What each adapter of `load_for_inference` takes, by name, if they were given names."""
     process_bytes: int = 0
     """Resident memory of this process before the model was loaded: the interpreter, libraries, tokenizer and rows."""
     choices: dict[str, Choice] = field(default_factory=dict)

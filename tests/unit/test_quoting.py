@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 
@@ -10,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from fsdp_qlora.cli.compose import compose_config
-from fsdp_qlora.cli.quoting import command, list_of_names, quoted
+from fsdp_qlora.cli.quoting import command, list_of_names, mapping_of_names, quoted
 from fsdp_qlora.errors import ConfigError
 from tests.tiers import some_in_full
 
@@ -55,6 +56,38 @@ def test_paths_and_prompts_are_taken_as_typed(text):
 def test_lists_of_paths_keep_a_comma_in_quotes():
     assert list_of_names("[a.jsonl, b c/ ,'d,e.jsonl',\"f'g\"]") == ["a.jsonl", "b c/", "d,e.jsonl", "f'g"]
     assert list_of_names("[]") == []
+
+
+def test_several_adapters_are_named_on_the_command_line():
+    assert mapping_of_names("{a: x y, b-2:'p,q',c : \"r's\"}") == {"a": "x y", "b-2": "p,q", "c": "r's"}
+    assert mapping_of_names("{x}") is mapping_of_names("a: b") is mapping_of_names("{a: b, c}") is None
+    adapter = "adapter={poet: out/a, coder: '~/b,c'}"
+    config = compose_config("generate", [adapter, "prompt=x", "generate.adapter=coder"])
+    assert config.adapter == {"poet": "out/a", "coder": "~/b,c"}
+    assert config.generate.adapter == "coder"
+
+
+def test_several_adapters_survive_a_file_of_settings_and_single_keys(tmp_path):
+    (tmp_path / "config.yaml").write_text("adapter: {poet: a, coder: b}\n")
+    saved = f"run_from={tmp_path}"
+    assert compose_config("generate", [saved, "prompt=x"]).adapter == {"poet": "a", "coder": "b"}
+    assert compose_config("generate", ["adapter.poet=a", "prompt=x"]).adapter == {"poet": "a"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["adapter={poet: a, coder: b}", "generate.adapter=codr"],
+            "'codr' is not one of poet, coder, __base__. Did you",
+        ),
+        (["adapter=a", "generate.adapter=a"], "generate.adapter: chooses among several adapters"),
+        (["adapter={_x: a}"], "'_x' cannot name an adapter"),
+    ],
+)
+def test_wrong_names_of_adapters_are_refused(overrides, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        compose_config("generate", [*overrides, "prompt=x"])
 
 
 @pytest.mark.parametrize("text", [t for t in TEXTS if t != "null"])
