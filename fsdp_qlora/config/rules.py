@@ -242,6 +242,11 @@ def _added_tokens(config: RunConfig) -> Iterator[str]:
 def _prompts(config: RunConfig) -> Iterator[str]:
     if config.prompt is not None and config.prompt_file is not None:
         yield "prompt_file: give prompt or prompt_file, not both."
+    if config.generate.prompts is not None:
+        if config.prompt is not None or config.prompt_file is not None:
+            yield "generate.prompts: give one prompt or a file of prompts, not both."
+        if config.generate.to is None:
+            yield "generate.to: not set. Give the file for the answers to generate.prompts."
 
 
 RULES: tuple[Rule, ...] = (
@@ -299,8 +304,8 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
     if verb == "export":
         yield from _export_needs(config)
     if verb == "generate":
-        if config.prompt is None and config.prompt_file is None:
-            yield 'prompt: not set. Give prompt="..." or prompt_file=FILE.'
+        if config.prompt is None and config.prompt_file is None and config.generate.prompts is None:
+            yield 'prompt: not set. Give prompt="..." or prompt_file=FILE, or generate.prompts=FILE.jsonl.'
         if not config.model.name and not config.adapter:
             yield "model.name: not set. Give a model, or adapter=FOLDER, which names its base."
 

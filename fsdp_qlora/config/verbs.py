@@ -48,6 +48,13 @@ class GenerateSettings:
     """Sampling temperature; 0 = greedy, the same answer every time."""
     top_p: Annotated[float, SHARE] = 1.0
     """Probability mass for nucleus sampling, when the temperature is above 0."""
+    prompts: Annotated[str | None, VERBATIM] = None
+    """JSONL file of prompts to answer in batches, instead of one prompt: ``{"prompt": "..."}`` or
+    ``{"messages": [...]}``; what else a line holds is kept."""
+    to: Annotated[str | None, VERBATIM] = None
+    """JSONL file for the answers. A run that was killed goes on where it stopped."""
+    batch_size: Annotated[int, POSITIVE] = 8
+    """Prompts that a rank answers at once, with ``prompts``."""
 
 
 @dataclass(frozen=True)
