@@ -46,6 +46,8 @@ class Method(ABC):
     small: ClassVar[Mapping[str, Any]] = {}
     """``lora.options`` that fit linears of a few dozen features: the twin check's."""
 
+    trains_base: ClassVar[bool] = False
+    """Whether it trains the base itself, and there are no adapters."""
     simulates: ClassVar[bool] = True
     """Whether ``plan.simulate`` can run it: the memory tracker knows no sparse tensors."""
 
@@ -163,6 +165,12 @@ def spelt_out(lora: LoraSettings, targets: Sequence[str]) -> LoraSettings:
 
 _METHODS: choices.Registry[Method] = choices.Registry("adapter method", choices.METHODS)
 register = _METHODS.register
+
+
+def register_none(kind: type[Method]) -> type[Method]:
+    """Register the absence of a method: found by its name, but none of the names that `choices.METHODS` lists."""
+    _METHODS[kind.name] = kind
+    return kind
 
 
 def build_method(name: str) -> Method:

@@ -38,7 +38,8 @@ class FirstGradients:
     def _require_nonzero(self, step: int) -> None:
         largest: dict[str, torch.Tensor] = {}
         for name, parameter in trainable_parameters(self._model):
-            if name.endswith(TOKEN_ROWS):  # no row may hold an added token yet
+            # No row may hold an added token yet. Of a base, some gradients are zero: keys' biases, experts not chosen.
+            if name.endswith(TOKEN_ROWS) or not name.startswith("base_model."):
                 continue
             pair = adapter_of(name)
             grad = local_tensor(parameter.grad)  # type: ignore[arg-type]

@@ -13,9 +13,10 @@ from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, POSITIVE, VERBATIM
 class LoraSettings:
     """The trainable adapters."""
 
-    variant: Annotated[str, choices.METHODS] = "lora"
+    variant: Annotated[str, choices.METHODS, choices.NONE] = "lora"
     """Adapter method: LoRA, scaled by alpha/r (``lora``) or alpha/sqrt(r) (``rslora``), runs in our own layer. The
-    others run in PEFT's layers: slower, never compiled, but the same method and files as in PEFT."""
+    others run in PEFT's layers: slower, never compiled, but the same method and files as in PEFT. ``none`` trains the
+    base itself, all of it."""
     r: Annotated[int, POSITIVE] = 16
     """Adapter rank. ``ia3``, ``oft``, ``road``, ``c3a`` and ``fourierft`` have none."""
     alpha: Annotated[float, POSITIVE] = 32.0
@@ -39,3 +40,8 @@ class LoraSettings:
     """Alphas of some modules, as ``rank_pattern``."""
     init_from: Annotated[str | None, VERBATIM, MAY_CHANGE] = None
     """PEFT adapter folder to start a new run from (same ranks, alphas and targets)."""
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether there are no adapters and the base itself is trained."""
+        return self.variant == choices.NONE

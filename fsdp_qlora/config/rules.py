@@ -250,6 +250,22 @@ def _method(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _full(config: RunConfig) -> Iterator[str]:
+    if not config.lora.trains_base:
+        return
+    quant, fsdp = config.quant, config.fsdp
+    for key, value in {"quant": quant.name, "quant.embeddings": quant.embeddings, **quant.overrides}.items():
+        if value != choices.NONE:
+            yield f"lora: none trains the base itself, which {key}={value} quantizes; set it to none."
+    for key, given in {
+        "model.add_tokens": config.model.add_tokens, "lora.init_from": config.lora.init_from,
+        "fsdp.offload_modules": fsdp.offload_modules, f"fsdp.offload={fsdp.offload}": fsdp.offloads_parameters,
+        f"fsdp.adapters={fsdp.adapters}": fsdp.adapters != "sharded",
+    }.items():  # fmt: skip
+        if given:
+            yield f"{key}: does not go with lora=none, which trains the whole base; leave it out."
+
+
 def _plan(config: RunConfig) -> Iterator[str]:
     if config.plan.search and config.plan.gpu is None and config.plan.device is None:
         yield "plan.search: needs a memory size to fit into; set plan.gpu=24GiB or plan.device=rtx4090."
@@ -292,6 +308,7 @@ RULES: tuple[Rule, ...] = (
     _replicated,
     _added_tokens,
     _method,
+    _full,
     _plan,
     _prompts,
 )

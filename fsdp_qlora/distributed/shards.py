@@ -12,6 +12,11 @@ def row_range(rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
     return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
 
 
+def most_rows(rows: int, num_ranks: int) -> int:
+    """Return the number of rows held by the rank that holds most of them: the first."""
+    return row_range(rows, 0, num_ranks)[1]
+
+
 def local_tensor(parameter: torch.Tensor) -> torch.Tensor:
     """Return the local shard of a DTensor, or the tensor itself (to write into it, call under ``torch.no_grad``)."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[attr-defined]

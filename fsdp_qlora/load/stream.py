@@ -59,12 +59,13 @@ def stream_weights(
     progress: Progress | None = None,
     shards_on: torch.device | None = None,
     on_host: Iterable[nn.Module] = (),
+    trains_base: bool = False,
 ) -> LoadReport:
     """Materialise ``model`` (sharded, on meta) and fill the base's parameters from ``source``.
 
     ``base`` is the transformers model inside ``model``. Adapters are left to `initialize_adapters`. Shards are
     allocated on ``shards_on`` (None: the ranks' device; the CPU if `shard_model` offloads them); shards of the modules
-    ``on_host`` are allocated on the CPU.
+    ``on_host`` are allocated on the CPU. With ``trains_base``, trained parameters are the base's own and filled too.
 
     Raises:
         FsdpQloraError: identically on every rank, if on any rank a tensor is missing, has the wrong shape or holds a
@@ -76,7 +77,7 @@ def stream_weights(
     allocate(model, shards_on or ranks.device, ranks.device, on_host)
     on_every(lambda: _fill_buffers(base, source), ranks)
     quantized = [m for m in base.modules() if isinstance(m, QuantMatrices)]
-    kept = [(_file_name(n), p) for n, p in base.named_parameters() if not _is_ours(n, p, base)]
+    kept = [(_file_name(n), p) for n, p in base.named_parameters() if trains_base or not _is_ours(n, p, base)]
     entries = on_every(lambda: [find_weight(source, m) for m in quantized], ranks)
     kept_entries = on_every(lambda: [find_kept(source, name, tuple(p.shape)) for name, p in kept], ranks)
     total = len(entries) + len(kept)

@@ -19,7 +19,7 @@ from math import prod
 
 from fsdp_qlora.attention.blocks import kept_scores
 from fsdp_qlora.config.schema import LoraSettings, OptimSettings
-from fsdp_qlora.distributed.shards import row_range
+from fsdp_qlora.distributed.shards import most_rows
 from fsdp_qlora.heads.costs import chunked_bytes, sliced_bytes
 from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
 from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE
@@ -127,6 +127,7 @@ class MemoryModel:
         layers = tuple(layer + "." for layer in shapes.layers)
         self.offloaded_inside = frozenset(name for name in offloaded if name.startswith(layers))
         self.trained = trained
+        self.masters = shapes.parameters.keys() & {name for tensors in trained.values() for name in tensors}
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.linear.parameter: x for x in quantized}
         inside = [x for x in quantized if x.linear.name not in edges]
@@ -139,7 +140,7 @@ class MemoryModel:
         """The largest of those that are never kept."""
         self.all_dense = sum(x.linear.numel for x, stays in zip(inside, may_stay, strict=True) if stays)
         self.host_shards = {
-            name: FLOAT32 * _share(shape[0], settings.shard_size) * prod(shape[1:])
+            name: FLOAT32 * most_rows(shape[0], settings.shard_size) * prod(shape[1:])
             for name, shape in shapes.parameters.items()
             if name in offloaded
         }
@@ -218,11 +219,11 @@ class MemoryModel:
     def _fixed(self, settings: StorageSettings) -> tuple[int, int, int, int, int]:
         """Return this rank's bytes of packed weights, statistics, kept weights, adapters and optimizer states."""
         shard = settings.shard_size
-        rows = [(x, _share(x.rows, shard)) for x in self.packed.values()]
+        rows = [(x, most_rows(x.rows, shard)) for x in self.packed.values()]
         kept = sum(
-            _share(shape[0] if shape else 1, shard) * prod(shape[1:])
+            most_rows(shape[0] if shape else 1, shard) * prod(shape[1:])
             for name, shape in self.shapes.parameters.items()
-            if name not in self.packed and name not in self.offloaded and name not in self.shapes.float32
+            if name not in {*self.packed, *self.offloaded, *self.shapes.float32, *self.masters}
         )
         adapters = FLOAT32 * self._held(settings)
         return (
@@ -241,11 +242,16 @@ class MemoryModel:
     def _held(self, settings: StorageSettings) -> int:
         """Return the number of adapter elements that this rank holds."""
         shards = settings.adapter_shards
-        sharded = sum(_share(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values())
+        sharded = sum(
+            most_rows(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values()
+        )
         return sharded + self.adapters.row_elements
 
     def _gradients(self, settings: StorageSettings) -> int:
         """Return the bytes of the adapters' float32 gradients: whole during accumulation, else this rank's shard."""
+        if self.masters and not settings.adapter_copies:  # reduced after each micro-batch; a unit's are whole before it
+            one_unit = max(unit.adapters for unit in (*self.layers, *self.edges))
+            return FLOAT32 * self._held(settings) + (FLOAT32 + settings.itemsize) * one_unit
         if settings.accumulation_steps > 1 or settings.adapter_copies:
             return FLOAT32 * self.trainable()
         # before it is reduce-scattered, the gradient of one layer exists whole
@@ -255,13 +261,10 @@ class MemoryModel:
     def _unit(self, prefix: str) -> Unit:
         total = 0
         for name, shape in self.shapes.parameters.items():
-            if name.startswith(prefix + ".") and name not in self.shapes.float32:
+            if name.startswith(prefix + ".") and name not in self.shapes.float32 and name not in self.masters:
                 packed = self.packed.get(name)
-                if packed is None:
-                    total += prod(shape) * self.settings.itemsize
-                else:
-                    total += packed.bytes
-        inside = (shapes for name, shapes in self.trained.items() if name.startswith(prefix + "."))
+                total += prod(shape) * self.settings.itemsize if packed is None else packed.bytes
+        inside = (shapes for name, shapes in self.trained.items() if f"{name}.".startswith(f"{prefix}."))
         trained = sum(prod(shape) for shapes in inside for shape in shapes.values())
         return Unit(prefix, total + (0 if self.settings.adapter_copies else trained * self.settings.itemsize), trained)
 
@@ -381,7 +384,7 @@ class MemoryModel:
                 whole = prod(shape) if packed.linear.transposed else chunk
                 largest = max(largest, min(whole, prod(shape)))
             else:
-                largest = max(largest, _share(shape[0] if shape else 1, shard_size) * prod(shape[1:]))
+                largest = max(largest, most_rows(shape[0] if shape else 1, shard_size) * prod(shape[1:]))
         return largest
 
     def _host(self, settings: StorageSettings) -> HostBytes:
@@ -394,7 +397,3 @@ class MemoryModel:
             reduced = self.fixed[3] + temporary_bytes(settings.optim, self.fixed[3])
             parameters += sum(self.fixed) + max(0, reduced - offloaded)
         return HostBytes(self.largest_slice * FILE_ITEMSIZE, parameters, offloaded)
-
-
-def _share(dim0: int, shard_size: int) -> int:
-    return row_range(dim0, 0, shard_size)[1]

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from fsdp_qlora.adapters import Method, build_method, of_target, parameters_of, spelt_out
+from fsdp_qlora.adapters.full import whole_base
 from fsdp_qlora.config.auto import Choice, asked, degree, switch
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.data.deal import BatchPlan
@@ -108,11 +109,12 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         PlanError: if a target module or a pattern of names matches nothing, or the ranks cannot be laid out as asked.
     """
     lora = config.lora
-    targets = target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
+    targets = _targets(lora, shapes)
     config = replace(config, lora=(lora := spelt_out(lora, targets)))
     by_name = {x.name: x for x in shapes.linears}
     method = build_method(config.lora.variant)
     trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
+    trained = whole_base(shapes) if method.trains_base else trained
     rows = _token_rows(config, shapes, method)
     _require_matches(config, [*(name for tensors in trained.values() for name in tensors), *rows])
     quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
@@ -150,6 +152,12 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         settings=settings,
         choices=choices,
     )
+
+
+def _targets(lora: LoraSettings, shapes: ModelShapes) -> tuple[str, ...]:
+    if lora.trains_base:
+        return ()
+    return target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
 
 
 def _token_rows(config: RunConfig, shapes: ModelShapes, method: Method) -> dict[str, tuple[int, int]]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.folder import start_from_adapter
+from fsdp_qlora.adapters.full import train_base
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import attach_adapters, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
@@ -149,7 +150,8 @@ def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = No
     model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks, first_added=opened.first_added)
     shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
     on_host = host_modules(model.base, opened.plan.offloaded)
-    report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host)
+    trains_base = config.lora.trains_base
+    report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host, trains_base)
     initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora)
     start_token_rows(model.base, opened.shapes, opened.source, ranks)
     if config.lora.init_from is not None:
@@ -166,8 +168,8 @@ def build_sharded(
     plan: TrainPlan,
     ranks: Ranks,
     host: torch.device = HOST,
-    first_added: int | None = None,
     before_sharding: Callable[[nn.Module], None] = lambda base: None,
+    first_added: int | None = None,
 ) -> CausalModel:
     """Swap, adapt and shard a meta model as planned; the order matters (see docs/architecture.md).
 
@@ -247,8 +249,13 @@ def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | No
 
 def _adapt_and_quantize(
     config: RunConfig, base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, task: str | None
-) -> PeftModel:
-    """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know."""
+) -> PeftModel | PreTrainedModel:
+    """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know.
+
+    Without adapters, the base is what is trained.
+    """
+    if config.lora.trains_base:
+        return train_base(base)
     attach = partial(attach_adapters, base, plan.targets, config.lora, task)
     quantize = partial(_quantize, base, plan, shapes, switch(config.quant.cache_dequantized) is True)
     if build_method(config.lora.variant).layer is None:

@@ -12,7 +12,7 @@ from fsdp_qlora.attention.candidates import code_files
 from fsdp_qlora.checks.twin import Verdict, check_twin, is_about_attention
 from fsdp_qlora.checks.twin_results import recall, remember, twin_key
 from fsdp_qlora.config.auto import Choice
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import any_rank, gather_json, on_every
 from fsdp_qlora.errors import ModelError
@@ -34,7 +34,8 @@ def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
         ModelError: identically on every rank, if no attention implementation matches.
     """
     model = replace(config.model, add_tokens=[])  # the twin compares the layers, which know no tokens
-    config = replace(config, model=model)
+    lora = LoraSettings() if config.lora.trains_base else config.lora  # upstream's side has adapters
+    config = replace(config, model=model, lora=lora)
     model_config = on_every(lambda: load_config(folder, model.trust_remote_code, model.config_overrides), ranks)
     candidates = on_every(lambda: attentions_for(config, ranks.device, folder), ranks)
     _require_alike(candidates, ranks)
