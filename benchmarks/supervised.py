@@ -1,8 +1,8 @@
 """How fast is a step if every token is supervised? `python -m benchmarks.supervised`.
 
 Then the head and its softmax weigh most, which nothing of ours makes faster than in peers. Two ranks, by turns
-(`benchmarks.pairs`): compiled layers and replicated adapters, beside TRL's SFTTrainer, beside the same without the
-head's losses, and beside the matrix products alone, which nobody can go below.
+(`benchmarks.pairs`): compiled layers and replicated adapters, beside TRL's SFTTrainer, the same uncompiled, the same
+with few losses, and the matrix products alone, which nobody can go below.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def comparisons(scratch: Path, options: argparse.Namespace) -> Iterator[Comparis
     write_rows(few, options.length, supervised=lambda place: place % 64 == 0)
     ours = Side("ours", Spec("ours", model, str(every), overrides=FAST))
     yield Comparison(2, ours, Side("TRL", Spec("trl", model, str(every))), 1.7)
+    plain = Spec("ours", model, str(every), overrides={**FAST, "train": {"compile": "false"}})
+    yield Comparison(2, ours, Side("ours, not compiled", plain), 1.0)
     yield Comparison(2, ours, Side("matrix products alone", Spec("roofline", model, str(every))), None)
     yield Comparison(
         2, ours, Side("ours, one token of 64 supervised", Spec("ours", model, str(few), overrides=FAST)), None

@@ -23,6 +23,9 @@ from fsdp_qlora.errors import NumericsError, PlanError
 from fsdp_qlora.quant.linear import QuantLinear
 from fsdp_qlora.shapes.linears import LinearShape
 
+AdaptedModel = PeftModel
+"""What `attach_adapters` returns."""
+
 
 @register
 class LoRA(Method):
@@ -103,7 +106,7 @@ def attach_lora(
 
 def attach_adapters(
     model: PreTrainedModel, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM"
-) -> PeftModel:
+) -> AdaptedModel:
     """Add adapters (float32, on meta) to the named linears of a meta model and freeze everything else.
 
     A method with a layer of its own is attached after `swap_linears`, one that PEFT's layers compute before it.

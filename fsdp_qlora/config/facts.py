@@ -47,6 +47,7 @@ BELOW_ONE = Range("must be at least 0 and below 1", lambda value: 0 <= value < 1
 SHARE = Range("must be between 0 and 1", lambda value: 0 <= value <= 1)
 VERBATIM = Fact("taken as typed on the command line: no quoting, no Hydra grammar")
 MAY_CHANGE = Fact("may differ from the checkpoint's when a run resumes")
+YOUNGER = Fact("younger than some checkpoints, which lack it: must match on a resume only if it is set")
 RUNS_CODE = Fact("lets somebody else's code run, so a file alone cannot enable it")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fsdp_qlora.config import choices
-from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, POSITIVE, VERBATIM
+from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, POSITIVE, VERBATIM, YOUNGER
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,20 @@ class LoraSettings:
     """Numerator of the scaling factor (``lora``, ``rslora``, ``dora``, ``loha``, ``lokr`` and ``randlora``)."""
     dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout of the adapter's input; masks depend on seed, step and micro-batch, never on the rank."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Annotated[dict[str, Any], YOUNGER] = field(default_factory=dict)
     """A method's own settings, named as in PEFT's config (``oft_block_size``, ``n_frequency``, ``group_size``, ...);
     PEFT's defaults apply to the others."""
     target_modules: Any = "all-linear"
     """``all-linear``, or a list of modules: a name, its last parts (``[q_proj, v_proj]``), or a pattern of the whole
     name (``model.layers.1?.mlp.*``)."""
-    exclude_modules: list[str] = field(default_factory=list)
+    exclude_modules: Annotated[list[str], YOUNGER] = field(default_factory=list)
     """Modules among them, named in the same ways, that get no adapter."""
-    layers_to_transform: list[int] = field(default_factory=list)
+    layers_to_transform: Annotated[list[int], YOUNGER] = field(default_factory=list)
     """Numbers of the decoder layers, from 0, that get adapters; empty = all."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: Annotated[dict[str, int], YOUNGER] = field(default_factory=dict)
     """Ranks of some modules, named in the same ways (``{v_proj: 32}``); later patterns win. For LoRA's kinds only, as
     ``alpha_pattern``."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
     """Alphas of some modules, as ``rank_pattern``."""
     init_from: Annotated[str | None, VERBATIM, MAY_CHANGE] = None
     """PEFT adapter folder to start a new run from (same ranks, alphas and targets)."""

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
@@ -19,7 +18,7 @@ from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.folder import start_from_adapter
 from fsdp_qlora.adapters.full import train_base
 from fsdp_qlora.adapters.linear import use_fused_products
-from fsdp_qlora.adapters.lora import attach_adapters, initialize_adapters
+from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.config.auto import as_word, asked, switch
 from fsdp_qlora.config.schema import RunConfig
@@ -249,7 +248,7 @@ def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | No
 
 def _adapt_and_quantize(
     config: RunConfig, base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, task: str | None
-) -> PeftModel | PreTrainedModel:
+) -> AdaptedModel | PreTrainedModel:
     """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know.
 
     Without adapters, the base is what is trained.

@@ -158,6 +158,8 @@ def _extrapolated(cuts: Sequence[Cut], full: Counts, least: Counts) -> tuple[Pla
     """Return the peaks at full depth from all cuts but the last, and their relative error by the last one."""
     *needed, check = cuts
     places = extrapolate(needed, full)
+    if not places:  # nothing is in host memory
+        return places, 0.0
     predicted = highest(extrapolate(needed, check.counts))[1].total
     return places, relative_error(predicted, check.total, least, check.counts, full, highest(places)[1].total)
 

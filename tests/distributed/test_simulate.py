@@ -113,6 +113,7 @@ def test_simulated_peak_of_waiting_gradients(pool: Pool, tmp_path: Path) -> None
         {"optim": {"name": "adamw_8bit"}, "lora": {"r": 32}},
         {"optim": {"name": "adafactor"}, "lora": {"r": 32}},
         {"fsdp": {"adapters": "replicated"}},
+        {"model": {"add_tokens": ["<|a|>", "<|b|>"]}},
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from fsdp_qlora.checkpoint.manifest import compare
-from fsdp_qlora.checkpoint.resume import identity_of
+from fsdp_qlora.checkpoint.resume import blocking_settings, identity_of
 from fsdp_qlora.cli.show import print_stopped
 from fsdp_qlora.cli.train import _goes_on
 from fsdp_qlora.config.convert import to_dict
@@ -80,3 +80,9 @@ def test_a_stopped_run_names_only_what_it_saved(tmp_path, capsys):
     assert f"saved {tmp_path}/step_00000004; to resume" in capsys.readouterr().out
     print_stopped(None)
     assert "there was nothing to save; to resume" in capsys.readouterr().out
+
+
+def test_settings_younger_than_a_checkpoint_must_match_only_if_they_are_set():
+    assert "lora.options" not in blocking_settings(to_dict(from_dict({})))
+    given = from_dict({"lora": {"variant": "oft", "options": {"oft_block_size": 16}}})
+    assert blocking_settings(to_dict(given))["lora.options"] == {"oft_block_size": 16}

@@ -31,6 +31,7 @@ SMALL = 2048
 """Bytes of random states and other tensors of a few numbers."""
 OTHERWISE = {
     "dropout": "a GPU keeps its masks as bytes, a CPU in the input's dtype",
+    "1 rank, float32": "GPUs have no fused attention for float32 with grouped heads",
     "float32": "GPUs have no fused attention for float32 with grouped heads",
     "packed, varlen": "a GPU has one kernel, a CPU computes in blocks",
 }
@@ -106,10 +107,10 @@ def test_bytes_are_those_of_a_simulated_cpu(found: dict[str, dict[str, Any]], na
     assert here.host is None and there.places.keys() == here.places.keys()
     for place, peak in there.places.items():
         ours = here.places[place]
-        fused = "update" in place and "optim" not in VARIANTS[name]  # without AdamW's temporaries
-        roots = ours.gradients if fused else 0
-        counters = ours.optimizer - peak.optimizer - roots  # on the host, unless AdamW is fused
-        assert 0 <= counters < SMALL
+        adamw = VARIANTS[name].get("optim", {"name": "adamw"})["name"] == "adamw"
+        roots = ours.gradients if "update" in place and adamw else 0  # fused AdamW has no temporaries
+        counters = ours.optimizer - peak.optimizer - roots  # four bytes a tensor, on the host or on the device
+        assert abs(counters) < SMALL
         assert peak.parameters == ours.parameters
         if name in OTHERWISE:
             continue
@@ -141,7 +142,8 @@ def test_what_one_rank_keeps_is_planned_to_the_byte(found: dict[str, dict[str, A
     """Packed weights and, beside them, dense ones that stay from step to step."""
     simulated, planned = _simulation(found, name), found[name]["bytes"]
     kept = [planned[kind] for kind in ("base_packed", "base_statistics", "base_kept", "base_dense", "adapters")]
-    assert (planned["base_dense"] > 0) == ("not cached" not in name)
+    dense = "not cached" not in name and "int8" not in name  # which multiplies without a dense copy
+    assert (planned["base_dense"] > 0) == dense
     assert all(0 <= peak.parameters - sum(kept) < SMALL for peak in simulated.places.values())  # offsets, rotary tables
 
 
