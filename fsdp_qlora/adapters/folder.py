@@ -142,10 +142,11 @@ def _adapter_config(values: dict[str, Any], file: Path, method: Method) -> Adapt
 def _token_ids(indices: Any, file: Path) -> tuple[int, ...]:
     """Return the ids of ``trainable_token_indices``: a list of the embedding's, or the same list for each table."""
     lists = list(indices.values()) if isinstance(indices, dict) else [indices or []]
+    shown = f"trainable_token_indices={json.dumps(indices)[:200]}"
     if any(not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids) for ids in lists):
-        raise ModelError(f"adapter: {file} is malformed: trainable_token_indices={json.dumps(indices)[:200]}.")
+        raise ModelError(f"adapter: {file} is malformed: {shown}.")
     if any(ids != lists[0] for ids in lists):
-        raise ModelError(f"adapter: {file} trains different tokens in its tables, which is not supported.")
+        raise ModelError(f"adapter: {file} trains different tokens in its tables ({shown}), which is not supported.")
     return tuple(lists[0]) if lists else ()
 
 

@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.convert import build
-from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, NOT_NEGATIVE, POSITIVE, RUNS_CODE, VERBATIM, FormatOption
+from fsdp_qlora.config.facts import (
+    BELOW_ONE,
+    MAY_CHANGE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RUNS_CODE,
+    VERBATIM,
+    YOUNGER,
+    FormatOption,
+)
 from fsdp_qlora.config.lora import LoraSettings
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
@@ -59,7 +68,7 @@ class ModelSettings:
     check: Annotated[Literal["auto", "always", "off"], MAY_CHANGE] = "auto"
     """Compare a small twin of the model with upstream's own code before the first step. ``auto`` reuses a cached
     result, ``always`` compares again, ``off`` trains unchecked."""
-    add_tokens: list[str] = field(default_factory=list)
+    add_tokens: Annotated[list[str], YOUNGER] = field(default_factory=list)
     """Special tokens to add to the tokenizer, such as an end of turn or chat markers that a base model lacks. Their
     rows of embedding and head are trained and saved with the adapter; all other rows stay frozen."""
     config_overrides: dict[str, Any] = field(default_factory=dict)

@@ -40,7 +40,8 @@ def test_what_is_honoured_or_changes_nothing_is_read(tmp_path, settings):
 REFUSED = {
     "bias": "all",
     "modules_to_save": ["lm_head"], "init_lora_weights": "pissa_niter_16", "layer_replication": [[0, 2], [1, 2]],
-    "trainable_token_indices": [1], "target_parameters": ["experts.gate_up_proj"], "lora_bias": True, "use_qalora": True,
+    "trainable_token_indices": {"model.embed_tokens": [1], "lm_head": [2]}, "lora_bias": True, "use_qalora": True,
+    "target_parameters": ["experts.gate_up_proj"],
     "alora_invocation_tokens": [1, 2], "arrow_config": {"top_k": 1}, "use_bdlora": {"x": 1}, "not_yet_known": 3,
     "not_yet_known_either": True, "new_scaling": "cosine",
 }  # fmt: skip
@@ -50,6 +51,18 @@ REFUSED = {
 def test_what_changes_the_result_is_refused_by_name(tmp_path, key):
     with pytest.raises(ModelError, match=f"{key}=") as refusal:
         read_adapter_config(_folder(tmp_path, **{key: REFUSED[key]}))
+    assert refusal.value.exit_code == 2
+
+
+@pytest.mark.parametrize("indices", [[260, 261], {"model.embed_tokens": [260, 261], "lm_head": [260, 261]}])
+def test_ids_of_added_tokens_are_read(tmp_path, indices):
+    assert read_adapter_config(_folder(tmp_path, trainable_token_indices=indices)).token_ids == (260, 261)
+
+
+@pytest.mark.parametrize("indices", [1, [-1], [True], ["a"], {"lm_head": 1}, {"lm_head": [1], "embed_tokens": None}])
+def test_malformed_ids_of_added_tokens_are_refused(tmp_path, indices):
+    with pytest.raises(ModelError, match="trainable_token_indices=") as refusal:
+        read_adapter_config(_folder(tmp_path, trainable_token_indices=indices))
     assert refusal.value.exit_code == 2
 
 
