@@ -45,6 +45,8 @@ class FirstGradients:
             grad = local_tensor(parameter.grad)  # type: ignore[arg-type]
             value = grad.abs().max().float() if grad.numel() else torch.zeros((), device=grad.device)
             largest[pair] = torch.maximum(largest.get(pair, value), value)
+        if not largest:
+            return
         values = torch.stack(list(largest.values())).to(self._ranks.device)  # gradients may be in host memory
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self._ranks.group)
         dead = [pair for pair, value in zip(largest, values.tolist(), strict=True) if value == 0.0]

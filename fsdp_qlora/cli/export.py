@@ -58,6 +58,11 @@ def _adapter(config: RunConfig) -> int:
             raise CheckpointError(f"{folder.checkpoints} holds no complete checkpoint; set export.checkpoint=FOLDER.")
         source = checkpoints[-1]
     manifest = open_checkpoint(source).manifest
+    if manifest.identity.get("lora.variant") == choices.NONE:
+        raise ConfigError(
+            f"what=adapter: {source} is of a run with lora=none, which trains the base and no adapter; its result is "
+            f"{folder.model}, which it writes when it ends."
+        )
     target = Path(config.export.to).expanduser() if config.export.to else folder.adapter
     if target == folder.adapter and target.is_symlink():
         raise SecurityError(f"{target} is a link; links are not followed here. Name the folder with export.to.")

@@ -184,12 +184,13 @@ class MemoryModel:
         # the layer in backward is one of those whose offloaded activations are on the device
         moves = settings.offload_activations and settings.checkpointing == "none"
         left = min(kept, self._saved(self.activations[-1], settings)) if moves else 0
+        # gradients and the optimizer's temporaries; of adapters, at most three times their bytes (fixed[3])
+        updated = fixed[3] + temporary_bytes(settings.optim, fixed[3], settings.on_accelerator)
         moments = {
             "first_layer": on_device + gradients + self._gathered_first(settings) + arriving,
             "head": held + self._held_layers(settings) + last + edge + max(logits + head, again + arriving),
             "layer_backward": held - left + layer + at_layer + inside,
-            # gradients and the optimizer's temporaries: three times the adapters' bytes (fixed[3])
-            "update": 0 if settings.offload_parameters else on_device + 3 * fixed[3],
+            "update": 0 if settings.offload_parameters else on_device + (updated if self.masters else 3 * fixed[3]),
         }
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
         # The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`).
@@ -225,7 +226,7 @@ class MemoryModel:
             for name, shape in self.shapes.parameters.items()
             if name not in {*self.packed, *self.offloaded, *self.shapes.float32, *self.masters}
         )
-        adapters = FLOAT32 * self._held(settings)
+        adapters = FLOAT32 * self.held(settings)
         return (
             sum(mine * x.row_bytes for x, mine in rows),
             sum(mine * x.quant_format.statistics_bytes for x, mine in rows),
@@ -239,7 +240,7 @@ class MemoryModel:
             + sum(state_bytes(settings.optim, name, shape, num_ranks=1) for name, shape in self.adapters.rows.items()),
         )
 
-    def _held(self, settings: StorageSettings) -> int:
+    def held(self, settings: StorageSettings) -> int:
         """Return the number of adapter elements that this rank holds."""
         shards = settings.adapter_shards
         sharded = sum(
@@ -251,12 +252,12 @@ class MemoryModel:
         """Return the bytes of the adapters' float32 gradients: whole during accumulation, else this rank's shard."""
         if self.masters and not settings.adapter_copies:  # reduced after each micro-batch; a unit's are whole before it
             one_unit = max(unit.adapters for unit in (*self.layers, *self.edges))
-            return FLOAT32 * self._held(settings) + (FLOAT32 + settings.itemsize) * one_unit
+            return FLOAT32 * self.held(settings) + (FLOAT32 + settings.itemsize) * one_unit
         if settings.accumulation_steps > 1 or settings.adapter_copies:
             return FLOAT32 * self.trainable()
         # before it is reduce-scattered, the gradient of one layer exists whole
         one_unit = max((unit.adapters for unit in self.layers), default=0) if settings.shard_size > 1 else 0
-        return FLOAT32 * ((0 if settings.offload_parameters else self._held(settings)) + one_unit)
+        return FLOAT32 * ((0 if settings.offload_parameters else self.held(settings)) + one_unit)
 
     def _unit(self, prefix: str) -> Unit:
         total = 0

@@ -12,7 +12,7 @@ from fsdp_qlora.adapters.folder import (
     read_adapter_config,
     stored_modules,
 )
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file
 from fsdp_qlora.model.tokenizer import added_tokens
@@ -25,12 +25,15 @@ def load_for_inference(config: RunConfig, adapter: Path | None = None, world: Wo
     """Load a base model in the configured format, with a PEFT adapter on it if one is given.
 
     The adapter's own config determines rank, scaling and targets, and the base model if ``config.model.name`` is empty.
+    With ``lora=none`` and no adapter, the weights are in the compute dtype.
 
     Raises:
         ModelError: if the folder is not a LoRA adapter, or not one for this model.
     """
     if adapter is not None:
         config = _with_adapter(config, adapter)
+    elif config.lora.trains_base:  # nothing is trained here: no float32 masters
+        config = replace(config, lora=LoraSettings())
     try:
         prepared = prepare(config, world, training=False)
     except FsdpQloraError as error:

@@ -43,7 +43,7 @@ from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule, warmup_notice
 from fsdp_qlora.parallel.fallback import EagerFallback
-from fsdp_qlora.parallel.shard import model_dtype, release_gathered, synchronize_gradients
+from fsdp_qlora.parallel.shard import model_dtype, release_gathered, synchronize_each, synchronize_gradients
 from fsdp_qlora.plan.choices import smaller
 from fsdp_qlora.run.base_files import BaseFiles
 from fsdp_qlora.run.batches import build_batches, data_key
@@ -236,10 +236,6 @@ class Training:
         with self.prepared.apart_from_steps():
             return [answer(self.model, tokenizer, end, p, tokens) for p in self.config.train.sample_prompts]
 
-    def _synchronize(self, model: torch.nn.Module, last: bool) -> None:
-        """Reduce gradients after the last micro-batch; those of a base after each, or all would be whole."""
-        synchronize_gradients(model, last or self.config.lora.trains_base)
-
     def _recovery(self) -> Recovery:
         train = self.config.train
         return Recovery(
@@ -293,7 +289,8 @@ class Training:
         )  # fmt: skip
         settings = StepSettings(
             objective=self.objective, ranks=self.ranks, seed=self.config.run.seed, max_grad_norm=train.max_grad_norm,
-            synchronize=self._synchronize, around=debug_context(self.config),
+            synchronize=synchronize_each if self.config.lora.trains_base else synchronize_gradients,
+            around=debug_context(self.config),
             enter=self.prepared.ranks.phases.enter,
             before_update=before_update,
             reduce=self.reduce_replicated,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.config.rules import failures
+from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
+from fsdp_qlora.quant.packing import tensor_sha256
+from fsdp_qlora.run.fit import fit
+from fsdp_qlora.run.folder import RunFolder
+from fsdp_qlora.run.inference import load_for_inference
+from fsdp_qlora.run.training import Training
 from tests import tiny
-from tests.build import build, config_of, losses, run_fit
+from tests.build import build, config_of, losses, run_fit, whole, world_of
 from tests.tiers import some_in_full
 from tests.tolerances import FP32_LOSSES, close
 
@@ -76,31 +83,97 @@ def test_equals_a_plain_loop_and_loads_with_from_pretrained(pool, tmp_path, tied
     assert len(AutoTokenizer.from_pretrained(tmp_path / "full" / "model")) == model.config.vocab_size
 
 
-def _held(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[int, int, int, int]:
-    """Return this rank's bytes of masters and optimizer states, and the planned ones of the fullest rank."""
+def _held(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the bytes of this rank's masters, gradients and optimizer states after a step, and the planned ones."""
     prepared = build(ranks, folder, **groups)
+    ids = torch.arange(24)[None]
+    prepared.model.train()(ids, ids).sum().backward()
     optimizer = ShardedOptimizer(trainable_parameters(prepared.model), prepared.config.optim)
     optimizer.prepare_state(1)
-    held = sum(local_tensor(p).nbytes for p in prepared.model.parameters())
-    planned = prepared.plan.bytes
-    return held, optimizer.state_bytes(), planned.adapters + planned.base_kept, planned.optimizer
+    locals_ = [local_tensor(parameter) for parameter in prepared.model.parameters()]
+    gradients = [local_tensor(p.grad) for p in prepared.model.parameters() if p.grad is not None]
+    held = {
+        "adapters": sum(tensor.nbytes for tensor in locals_),
+        "gradients": sum(tensor.nbytes for tensor in gradients),
+        "optimizer": optimizer.state_bytes(),
+        "base_kept": 0,
+    }
+    planned = {kind: getattr(prepared.plan.bytes, kind) for kind in held}
+    planned["gradients"] = 4 * prepared.plan.memory.held(prepared.plan.settings)
+    return held, planned
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_plan_counts_masters_and_states_exactly(pool, tmp_path, precision):
-    folder = tiny.make_model(tmp_path / "base")
-    of_ranks = pool.run(2, _held, str(folder), FULL | {"precision": {"name": precision}})
-    assert (max(held for held, *_ in of_ranks), max(states for _, states, *_ in of_ranks)) == of_ranks[0][2:]
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_plan_counts_16_bytes_a_parameter_exactly(pool, tmp_path, tied, precision, num_ranks):
+    folder = tiny.make_model(tmp_path / "base", tie_word_embeddings=tied)
+    of_ranks = pool.run(num_ranks, _held, str(folder), FULL | {"precision": {"name": precision}})
+    planned = of_ranks[0][1]
+    assert {kind: max(held[kind] for held, _ in of_ranks) for kind in planned} == planned
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    assert sum(sum(held.values()) for held, _ in of_ranks) == 16 * count
 
 
-def test_bf16_learns_resumes_and_stores_16_bits(pool, tmp_path):
+def _loaded(ranks: Ranks, folder: str, root: str, saved: str, groups: dict[str, Any]) -> dict[str, str]:
+    """Return digests of all masters and of their optimizer states, after loading a checkpoint."""
+    run = {"output_root": root, "name": f"load{ranks.size}"}
+    prepared = build(ranks, folder, checkpoint={"resume": saved}, run=run, **groups)
+    training = Training(prepared, RunFolder(root, run["name"]))
+    training.resume()
+    tensors = training.optimizer.parameters | training.optimizer.state_tensors()
+    digests = {name: tensor_sha256(whole(tensor.detach()).contiguous()) for name, tensor in tensors.items()}
+    training.close()
+    return digests
+
+
+def _trained_logits(ranks: Ranks, folder: str, root: str, groups: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
+    """Train, and return the logits of the model that was trained."""
+    prepared = build(ranks, folder, run={"output_root": root, "name": "logits"}, **groups)
+    fit(prepared)
+    with torch.no_grad():
+        return prepared.model.eval().logits(ids).clone()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_result_has_the_trained_models_logits(pool, tmp_path, tied):
+    folder = tiny.make_model(tmp_path / "base", tie_word_embeddings=tied)
+    ids, rows = torch.arange(5, 37)[None], tiny.write_chat_rows(tmp_path / "rows.jsonl", 6)
+    ours = pool.run(2, _trained_logits, str(folder), str(tmp_path), _settings(rows, "fp32"), ids)[0]
+    result = AutoModelForCausalLM.from_pretrained(tmp_path / "logits" / "model").eval()
+    assert result.dtype == torch.float32
+    with torch.no_grad():
+        theirs = result(ids).logits
+        before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
+    gap = float((ours - theirs).abs().max())
+    assert gap < FP32_LOSSES * float(theirs.abs().max()) < float((before - theirs).abs().max())
+    config = config_of(str(tmp_path / "logits" / "model"), **FULL, precision={"name": "fp32"})
+    again = pool.run(2, _logits, config, ids)[0]
+    assert float((again - theirs).abs().max()) < FP32_LOSSES * float(theirs.abs().max())
+
+
+def _logits(ranks: Ranks, config: RunConfig, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a model that is loaded as `generate` does: without float32 masters where they are none."""
+    prepared = load_for_inference(config, None, world_of(ranks))
+    with torch.no_grad():
+        return prepared.model.logits(ids).clone()
+
+
+def _names(folder: Path) -> Iterator[str]:
+    return (name for name, _ in AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+
+
+def test_bf16_learns_resumes_with_the_same_bits_and_stores_16_bits(pool, tmp_path):
     folder = tiny.make_model(tmp_path / "base")
     rows = tiny.write_chat_rows(tmp_path / "rows.jsonl", 12)
     settings = _settings(rows, "bf16") | {"checkpoint": {"every_steps": 2}}
     first = pool.run(2, run_fit, str(folder), str(tmp_path), "run", settings)[0]["metrics"]
     assert losses(first)[-1] < losses(first)[0]
-    saved = {"resume": str(tmp_path / "run" / "checkpoints" / "step_00000002")}
-    again = _settings(rows, "bf16") | {"checkpoint": saved}
+    saved = str(tmp_path / "run" / "checkpoints" / "step_00000002")
+    arguments = str(folder), str(tmp_path), saved, _settings(rows, "bf16")
+    states = [pool.run(num_ranks, _loaded, *arguments)[0] for num_ranks in (1, 2, 3)]
+    assert states[0] == states[1] == states[2] and len(states[0]) >= 3 * len(list(_names(folder)))
+    again = _settings(rows, "bf16") | {"checkpoint": {"resume": saved}}
     more = pool.run(2, run_fit, str(folder), str(tmp_path), "again", again)[0]["metrics"]
     assert losses(more)[-2:] == losses(first)[-2:]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "again" / "model")
