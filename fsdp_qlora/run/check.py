@@ -95,7 +95,7 @@ def _agreement(opened: OpenedModel, folder: Path, ranks: Ranks) -> str | None:
     if config.model.check == "always" or config.lora.init_from:
         return ""
     code = code_files(model_config, folder, config.model.trust_remote_code)
-    key = agreement_key(config, model_config, code, file_digests(folder), ranks.device, ranks.size)
+    key = agreement_key(config, model_config, code, file_digests(folder), ranks.device, ranks.size, opened.first_added)
     return None if recall_agreement(_kept(), key) else key
 
 
