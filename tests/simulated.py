@@ -100,6 +100,8 @@ VARIANTS: dict[str, Groups] = {
     "tied, embeddings nf4": {"family": "tied", "quant": {"embeddings": "nf4"}},
     "experts": {"family": "experts"},
     "replicated": {"fsdp": {"adapters": "replicated"}},
+    "added tokens": {"model": {"add_tokens": ["<|a|>", "<|b|>"]}},
+    "added tokens, tied": {"family": "tied", "model": {"add_tokens": ["<|a|>", "<|b|>"]}},
     "full": {"train": {"activation_checkpointing": "full"}},
     "selective": {"train": {"activation_checkpointing": "selective"}},
     "layers are gathered twice": {"fsdp": {"reshard_after_forward": "true"}},
