@@ -21,13 +21,16 @@ def comparisons(scratch: Path, options: argparse.Namespace) -> Iterator[Comparis
     model, rows = str(cache_folder() / "embedded" / "smollm2-135m-instruct"), scratch / "rows.json"
     write_rows(rows, options.length)
 
-    def spec(way: str, **fsdp: int) -> Spec:
-        return Spec(way, model, str(rows), overrides={"train": {"compile": "false"}, "fsdp": dict(fsdp)})
+    def spec(way: str, dense: str = "auto", **fsdp: int) -> Spec:
+        overrides = {"train": {"compile": "false"}, "fsdp": dict(fsdp), "quant": {"cache_dequantized": dense}}
+        return Spec(way, model, str(rows), overrides=overrides)
 
     copies = Side("a copy on each rank (`fsdp.shard_degree=1`)", spec("ours", shard_degree=1, replicate_degree=2))
     yield Comparison(2, copies, Side("sharded over both", spec("ours", shard_degree=2)), 1.05)
     one = Side("one rank", spec("ours"))
     yield Comparison(1, one, Side("a ten-line loop over the same layers", spec("loop")), 0.98)
+    again, kept = "two ranks, layers dequantized again in backward", "two ranks, dense weights kept until then"
+    yield Comparison(2, Side(again, spec("ours", "false")), Side(kept, spec("ours", "true")), 0.95)
     if options.before is not None:
         yield Comparison(1, one, Side("one rank, the older commit", spec("ours"), options.before), 1.0)
         yield Comparison(

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +164,11 @@ def compare(found: dict[str, dict[str, list[float]]], compared: list[Compared]) 
 
 def report(found: dict[str, Any]) -> str:
     """Return the page."""
+    settings = f", with {' '.join(found['settings'])}" if found["settings"] else ""
     lines = [
         "# Starts", "",
         "Measured by `python -m benchmarks.starts`; its docstring says how. Seconds from the command to the end of the "
-        f"first step, {found['rounds']} rounds.", "", measured_on(found), "",
+        f"first step, {found['rounds']} rounds{settings}.", "", measured_on(found), "",
         "| seconds to | of | beside | seconds | ratio (interval) | more | reached |", "| --- " * 7 + "|",
     ]  # fmt: skip
     for row in found["rows"]:
@@ -185,6 +186,7 @@ def main() -> None:
     """Measure, and write ``starts.json`` and ``starts.md``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", nargs="*", default=[], help="NAME=FOLDER of older checkouts, and no compilation")
+    parser.add_argument("--settings", nargs="*", default=[], help="settings for every way, such as model.check=off")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--checks", action="store_true", help="compare the twin check's ways instead")
@@ -195,10 +197,17 @@ def main() -> None:
         name, (ways, compared) = "starts_checked", checked()
     elif before:
         name, (ways, compared) = "starts_before", beside(before)
+    ways = [replace(way, settings=(*way.settings, *options.settings)) for way in ways]
     with tempfile.TemporaryDirectory() as scratch:
         seconds = measure(ways, options.rounds, Path(scratch), imports=bool(before))
     file = options.out / f"{name}.json"
-    found = {**machine(), "rounds": options.rounds, "seconds": seconds, "rows": list(compare(seconds, compared))}
+    found = {
+        **machine(),
+        "rounds": options.rounds,
+        "settings": options.settings,
+        "seconds": seconds,
+        "rows": list(compare(seconds, compared)),
+    }
     file.write_text(json.dumps(found, indent=1) + "\n")
     file.with_suffix(".md").write_text(report(found))
     print(report(found))

@@ -109,6 +109,8 @@ VARIANTS: dict[str, Groups] = {
     "whole base, float32, alone": {**WHOLE, "ranks": 1, "precision": {"name": "fp32"}},
     "whole base, recomputed": {**WHOLE, "train": {"activation_checkpointing": "full"}},
     "whole base, experts": {**WHOLE, "family": "experts"},
+    "added tokens": {"model": {"add_tokens": ["<|a|>", "<|b|>"]}},
+    "added tokens, tied": {"family": "tied", "model": {"add_tokens": ["<|a|>", "<|b|>"]}},
     "full": {"train": {"activation_checkpointing": "full"}},
     "selective": {"train": {"activation_checkpointing": "selective"}},
     "layers are gathered twice": {"fsdp": {"reshard_after_forward": "true"}},

@@ -155,9 +155,9 @@ class QuantSettings:
     embeddings: QuantName = "none"
     """Format of embeddings and head. Embedding rows are dequantized on lookup, the head slice by slice."""
     cache_dequantized: Annotated[Switch, MAY_CHANGE] = "auto"
-    """Keep dequantized weights from forward to backward instead of dequantizing twice; ``auto`` = if they fit. Takes as
-    much memory as the model in 16 bits; not with ``fsdp.offload=activations``. One rank, or one copy per rank, keeps
-    them from step to step."""
+    """Keep dequantized weights from forward to backward instead of dequantizing twice; ``auto`` = if they fit, but on a
+    CPU only where they are kept from step to step: on one rank, or with one copy per rank. Takes as much memory as the
+    model in 16 bits; not with ``fsdp.offload=activations``."""
     allow_16bit: bool = False
     """Continue if more than 10 % of the decoder layers' weights cannot be quantized and stay in 16 bits."""
 

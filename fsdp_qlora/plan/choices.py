@@ -79,9 +79,12 @@ def choose(
         "fsdp.reshard_after_forward": (wanted.reshard_after_forward, as_word(chosen.reshard_after_forward)),
         "quant.cache_dequantized": (wanted.cache_dequantized, as_word(chosen.cache_dequantized)),
     }
+    reasons = dict.fromkeys(made, why)
+    if not (chosen.cache_dequantized or _worth_keeping(settings)):
+        reasons["quant.cache_dequantized"] = "dequantizing again takes a CPU 2 % of a step"
     if settings.keeps_whole:  # nothing is gathered
         del made["fsdp.reshard_after_forward"]
-    choices = {key: Choice(value, why) for key, (given, value) in made.items() if given is None}
+    choices = {key: Choice(value, reasons[key]) for key, (given, value) in made.items() if given is None}
     return chosen, choices | {KERNELS_KEY: _kernels(config)}
 
 
@@ -127,11 +130,18 @@ def _candidates(wanted: _Asked, memory: MemoryModel, settings: StorageSettings) 
             continue
         if wanted.reshard_after_forward is None and settings.shard_size == 1 and not rung.reshard_after_forward:
             continue  # a single rank has nothing to gather
+        if rung.cache_dequantized and wanted.cache_dequantized is None and not _worth_keeping(settings):
+            continue
         if rung.cache_dequantized and (not memory.all_dense or settings.offload_activations):
             continue  # the hooks would move dense weights to the host and back, which takes longer than dequantizing
         if rung.checkpointing == "selective" and memory.offloaded_inside:
             continue
         yield replace(settings, **vars(rung))
+
+
+def _worth_keeping(settings: StorageSettings) -> bool:
+    """Whether dense weights are kept wherever they fit: not until backward on a CPU, for 2 % of a step."""
+    return settings.on_accelerator or settings.keeps_whole
 
 
 def smaller(memory: MemoryModel, settings: StorageSettings) -> str | None:

@@ -9,15 +9,23 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from fsdp_qlora.attention.candidates import code_files
+from fsdp_qlora.checks.agree import require_losses_agree
+from fsdp_qlora.checks.results import (
+    agreement_key,
+    recall,
+    recall_agreement,
+    remember,
+    remember_agreement,
+    twin_key,
+)
 from fsdp_qlora.checks.twin import Verdict, check_twin, is_about_attention
-from fsdp_qlora.checks.twin_results import recall, remember, twin_key
 from fsdp_qlora.config.auto import Choice
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.distributed.reduce import any_rank, gather_json, on_every
+from fsdp_qlora.distributed.reduce import any_rank, gather_json, on_every, on_main
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.files.home import cache_folder
-from fsdp_qlora.load.safetensors import SafetensorsFolder
+from fsdp_qlora.load.safetensors import SafetensorsFolder, file_digests
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.families import is_causal
 from fsdp_qlora.model.root import CausalModel
@@ -62,8 +70,38 @@ def _remembered(
     """Return the folder of cached results, the key of this one, and the cached result if there is one."""
     code = code_files(model_config, folder, config.model.trust_remote_code)
     key = twin_key(config, model_config, code, candidates, ranks.device, ranks.size)
-    kept = cache_folder() / "checks"
-    return kept, key, recall(kept, key, model_config)
+    return _kept(), key, recall(_kept(), key, model_config)
+
+
+def check_losses(opened: OpenedModel, model: CausalModel, folder: Path, ranks: Ranks) -> None:
+    """Compare the training losses with the model's own logits, unless they are known to agree. Every rank calls it.
+
+    A pass is remembered for the same weights, settings, code and number of ranks. What another start may load
+    differently is compared each time: `gather.verify_gather`.
+
+    Raises:
+        ModelError: identically on every rank, if they differ or cannot be computed.
+    """
+    key = on_main(lambda: _agreement(opened, folder, ranks), ranks)
+    if key is None:
+        return
+    require_losses_agree(model, ranks)
+    if ranks.is_main and key:
+        remember_agreement(_kept(), key)
+
+
+def _agreement(opened: OpenedModel, folder: Path, ranks: Ranks) -> str | None:
+    """Return None if the losses are known to agree, else the key to remember it by ("" if it is not to be)."""
+    config, model_config = opened.config, opened.base.config
+    if config.model.check == "always" or config.lora.init_from:
+        return ""
+    code = code_files(model_config, folder, config.model.trust_remote_code)
+    key = agreement_key(config, model_config, code, file_digests(folder), ranks.device, ranks.size, opened.first_added)
+    return None if recall_agreement(_kept(), key) else key
+
+
+def _kept() -> Path:
+    return cache_folder() / "checks"
 
 
 def _require_alike(attentions: Sequence[str], ranks: Ranks) -> None:

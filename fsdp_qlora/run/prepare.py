@@ -6,22 +6,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fsdp_qlora.checks.agree import require_losses_agree
 from fsdp_qlora.checks.gather import verify_buffers, verify_gather
 from fsdp_qlora.config.auto import Choice, as_word
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import ModelSettings, RunConfig
 from fsdp_qlora.distributed.memory import resident_bytes, return_freed_memory
-from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import any_rank, on_every
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import Progress
 from fsdp_qlora.model.families import task_type
 from fsdp_qlora.model.folder import needs_hub, resolve_folder
-from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.plan.choices import KERNELS_KEY
 from fsdp_qlora.run.build import Weights, load_model
-from fsdp_qlora.run.check import open_and_check, told
+from fsdp_qlora.run.check import check_losses, open_and_check, told
 from fsdp_qlora.run.decide import SHARD_DEGREE, compilation_for, on_device, rank_budget, settled_world
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.tokens import first_added, tokenize
@@ -70,7 +67,11 @@ def _prepare(
     return_freed_memory()
     process_bytes = resident_bytes()
     model, report = load_model(opened, world.ranks, progress)
-    _verify(config, model, world.ranks, training)
+    world.ranks.phases.enter("comparing what the ranks gather")
+    verify_gather(model, world.ranks)
+    verify_buffers(model, world.ranks)
+    if training and config.model.check != "off" and task_type(model.base) == "CAUSAL_LM":
+        check_losses(opened, model, folder, world.ranks)
     choices = {
         **({} if layout is None else {SHARD_DEGREE: layout}),
         **opened.plan.choices,
@@ -91,12 +92,3 @@ def _find_model(model: ModelSettings, world: World) -> Path:
     if not any_rank(needs_hub(model.name), world.ranks):
         return on_every(lambda: resolve_folder(model.name, model.revision), world.ranks)
     return Path(world.share(lambda: str(resolve_folder(model.name, model.revision)), model.name))
-
-
-def _verify(config: RunConfig, model: CausalModel, ranks: Ranks, training: bool) -> None:
-    """Check that the ranks gather what they loaded, and that the training loss matches the logits."""
-    ranks.phases.enter("comparing what the ranks gather")
-    verify_gather(model, ranks)
-    verify_buffers(model, ranks)
-    if training and config.model.check != "off" and task_type(model.base) == "CAUSAL_LM":
-        require_losses_agree(model, ranks)

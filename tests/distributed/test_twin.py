@@ -19,15 +19,18 @@ from fsdp_qlora.checks import reference
 from fsdp_qlora.checks.twin import check_twin
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import barrier
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import FsdpQloraError
+from fsdp_qlora.load.safetensors import weight_files
 from fsdp_qlora.model import skeleton
 from fsdp_qlora.model.families import decoder_layers
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.run import check as building
 from fsdp_qlora.run.build import load_model, open_model
-from fsdp_qlora.run.check import check_model
+from fsdp_qlora.run.check import check_losses, check_model
+from fsdp_qlora.run.decide import replace_attention
 from tests import upstream
 from tests.build import build
 from tests.families import write_family
@@ -148,12 +151,12 @@ FAULTS: dict[str, tuple[Any, str, dict[str, Any], str]] = {
 
 def _settings(
     packed: bool = False, full: bool = False, check: str = "always", folder: str = "", dropout: float = 0.0,
-    overrides: dict[str, str] | None = None,
+    overrides: dict[str, str] | None = None, add_tokens: tuple[str, ...] = (),
 ) -> RunConfig:  # fmt: skip
     config = RunConfig()
     return replace(
         config,
-        model=replace(config.model, check=check, name=folder),
+        model=replace(config.model, check=check, name=folder, add_tokens=list(add_tokens)),
         data=replace(config.data, packing=packed, max_length=64),
         lora=replace(config.lora, r=4, alpha=8.0, dropout=dropout),
         quant=replace(config.quant, overrides=overrides or {}),
@@ -278,6 +281,46 @@ def test_a_result_is_remembered_by_what_it_depends_on(pool, tmp_path):
     first, again, in_all, attention, seconds = pool.run(1, remembered, str(folder), str(tmp_path / "cache"))[0]
     assert (first, again, in_all) == (1, 1, 3)
     assert attention == "blockwise" and seconds < 2.0
+
+
+def losses_compared(ranks: Ranks, folder: str, cache: str) -> list[int]:
+    """Start several times with a cache of its own; return after each start how often losses were compared so far."""
+    counts, compared = [], []
+    original, original_cache = building.require_losses_agree, building.cache_folder
+
+    def start(**settings: Any) -> None:
+        config = replace_attention(_settings(folder=folder, **settings), "eager")
+        opened = open_model(config, Path(folder), ranks, None, say=False)
+        check_losses(opened, load_model(opened, ranks)[0], Path(folder), ranks)
+        counts.append(len(compared))
+
+    def counted(*args: Any) -> None:
+        original(*args)
+        compared.append(1)
+
+    building.require_losses_agree, building.cache_folder = counted, lambda: Path(cache)
+    try:
+        start(check="auto")
+        start(check="auto")
+        start(check="always")
+        start(check="auto", overrides={"*.q_proj": "none"})
+        file = weight_files(Path(folder))[0]
+        barrier(ranks)
+        if ranks.is_main:  # other weights under the same names and shapes
+            save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        barrier(ranks)
+        start(check="auto")
+        start(check="auto")
+        start(check="auto", add_tokens=("<|x|>",))
+        return counts
+    finally:
+        building.require_losses_agree, building.cache_folder = original, original_cache
+
+
+def test_losses_are_compared_once_for_the_same_weights_and_settings(pool, tmp_path):
+    folder = upstream.write_random(tmp_path / "model", small_config("llama"))
+    of_ranks = pool.run(2, losses_compared, str(folder), str(tmp_path / "cache"))
+    assert of_ranks == [[1, 1, 2, 3, 4, 4, 5]] * 2
 
 
 def peft_that_fails(ranks: Ranks) -> str:

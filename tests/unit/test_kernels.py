@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from fsdp_qlora.checks.twin_results import twin_key
+from fsdp_qlora.checks.results import twin_key
 from fsdp_qlora.config.choices import Table
 from fsdp_qlora.config.rules import failures
 from fsdp_qlora.config.schema import KernelsName, RunConfig, from_dict

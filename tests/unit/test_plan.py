@@ -345,6 +345,16 @@ def test_on_an_accelerator_a_whole_chunk_of_logits_is_float32():
     assert chunked_bytes(256, 128_256, 2, False) == LOGIT_COPIES * (logits * 2 + FLOAT_LOGITS_BYTES)
 
 
+@pytest.mark.parametrize(
+    ("device", "num_ranks", "kept"), [("cpu", 1, "true"), ("cpu", 2, "false"), ("cuda", 2, "true")]
+)
+def test_dense_weights_are_kept_until_backward_on_accelerators_only(tiny_model, device, num_ranks, kept):
+    config = from_dict({"model": {"name": str(tiny_model)}, "launcher": {"device": device}})
+    shapes = read_shapes(build_skeleton(tiny_model, torch.bfloat16, "sdpa"))
+    choice = make_plan(config, shapes, num_ranks, 2**40).choices["quant.cache_dequantized"]
+    assert choice.value == kept and ("2 %" in choice.why) == (kept == "false")
+
+
 def test_the_next_setting_that_holds_less_is_named():
     from dataclasses import replace
 
