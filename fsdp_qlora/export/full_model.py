@@ -12,7 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.export.adapter import whole_tensor
+from fsdp_qlora.files.read import own_file
 from fsdp_qlora.files.scratch import fresh_folder, move_into
+from fsdp_qlora.files.write import copy_regular
+
+_GENERATION = "generation_config.json"
 
 
 def gather_base(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
@@ -29,7 +33,11 @@ def gather_base(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, t
 
 
 def export_model(
-    folder: Path, skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase
+    folder: Path,
+    skeleton: PreTrainedModel,
+    tensors: Mapping[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    base: Path,
 ) -> int:
     """Write model and tokenizer; return the bytes of the weights' files. Call it on one rank.
 
@@ -38,9 +46,11 @@ def export_model(
         skeleton: the model on meta, as transformers builds it: it knows its names and config in the files.
         tensors: the parameters by name.
         tokenizer: the tokenizer.
+        base: the base model's folder, for its generation_config.json.
 
     Raises:
         NumericsError: if a value is not finite.
+        SecurityError: if the base's generation_config.json links outside its folder.
     """
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -48,6 +58,8 @@ def export_model(
     with fresh_folder(folder) as staging:
         skeleton.save_pretrained(staging, state_dict=dict(tensors))
         tokenizer.save_pretrained(str(staging))
+        if (base / _GENERATION).is_file():  # a model that is built from its config alone does not know it
+            copy_regular(own_file(base, _GENERATION), staging / _GENERATION)
         size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
         move_into(staging, folder)
     return size

@@ -172,7 +172,7 @@ class Training:
 
     def _write_model(self, tensors: Mapping[str, torch.Tensor]) -> int:
         fresh = skeleton(self.prepared.settings, self.prepared.folder)  # ours has float32 masters, and is sharded
-        return export_model(self.folder.model, fresh, tensors, self.prepared.tokenizer)
+        return export_model(self.folder.model, fresh, tensors, self.prepared.tokenizer, self.prepared.folder)
 
     def _write_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], progress: dict[str, Any]) -> int:
         lora = self.prepared.settings.lora  # with whole names
