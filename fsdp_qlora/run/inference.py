@@ -30,7 +30,7 @@ def load_for_inference(config: RunConfig, adapter: Path | None = None, world: Wo
         ModelError: if the folder is not a LoRA adapter, or not one for this model.
     """
     if adapter is not None:
-        config = _with_adapter(config, adapter)
+        config = with_adapter(config, adapter)
     try:
         prepared = prepare(config, world, training=False)
     except FsdpQloraError as error:
@@ -42,7 +42,7 @@ def load_for_inference(config: RunConfig, adapter: Path | None = None, world: Wo
     return prepared
 
 
-def _with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
+def with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
     """Return the settings completed from an adapter folder: base model, LoRA settings, and chat template."""
     saved, model, data = read_adapter_config(adapter), config.model, config.data
     model = replace(model, add_tokens=added_tokens(adapter, saved.token_ids) if saved.token_ids else [])
