@@ -32,7 +32,15 @@ def adapted_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 def layers_alone(
     config: PeftConfig, linears: Mapping[str, tuple[int, int]], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """Return the layers, by name, that PEFT attaches to linears ``name -> (out_features, in_features)`` without values.
+    """Return PEFT's layers by the names of the empty linears, ``name -> (out_features, in_features)``."""
+    model = adapted_alone(config, linears, device, dtype)
+    return {name.removeprefix("base_model.model."): layer for name, layer in adapted_layers(model).items()}
+
+
+def adapted_alone(
+    config: PeftConfig, linears: Mapping[str, tuple[int, int]], device: torch.device, dtype: torch.dtype = torch.float32
+) -> PeftModel:
+    """Return a model of such linears alone, with PEFT's adapters.
 
     The memory of the linears is never touched, so they take none.
     """
@@ -46,8 +54,7 @@ def layers_alone(
             parent = parent.get_submodule(part)
         linear = skip_init(nn.Linear, in_features, out_features, bias=False, device=device, dtype=dtype)
         parent.add_module(last, linear)
-    get_peft_model(root, config, ADAPTER, low_cpu_mem_usage=device == META)  # type: ignore[arg-type]
-    return adapted_layers(root)
+    return get_peft_model(root, config, ADAPTER, low_cpu_mem_usage=device == META)  # type: ignore[arg-type, return-value]
 
 
 def restore_buffers(model: PeftModel, config: PeftConfig) -> None:

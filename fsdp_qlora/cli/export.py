@@ -1,4 +1,4 @@
-"""`export`: writes a checkpoint's adapter as a plain PEFT folder, or the base model in 4 bits."""
+"""`export`: writes a checkpoint's adapter as a plain PEFT folder, the base in 4 bits, or both merged in 16 bits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
+from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
 from fsdp_qlora.cli.quoting import command
 from fsdp_qlora.cli.show import loading
 from fsdp_qlora.config import choices
@@ -20,6 +21,8 @@ from fsdp_qlora.model.skeleton import build_skeleton
 from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.plan.quantized import format_of
 from fsdp_qlora.run.folder import RunFolder
+from fsdp_qlora.run.merge import merge
+from fsdp_qlora.run.world import open_world
 from fsdp_qlora.track.console import megabytes
 
 
@@ -48,15 +51,33 @@ def _base_4bit(config: RunConfig) -> int:
     return 0
 
 
+def _merged(config: RunConfig) -> int:
+    assert config.export.to is not None  # check_verb
+    target = Path(config.export.to).expanduser()
+    adapter = Path(config.adapter).expanduser() if config.adapter else _newest(config) / ADAPTER_FOLDER
+    world = open_world(config)
+    with world.stack:
+        done = merge(config, adapter, target, world, loading("folding and writing"))
+    written = f"{done.written.folded} linears folded, {megabytes(done.written.num_bytes)}"
+    print(f"{done.base} + {adapter} -> {target}: {written}")
+    print(f"folded into the {done.form} base ({done.why}); the largest tensor took {megabytes(done.memory)}")
+    return 0
+
+
+def _newest(config: RunConfig) -> Path:
+    """Return the checkpoint to export from."""
+    if config.export.checkpoint:
+        return Path(config.export.checkpoint).expanduser()
+    folder = RunFolder(config.run.output_root, config.run.name)
+    checkpoints = complete_checkpoints(folder.checkpoints)
+    if not checkpoints:
+        raise CheckpointError(f"{folder.checkpoints} holds no complete checkpoint; set export.checkpoint=FOLDER.")
+    return checkpoints[-1]
+
+
 def _adapter(config: RunConfig) -> int:
     folder = RunFolder(config.run.output_root, config.run.name)
-    if config.export.checkpoint:
-        source = Path(config.export.checkpoint).expanduser()
-    else:
-        checkpoints = complete_checkpoints(folder.checkpoints)
-        if not checkpoints:
-            raise CheckpointError(f"{folder.checkpoints} holds no complete checkpoint; set export.checkpoint=FOLDER.")
-        source = checkpoints[-1]
+    source = _newest(config)
     manifest = open_checkpoint(source).manifest
     if manifest.identity.get("lora.variant") == choices.NONE:
         raise ConfigError(
@@ -75,6 +96,6 @@ def _adapter(config: RunConfig) -> int:
 
 
 EXPORTS: choices.Table[Callable[[RunConfig], int]] = choices.Table(
-    "what", {"adapter": _adapter, "base-4bit": _base_4bit}
+    "what", {"adapter": _adapter, "base-4bit": _base_4bit, "merged": _merged}
 )
 """The exports of ``export what=``."""

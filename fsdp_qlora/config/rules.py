@@ -314,14 +314,8 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _needs(verb: str, config: RunConfig) -> Iterator[str]:
-    if verb in ("train", "plan", "prepare", "evaluate") and not config.model.name and not config.adapter:
-        yield "model.name: not set. Give a hub name (Qwen/Qwen3-8B), a folder, or experiment=quickstart."
-    if verb == "train" and config.data.train is None:
-        yield "data.train: not set. Give a file, a folder, a hub data set, or a list of them."
-    if verb == "evaluate" and config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
-        yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
-    if verb == "export" and config.what == "base-4bit":
+def _export_needs(config: RunConfig) -> Iterator[str]:
+    if config.what == "base-4bit":
         if not config.model.name:
             yield "model.name: not set. what=base-4bit stores this model in 4 bits."
         if not config.export.to:
@@ -330,6 +324,22 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
             yield "quant: what=base-4bit stores all linears in one 4-bit format; choose nf4 or fp4, without overrides."
         if config.export.checkpoint:
             yield "export.checkpoint: holds an adapter; leave it out, or set what=adapter."
+    if config.what == "merged":
+        if not config.export.to:
+            yield "export.to: not set. Give the folder that what=merged writes."
+        if config.adapter and config.export.checkpoint:
+            yield "export.checkpoint: adapter names the adapter to fold in; give one of them."
+
+
+def _needs(verb: str, config: RunConfig) -> Iterator[str]:
+    if verb in ("train", "plan", "prepare", "evaluate") and not config.model.name and not config.adapter:
+        yield "model.name: not set. Give a hub name (Qwen/Qwen3-8B), a folder, or experiment=quickstart."
+    if verb == "train" and config.data.train is None:
+        yield "data.train: not set. Give a file, a folder, a hub data set, or a list of them."
+    if verb == "evaluate" and config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
+        yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
+    if verb == "export":
+        yield from _export_needs(config)
     if verb == "generate":
         if config.prompt is None and config.prompt_file is None:
             yield 'prompt: not set. Give prompt="..." or prompt_file=FILE.'

@@ -365,10 +365,11 @@ class RunConfig(Saved):
     prompt_file: Annotated[str | None, VERBATIM] = None
     """`generate`: file with the prompt."""
     adapter: Annotated[str | None, VERBATIM] = None
-    """`generate`, `evaluate`: PEFT adapter folder; null = the base model alone."""
+    """`generate`, `evaluate`: PEFT adapter folder; null = the base model alone. `export what=merged`: the adapter to
+    fold in; null = that of the run's newest checkpoint."""
     what: Annotated[str, choices.EXPORTS] = "adapter"
-    """`export`: a checkpoint's adapter, or the base model in bitsandbytes' 4-bit format (``base-4bit``). The latter
-    loads without being quantized again."""
+    """`export`: a checkpoint's adapter, the base model in bitsandbytes' 4-bit format (``base-4bit``; loads without
+    being quantized again), or the base model in 16 bits with the adapter folded in (``merged``)."""
     run_from: Annotated[str | None, VERBATIM] = None
     """Start from the settings of an earlier run: its config.yaml or its folder."""
 

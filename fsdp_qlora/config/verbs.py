@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, SHARE, VERBATIM
 
@@ -58,3 +58,9 @@ class ExportSettings:
     """Checkpoint folder to export; null = the run's newest complete checkpoint."""
     to: Annotated[str | None, VERBATIM] = None
     """Output folder; null = ``<run folder>/adapter`` for an adapter."""
+    overwrite: bool = False
+    """``merged``: replace an earlier export in ``to``."""
+    merge_base: Literal["auto", "original", "dequantized"] = "auto"
+    """``merged``: fold the adapter into the weights as they are stored (``original``), or as they are after quantizing,
+    which is what it was trained on (``dequantized``). ``auto`` measures both on at most 64 held-out rows and keeps the
+    better one; without such rows, ``dequantized``."""

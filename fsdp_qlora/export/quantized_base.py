@@ -74,7 +74,7 @@ def export_base(
         raise ModelError(f"export.to: {target} already exists and is not empty; choose another folder or remove it.")
     if quantization_of(source) is not None:
         raise ModelError(f"model.name: {source} is already quantized; use the 16-bit model it was made from.")
-    copied = _beside_the_weights(source)
+    copied = beside_the_weights(source)
     for file in weight_files(source):
         own_file(source, file.name)
     shapes, files = read_shapes(base), SafetensorsFolder(source)
@@ -194,7 +194,7 @@ def _write_config(base: PreTrainedModel, source: Path, folder: Path, quant_forma
     write_json(folder / "config.json", config | {"quantization_config": stored.to_dict()})
 
 
-def _beside_the_weights(source: Path) -> dict[str, Path]:
+def beside_the_weights(source: Path) -> dict[str, Path]:
     """Return the files next to the weights (tokenizer, generation config) by name, with their resolved paths."""
     names = {file.name for pattern in _COPIED for file in source.glob(pattern)}
     real = {name: own_file(source, name) for name in sorted(names) if not name.endswith(".index.json")}

@@ -28,7 +28,7 @@ from fsdp_qlora.load.buffers import persistent_buffers, to_empty_but_buffers
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.load.safetensors import SafetensorsFolder, StoredTensor
 from fsdp_qlora.load.stored import PackedWeight, fill_packed, find_kept, find_weight
-from fsdp_qlora.quant.formats import nested_of_rows, one_thread
+from fsdp_qlora.quant.formats import Packed, nested_of_rows, one_thread
 from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS, float_to_bits, values_to_rows
 
@@ -83,12 +83,7 @@ def stream_weights(
     total = len(entries) + len(kept)
     with one_thread(), torch.no_grad():
         for done, (module, entry) in enumerate(zip(quantized, entries, strict=True)):
-            if isinstance(entry, PackedWeight):
-                sharded = isinstance(module.packed, DTensor)
-                rows = _rows_of(module.packed, ranks) if sharded else (0, module.packed.shape[0])
-                on_every(partial(fill_packed, module, entry, source, rows, ranks.device), ranks)
-            else:
-                _fill_quantized(module, entry, source, ranks)
+            _fill_module(module, entry, source, ranks)
             if progress:
                 progress(done + 1, total)
         for done, ((_, parameter), entry) in enumerate(zip(kept, kept_entries, strict=True)):
@@ -100,6 +95,32 @@ def stream_weights(
     size = sum(resident_bytes(module) for module in quantized)
     stored = sum(isinstance(entry, PackedWeight) for entry in entries)
     return LoadReport(source.bytes_read, source.total_bytes, size, time.perf_counter() - started, stored)
+
+
+@torch.no_grad()
+def fill_alone(packed: Packed, source: SafetensorsFolder, ranks: Ranks) -> QuantMatrices:
+    """Return one weight of the files as a model on one rank would hold it, quantized, on the ranks' device.
+
+    Raises:
+        FsdpQloraError: as `stream_weights`.
+    """
+    linear = packed.linear
+    module = QuantMatrices(linear.in_features, linear.out_features, packed.quant_format, linear.count, ranks.device)
+    module.stored = linear
+    with one_thread():
+        _fill_module(module, find_weight(source, module), source, ranks)
+    return module
+
+
+def _fill_module(
+    module: QuantMatrices, entry: StoredTensor | PackedWeight, source: SafetensorsFolder, ranks: Ranks
+) -> None:
+    if isinstance(entry, PackedWeight):
+        sharded = isinstance(module.packed, DTensor)
+        rows = _rows_of(module.packed, ranks) if sharded else (0, module.packed.shape[0])
+        on_every(partial(fill_packed, module, entry, source, rows, ranks.device), ranks)
+    else:
+        _fill_quantized(module, entry, source, ranks)
 
 
 def allocate(model: nn.Module, shards_on: torch.device, device: torch.device, on_host: Iterable[nn.Module]) -> None:

@@ -31,7 +31,7 @@ def load_for_inference(config: RunConfig, adapter: Path | None = None, world: Wo
         ModelError: if the folder is not a LoRA adapter, or not one for this model.
     """
     if adapter is not None:
-        config = _with_adapter(config, adapter)
+        config = with_adapter(config, adapter)
     elif config.lora.trains_base:  # nothing is trained here: no float32 masters
         config = replace(config, lora=LoraSettings())
     try:
@@ -45,7 +45,7 @@ def load_for_inference(config: RunConfig, adapter: Path | None = None, world: Wo
     return prepared
 
 
-def _with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
+def with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
     """Return the settings completed from an adapter folder: base model, LoRA settings, and chat template."""
     saved, model, data = read_adapter_config(adapter), config.model, config.data
     model = replace(model, add_tokens=added_tokens(adapter, saved.token_ids) if saved.token_ids else [])

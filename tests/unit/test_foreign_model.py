@@ -22,7 +22,7 @@ from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.model.tokenizer import build_tokenizer
 from fsdp_qlora.quant.formats import build_format
-from fsdp_qlora.run.inference import _with_adapter
+from fsdp_qlora.run.inference import with_adapter
 
 SECRET = "CANARY"
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def _adapter(folder: Path, value: float = 1.0, dtype: torch.dtype = torch.float3
 
 def _take(folder: Path) -> RunConfig:
     """Do what `evaluate` and `generate` do with an adapter before anything is loaded, then load it."""
-    found = _with_adapter(from_dict({"model": {"name": "m"}}), folder)
+    found = with_adapter(from_dict({"model": {"name": "m"}}), folder)
     load_adapter(folder, _Adapted())
     return found
 
