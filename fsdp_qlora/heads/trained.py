@@ -46,7 +46,7 @@ class TrainedCrossEntropy(torch.autograd.Function):
             of_weight += matmul(slope.t(), hidden[part])
             if of_bias is not None:
                 of_bias += slope.sum(0, dtype=torch.float32)
-        of_bias = None if of_bias is None else of_bias.to(bias.dtype)
+        of_bias = None if of_bias is None else of_bias.to(weight.dtype)
         return of_hidden, of_weight.to(weight.dtype), of_bias, *[None] * 6
 
 
