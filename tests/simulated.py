@@ -10,7 +10,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from fsdp_qlora.config import choices
+from fsdp_qlora.config.auto import as_word
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.run.decide import planned
 from fsdp_qlora.simulate.device import accelerator, accelerator_mode
@@ -156,7 +157,10 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         "host": plan.host.in_step, "tensors": plan.trainable_parameters, "moments": plan.moments,
     }  # fmt: skip
     if also_on_cpu(name):
-        answer["cpu"] = asdict(simulate_here(*config_and_ranks(folder, name, None)))
+        here, _ = config_and_ranks(folder, name, None)
+        dense = as_word(plan.settings.cache_dequantized)  # a CPU would decide otherwise
+        here = replace(here, quant=replace(here.quant, cache_dequantized=dense))
+        answer["cpu"] = asdict(simulate_here(here, ranks))
     return answer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,15 +35,19 @@ class DoRA(LoRA):
 
     def peft(self, targets: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM") -> LoraConfig:
         """Return the PEFT config."""
-        return lora_config(targets, lora, task_type, use_dora=True)
+        return lora_config(targets, lora, task_type, use_dora=True, use_rslora=lora.scales_by_root)
 
     def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
         """Return the size of the identity through which PEFT multiplies A and B."""
         return linear.in_features**2
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
-        """Whether it is DoRA, scaled by alpha / r."""
-        return is_lora(config) and config.get("use_dora") is True and not config.get("use_rslora", False)
+        """Whether it is DoRA."""
+        return is_lora(config) and config.get("use_dora") is True
+
+    def settings(self, config: Mapping[str, Any]) -> LoraSettings:
+        """Return the settings, without targets, that an adapter_config.json of DoRA expresses."""
+        return replace(super().settings(config), use_rslora=config.get("use_rslora", False) or None)
 
     @property
     def honoured(self) -> frozenset[str]:
@@ -60,10 +65,22 @@ class DoRA(LoRA):
         A collective: units are gathered one by one.
         """
         super().initialize(model, lora, seed, shard_rank, shard_size)
+        self.initialize_rest(model, lora, shard_rank, shard_size)
+
+    @torch.no_grad()
+    def initialize_rest(self, model: nn.Module, lora: LoraSettings, shard_rank: int, shard_size: int) -> None:
+        """Give the magnitudes the norms of the rows of ``W + s B A``. A collective."""
         norms: dict[nn.Module, torch.Tensor] = {}
         for modules in gathered_units(model):
             for layer in (module for module in modules if isinstance(module, Linear)):
-                norms[layer] = torch.linalg.norm(layer.get_base_layer().weight.float(), dim=1)
+                weight = layer.get_base_layer().weight.float()
+                if lora.start is not None:  # else B is zero
+                    a, b = (
+                        layer.get_submodule(f"{kind}.{ADAPTER}").get_parameter("weight").float()
+                        for kind in ("lora_A", "lora_B")
+                    )
+                    weight = weight + layer.scaling[ADAPTER] * (b @ a)
+                norms[layer] = torch.linalg.norm(weight, dim=1)
         for layer, norm in norms.items():
             magnitude = layer.get_submodule(f"{_MAGNITUDE}.{ADAPTER}").get_parameter("weight")
             fill_slice(magnitude, norm, shard_rank, shard_size)

@@ -15,9 +15,12 @@ from torch import nn
 from fsdp_qlora.adapters.folder import WEIGHTS_NAME, opened_weights, read_adapter_config, stored_modules
 from fsdp_qlora.adapters.method import build_method, of_target, shared_names
 from fsdp_qlora.adapters.peft_layers import CPU, adapted_alone, adapted_layers
+from fsdp_qlora.adapters.starts import scaling_of
+from fsdp_qlora.adapters.turns import FILE_NAME, read_start
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.files.read import own_file
 from fsdp_qlora.load.finite import require_finite
+from fsdp_qlora.load.weights import LowRank
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 
@@ -36,7 +39,7 @@ class StoredAdapter:
         self.modules = stored_modules(folder, self.config)
         """Names of the linears with an adapter."""
         self._settings = self.config.settings(self.modules)
-        self._method = build_method(self._settings.variant)
+        self._method = build_method(self._settings.method)
         self._file = own_file(folder, WEIGHTS_NAME)
 
     @torch.no_grad()
@@ -71,6 +74,17 @@ class StoredAdapter:
         base.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
         layer.merge()
         return layer.get_base_layer().weight.detach()  # type: ignore[no-any-return]
+
+    def taken(self, name: str) -> LowRank | None:
+        """Return what its start took off the weight of a linear before that was stored; None: nothing.
+
+        Raises:
+            ModelError: if the folder lacks what it started from.
+        """
+        if self.config.start is None or name not in self.modules:
+            return None
+        start = read_start(own_file(self.folder, FILE_NAME), f"base_model.model.{name}")
+        return start.taken(self.config.start, scaling_of(of_target(self._settings, name)))
 
     def token_rows(self, table: str) -> torch.Tensor | None:
         """Return the trained rows of an embedding or head, ``[len(config.token_ids), hidden_size]``, if it has any."""

@@ -28,7 +28,8 @@ from fsdp_qlora.adapters.method import (
     shared_names,
     tensor_names,
 )
-from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.names import LORA_A, trainable_parameters
+from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.config.choices import METHODS, PEFT_METHODS
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.mesh import Ranks
@@ -78,6 +79,11 @@ class AdapterConfig:
     """Ranks by regular expressions of names, as PEFT reads them."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Alphas, likewise."""
+    use_rslora: bool | None = None
+    """DoRA's scaling; None: by alpha / r."""
+    start: str | None = None
+    """How it started, if that was from the base weights; the base is then what its start left of it."""
+    loftq_iter: int = 1
     token_ids: tuple[int, ...] = ()
     """Ids of the tokens whose rows of embedding and head were trained."""
 
@@ -85,6 +91,7 @@ class AdapterConfig:
         """Return the config as ``lora`` settings for these targets, with whole names for PEFT's expressions."""
         return LoraSettings(
             variant=self.variant, r=self.r, alpha=self.alpha, target_modules=targets, options=dict(self.options),
+            use_rslora=self.use_rslora, init_lora_weights=self.start, loftq_iter=self.loftq_iter, allow_large_svd=True,
             rank_pattern=_by_name(self.rank_pattern, targets), alpha_pattern=_by_name(self.alpha_pattern, targets),
         )  # fmt: skip
 
@@ -113,7 +120,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     method = method_of(values) if isinstance(values, dict) else None
     if method is None:
         raise ModelError(f"adapter: {folder} is not an adapter of a method known here ({', '.join(METHODS)}).")
-    if refused := _refused(values, method):
+    if refused := _refused(values, method, (folder / FILE_NAME).is_file()):
         raise ModelError(
             f"adapter: {file} has unsupported settings that change what the adapter computes: "
             f"{', '.join(refused)}. Merge it into its base with PEFT, or train one without them."
@@ -135,8 +142,21 @@ def _adapter_config(values: dict[str, Any], file: Path, method: Method) -> Adapt
     if wrong:
         raise ModelError(f"adapter: {file} is malformed: {', '.join(wrong)[:500]}.")
     base, revision = names
-    token_ids = _token_ids(values.get("trainable_token_indices"), file)
-    return AdapterConfig(r, float(alpha), method.name, base, revision, settings.options, ranks, alphas, token_ids)
+    start = _start_of(values.get("init_lora_weights"))
+    loftq = values.get("loftq_config") if start == "loftq" else None
+    iterations = loftq.get("loftq_iter", 1) if isinstance(loftq, dict) else 1
+    if type(iterations) is not int or not 0 < iterations < 2**31:
+        raise ModelError(f"adapter: {file} is malformed: loftq_iter={iterations!r}.")
+    return AdapterConfig(
+        r, float(alpha), method.name, base, revision, settings.options, ranks, alphas, settings.use_rslora, start,
+        iterations, _token_ids(values.get("trainable_token_indices"), file),
+    )  # fmt: skip
+
+
+def _start_of(word: Any) -> str | None:
+    """Return the value of ``init_lora_weights`` if an adapter with it started from the base weights."""
+    settings = LoraSettings(init_lora_weights=word) if isinstance(word, str) else LoraSettings()
+    return settings.start if settings.start_is_known else None
 
 
 def _token_ids(indices: Any, file: Path) -> tuple[int, ...]:
@@ -164,7 +184,7 @@ def _are_patterns(values: Any, kind: type, below: float) -> bool:
     return True
 
 
-def _refused(values: dict[str, Any], method: Method) -> list[str]:
+def _refused(values: dict[str, Any], method: Method, has_start: bool) -> list[str]:
     """Return the settings that are neither honoured nor harmless, with their values."""
     defaults = {f.name: f.default for f in fields(method.config) if f.default is not MISSING}
     known = _HONOURED | _SELECTING | _HARMLESS | method.honoured
@@ -174,6 +194,7 @@ def _refused(values: dict[str, Any], method: Method) -> list[str]:
             plain = isinstance(value, bool) or value == defaults.get(key)
         elif key == "init_lora_weights":
             plain = any(value is v if isinstance(v, bool) else value == v for v in _PLAIN_STARTS)
+            plain = plain or (has_start and _start_of(value) is not None)
         else:
             plain = key in known or value in _OFF or (key in defaults and value == defaults[key])
         if not plain:
@@ -211,8 +232,6 @@ def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-_RANKED = ".lora_A.weight"
-"""The ending of tensors whose first dimension is the rank."""
 
 
 def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[str]:
@@ -231,9 +250,9 @@ def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[st
         modules = adapted_modules(names, file)
         settings = None if config is None else config.settings(modules)
         for name in names:
-            if settings is None or not name.endswith(_RANKED):
+            if settings is None or not name.endswith(LORA_A):
                 continue
-            r = of_target(settings, name.removeprefix("base_model.model.").removesuffix(_RANKED)).r
+            r = of_target(settings, name.removeprefix("base_model.model.").removesuffix(LORA_A)).r
             if (shape := stored.get_slice(name).get_shape())[:1] != [r]:
                 raise ModelError(f"adapter: {folder / CONFIG_NAME} says r={r}, but {name} is {shape} in {file}.")
         return modules
@@ -268,7 +287,7 @@ def load_adapter(
     with opened_weights(file) as stored:
         names = set(stored.keys())
         lora = lora or LoraSettings()
-        fixed = build_method(lora.variant).fixed(model, lora)
+        fixed = build_method(lora.method).fixed(model, lora)
         if odd := sorted(names ^ parameters.keys() ^ fixed.keys()):
             ours = sorted(set(adapted_modules(parameters, file)) - set(modules))
             hint = f" It has no adapter for {ours[0]}: set lora.target_modules to the adapter's." if ours else ""
@@ -289,7 +308,12 @@ def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks
     Raises:
         ModelError: if its rank, alpha or variant differs, or it does not fit this model's adapters.
     """
-    config, method = read_adapter_config(folder), build_method(lora.variant)
+    config, method = read_adapter_config(folder), build_method(lora.method)
+    if config.start is not None:
+        raise ModelError(
+            f"lora.init_from: the adapter in {folder} started from the base weights ({config.start}), so it needs the "
+            "base that its start left; convert it with export.plain_lora=true first."
+        )
     modules = stored_modules(folder, config)
     saved = config.settings(modules)
     differ = [
@@ -297,13 +321,13 @@ def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks
         for key, theirs, ours, form in (
             ("r", saved.r, lora.r, ""),
             ("alpha", saved.alpha, float(lora.alpha), "g"),
-            ("variant", saved.variant, lora.variant, ""),
+            ("variant", saved.method, lora.method, ""),
         )
         if theirs != ours and (key == "variant" or key in method.reads)
     ]
     if not differ:
         differ = [*_differ_by_target(saved, lora, modules, folder)]
-    if saved.variant == lora.variant:
+    if saved.method == lora.method:
         configs = [method.peft([], settings, None) for settings in (saved, lora)]
         pairs = {key: [getattr(config, key) for config in configs] for key in PEFT_METHODS.get(lora.variant, ())}
         differ += [

@@ -69,7 +69,7 @@ class RsLoRA(LoRA):
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether it scales by alpha / sqrt(r)."""
-        return is_lora(config) and config.get("use_rslora", False) is True
+        return is_lora(config) and config.get("use_rslora", False) is True and config.get("use_dora") is not True
 
 
 def lora_config(targets: Sequence[str], lora: LoraSettings, task_type: str | None, **switches: Any) -> LoraConfig:
@@ -111,7 +111,7 @@ def attach_adapters(
 
     A method with a layer of its own is attached after `swap_linears`, one that PEFT's layers compute before it.
     """
-    method = build_method(lora.variant)
+    method = build_method(lora.method)
     config = method.peft(target_modules, spelt_out(lora, target_modules), task_type)
     if method.layer is None:
         modules = dict(model.named_modules())
@@ -140,7 +140,12 @@ def initialize_adapters(
 ) -> None:
     """Initialize each trained tensor as its method prescribes, with a seed derived from its name.
 
-    Each tensor is drawn whole on the CPU and then sliced, so values do not depend on the number of ranks.
+    Each tensor is drawn whole on the CPU and then sliced, so values do not depend on the number of ranks. Matrices that
+    start from the base weights (`LoraSettings.start`) have their values already.
     """
     lora = lora or LoraSettings()
-    build_method(lora.variant).initialize(model, lora, seed, shard_rank, shard_size)
+    method = build_method(lora.method)
+    if lora.start is None:
+        method.initialize(model, lora, seed, shard_rank, shard_size)
+    else:
+        method.initialize_rest(model, lora, shard_rank, shard_size)

@@ -110,6 +110,11 @@ class Method(ABC):
             else:
                 fill_slice(parameter, whole, shard_rank, shard_size)
 
+    def initialize_rest(  # noqa: B027 (most methods have no others)
+        self, model: nn.Module, lora: LoraSettings, shard_rank: int, shard_size: int
+    ) -> None:
+        """Give the trained tensors beside LoRA's matrices their values, where these start from the base weights."""
+
     def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
         """Return how many numbers an adapter keeps from forward to backward besides the linear's input and output."""
         return 0

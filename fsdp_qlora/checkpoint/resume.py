@@ -6,18 +6,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fsdp_qlora.config.choices import FORMATS, NONE
-from fsdp_qlora.config.facts import MAY_CHANGE, YOUNGER, FormatOption, ReadBy, facts, keys_with
+from fsdp_qlora.config.facts import MAY_CHANGE, YOUNGER, FormatOption, ReadBy, facts, keys_with, value_of
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.quant.formats import build_format
 
 _MAY_CHANGE = keys_with(RunConfig, MAY_CHANGE)
 """Settings of the blocking groups that may differ on a resume (the base model is identified by its files instead)."""
-_YOUNGER = keys_with(RunConfig, YOUNGER)
+_YOUNGER = {key: value_of(RunConfig(), key) for key in keys_with(RunConfig, YOUNGER)}
+"""Settings that older checkpoints lack, with their defaults."""
 _READERS = {key: fact for key, fact in facts(RunConfig) if isinstance(fact, ReadBy | FormatOption)}
 """Settings that only some optimizers or formats read."""
 BLOCKING_GROUPS = ("model", "quant", "lora", "precision", "train", "optim", "schedule", "objective")
 DATA_KEY = "data"
 """Key that covers data sources, tokenizer, chat template and the settings of the data group together."""
+INITIAL_ADAPTER = "initial adapter, taken off the base"
+"""Key of the digest of what the adapters started from: with other values, the base would be another one."""
 _BASE_FILE, _WHOLE = "base model file ", ", whole"
 
 
@@ -45,7 +48,7 @@ def without(identity: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any
 
 def _is_read(key: str, settings: Mapping[str, Any]) -> bool:
     """Whether the optimizer, or a format, of these settings reads one of them, or it is set."""
-    if key in _YOUNGER and not settings.get(key):
+    if key in _YOUNGER and settings.get(key) in (None, _YOUNGER[key]):
         return False
     reader = _READERS.get(key)
     if isinstance(reader, FormatOption):

@@ -43,11 +43,12 @@ def _small_adapters(lora: LoraSettings) -> LoraSettings:
     if isinstance(targets, list | tuple) and any("." in name for name in targets):
         targets = "all-linear"  # full names of layers, which the twin may lack
     return replace(
-        lora, r=r, dropout=NO_DROPOUT if lora.dropout else 0.0, init_from=None, target_modules=targets,
+        lora, variant=lora.method, init_lora_weights=None,  # any values will do
+        r=r, dropout=NO_DROPOUT if lora.dropout else 0.0, init_from=None, target_modules=targets,
         exclude_modules=[name for name in lora.exclude_modules if not numbered(name)], layers_to_transform=[],
         rank_pattern=_unnumbered(lora.rank_pattern, max(1, r - 1)),
         alpha_pattern=_unnumbered(lora.alpha_pattern, 2 * lora.alpha),
-        options={**lora.options, **build_method(lora.variant).small},
+        options={**lora.options, **build_method(lora.method).small},
     )  # fmt: skip
 
 

@@ -186,7 +186,7 @@ class _Twin:
     def _read_by_peft(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         lora, folder = self.config.lora, self.folder / "adapter"
         targets = short_targets(self.plan.targets, self.model.base)
-        method = build_method(lora.variant)
+        method = build_method(lora.method)
         tensors = {**values, **method.fixed(self.model, lora)}
         export_adapter(folder, tensors, method.peft(targets, lora, "CAUSAL_LM"), "twin")
         model = reference.load(self.folder, torch.float32, torch.device("cpu"), self.config.model.trust_remote_code)
@@ -241,7 +241,7 @@ class _Twin:
             reference.round_weights(model, (*self.plan.quantized, *self.plan.quantized_edges))
         lora = self.config.lora
         plain = replace(lora, dropout=0.0)
-        adapted = reference.adapt(model, build_method(lora.variant).peft(self.plan.targets, plain, "CAUSAL_LM"), values)
+        adapted = reference.adapt(model, build_method(lora.method).peft(self.plan.targets, plain, "CAUSAL_LM"), values)
         random = any_rank(reference.is_random(adapted, rows[0]), self.ranks)
         return reference.compute(adapted.train(not random), rows), random
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
@@ -17,8 +19,12 @@ from fsdp_qlora.distributed.process import Placement, choose_device, use_device
 from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError, StorageError
 from fsdp_qlora.export.adapter import copy_adapter
 from fsdp_qlora.export.quantized_base import export_base
+from fsdp_qlora.export.starts import StartedAdapter, measure, open_started, write_for_its_base, write_plain_lora
+from fsdp_qlora.export.vllm import rewrite_for_vllm, served_by_vllm
+from fsdp_qlora.load.conversions import arrangement
+from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.model.folder import resolve_folder
-from fsdp_qlora.model.skeleton import build_skeleton
+from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.plan.quantized import format_of
 from fsdp_qlora.run.folder import RunFolder
@@ -39,16 +45,66 @@ def _base_4bit(config: RunConfig) -> int:
         raise ConfigError("what=base-4bit: runs in one process; start it without torchrun.")
     device = choose_device(config.launcher.device, placement)
     use_device(device)
-    source, target = resolve_folder(config.model.name, config.model.revision), Path(config.export.to).expanduser()
-    base = build_skeleton(source, model_dtype(config.precision.name), "eager", config.model.trust_remote_code)
+    adapter = _started(config) if config.adapter else None
+    quant_format = format_of(config.quant)
+    if adapter is not None and (odd := [n for n, kind in adapter.formats.items() if kind != quant_format]):
+        kind = adapter.formats[odd[0]]
+        raise ConfigError(
+            f"quant: the adapter in {adapter.folder} was trained with {odd[0]} in "
+            f"{'16 or 32 bits' if kind is None else kind.describe()}, not in {quant_format.describe()}. Set what it "
+            "was trained with, or convert it with what=adapter export.plain_lora=true."
+        )
+    base, source, name = _base_of(config, adapter)
+    target = Path(config.export.to).expanduser()
     done = export_base(
-        base, source, target, format_of(config.quant), device,
+        base, source, target, quant_format, device,
         loading("quantizing and writing"),
+        taken=adapter.taken if adapter else lambda _: None,
     )  # fmt: skip
+    print(f"{name} -> {target}: {done.quantized} linears in {config.quant.name}, {megabytes(done.num_bytes)}")
+    if adapter is None:
+        print(f"train from it: {command('train', f'model.name={target}')} ...")
+        return 0
+    write_for_its_base(adapter, target / ADAPTER_FOLDER, target.absolute())
+    print(f"{adapter.folder} -> {target / ADAPTER_FOLDER}: the adapter for this base, which its start was taken off")
+    return 0
+
+
+def _started(config: RunConfig) -> StartedAdapter:
+    assert config.adapter is not None
+    return open_started(Path(config.adapter).expanduser())
+
+
+def _base_of(config: RunConfig, adapter: StartedAdapter | None) -> tuple[PreTrainedModel, Path, str]:
+    """Return the base model on meta, its folder and its name: the settings', or else the adapter's.
+
+    Raises:
+        ConfigError: if neither names one.
+    """
+    model = config.model
+    name, revision = model.name, model.revision
+    if not name and adapter is not None and adapter.config.base_model:
+        name, revision = adapter.config.base_model, revision or adapter.config.revision
+    if not name:
+        raise ConfigError("model.name: not set, and the adapter does not name its base.")
+    source = resolve_folder(name, revision)
+    return build_skeleton(source, model_dtype(config.precision.name), "eager", model.trust_remote_code), source, name
+
+
+def _plain_lora(config: RunConfig, adapter: StartedAdapter) -> int:
+    """Convert an adapter, and say what that changes."""
+    assert config.export.to is not None  # check_verb
+    base, source, name = _base_of(config, adapter)
+    files = SafetensorsFolder(source)
+    files.arrange(arrangement(base, files.entries))
+    difference = measure(adapter, {x.name: x for x in read_shapes(base).linears}, files)
+    target = Path(config.export.to).expanduser()
+    size = write_plain_lora(adapter, target)
+    print(f"{adapter.folder} -> {target}: a plain LoRA of rank {2 * adapter.config.r} for {name}, {megabytes(size)}")
     print(
-        f"{config.model.name} -> {target}: {done.quantized} linears in {config.quant.name}, {megabytes(done.num_bytes)}"
+        f"weights differ from the trained model's by {difference.on_original:.2e} of their size on the original base, "
+        f"and by {difference.on_quantized:.2e} on that base quantized as in training (root mean squares)"
     )
-    print(f"train from it: {command('train', f'model.name={target}')} ...")
     return 0
 
 
@@ -87,17 +143,24 @@ def _newest(config: RunConfig, folder: RunFolder) -> Path:
 
 
 def _adapter(config: RunConfig) -> int:
+    if config.adapter and config.export.plain_lora:
+        return _plain_lora(config, _started(config))
     folder = RunFolder(config.run.output_root, config.run.name)
     source = _with_adapter(config)
     manifest = open_checkpoint(source).manifest
+    if config.export.plain_lora:
+        return _plain_lora(config, open_started(source / ADAPTER_FOLDER))
     target = Path(config.export.to).expanduser() if config.export.to else folder.adapter
     if target == folder.adapter and target.is_symlink():
         raise SecurityError(f"{target} is a link; links are not followed here. Name the folder with export.to.")
     try:
         copy_adapter(source, manifest, target)
+        if config.export.for_vllm:
+            rewrite_for_vllm(target)
     except OSError as error:
         raise StorageError(f"export.to: {target} cannot be written: {error}") from error
     print(f"step {manifest.step} of {source} -> {target}")
+    print(served_by_vllm(target))
     return 0
 
 

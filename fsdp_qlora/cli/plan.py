@@ -32,6 +32,7 @@ _MOMENTS = {
     "head": "at the head",
     "layer_backward": "in a layer's backward",
     "update": "in the update",
+    "loading": "while loading, where adapters start from the base weights",
 }
 
 
@@ -152,6 +153,7 @@ def _work(figures: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
             + (f", {len(plan.offloaded)} parameters in host memory" if plan.offloaded else ""),
         ),
         ("kernels", str(plan.choices[KERNELS_KEY])),
+        *_start(plan),
         (
             "gathered per rank",
             f"{megabytes(gathered)} per micro-batch, {megabytes(figures['gathered_bytes_per_step'])} per step",
@@ -161,6 +163,19 @@ def _work(figures: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
             f"{flops['total'] / 1e9:.1f} G: forward {flops['forward'] / 1e9:.1f}, backward "
             f"{flops['backward'] / 1e9:.1f}, recomputed {flops['recompute'] / 1e9:.1f}",
         ),
+    ]
+
+
+def _start(plan: TrainPlan) -> Rows:
+    if (start := plan.start) is None:
+        return []
+    each = start.operations / plan.world_size
+    return [
+        (
+            "adapters start from",
+            f"the base weights ({start.name}): {start.matrices} matrices, by turns, {each / 1e12:.1f} T operations "
+            f"on each rank, {megabytes(start.bytes)} for the largest",
+        )
     ]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fsdp_qlora.config import choices
-from fsdp_qlora.config.facts import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, ReadBy
+from fsdp_qlora.config.facts import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, YOUNGER, ReadBy
 
 _ADEMAMIX = ReadBy(("ademamix_8bit",))
 _IN_8_BITS = ReadBy(("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit"))
@@ -22,6 +22,9 @@ class OptimSettings:
     lr: Annotated[float, NOT_NEGATIVE] = 2e-4
     """Peak learning rate. For Adafactor it is relative to each tensor: the step size is ``lr`` times the root mean
     square of the tensor's values, or times 0.001 if that is larger."""
+    loraplus_lr_ratio: Annotated[float, NOT_NEGATIVE, YOUNGER] = 0.0
+    """LoRA+: learning rate of the matrices B (and of vectors) over that of A, which is ``lr``; above 1, the paper finds
+    about 16. Adapters of embeddings learn at 1e-6, as in PEFT. 0 = one learning rate for all."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight decay: decoupled, except for SGD, which adds it to the gradient."""
     beta1: Annotated[float, BELOW_ONE] = 0.9

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from fsdp_qlora.config import choices
+from fsdp_qlora.config.adapter_rules import ADAPTER_RULES
 from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.convert import known_keys
@@ -220,52 +221,6 @@ def _replicated(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _method(config: RunConfig) -> Iterator[str]:
-    """Refuse what an adapter method cannot do; one that is registered later refuses by itself."""
-    lora = config.lora
-    known = choices.PEFT_METHODS.get(lora.variant, ())
-    for option in lora.options:
-        if option not in known:
-            there = f"its options are {', '.join(known)}" if known else "it has no options"
-            yield f"lora.options: {lora.variant} has no {option!r}; {there}.{nearest(option, known)}"
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(lora, key)
-        if patterns and lora.variant not in choices.WITH_PATTERNS:
-            kinds = ", ".join(choices.WITH_PATTERNS)
-            yield f"lora.{key}: {lora.variant} has one rank and alpha for all modules; {kinds} have not."
-        if bad := [pattern for pattern, value in patterns.items() if not value > 0]:
-            yield f"lora.{key}: {bad[0]}={patterns[bad[0]]} must be above 0."
-    if any(number < 0 for number in lora.layers_to_transform):
-        yield "lora.layers_to_transform: layers are numbered from 0."
-    if lora.variant not in choices.PEFT_METHODS:
-        return
-    if lora.dropout and lora.variant not in choices.WITH_DROPOUT:
-        yield f"lora.dropout: {lora.variant} does not drop its input; set it to 0."
-    if config.train.compile == "true":
-        yield f"train.compile: PEFT's layers for lora.variant={lora.variant} are not compiled; set it to auto or false."
-    if config.fsdp.adapters == "replicated" and config.precision.name == "bf16":
-        yield (
-            f"fsdp.adapters: replicated adapters are float32, and PEFT's layers for lora.variant={lora.variant} would "
-            "also compute in float32; set adapters=sharded, or precision=fp32."
-        )
-
-
-def _full(config: RunConfig) -> Iterator[str]:
-    if not config.lora.trains_base:
-        return
-    quant, fsdp = config.quant, config.fsdp
-    for key, value in {"quant": quant.name, "quant.embeddings": quant.embeddings, **quant.overrides}.items():
-        if value != choices.NONE:
-            yield f"lora: none trains the base itself, which {key}={value} quantizes; set it to none."
-    for key, given in {
-        "model.add_tokens": config.model.add_tokens, "lora.init_from": config.lora.init_from,
-        "fsdp.offload_modules": fsdp.offload_modules, f"fsdp.offload={fsdp.offload}": fsdp.offloads_parameters,
-        f"fsdp.adapters={fsdp.adapters}": fsdp.adapters != "sharded",
-    }.items():  # fmt: skip
-        if given:
-            yield f"{key}: does not go with lora=none, which trains the whole base; leave it out."
-
-
 def _plan(config: RunConfig) -> Iterator[str]:
     if config.plan.search and config.plan.gpu is None and config.plan.device is None:
         yield "plan.search: needs a memory size to fit into; set plan.gpu=24GiB or plan.device=rtx4090."
@@ -287,6 +242,11 @@ def _added_tokens(config: RunConfig) -> Iterator[str]:
 def _prompts(config: RunConfig) -> Iterator[str]:
     if config.prompt is not None and config.prompt_file is not None:
         yield "prompt_file: give prompt or prompt_file, not both."
+    if config.generate.prompts is not None:
+        if config.prompt is not None or config.prompt_file is not None:
+            yield "generate.prompts: give one prompt or a file of prompts, not both."
+        if config.generate.to is None:
+            yield "generate.to: not set. Give the file for the answers to generate.prompts."
 
 
 RULES: tuple[Rule, ...] = (
@@ -307,8 +267,7 @@ RULES: tuple[Rule, ...] = (
     _degrees,
     _replicated,
     _added_tokens,
-    _method,
-    _full,
+    *ADAPTER_RULES,
     _plan,
     _prompts,
 )
@@ -316,7 +275,7 @@ RULES: tuple[Rule, ...] = (
 
 def _export_needs(config: RunConfig) -> Iterator[str]:
     if config.what == "base-4bit":
-        if not config.model.name:
+        if not config.model.name and not config.adapter:
             yield "model.name: not set. what=base-4bit stores this model in 4 bits."
         if not config.export.to:
             yield "export.to: not set. Give the folder that what=base-4bit writes."
@@ -324,6 +283,10 @@ def _export_needs(config: RunConfig) -> Iterator[str]:
             yield "quant: what=base-4bit stores all linears in one 4-bit format; choose nf4 or fp4, without overrides."
         if config.export.checkpoint:
             yield "export.checkpoint: holds an adapter; leave it out, or set what=adapter."
+        if config.export.plain_lora:
+            yield "export.plain_lora: converts an adapter; set what=adapter."
+    if config.export.plain_lora and not config.export.to:
+        yield "export.to: not set. Give the folder that export.plain_lora=true writes."
     if config.what == "merged":
         if not config.export.to:
             yield "export.to: not set. Give the folder that what=merged writes."
@@ -341,8 +304,8 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
     if verb == "export":
         yield from _export_needs(config)
     if verb == "generate":
-        if config.prompt is None and config.prompt_file is None:
-            yield 'prompt: not set. Give prompt="..." or prompt_file=FILE.'
+        if config.prompt is None and config.prompt_file is None and config.generate.prompts is None:
+            yield 'prompt: not set. Give prompt="..." or prompt_file=FILE, or generate.prompts=FILE.jsonl.'
         if not config.model.name and not config.adapter:
             yield "model.name: not set. Give a model, or adapter=FOLDER, which names its base."
 

@@ -365,8 +365,9 @@ class RunConfig(Saved):
     prompt_file: Annotated[str | None, VERBATIM] = None
     """`generate`: file with the prompt."""
     adapter: Annotated[str | None, VERBATIM] = None
-    """`generate`, `evaluate`: PEFT adapter folder; null = the base model alone. `export what=merged`: the adapter to
-    fold in; null = that of the run's newest checkpoint."""
+    """`generate`, `evaluate`: PEFT adapter folder; null = the base model alone. `export`: the adapter to fold in
+    (``what=merged``) or to convert (``export.plain_lora``), null = that of the run's newest checkpoint; or, if it
+    started from the base weights, the one whose base to write (``what=base-4bit``)."""
     what: Annotated[str, choices.EXPORTS] = "adapter"
     """`export`: a checkpoint's adapter, the base model in bitsandbytes' 4-bit format (``base-4bit``; loads without
     being quantized again), or the base model in 16 bits with the adapter folded in (``merged``)."""

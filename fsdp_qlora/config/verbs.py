@@ -48,6 +48,13 @@ class GenerateSettings:
     """Sampling temperature; 0 = greedy, the same answer every time."""
     top_p: Annotated[float, SHARE] = 1.0
     """Probability mass for nucleus sampling, when the temperature is above 0."""
+    prompts: Annotated[str | None, VERBATIM] = None
+    """JSONL file of prompts to answer in batches, instead of one prompt: ``{"prompt": "..."}`` or
+    ``{"messages": [...]}``; what else a line holds is kept."""
+    to: Annotated[str | None, VERBATIM] = None
+    """JSONL file for the answers. A run that was killed goes on where it stopped."""
+    batch_size: Annotated[int, POSITIVE] = 8
+    """Prompts that a rank answers at once, with ``prompts``."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +63,15 @@ class ExportSettings:
 
     checkpoint: Annotated[str | None, VERBATIM] = None
     """Checkpoint folder to export; null = the run's newest complete checkpoint."""
+    plain_lora: bool = False
+    """Convert an adapter that started from the base weights (PiSSA, OLoRA, LoftQ) to a plain LoRA of twice the rank for
+    the original base, and print what that changes."""
     to: Annotated[str | None, VERBATIM] = None
     """Output folder; null = ``<run folder>/adapter`` for an adapter."""
     overwrite: bool = False
     """``merged``: replace an earlier export in ``to``."""
+    for_vllm: bool = False
+    """``adapter``: write a LoRA of one rank and scaling 1, which computes the same and which vLLM reads right."""
     merge_base: Literal["auto", "original", "dequantized"] = "auto"
     """``merged``: fold the adapter into the weights as they are stored (``original``), or as they are after quantizing,
     which is what it was trained on (``dequantized``). ``auto`` measures both on at most 64 held-out rows and keeps the

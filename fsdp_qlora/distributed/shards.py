@@ -12,8 +12,8 @@ def row_range(rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
     return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
 
 
-def most_rows(rows: int, num_ranks: int) -> int:
-    """Return the number of rows held by the rank that holds most of them: the first."""
+def fullest_share(rows: int, num_ranks: int) -> int:
+    """Return the number of rows of the rank that holds most."""
     return row_range(rows, 0, num_ranks)[1]
 
 

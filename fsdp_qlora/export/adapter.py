@@ -20,6 +20,7 @@ from fsdp_qlora.adapters.folder import (
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
+from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.errors import CheckpointError, NumericsError, StorageError
 from fsdp_qlora.files.read import file_sha256
 from fsdp_qlora.files.scratch import fresh_folder, move_into
@@ -69,6 +70,15 @@ def _parents(name: str) -> Iterator[str]:
         yield name
 
 
+def as_started(config: PeftConfig, lora: LoraSettings) -> PeftConfig:
+    """Return ``config`` with how its adapters started, as PEFT writes it."""
+    if lora.start is not None:
+        config.init_lora_weights = lora.start  # type: ignore[attr-defined]
+        if lora.start == "loftq":
+            config.loftq_config = {"loftq_bits": 4, "loftq_iter": lora.loftq_iter}  # type: ignore[attr-defined]
+    return config
+
+
 def export_adapter(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
@@ -76,8 +86,11 @@ def export_adapter(
     base_model: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     model_card: str | None = None,
+    beside: Sequence[Path] = (),
 ) -> int:
     """Write a PEFT adapter folder and verify it; return the size of its weights in bytes. Call it on one rank.
+
+    The files ``beside`` are copied into it.
 
     Raises:
         NumericsError: if a value is not finite, or the file does not hold the tensors that were written.
@@ -94,6 +107,8 @@ def export_adapter(
     with fresh_folder(folder) as staging:  # PEFT and transformers would follow links in `folder`
         try:
             _write_into(staging, tensors, config, tokenizer, model_card)
+            for file in beside:
+                copy_regular(file, staging / file.name)
         except SafetensorError as error:  # how it reports a full disk
             raise StorageError(f"{folder / WEIGHTS_NAME} cannot be written: {error}.") from error
         size = (staging / WEIGHTS_NAME).stat().st_size

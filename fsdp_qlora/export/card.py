@@ -6,6 +6,8 @@ from typing import Any
 
 from fsdp_qlora.adapters import LoRA, build_method
 from fsdp_qlora.config.choices import WITH_DROPOUT
+from fsdp_qlora.config.convert import build
+from fsdp_qlora.config.schema import LoraSettings
 
 
 def model_card(config: dict[str, Any], facts: dict[str, Any]) -> str:
@@ -16,7 +18,8 @@ def model_card(config: dict[str, Any], facts: dict[str, Any]) -> str:
         facts: ``base_model``, ``train_rows``, ``steps``, ``trainable_parameters``, ``eval_loss_before``,
             ``eval_loss_after`` (either loss may be None), ``versions``.
     """
-    method = build_method(config["lora"]["variant"])
+    lora_settings = build(LoraSettings, config["lora"])
+    method = build_method(lora_settings.method)
     kind = "LoRA" if isinstance(method, LoRA) else f"PEFT {type(method).__name__}"
     settings = [*sorted(method.reads, reverse=True), *(["dropout"] if method.name in WITH_DROPOUT else [])]
     given = [f"{key}={config['lora'][key]}" for key in settings]
@@ -51,7 +54,7 @@ A {kind} adapter, trained with fsdp_qlora.
 | Held-out loss after | {_loss(facts["eval_loss_after"])} |
 | Versions | {", ".join(f"{k} {v}" for k, v in facts["versions"].items())} |
 
-```python
+{_start(lora_settings)}```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -59,6 +62,17 @@ base = AutoModelForCausalLM.from_pretrained("{facts["base_model"]}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
+
+
+def _start(lora: LoraSettings) -> str:
+    """Return what users of an adapter that started from the base weights must know."""
+    if lora.start is None:
+        return ""
+    return (
+        f"The adapter started from the base weights ({lora.start}), which were taken off the base before that was "
+        "quantized. It needs such a base (`fsdp-qlora export what=base-4bit adapter=FOLDER`), or can be converted to a "
+        "plain LoRA for the original one (`fsdp-qlora export adapter=FOLDER export.plain_lora=true`).\n\n"
+    )
 
 
 def _loss(value: float | None) -> str:

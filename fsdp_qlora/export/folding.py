@@ -15,6 +15,7 @@ from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.load.safetensors import SafetensorsFolder, TensorEntry
 from fsdp_qlora.load.stored import packed_format
 from fsdp_qlora.load.stream import fill_alone
+from fsdp_qlora.load.weights import minus
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
@@ -146,14 +147,17 @@ class Folding:
 
     def _before(self, parameter: str, linear: LinearShape) -> torch.Tensor:
         """Return a weight before folding, in its stored shape: as it was in training if it is in ``packed``."""
+        taken = self.adapter.taken(linear.name)
         if (packed := self._formats.get(parameter)) is not None:
-            module = fill_alone(packed, self.files, self._ranks)
+            module = fill_alone(packed, self.files, self._ranks, taken)
             each = [module.dequantize(self.base.dtype, index).cpu() for index in range(linear.count)]
             weight = torch.stack(each) if linear.stacked else each[0]
             return weight.t().contiguous() if linear.transposed else weight
         stored = self.files.find(parameter, linear.stored_shape)
         weight = self.files.read(stored, 0, stored.numel).view(linear.stored_shape)
         require_finite(weight, f"{stored.file}: tensor {parameter}")
+        if taken is not None:
+            weight = minus(weight.float(), taken.transposed() if linear.transposed else taken)
         return weight
 
 

@@ -24,13 +24,16 @@ from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, sync, write
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.load.safetensors import SafetensorsFolder, weight_files
 from fsdp_qlora.load.stored import find_kept, packed_format, quantization_of
+from fsdp_qlora.load.weights import LowRank, minus
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.quant.bnb_state import bnb_tensors
-from fsdp_qlora.quant.formats import Format, quantize
+from fsdp_qlora.quant.formats import Format, one_thread, quantize
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_linears
 
 FILE_BYTES = 2_000_000_000
 """Bytes of tensors per safetensors file; also the most that the export holds in memory."""
+Taken = Callable[[str], LowRank | None]
+"""Returns what is taken off the weight of a linear, by its name."""
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*")
 
 
@@ -53,6 +56,7 @@ def export_base(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
     file_bytes: int = FILE_BYTES,
+    taken: Taken = lambda _: None,
 ) -> ExportedBase:
     """Quantize the model in the folder ``source`` into the new folder ``target``. Call it in one process.
 
@@ -64,6 +68,7 @@ def export_base(
         device: where to quantize.
         progress: called with (tensors done, total tensors).
         file_bytes: size at which a new safetensors file is started.
+        taken: returns what is taken off the weight of the linear of this name before it is quantized.
 
     Raises:
         ModelError: if ``target`` is not empty, or a tensor of ``source`` is missing, not finite or already 4-bit.
@@ -81,7 +86,7 @@ def export_base(
     try:
         with fresh_folder(target) as staging:
             shards = _Shards(staging, file_bytes)
-            for tensors in _stored(shapes, files, quant_format, device, progress):
+            for tensors in _stored(shapes, files, quant_format, device, progress, taken):
                 shards.add(tensors)
             shards.finish()
             for name, file in copied.items():
@@ -112,6 +117,7 @@ def _stored(
     quant_format: Format,
     device: torch.device,
     progress: Callable[[int, int], None] | None,
+    taken: Taken,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the tensors to store for each tensor of the source, by name, in file order."""
     linears = {x.parameter: x for x in _written(shapes)}
@@ -125,7 +131,11 @@ def _stored(
             weight = files.read_entry(entry, 0, entry.numel).view(entry.shape)
             require_finite(weight, f"{entry.file}: tensor {entry.name}")
             weight = weight.t().contiguous() if linears[entry.name].transposed else weight
-            quantized = quantize(weight.to(device), quant_format)
+            values = weight.to(device)
+            if (product := taken(linears[entry.name].name)) is not None:
+                with one_thread():  # as in training
+                    values = minus(values.float(), product.on(device))
+            quantized = quantize(values, quant_format)
             yield bnb_tensors(entry.name, quantized, quant_format, tuple(weight.shape), weight.dtype)
         else:
             with safe_open(entry.file, framework="pt") as stream:  # reopened each time: mapped pages stay resident

@@ -32,6 +32,10 @@ class EndOfTurn:
     text: str | None = None
     """What the chat template ends a turn with, if that is not a single token."""
 
+    def without(self, text: str) -> str:
+        """Return a decoded answer without its end."""
+        return (text.partition(self.text)[0] if self.text else text).strip()
+
 
 def end_of_turn(folder: Path, model_config: Any, tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
     """Return everything that ends an answer of the model in ``folder``."""

@@ -38,13 +38,7 @@ def answer(
     Under FSDP every rank must call it with the same arguments, and greedily: sampling would differ between ranks.
     """
     inputs = {k: v.to(model.device) for k, v in encode_prompt(tokenizer, prompt).items() if k != "token_type_ids"}
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": top_p}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=end.ids or None, pad_token_id=end.ids[0] if end.ids else None,
-        stop_strings=[end.text] if end.text else None, **sampling,
-    )  # fmt: skip
+    config = generation_config(end, max_new_tokens, temperature, top_p)
     was_training = model.training
     model.eval()
     streamer = _Streamer(tokenizer, end.text or "") if stream else None
@@ -53,7 +47,18 @@ def answer(
     model.train(was_training)
     sys.stdout.flush()
     text = str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return (text.partition(end.text)[0] if end.text else text).strip()
+    return end.without(text)
+
+
+def generation_config(end: EndOfTurn, max_new_tokens: int, temperature: float, top_p: float) -> GenerationConfig:
+    """Return transformers' settings: greedy at temperature 0, and stopping where an answer ends."""
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_p": top_p}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=end.ids or None, pad_token_id=end.ids[0] if end.ids else None,
+        stop_strings=[end.text] if end.text else None, **sampling,
+    )  # fmt: skip
 
 
 class _Streamer(TextStreamer):

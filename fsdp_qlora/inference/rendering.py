@@ -18,8 +18,15 @@ def render_apart(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, An
     Raises:
         ModelError: if the chat template rejects them, does not terminate, or takes too much memory.
     """
+    return render_all_apart(tokenizer, [messages], **settings)[0]
 
-    def render(_: None) -> bytes:
+
+def render_all_apart(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, Any]]], **settings: Any
+) -> list[str]:
+    """Render several conversations, as `render_apart` does one."""
+
+    def render(messages: list[dict[str, Any]]) -> bytes:
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
             assert isinstance(text, str)
@@ -29,13 +36,17 @@ def render_apart(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, An
 
     process = Apart(render)
     try:
-        (said,) = process.results([None])
+        said = process.results(conversations)
     except StuckError as error:
         raise ModelError(
             f"model.name: its chat template {error}; use another model, or set another template (data.template=FILE)."
         ) from error
     finally:
         process.close()
+    return [_text(each) for each in said]
+
+
+def _text(said: bytes) -> str:
     if said.startswith(_REFUSAL):
         raise ModelError(f"model.name: its chat template rejects the prompt: {said[1:].decode()}")
     return said[1:].decode("utf-8", "surrogatepass")

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from fsdp_qlora.config.schema import BLOCK_SIZES, QuantSettings
+from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.load.safetensors import SafetensorsFolder, StoredTensor, TensorEntry
 from fsdp_qlora.quant.bnb_state import STATE_SUFFIX, nested_quant_map, quant_map
-from fsdp_qlora.quant.formats import Format, QuantizedTensor, nested_of_rows
+from fsdp_qlora.quant.formats import Format, QuantizedTensor, dequantize, nested_of_rows
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.packing import ROW_BLOCKS, ROW_BYTES, bytes_to_rows, float_to_bits, values_to_rows
 
@@ -227,12 +228,23 @@ def fill_packed(
     Raises:
         ModelError: if a statistic among them is not a finite number.
     """
+    module.fill(read_packed(module.quant_format, module.shape, weight, source, rows, device))
+
+
+def read_packed(
+    quant_format: Format, shape: tuple[int, int], weight: PackedWeight, source: SafetensorsFolder,
+    rows: tuple[int, int], device: torch.device,
+) -> QuantizedTensor:  # fmt: skip
+    """Return rows ``[rows[0], rows[1])`` of a stored 4-bit weight ``[out_features, in_features]``.
+
+    Raises:
+        ModelError: if a statistic among them is not a finite number.
+    """
     first, last = rows
     count = last - first
     codes = source.read_bytes(weight.codes, *_within(first, last, ROW_BYTES, weight.codes.num_bytes))
-    quant_format = module.quant_format
     columns, together = quant_format.row_statistics, quant_format.nested_rows
-    blocks = _within(first, last, columns, quant_format.num_statistics(*module.shape))
+    blocks = _within(first, last, columns, quant_format.num_statistics(*shape))
     nested = offset = None
     if weight.nested is None:
         absmax = float_to_bits(_finite(source.read_entry(weight.absmax, *blocks), weight.absmax))
@@ -242,11 +254,20 @@ def fill_packed(
         of_rows = nested_of_rows(quant_format, values, first, last)
         nested = values_to_rows(float_to_bits(of_rows), count, 1).to(device)
         offset = torch.tensor(weight.offset, dtype=torch.float32, device=device)
-    module.fill(
-        QuantizedTensor(
-            bytes_to_rows(codes, count).to(device), values_to_rows(absmax, count, columns).to(device), nested, offset
-        )
+    return QuantizedTensor(
+        bytes_to_rows(codes, count).to(device), values_to_rows(absmax, count, columns).to(device), nested, offset
     )
+
+
+def read_dequantized(
+    module: QuantMatrices, weight: PackedWeight, source: SafetensorsFolder, start: int, stop: int
+) -> torch.Tensor:
+    """Return the flat elements ``[start, stop)`` of a stored 4-bit weight, dequantized to float32, on the CPU."""
+    quant_format, each = module.quant_format, module.quant_format.row_weights(module.in_features)
+    first, last = start // each, -(-stop // each)
+    packed = read_packed(quant_format, module.shape, weight, source, (first, last), HOST)
+    values = dequantize(packed, quant_format, (min(last * each, module.numel) - first * each,), torch.float32)
+    return values[start - first * each : stop - first * each]
 
 
 def _within(first: int, last: int, each: int, total: int) -> tuple[int, int]:

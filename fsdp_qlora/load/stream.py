@@ -9,8 +9,8 @@ quantizes its own rows, and then they exchange them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import all_gather, on_every
@@ -27,13 +28,17 @@ from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.load.buffers import persistent_buffers, to_empty_but_buffers
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.load.safetensors import SafetensorsFolder, StoredTensor
-from fsdp_qlora.load.stored import PackedWeight, fill_packed, find_kept, find_weight
-from fsdp_qlora.quant.formats import Packed, nested_of_rows, one_thread
+from fsdp_qlora.load.stored import PackedWeight, fill_packed, find_kept, find_weight, read_dequantized
+from fsdp_qlora.load.weights import BaseWeight, LowRank, Read, less
+from fsdp_qlora.quant.formats import Format, Packed, build_format, nested_of_rows, one_thread
 from fsdp_qlora.quant.matrices import STATISTICS, QuantMatrices
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS, float_to_bits, values_to_rows
+from fsdp_qlora.shapes.linears import LinearShape
 
 Progress = Callable[[int, int], None]
 """Called with (tensors done, total number of tensors)."""
+Lower = Callable[[Sequence[BaseWeight]], Iterator[BaseWeight]]
+"""Yields weights in the same order, each with another `BaseWeight.read` where the base gets other values."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,15 @@ def stream_weights(
     progress: Progress | None = None,
     shards_on: torch.device | None = None,
     on_host: Iterable[nn.Module] = (),
+    lower: Lower = iter,
     trains_base: bool = False,
 ) -> LoadReport:
     """Materialise ``model`` (sharded, on meta) and fill the base's parameters from ``source``.
 
     ``base`` is the transformers model inside ``model``. Adapters are left to `initialize_adapters`. Shards are
     allocated on ``shards_on`` (None: the ranks' device; the CPU if `shard_model` offloads them); shards of the modules
-    ``on_host`` are allocated on the CPU. With ``trains_base``, trained parameters are the base's own and filled too.
+    ``on_host`` are allocated on the CPU. ``lower`` may yield the weights with other values than the files have. With
+    ``trains_base``, trained parameters are the base's own and filled too.
 
     Raises:
         FsdpQloraError: identically on every rank, if on any rank a tensor is missing, has the wrong shape or holds a
@@ -77,19 +84,20 @@ def stream_weights(
     allocate(model, shards_on or ranks.device, ranks.device, on_host)
     on_every(lambda: _fill_buffers(base, source), ranks)
     quantized = [m for m in base.modules() if isinstance(m, QuantMatrices)]
-    kept = [(_file_name(n), p) for n, p in base.named_parameters() if trains_base or not _is_ours(n, p, base)]
+    kept = [(n, p) for n, p in base.named_parameters() if trains_base or not _is_ours(n, p, base)]
     entries = on_every(lambda: [find_weight(source, m) for m in quantized], ranks)
-    kept_entries = on_every(lambda: [find_kept(source, name, tuple(p.shape)) for name, p in kept], ranks)
-    total = len(entries) + len(kept)
+    kept_entries = on_every(lambda: [find_kept(source, _file_name(n), tuple(p.shape)) for n, p in kept], ranks)
+    weights = [_quantized_weight(m, entry, source) for m, entry in zip(quantized, entries, strict=True)]
+    weights += [_kept_weight(base, n, entry, source) for (n, _), entry in zip(kept, kept_entries, strict=True)]
+    places = [*zip(quantized, entries, strict=True), *((parameter, None) for _, parameter in kept)]
     with one_thread(), torch.no_grad():
-        for done, (module, entry) in enumerate(zip(quantized, entries, strict=True)):
-            _fill_module(module, entry, source, ranks)
+        for done, (weight, (place, entry)) in enumerate(zip(lower(weights), places, strict=True)):
+            if isinstance(place, QuantMatrices):
+                _fill_quantized(place, weight, entry, source, ranks)
+            else:
+                _fill_kept(place, weight, ranks)
             if progress:
-                progress(done + 1, total)
-        for done, ((_, parameter), entry) in enumerate(zip(kept, kept_entries, strict=True)):
-            _fill_kept(parameter, entry, source, ranks)
-            if progress:
-                progress(len(entries) + done + 1, total)
+                progress(done + 1, len(weights))
     if tied and not _shares_weight(base):
         raise NumericsError("head and embedding share one weight in this model, but not after loading.")
     size = sum(resident_bytes(module) for module in quantized)
@@ -98,8 +106,12 @@ def stream_weights(
 
 
 @torch.no_grad()
-def fill_alone(packed: Packed, source: SafetensorsFolder, ranks: Ranks) -> QuantMatrices:
+def fill_alone(
+    packed: Packed, source: SafetensorsFolder, ranks: Ranks, taken: LowRank | None = None
+) -> QuantMatrices:  # fmt: skip
     """Return one weight of the files as a model on one rank would hold it, quantized, on the ranks' device.
+
+    ``taken`` is taken off it before it is quantized.
 
     Raises:
         FsdpQloraError: as `stream_weights`.
@@ -107,20 +119,13 @@ def fill_alone(packed: Packed, source: SafetensorsFolder, ranks: Ranks) -> Quant
     linear = packed.linear
     module = QuantMatrices(linear.in_features, linear.out_features, packed.quant_format, linear.count, ranks.device)
     module.stored = linear
+    entry = find_weight(source, module)
+    weight = _quantized_weight(module, entry, source)
+    if taken is not None:
+        weight = replace(weight, read=less(weight.read, taken.on(ranks.device), ranks.device), as_stored=False)
     with one_thread():
-        _fill_module(module, find_weight(source, module), source, ranks)
+        _fill_quantized(module, weight, entry, source, ranks)
     return module
-
-
-def _fill_module(
-    module: QuantMatrices, entry: StoredTensor | PackedWeight, source: SafetensorsFolder, ranks: Ranks
-) -> None:
-    if isinstance(entry, PackedWeight):
-        sharded = isinstance(module.packed, DTensor)
-        rows = _rows_of(module.packed, ranks) if sharded else (0, module.packed.shape[0])
-        on_every(partial(fill_packed, module, entry, source, rows, ranks.device), ranks)
-    else:
-        _fill_quantized(module, entry, source, ranks)
 
 
 def allocate(model: nn.Module, shards_on: torch.device, device: torch.device, on_host: Iterable[nn.Module]) -> None:
@@ -168,7 +173,56 @@ def _is_ours(name: str, parameter: nn.Parameter, base: PreTrainedModel) -> bool:
     )
 
 
-def _fill_quantized(module: QuantMatrices, entry: StoredTensor, source: SafetensorsFolder, ranks: Ranks) -> None:
+def _fill_quantized(
+    module: QuantMatrices, weight: BaseWeight, entry: StoredTensor | PackedWeight | None, source: SafetensorsFolder,
+    ranks: Ranks,
+) -> None:  # fmt: skip
+    if not isinstance(entry, PackedWeight) or not weight.as_stored:
+        stream_linear(module, weight.read, ranks)
+        return
+    rows = _rows_of(module.packed, ranks) if isinstance(module.packed, DTensor) else (0, module.packed.shape[0])
+    on_every(partial(fill_packed, module, entry, source, rows, ranks.device), ranks)
+
+
+def _quantized_weight(
+    module: QuantMatrices, entry: StoredTensor | PackedWeight, source: SafetensorsFolder
+) -> BaseWeight:  # fmt: skip
+    if isinstance(entry, PackedWeight):
+        read = partial(read_dequantized, module, entry, source)
+    else:
+        read = _reader(module, entry, source)
+    packed = isinstance(entry, PackedWeight)
+    return BaseWeight(module, read, module.shape, False, module.quant_format, packed)
+
+
+def weight_of(source: SafetensorsFolder, linear: LinearShape, quant_format: Format | None = None) -> torch.Tensor:
+    """Return a linear's weight from the files, float32 ``[out_features, in_features]`` on the CPU.
+
+    Raises:
+        ModelError: as `find_weight`; ``quant_format`` is the one that a weight stored in 4 bits must have.
+    """
+    module = QuantMatrices(linear.in_features, linear.out_features, quant_format or build_format())
+    module.stored = linear
+    return _quantized_weight(module, find_weight(source, module), source).whole(HOST)
+
+
+def _kept_weight(base: PreTrainedModel, name: str, entry: StoredTensor, source: SafetensorsFolder) -> BaseWeight:
+    def read(start: int, stop: int) -> torch.Tensor:
+        values = source.read(entry, start, stop)
+        require_finite(values, f"{entry.file}: tensor {entry.name}")
+        return values
+
+    owner, _, child = name.rpartition(".")
+    module = base.get_submodule(owner)
+    if child != "weight" or len(entry.shape) != 2:
+        return BaseWeight(nn.Module(), read, (1, entry.numel), False, None)
+    transposed = isinstance(module, Conv1D)
+    shape = entry.shape[::-1] if transposed else entry.shape
+    return BaseWeight(module, read, (shape[0], shape[1]), transposed, None)
+
+
+def _reader(module: QuantMatrices, entry: StoredTensor, source: SafetensorsFolder) -> Read:
+    """Return a reader of the flattened matrices ``[out_features, in_features]`` of ``module``, one after the other."""
     whole: torch.Tensor | None = None
 
     def read(start: int, stop: int) -> torch.Tensor:
@@ -183,11 +237,11 @@ def _fill_quantized(module: QuantMatrices, entry: StoredTensor, source: Safetens
             whole = stored.t().reshape(-1)
         return whole[start:stop]
 
-    stream_linear(module, read, ranks)
+    return read
 
 
 @torch.no_grad()
-def stream_linear(module: QuantMatrices, read: Callable[[int, int], torch.Tensor], ranks: Ranks) -> None:
+def stream_linear(module: QuantMatrices, read: Read, ranks: Ranks) -> None:
     """Quantize this rank's rows of a weight and write them into ``module``. Every rank calls it.
 
     Args:
@@ -324,16 +378,14 @@ def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
     return ((a, min(a + CHUNK_WEIGHTS, stop)) for a in range(start, stop, CHUNK_WEIGHTS))
 
 
-def _fill_kept(parameter: torch.Tensor, entry: StoredTensor, source: SafetensorsFolder, ranks: Ranks) -> None:
+def _fill_kept(parameter: torch.Tensor, weight: BaseWeight, ranks: Ranks) -> None:
     first, last = _rows_of(parameter, ranks)
-    width = prod(entry.shape[1:])
+    width = prod(parameter.shape[1:])
     local = _own_rows(parameter, first, last).view(-1)
 
     def fill_mine() -> None:
         for a, b in _pieces(first * width, last * width):
-            values = source.read(entry, a, b)
-            require_finite(values, f"{entry.file}: tensor {entry.name}")
-            local[a - first * width : b - first * width] = values
+            local[a - first * width : b - first * width] = weight.read(a, b)
 
     on_every(fill_mine, ranks)
     if not isinstance(parameter, DTensor):

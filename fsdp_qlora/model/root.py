@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from fsdp_qlora.adapters.turns import Starts
 from fsdp_qlora.attention.flatten import decoder_inputs
 from fsdp_qlora.data.labels import Sequences, supervised_positions
 from fsdp_qlora.heads.added import TokenEmbedding
@@ -36,6 +37,8 @@ class CausalModel(nn.Module):
         self.model = model
         self.compiled_layers: CompiledLayers | None = None
         """State of the compiled decoder layers (`compile_layers`); None if they are not compiled."""
+        self.starts = Starts()
+        """What the adapters started from, if that was the base weights."""
         self.fused = ""
         """What ``train.kernels`` computes in this model, in words; empty if all of it is upstream's."""
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fsdp_qlora.config.schema import OptimSettings
+from fsdp_qlora.optim.groups import groups_of
 from fsdp_qlora.optim.state import Blocks, Leaf, LocalOptimizer, Part
 
 BETA2_DECAY = -0.8
@@ -42,18 +43,17 @@ class ShardedAdafactor(LocalOptimizer):
     """Adafactor with statistics of the whole tensors. ``step`` is a collective and overwrites gradients."""
 
     def __init__(self, leaves: Sequence[Leaf], settings: OptimSettings) -> None:
-        self._leaves, self._weight_decay = tuple(leaves), settings.weight_decay
-        super().__init__([leaf.local for leaf in leaves], {"lr": settings.lr})
+        self._leaves = tuple(leaves)
+        super().__init__(groups_of(leaves, settings), {"lr": settings.lr})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all leaves that have a gradient. Ranks without rows must take part."""
-        lr = self.param_groups[0]["lr"]
         turns = [self._begin(leaf) for leaf in self._leaves if leaf.local.grad is not None]
         if not turns:
             return
         sums = self._reduce([turn.sums for turn in turns])
-        scales = [self._update(turn, s, lr) for turn, s in zip(turns, sums, strict=True)]
+        scales = [self._update(turn, s) for turn, s in zip(turns, sums, strict=True)]
         squares = self._reduce([turn.gradient.square().sum().view(1) for turn in turns])
         for turn, scale, square in zip(turns, scales, squares, strict=True):
             root_mean = (square / turn.leaf.numel).sqrt()
@@ -78,13 +78,14 @@ class ShardedAdafactor(LocalOptimizer):
             state["variance"].lerp_(gradient.square(), state["step"] ** BETA2_DECAY)
         return _Turn(leaf, state, gradient, torch.cat(sums))
 
-    def _update(self, turn: _Turn, sums: torch.Tensor, lr: float) -> torch.Tensor:
+    def _update(self, turn: _Turn, sums: torch.Tensor) -> torch.Tensor:
         """Turn the gradient into the update and decay the weights; return the step size, float32 ``[]``."""
-        state, shape = turn.state, turn.leaf.layout.shape
+        state, shape, group = turn.state, turn.leaf.layout.shape, self.group_of(turn.leaf)
+        lr, decay = group["lr"], group["weight_decay"]
         rho = min(lr, 1 / sqrt(state["step"]))
         length = (sums[0] / turn.leaf.numel).sqrt().clamp(min=EPS2) * rho
-        if self._weight_decay:
-            turn.leaf.local.mul_(1 - lr * self._weight_decay)
+        if decay:
+            turn.leaf.local.mul_(1 - lr * decay)
         if len(shape) == 1:
             variance = state["variance"].clone()
         else:

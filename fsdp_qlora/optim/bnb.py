@@ -17,6 +17,7 @@ import torch
 from bitsandbytes import functional
 
 from fsdp_qlora.config.schema import OptimSettings
+from fsdp_qlora.optim.groups import groups_of
 from fsdp_qlora.optim.sizes import keeps_8bit, num_blocks, num_codes
 from fsdp_qlora.optim.state import Blocks, Leaf, LocalOptimizer, Part
 
@@ -54,7 +55,7 @@ class BlockwiseOptimizer(LocalOptimizer):
     def __init__(self, leaves: Sequence[Leaf], settings: OptimSettings) -> None:
         self._leaves, self._settings, self._update = tuple(leaves), settings, UPDATES[settings.name]
         self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-        super().__init__([leaf.local for leaf in leaves], {"lr": settings.lr})
+        super().__init__(groups_of(leaves, settings), {"lr": settings.lr})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -69,17 +70,19 @@ class BlockwiseOptimizer(LocalOptimizer):
             state["step"] += 1
             if leaf.local.numel():
                 paged |= self._prefetch(state)
-                self._apply(leaf.local.view(-1), leaf.local.grad.reshape(-1), state)
+                self._apply(leaf.local.view(-1), leaf.local.grad.reshape(-1), state, self.group_of(leaf))
         if paged:  # the host may access paged memory only once the device has finished with it
             torch.accelerator.synchronize()
 
-    def _apply(self, values: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any]) -> None:
-        settings, step, lr = self._settings, state["step"], self.param_groups[0]["lr"]
+    def _apply(
+        self, values: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        settings, step, lr, decay = self._settings, state["step"], group["lr"], group["weight_decay"]
         alpha, beta3 = _slow_moment(settings, step) if self._update.kernel == "ademamix" else (0.0, 0.0)
         if state["state1"].dtype == torch.float32:
             functional.optimizer_update_32bit(
                 self._update.kernel, gradient, values, state["state1"], settings.beta1, settings.eps, step, lr,
-                state["state2"], settings.beta2, beta3, alpha, settings.weight_decay,
+                state["state2"], settings.beta2, beta3, alpha, decay,
             )  # fmt: skip
             return
         missing = state["state1"].shape[-1] - values.numel()
@@ -87,7 +90,7 @@ class BlockwiseOptimizer(LocalOptimizer):
         functional.optimizer_update_8bit_blockwise(
             self._update.kernel, gradient if not missing else torch.nn.functional.pad(gradient, (0, missing)), padded,
             state["state1"], state["state2"], settings.beta1, settings.beta2, beta3, alpha, settings.eps, step, lr,
-            *self._tables_on(values.device), state["absmax1"], state["absmax2"], settings.weight_decay,
+            *self._tables_on(values.device), state["absmax1"], state["absmax2"], decay,
         )  # fmt: skip
         if missing:
             values.copy_(padded[: values.numel()])

@@ -8,6 +8,7 @@ is wrapped in DTensors when it is saved (`state.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import HOST, local_tensor
 from fsdp_qlora.optim.adafactor import ShardedAdafactor
 from fsdp_qlora.optim.bnb import UPDATES, BlockwiseOptimizer
+from fsdp_qlora.optim.groups import SCALE, Rate, groups_of
 from fsdp_qlora.optim.state import (
     Blocks,
     Layout,
@@ -35,13 +37,26 @@ from fsdp_qlora.optim.state import (
 class ShardedOptimizer:
     """An optimizer over this rank's shards of the trainable parameters."""
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimSettings) -> None:
-        """Build the optimizer; ``parameters`` are ``(name, parameter)`` with the names for checkpoints."""
-        self.parameters = dict(parameters)
-        self.settings = settings
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        settings: OptimSettings,
+        rates: Mapping[str, Rate] | None = None,
+    ) -> None:
+        """Build the optimizer.
+
+        Args:
+            parameters: ``(name, parameter)`` with the names for checkpoints.
+            settings: the settings; LoRA+'s ratio is in ``rates`` already.
+            rates: the learning rates of parameters that do not learn at the run's.
+        """
+        self.parameters, self.settings, rates = dict(parameters), settings, rates or {}
         self._leaves = [
             Leaf(n, nn.Parameter(local_tensor(p).detach()), Layout.of(p)) for n, p in self.parameters.items()
         ]
+        for i, leaf in enumerate(self._leaves):
+            if (rate := rates.get(leaf.name)) is not None:
+                self._leaves[i] = replace(leaf, lr_scale=rate.scale, weight_decay=rate.weight_decay)
         self._optimizer = OPTIMIZERS[settings.name](self._leaves, settings)
 
     @property
@@ -73,7 +88,10 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        """Update the parameters with learning rate ``lr`` and gradients times ``grad_scale``; drop the gradients."""
+        """Update the parameters with learning rate ``lr`` and gradients times ``grad_scale``; drop the gradients.
+
+        With LoRA+, ``lr`` is the learning rate of the matrices A.
+        """
         for leaf in self._leaves:
             parameter = self.parameters[leaf.name]
             # FSDP moves its shards to new storage when it first runs, so refresh the leaf's view of the shard.
@@ -83,7 +101,7 @@ class ShardedOptimizer:
         if grads and grad_scale != 1.0:
             torch._foreach_mul_(grads, grad_scale)  # type: ignore[reportPrivateImportUsage]
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group[SCALE]
         self._optimizer.step()
         self.zero_grad()
 
@@ -152,15 +170,13 @@ def _adamw(leaves: list[Leaf], settings: OptimSettings) -> LocalOptimizer:
     # no launch to save, the update stays the one whose bits docs/numerics.md promises.
     fused = leaves[0].local.device != HOST
     return _AdamW(
-        [leaf.local for leaf in leaves], lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
-        weight_decay=settings.weight_decay, fused=fused, foreach=not fused,
+        groups_of(leaves, settings), lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
+        fused=fused, foreach=not fused,
     )  # fmt: skip
 
 
 def _sgd(leaves: list[Leaf], settings: OptimSettings) -> LocalOptimizer:
-    return _SGD(
-        [leaf.local for leaf in leaves], lr=settings.lr, momentum=settings.beta1, weight_decay=settings.weight_decay
-    )
+    return _SGD(groups_of(leaves, settings), lr=settings.lr, momentum=settings.beta1)
 
 
 OPTIMIZERS: choices.Table[Callable[[list[Leaf], OptimSettings], LocalOptimizer]] = choices.Table(

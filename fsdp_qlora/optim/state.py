@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -81,6 +82,10 @@ class Leaf:
     name: str
     local: nn.Parameter
     layout: Layout
+    lr_scale: float | None = None
+    """Its learning rate relative to the run's; None: the same."""
+    weight_decay: float | None = None
+    """Its weight decay; None: that of the settings."""
 
     @property
     def numel(self) -> int:
@@ -112,6 +117,14 @@ class Blocks:
 
 class LocalOptimizer(torch.optim.Optimizer):
     """A torch optimizer over the ``local`` tensors of leaves that can create and describe its state."""
+
+    def group_of(self, leaf: Leaf) -> dict[str, Any]:
+        """Return the parameter group of a leaf, with its ``lr`` and ``weight_decay``."""
+        return self._group_of[leaf.local]
+
+    @cached_property
+    def _group_of(self) -> dict[nn.Parameter, dict[str, Any]]:
+        return {parameter: group for group in self.param_groups for parameter in group["params"]}
 
     @abstractmethod
     def new_state(self, leaf: Leaf, step: int) -> dict[str, Any]:

@@ -15,6 +15,8 @@ class AdapterCost:
     """Bytes of tensors that are never trained; every rank holds them whole."""
     kept: int = 0
     """Numbers that the adapters of one decoder layer keep from forward to backward (the largest layer's)."""
+    loading: int = 0
+    """Bytes on a rank's device, while the model is loaded, for finding where adapters start."""
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """The trained rows of added tokens, name in PEFT's file -> shape; every rank holds them whole."""
 
@@ -82,7 +84,7 @@ class MemoryPlan:
 
     bytes: BytesPerRank
     moments: dict[str, int]
-    """Bytes on the device at each of the four moments of a step."""
+    """Bytes on the device at each of the four moments of a step, and while loading if adapters start there."""
     host: HostBytes
 
     @property

@@ -19,7 +19,7 @@ from math import prod
 
 from fsdp_qlora.attention.blocks import kept_scores
 from fsdp_qlora.config.schema import LoraSettings, OptimSettings
-from fsdp_qlora.distributed.shards import most_rows
+from fsdp_qlora.distributed.shards import fullest_share
 from fsdp_qlora.heads.costs import chunked_bytes, sliced_bytes
 from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
 from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE
@@ -140,7 +140,7 @@ class MemoryModel:
         """The largest of those that are never kept."""
         self.all_dense = sum(x.linear.numel for x, stays in zip(inside, may_stay, strict=True) if stays)
         self.host_shards = {
-            name: FLOAT32 * most_rows(shape[0], settings.shard_size) * prod(shape[1:])
+            name: FLOAT32 * fullest_share(shape[0], settings.shard_size) * prod(shape[1:])
             for name, shape in shapes.parameters.items()
             if name in offloaded
         }
@@ -157,7 +157,7 @@ class MemoryModel:
                 settings.attention,
                 settings.restarting,
                 settings.on_accelerator,
-            )
+            )  # fmt: skip
             for layer in shapes.layers
         )
 
@@ -192,6 +192,8 @@ class MemoryModel:
             "layer_backward": held - left + layer + at_layer + inside,
             "update": 0 if settings.offload_parameters else on_device + (updated if self.masters else 3 * fixed[3]),
         }
+        if self.adapters.loading:
+            moments["loading"] = (0 if settings.offload_parameters else sum(fixed[:4])) + self.adapters.loading
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
         # The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`).
         # It runs when activations are freed, so it counts in `bytes` but in none of the moments.
@@ -220,9 +222,9 @@ class MemoryModel:
     def _fixed(self, settings: StorageSettings) -> tuple[int, int, int, int, int]:
         """Return this rank's bytes of packed weights, statistics, kept weights, adapters and optimizer states."""
         shard = settings.shard_size
-        rows = [(x, most_rows(x.rows, shard)) for x in self.packed.values()]
+        rows = [(x, fullest_share(x.rows, shard)) for x in self.packed.values()]
         kept = sum(
-            most_rows(shape[0] if shape else 1, shard) * prod(shape[1:])
+            fullest_share(shape[0] if shape else 1, shard) * prod(shape[1:])
             for name, shape in self.shapes.parameters.items()
             if name not in {*self.packed, *self.offloaded, *self.shapes.float32, *self.masters}
         )
@@ -244,7 +246,7 @@ class MemoryModel:
         """Return the number of adapter elements that this rank holds."""
         shards = settings.adapter_shards
         sharded = sum(
-            most_rows(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values()
+            fullest_share(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values()
         )
         return sharded + self.adapters.row_elements
 
@@ -385,7 +387,7 @@ class MemoryModel:
                 whole = prod(shape) if packed.linear.transposed else chunk
                 largest = max(largest, min(whole, prod(shape)))
             else:
-                largest = max(largest, most_rows(shape[0] if shape else 1, shard_size) * prod(shape[1:]))
+                largest = max(largest, fullest_share(shape[0] if shape else 1, shard_size) * prod(shape[1:]))
         return largest
 
     def _host(self, settings: StorageSettings) -> HostBytes:

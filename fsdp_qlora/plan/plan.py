@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from math import prod
 from typing import Any
 
 from fsdp_qlora.adapters import Method, build_method, of_target, parameters_of, spelt_out
 from fsdp_qlora.adapters.full import whole_base
+from fsdp_qlora.adapters.loraplus import is_faster
 from fsdp_qlora.config.auto import Choice, asked, degree, switch
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.data.deal import BatchPlan
@@ -21,6 +23,7 @@ from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
+from fsdp_qlora.plan.starts import StartCost, start_cost
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 from fsdp_qlora.shapes.targets import target_linears
@@ -55,6 +58,8 @@ class TrainPlan:
     settings: StorageSettings
     choices: dict[str, Choice]
     """The values chosen for ``auto``, by key."""
+    start: StartCost | None = None
+    """What the adapters' start from the base weights costs; None if they start from random values."""
 
     @property
     def peak(self) -> int:
@@ -81,6 +86,7 @@ class TrainPlan:
             "base_parameters": self.base_parameters,
             "quantized_linears": len(self.quantized),
             "fsdp_units": len(self.units) + 1,
+            "start": None if self.start is None else asdict(self.start),
             "auto": {key: str(choice) for key, choice in self.choices.items()},
             "micro_batches_per_rank": self.batch.accumulation_steps,
             "batch": {
@@ -112,11 +118,11 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     targets = _targets(lora, shapes)
     config = replace(config, lora=(lora := spelt_out(lora, targets)))
     by_name = {x.name: x for x in shapes.linears}
-    method = build_method(config.lora.variant)
+    method = build_method(config.lora.method)
     trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
     trained = whole_base(shapes) if method.trains_base else trained
     rows = _token_rows(config, shapes, method)
-    _require_matches(config, [*(name for tensors in trained.values() for name in tensors), *rows])
+    _require_matches(config, dict(chain(rows.items(), *(tensors.items() for tensors in trained.values()))))
     quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
     batch = BatchPlan(config.train.global_batch_size, _micro_batch_rows(config), world_size)
     _, shard = degrees(degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree, world_size)
@@ -125,7 +131,9 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     offloaded = offloaded_parameters(
         config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
     )
-    cost = _adapter_cost(method, [by_name[name] for name in targets], shapes, lora, settings.itemsize)
+    adapted = [by_name[name] for name in targets]
+    start = start_cost(lora, adapted, {x.linear.name for x in quantized})
+    cost = _adapter_cost(method, adapted, shapes, lora, settings.itemsize, start)
     memory = MemoryModel(shapes, stored, trained, settings, offloaded, replace(cost, rows=rows))
     if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
         raise PlanError(
@@ -151,6 +159,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         memory=memory,
         settings=settings,
         choices=choices,
+        start=start,
     )
 
 
@@ -170,27 +179,35 @@ def _token_rows(config: RunConfig, shapes: ModelShapes, method: Method) -> dict[
 
 
 def _micro_batch_rows(config: RunConfig) -> int:
-    if config.train.micro_batch_tokens:  # the worst case: all rows at maximum length
+    """Return the rows of a micro-batch; of one that is given in tokens, the worst case: all rows at maximum length."""
+    if config.train.micro_batch_tokens:
         return max(1, config.train.micro_batch_tokens // config.data.max_length)
     return config.train.micro_batch_size
 
 
 def _adapter_cost(
-    method: Method, targets: Sequence[LinearShape], shapes: ModelShapes, lora: LoraSettings, itemsize: int
-) -> AdapterCost:
+    method: Method, targets: Sequence[LinearShape], shapes: ModelShapes, lora: LoraSettings, itemsize: int,
+    start: StartCost | None,
+) -> AdapterCost:  # fmt: skip
     kept = dict.fromkeys(shapes.layers, 0)
     for linear in targets:
         layer = next((layer for layer in kept if linear.name.startswith(layer + ".")), None)
         if layer is not None:
             kept[layer] += method.kept(linear, of_target(lora, linear.name))
-    return AdapterCost(method.fixed_bytes(targets, lora, itemsize), max(kept.values(), default=0))
+    loading = 0 if start is None else start.bytes
+    return AdapterCost(method.fixed_bytes(targets, lora, itemsize), max(kept.values(), default=0), loading)
 
 
-def _require_matches(config: RunConfig, trained: list[str]) -> None:
+def _require_matches(config: RunConfig, trained: Mapping[str, tuple[int, ...]]) -> None:
     if odd := unmatched(config.optim.override_32bit, trained):
         raise PlanError(
             f"optim.override_32bit: {', '.join(map(repr, odd))} matches none of the {len(trained)} trained parameters; "
-            f"they are named like {trained[0]!r}, and a pattern must match the whole name (*.q_proj.*)."
+            f"they are named like {next(iter(trained))!r}, and a pattern must match the whole name (*.q_proj.*)."
+        )
+    if config.optim.loraplus_lr_ratio and not any(is_faster(name, shape) for name, shape in trained.items()):
+        raise PlanError(
+            f"optim.loraplus_lr_ratio: is for matrices B and vectors, and lora.variant={config.lora.variant} trains "
+            f"neither (its tensors are named like {next(iter(trained))!r}); set it to 0."
         )
 
 
@@ -201,7 +218,7 @@ def _may_stay_whole(config: RunConfig) -> bool:
     """
     quant, fsdp = config.quant, config.fsdp
     in_peft = "none" in (quant.name, *quant.overrides.values()) or config.debug.name == "plain"
-    in_peft = in_peft or build_method(config.lora.variant).layer is None
+    in_peft = in_peft or build_method(config.lora.method).layer is None
     return not (fsdp.offloads_parameters or fsdp.offload_modules or (in_peft and config.precision.name == "bf16"))
 
 

@@ -20,6 +20,7 @@ from fsdp_qlora.adapters.full import train_base
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.turns import TakingTurns
 from fsdp_qlora.config.auto import as_word, asked, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
@@ -143,14 +144,23 @@ def open_model(
     return OpenedModel(resolved, base, source, shapes, plan)
 
 
-def load_model(opened: OpenedModel, ranks: Ranks, progress: Progress | None = None) -> tuple[CausalModel, LoadReport]:
-    """Quantize, adapt and shard an opened model, then load its weights and initialize its adapters."""
+def load_model(
+    opened: OpenedModel, ranks: Ranks, progress: Progress | None = None, kept: Path | None = None
+) -> tuple[CausalModel, LoadReport]:
+    """Quantize, adapt and shard an opened model, then load its weights and initialize its adapters.
+
+    ``kept`` is a file of factors from which adapters start (`fsdp_qlora.adapters.turns`); None: they are computed.
+    """
     config = opened.config
     model = build_sharded(config, opened.base, opened.shapes, opened.plan, ranks, first_added=opened.first_added)
     shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
     on_host = host_modules(model.base, opened.plan.offloaded)
-    trains_base = config.lora.trains_base
-    report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host, trains_base)
+    turns = None if config.lora.start is None else TakingTurns(model, config.lora, config.run.seed, ranks, kept)
+    report = stream_weights(
+        model, model.base, opened.source, ranks, progress, shards_on, on_host, turns or iter, config.lora.trains_base
+    )
+    if turns is not None:
+        model.starts = turns.starts
     initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora)
     start_token_rows(model.base, opened.shapes, opened.source, ranks)
     if config.lora.init_from is not None:
@@ -257,7 +267,7 @@ def _adapt_and_quantize(
         return train_base(base)
     attach = partial(attach_adapters, base, plan.targets, config.lora, task)
     quantize = partial(_quantize, base, plan, shapes, switch(config.quant.cache_dequantized) is True)
-    if build_method(config.lora.variant).layer is None:
+    if build_method(config.lora.method).layer is None:
         adapted = attach()
         quantize()
         return adapted

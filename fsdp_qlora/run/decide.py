@@ -193,6 +193,6 @@ def compilation_for(
     if data is not None and data.train is not None and not config.data.packing:
         length = min(length, data.train_counts.tokens // max(1, rows))
     work = Work(plan.batch.accumulation_steps, plan.batch.micro_batch_size * length, weights)
-    ours = build_method(config.lora.variant).layer is not None  # PEFT's layers are not known to be one graph
+    ours = build_method(config.lora.method).layer is not None  # PEFT's layers are not known to be one graph
     known = ours and base.config.model_type in COMPILED_TYPES and plan.quantized != ()
     return choose_compilation(config, work, steps, device.type, known and can_compile(device))

@@ -12,6 +12,7 @@ from fsdp_qlora.adapters.folder import (
     read_adapter_config,
     stored_modules,
 )
+from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file
@@ -34,8 +35,13 @@ def load_for_inference(config: RunConfig, adapter: Path | None = None, world: Wo
         config = with_adapter(config, adapter)
     elif config.lora.trains_base:  # nothing is trained here: no float32 masters
         config = replace(config, lora=LoraSettings())
+    else:  # the base alone: nothing is taken off it
+        config = replace(
+            config, lora=replace(config.lora, variant=config.lora.method, init_lora_weights=None, loftq_iter=1)
+        )
     try:
-        prepared = prepare(config, world, training=False)
+        start = own_file(adapter, FILE_NAME) if adapter is not None and config.lora.start is not None else None
+        prepared = prepare(config, world, training=False, start=start)
     except FsdpQloraError as error:
         raise (error if adapter is None else blamed_on_adapter(error, adapter)) from error
     if adapter is not None:

@@ -21,6 +21,7 @@ from fsdp_qlora.run.build import Weights, load_model
 from fsdp_qlora.run.check import check_losses, open_and_check, told
 from fsdp_qlora.run.decide import SHARD_DEGREE, compilation_for, on_device, rank_budget, settled_world
 from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.run.starts import kept_start
 from fsdp_qlora.run.tokens import first_added, tokenize
 from fsdp_qlora.run.world import World, open_world
 
@@ -33,26 +34,28 @@ def prepare(
     progress: Progress | None = None,
     training: bool = True,
     weights: Weights = SafetensorsFolder,
+    start: Path | None = None,
 ) -> Prepared:
     """Build, quantize, adapt, shard and load the model; tokenize the data if any is given.
 
     Call it on every rank under torchrun, or in a single process. Close the result when you are done with it. With
     ``training=False``, steps that only serve training are skipped (compiled layers, the loss comparison). ``weights``
-    opens the weights of the base model's folder (a benchmark draws them instead of reading them).
+    opens the weights of the base model's folder (a benchmark draws them instead of reading them). ``start`` is the file
+    of what an adapter started from, if that was the base weights; None: a run's own, or it is computed.
     """
     check(config)
     if world is not None:
-        return _prepare(config, world, progress, training, weights)
+        return _prepare(config, world, progress, training, weights, start)
     world = open_world(config)
     try:
-        return _prepare(config, world, progress, training, weights)
+        return _prepare(config, world, progress, training, weights, start)
     except BaseException:
         world.stack.__exit__(*sys.exc_info())  # or the next call would find a process group open
         raise
 
 
 def _prepare(
-    config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights
+    config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights, start: Path | None
 ) -> Prepared:  # fmt: skip
     asked, folder = config, _find_model(config.model, world)
     budget = rank_budget(world.ranks, world.placement)
@@ -66,7 +69,9 @@ def _prepare(
     opened = replace(opened.compiled(compilation.on), first_added=first)
     return_freed_memory()
     process_bytes = resident_bytes()
-    model, report = load_model(opened, world.ranks, progress)
+    if training and opened.config.lora.start is not None:
+        start = start or kept_start(opened, folder, world.ranks)
+    model, report = load_model(opened, world.ranks, progress, start)
     world.ranks.phases.enter("comparing what the ranks gather")
     verify_gather(model, world.ranks)
     verify_buffers(model, world.ranks)

@@ -14,12 +14,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters import build_method
+from fsdp_qlora.adapters.loraplus import learning_rates
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
+from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.contents import checkpoint_tensors, optimizer_shapes
 from fsdp_qlora.checkpoint.manifest import SavedCheckpoint
-from fsdp_qlora.checkpoint.resume import identity_of, whole_of, with_whole
+from fsdp_qlora.checkpoint.resume import INITIAL_ADAPTER, identity_of, whole_of, with_whole
 from fsdp_qlora.checkpoint.retention import Retention
 from fsdp_qlora.checks.copies import require_equal_copies
 from fsdp_qlora.checks.gradients import FirstGradients
@@ -33,7 +35,7 @@ from fsdp_qlora.distributed.reduce import on_main
 from fsdp_qlora.distributed.seeds import seed_of
 from fsdp_qlora.distributed.signals import StopSignals
 from fsdp_qlora.errors import DataError, NonFiniteError, PlanError, first_line
-from fsdp_qlora.export.adapter import export_adapter, gather_adapter, short_targets
+from fsdp_qlora.export.adapter import as_started, export_adapter, gather_adapter, short_targets
 from fsdp_qlora.export.card import model_card
 from fsdp_qlora.export.full_model import export_model, gather_base
 from fsdp_qlora.inference.end_of_turn import end_of_turn
@@ -89,7 +91,9 @@ class Training:
         self.eval_rows = TokenRows(prepared.data.eval) if prepared.data.eval is not None else None
         self.unwritten = Unwritten()
         self.batches = build_batches(prepared, folder.bad_rows, self.unwritten)
-        self.optimizer = ShardedOptimizer(trainable_parameters(self.model), self.config.optim)
+        trained = dict(trainable_parameters(self.model))
+        rates = learning_rates({name: p.shape for name, p in trained.items()}, self.config.optim)
+        self.optimizer = ShardedOptimizer(trained.items(), self.config.optim, rates)
         num_steps = self.batches.length.planned_steps
         for notice in (self.optimizer.notice, warmup_notice(self.config.schedule, num_steps)):
             if self.ranks.is_main and notice:
@@ -103,7 +107,7 @@ class Training:
         self.base_files = BaseFiles(prepared)
         self.identity = identity_of(
             to_dict(self.config), base, data_key(prepared.data.key, self.config.data), prepared.repairs
-        )
+        ) | ({INITIAL_ADAPTER: self.model.starts.digest} if self.model.starts.digest else {})
 
     def resume(self) -> Path | None:
         """Load the checkpoint that the settings ask for; return its folder, or None for a fresh start."""
@@ -178,8 +182,8 @@ class Training:
         lora = self.prepared.settings.lora  # with whole names
         targets = short_targets(self.prepared.plan.targets, self.model.base)
         card = model_card(published(to_dict(self.config)), self._facts(progress))
-        method = build_method(lora.variant)
-        peft_config = method.peft(targets, lora, "CAUSAL_LM")
+        method = build_method(lora.method)
+        peft_config = as_started(method.peft(targets, lora, "CAUSAL_LM"), lora)
         if count := len(self.config.model.add_tokens):
             first = len(self.prepared.tokenizer) - count
             indices = trained_indices(self.prepared.shapes, first, count)
@@ -187,7 +191,8 @@ class Training:
         tensors = {**tensors, **method.fixed(self.model, lora)}
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
-        return export_adapter(folder, tensors, peft_config, base, self._saved_tokenizer(), card)
+        beside = [] if lora.start is None else [self.folder.path / FILE_NAME]
+        return export_adapter(folder, tensors, peft_config, base, self._saved_tokenizer(), card, beside)
 
     def _saved_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer to save; an added end of turn is its ``eos_token``, at which plain PEFT then stops."""

@@ -199,7 +199,7 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cu
     plan = make_plan(config, shapes, ranks.size)
     on_cpu = ranks.device == HOST
     fake = fake_mode() if on_cpu else accelerator_mode()
-    if not build_method(config.lora.variant).simulates:
+    if not build_method(config.lora.method).simulates:
         raise PlanError(f"plan.simulate: the sparse tensors of lora.variant={config.lora.variant} cannot be simulated.")
     on_device = partial(_fake_buffers, device=ranks.device, mode=fake)
     host, moved = (NOT_COUNTED, _leave) if on_cpu else (HOST, on_device)

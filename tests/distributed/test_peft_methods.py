@@ -143,7 +143,7 @@ def _computed(ranks: Ranks, folder: str, groups: dict[str, Any]) -> dict[str, An
     loss = model(_ids(), _ids()).sum()
     loss.backward()
     gradients = {n: whole(p.grad) / ranks.size for n, p in trainable_parameters(model)}
-    fixed = build_method(prepared.config.lora.variant).fixed(model, prepared.config.lora)
+    fixed = build_method(prepared.config.lora.method).fixed(model, prepared.config.lora)
     return {"first": first, "loss": float(loss.detach()), "gradients": gradients, "fixed": fixed}
 
 
@@ -213,7 +213,7 @@ def _held(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[dict[str, 
     optimizer = ShardedOptimizer(trainable_parameters(prepared.model), prepared.config.optim)
     optimizer.prepare_state(1)
     planned, lora = prepared.plan.bytes, prepared.config.lora
-    fixed = build_method(lora.variant).fixed(prepared.model, lora)
+    fixed = build_method(lora.method).fixed(prepared.model, lora)
     return {
         "fixed": sum(tensor.nbytes for tensor in fixed.values()),
         "base": sum(resident_bytes(m) for m in prepared.model.modules() if isinstance(m, QuantMatrices)),

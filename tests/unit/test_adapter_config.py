@@ -73,8 +73,22 @@ def test_starts_that_change_the_base_are_refused(tmp_path, value):
 
 
 def test_all_are_named_at_once(tmp_path):
-    with pytest.raises(ModelError, match=r"use_dora=true, bias=|bias=.*use_dora=true"):
-        read_adapter_config(_folder(tmp_path, use_dora=True, use_rslora=True, bias="all"))
+    with pytest.raises(ModelError, match=r"lora_bias=true, bias=|bias=.*lora_bias=true"):
+        read_adapter_config(_folder(tmp_path, lora_bias=True, bias="all"))
+
+
+def test_switches_of_lora_are_read_together(tmp_path):
+    settings = read_adapter_config(_folder(tmp_path, use_dora=True, use_rslora=True)).settings(["a"])
+    assert settings.method == "dora" and settings.scales_by_root
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "loftq"])
+def test_a_start_from_the_base_is_read_with_what_it_took_off(tmp_path, start):
+    folder = _folder(tmp_path, init_lora_weights=start, loftq_config={"loftq_bits": 4, "loftq_iter": 3})
+    (folder / "initial_adapter.safetensors").touch()
+    settings = read_adapter_config(folder).settings(["a"])
+    assert settings.start == start and settings.method == "lora"
+    assert settings.loftq_iter == (3 if start == "loftq" else 1)
 
 
 @pytest.mark.parametrize(

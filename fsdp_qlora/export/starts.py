@@ -1,0 +1,223 @@
+"""Exports of adapters that started from the base weights: a plain LoRA for the original base, or the base they need.
+
+Such an adapter belongs to what its start left of the base. `plain_lora` moves that into the adapter, as PEFT's
+``subtract_mutated_init`` does it: the change is ``B A - B0 A0``, a LoRA of rank 2 r. What then differs is how the base
+is rounded: in training, the rest of each weight was quantized, and not the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from fsdp_qlora.adapters import of_target
+from fsdp_qlora.adapters.folder import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    AdapterConfig,
+    opened_weights,
+    read_adapter_config,
+    stored_modules,
+)
+from fsdp_qlora.adapters.starts import scaling_of
+from fsdp_qlora.adapters.turns import FILE_NAME, MATRICES, facts_of, read_start
+from fsdp_qlora.config.schema import LoraSettings
+from fsdp_qlora.errors import ModelError, StorageError
+from fsdp_qlora.files.read import own_file, read_json
+from fsdp_qlora.files.scratch import fresh_folder, move_into
+from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_json
+from fsdp_qlora.load.finite import require_finite
+from fsdp_qlora.load.safetensors import SafetensorsFolder
+from fsdp_qlora.load.stream import weight_of
+from fsdp_qlora.load.weights import LowRank, minus
+from fsdp_qlora.quant.formats import Format, build_format, dequantize, one_thread, quantize
+from fsdp_qlora.shapes.linears import LinearShape
+from fsdp_qlora.shapes.tokens import TOKEN_ROWS
+
+_PREFIX = "base_model.model."
+_LORA = tuple(f".{part}" for part in MATRICES)
+
+
+@dataclass(frozen=True)
+class StartedAdapter:
+    """An adapter folder whose adapter started from the base weights."""
+
+    folder: Path
+    config: AdapterConfig
+    lora: LoraSettings
+    """Its settings, with whole names."""
+    formats: Mapping[str, Format | None]
+    """How the base was stored in training, by target; None in 16 or 32 bits."""
+
+    @property
+    def start(self) -> str:
+        """The start's name (`LoraSettings.start`)."""
+        assert self.config.start is not None
+        return self.config.start
+
+    def scaling(self, name: str) -> float:
+        """Return the factor of a target's product."""
+        return scaling_of(of_target(self.lora, name))
+
+    def taken(self, name: str) -> LowRank | None:
+        """Return what was taken off the weight of a target before it was stored; None: nothing."""
+        return read_start(own_file(self.folder, FILE_NAME), _PREFIX + name).taken(self.start, self.scaling(name))
+
+
+def open_started(folder: Path) -> StartedAdapter:
+    """Open an adapter folder.
+
+    Raises:
+        ModelError: if its adapter did not start from the base weights, or the folder lacks what it started from.
+    """
+    config = read_adapter_config(folder)
+    if config.start is None:
+        raise ModelError(
+            f"adapter: the one in {folder} did not start from the base weights: it is a plain one of its base."
+        )
+    targets = stored_modules(folder, config)
+    file = own_file(folder, FILE_NAME)
+    stored = facts_of(file).get("targets", {})
+    if stored.keys() != set(targets):
+        raise ModelError(f"adapter: {file} and {folder / WEIGHTS_NAME} are not of the same modules.")
+    formats = {name: build_format(*kind) if kind else None for name, kind in stored.items()}
+    return StartedAdapter(folder, config, config.settings(targets), formats)
+
+
+@dataclass
+class Difference:
+    """What a converted adapter changes, over all targets: sums of squares."""
+
+    weights: float = 0.0
+    original: float = 0.0
+    quantized: float = 0.0
+
+    @property
+    def on_original(self) -> float:
+        """Root mean square of the difference on the original base, relative to that of the weights."""
+        return sqrt(self.original / self.weights)
+
+    @property
+    def on_quantized(self) -> float:
+        """The same on the base quantized as in training."""
+        return sqrt(self.quantized / self.weights)
+
+
+@torch.no_grad()
+def measure(
+    adapter: StartedAdapter, linears: Mapping[str, LinearShape], source: SafetensorsFolder
+) -> Difference:  # fmt: skip
+    """Return how far the weights of the trained model are from those of the converted adapter on the original base.
+
+    One weight is in memory at a time.
+
+    Raises:
+        ModelError: if the base lacks a target, or its weight has another shape than the adapter.
+    """
+    total = Difference()
+    with one_thread():
+        for name, quant_format in adapter.formats.items():
+            linear = linears.get(name)
+            if linear is None:
+                raise ModelError(f"adapter: {adapter.folder} has an adapter for {name}, which the base does not have.")
+            weight = weight_of(source, linear, quant_format)
+            start = read_start(own_file(adapter.folder, FILE_NAME), _PREFIX + name)
+            if (start.b.shape[0], start.a.shape[1]) != tuple(weight.shape):
+                raise ModelError(
+                    f"adapter: {adapter.folder} is not of this base: {name} is {list(weight.shape)} there."
+                )
+            taken, product = adapter.taken(name), LowRank(start.b * adapter.scaling(name), start.a)
+            rest = weight if taken is None else minus(weight, taken)
+            lost = _rounded(rest, quant_format)
+            lost += product.left @ product.right
+            total.weights += float(weight.square().sum())
+            total.original += float((lost - weight).square().sum())
+            total.quantized += float((lost - _rounded(weight, quant_format)).square().sum())
+    return total
+
+
+def _rounded(weight: torch.Tensor, quant_format: Format | None) -> torch.Tensor:
+    if quant_format is None:
+        return weight.clone()
+    return dequantize(quantize(weight, quant_format), quant_format, tuple(weight.shape), torch.float32)
+
+
+def write_plain_lora(adapter: StartedAdapter, target: Path) -> int:
+    """Write the adapter as a plain LoRA of twice the rank for the original base; return the bytes of its weights.
+
+    Raises:
+        ModelError: if it trains more than LoRA's two matrices.
+        StorageError: if the folder cannot be written.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    with opened_weights(own_file(adapter.folder, WEIGHTS_NAME)) as stored:
+        names = set(stored.keys())
+        if odd := sorted(name for name in names if not name.endswith((*_LORA, TOKEN_ROWS))):
+            raise ModelError(
+                f"export.plain_lora: {adapter.folder} also trains {odd[0]}, which no plain LoRA can express; export "
+                "the base that it needs with what=base-4bit."
+            )
+        for name in sorted(names):
+            value = stored.get_tensor(name)
+            require_finite(value, f"adapter: {name} in {adapter.folder}")
+            if name.endswith(TOKEN_ROWS):
+                tensors[name] = value
+                continue
+            start = read_start(own_file(adapter.folder, FILE_NAME), name.removesuffix(_LORA[0]).removesuffix(_LORA[1]))
+            first = name.endswith(_LORA[0])
+            other = start.a if first else -start.b
+            if other.shape != value.shape:
+                raise ModelError(
+                    f"adapter: {name} in {adapter.folder} is {list(value.shape)}, not {list(other.shape)}."
+                )
+            tensors[name] = torch.cat([value.float(), other], dim=0 if first else 1).contiguous()
+    return _write(adapter.folder, target, tensors, _doubled(read_json(own_file(adapter.folder, CONFIG_NAME))))
+
+
+def _doubled(config: dict[str, Any]) -> dict[str, Any]:
+    """Return PEFT's config with twice the ranks and the same scaling."""
+    by = sqrt(2) if config.get("use_rslora") else 2
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    return _restarted(config) | {
+        "r": 2 * config["r"],
+        "lora_alpha": by * config["lora_alpha"],
+        "rank_pattern": {name: 2 * r for name, r in ranks.items()},
+        "alpha_pattern": {name: by * alpha for name, alpha in alphas.items()},
+    }
+
+
+def _restarted(config: dict[str, Any]) -> dict[str, Any]:
+    """Return PEFT's config without the start: plain PEFT leaves the base as it is."""
+    return config | {"init_lora_weights": True, "loftq_config": {}}
+
+
+def write_for_its_base(adapter: StartedAdapter, target: Path, base: Path) -> None:
+    """Write the adapter for the base in the folder ``base``, which its start was taken off already."""
+    with opened_weights(own_file(adapter.folder, WEIGHTS_NAME)) as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+    config = _restarted(read_json(own_file(adapter.folder, CONFIG_NAME)))
+    _write(adapter.folder, target, tensors, config | {"base_model_name_or_path": str(base), "revision": None})
+
+
+def _write(source: Path, target: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> int:
+    """Write an adapter folder with what lies beside the adapter in ``source``; return the bytes of its weights."""
+    try:
+        with fresh_folder(target) as staging:
+            for file in sorted(source.iterdir()):
+                if file.name not in (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME) and file.is_file():
+                    copy_regular(file, staging / file.name)
+            write_json(staging / CONFIG_NAME, config)
+            weights = staging / WEIGHTS_NAME
+            save_file(tensors, weights, metadata={"format": "pt"})
+            open_as_a_new_file(weights)
+            size = weights.stat().st_size
+            move_into(staging, target)
+    except OSError as error:
+        raise StorageError(f"export.to: {target} cannot be written: {error}.") from error
+    return size

@@ -1,0 +1,154 @@
+"""Can vLLM serve an adapter as it was trained? And the form of a LoRA that it certainly can.
+
+vLLM reads a few keys of adapter_config.json and passes over the others (``PEFTHelper.from_dict`` in
+https://github.com/vllm-project/vllm/blob/main/vllm/lora/peft_helper.py), so that some adapters are refused, and others
+compute something else without a word.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+
+from fsdp_qlora.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, opened_weights
+from fsdp_qlora.adapters.names import LORA_A, LORA_B
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.files.read import own_file, read_json
+from fsdp_qlora.files.scratch import fresh_folder, move_into
+from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_json
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of ``--max-lora-rank`` (``MaxLoRARanks`` in vllm/config/lora.py)."""
+_REFUSED: Mapping[str, str] = {
+    "use_dora": "DoRA",
+    "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "rows of added tokens",
+    "lora_bias": "trained biases",
+}
+"""Settings that vLLM refuses, or whose tensors it refuses: what they are, in words."""
+_STARTS = ("pissa", "olora", "loftq")
+"""Beginnings of ``init_lora_weights`` with which the base is not the original one."""
+_PASSED_OVER = ("rank_pattern", "alpha_pattern")
+"""Settings that change what an adapter computes and that vLLM does not read."""
+
+
+def obstacles(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return why vLLM would refuse an adapter, or compute something else with it.
+
+    Args:
+        config: its adapter_config.json.
+        names: the names of its tensors.
+    """
+    if config.get("peft_type") != "LORA":
+        return [f"it knows LoRA only, not {config.get('peft_type')}"]
+    reasons = [f"it refuses {words}" for key, words in _REFUSED.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        reasons.append("it refuses trained biases")
+    if str(config.get("init_lora_weights")).startswith(_STARTS):
+        reasons.append("it serves the original base, whose weights this adapter's start was taken off")
+    reasons += [f"it passes over {key} without a word" for key in _PASSED_OVER if config.get(key)]
+    if config.get("target_parameters"):
+        reasons.append("it reads the layout of adapters on experts in another way (vllm#52198)")
+    odd = [name for name in names if not name.endswith((LORA_A, LORA_B))]
+    if odd and not reasons:
+        reasons.append(f"it does not know tensors such as {odd[0]}")
+    edges = sorted({part for name in names for part in ("embed_tokens", "lm_head") if f".{part}." in name})
+    if edges and not config.get("trainable_token_indices"):
+        reasons.append(f"most of its models take no adapter on {' and '.join(edges)}")
+    if (rank := _rank(config)) > RANKS[-1]:
+        reasons.append(f"its largest rank is {RANKS[-1]}, and this one has {rank}")
+    return reasons
+
+
+def served_by_vllm(folder: Path) -> str:
+    """Return the line to print about an adapter's folder: whether vLLM serves it, and how or why not."""
+    config = read_json(own_file(folder, CONFIG_NAME), dict[str, Any])
+    with opened_weights(own_file(folder, WEIGHTS_NAME)) as stored:
+        reasons = obstacles(config, list(stored.keys()))
+    if not reasons:
+        rank = next(rank for rank in RANKS if rank >= _rank(config))
+        base = str(config.get("base_model_name_or_path"))
+        words = [
+            "vllm",
+            "serve",
+            base,
+            "--enable-lora",
+            "--max-lora-rank",
+            str(rank),
+            "--lora-modules",
+            f"tuned={folder}",
+        ]
+        return f"vLLM: yes: {shlex.join(words)}"
+    plain = all(any(key in reason for key in _PASSED_OVER) for reason in reasons)
+    way = (
+        "export.for_vllm=true writes a form that it computes right" if plain else "what=merged makes a model it serves"
+    )
+    if str(config.get("init_lora_weights")).startswith(_STARTS):
+        way = "export.plain_lora=true converts it"
+    return f"vLLM: no, because {'; '.join(reasons)} ({way})."
+
+
+def _rank(config: Mapping[str, Any]) -> int:
+    return max([int(config.get("r", 8)), *(int(r) for r in (config.get("rank_pattern") or {}).values())])
+
+
+@torch.no_grad()
+def rewrite_for_vllm(folder: Path) -> None:
+    """Rewrite a LoRA in place as one of a single rank and scaling 1, which computes the same.
+
+    Each target's scaling is multiplied into its B, and ranks below the largest are padded with zeros.
+
+    Raises:
+        ModelError: if it is anything but a LoRA on linears.
+    """
+    config = read_json(own_file(folder, CONFIG_NAME), dict[str, Any])
+    patterns = {key: config.get(key) or {} for key in _PASSED_OVER}
+    with opened_weights(own_file(folder, WEIGHTS_NAME)) as stored:
+        names = list(stored.keys())
+        if reasons := obstacles({**config, **dict.fromkeys(_PASSED_OVER)}, names):
+            raise ModelError(
+                f"export.for_vllm: {folder} cannot be served by vLLM in any form of an adapter: {'; '.join(reasons)}. "
+                "Use what=merged."
+            )
+        tensors = {name: stored.get_tensor(name).float() for name in names}
+    rank = _rank(config)
+    written: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        module = name.removeprefix("base_model.model.").removesuffix(LORA_A).removesuffix(LORA_B)
+        r, alpha = (
+            _of_module(patterns[key], module, config[plain])
+            for key, plain in zip(_PASSED_OVER, ("r", "lora_alpha"), strict=True)
+        )
+        scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        if name.endswith(LORA_A):
+            written[name] = torch.cat([value, value.new_zeros(rank - r, value.shape[1])])
+        else:
+            written[name] = torch.cat([value * scaling, value.new_zeros(value.shape[0], rank - r)], dim=1)
+    plain_config = {
+        **config,
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    with fresh_folder(folder) as staging:
+        for file in folder.iterdir():
+            if file.is_file() and file.name not in (WEIGHTS_NAME, CONFIG_NAME):
+                copy_regular(file, staging / file.name)
+        save_file({n: t.contiguous() for n, t in written.items()}, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        open_as_a_new_file(staging / WEIGHTS_NAME)
+        write_json(staging / CONFIG_NAME, plain_config)
+        move_into(staging, folder)
+
+
+def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """Return a pattern's value for a module, as PEFT reads it."""
+    return pattern.get(get_pattern_key(list(pattern), module), default)

@@ -1,0 +1,161 @@
+"""`generate.prompts`: a file of prompts is answered in batches as one by one, on any number of ranks, and never twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fsdp_qlora.config.schema import from_dict
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.errors import FsdpQloraError
+from fsdp_qlora.inference import prompts as prompt_files
+from fsdp_qlora.run.answers import answer_file
+from tests.build import build
+from tests.tiny import sentence
+
+SAMPLED = {"temperature": 1.0, "top_p": 0.9}
+
+
+def write_prompts(folder: Path, count: int = 13) -> Path:
+    """Write prompts of different lengths, in both forms, with a field of their own."""
+    lines = []
+    for number in range(count):
+        text = sentence(number, 1 + (5 * number) % 11)
+        asked = {"prompt": text} if number % 3 else {"messages": [{"role": "user", "content": text}]}
+        lines.append(json.dumps({**asked, "id": f"row {number}"}))
+    file = folder / "prompts.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def one_by_one(folder: Path, file: Path, max_new_tokens: int) -> list[str]:
+    """Answer with stock transformers in float32, a prompt at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    answers = []
+    for line in file.read_text().splitlines():
+        fields = json.loads(line)
+        messages = fields.get("messages") or [{"role": "user", "content": fields["prompt"]}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answers.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    return answers
+
+
+def answer(
+    ranks: Ranks,
+    folder: str,
+    file: str,
+    to: str,
+    most_rounds: int | None = None,
+    generate: dict[str, Any] | None = None,
+) -> list[Any]:
+    """Answer as the command does, at most ``most_rounds`` rounds of batches; return the count or the error."""
+    groups: dict[str, Any] = {"precision": {"name": "fp32"}, "quant": {"name": "none", "double_quant": False}}
+    prepared = build(ranks, folder, **groups)
+    settings = {"prompts": file, "to": to, "max_new_tokens": 12, "batch_size": 3, **(generate or {})}
+    config = from_dict({"model": {"name": folder}, "generate": settings})
+    add = prompt_files.Answers.add
+    rounds = []
+
+    def interrupted(self: Any, texts: Any) -> None:
+        if len(rounds) == most_rounds:
+            raise FsdpQloraError("killed")
+        rounds.append(1)
+        add(self, texts)
+
+    prompt_files.Answers.add = interrupted  # type: ignore[method-assign]
+    try:
+        return [answer_file(config, prepared), len(rounds)]
+    except FsdpQloraError as error:
+        return [str(error), len(rounds)]
+    finally:
+        prompt_files.Answers.add = add
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_a_file_is_answered_as_one_by_one(pool, tmp_path, tiny_model, num_ranks):
+    file, to = write_prompts(tmp_path), tmp_path / "answers.jsonl"
+    found = pool.run(num_ranks, answer, str(tiny_model), str(file), str(to))
+    assert {each[0] for each in found} == {13}
+    lines = read(to)
+    assert [line["index"] for line in lines] == list(range(13))
+    assert [line["id"] for line in lines] == [f"row {n}" for n in range(13)] and "digest" not in lines[0]
+    assert [line["answer"] for line in lines] == one_by_one(tiny_model, file, 12)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_was_answered_before_a_kill_is_kept_on_another_number_of_ranks(pool, tmp_path, tiny_model):
+    file, to = write_prompts(tmp_path), tmp_path / "answers.jsonl"
+    assert pool.run(1, answer, str(tiny_model), str(file), str(to), 2)[0][0] == "killed"
+    part = to.with_name("answers.jsonl.part")
+    assert len(read(part)) == 6 and not to.exists()
+    with part.open("a") as stream:
+        stream.write('{"index": 3, "ans')  # what a kill in the middle of a write leaves
+    found = pool.run(4, answer, str(tiny_model), str(file), str(to))
+    assert found[0] == [13, 1]  # 7 prompts are left: 3 batches, and one rank has none
+    assert [line["answer"] for line in read(to)] == one_by_one(tiny_model, file, 12)
+
+
+def _other_prompts(file: Path, to: Path) -> str:
+    file.with_name("other.jsonl").write_text('{"prompt": "another"}\n')
+    to.with_name(to.name + ".part").write_text('{"index": 0, "prompt": "x", "answer": "y", "digest": "0"}\n')
+    return "other prompts"
+
+
+def _broken(file: Path, to: Path) -> str:
+    file.write_text('{"prompt": "fine"}\nnot json\n{"prompt": 3}\n[1]\n{"messages": [{"content": "x"}]}\n')
+    return "4 broken lines: line 2: "
+
+
+def _exists(file: Path, to: Path) -> str:
+    to.write_text("kept\n")
+    return "already exists"
+
+
+def _empty(file: Path, to: Path) -> str:
+    file.write_text("\n\n")
+    return "holds no prompts"
+
+
+def _missing(file: Path, to: Path) -> str:
+    file.unlink()
+    return "cannot be read"
+
+
+@pytest.mark.parametrize("spoil", [_other_prompts, _broken, _exists, _empty, _missing])
+def test_what_cannot_be_answered_is_said_on_every_rank(pool, tmp_path, tiny_model, spoil: Callable[[Path, Path], str]):
+    file, to = write_prompts(tmp_path), tmp_path / "answers.jsonl"
+    said = spoil(file, to)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    messages = [each[0] for each in pool.run(2, answer, str(tiny_model), str(file), str(to))]
+    assert all(said in str(message) and str(message).startswith("generate.") for message in messages), messages
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_sampled_answers_are_the_same_each_time(pool, tmp_path, tiny_model):
+    file = write_prompts(tmp_path, 5)
+    for name in ("one", "two"):
+        pool.run(1, answer, str(tiny_model), str(file), str(tmp_path / name), None, SAMPLED)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_settings_that_contradict_each_other():
+    from fsdp_qlora.config.rules import failures
+
+    config = from_dict({"prompt": "x", "generate": {"prompts": "file"}})
+    said = failures(config)
+    assert any(line.startswith("generate.prompts:") for line in said)
+    assert any(line.startswith("generate.to:") for line in said)
