@@ -99,6 +99,7 @@ def _full(config: RunConfig) -> Iterator[str]:
             yield f"lora: none trains the base itself, which {key}={value} quantizes; set it to none."
     for key, given in {
         "model.add_tokens": config.model.add_tokens, "lora.init_from": config.lora.init_from,
+        "optim.loraplus_lr_ratio": config.optim.loraplus_lr_ratio,
         "fsdp.offload_modules": fsdp.offload_modules, f"fsdp.offload={fsdp.offload}": fsdp.offloads_parameters,
         f"fsdp.adapters={fsdp.adapters}": fsdp.adapters != "sharded",
     }.items():  # fmt: skip

@@ -149,17 +149,11 @@ class MemoryModel:
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
         self.activations: tuple[LayerActivations, ...] = tuple(
             layer_activations(
-                shapes,
-                layer,
-                frozenset(trained),
-                settings.itemsize,
-                settings.lora.dropout > 0,
-                settings.attention,
-                settings.restarting,
-                settings.on_accelerator,
-            )  # fmt: skip
+                shapes, layer, frozenset(trained), settings.itemsize, settings.lora.dropout > 0, settings.attention,
+                settings.restarting, settings.on_accelerator,
+            )
             for layer in shapes.layers
-        )
+        )  # fmt: skip
 
     def plan(self, settings: StorageSettings) -> MemoryPlan:
         """Return the memory of the rank that holds most, with these settings."""

@@ -119,8 +119,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     config = replace(config, lora=(lora := spelt_out(lora, targets)))
     by_name = {x.name: x for x in shapes.linears}
     method = build_method(config.lora.method)
-    trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
-    trained = whole_base(shapes) if method.trains_base else trained
+    trained = _trained(method, lora, shapes, targets)
     rows = _token_rows(config, shapes, method)
     _require_matches(config, dict(chain(rows.items(), *(tensors.items() for tensors in trained.values()))))
     quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
@@ -167,6 +166,16 @@ def _targets(lora: LoraSettings, shapes: ModelShapes) -> tuple[str, ...]:
     if lora.trains_base:
         return ()
     return target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
+
+
+def _trained(
+    method: Method, lora: LoraSettings, shapes: ModelShapes, targets: Sequence[str]
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return module -> name -> shape of everything that is trained, but rows of tokens."""
+    if method.trains_base:
+        return whole_base(shapes)
+    by_name = {linear.name: linear for linear in shapes.linears}
+    return {name: parameters_of(method, by_name[name], lora) for name in targets}
 
 
 def _token_rows(config: RunConfig, shapes: ModelShapes, method: Method) -> dict[str, tuple[int, int]]:
