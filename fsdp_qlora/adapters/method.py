@@ -48,6 +48,8 @@ class Method(ABC):
 
     alone: ClassVar[bool] = False
     """Whether a base takes only one adapter of this method at a time."""
+    trains_base: ClassVar[bool] = False
+    """Whether it trains the base itself, and there are no adapters."""
     simulates: ClassVar[bool] = True
     """Whether ``plan.simulate`` can run it: the memory tracker knows no sparse tensors."""
 
@@ -170,6 +172,12 @@ def spelt_out(lora: LoraSettings, targets: Sequence[str]) -> LoraSettings:
 
 _METHODS: choices.Registry[Method] = choices.Registry("adapter method", choices.METHODS)
 register = _METHODS.register
+
+
+def register_none(kind: type[Method]) -> type[Method]:
+    """Register the absence of a method: found by its name, but none of the names that `choices.METHODS` lists."""
+    _METHODS[kind.name] = kind
+    return kind
 
 
 def build_method(name: str) -> Method:

@@ -77,6 +77,11 @@ def adapter_of(name: str) -> str:
 
 
 def adapter_key(name: str, adapter: str = ADAPTER) -> str:
-    """Return a parameter's name in PEFT's file: from ``base_model`` on, without the adapter's name."""
+    """Return a parameter's name in PEFT's file: from ``base_model`` on, without the adapter's name.
+
+    In a model without adapters, return its name in the base's files.
+    """
+    if "base_model" not in name:
+        return name.removeprefix("model.")
     key = re.sub(rf"\.{re.escape(adapter)}(?=\.|$)", "", name[name.index("base_model") :])
     return key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # as PEFT's old files have it

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
+from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
 from fsdp_qlora.cli.quoting import command
@@ -112,7 +113,7 @@ def _merged(config: RunConfig) -> int:
     assert config.export.to is not None  # check_verb
     target = Path(config.export.to).expanduser()
     assert not isinstance(config.adapter, dict)  # check_verb
-    adapter = Path(config.adapter).expanduser() if config.adapter else _newest(config) / ADAPTER_FOLDER
+    adapter = Path(config.adapter).expanduser() if config.adapter else _with_adapter(config) / ADAPTER_FOLDER
     world = open_world(config)
     with world.stack:
         done = merge(config, adapter, target, world, loading("folding and writing"))
@@ -122,11 +123,21 @@ def _merged(config: RunConfig) -> int:
     return 0
 
 
-def _newest(config: RunConfig) -> Path:
-    """Return the checkpoint to export from."""
+def _with_adapter(config: RunConfig) -> Path:
+    """Return the checkpoint to export from, which has an adapter."""
+    folder = RunFolder(config.run.output_root, config.run.name)
+    source = _newest(config, folder)
+    if Manifest.read(source).identity.get("lora.variant") == choices.NONE:
+        raise ConfigError(
+            f"what={config.what}: {source} is of a run with lora=none, which trains the base and no adapter; its "
+            f"result is {folder.model}, a model that it writes when it ends."
+        )
+    return source
+
+
+def _newest(config: RunConfig, folder: RunFolder) -> Path:
     if config.export.checkpoint:
         return Path(config.export.checkpoint).expanduser()
-    folder = RunFolder(config.run.output_root, config.run.name)
     checkpoints = complete_checkpoints(folder.checkpoints)
     if not checkpoints:
         raise CheckpointError(f"{folder.checkpoints} holds no complete checkpoint; set export.checkpoint=FOLDER.")
@@ -153,7 +164,7 @@ def _adapter(config: RunConfig) -> int:
     if config.adapter and config.export.plain_lora:
         return _plain_lora(config, _started(config))
     folder = RunFolder(config.run.output_root, config.run.name)
-    source = _newest(config)
+    source = _with_adapter(config)
     manifest = open_checkpoint(source).manifest
     if config.export.plain_lora:
         return _plain_lora(config, open_started(source / ADAPTER_FOLDER))

@@ -16,10 +16,11 @@ _START = re.compile(r"olora|loftq|pissa(_niter_[1-9]\d{0,5})?")
 class LoraSettings:
     """The trainable adapters."""
 
-    variant: Annotated[str, choices.METHODS, *choices.STARTS] = "lora"
+    variant: Annotated[str, choices.METHODS, *choices.STARTS, choices.NONE] = "lora"
     """Adapter method: LoRA, scaled by alpha/r (``lora``) or alpha/sqrt(r) (``rslora``), runs in our own layer;
     ``pissa``, ``olora`` and ``loftq`` are LoRA that starts from the base weights (``init_lora_weights``). The others
-    run in PEFT's layers: slower, never compiled, but the same method and files as in PEFT."""
+    run in PEFT's layers: slower, never compiled, but the same method and files as in PEFT. ``none`` trains the base
+    itself, all of it."""
     use_rslora: Annotated[bool | None, YOUNGER] = None
     """Scale LoRA or DoRA by alpha/sqrt(r), as in PEFT; null: as the variant says."""
     use_dora: Annotated[bool | None, YOUNGER] = None
@@ -58,6 +59,11 @@ class LoraSettings:
     """Alphas of some targets, as ``rank_pattern``."""
     init_from: Annotated[str | None, VERBATIM, MAY_CHANGE] = None
     """PEFT adapter folder to start a new run from (same ranks, alphas and targets)."""
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether there are no adapters and the base itself is trained."""
+        return self.variant == choices.NONE
 
     @property
     def method(self) -> str:

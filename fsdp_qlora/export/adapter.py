@@ -33,11 +33,11 @@ def gather_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the whole adapter on the CPU under PEFT's names. A collective."""
     adapter: dict[str, torch.Tensor] = {}
     for name, parameter in trainable_parameters(model):
-        adapter[name] = _whole(parameter.detach()).to("cpu", copy=True).contiguous()
+        adapter[name] = whole_tensor(parameter.detach()).to("cpu", copy=True).contiguous()
     return adapter
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Gather a tensor over its ranks, on their mesh's device, because its shards may be in host memory."""
     if not isinstance(tensor, DTensor):
         return tensor

@@ -270,6 +270,11 @@ def synchronize_gradients(model: nn.Module, enabled: bool) -> None:
         unit.set_reshard_after_backward(enabled, recurse=False)
 
 
+def synchronize_each(model: nn.Module, last: bool) -> None:
+    """Reduce gradients after each micro-batch, as ``trains_base`` needs: accumulated locally, all would be whole."""
+    synchronize_gradients(model, True)
+
+
 _GATHERED = "fsdp_qlora_stays_gathered"
 
 

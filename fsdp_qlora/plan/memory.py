@@ -128,6 +128,7 @@ class MemoryModel:
         layers = tuple(layer + "." for layer in shapes.layers)
         self.offloaded_inside = frozenset(name for name in offloaded if name.startswith(layers))
         self.trained = trained
+        self.masters = shapes.parameters.keys() & {name for tensors in trained.values() for name in tensors}
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.linear.parameter: x for x in quantized}
         inside = [x for x in quantized if x.linear.name not in edges]
@@ -175,12 +176,13 @@ class MemoryModel:
         # the layer in backward is one of those whose offloaded activations are on the device
         moves = settings.offload_activations and settings.checkpointing == "none"
         left = min(kept, self._saved(self.activations[-1], settings)) if moves else 0
+        # gradients and the optimizer's temporaries; of adapters, at most three times their bytes (fixed[3])
+        updated = fixed[3] + temporary_bytes(settings.optim, fixed[3], settings.on_accelerator)
         moments = {
             "first_layer": on_device + gradients + self._gathered_first(settings) + arriving,
             "head": held + self._held_layers(settings) + max(last + edge + max(logits + head, arrives), before),
             "layer_backward": held - left + layer + at_layer + inside,
-            # gradients and the optimizer's temporaries: three times the adapters' bytes (fixed[3])
-            "update": 0 if settings.offload_parameters else on_device + 3 * fixed[3],
+            "update": 0 if settings.offload_parameters else on_device + (updated if self.masters else 3 * fixed[3]),
         }
         if self.adapters.loading:
             moments["loading"] = (0 if settings.offload_parameters else sum(fixed[:4])) + self.adapters.loading
@@ -216,9 +218,9 @@ class MemoryModel:
         kept = sum(
             fullest_share(shape[0] if shape else 1, shard) * prod(shape[1:])
             for name, shape in self.shapes.parameters.items()
-            if name not in self.packed and name not in self.offloaded and name not in self.shapes.float32
+            if name not in {*self.packed, *self.offloaded, *self.shapes.float32, *self.masters}
         )
-        adapters = FLOAT32 * self._held(settings)
+        adapters = FLOAT32 * self.held(settings)
         return (
             sum(mine * x.row_bytes for x, mine in rows),
             sum(mine * x.quant_format.statistics_bytes for x, mine in rows),
@@ -232,32 +234,29 @@ class MemoryModel:
             + sum(state_bytes(settings.optim, name, shape, num_ranks=1) for name, shape in self.adapters.rows.items()),
         )
 
-    def _held(self, settings: StorageSettings) -> int:
+    def held(self, settings: StorageSettings) -> int:
         """Return the number of adapter elements that this rank holds."""
-        shards = settings.adapter_shards
-        sharded = sum(
-            fullest_share(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values()
-        )
-        return sharded + self.adapters.row_elements
+        shards, shapes = settings.adapter_shards, (s for tensors in self.trained.values() for s in tensors.values())
+        return sum(fullest_share(s[0], shards) * prod(s[1:]) for s in shapes) + self.adapters.row_elements
 
     def _gradients(self, settings: StorageSettings) -> int:
         """Return the bytes of the adapters' float32 gradients: whole during accumulation, else this rank's shard."""
+        if self.masters and not settings.adapter_copies:  # reduced after each micro-batch; a unit's are whole before it
+            one_unit = max(unit.adapters for unit in (*self.layers, *self.edges))
+            return FLOAT32 * self.held(settings) + (FLOAT32 + settings.itemsize) * one_unit
         if settings.accumulation_steps > 1 or settings.adapter_copies:
             return FLOAT32 * self.trainable()
         # before it is reduce-scattered, the gradient of one layer exists whole
         one_unit = max((unit.adapters for unit in self.layers), default=0) if settings.shard_size > 1 else 0
-        return FLOAT32 * ((0 if settings.offload_parameters else self._held(settings)) + one_unit)
+        return FLOAT32 * ((0 if settings.offload_parameters else self.held(settings)) + one_unit)
 
     def _unit(self, prefix: str) -> Unit:
         total = 0
         for name, shape in self.shapes.parameters.items():
-            if name.startswith(prefix + ".") and name not in self.shapes.float32:
+            if name.startswith(prefix + ".") and name not in self.shapes.float32 and name not in self.masters:
                 packed = self.packed.get(name)
-                if packed is None:
-                    total += prod(shape) * self.settings.itemsize
-                else:
-                    total += packed.bytes
-        inside = (shapes for name, shapes in self.trained.items() if name.startswith(prefix + "."))
+                total += prod(shape) * self.settings.itemsize if packed is None else packed.bytes
+        inside = (shapes for name, shapes in self.trained.items() if f"{name}.".startswith(f"{prefix}."))
         trained = sum(prod(shape) for shapes in inside for shape in shapes.values())
         return Unit(prefix, total + (0 if self.settings.adapter_copies else trained * self.settings.itemsize), trained)
 

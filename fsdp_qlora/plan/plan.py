@@ -10,6 +10,7 @@ from typing import Any
 
 from fsdp_qlora.adapters import Method, build_method, of_target, parameters_of, spelt_out
 from fsdp_qlora.adapters.experts import experts_parameters
+from fsdp_qlora.adapters.full import whole_base
 from fsdp_qlora.adapters.loraplus import is_faster
 from fsdp_qlora.config.auto import Choice, asked, degree, switch
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
@@ -120,8 +121,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     config = replace(config, lora=lora)
     by_name = {x.name: x for x in shapes.linears}
     method = build_method(config.lora.method)
-    trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
-    trained |= experts_parameters(method, parameters, lora)
+    trained = _trained(method, lora, shapes, targets, parameters)
     rows = _token_rows(config, shapes, method)
     _require_matches(config, dict(chain(rows.items(), *(tensors.items() for tensors in trained.values()))))
     quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
@@ -166,9 +166,22 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
 
 def _targets(lora: LoraSettings, shapes: ModelShapes) -> tuple[tuple[str, ...], tuple[LinearShape, ...], LoraSettings]:
     """Return the linears and the stacked weights that get adapters, and the settings with whole names for patterns."""
+    if lora.trains_base:
+        return (), (), lora
     targets = target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
     parameters = target_parameters(shapes, lora.target_parameters, lora.exclude_modules, lora.layers_to_transform)
     return targets, parameters, spelt_out(lora, [*targets, *(x.name for x in parameters)])
+
+
+def _trained(
+    method: Method, lora: LoraSettings, shapes: ModelShapes, targets: Sequence[str], parameters: Sequence[LinearShape]
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return module -> name -> shape of everything that is trained, but rows of tokens."""
+    if method.trains_base:
+        return whole_base(shapes)
+    by_name = {linear.name: linear for linear in shapes.linears}
+    trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
+    return trained | experts_parameters(method, parameters, lora)
 
 
 def _token_rows(config: RunConfig, shapes: ModelShapes, method: Method) -> dict[str, tuple[int, int]]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.folder import start_from_adapter
+from fsdp_qlora.adapters.full import train_base
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
@@ -160,7 +161,9 @@ def load_model(
     shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
     on_host = host_modules(model.base, opened.plan.offloaded)
     turns = None if config.lora.start is None else TakingTurns(model, config.lora, config.run.seed, ranks, kept)
-    report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host, turns or iter)
+    report = stream_weights(
+        model, model.base, opened.source, ranks, progress, shards_on, on_host, turns or iter, config.lora.trains_base
+    )
     if turns is not None:
         model.starts = turns.starts
     if served:
@@ -268,8 +271,13 @@ def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | No
 def _adapt_and_quantize(
     config: RunConfig, base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, task: str | None,
     served: Sequence[ServedAdapter],
-) -> AdaptedModel:  # fmt: skip
-    """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know."""
+) -> AdaptedModel | PreTrainedModel:  # fmt: skip
+    """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know.
+
+    Without adapters, the base is what is trained.
+    """
+    if config.lora.trains_base:
+        return train_base(base)
     attach = partial(attach_adapters, base, plan.targets, config.lora, task, plan.parameters)
     if served:
         attach = partial(attach_served, base, shapes, served, task)

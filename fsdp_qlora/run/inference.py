@@ -16,7 +16,7 @@ from fsdp_qlora.adapters.folder import (
 )
 from fsdp_qlora.adapters.served import ServedAdapter
 from fsdp_qlora.adapters.turns import FILE_NAME
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file
 from fsdp_qlora.model.tokenizer import added_tokens
@@ -36,6 +36,7 @@ def load_for_inference(
     The adapters' own configs determine ranks, scalings and targets, and the base model if ``config.model.name`` is
     empty. Of several, the first is in use; `CausalModel.use_adapter` switches, and ``adapter_names`` of
     `CausalModel.logits` and `CausalModel.generate` chooses one for each row. They are frozen.
+    With ``lora=none`` and no adapter, the weights are in the compute dtype.
 
     Raises:
         ModelError: if a folder is not an adapter, or not one for this model, or the adapters do not go together.
@@ -44,6 +45,8 @@ def load_for_inference(
         return _load_several(config, adapter, world)
     if adapter is not None:
         config = with_adapter(config, adapter)
+    elif config.lora.trains_base:  # nothing is trained here: no float32 masters
+        config = replace(config, lora=LoraSettings())
     else:  # the base alone: nothing is taken off it
         config = replace(
             config, lora=replace(config.lora, variant=config.lora.method, init_lora_weights=None, loftq_iter=1)
