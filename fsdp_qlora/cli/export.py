@@ -17,7 +17,7 @@ from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.process import Placement, choose_device, use_device
 from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError, StorageError
-from fsdp_qlora.export.adapter import copy_adapter
+from fsdp_qlora.export.adapter import copy_adapter, copy_folder
 from fsdp_qlora.export.combined import combine_adapters
 from fsdp_qlora.export.quantized_base import export_base
 from fsdp_qlora.export.starts import StartedAdapter, measure, open_started, write_for_its_base, write_plain_lora
@@ -118,6 +118,7 @@ def _merged(config: RunConfig) -> int:
     with world.stack:
         done = merge(config, adapter, target, world, loading("folding and writing"))
     written = f"{done.written.folded} linears folded, {megabytes(done.written.num_bytes)}"
+    written += f" ({done.rounded} in the base's files, rounded to {done.dtype})" if done.rounded else ""
     print(f"{done.base} + {adapter} -> {target}: {written}")
     print(f"folded into the {done.form} base ({done.why}); the largest tensor took {megabytes(done.memory)}")
     return 0
@@ -158,11 +159,27 @@ def _combined(config: RunConfig, adapters: dict[str, str]) -> int:
     return 0
 
 
+def _named_adapter(config: RunConfig, adapter: Path) -> int:
+    assert config.export.to is not None  # check_verb
+    target = Path(config.export.to).expanduser()
+    try:
+        copy_folder(adapter, target)
+        if config.export.for_vllm:
+            rewrite_for_vllm(target)
+    except OSError as error:
+        raise StorageError(f"export.to: {target} cannot be written: {error}") from error
+    print(f"{adapter} -> {target}")
+    print(served_by_vllm(target))
+    return 0
+
+
 def _adapter(config: RunConfig) -> int:
     if isinstance(config.adapter, dict):
         return _combined(config, config.adapter)
     if config.adapter and config.export.plain_lora:
         return _plain_lora(config, _started(config))
+    if config.adapter:
+        return _named_adapter(config, Path(config.adapter).expanduser())
     folder = RunFolder(config.run.output_root, config.run.name)
     source = _with_adapter(config)
     manifest = open_checkpoint(source).manifest

@@ -304,11 +304,20 @@ def _export_needs(config: RunConfig) -> Iterator[str]:
             yield "export.plain_lora: converts an adapter; set what=adapter."
     if config.export.plain_lora and not config.export.to:
         yield "export.to: not set. Give the folder that export.plain_lora=true writes."
+    if config.what == "adapter" and isinstance(config.adapter, str) and not config.export.to:
+        yield "export.to: not set. Give the folder for a copy of the adapter."
     if config.what == "merged":
-        if not config.export.to:
-            yield "export.to: not set. Give the folder that what=merged writes."
-        if config.adapter and config.export.checkpoint:
-            yield "export.checkpoint: adapter names the adapter to fold in; give one of them."
+        yield from _merge_needs(config)
+
+
+def _merge_needs(config: RunConfig) -> Iterator[str]:
+    if not config.export.to:
+        yield "export.to: not set. Give the folder that what=merged writes."
+    if config.adapter and config.export.checkpoint:
+        yield "export.checkpoint: adapter names the adapter to fold in; give one of them."
+    for key in ("for_vllm", "plain_lora"):
+        if getattr(config.export, key):
+            yield f"export.{key}: is about adapters, and what=merged writes none; leave it out."
 
 
 def _needs(verb: str, config: RunConfig) -> Iterator[str]:

@@ -16,17 +16,22 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.adapters.folder import (
     WEIGHTS_NAME,
     opened_weights,
+    read_adapter_config,
+    stored_modules,
 )
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
 from fsdp_qlora.config.schema import LoraSettings
-from fsdp_qlora.errors import CheckpointError, NumericsError, StorageError
-from fsdp_qlora.files.read import file_sha256
+from fsdp_qlora.errors import CheckpointError, ModelError, NumericsError, StorageError
+from fsdp_qlora.files.read import file_sha256, own_file
 from fsdp_qlora.files.scratch import fresh_folder, move_into
 from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_text
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.shapes.patterns import endings
+
+_BESIDE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
+"""The files of an adapter's folder."""
 
 
 def gather_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -134,6 +139,26 @@ def _write_into(
         tokenizer.save_pretrained(str(folder))
     if model_card is not None:
         write_text(folder / "README.md", model_card)
+
+
+def copy_folder(adapter: Path, target: Path) -> None:
+    """Copy a PEFT adapter folder: its config, tensors, tokenizer and card.
+
+    Raises:
+        ModelError: if it is no adapter that is supported, holds values that are not finite numbers, or is ``target``.
+        SecurityError: if a file in it is a link out of it.
+    """
+    if target.resolve() == adapter.resolve():
+        raise ModelError(f"export.to: {target} is the adapter itself; choose another folder.")
+    stored_modules(adapter, read_adapter_config(adapter))
+    with opened_weights(own_file(adapter, WEIGHTS_NAME)) as stored:
+        for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
+            require_finite(stored.get_tensor(name), f"adapter: {name} in {adapter / WEIGHTS_NAME}")
+    names = {file.name for pattern in _BESIDE for file in adapter.glob(pattern)}
+    with fresh_folder(target) as staging:
+        for name in sorted(names):
+            copy_regular(own_file(adapter, name), staging / name)
+        move_into(staging, target)
 
 
 def copy_adapter(checkpoint: Path, manifest: Manifest, target: Path) -> None:

@@ -99,8 +99,8 @@ class Folding:
             return
         if ids != list(range(ids[0], ids[-1] + 1)) or ids[0] > shapes.embedding_rows:
             raise ModelError(
-                f"adapter: {self.adapter.folder} has rows for the tokens {ids[0]} to {ids[-1]}, which do not follow "
-                f"the {shapes.embedding_rows} rows of this base model without a gap."
+                f"adapter: {self.adapter.folder} trained rows of tokens that this base model has already, or leaves a "
+                f"gap after its {shapes.embedding_rows} rows; only rows of added tokens can be merged."
             )
         for table in tables_of_tokens(shapes):
             rows = self.adapter.token_rows(table)

@@ -29,6 +29,8 @@ from fsdp_qlora.load.stored import packed_format
 
 PIECE_BYTES = 64 * 2**20
 """Unchanged tensors are copied in pieces of this size."""
+MARK = "merged.json"
+"""The file that tells a merge from other folders; it names the linears that were folded."""
 _SPELT = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _DTYPES = {spelt: dtype for dtype, spelt in _SPELT.items()}
 _OF_QUANTIZATION = ("quantization_config", "compression_config")
@@ -54,7 +56,8 @@ def export_merged(
     Args:
         folding: what is folded.
         source: the base model's folder.
-        target: a folder that does not exist yet or is empty; with ``overwrite``, any. It is replaced as a whole.
+        target: a folder that does not exist yet or is empty; with ``overwrite``, one that
+            holds an earlier merge. It is replaced as a whole.
         progress: called with (tensors done, total tensors).
         overwrite: whether ``target`` may hold an earlier export.
 
@@ -63,7 +66,7 @@ def export_merged(
         SecurityError: if a file in ``source`` links outside it: it would be shared along with the model.
         StorageError: if ``target`` cannot be written.
     """
-    require_free(target, overwrite)
+    require_free(target, overwrite, (source, folding.adapter.folder))
     beside = {**beside_the_weights(source), **_of_tokenizer(folding.adapter.folder)}
     for file in {entry.file for entry in folding.files.entries.values()}:
         own_file(source, file.name)
@@ -74,6 +77,7 @@ def export_merged(
                 copy_regular(file, staging / name)
             write_json(staging / "config.json", _config(source, folding))
             _follow_end_of_turn(staging, folding)
+            write_json(staging / MARK, {"folded": sorted(folding.adapter.modules)})
             _check(staging, home)
             for file in (*staging.iterdir(), staging):
                 sync(file)
@@ -87,15 +91,27 @@ def export_merged(
     return Merged(len(folding.adapter.modules), total)
 
 
-def require_free(target: Path, overwrite: bool) -> None:
-    """Check that a folder may be written.
+def require_free(target: Path, overwrite: bool, kept: Iterable[Path] = ()) -> None:
+    """Check that a folder may be written, or replaced with ``overwrite``: an earlier merge, and nothing else.
 
     Raises:
-        ModelError: if it is not empty, unless ``overwrite``; or if it is no folder.
+        ModelError: if it is not empty and no merge, a link, no folder, or one of the folders ``kept``, around or
+            inside one of them.
     """
-    if target.exists() and not (target.is_dir() and (overwrite or not any(target.iterdir()))):
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        what = "a link" if target.is_symlink() else "a file"
+        raise ModelError(f"export.to: {target} is {what}; name a new folder.")
+    own = target.resolve()
+    for folder in (path.resolve() for path in kept):
+        if own == folder or own in folder.parents:
+            raise ModelError(f"export.to: {target} is, or holds, {folder}, which is read here; choose another folder.")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not (target / MARK).is_file():
+        raise ModelError(f"export.to: {target} already exists and is no earlier merge; choose another folder.")
+    if not overwrite:
         raise ModelError(
-            f"export.to: {target} already exists and is not empty; choose another folder, or set export.overwrite=true."
+            f"export.to: {target} already holds a merge; choose another folder, or set export.overwrite=true."
         )
 
 

@@ -6,8 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import GenerateSettings, RunConfig
 from fsdp_qlora.distributed.reduce import on_every, on_main
+from fsdp_qlora.errors import DataError
 from fsdp_qlora.inference.batches import Row, answer_all
 from fsdp_qlora.inference.end_of_turn import end_of_turn
 from fsdp_qlora.inference.prompts import Answers, Prompt, read_prompts
@@ -35,6 +36,7 @@ def answer_file(config: RunConfig, prepared: Prepared) -> int:
 
     left = set(on_main(open_answers, ranks))
     rows = on_every(lambda: _rows(prepared, [prompt for prompt in prompts if prompt.index in left]), ranks)
+    on_every(lambda: _require_fit(rows, settings, prepared.shapes.max_positions, file), ranks)
     end = end_of_turn(prepared.folder, prepared.model.base.config, prepared.tokenizer)
     started = time.perf_counter()
     done = len(prompts) - len(rows)
@@ -57,6 +59,18 @@ def answer_file(config: RunConfig, prepared: Prepared) -> int:
 
     on_main(finish, ranks)
     return len(prompts)
+
+
+def _require_fit(rows: list[Row], settings: GenerateSettings, positions: int, file: Path) -> None:
+    """Check that no prompt and its answer need more positions than the model has."""
+    room = positions - settings.max_new_tokens
+    long = [row for row in rows if positions and len(row.ids) > room]
+    if long:
+        named = ", ".join(f"{row.index + 1} ({len(row.ids)} tokens)" for row in sorted(long, key=lambda r: r.index)[:5])
+        raise DataError(
+            f"generate.prompts: {file}: the model has {positions} positions, {settings.max_new_tokens} of them for the "
+            f"answer (generate.max_new_tokens); {len(long)} prompts are longer than the rest: {named}."
+        )
 
 
 def _rows(prepared: Prepared, prompts: list[Prompt]) -> list[Row]:

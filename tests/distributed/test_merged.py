@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +76,12 @@ def expected(
     return {name: value.bfloat16() for name, value in merged.state_dict().items()}
 
 
-def run_merge(ranks: Ranks, base: str, adapter: str, target: str, quant: str, form: str) -> list[str]:
-    """Merge as the command does; return what was folded into and why, or the error."""
+def run_merge(
+    ranks: Ranks, base: str, adapter: str, target: str, quant: str, form: str, overwrite: bool = False
+) -> list[str]:
+    """Merge as the command does with a run's settings; return what was folded into and why, or the error."""
     config = settings(base, quant, form)
+    config = replace(config, run_from="run", export=replace(config.export, overwrite=overwrite))
     try:
         done = merge(config, Path(adapter), Path(target), world_of(ranks))
     except FsdpQloraError as error:
@@ -183,6 +188,38 @@ def test_files_keep_their_layout_and_a_full_folder_is_left_alone(pool, tmp_path)
     assert message.startswith("export.to:") and "export.overwrite=true" in message
     assert before == {file.name: file.read_bytes() for file in target.iterdir()}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
+
+
+def test_only_an_earlier_merge_is_replaced(pool, tmp_path, tiny_model):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    folder = write_adapter(base, tmp_path / "adapter", lora())
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(others, target_is_directory=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for target, said in (
+        (base, "which is read here"), (folder, "which is read here"), (tmp_path, "or holds"), (others, "no earlier merge"),
+        (tmp_path / "file", "is a file"), (tmp_path / "link", "is a link"),
+    ):  # fmt: skip
+        (message,) = pool.run(1, run_merge, str(base), str(folder), str(target), "nf4", "original", True)[0]
+        assert message.startswith("export.to:") and said in message
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for form in FORMS:
+        assert pool.run(1, run_merge, str(base), str(folder), str(tmp_path / "merged"), "nf4", form, True)[0][0] == form
+
+
+def test_without_a_run_the_stored_weights_are_folded_into(pool, tmp_path, tiny_model):
+    folder = write_adapter(tiny_model, tmp_path / "adapter", lora())
+    form, why = pool.run(1, merge_alone, str(tiny_model), str(folder), str(tmp_path / "merged"))[0]
+    assert form == "original" and "run_from" in why
+
+
+def merge_alone(ranks: Ranks, base: str, adapter: str, target: str) -> list[str]:
+    done = merge(settings(base, "nf4", "auto"), Path(adapter), Path(target), world_of(ranks))
+    return [done.form, done.why]
 
 
 def test_an_adapter_of_another_model_is_refused(pool, tmp_path, tiny_model):
