@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from math import ceil, prod
 from typing import Any
 
+from fsdp_qlora.data.deal import BatchPlan
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect
 from fsdp_qlora.plan.memory import FLOAT32, StorageSettings
 from fsdp_qlora.plan.moved import copied_alone, copied_modules, gathered_bytes, received_bytes
@@ -143,6 +144,7 @@ def step_time(
     """
     settings, memory = settings or plan.settings, plan.memory
     turns = accumulation_steps or plan.batch.accumulation_steps
+    batch = plan.batch if accumulation_steps is None else plan.batch.of_rows(settings.micro_batch_size)
     token = flops_per_token(plan, shapes, settings).total / (device.teraflops * 1e12 * MFU)
     compute = token * settings.tokens
     gathered = gathered_bytes(memory, settings)
@@ -161,9 +163,14 @@ def step_time(
     step = turns * micro_batch + reduce
     return StepTime(
         gathered, gather, compute, dequantize, copies, micro_batch, reduce, step,
-        tokens_per_second=settings.tokens * turns * plan.world_size / step,
+        tokens_per_second=_tokens_of_step(batch, settings, turns) / step,
         balanced_tokens=ceil(max(0.0, gather - dequantize) / token),
     )  # fmt: skip
+
+
+def _tokens_of_step(batch: BatchPlan, settings: StorageSettings, turns: int) -> int:
+    """Return the tokens of a step over all ranks: a rank without a micro-batch in a turn adds none."""
+    return settings.tokens * min(batch.num_micro_batches, turns * batch.num_ranks)
 
 
 def _dequantized_bytes(plan: TrainPlan, shapes: ModelShapes, settings: StorageSettings) -> float:

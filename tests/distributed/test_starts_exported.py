@@ -98,7 +98,7 @@ def test_exports_answer_as_the_trained_model(pool, even_model, chat_rows, tmp_pa
         what="merged",
         adapter=str(adapter),
         quant=QUANT[quant],
-        export={"to": str(merged)},
+        export={"to": str(merged), "merge_base": "dequantized"},
     )
     with torch.no_grad():  # folded into what its start left of the base, in 16 bits
         theirs = dense(merged).eval()(input_ids=_ids()).logits
