@@ -59,8 +59,8 @@ def _walk(folder: Path, names: list[str]) -> dict[str, Walk]:
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Walk]:
-    """Walk every variant that a selected test asks for, in one process."""
-    wanted = {item.callspec.params["name"] for item in request.session.items if _asks(item)}
+    """Walk every variant that a selected test asks for, and those of `make test`, in one process."""
+    wanted = {item.callspec.params["name"] for item in request.session.items if _asks(item)} | set(FAST)
     chosen = [name for name in (*VARIANTS, ALL_PAIRS) if name in wanted or name.split(": ")[0] in wanted]
     return _walk(tmp_path_factory.mktemp("walks"), chosen)
 
