@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -270,9 +270,12 @@ def synchronize_gradients(model: nn.Module, enabled: bool) -> None:
         unit.set_reshard_after_backward(enabled, recurse=False)
 
 
-def synchronize_each(model: nn.Module, last: bool) -> None:
-    """Reduce gradients after each micro-batch, as ``trains_base`` needs: accumulated locally, all would be whole."""
-    synchronize_gradients(model, True)
+def synchronizer(trains_base: bool) -> Callable[[nn.Module, bool], None]:
+    """Return what is called before each backward with whether it is a step's last (`synchronize_gradients`).
+
+    With ``trains_base`` it reduces gradients after each micro-batch: accumulated locally, all of them would be whole.
+    """
+    return (lambda model, _: synchronize_gradients(model, True)) if trains_base else synchronize_gradients
 
 
 _GATHERED = "fsdp_qlora_stays_gathered"

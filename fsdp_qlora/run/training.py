@@ -46,7 +46,7 @@ from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule, warmup_notice
 from fsdp_qlora.parallel.fallback import EagerFallback
-from fsdp_qlora.parallel.shard import model_dtype, release_gathered, synchronize_each, synchronize_gradients
+from fsdp_qlora.parallel.shard import model_dtype, release_gathered, synchronizer
 from fsdp_qlora.plan.choices import smaller
 from fsdp_qlora.run.base_files import BaseFiles
 from fsdp_qlora.run.batches import build_batches, data_key
@@ -296,7 +296,7 @@ class Training:
         )  # fmt: skip
         settings = StepSettings(
             objective=self.objective, ranks=self.ranks, seed=self.config.run.seed, max_grad_norm=train.max_grad_norm,
-            synchronize=synchronize_each if self.config.lora.trains_base else synchronize_gradients,
+            synchronize=synchronizer(self.config.lora.trains_base),
             around=debug_context(self.config),
             enter=self.prepared.ranks.phases.enter,
             before_update=before_update,
