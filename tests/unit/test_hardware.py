@@ -20,8 +20,8 @@ from fsdp_qlora.parallel.compile import can_compile
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 
 ROOT = Path(fsdp_qlora.__file__).parent
-ALLOWED = {"distributed/process.py", "config/schema.py", "attention/candidates.py"}
-"""Where a device type is chosen, where a person may ask for one, and where torch has a kernel for one type alone."""
+ALLOWED = {"distributed/process.py", "config/schema.py"}
+"""Where a device type is chosen, and where a person may ask for one."""
 
 
 def _names_a_vendor(file: Path) -> list[int]:
