@@ -11,8 +11,8 @@ from fsdp_qlora.distributed.reduce import on_every, on_main
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.inference.batches import Row, answer_all
 from fsdp_qlora.inference.end_of_turn import end_of_turn
+from fsdp_qlora.inference.generate import encode_conversations
 from fsdp_qlora.inference.prompts import Answers, Prompt, read_prompts
-from fsdp_qlora.inference.rendering import render_all_apart
 from fsdp_qlora.run.prepared import Prepared
 
 
@@ -74,11 +74,5 @@ def _require_fit(rows: list[Row], settings: GenerateSettings, positions: int, fi
 
 
 def _rows(prepared: Prepared, prompts: list[Prompt]) -> list[Row]:
-    tokenizer = prepared.tokenizer
-    conversations = [prompt.messages for prompt in prompts]
-    if tokenizer.chat_template:
-        texts = render_all_apart(tokenizer, conversations, add_generation_prompt=True) if prompts else []
-    else:
-        texts = [str(messages[-1].get("content", "")) for messages in conversations]
-    encoded = [tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"] for text in texts]
-    return [Row(prompt.index, list(ids)) for prompt, ids in zip(prompts, encoded, strict=True)]  # type: ignore[arg-type]
+    encoded = encode_conversations(prepared.tokenizer, [prompt.messages for prompt in prompts])
+    return [Row(prompt.index, ids) for prompt, ids in zip(prompts, encoded, strict=True)]
