@@ -17,13 +17,10 @@ from fsdp_qlora.data.loader import TokenRows
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.quant.packing import tensor_sha256
 from fsdp_qlora.run.fit import fit
-from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.run.inference import load_for_inference
-from fsdp_qlora.run.training import Training
 from tests import tiny
-from tests.build import build, config_of, losses, run_fit, whole, world_of
+from tests.build import build, config_of, loaded_state, losses, run_fit, world_of
 from tests.families import FAMILIES, write_family
 from tests.tiers import some_in_full
 from tests.tolerances import FP32_LOSSES, close
@@ -118,18 +115,6 @@ def test_the_plan_counts_16_bytes_a_parameter_exactly(pool, tmp_path, tied, prec
     assert sum(sum(held.values()) for held, _ in of_ranks) == 16 * count
 
 
-def _loaded(ranks: Ranks, folder: str, root: str, saved: str, groups: dict[str, Any]) -> dict[str, str]:
-    """Return digests of all masters and of their optimizer states, after loading a checkpoint."""
-    run = {"output_root": root, "name": f"load{ranks.size}"}
-    prepared = build(ranks, folder, checkpoint={"resume": saved}, run=run, **groups)
-    training = Training(prepared, RunFolder(root, run["name"]))
-    training.resume()
-    tensors = training.optimizer.parameters | training.optimizer.state_tensors()
-    digests = {name: tensor_sha256(whole(tensor.detach()).contiguous()) for name, tensor in tensors.items()}
-    training.close()
-    return digests
-
-
 def _trained_logits(ranks: Ranks, folder: str, root: str, groups: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
     """Train, and return the logits of the model that was trained."""
     prepared = build(ranks, folder, run={"output_root": root, "name": "logits"}, **groups)
@@ -175,7 +160,7 @@ def test_bf16_learns_resumes_with_the_same_bits_and_stores_16_bits(pool, tmp_pat
     assert losses(first)[-1] < losses(first)[0]
     saved = str(tmp_path / "run" / "checkpoints" / "step_00000002")
     arguments = str(folder), str(tmp_path), saved, _settings(rows, "bf16")
-    states = [pool.run(num_ranks, _loaded, *arguments)[0] for num_ranks in (1, 2, 3)]
+    states = [pool.run(num_ranks, loaded_state, *arguments)[0] for num_ranks in (1, 2, 3)]
     assert states[0] == states[1] == states[2] and len(states[0]) >= 3 * len(list(_names(folder)))
     again = _settings(rows, "bf16") | {"checkpoint": {"resume": saved}}
     more = pool.run(2, run_fit, str(folder), str(tmp_path), "again", again)[0]["metrics"]
