@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from fsdp_qlora.adapters.method import Method, build_method, of_target
+from fsdp_qlora.adapters.method import Method, build_method, of_target, scaling_of
 from fsdp_qlora.adapters.names import ADAPTER, adapter_key
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.errors import PlanError
@@ -33,7 +33,7 @@ class StackedLora(nn.Module, LoraLayer):
     weights of linears, which are never called.
     """
 
-    def __init__(self, base_layer: nn.Module, target: LinearShape, lora: LoraSettings, use_rslora: bool) -> None:
+    def __init__(self, base_layer: nn.Module, target: LinearShape, lora: LoraSettings) -> None:
         super().__init__()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unsupported layer type")  # PEFT knows no experts of ours
@@ -44,8 +44,7 @@ class StackedLora(nn.Module, LoraLayer):
         self.lora_A[ADAPTER] = nn.Linear(target.in_features, width, bias=False, device="meta")
         self.lora_B[ADAPTER] = nn.Linear(width, target.out_features, bias=False, device="meta")
         self.r[ADAPTER], self.lora_alpha[ADAPTER] = lora.r, lora.alpha
-        self.use_rslora[ADAPTER] = use_rslora
-        self.scaling[ADAPTER] = lora.alpha / (lora.r**0.5 if use_rslora else lora.r)
+        self.use_rslora[ADAPTER], self.scaling[ADAPTER] = lora.scales_by_root, scaling_of(lora)
         self._active_adapter = ADAPTER
         set_adapter(self.get_base_layer(), target.name.rpartition(".")[2], self)
 
@@ -62,12 +61,11 @@ class StackedLora(nn.Module, LoraLayer):
 
 def attach_experts(base: nn.Module, targets: Iterable[LinearShape], lora: LoraSettings) -> None:
     """Wrap the experts modules of a meta model for each of the stacked weights ``targets``, in the model's order."""
-    use_rslora = bool(build_method(lora.method).peft([], lora, None).to_dict().get("use_rslora"))
     for target in targets:
         owner = target.name.rpartition(".")[0]
         parent, _, child = owner.rpartition(".")
         settings = of_target(lora, target.name)
-        setattr(base.get_submodule(parent), child, StackedLora(base.get_submodule(owner), target, settings, use_rslora))
+        setattr(base.get_submodule(parent), child, StackedLora(base.get_submodule(owner), target, settings))
 
 
 def experts_parameters(

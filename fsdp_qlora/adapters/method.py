@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import sqrt
 from typing import Any, ClassVar
 
 import torch
@@ -153,6 +154,11 @@ def of_target(lora: LoraSettings, name: str) -> LoraSettings:
     return replace(
         lora, r=r[-1] if r else lora.r, alpha=alpha[-1] if alpha else lora.alpha, rank_pattern={}, alpha_pattern={}
     )
+
+
+def scaling_of(lora: LoraSettings) -> float:
+    """Return the factor of the product of LoRA's matrices, for a target's settings (`of_target`)."""
+    return lora.alpha / (sqrt(lora.r) if lora.scales_by_root else lora.r)
 
 
 def spelt_out(lora: LoraSettings, targets: Sequence[str]) -> LoraSettings:

@@ -47,6 +47,8 @@ def renamed_by_peft(model: PreTrainedModel, names: Iterable[str]) -> frozenset[s
     return frozenset(name for key, name in keys.items() if key not in stored)
 
 
+IN_FILE = "base_model.model."
+"""What PEFT's files put before the name of a module."""
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 """Endings of the names of a LoRA's tensors in PEFT's files: ``[r, in_features]`` and ``[out_features, r]``."""
 ADAPTER = "default"

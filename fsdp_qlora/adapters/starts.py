@@ -17,12 +17,10 @@ PiSSA and OLoRA are operation for operation PEFT's, in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 
 import torch
 from torch import svd_lowrank
 
-from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.load.weights import LowRank, minus
 from fsdp_qlora.quant.formats import Format, dequantize, quantize
@@ -116,11 +114,6 @@ def _of_the_lost(
     del base  # it is as large as the weight
     left, values, right = torch.linalg.svd(torch.sub(weight, lost, out=lost), full_matrices=False)
     return _halves(left, values, right, r, scaling)
-
-
-def scaling_of(lora: LoraSettings) -> float:
-    """Return the factor of the product of LoRA's matrices, for a target's settings (`of_target`)."""
-    return lora.alpha / (sqrt(lora.r) if lora.scales_by_root else lora.r)
 
 
 def is_exact(name: str) -> bool:

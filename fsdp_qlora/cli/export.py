@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -20,7 +21,7 @@ from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError, Stora
 from fsdp_qlora.export.adapter import copy_adapter, copy_folder
 from fsdp_qlora.export.combined import combine_adapters
 from fsdp_qlora.export.quantized_base import export_base
-from fsdp_qlora.export.starts import StartedAdapter, measure, open_started, write_for_its_base, write_plain_lora
+from fsdp_qlora.export.starts import StartedAdapter, measure, write_for_its_base, write_plain_lora
 from fsdp_qlora.export.vllm import rewrite_for_vllm, served_by_vllm
 from fsdp_qlora.load.conversions import arrangement
 from fsdp_qlora.load.safetensors import SafetensorsFolder
@@ -73,7 +74,7 @@ def _base_4bit(config: RunConfig) -> int:
 
 def _started(config: RunConfig) -> StartedAdapter:
     assert isinstance(config.adapter, str)  # check_verb
-    return open_started(Path(config.adapter).expanduser())
+    return StartedAdapter(Path(config.adapter).expanduser())
 
 
 def _base_of(config: RunConfig, adapter: StartedAdapter | None) -> tuple[PreTrainedModel, Path, str]:
@@ -159,16 +160,15 @@ def _combined(config: RunConfig, adapters: dict[str, str]) -> int:
     return 0
 
 
-def _named_adapter(config: RunConfig, adapter: Path) -> int:
-    assert config.export.to is not None  # check_verb
-    target = Path(config.export.to).expanduser()
+def _written(config: RunConfig, target: Path, copy: Callable[[], None], what: str) -> int:
+    """Copy an adapter to ``target``, and say whether vLLM serves it."""
     try:
-        copy_folder(adapter, target)
+        copy()
         if config.export.for_vllm:
             rewrite_for_vllm(target)
     except OSError as error:
         raise StorageError(f"export.to: {target} cannot be written: {error}") from error
-    print(f"{adapter} -> {target}")
+    print(f"{what} -> {target}")
     print(served_by_vllm(target))
     return 0
 
@@ -179,24 +179,19 @@ def _adapter(config: RunConfig) -> int:
     if config.adapter and config.export.plain_lora:
         return _plain_lora(config, _started(config))
     if config.adapter:
-        return _named_adapter(config, Path(config.adapter).expanduser())
+        assert config.export.to is not None  # check_verb
+        adapter, target = Path(config.adapter).expanduser(), Path(config.export.to).expanduser()
+        return _written(config, target, partial(copy_folder, adapter, target), str(adapter))
     folder = RunFolder(config.run.output_root, config.run.name)
     source = _with_adapter(config)
     manifest = open_checkpoint(source).manifest
     if config.export.plain_lora:
-        return _plain_lora(config, open_started(source / ADAPTER_FOLDER))
+        return _plain_lora(config, StartedAdapter(source / ADAPTER_FOLDER))
     target = Path(config.export.to).expanduser() if config.export.to else folder.adapter
     if target == folder.adapter and target.is_symlink():
         raise SecurityError(f"{target} is a link; links are not followed here. Name the folder with export.to.")
-    try:
-        copy_adapter(source, manifest, target)
-        if config.export.for_vllm:
-            rewrite_for_vllm(target)
-    except OSError as error:
-        raise StorageError(f"export.to: {target} cannot be written: {error}") from error
-    print(f"step {manifest.step} of {source} -> {target}")
-    print(served_by_vllm(target))
-    return 0
+    copy = partial(copy_adapter, source, manifest, target)
+    return _written(config, target, copy, f"step {manifest.step} of {source}")
 
 
 EXPORTS: choices.Table[Callable[[RunConfig], int]] = choices.Table(

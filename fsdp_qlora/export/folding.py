@@ -60,15 +60,12 @@ class Folding:
                 f"what=merged: {adapter.folder} adapts stacked weights of experts, which are not folded in here; "
                 "export the adapter (what=adapter) and merge it with PEFT."
             )
+        self.dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
+        """Dtype of each parameter in the model, by name."""
         shapes = read_shapes(base)
         self._formats = {x.linear.parameter: x for x in packed}
         self._linears = {x.parameter: x for x in shapes.linears} | {x.linear.parameter: x.linear for x in packed}
         names = {x.name: x for x in self._linears.values() if not x.stacked}
-        if adapter.config.parameters:
-            raise ModelError(
-                f"adapter: {adapter.folder} adapts stacked experts ({', '.join(adapter.config.parameters)}), which "
-                "what=merged does not fold yet; merge it with PEFT."
-            )
         if missing := sorted(set(adapter.modules) - names.keys()):
             raise ModelError(f"adapter: {adapter.folder} adapts {missing[0]}, which is no linear of this base model.")
         self._sizes = {name: (names[name].out_features, names[name].in_features) for name in adapter.modules}

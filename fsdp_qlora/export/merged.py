@@ -7,9 +7,9 @@ nothing changes are copied as bytes.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from fsdp_qlora.errors import ModelError, StorageError
 from fsdp_qlora.export.folding import Folding
-from fsdp_qlora.export.quantized_base import beside_the_weights
+from fsdp_qlora.export.model_folder import beside_the_weights, new_folder
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.files.scratch import fresh_folder
 from fsdp_qlora.files.tensors import TensorToWrite, write_tensors
@@ -70,24 +70,14 @@ def export_merged(
     beside = {**beside_the_weights(source), **_of_tokenizer(folding.adapter.folder)}
     for file in {entry.file for entry in folding.files.entries.values()}:
         own_file(source, file.name)
-    try:
-        with fresh_folder(target) as staging:
-            home, total = _write_weights(folding, staging, progress)
-            for name, file in beside.items():
-                copy_regular(file, staging / name)
-            write_json(staging / "config.json", _config(source, folding))
-            _follow_end_of_turn(staging, folding)
-            write_json(staging / MARK, {"folded": sorted(folding.adapter.modules)})
-            _check(staging, home)
-            for file in (*staging.iterdir(), staging):
-                sync(file)
-            put(staging, target.absolute(), overwrite)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise ModelError(
-                f"export.to: {target} was written by another process in the meantime; it is left unchanged."
-            ) from error
-        raise StorageError(f"export.to: {target} cannot be written: {error}.") from error
+    with new_folder(target, partial(put, overwrite=overwrite)) as staging:
+        home, total = _write_weights(folding, staging, progress)
+        for name, file in beside.items():
+            copy_regular(file, staging / name)
+        write_json(staging / "config.json", _config(source, folding))
+        _follow_end_of_turn(staging, folding)
+        write_json(staging / MARK, {"folded": sorted(folding.adapter.modules)})
+        _check(staging, home)
     return Merged(len(folding.adapter.modules), total)
 
 
@@ -198,8 +188,8 @@ def _dtype(folding: Folding, entry: TensorEntry) -> torch.dtype | None:
         return stored if changed else None
     if changed:
         return folding.base.dtype
-    parameter = dict(folding.base.named_parameters()).get(entry.name)
-    narrowed = stored is torch.float32 and parameter is not None and parameter.dtype != torch.float32
+    in_model = folding.dtypes.get(entry.name, torch.float32)
+    narrowed = stored is torch.float32 and in_model != torch.float32
     return folding.base.dtype if narrowed else None
 
 

@@ -122,12 +122,13 @@ def merge(
 
 def _held_out(config: RunConfig, folder: Path, opened: OpenedModel, world: World) -> tuple[list[Piece] | None, str]:
     """Return rows to measure on, as ``(input_ids, learned)``; or None, and why there are none."""
+    none = "no held-out rows (data.eval, or data.train with data.eval_fraction)"
     if config.data.train is None and config.data.eval is None:
-        return None, "no held-out rows (data.eval, or data.train with data.eval_fraction)"
+        return None, none
     data = replace(config.data, train=config.data.train or config.data.eval)
     _, prepared = tokenize(replace(config, data=data), folder, opened, Verdict("eager"), world)
     if prepared is None or prepared.eval is None or not len(prepared.eval):
-        return None, "no held-out rows (data.eval, or data.train with data.eval_fraction)"
+        return None, none
     held = TokenRows(prepared.eval)
     rows = [held.row(number) for number in range(min(MOST_ROWS, len(held)))]
     size, (available, _) = 2 * opened.plan.base_parameters, host_memory()

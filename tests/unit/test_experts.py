@@ -173,7 +173,7 @@ class _Stored(dict):
 def test_files_from_before_the_exchange_are_converted(out):
     """The delta that PEFT 0.18 computed from its file is the one computed from the converted tensors."""
     target = LinearShape("layer.experts.down_proj", out, 32, count=4, stacked=True)
-    wrapper = StackedLora(torch.nn.Identity(), target, LoraSettings(r=3), False)
+    wrapper = StackedLora(torch.nn.Identity(), target, LoraSettings(r=3))
     old_a, old_b = torch.randn(4 * 3, out), torch.randn(32, 3 * 4)  # 0.18: [count * r, dim 1], [dim 2, r * count]
     stored = _Stored({"x.lora_A.weight": old_a, "x.lora_B.weight": old_b})
     shapes = {"x.lora_A.weight": (12, 32), "x.lora_B.weight": (out, 12)}
