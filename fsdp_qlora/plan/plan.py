@@ -12,6 +12,7 @@ from fsdp_qlora.adapters import Method, build_method, of_target, parameters_of, 
 from fsdp_qlora.adapters.experts import experts_parameters
 from fsdp_qlora.adapters.full import whole_base
 from fsdp_qlora.adapters.loraplus import is_faster
+from fsdp_qlora.adapters.saved import Kept
 from fsdp_qlora.config.auto import Choice, asked, degree, switch
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.data.deal import BatchPlan
@@ -204,13 +205,15 @@ def _adapter_cost(
     method: Method, targets: Sequence[LinearShape], shapes: ModelShapes, lora: LoraSettings, itemsize: int,
     start: StartCost | None,
 ) -> AdapterCost:  # fmt: skip
-    kept = dict.fromkeys(shapes.layers, 0)
-    for linear in targets:
-        layer = next((layer for layer in kept if linear.name.startswith(layer + ".")), None)
-        if layer is not None:
-            kept[layer] += method.kept(linear, of_target(lora, linear.name))
-    loading = 0 if start is None else start.bytes
-    return AdapterCost(method.fixed_bytes(targets, lora, itemsize), max(kept.values(), default=0), loading)
+    kept = {linear.name: method.kept(linear, of_target(lora, linear.name)) for linear in targets}
+    layers = [[each for name, each in kept.items() if name.startswith(layer + ".")] for layer in shapes.layers]
+    fixed, a_token = (max((sum(part) for part in parts), default=0) for parts in (
+        [[each.fixed for each in layer] for layer in layers], [[each.a_token for each in layer] for layer in layers]
+    ))  # fmt: skip
+    return AdapterCost(
+        method.fixed_bytes(targets, lora, itemsize), Kept(fixed, a_token),
+        frozenset(name for name, each in kept.items() if not each.input), 0 if start is None else start.bytes,
+    )  # fmt: skip
 
 
 def _require_matches(config: RunConfig, trained: Mapping[str, tuple[int, ...]]) -> None:
