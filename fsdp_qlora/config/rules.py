@@ -293,6 +293,10 @@ RULES: tuple[Rule, ...] = (
 
 def _export_needs(config: RunConfig) -> Iterator[str]:
     yield from combination_needs(config)
+    if config.export.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.export.push):
+        yield f"export.push: {config.export.push!r} is no repository of the hub; name OWNER/NAME."
+    if config.export.compare and (config.what not in ("merged", "adapter") or config.export.plain_lora):
+        yield "export.compare: compares an adapter or a merge with the trained model; set what=merged or what=adapter."
     if config.what == "base-4bit":
         if not config.model.name and not config.adapter:
             yield "model.name: not set. what=base-4bit stores this model in 4 bits."
@@ -308,18 +312,25 @@ def _export_needs(config: RunConfig) -> Iterator[str]:
         yield "export.to: not set. Give the folder that export.plain_lora=true writes."
     if config.what == "adapter" and isinstance(config.adapter, str) and not config.export.to:
         yield "export.to: not set. Give the folder for a copy of the adapter."
-    if config.what == "merged":
-        yield from _merge_needs(config)
+    if config.what in ("merged", "served"):
+        yield from _model_needs(config)
 
 
-def _merge_needs(config: RunConfig) -> Iterator[str]:
+def _model_needs(config: RunConfig) -> Iterator[str]:
+    """Yield what keeps `export` from making a model of a base and an adapter."""
+    what, quant = config.what, config.quant
     if not config.export.to:
-        yield "export.to: not set. Give the folder that what=merged writes."
+        yield f"export.to: not set. Give the folder that what={what} writes."
     if config.adapter and config.export.checkpoint:
-        yield "export.checkpoint: adapter names the adapter to fold in; give one of them."
+        yield "export.checkpoint: adapter names the adapter to export; give one of them."
     for key in ("for_vllm", "plain_lora"):
         if getattr(config.export, key):
-            yield f"export.{key}: is about adapters, and what=merged writes none; leave it out."
+            yield f"export.{key}: converts an adapter, and what={what} writes a model; leave it out."
+    if what == "served" and (quant.name not in ("nf4", "fp4") or quant.overrides):
+        yield (
+            "quant: what=served stores all linears in one 4-bit format; choose nf4 or fp4, without overrides, or "
+            "what=merged."
+        )
 
 
 def _needs(verb: str, config: RunConfig) -> Iterator[str]:

@@ -70,17 +70,21 @@ def obstacles(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     return reasons
 
 
-def served_by_vllm(folder: Path) -> str:
-    """Return the line to print about an adapter's folder: whether vLLM serves it, and how or why not."""
+def served_by_vllm(folder: Path, base: str | None = None) -> str:
+    """Return the line to print about an adapter's folder: whether vLLM serves it, and how or why not.
+
+    ``base`` is the model to serve it on; None: the one that the adapter names.
+    """
     config = read_json(own_file(folder, CONFIG_NAME), dict[str, Any])
     with opened_weights(own_file(folder, WEIGHTS_NAME)) as stored:
         reasons = obstacles(config, list(stored.keys()))
     if not reasons:
         rank = next(rank for rank in RANKS if rank >= _rank(config))
-        base = str(config.get("base_model_name_or_path"))
+        own, base = base is not None, base or str(config.get("base_model_name_or_path"))
         words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
         words += ["--lora-modules", f"tuned={folder}"]
-        return f"vLLM: yes: {shlex.join(words)}"
+        beside = "" if own else " (on the 16-bit base; what=served serves it on one in 4 bits)"
+        return f"vLLM: yes: {shlex.join(words)}{beside}"
     plain = all(any(key in reason for key in _PASSED_OVER) for reason in reasons)
     way = (
         "export.for_vllm=true writes a form that it computes right" if plain else "what=merged makes a model it serves"
@@ -123,4 +127,4 @@ def rewrite_for_vllm(folder: Path) -> None:
         else:
             tensors[name] = torch.cat([value * scaling_of(own), value.new_zeros(value.shape[0], more)], dim=1)
     plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    write_folder(folder, folder, tensors, config | plain)
+    write_folder(folder, folder, tensors, config | plain, overwrite=True)
