@@ -265,6 +265,8 @@ def test_an_export_appears_whole_or_not_at_all(tiny_model, packed, tmp_path, mon
     (tmp_path / "full/mine").touch()
     with pytest.raises(ModelError, match=r"export\.to: .* not empty"):
         _export(tiny_model, tmp_path / "full")
+    (tmp_path / "full/mine").unlink()  # it is still there
+    (tmp_path / "full").rmdir()
     with pytest.raises(ModelError, match="already quantized"):
         _export(packed(), target)
 
