@@ -29,6 +29,8 @@ def choose_compilation(config: RunConfig, plan: Work, num_steps: int, device_typ
     """
     if (wanted := switch(config.train.compile)) is not None:
         return Compilation(wanted, "as asked")
+    if config.debug.name == "plain":
+        return Compilation(False, "debug=plain")
     if config.train.kernels == "liger":
         return Compilation(False, "train.kernels=liger")
     if not possible or config.fsdp.offloads_activations or config.fsdp.offload_modules:

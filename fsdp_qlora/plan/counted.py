@@ -13,8 +13,8 @@ class AdapterCost:
 
     fixed: int = 0
     """Bytes of tensors that are never trained; every rank holds them whole."""
-    kept: int = 0
-    """Numbers that the adapters of one decoder layer keep from forward to backward (the largest layer's)."""
+    kept: tuple[int, ...] = ()
+    """Numbers that each adapter of a decoder layer keeps from forward to backward (the largest layer's)."""
     loading: int = 0
     """Bytes on a rank's device, while the model is loaded, for finding where adapters start."""
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)

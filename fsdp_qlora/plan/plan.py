@@ -20,11 +20,12 @@ from fsdp_qlora.errors import PlanError
 from fsdp_qlora.optim.sizes import unmatched
 from fsdp_qlora.plan.choices import choose
 from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes
-from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
+from fsdp_qlora.plan.memory import MemoryModel
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.plan.starts import StartCost, start_cost
+from fsdp_qlora.plan.storage import StorageSettings
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 from fsdp_qlora.shapes.targets import target_linears, target_parameters
@@ -204,13 +205,13 @@ def _adapter_cost(
     method: Method, targets: Sequence[LinearShape], shapes: ModelShapes, lora: LoraSettings, itemsize: int,
     start: StartCost | None,
 ) -> AdapterCost:  # fmt: skip
-    kept = dict.fromkeys(shapes.layers, 0)
+    kept: dict[str, list[int]] = {layer: [] for layer in shapes.layers}
     for linear in targets:
         layer = next((layer for layer in kept if linear.name.startswith(layer + ".")), None)
         if layer is not None:
-            kept[layer] += method.kept(linear, of_target(lora, linear.name))
-    loading = 0 if start is None else start.bytes
-    return AdapterCost(method.fixed_bytes(targets, lora, itemsize), max(kept.values(), default=0), loading)
+            kept[layer].append(method.kept(linear, of_target(lora, linear.name)))
+    most, loading = max(kept.values(), key=sum, default=[]), 0 if start is None else start.bytes
+    return AdapterCost(method.fixed_bytes(targets, lora, itemsize), tuple(most), loading)
 
 
 def _require_matches(config: RunConfig, trained: Mapping[str, tuple[int, ...]]) -> None:

@@ -9,9 +9,10 @@ import sys
 import pytest
 import yaml
 
-from fsdp_qlora.cli.compose import compose_config, conf_dir, group_options, hydra_main, split, GROUPS  # isort: skip
+from fsdp_qlora.cli.compose import compose_config, hydra_main, split
 from fsdp_qlora.cli.generate import run as generate
 from fsdp_qlora.cli.help import show
+from fsdp_qlora.cli.overrides import GROUPS, conf_dir, group_options
 from fsdp_qlora.config.convert import known_keys, to_dict
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig, from_dict

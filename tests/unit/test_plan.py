@@ -14,7 +14,8 @@ import torch
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import attach_lora
 from fsdp_qlora.attention.blocks import kept_scores
-from fsdp_qlora.cli.compose import compose_config, conf_dir
+from fsdp_qlora.cli.compose import compose_config
+from fsdp_qlora.cli.overrides import conf_dir
 from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.distributed.mesh import degrees
 from fsdp_qlora.errors import ConfigError, ModelError

@@ -1,0 +1,127 @@
+"""What forward leaves for backward: on the device, or in host memory (``fsdp.offload=activations``); arithmetic only.
+
+Only large tensors are moved (`fsdp_qlora.parallel.offload.MIN_BYTES`): small ones stay on the device, and in a small
+model, or with short micro-batches, those are most of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fsdp_qlora.attention.blocks import kept_scores
+from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE, MIN_BYTES
+from fsdp_qlora.plan.activations import LayerActivations
+from fsdp_qlora.plan.storage import StorageSettings
+from fsdp_qlora.shapes.linears import FLOAT32, ModelShapes
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that one layer, or all of them, keep for backward."""
+
+    stays: int = 0
+    """On the device."""
+    leaves: int = 0
+    """In host memory, and on the device while the layer or the next one runs."""
+
+    @property
+    def total(self) -> int:
+        """Sum of both."""
+        return self.stays + self.leaves
+
+
+class KeptActivations:
+    """Adds up what decoder layers keep, for any batch and storage settings.
+
+    Args:
+        shapes: the model.
+        layers: what each layer saves.
+        adapters: numbers that each adapted linear of a layer keeps in addition.
+        trained: the numbers of elements of a layer's trained tensors.
+    """
+
+    def __init__(
+        self, shapes: ModelShapes, layers: Sequence[LayerActivations], adapters: Sequence[int], trained: Sequence[int]
+    ) -> None:
+        self._shapes, self._layers, self._adapters, self._trained = shapes, layers, adapters, trained
+
+    def by_layer(self, settings: StorageSettings) -> list[Kept]:
+        """Return what each layer keeps: its input, and without checkpointing everything that it saves."""
+        if settings.checkpointing == "none":
+            return [_split(self._tensors(layer, settings), settings) for layer in self._layers]
+        enters = _split([self._edge(settings)], settings)
+        # what selective checkpointing keeps is not saved by autograd, so it is not moved
+        return [Kept(enters.stays + self.chosen(layer, settings), enters.leaves) for layer in self._layers]
+
+    def on_device(self, settings: StorageSettings) -> int:
+        """Return the bytes that forward leaves on the device, except what the last layer itself saves.
+
+        (`plan` adds the last one.)
+        """
+        none = settings.checkpointing == "none"
+        each = self.by_layer(settings)[: -1 if none else None]
+        leaving = [kept.leaves for kept in each]
+        # one mask for all layers, in bytes; each layer's copy of it is counted with the layer
+        mask = settings.tokens * settings.max_length if settings.attention == "sdpa" and settings.restarting else 0
+        return (
+            sum(kept.stays for kept in each) + sum(leaving[-LAYERS_ON_DEVICE:]) + mask
+            + (self._edge(settings) if none else 0)
+        )  # fmt: skip
+
+    def last(self, settings: StorageSettings) -> Kept:
+        """Return what the last layer saves beyond `on_device`."""
+        return self.by_layer(settings)[-1] if settings.checkpointing == "none" else Kept()
+
+    def all(self, settings: StorageSettings) -> Kept:
+        """Return the sum over all layers."""
+        each = self.by_layer(settings)
+        return Kept(sum(kept.stays for kept in each), sum(kept.leaves for kept in each))
+
+    def in_backward(self, settings: StorageSettings) -> int:
+        """Return the bytes added by the layer in backward: recomputed activations and transient gradients."""
+
+        def moments(layer: LayerActivations) -> int:
+            in_attention = layer.attention_saved + layer.attention_scores * settings.max_length
+            blocks = layer.blocks * settings.max_length * settings.micro_batch_size
+            again = sum(self._tensors(layer, settings)) - self.chosen(layer, settings)
+            return max(again + max(layer.transient * settings.tokens, blocks), in_attention * settings.tokens)
+
+        return max(map(moments, self._layers), default=0)
+
+    def chosen(self, layer: LayerActivations, settings: StorageSettings) -> int:
+        """Return the bytes of a layer's products that selective checkpointing keeps."""
+        if settings.checkpointing != "selective":
+            return 0
+        # selective checkpointing keeps blockwise attention, with its probabilities, but not eager attention
+        scores = sum(self._scores(settings)) if settings.attention != "eager" else 0
+        return settings.tokens * layer.chosen + scores
+
+    def _edge(self, settings: StorageSettings) -> int:
+        return settings.tokens * self._shapes.hidden_size * settings.itemsize
+
+    def _scores(self, settings: StorageSettings) -> list[int]:
+        """Return the bytes of the probabilities that attention keeps; eager attention's also in float32."""
+        itemsize = settings.itemsize
+        scores = settings.tokens * kept_scores(self._shapes, settings.attention, itemsize, settings.max_length)
+        if settings.attention != "eager":
+            return [scores]
+        softmax = scores * FLOAT32 // (itemsize + FLOAT32)
+        return [softmax, scores - softmax]
+
+    def _tensors(self, layer: LayerActivations, settings: StorageSettings) -> list[int]:
+        """Return the bytes of every tensor that a layer saves."""
+        sizes = [settings.tokens * each for each in layer.tensors]
+        sizes += [*self._scores(settings), settings.tokens * layer.kept_positions * settings.max_length]
+        sizes += [count * settings.itemsize for count in self._adapters]
+        if settings.adapter_copies and settings.lora.dropout and settings.itemsize < FLOAT32:  # in compute dtype
+            sizes += [count * settings.itemsize for count in self._trained]
+        return sizes
+
+
+def _split(sizes: Iterable[int], settings: StorageSettings) -> Kept:
+    """Divide tensors of these sizes by where they are kept; on a CPU, all are moved."""
+    sizes = list(sizes)
+    least = MIN_BYTES if settings.on_accelerator else 0
+    leaves = sum(size for size in sizes if size >= least) if settings.offload_activations else 0
+    return Kept(sum(sizes) - leaves, leaves)
