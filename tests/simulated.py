@@ -178,7 +178,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     plan = planned(config, ranks)[2]
     answer: dict[str, Any] = {
         "device": asdict(simulate_here(config, ranks)), "peak": plan.peak, "bytes": asdict(plan.bytes),
-        "host": plan.host.in_step, "tensors": plan.trainable_parameters, "moments": plan.moments,
+        "host": plan.host.in_step, "moved": plan.host.offloaded_activations, "tensors": plan.trainable_parameters, "moments": plan.moments,
     }  # fmt: skip
     if also_on_cpu(name):
         here, _ = config_and_ranks(folder, name, None)

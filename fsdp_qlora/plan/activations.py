@@ -42,6 +42,8 @@ class LayerActivations:
     """The part of ``saved`` that selective checkpointing keeps: the outputs of products and attention."""
     blocks: int
     """For each position of a row, not each token: a block of blockwise attention's scores, gradient and copy."""
+    output_again: int
+    """Attention's output, if a kernel and the adapter after it save it in two shapes: two copies in host memory."""
     kept_positions: int
     """For each position of the row: sdpa's mask, or its scores where it has no kernel."""
 
@@ -81,7 +83,8 @@ def layer_activations(
     for x in inside:
         groups.setdefault(x.name.rpartition(".")[0], []).append(x)
     tensors: list[int] = []
-    transient = width = attending = 0
+    in_kernel = on_accelerator and not (eager or by_operations)
+    output_again = transient = width = attending = 0
     for parent, group in groups.items():
         times = shapes.experts_per_token if group[0].count > 1 else 1
         repeated = _repeated(parent, group) if repeats else 0
@@ -94,6 +97,7 @@ def layer_activations(
         if is_attention(parent):
             width = max(width, group[-1].in_features)
             attending += sum(saved)
+            output_again += group[-1].in_features if in_kernel and group[-1].name in adapted and not dropout else 0
     if dropout:  # the dropped input and a mask, which CPUs keep in the input's dtype
         mask = 1 if on_accelerator else itemsize
         tensors += [x.in_features * size for x in inside if x.name in adapted for size in (itemsize, mask)]
@@ -110,6 +114,7 @@ def layer_activations(
             sum(shapes.experts_per_token * x.out_features if x.count > 1 else x.out_features for x in inside) + width
         )
         * itemsize,
+        output_again=output_again * itemsize,
         blocks=3 * shapes.num_attention_heads * QUERY_BLOCK * itemsize if blocks else 0,
         kept_positions=attention_mask if eager or not keeps_scores else heads * FLOAT32,
     )

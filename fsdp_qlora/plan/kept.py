@@ -24,11 +24,13 @@ class Kept:
     """On the device."""
     leaves: int = 0
     """In host memory, and on the device while the layer or the next one runs."""
+    again: int = 0
+    """In host memory, as second copies of what the device holds once."""
 
     @property
-    def total(self) -> int:
-        """Sum of both."""
-        return self.stays + self.leaves
+    def on_host(self) -> int:
+        """Bytes in host memory."""
+        return self.leaves + self.again
 
 
 class KeptActivations:
@@ -49,10 +51,16 @@ class KeptActivations:
     def by_layer(self, settings: StorageSettings) -> list[Kept]:
         """Return what each layer keeps: its input, and without checkpointing everything that it saves."""
         if settings.checkpointing == "none":
-            return [_split(self._tensors(layer, settings), settings) for layer in self._layers]
+            return [self._all_of(layer, settings) for layer in self._layers]
         enters = _split([self._edge(settings)], settings)
         # what selective checkpointing keeps is not saved by autograd, so it is not moved
         return [Kept(enters.stays + self.chosen(layer, settings), enters.leaves) for layer in self._layers]
+
+    def _all_of(self, layer: LayerActivations, settings: StorageSettings) -> Kept:
+        """Return everything that a layer saves. Its mask is expanded over the heads, and such tensors stay."""
+        kept = _split(self._tensors(layer, settings), settings)
+        again = _split([settings.tokens * layer.output_again], settings).leaves
+        return Kept(kept.stays + _mask(layer, settings), kept.leaves, again)
 
     def on_device(self, settings: StorageSettings) -> int:
         """Return the bytes that forward leaves on the device, except what the last layer itself saves.
@@ -76,7 +84,7 @@ class KeptActivations:
     def all(self, settings: StorageSettings) -> Kept:
         """Return the sum over all layers."""
         each = self.by_layer(settings)
-        return Kept(sum(kept.stays for kept in each), sum(kept.leaves for kept in each))
+        return Kept(*(sum(getattr(kept, name) for kept in each) for name in ("stays", "leaves", "again")))
 
     def in_backward(self, settings: StorageSettings) -> int:
         """Return the bytes added by the layer in backward: recomputed activations and transient gradients."""
@@ -84,7 +92,7 @@ class KeptActivations:
         def moments(layer: LayerActivations) -> int:
             in_attention = layer.attention_saved + layer.attention_scores * settings.max_length
             blocks = layer.blocks * settings.max_length * settings.micro_batch_size
-            again = sum(self._tensors(layer, settings)) - self.chosen(layer, settings)
+            again = sum(self._tensors(layer, settings)) + _mask(layer, settings) - self.chosen(layer, settings)
             return max(again + max(layer.transient * settings.tokens, blocks), in_attention * settings.tokens)
 
         return max(map(moments, self._layers), default=0)
@@ -110,13 +118,22 @@ class KeptActivations:
         return [softmax, scores - softmax]
 
     def _tensors(self, layer: LayerActivations, settings: StorageSettings) -> list[int]:
-        """Return the bytes of every tensor that a layer saves."""
-        sizes = [settings.tokens * each for each in layer.tensors]
-        sizes += [*self._scores(settings), settings.tokens * layer.kept_positions * settings.max_length]
+        """Return the bytes of every tensor that a layer saves, except `_mask`."""
+        sizes = [settings.tokens * each for each in layer.tensors] + self._scores(settings)
+        sizes.append(_by_position(layer, settings) - _mask(layer, settings))
         sizes += [count * settings.itemsize for count in self._adapters]
         if settings.adapter_copies and settings.lora.dropout and settings.itemsize < FLOAT32:  # in compute dtype
             sizes += [count * settings.itemsize for count in self._trained]
         return sizes
+
+
+def _by_position(layer: LayerActivations, settings: StorageSettings) -> int:
+    return settings.tokens * layer.kept_positions * settings.max_length
+
+
+def _mask(layer: LayerActivations, settings: StorageSettings) -> int:
+    """Return the bytes of the mask that a layer saves for rows whose positions restart."""
+    return _by_position(layer, settings) if settings.restarting else 0
 
 
 def _split(sizes: Iterable[int], settings: StorageSettings) -> Kept:

@@ -278,7 +278,7 @@ class MemoryModel:
         return largest
 
     def _host(self, settings: StorageSettings) -> HostBytes:
-        offloaded = self.kept.all(settings).leaves
+        offloaded = self.kept.all(settings).on_host
         parameters = sum(self.host_shards.values())
         if settings.offload_parameters:  # reduced gradients come as the activations go; an update is after both
             reduced = self.fixed[3] + temporary_bytes(settings.optim, self.fixed[3])
