@@ -27,9 +27,11 @@ from omegaconf.errors import OmegaConfBaseException
 from fsdp_qlora.cli.foreign import refuse_hydras_own, require_typed
 from fsdp_qlora.cli.outside import Outside
 from fsdp_qlora.cli.overrides import EXPERIMENT, GROUPS, conf_dir, mapping_of, parsed, problems_of
+from fsdp_qlora.cli.plan_rules import PLAN_RULES
 from fsdp_qlora.cli.quoting import list_of_names, literal, mapping_of_names, quoted
 from fsdp_qlora.config.convert import build_partly, field_types, known_keys, no_such_key, words_of
 from fsdp_qlora.config.facts import VERBATIM, keys_with
+from fsdp_qlora.config.problems import messages
 from fsdp_qlora.config.rules import failures
 from fsdp_qlora.config.saved import read_config
 from fsdp_qlora.config.schema import RunConfig
@@ -209,7 +211,8 @@ def _settle(
     if files := " or ".join(_not_ours(line)):
         require_typed(config, {override.key_or_group for override in parsed(line.overrides)}, files)
     unknown = {*unknown, *(key for problem in wrong for key in problem.unknown)}
-    if said := [problem.message for problem in wrong] + failures(config, unknown):
+    said = [problem.message for problem in wrong] + failures(config, unknown) + messages(PLAN_RULES, config, unknown)
+    if said:
         said += missing(verb, config, unknown)
         raise ConfigError(outside.without_values("\n".join(said)))
     return config

@@ -162,7 +162,7 @@ def _work(figures: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
         ("trainable parameters", f"{plan.trainable_parameters:,} of {plan.base_parameters:,}"),
         (
             "batch",
-            f"{batch['global_rows']} rows per step = {batch['micro_batches']} micro-batches of "
+            f"{_several(batch['global_rows'], 'row')} per step = {_several(batch['micro_batches'], 'micro-batch')} of "
             f"{batch['micro_batch_rows']} x {batch['max_length']} tokens, {_dealt(plan)}; "
             f"{batch['tokens_per_step']:,} tokens",
         ),
@@ -194,7 +194,7 @@ def _ranks(plan: TrainPlan, config: RunConfig) -> str:
         return "1"
     nodes = assumed = ""
     if node and total > node:
-        nodes = f" on {-(-total // node)} nodes of {node}"
+        nodes = f" on {-(-total // node)} nodes of {'' if total % node == 0 else 'up to '}{node}"
     elif not node and total > _LARGE_NODE:
         assumed = (
             f"; assumed to be on one node (launcher.nproc_per_node={_LARGE_NODE} plans for nodes of {_LARGE_NODE})"
@@ -208,12 +208,16 @@ def _ranks(plan: TrainPlan, config: RunConfig) -> str:
     return f"{total}{nodes}; {copies}{assumed}"
 
 
+def _several(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("h") else "s")
+
+
 def _dealt(plan: TrainPlan) -> str:
     """Return how many micro-batches each rank runs."""
     batch = plan.batch
     each, whole = batch.accumulation_steps, batch.num_micro_batches
-    if plan.world_size == 1:
-        return "one after the other" if whole > 1 else "at once"
+    if plan.world_size == 1 and whole > 1:
+        return "one after the other"
     if whole < plan.world_size:
         return f"on {whole} of the {plan.world_size} ranks: the others have nothing to do"
     if empty := each * plan.world_size - whole:
@@ -280,7 +284,9 @@ def _print_search(search: dict[str, Any], config: RunConfig) -> None:
             ]
         )
     count = sum(tried["tried"] for tried in search["tried"])
-    print_columns(f"tried: {count} micro-batches in {megabytes(search['budget_bytes'])} of tensors", header, lines)
+    print_columns(
+        f"tried: {count} micro-batches in {megabytes(max(0, search['budget_bytes']))} of tensors", header, lines
+    )
     if search["best"] is None:
         print(
             f"Nothing fits, not even one row of {length} tokens; try more ranks, a shorter length, "
