@@ -82,7 +82,9 @@ def choose(
         "quant.cache_dequantized": (asked_for.cache_dequantized, as_word(chosen.cache_dequantized)),
     }
     reasons = dict.fromkeys(made, why if wanted == asked_for else "debug=plain")
-    if wanted == asked_for and not (chosen.cache_dequantized or _worth_keeping(settings)):
+    if not memory.dense.kept:
+        reasons["quant.cache_dequantized"] = "nothing is dequantized in forward"
+    elif wanted == asked_for and not (chosen.cache_dequantized or _worth_keeping(settings)):
         reasons["quant.cache_dequantized"] = "dequantizing again takes a CPU 2 % of a step"
     if settings.keeps_whole:  # nothing is gathered
         del made["fsdp.reshard_after_forward"]

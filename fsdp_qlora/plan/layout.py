@@ -94,7 +94,8 @@ def _cost(plan: TrainPlan, shapes: ModelShapes, config: RunConfig, cluster: Clus
 
 def _reason(best: int, plans: dict[int, TrainPlan], costs: dict[int, float], cluster: Cluster) -> str:
     what = "each rank keeps a whole copy, so nothing is gathered" if best == 1 else f"{best} ranks share one copy"
-    parts = [f"{what}, using {plans[best].peak / 1e9:.1f} of {cluster.budget / 1e9:.1f} GB"]
+    used = max(0.1, plans[best].peak / 1e9)
+    parts = [f"{what}, using {used:.1f} of {cluster.budget / 1e9:.1f} GB"]
     for size, plan in plans.items():
         if size == best:
             continue

@@ -128,6 +128,8 @@ WRONG = {
     "data.length_grouped=true": "data.length_grouped: packed sequences",
     "lora.r=0": "lora.r: must be above 0",
     "train.kernels=liger": "train.kernels: compiled layers generate such kernels themselves",
+    "plan.gpu=24": "plan.gpu: 24 bytes are not the memory of a device",
+    "plan.device=h1000": "plan.device: 'h1000' is unknown. Did you mean 'h100'?",
 }
 """Overrides -> what is said of each."""
 RIGHT = ["data.packing=true", "train.compile=true", "train.num_epochs=0"]

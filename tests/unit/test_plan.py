@@ -316,6 +316,8 @@ def test_a_group_that_spans_nodes_gathers_over_the_network(tiny_model):
 def test_no_memory_is_no_amount():
     with pytest.raises(ConfigError, match=r"plan\.gpu"):
         parse_bytes("0GiB")
+    with pytest.raises(ConfigError, match=r"plan\.gpu: 24 bytes are not the memory of a device; write it as 24GiB"):
+        parse_bytes("24")
 
 
 def test_names_of_devices_and_interconnects():
