@@ -121,8 +121,9 @@ def _bytes(figures: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
     rows = [(kind.replace("_", " "), megabytes(count)) for kind, count in kinds if count]
     peak = f"{megabytes(figures['peak_planned_bytes'])}, {_MOMENTS[figures['peak_moment']]}"
     rows.append(("planned peak per rank", peak))
-    reserve = megabytes(figures["reserve_bytes"])
-    rows.append(("framework (reserve)", f"{reserve} for CUDA, NCCL and the allocator: the larger of 1.5 GiB and 6 %"))
+    if plan.settings.on_accelerator:
+        reserve = f"{megabytes(figures['reserve_bytes'])} for CUDA, NCCL and the allocator"
+        rows.append(("framework (reserve)", f"{reserve}: the larger of 1.5 GiB and 6 %"))
     if figures["gpu_bytes"]:
         verdict = "fits" if figures["fits"] else "does not fit"
         simulated = figures["peak_simulated_bytes"]

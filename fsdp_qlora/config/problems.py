@@ -36,7 +36,7 @@ def hidden(settings: _T, unknown: Collection[str], prefix: str = "") -> _T:
             raise UnknownValueError(f"{prefix}{name}")
         return object.__getattribute__(self, name)
 
-    partial = type(kind.__name__, (kind,), {"__getattribute__": read})
+    partial: Any = type(kind.__name__, (kind,), {"__getattribute__": read})
     copy = object.__new__(partial)
     for name, value in vars(settings).items():
         if name not in own:
