@@ -87,20 +87,14 @@ VARIANTS: dict[str, Groups] = {
     "all, 1 rank": _offload("all", ranks=1),
     "all, full": _offload("all", train={"activation_checkpointing": "full"}),
     "all, selective": _offload("all", train={"activation_checkpointing": "selective"}),
-    "activations, selective": _offload("activations", train={"activation_checkpointing": "selective"}),
     "activations, eager": _offload("activations", model={"attn_implementation": "eager"}),
     "activations, experts": _offload("activations", family="experts"),
-    "activations, dropout": _offload("activations", lora={"dropout": 0.1}),
     "activations, packed": _offload("activations", data={"packing": True}),
     **{
         f"small, {which}{alone}": _offload(which, family="small", data={"max_length": 512}, **ranks)
         for which in ("none", "params", "activations", "all")
         for alone, ranks in (("", {}), (", 1 rank", {"ranks": 1}))
     },
-    "small, all, full": _offload("all", family="small", train={"activation_checkpointing": "full"}),
-    "small, activations, selective": _offload(
-        "activations", family="small", train={"activation_checkpointing": "selective"}
-    ),
     "modules": ON_HOST,
     "modules, 1 rank": {**ON_HOST, "ranks": 1},
     "modules, 1 rank, deep": {**ON_HOST, "ranks": 1, "family": "deep"},
@@ -178,7 +172,8 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     plan = planned(config, ranks)[2]
     answer: dict[str, Any] = {
         "device": asdict(simulate_here(config, ranks)), "peak": plan.peak, "bytes": asdict(plan.bytes),
-        "host": plan.host.in_step, "moved": plan.host.offloaded_activations, "tensors": plan.trainable_parameters, "moments": plan.moments,
+        "host": plan.host.in_step, "moved": plan.host.offloaded_activations, "tensors": plan.trainable_parameters,
+        "moments": plan.moments,
     }  # fmt: skip
     if also_on_cpu(name):
         here, _ = config_and_ranks(folder, name, None)

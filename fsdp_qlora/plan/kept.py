@@ -46,15 +46,21 @@ class KeptActivations:
     def __init__(
         self, shapes: ModelShapes, layers: Sequence[LayerActivations], adapters: Sequence[int], trained: Sequence[int]
     ) -> None:
-        self._shapes, self._layers, self._adapters, self._trained = shapes, layers, adapters, trained
+        self._shapes, self._adapters, self._trained = shapes, adapters, trained
+        self._kinds = list(dict.fromkeys(layers))
+        self._kind_of = [self._kinds.index(layer) for layer in layers]
 
     def by_layer(self, settings: StorageSettings) -> list[Kept]:
         """Return what each layer keeps: its input, and without checkpointing everything that it saves."""
+        of_kind = [self._kept(kind, settings) for kind in self._kinds]
+        return [of_kind[kind] for kind in self._kind_of]
+
+    def _kept(self, layer: LayerActivations, settings: StorageSettings) -> Kept:
         if settings.checkpointing == "none":
-            return [self._all_of(layer, settings) for layer in self._layers]
+            return self._all_of(layer, settings)
         enters = _split([self._edge(settings)], settings)
         # what selective checkpointing keeps is not saved by autograd, so it is not moved
-        return [Kept(enters.stays + self.chosen(layer, settings), enters.leaves) for layer in self._layers]
+        return Kept(enters.stays + self.chosen(layer, settings), enters.leaves)
 
     def _all_of(self, layer: LayerActivations, settings: StorageSettings) -> Kept:
         """Return everything that a layer saves. Its mask is expanded over the heads, and such tensors stay."""
@@ -95,7 +101,7 @@ class KeptActivations:
             again = sum(self._tensors(layer, settings)) + _mask(layer, settings) - self.chosen(layer, settings)
             return max(again + max(layer.transient * settings.tokens, blocks), in_attention * settings.tokens)
 
-        return max(map(moments, self._layers), default=0)
+        return max(map(moments, self._kinds), default=0)
 
     def chosen(self, layer: LayerActivations, settings: StorageSettings) -> int:
         """Return the bytes of a layer's products that selective checkpointing keeps."""
