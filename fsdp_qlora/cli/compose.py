@@ -31,7 +31,7 @@ from fsdp_qlora.cli.plan_rules import PLAN_RULES
 from fsdp_qlora.cli.quoting import list_of_names, literal, mapping_of_names, quoted
 from fsdp_qlora.config.convert import build_partly, field_types, known_keys, no_such_key, words_of
 from fsdp_qlora.config.facts import VERBATIM, keys_with
-from fsdp_qlora.config.problems import messages
+from fsdp_qlora.config.problems import Problem, messages
 from fsdp_qlora.config.rules import failures
 from fsdp_qlora.config.saved import read_config
 from fsdp_qlora.config.schema import RunConfig
@@ -203,10 +203,13 @@ def _settle(
         raise outside.explained(error) from error
     assert isinstance(values, dict)
     settings = typing.cast(dict[str, Any], values)
+    wrong = _strange(saved, line)
+    saved = {key: value for key, value in saved.items() if key in known_keys(RunConfig)}
     typed = _typed_overrides(line, settings) if saved else {}
     for key, value in {**saved, **typed, **line.verbatim}.items():
         _set(settings, key, value)
-    config, wrong = build_partly(RunConfig, settings)
+    config, mistyped = build_partly(RunConfig, settings)
+    wrong += mistyped
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=config.run.name + below))
     if files := " or ".join(_not_ours(line)):
         require_typed(config, {override.key_or_group for override in parsed(line.overrides)}, files)
@@ -235,10 +238,13 @@ def _start_from(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
     if EXPERIMENT in chosen:
         raise ConfigError("run_from: cannot be combined with experiment=; the earlier run's settings take its place.")
     saved = flatten(read_config(file))
-    if unknown := sorted(saved.keys() - set(known_keys(RunConfig))):
-        known = known_keys(RunConfig)
-        raise ConfigError("\n".join(no_such_key(key, known, f"{file}: ").message for key in unknown))
     return {k: v for k, v in saved.items() if k.partition(".")[0] not in chosen}, line
+
+
+def _strange(saved: dict[str, Any], line: CommandLine) -> list[Problem]:
+    """Return the keys of ``run_from`` that do not exist."""
+    known = known_keys(RunConfig)
+    return [no_such_key(key, known, f"{line.verbatim['run_from']}: ") for key in sorted(saved.keys() - set(known))]
 
 
 def _typed_overrides(line: CommandLine, settings: dict[str, Any]) -> dict[str, Any]:

@@ -158,10 +158,13 @@ def test_rules_are_checked_beside_a_wrong_experiment_and_a_sweep(monkeypatch):
 
 
 def test_wrong_values_in_a_file_and_broken_rules_are_named_together(tmp_path):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"optim": {"lr": "fast"}, "lora": {"r": 0}}))
+    wrong = {"optim": {"lr": "fast"}, "lora": {"r": 0, "alhpa": 1}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(wrong))
     with pytest.raises(ConfigError) as refusal:
         compose_config("train", [f"run_from={tmp_path}", "train.micro_batch_size=99"])
-    keys = [line.partition(":")[0] for line in str(refusal.value).splitlines()]
+    strange, *others = str(refusal.value).splitlines()
+    assert strange == f"{tmp_path}: lora.alhpa: there is no such key. Did you mean 'lora.alpha'?"
+    keys = [line.partition(":")[0] for line in others]
     assert keys == ["optim.lr", "lora.r", "train.micro_batch_size", "model.name", "data.train"]
 
 
