@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fsdp_qlora.adapters import build_method
 from fsdp_qlora.cli.launcher import ranks_to_start
 from fsdp_qlora.cli.tables import print_columns, print_table
 from fsdp_qlora.config.auto import asked
@@ -76,8 +75,6 @@ def run(config: RunConfig) -> int:
         "Parameters, statistics, adapters and optimizer are exact. Gradients, activations, logits and gather are "
         "calculated for the moment at which FSDP and autograd hold the most; not all kinds are held at once."
     )
-    if simulation is None and (note := _not_counted(config)):
-        print(note)
     if figures["device"]:
         print(_assumed(figures["device"]))
     for line in figures["advice"]:
@@ -85,19 +82,6 @@ def run(config: RunConfig) -> int:
     if figures["search"]:
         _print_search(figures["search"], config)
     return 0
-
-
-def _not_counted(config: RunConfig) -> str | None:
-    """Return what the calculation leaves out of the activations: the products inside PEFT's own layers."""
-    lora = config.lora
-    method = build_method(lora.method)
-    if lora.trains_base or method.layer is not None:
-        return None
-    more = "; plan.simulate=true counts it" if method.simulates else ""
-    return (
-        f"PEFT's own layers (lora.variant={lora.variant}) may keep more activations than are calculated here; in a "
-        f"small model the peak was up to half as high again{more}."
-    )
 
 
 def _of_the_model(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fsdp_qlora.adapters.saved import Kept
 from fsdp_qlora.attention.blocks import kept_scores
 from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE, MIN_BYTES
 from fsdp_qlora.plan.activations import LayerActivations
@@ -17,8 +18,8 @@ from fsdp_qlora.shapes.linears import FLOAT32, ModelShapes
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Bytes that one layer, or all of them, keep for backward."""
+class Placed:
+    """Bytes that one layer, or all of them, keep for backward, by where they are kept."""
 
     stays: int = 0
     """On the device."""
@@ -39,34 +40,34 @@ class KeptActivations:
     Args:
         shapes: the model.
         layers: what each layer saves.
-        adapters: numbers that each adapted linear of a layer keeps in addition.
+        adapters: what each adapter of a layer keeps in addition.
         trained: the numbers of elements of a layer's trained tensors.
     """
 
     def __init__(
-        self, shapes: ModelShapes, layers: Sequence[LayerActivations], adapters: Sequence[int], trained: Sequence[int]
+        self, shapes: ModelShapes, layers: Sequence[LayerActivations], adapters: Sequence[Kept], trained: Sequence[int]
     ) -> None:
         self._shapes, self._adapters, self._trained = shapes, adapters, trained
         self._kinds = list(dict.fromkeys(layers))
         self._kind_of = [self._kinds.index(layer) for layer in layers]
 
-    def by_layer(self, settings: StorageSettings) -> list[Kept]:
+    def by_layer(self, settings: StorageSettings) -> list[Placed]:
         """Return what each layer keeps: its input, and without checkpointing everything that it saves."""
         of_kind = [self._kept(kind, settings) for kind in self._kinds]
         return [of_kind[kind] for kind in self._kind_of]
 
-    def _kept(self, layer: LayerActivations, settings: StorageSettings) -> Kept:
+    def _kept(self, layer: LayerActivations, settings: StorageSettings) -> Placed:
         if settings.checkpointing == "none":
             return self._all_of(layer, settings)
         enters = _split([self._edge(settings)], settings)
         # what selective checkpointing keeps is not saved by autograd, so it is not moved
-        return Kept(enters.stays + self.chosen(layer, settings), enters.leaves)
+        return Placed(enters.stays + self.chosen(layer, settings), enters.leaves)
 
-    def _all_of(self, layer: LayerActivations, settings: StorageSettings) -> Kept:
+    def _all_of(self, layer: LayerActivations, settings: StorageSettings) -> Placed:
         """Return everything that a layer saves. Its mask is expanded over the heads, and such tensors stay."""
         kept = _split(self._tensors(layer, settings), settings)
         again = _split([settings.tokens * layer.output_again], settings).leaves
-        return Kept(kept.stays + _mask(layer, settings), kept.leaves, again)
+        return Placed(kept.stays + _mask(layer, settings), kept.leaves, again)
 
     def on_device(self, settings: StorageSettings) -> int:
         """Return the bytes that forward leaves on the device, except what the last layer itself saves.
@@ -83,14 +84,14 @@ class KeptActivations:
             + (self._edge(settings) if none else 0)
         )  # fmt: skip
 
-    def last(self, settings: StorageSettings) -> Kept:
+    def last(self, settings: StorageSettings) -> Placed:
         """Return what the last layer saves beyond `on_device`."""
-        return self.by_layer(settings)[-1] if settings.checkpointing == "none" else Kept()
+        return self.by_layer(settings)[-1] if settings.checkpointing == "none" else Placed()
 
-    def all(self, settings: StorageSettings) -> Kept:
+    def all(self, settings: StorageSettings) -> Placed:
         """Return the sum over all layers."""
         each = self.by_layer(settings)
-        return Kept(*(sum(getattr(kept, name) for kept in each) for name in ("stays", "leaves", "again")))
+        return Placed(*(sum(getattr(kept, name) for kept in each) for name in ("stays", "leaves", "again")))
 
     def in_backward(self, settings: StorageSettings) -> int:
         """Return the bytes added by the layer in backward: recomputed activations and transient gradients."""
@@ -127,7 +128,8 @@ class KeptActivations:
         """Return the bytes of every tensor that a layer saves, except `_mask`."""
         sizes = [settings.tokens * each for each in layer.tensors] + self._scores(settings)
         sizes.append(_by_position(layer, settings) - _mask(layer, settings))
-        sizes += [count * settings.itemsize for count in self._adapters]
+        for fixed, a_token in (tensor for adapter in self._adapters for tensor in adapter.each):
+            sizes.append((fixed + a_token * settings.tokens) * settings.itemsize)
         if settings.adapter_copies and settings.lora.dropout and settings.itemsize < FLOAT32:  # in compute dtype
             sizes += [count * settings.itemsize for count in self._trained]
         return sizes
@@ -142,9 +144,9 @@ def _mask(layer: LayerActivations, settings: StorageSettings) -> int:
     return _by_position(layer, settings) if settings.restarting else 0
 
 
-def _split(sizes: Iterable[int], settings: StorageSettings) -> Kept:
+def _split(sizes: Iterable[int], settings: StorageSettings) -> Placed:
     """Divide tensors of these sizes by where they are kept; on a CPU, all are moved."""
     sizes = list(sizes)
     least = MIN_BYTES if settings.on_accelerator else 0
     leaves = sum(size for size in sizes if size >= least) if settings.offload_activations else 0
-    return Kept(sum(sizes) - leaves, leaves)
+    return Placed(sum(sizes) - leaves, leaves)

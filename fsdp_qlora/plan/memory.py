@@ -73,7 +73,7 @@ class MemoryModel:
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
-        adapted = frozenset(trained)
+        adapted = frozenset(trained) - self.adapters.no_input
         more = (settings.lora.dropout > 0, settings.attention, settings.restarting, settings.on_accelerator)
         self.activations: tuple[LayerActivations, ...] = tuple(
             layer_activations(shapes, layer, adapted, settings.itemsize, *more) for layer in shapes.layers

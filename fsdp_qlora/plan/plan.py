@@ -205,13 +205,13 @@ def _adapter_cost(
     method: Method, targets: Sequence[LinearShape], shapes: ModelShapes, lora: LoraSettings, itemsize: int,
     start: StartCost | None,
 ) -> AdapterCost:  # fmt: skip
-    kept: dict[str, list[int]] = {layer: [] for layer in shapes.layers}
-    for linear in targets:
-        layer = next((layer for layer in kept if linear.name.startswith(layer + ".")), None)
-        if layer is not None:
-            kept[layer].append(method.kept(linear, of_target(lora, linear.name)))
-    most, loading = max(kept.values(), key=sum, default=[]), 0 if start is None else start.bytes
-    return AdapterCost(method.fixed_bytes(targets, lora, itemsize), tuple(most), loading)
+    kept = {linear.name: method.kept(linear, of_target(lora, linear.name)) for linear in targets}
+    layers = [[each for name, each in kept.items() if name.startswith(layer + ".")] for layer in shapes.layers]
+    most = max(layers, key=lambda layer: (sum(x.a_token for x in layer), sum(x.fixed for x in layer)), default=[])
+    return AdapterCost(
+        method.fixed_bytes(targets, lora, itemsize), tuple(most),
+        frozenset(name for name, each in kept.items() if not each.input), 0 if start is None else start.bytes,
+    )  # fmt: skip
 
 
 def _require_matches(config: RunConfig, trained: Mapping[str, tuple[int, ...]]) -> None:

@@ -63,15 +63,6 @@ def test_short_steps_and_activations_that_stay_are_described(capsys: pytest.Capt
     assert rows["stays on the device"].endswith("of what layers keep for backward: tensors below 1 MiB")
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("lora", ["lora", "dora", "shira"])
-def test_what_is_not_counted_is_said(capsys: pytest.CaptureFixture[str], lora: str) -> None:
-    run(compose_config("plan", ["model.name=Qwen/Qwen3-0.6B", f"lora={lora}"]))
-    out = capsys.readouterr().out
-    assert (f"PEFT's own layers (lora.variant={lora}) may keep more activations" in out) == (lora != "lora")
-    assert ("plan.simulate=true counts it" in out) == (lora == "dora")
-
-
 def test_numbers_are_short() -> None:
     assert [megabytes(count) for count in (0, 512, 2e5, 3.21e8, 4.5e9)] == [
         "0 MB",
