@@ -43,9 +43,8 @@ def kept_by_layer(layer: Any) -> Kept:
     for small, large in zip(few, many, strict=True):
         a_token = round((large - small) / _TOKENS)
         tensors.append((small - a_token * _TOKENS, a_token))
-    return (
-        Kept(*map(sum, zip(*tensors, strict=True)), reads_input, tuple(tensors)) if tensors else Kept(0, 0, reads_input)
-    )
+    fixed, a_token = (sum(tensor[place] for tensor in tensors) for place in range(2))
+    return Kept(fixed, a_token, reads_input, tuple(tensors))
 
 
 def _in_bf16(layer: nn.Module) -> None:
