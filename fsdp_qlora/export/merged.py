@@ -76,7 +76,7 @@ def export_merged(
             copy_regular(file, staging / name)
         write_json(staging / "config.json", _config(source, folding))
         _follow_end_of_turn(staging, folding)
-        write_json(staging / MARK, {"folded": sorted(folding.adapter.modules)})
+        write_json(staging / MARK, {"folded": sorted([*folding.adapter.modules, *folding.adapter.whole_parameters])})
         _check(staging, home)
     return Merged(len(folding.adapter.modules), total)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners import lora
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from fsdp_qlora.adapters.turns import Starts
 from fsdp_qlora.attention.flatten import decoder_inputs
 from fsdp_qlora.data.labels import Sequences, supervised_positions
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.heads.adapted import AdaptedLossHead
 from fsdp_qlora.heads.added import TokenEmbedding
 from fsdp_qlora.heads.dense import LossHead
 from fsdp_qlora.heads.logprobs import CrossEntropy, cross_entropy_
@@ -191,6 +193,9 @@ def install_loss_head(
     if isinstance(head, QuantLossHead):
         configure_loss_head(head, after, chunk)
         return False
+    if isinstance(head, lora.Linear):
+        AdaptedLossHead.around(head, LossHead.from_linear(head.get_base_layer(), after, chunk, cross_entropy))  # type: ignore[arg-type]
+        return after.code is None
     assert isinstance(head, nn.Linear)
     model.set_output_embeddings(LossHead.from_linear(head, after, chunk, cross_entropy))
     return after.code is None

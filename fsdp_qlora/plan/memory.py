@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from fsdp_qlora.adapters.names import base_name
 from fsdp_qlora.attention.blocks import kept_scores
 from fsdp_qlora.config.schema import LoraSettings, OptimSettings
 from fsdp_qlora.distributed.shards import fullest_share
@@ -53,7 +54,7 @@ class StorageSettings:
     logits_chunk: int
     restarting: bool = False
     """Positions restart within a row (packed rows), so that sdpa needs a mask."""
-    quantized_embeddings: bool = False
+    quantized_head: bool = False
     offload_parameters: bool = False
     """Shards, their gradients and optimizer states live in host memory."""
     offload_activations: bool = False
@@ -128,7 +129,7 @@ class MemoryModel:
         layers = tuple(layer + "." for layer in shapes.layers)
         self.offloaded_inside = frozenset(name for name in offloaded if name.startswith(layers))
         self.trained = trained
-        self.masters = shapes.parameters.keys() & {name for tensors in trained.values() for name in tensors}
+        self.masters = shapes.parameters.keys() & {base_name(name) for tensors in trained.values() for name in tensors}
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.linear.parameter: x for x in quantized}
         inside = [x for x in quantized if x.linear.name not in edges]
@@ -247,7 +248,8 @@ class MemoryModel:
         if settings.accumulation_steps > 1 or settings.adapter_copies:
             return FLOAT32 * self.trainable()
         # before it is reduce-scattered, the gradient of one layer exists whole
-        one_unit = max((unit.adapters for unit in self.layers), default=0) if settings.shard_size > 1 else 0
+        units = (*self.layers, *self.edges)
+        one_unit = max(unit.adapters for unit in units) if settings.shard_size > 1 else 0
         return FLOAT32 * ((0 if settings.offload_parameters else self.held(settings)) + one_unit)
 
     def _unit(self, prefix: str) -> Unit:
@@ -363,7 +365,7 @@ class MemoryModel:
 
     def _logits(self, settings: StorageSettings) -> int:
         chunk, vocab = min(settings.logits_chunk, settings.tokens), self.shapes.vocab_size + self.adapters.added
-        if settings.quantized_embeddings:
+        if settings.quantized_head:
             return sliced_bytes(chunk, settings.tokens, vocab, self.shapes.hidden_size, settings.itemsize)
         return chunked_bytes(chunk, vocab, settings.itemsize, settings.on_accelerator, self.shapes.capped)
 
