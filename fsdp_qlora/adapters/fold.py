@@ -5,7 +5,7 @@ Every method that PEFT can merge is merged, in float32, by the code that defines
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -116,9 +116,9 @@ class StoredAdapter:
         return rows
 
     @property
-    def whole_parameters(self) -> Collection[str]:
-        """Names, in the base's files, of its parameters that were trained."""
-        return self._whole.keys()
+    def whole_parameters(self) -> Mapping[str, str]:
+        """The base's own parameters that were trained: name in the base's files -> name in PEFT's file."""
+        return self._whole
 
     def whole(self, parameter: str) -> torch.Tensor:
         """Return a parameter of the base that was trained (`whole_parameters`)."""
