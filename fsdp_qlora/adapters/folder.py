@@ -350,10 +350,13 @@ def load_adapter(
             hint = f" It has no adapter for {ours[0]}: set lora.{key} to the adapter's." if ours else ""
             if odd[0].endswith(TOKEN_ROWS):
                 hint = " One of them has rows of added tokens: set model.add_tokens to the adapter's."
-            elif not ours and within(odd[0], (*config.modules, *(base_name(key).rpartition(".")[0] for key in odd))):
+            elif beside := [key for key in odd if not key.endswith(tuple(f".{end}" for end in tensor_names()))]:
+                key, theirs = (
+                    ("bias", config.bias) if beside[0].endswith(".bias") else ("modules_to_save", config.modules)
+                )
                 hint = (
-                    f" The adapter trained whole: {', '.join(config.modules) or 'no module'}; set lora.modules_to_save "
-                    "to it. (A table that embedding and head share here must be the same in both.)"
+                    f" They differ in weights of the base that were trained: set lora.{key} to the adapter's ({theirs}). "
+                    "(If embedding and head share a table here, the adapter must not have trained them apart.)"
                 )
             raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors (first: {odd[0]}).{hint}")
         for key, target in {**parameters, **fixed}.items():

@@ -66,10 +66,10 @@ class Folding:
         shapes = read_shapes(base)
         self._formats = {x.linear.parameter: x for x in packed}
         self._linears = {x.parameter: x for x in shapes.linears} | {x.linear.parameter: x.linear for x in packed}
-        edges = edge_shapes(shapes) if shapes.edges_apart else ()
-        self._linears |= {x.parameter: x for x in edges if x.parameter not in self._linears}
+        apart = {shapes.embedding, shapes.head}.intersection(adapter.modules)
+        self._linears |= {x.parameter: x for x in (edge_shapes(shapes) if apart and shapes.edges_apart else ())}
         names = {x.name: x for x in self._linears.values() if not x.stacked}
-        if shapes.tied and (apart := {shapes.embedding, shapes.head}.intersection(adapter.modules)):
+        if shapes.tied and apart:
             raise ModelError(
                 f"what=merged: {adapter.folder} adapts {min(apart)}, whose table embedding and head share in this base "
                 "model; folded into it, the adapter would change both. Export the adapter (what=adapter)."

@@ -125,7 +125,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     modules = whole_modules(shapes, config.lora.modules_to_save)
     targets, parameters, lora = _targets(config.lora, shapes, modules)
     config = replace(config, lora=lora)
-    by_name, method = _by_name(shapes), build_method(config.lora.method)
+    by_name, method = _by_name(shapes, targets), build_method(config.lora.method)
     tables = [name for name in targets if name in (shapes.embedding, shapes.head)]
     _require_adaptable(config, method, tables)
     beside = _beside(shapes, lora, targets, modules)
@@ -208,13 +208,13 @@ def _trained(
     """Return module -> name -> shape of everything that is trained, but rows of tokens."""
     if method.trains_base:
         return whole_base(shapes)
-    by_name = _by_name(shapes)
+    by_name = _by_name(shapes, targets)
     trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
     return trained | experts_parameters(method, parameters, lora)
 
 
-def _by_name(shapes: ModelShapes) -> dict[str, LinearShape]:
-    edges = edge_shapes(shapes) if shapes.edges_apart else ()
+def _by_name(shapes: ModelShapes, targets: Sequence[str]) -> dict[str, LinearShape]:
+    edges = edge_shapes(shapes) if {shapes.embedding, shapes.head}.intersection(targets) else ()
     return {linear.name: linear for linear in (*edges, *shapes.linears)}
 
 

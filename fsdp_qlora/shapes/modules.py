@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.shapes.linears import ModelShapes
@@ -21,10 +21,15 @@ def whole_modules(shapes: ModelShapes, patterns: Sequence[str]) -> tuple[str, ..
     Raises:
         PlanError: if a pattern means no module, or one that cannot be trained.
     """
+    if not patterns:
+        return ()
     owners = list(dict.fromkeys(name.rpartition(".")[0] for name in shapes.parameters))
-    inside = {name: [owner for owner in owners if f"{owner}.".startswith(f"{name}.")] for name in _around(owners)}
+    inside: dict[str, list[str]] = {}
+    for owner in owners:
+        for name in (owner, *around(owner)):
+            inside.setdefault(name, []).append(owner)
     if shapes.tied:
-        inside[shapes.head] = [*dict.fromkeys([*inside.get(shapes.head, ()), shapes.embedding])]
+        inside.setdefault(shapes.head, []).append(shapes.embedding)
     chosen: set[str] = set()
     for pattern in patterns:
         meant = [name for name in inside if matches(name, pattern)]
@@ -38,13 +43,10 @@ def whole_modules(shapes: ModelShapes, patterns: Sequence[str]) -> tuple[str, ..
     return tuple(owner for owner in owners if owner in chosen)
 
 
-def _around(owners: Iterable[str]) -> list[str]:
-    """Return the names of the modules and of those around them, the outermost last."""
-    names = list(owners)
-    for name in names:  # grows while it is read
-        if (outer := name.rpartition(".")[0]) and outer not in names:
-            names.append(outer)
-    return names
+def around(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a module, the innermost first."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def require_trainable(key: str, shapes: ModelShapes, names: Iterable[str]) -> None:

@@ -41,7 +41,7 @@ def target_linears(
     if exclude_modules:
         stacked = [x.name for x in _stacked(shapes)]
         of_linears = [item for item in exclude_modules if not any(matches(name, item) for name in stacked)]
-        excluded = {name for name in candidates if any(matches(name, item) for item in exclude_modules)}
+        excluded = {name for name in [*candidates, *edges] if any(matches(name, item) for item in exclude_modules)}
         _meant("lora.exclude_modules", of_linears, [*candidates, *edges], linears)
         chosen = [name for name in chosen if name not in excluded]
     if layers_to_transform:
