@@ -29,7 +29,7 @@ from fsdp_qlora.adapters.method import (
     shared_names,
     tensor_names,
 )
-from fsdp_qlora.adapters.names import ADAPTER, LORA_A, adapter_parameters, base_name, trainable_parameters
+from fsdp_qlora.adapters.names import ADAPTER, LORA_A, adapter_parameters, trainable_parameters
 from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.adapters.whole import whole_in_file, within, without_copies
 from fsdp_qlora.config.choices import METHODS, NONE
@@ -355,8 +355,8 @@ def load_adapter(
                     ("bias", config.bias) if beside[0].endswith(".bias") else ("modules_to_save", config.modules)
                 )
                 hint = (
-                    f" They differ in weights of the base that were trained: set lora.{key} to the adapter's ({theirs}). "
-                    "(If embedding and head share a table here, the adapter must not have trained them apart.)"
+                    f" They differ in trained weights of the base: set lora.{key} to the adapter's ({theirs}). (If "
+                    "embedding and head share a table here, the adapter must not have trained them apart.)"
                 )
             raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors (first: {odd[0]}).{hint}")
         for key, target in {**parameters, **fixed}.items():
