@@ -156,7 +156,7 @@ def test_modules_trained_whole_are_those_whose_names_end_alike_as_in_peft(tmp_pa
     assert stored_modules(tmp_path, config) == ["q"] and config.biases == ["base_model.model.q.base_layer.bias"]
     settings = config.settings(["q"])
     assert sorted(settings.modules_to_save) == ["input_norm", "norm"] and settings.bias == "lora_only"
-    with pytest.raises(ModelError, match="4 tensor.s. that are no adapter's"):
+    with pytest.raises(ModelError, match=r"4 tensor.s. that are no adapter's"):
         read = read_adapter_config(_folder(tmp_path))
         stored_modules(tmp_path, read)
 
