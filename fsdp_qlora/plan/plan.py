@@ -12,6 +12,7 @@ from fsdp_qlora.adapters import Method, build_method, of_target, parameters_of, 
 from fsdp_qlora.adapters.experts import experts_parameters
 from fsdp_qlora.adapters.full import whole_base
 from fsdp_qlora.adapters.loraplus import is_faster
+from fsdp_qlora.adapters.saved import Kept
 from fsdp_qlora.adapters.whole import require_apart, trained_biases, whole_parameters
 from fsdp_qlora.config.auto import Choice, asked, degree, switch
 from fsdp_qlora.config.choices import NONE, WITH_TABLES
@@ -189,7 +190,9 @@ def _targets(
 
     ``modules`` are trained whole: ``all-linear`` leaves them out.
     """
-    if lora.trains_base:
+    if lora.trains_base or not (lora.target_modules or lora.target_parameters):
+        if modules and not lora.trains_base:
+            raise PlanError("lora.modules_to_save: trains modules beside adapters; lora.target_modules names none.")
         return (), (), lora
     targets = target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
     if lora.target_modules == "all-linear":
@@ -271,13 +274,15 @@ def _adapter_cost(
     method: Method, targets: Sequence[LinearShape], shapes: ModelShapes, lora: LoraSettings, itemsize: int,
     start: StartCost | None,
 ) -> AdapterCost:  # fmt: skip
-    kept = dict.fromkeys(shapes.layers, 0)
-    for linear in targets:
-        layer = next((layer for layer in kept if linear.name.startswith(layer + ".")), None)
-        if layer is not None:
-            kept[layer] += method.kept(linear, of_target(lora, linear.name))
-    loading = 0 if start is None else start.bytes
-    return AdapterCost(method.fixed_bytes(targets, lora, itemsize), max(kept.values(), default=0), loading)
+    kept = {linear.name: method.kept(linear, of_target(lora, linear.name)) for linear in targets}
+    layers = [[each for name, each in kept.items() if name.startswith(layer + ".")] for layer in shapes.layers]
+    fixed, a_token = (max((sum(part) for part in parts), default=0) for parts in (
+        [[each.fixed for each in layer] for layer in layers], [[each.a_token for each in layer] for layer in layers]
+    ))  # fmt: skip
+    return AdapterCost(
+        method.fixed_bytes(targets, lora, itemsize), Kept(fixed, a_token),
+        frozenset(name for name, each in kept.items() if not each.input), 0 if start is None else start.bytes,
+    )  # fmt: skip
 
 
 def _require_matches(config: RunConfig, trained: Mapping[str, tuple[int, ...]]) -> None:
@@ -301,7 +306,8 @@ def _may_stay_whole(config: RunConfig, casts: bool) -> bool:
     """
     quant, fsdp = config.quant, config.fsdp
     in_peft = "none" in (quant.name, *quant.overrides.values()) or config.debug.name == "plain"
-    in_peft = in_peft or build_method(config.lora.method).layer is None or casts
+    in_peft = in_peft or build_method(config.lora.method).layer is None
+    in_peft = casts or (in_peft and bool(config.lora.target_modules or config.lora.target_parameters))
     return not (fsdp.offloads_parameters or fsdp.offload_modules or (in_peft and config.precision.name == "bf16"))
 
 
