@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -91,7 +91,7 @@ class AdapterConfig:
     """Its ``target_parameters``: names, or name endings, of stacked expert weights."""
     modules: Sequence[str] = ()
     """Whole names of the modules that were trained whole (``modules_to_save``)."""
-    bias: str = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases of the base were trained."""
     biases: Sequence[str] = ()
     """Their names in the file."""
