@@ -18,13 +18,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from fsdp_qlora.adapters.head import AdaptedLossHead
 from fsdp_qlora.adapters.lora import AdaptedModel
 from fsdp_qlora.adapters.served import require_rows, use_adapter
 from fsdp_qlora.adapters.turns import Starts
 from fsdp_qlora.attention.flatten import decoder_inputs
 from fsdp_qlora.data.labels import Sequences, supervised_positions
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.heads.adapted import AdaptedLossHead
 from fsdp_qlora.heads.added import TokenEmbedding
 from fsdp_qlora.heads.dense import LossHead
 from fsdp_qlora.heads.logprobs import CrossEntropy, cross_entropy_

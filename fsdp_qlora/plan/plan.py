@@ -126,38 +126,25 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     modules = whole_modules(shapes, config.lora.modules_to_save)
     targets, parameters, lora = _targets(config.lora, shapes, modules)
     config = replace(config, lora=lora)
-    by_name, method = _by_name(shapes, targets), build_method(config.lora.method)
-    tables = [name for name in targets if name in (shapes.embedding, shapes.head)]
-    _require_adaptable(config, method, tables)
-    beside = _beside(shapes, lora, targets, modules)
-    trained = _trained(method, lora, shapes, targets, parameters)
-    trained |= {name: trained.get(name, {}) | tensors for name, tensors in beside.items()}
+    method = build_method(config.lora.method)
+    trained, casts = _trained(config, method, shapes, targets, parameters, modules)
     rows = _token_rows(config, shapes, method, modules)
     _require_matches(config, dict(chain(rows.items(), *(tensors.items() for tensors in trained.values()))))
-    dense = parameters_in(shapes, modules)
-    quantized, edges = (
-        tuple(x for x in chosen(config.quant, shapes) if x.linear.parameter not in dense)
-        for chosen in (chosen_linears, chosen_edges)
-    )
+    quantized, edges = _quantized(config, shapes, modules)
     batch = BatchPlan(config.train.global_batch_size, _micro_batch_rows(config), world_size)
     _, shard = degrees(degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree, world_size)
-    settings, stored = storage_settings(config, batch, shard, bool(tables or beside)), (*quantized, *edges)
+    settings, stored = storage_settings(config, batch, shard, casts), (*quantized, *edges)
     table = shapes.embedding if shapes.tied else shapes.head
     settings = replace(settings, quantized_head=any(x.linear.name == table for x in edges))
-    if edges and f"{shapes.head}.bias" in parameters_in(shapes, beside) and shapes.head not in modules:
-        raise PlanError("lora.bias: the bias of a quantized head is not trained; set quant.embeddings=none.")
     offloaded = offloaded_parameters(
         config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
     )
+    by_name = _by_name(shapes, targets)
     adapted = [by_name[name] for name in targets]
     start = start_cost(lora, adapted, {x.linear.name for x in quantized})
     cost = _adapter_cost(method, adapted, shapes, lora, settings.itemsize, start)
     memory = MemoryModel(shapes, stored, trained, settings, offloaded, replace(cost, rows=rows))
-    if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
-        raise PlanError(
-            "train.activation_checkpointing: selective does not work with fsdp.offload_modules inside decoder layers "
-            "(they would have to be copied in again to recompute, which torch does not track); set it to full or none."
-        )
+    _require_recomputable(config, memory)
     settings, choices = choose(config, memory, settings, budget)
     planned = memory.plan(settings)
     return TrainPlan(
@@ -206,26 +193,50 @@ def _targets(
 
 
 def _trained(
-    method: Method, lora: LoraSettings, shapes: ModelShapes, targets: Sequence[str], parameters: Sequence[LinearShape]
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return module -> name -> shape of everything that is trained, but rows of tokens."""
+    config: RunConfig, method: Method, shapes: ModelShapes, targets: Sequence[str], parameters: Sequence[LinearShape],
+    modules: Sequence[str],
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], bool]:  # fmt: skip
+    """Return module -> name -> shape of everything that is trained, but rows of tokens; and whether FSDP casts it.
+
+    It must cast what is trained beside our own layers for linears, see `_may_stay_whole`.
+    """
     if method.trains_base:
-        return whole_base(shapes)
-    by_name = _by_name(shapes, targets)
+        return whole_base(shapes), False
+    tables = [name for name in targets if name in (shapes.embedding, shapes.head)]
+    _require_adaptable(config, method, tables)
+    by_name, lora = _by_name(shapes, targets), config.lora
     trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
-    return trained | experts_parameters(method, parameters, lora)
+    trained |= experts_parameters(method, parameters, lora)
+    beside = whole_parameters(shapes, modules) | trained_biases(shapes, lora.bias, targets, modules)
+    trained |= {name: trained.get(name, {}) | tensors for name, tensors in beside.items()}
+    if config.quant.embeddings != NONE and shapes.head in beside and shapes.head not in modules:
+        raise PlanError("lora.bias: the bias of a quantized head is not trained; set quant.embeddings=none.")
+    return trained, bool(tables or beside)
+
+
+def _quantized(
+    config: RunConfig, shapes: ModelShapes, modules: Sequence[str]
+) -> tuple[tuple[Packed, ...], tuple[Packed, ...]]:
+    """Return what is stored quantized in the decoder layers, and of embedding and head: nothing that is trained."""
+    dense = parameters_in(shapes, modules)
+    linears, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
+    return (
+        tuple(x for x in linears if x.linear.parameter not in dense),
+        tuple(x for x in edges if x.linear.parameter not in dense),
+    )
+
+
+def _require_recomputable(config: RunConfig, memory: MemoryModel) -> None:
+    if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
+        raise PlanError(
+            "train.activation_checkpointing: selective does not work with fsdp.offload_modules inside decoder layers "
+            "(they would have to be copied in again to recompute, which torch does not track); set it to full or none."
+        )
 
 
 def _by_name(shapes: ModelShapes, targets: Sequence[str]) -> dict[str, LinearShape]:
     edges = edge_shapes(shapes) if {shapes.embedding, shapes.head}.intersection(targets) else ()
     return {linear.name: linear for linear in (*edges, *shapes.linears)}
-
-
-def _beside(
-    shapes: ModelShapes, lora: LoraSettings, targets: Sequence[str], modules: Sequence[str]
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return module -> name -> shape of the base's own parameters that are trained beside adapters."""
-    return whole_parameters(shapes, modules) | trained_biases(shapes, lora.bias, targets, modules)
 
 
 def _require_adaptable(config: RunConfig, method: Method, tables: Sequence[str]) -> None:

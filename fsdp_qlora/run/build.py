@@ -207,8 +207,7 @@ def build_sharded(
     after = after_head(base) if task == "CAUSAL_LM" else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
     adapted = _adapt_and_quantize(config, base, plan, shapes, task, served)
-    if not config.lora.trains_base:
-        train_parameters(base, plan.memory.masters)
+    train_parameters(base, plan.memory.masters)
     fused = _use_kernels(config, base, after)
     model = CausalModel(adapted)
     model.fused = fused
