@@ -14,10 +14,11 @@ from torch import nn
 
 from fsdp_qlora.adapters.folder import WEIGHTS_NAME, opened_weights, read_adapter_config, stored_modules
 from fsdp_qlora.adapters.method import build_method, of_target, scaling_of, shared_names
-from fsdp_qlora.adapters.names import IN_FILE
+from fsdp_qlora.adapters.names import IN_FILE, base_name
 from fsdp_qlora.adapters.peft_layers import CPU, adapted_alone, adapted_layers
 from fsdp_qlora.adapters.starts import Start
 from fsdp_qlora.adapters.turns import FILE_NAME, read_start
+from fsdp_qlora.adapters.whole import within
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.files.read import own_file
 from fsdp_qlora.load.finite import require_finite
@@ -42,6 +43,12 @@ class StoredAdapter:
         self._settings = self.config.settings(self.modules)
         self._method = build_method(self._settings.method)
         self._file = own_file(folder, WEIGHTS_NAME)
+        with opened_weights(self._file) as stored:
+            names = list(stored.keys())
+        self._whole = {
+            base_name(name): name for name in names if name in self.config.biases or within(name, self.config.modules)
+        }
+        self._tables = [name for name in self.modules if f"{IN_FILE}{name}.lora_embedding_A" in names]
 
     @torch.no_grad()
     def fold(self, name: str, weight: torch.Tensor, sizes: Mapping[str, tuple[int, int]]) -> torch.Tensor:
@@ -62,7 +69,7 @@ class StoredAdapter:
         first = {size: other for other, size in reversed(list(sizes.items()))}
         linears = {other: size for size, other in first.items()} | {name: sizes[name]}
         settings = of_target(self._settings, name)
-        model = adapted_alone(self._method.peft(list(linears), settings, None), linears, CPU)
+        model = adapted_alone(self._method.peft(list(linears), settings, None), linears, CPU, tables=self._tables)
         tensors = self._tensors(name)
         try:
             loaded = set_peft_model_state_dict(model, tensors)
@@ -108,11 +115,24 @@ class StoredAdapter:
         require_finite(rows, f"adapter: {key} in {self._file}")
         return rows
 
+    @property
+    def whole_parameters(self) -> Mapping[str, str]:
+        """The base's own parameters that were trained: name in the base's files -> name in PEFT's file."""
+        return self._whole
+
+    def whole(self, parameter: str) -> torch.Tensor:
+        """Return a parameter of the base that was trained (`whole_parameters`)."""
+        with opened_weights(self._file) as stored:
+            value = stored.get_tensor(self._whole[parameter])
+        require_finite(value, f"adapter: {parameter} in {self._file}")
+        return value
+
     def _tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Return the file's tensors of one linear, and those of none."""
         start, shared = f"{IN_FILE}{name}.", shared_names()
         with opened_weights(self._file) as stored:
             own = [key for key in stored.keys() if key.startswith(start) or key in shared]  # noqa: SIM118
+            own = [key for key in own if base_name(key) not in self._whole]
             tensors = {key: stored.get_tensor(key).float() for key in own}
         for key, value in tensors.items():
             require_finite(value, f"adapter: {key} in {self._file}")

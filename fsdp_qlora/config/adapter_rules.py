@@ -146,7 +146,8 @@ def _full(config: RunConfig) -> Iterator[str]:
             yield f"lora: none trains the base itself, which {key}={value} quantizes; set it to none."
     for key, given in {
         "model.add_tokens": config.model.add_tokens, "lora.init_from": config.lora.init_from,
-        "lora.target_parameters": config.lora.target_parameters,
+        "lora.target_parameters": config.lora.target_parameters, "lora.modules_to_save": config.lora.modules_to_save,
+        f"lora.bias={config.lora.bias}": config.lora.bias != choices.NONE,
         "optim.loraplus_lr_ratio": config.optim.loraplus_lr_ratio,
         "fsdp.offload_modules": fsdp.offload_modules, f"fsdp.offload={fsdp.offload}": fsdp.offloads_parameters,
         f"fsdp.adapters={fsdp.adapters}": fsdp.adapters != "sharded",
@@ -155,4 +156,23 @@ def _full(config: RunConfig) -> Iterator[str]:
             yield f"{key}: does not go with lora=none, which trains the whole base; leave it out."
 
 
-ADAPTER_RULES = (_method, _bundle, _start, _adapters, _full)
+def _beside_adapters(config: RunConfig) -> Iterator[str]:
+    """Refuse what does not go with weights of the base that are trained beside adapters."""
+    lora, fsdp = config.lora, config.fsdp
+    if lora.bias != choices.NONE and not lora.trains_base and lora.method not in choices.WITH_PATTERNS:
+        kinds = ", ".join(choices.WITH_PATTERNS)
+        yield f"lora.bias: only with {kinds}, not with lora.variant={lora.variant}; set it to none."
+    if any(not name.strip() for name in lora.modules_to_save):
+        yield "lora.modules_to_save: a name must not be empty."
+    if lora.trains_base or not lora.trains_masters:
+        return
+    key = "lora.modules_to_save" if lora.modules_to_save else f"lora.bias={lora.bias}"
+    for other, given in {
+        "fsdp.offload_modules": fsdp.offload_modules, f"fsdp.offload={fsdp.offload}": fsdp.offloads_parameters,
+        "fsdp.adapters=replicated": fsdp.adapters == "replicated" and config.precision.name == "bf16",
+    }.items():  # fmt: skip
+        if given:
+            yield f"{other}: does not go with {key}, whose float32 weights are sharded; leave one of them out."
+
+
+ADAPTER_RULES = (_method, _bundle, _start, _adapters, _full, _beside_adapters)

@@ -134,6 +134,8 @@ WITH_PATTERNS = ("lora", "rslora", "dora")
 """The adapter methods that take ``lora.rank_pattern`` and ``lora.alpha_pattern``."""
 WITH_EXPERTS = ("lora", "rslora")
 """The adapter methods that train stacked experts (``lora.target_parameters``)."""
+WITH_TABLES = ("lora", "rslora")
+"""The adapter methods that adapt embedding and head."""
 OBJECTIVES = Names("sft")
 """``objective=``: losses (`fsdp_qlora.objectives`)."""
 OPTIMIZERS = Names(

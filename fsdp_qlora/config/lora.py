@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, POSITIVE, VERBATIM, YOUNGER
@@ -44,7 +44,8 @@ class LoraSettings:
     PEFT's defaults apply to the others."""
     target_modules: Any = "all-linear"
     """``all-linear``, or a list of modules: a name, its last parts (``[q_proj, v_proj]``), or a pattern of the whole
-    name (``model.layers.1?.mlp.*``)."""
+    name (``model.layers.1?.mlp.*``). Embedding and head are among them if their names are (``lm_head``); for ``lora``
+    and ``rslora``."""
     target_parameters: Annotated[Any, YOUNGER] = ""
     """Stacked expert weights that get adapters too: ``experts`` (all of them), or a list, named in the same ways
     (``[mlp.experts.down_proj]``). For ``lora`` and ``rslora``, without dropout. Routers get none."""
@@ -57,6 +58,13 @@ class LoraSettings:
     LoRA's kinds only, as ``alpha_pattern``."""
     alpha_pattern: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
     """Alphas of some targets, as ``rank_pattern``."""
+    modules_to_save: Annotated[list[str], YOUNGER] = field(default_factory=list)
+    """Modules that are trained whole beside the adapters and saved with them, named in the same ways (``[lm_head,
+    norm]``); of a module around others, all inside. Never quantized. Of a table that embedding and head share, one
+    name means both."""
+    bias: Annotated[Literal["none", "all", "lora_only"], YOUNGER] = "none"
+    """Biases of the base that are trained and saved with the adapters, as in PEFT: ``all``, or those of adapted linears
+    (``lora_only``). For LoRA's kinds."""
     init_from: Annotated[str | None, VERBATIM, MAY_CHANGE] = None
     """PEFT adapter folder to start a new run from (same ranks, alphas and targets)."""
 
@@ -64,6 +72,11 @@ class LoraSettings:
     def trains_base(self) -> bool:
         """Whether there are no adapters and the base itself is trained."""
         return self.variant == choices.NONE
+
+    @property
+    def trains_masters(self) -> bool:
+        """Whether weights of the base are trained: all of them, or some beside adapters."""
+        return self.trains_base or bool(self.modules_to_save) or self.bias != choices.NONE
 
     @property
     def method(self) -> str:

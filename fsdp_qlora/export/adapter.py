@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from fsdp_qlora.files.read import file_sha256, own_file
 from fsdp_qlora.files.scratch import fresh_folder, move_into
 from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_json, write_text
 from fsdp_qlora.load.finite import require_finite
+from fsdp_qlora.shapes.modules import around
 from fsdp_qlora.shapes.patterns import endings
 
 _BESIDE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
@@ -69,15 +70,9 @@ def short_targets(targets: Sequence[str], model: nn.Module) -> list[str]:
     """
     short = endings(targets)
     adapted = set(targets)
-    own = [name for name, _ in model.named_modules() if not adapted.intersection(_parents(name))]
+    own = [name for name, _ in model.named_modules() if not adapted.intersection(around(name))]
     meant = [n for n in own if any(n == e or n.endswith("." + e) for e in short)]
     return sorted(short) if set(meant) == set(targets) else sorted(targets)
-
-
-def _parents(name: str) -> Iterator[str]:
-    """Yield the names of the modules around a module."""
-    while name := name.rpartition(".")[0]:
-        yield name
 
 
 def as_started(config: PeftConfig, lora: LoraSettings) -> PeftConfig:

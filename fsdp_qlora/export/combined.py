@@ -115,8 +115,10 @@ def combine_adapters(
 
 def _open(name: str, folder: Path, weight: float, stack: ExitStack) -> _Source:
     config = read_adapter_config(folder)
-    if config.variant not in _SUMMED or config.start is not None or config.token_ids:
-        what = "has rows of added tokens" if config.token_ids else f"is {config.start or config.variant}"
+    more = config.token_ids or config.modules or config.biases
+    if config.variant not in _SUMMED or config.start is not None or more:
+        what = f"is {config.start or config.variant}"
+        what = "has rows of added tokens" if config.token_ids else "trained weights of the base" if more else what
         raise ModelError(f"adapter: {name} {what}; only adapters of {' and '.join(_SUMMED)} can be combined.")
     settings = config.settings(stored_modules(folder, config))
     stored = stack.enter_context(opened_weights(own_file(folder, WEIGHTS_NAME)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from fsdp_qlora.load.stream import fill_alone
 from fsdp_qlora.load.weights import minus
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.quant.formats import Packed
-from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, edge_shapes
 from fsdp_qlora.shapes.tokens import tables_of_tokens
 
 BYTES_A_WEIGHT = 16
@@ -65,11 +66,20 @@ class Folding:
         shapes = read_shapes(base)
         self._formats = {x.linear.parameter: x for x in packed}
         self._linears = {x.parameter: x for x in shapes.linears} | {x.linear.parameter: x.linear for x in packed}
+        apart = {shapes.embedding, shapes.head}.intersection(adapter.modules)
+        self._linears |= {x.parameter: x for x in (edge_shapes(shapes) if apart and shapes.edges_apart else ())}
         names = {x.name: x for x in self._linears.values() if not x.stacked}
+        if shapes.tied and apart:
+            raise ModelError(
+                f"what=merged: {adapter.folder} adapts {min(apart)}, whose table embedding and head share in this base "
+                "model; folded into it, the adapter would change both. Export the adapter (what=adapter)."
+            )
         if missing := sorted(set(adapter.modules) - names.keys()):
             raise ModelError(f"adapter: {adapter.folder} adapts {missing[0]}, which is no linear of this base model.")
         self._sizes = {name: (names[name].out_features, names[name].in_features) for name in adapter.modules}
         self._adapted = {f"{name}.weight": name for name in adapter.modules}
+        self._whole = self._trained_whole(shapes)
+        self._shapes = shapes.parameters
         self._rows = {f"{name}.weight": rows for name, rows in self._token_rows(shapes)}
         self._first = min(adapter.config.token_ids, default=0)
         for table in self._rows:
@@ -88,7 +98,20 @@ class Folding:
     def largest_bytes(self) -> int:
         """Bytes that the largest changed tensor takes while it is folded."""
         changed = {place.parameter for place in self.places.values()}
-        return max((BYTES_A_WEIGHT * self._linears[name].numel for name in changed), default=0)
+        return max((BYTES_A_WEIGHT * prod(self._shapes[name]) for name in changed), default=0)
+
+    def _trained_whole(self, shapes: ModelShapes) -> frozenset[str]:
+        """Return the parameters that the adapter's file holds whole, each once."""
+        names = set(self.adapter.whole_parameters)
+        tables = [f"{name}.weight" for name in (shapes.embedding, shapes.head)]
+        if shapes.tied and names.issuperset(tables) and torch.equal(*map(self.adapter.whole, tables)):
+            names.discard(tables[1])
+        if missing := sorted(names - shapes.parameters.keys()):
+            raise ModelError(
+                f"adapter: {self.adapter.folder} trained {missing[0]}, which this base model does not have, or not "
+                "apart from the embedding."
+            )
+        return frozenset(names)
 
     def _token_rows(self, shapes: ModelShapes) -> Iterator[tuple[str, torch.Tensor]]:
         ids = sorted(self.adapter.config.token_ids)
@@ -106,12 +129,12 @@ class Folding:
             yield table, rows
 
     def _places(self, shapes: ModelShapes) -> Iterator[tuple[str, _Place]]:
-        for parameter in {**self._adapted, **self._formats, **self._rows}:
-            linear, start = self._linears[parameter], 0
+        for parameter in {**self._adapted, **self._formats, **self._rows, **dict.fromkeys(sorted(self._whole))}:
+            shape, start = shapes.parameters[parameter], 0
             if packed_format(self.files, parameter):
-                yield parameter, _Place(parameter, 0, linear.numel)
+                yield parameter, _Place(parameter, 0, prod(shape))
                 continue
-            stored = self.files.find(parameter, linear.stored_shape)
+            stored = self.files.find(parameter, shape)
             if stored.make is not None:
                 raise ModelError(
                     f"what=merged: {parameter} is stored in another form in {stored.file}, which cannot be written "
@@ -122,7 +145,7 @@ class Folding:
                 start += part.numel
             head = f"{shapes.head}.weight"
             if shapes.tied and parameter == f"{shapes.embedding}.weight" and head in self.files.entries:
-                yield head, _Place(parameter, 0, linear.numel)  # a stored copy of the tied table
+                yield head, _Place(parameter, 0, prod(shape))  # a stored copy of the tied table
 
     def shape(self, entry: TensorEntry) -> tuple[int, ...]:
         """Return the shape of a stored tensor in the result."""
@@ -130,7 +153,7 @@ class Folding:
         if place is not None and place.parameter in self._rows:
             return (self.num_ids or 0, *entry.shape[1:])
         if place is not None and packed_format(self.files, entry.name):
-            return self._linears[place.parameter].stored_shape
+            return self._shapes[place.parameter]
         return entry.shape
 
     def values(self, entry: TensorEntry) -> torch.Tensor:
@@ -143,6 +166,14 @@ class Folding:
         return value if place.parameter in self._rows else value.reshape(-1)[place.start : place.stop]
 
     def _value(self, parameter: str) -> torch.Tensor:
+        if parameter in self._whole:
+            value = self.adapter.whole(parameter)
+            if value.shape != self._shapes[parameter]:
+                raise ModelError(
+                    f"adapter: {parameter} is {list(value.shape)} in {self.adapter.folder}, but "
+                    f"{list(self._shapes[parameter])} in this base model."
+                )
+            return value
         linear = self._linears[parameter]
         weight = self._before(parameter, linear)
         if (rows := self._rows.get(parameter)) is not None:

@@ -80,7 +80,8 @@ def export_merged(
             copy_regular(file, staging / name)
         write_json(staging / "config.json", _config(source, folding))
         _follow_end_of_turn(staging, folding)
-        write_json(staging / MERGE.mark, {"folded": sorted(folding.adapter.modules)})
+        folded = sorted([*folding.adapter.modules, *folding.adapter.whole_parameters])
+        write_json(staging / MERGE.mark, {"folded": folded})
         _check(staging, home)
     return Merged(len(folding.adapter.modules), total)
 

@@ -39,6 +39,8 @@ def require_servable(adapter: StoredAdapter) -> None:
     why = ""
     if config.token_ids:
         why = "has rows of added tokens, for which the base has none"
+    elif config.modules or config.biases:
+        why = "trained weights of the base, which the base in 4 bits does not have"
     elif config.parameters:
         why = "adapts stacked weights of experts, which bitsandbytes does not store in 4 bits"
     elif config.variant not in SERVED_METHODS:

@@ -137,7 +137,8 @@ def write_plain_lora(adapter: StartedAdapter, target: Path, overwrite: bool = Fa
     tensors: dict[str, torch.Tensor] = {}
     with opened_weights(own_file(adapter.folder, WEIGHTS_NAME)) as stored:
         names = set(stored.keys())
-        if odd := sorted(name for name in names if not name.endswith((LORA_A, LORA_B, TOKEN_ROWS))):
+        beside = {name for name in names if name.endswith(TOKEN_ROWS)}.union(adapter.whole_parameters.values())
+        if odd := sorted(name for name in names - beside if not name.endswith((LORA_A, LORA_B))):
             raise ModelError(
                 f"export.plain_lora: {adapter.folder} also trains {odd[0]}, which no plain LoRA can express; export "
                 "the base that it needs with what=base-4bit."
@@ -145,7 +146,7 @@ def write_plain_lora(adapter: StartedAdapter, target: Path, overwrite: bool = Fa
         for name in sorted(names):
             value = stored.get_tensor(name)
             require_finite(value, f"adapter: {name} in {adapter.folder}")
-            if name.endswith(TOKEN_ROWS):
+            if name in beside:
                 tensors[name] = value
                 continue
             module = name.removeprefix(IN_FILE).removesuffix(LORA_A).removesuffix(LORA_B)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fsdp_qlora.quant.formats import build_format
+from fsdp_qlora.quant.gemm import grouped
 from fsdp_qlora.quant.grouped import grouped_product
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.stack import Stack
@@ -67,9 +68,11 @@ def experts_by_counts(
     ends = rows.cumsum(0).to(torch.int32)
 
     def product(x: Tensor, key: str) -> Tensor:
-        stack = _stack(self, key, x.dtype)
-        adapter = getattr(self, _ADAPTERS, {}).get(key)
-        made = grouped_product(x, stack, ends, counts, adapter and adapter.factors())
+        weights, adapter = getattr(self, key), getattr(self, _ADAPTERS, {}).get(key)
+        if not isinstance(weights, QuantMatrices) and weights.requires_grad:  # trained whole, without an adapter
+            made = grouped(x, _as_linears(self, weights), ends)
+        else:
+            made = grouped_product(x, _stack(self, key, x.dtype), ends, counts, adapter and adapter.factors())
         return made + getattr(self, f"{key}_bias")[chosen[order]] if self.has_bias else made
 
     inner = product(_Rows.apply(hidden_states, order, place, k), _first(self))
@@ -116,6 +119,11 @@ def _stack(module: Any, key: str, dtype: torch.dtype) -> Stack:
     weights = getattr(module, key)
     if isinstance(weights, QuantMatrices):
         return weights.stack_for_product(dtype)
-    dense = weights.transpose(1, 2) if module.is_transposed else weights
+    dense = _as_linears(module, weights)
     count, out_features, in_features = dense.shape
     return Stack(count, out_features, in_features, None, build_format(), dense)
+
+
+def _as_linears(module: Any, weights: Tensor) -> Tensor:
+    """Return upstream's stacked weights as ``[count, out, in]``."""
+    return weights.transpose(1, 2) if module.is_transposed else weights

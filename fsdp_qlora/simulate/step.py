@@ -246,7 +246,7 @@ def step_runner(
     Create it while no unit is gathered.
     """
     reduce_replicated = ReplicatedGradients(trainable_parameters(model), ranks)
-    synchronize = synchronizer(config.lora.trains_base)
+    synchronize = synchronizer(config.lora.trains_masters)
 
     def run(before_each: Callable[[], None]) -> object:
         settings = StepSettings(
