@@ -1,4 +1,4 @@
-"""DoRA (https://arxiv.org/abs/2402.09353) in PEFT's own layer, which reads the dequantized weight for its norms."""
+"""DoRA (https://arxiv.org/abs/2402.09353) in PEFT's own layer, with norms that are kept for a step (`StepNorms`)."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class DoRA(LoRA):
         """Return the PEFT config."""
         return lora_config(targets, lora, task_type, use_dora=True, use_rslora=lora.scales_by_root)
 
-    def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
-        """Return the size of the identity through which PEFT multiplies A and B."""
-        return linear.in_features**2
+    def fixed_bytes(self, linears: Sequence[LinearShape], lora: LoraSettings, itemsize: int) -> int:
+        """Return the bytes of the norms, which every rank keeps whole."""
+        return itemsize * sum(linear.out_features for linear in linears)
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether it is DoRA."""

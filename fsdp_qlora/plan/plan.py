@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from fsdp_qlora.adapters import Method, build_method, of_target, parameters_of, spelt_out
+from fsdp_qlora.adapters.eva import bounded
 from fsdp_qlora.adapters.experts import experts_parameters
 from fsdp_qlora.adapters.full import whole_base
 from fsdp_qlora.adapters.loraplus import is_faster
@@ -24,7 +25,7 @@ from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
-from fsdp_qlora.plan.starts import StartCost, start_cost
+from fsdp_qlora.plan.starts import StartCost, rows_cost, start_cost
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 from fsdp_qlora.shapes.targets import target_linears, target_parameters
@@ -62,7 +63,7 @@ class TrainPlan:
     choices: dict[str, Choice]
     """The values chosen for ``auto``, by key."""
     start: StartCost | None = None
-    """What the adapters' start from the base weights costs; None if they start from random values."""
+    """What the adapters' start costs; None if they start from random values, or from directions that EVA settled."""
 
     @property
     def peak(self) -> int:
@@ -117,6 +118,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     Raises:
         PlanError: if a target module or a pattern of names matches nothing, or the ranks cannot be laid out as asked.
     """
+    eva = config.lora if config.lora.starts_from_rows else None
     targets, parameters, lora = _targets(config.lora, shapes)
     config = replace(config, lora=lora)
     by_name = {x.name: x for x in shapes.linears}
@@ -133,6 +135,8 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     )
     adapted = [by_name[name] for name in targets]
     start = start_cost(lora, adapted, {x.linear.name for x in quantized})
+    if eva is not None:
+        start = rows_cost(eva, adapted, settings.tokens, settings.itemsize, settings.on_accelerator)
     cost = _adapter_cost(method, adapted, shapes, lora, settings.itemsize, start)
     memory = MemoryModel(shapes, stored, trained, settings, offloaded, replace(cost, rows=rows))
     if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
@@ -170,6 +174,8 @@ def _targets(lora: LoraSettings, shapes: ModelShapes) -> tuple[tuple[str, ...], 
         return (), (), lora
     targets = target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
     parameters = target_parameters(shapes, lora.target_parameters, lora.exclude_modules, lora.layers_to_transform)
+    if lora.starts_from_rows:  # its ranks are settled later, and are these at most
+        lora = bounded(lora, [linear for linear in shapes.linears if linear.name in set(targets)])
     return targets, parameters, spelt_out(lora, [*targets, *(x.name for x in parameters)])
 
 

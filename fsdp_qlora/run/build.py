@@ -20,6 +20,7 @@ from fsdp_qlora.adapters.full import train_base
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.norms import follow_adapters
 from fsdp_qlora.adapters.served import ServedAdapter, attach_served, load_served
 from fsdp_qlora.adapters.turns import TakingTurns
 from fsdp_qlora.config.auto import as_word, asked, switch
@@ -173,6 +174,7 @@ def load_model(
     start_token_rows(model.base, opened.shapes, opened.source, ranks)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
+    follow_adapters(model)
     if opened.plan.settings.keeps_dense:
         keep_dense(opened.base, model_dtype(config.precision.name))
     return model, report
@@ -278,6 +280,10 @@ def _adapt_and_quantize(
     """
     if config.lora.trains_base:
         return train_base(base)
+    if not (plan.targets or plan.parameters or served):  # the base alone, before its adapters are settled
+        base.requires_grad_(False)
+        _quantize(base, plan, shapes, switch(config.quant.cache_dequantized) is True)
+        return base
     attach = partial(attach_adapters, base, plan.targets, config.lora, task, plan.parameters)
     if served:
         attach = partial(attach_served, base, shapes, served, task)
