@@ -80,22 +80,17 @@ def most(lora: LoraSettings, target: str) -> int:
     return round(of_target(lora, target).r * lora.eva_rho)
 
 
-def divide(
-    explained: Mapping[str, torch.Tensor], leader: Mapping[str, str], counts: Mapping[str, int], budget: int
-) -> dict[str, int]:
+def divide(explained: Mapping[str, torch.Tensor], leader: Mapping[str, str], budget: int) -> dict[str, int]:
     """Divide ``budget`` ranks among the targets: one for each of the directions that explain the most.
 
     Args:
         explained: `Directions.explained` of each leader.
         leader: target -> the first of those that share its input, in the model's order.
-        counts: how many directions each leader may use.
         budget: the sum of all ranks.
     """
     followers = [name for name, first in leader.items() if name != first]
     grouped = [name for first in explained for name in followers if leader[name] == first]
-    shares = [
-        (name, share) for name in (*explained, *grouped) for share in explained[leader[name]][: counts[leader[name]]]
-    ]
+    shares = [(name, share) for name in (*explained, *grouped) for share in explained[leader[name]]]
     largest = torch.stack([share for _, share in shares]).argsort(descending=True, stable=True)[:budget]
     ranks = Counter(shares[int(i)][0] for i in largest)
     divided = {name: ranks.get(name, 0) for name in (*explained, *grouped)}

@@ -121,10 +121,12 @@ class Search:
             for turn in range(ranks.size):
                 if self._all_settled():
                     return number
+                if number == LIMIT:
+                    break
                 self._take(turn, kept)
                 number += 1
                 if self._explained.keys() == self.counts.keys():
-                    self.divided.update(divide(self._explained, self.leader, self.counts, self.budget))
+                    self.divided.update(divide({n: self._explained[n] for n in self.counts}, self.leader, self.budget))
                 elif number >= _STARVED:
                     self._raise_starved(number)
             ranks.phases.sign()

@@ -6,8 +6,8 @@ for as long as the version counters of its own shards of A and B stay the same; 
 than by torch's operators says so (`ShardedOptimizer.step`). They are computed inside a forward, where the unit is
 gathered anyway.
 
-PEFT's `DoraLinearLayer` and torch's ``_version`` are not in their documentations: only this module uses them, and
-`tests/unit/test_norms.py` fails if they change.
+PEFT's `DoraLinearLayer` is not in its documentation: only this module uses it, and `tests/unit/test_norms.py` fails if
+it or torch's ``_version`` changes.
 """
 
 from __future__ import annotations

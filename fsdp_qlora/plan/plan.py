@@ -118,7 +118,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     Raises:
         PlanError: if a target module or a pattern of names matches nothing, or the ranks cannot be laid out as asked.
     """
-    eva = config.lora if config.lora.starts_from_rows else None
+    asked_for = config.lora
     targets, parameters, lora = _targets(config.lora, shapes)
     config = replace(config, lora=lora)
     by_name = {x.name: x for x in shapes.linears}
@@ -134,9 +134,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
     )
     adapted = [by_name[name] for name in targets]
-    start = start_cost(lora, adapted, {x.linear.name for x in quantized})
-    if eva is not None:
-        start = rows_cost(eva, adapted, settings.tokens, settings.itemsize, settings.on_accelerator)
+    start = _start(asked_for, lora, adapted, quantized, settings)
     cost = _adapter_cost(method, adapted, shapes, lora, settings.itemsize, start)
     memory = MemoryModel(shapes, stored, trained, settings, offloaded, replace(cost, rows=rows))
     if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
@@ -177,6 +175,16 @@ def _targets(lora: LoraSettings, shapes: ModelShapes) -> tuple[tuple[str, ...], 
     if lora.starts_from_rows:  # its ranks are settled later, and are these at most
         lora = bounded(lora, [linear for linear in shapes.linears if linear.name in set(targets)])
     return targets, parameters, spelt_out(lora, [*targets, *(x.name for x in parameters)])
+
+
+def _start(
+    asked_for: LoraSettings, lora: LoraSettings, targets: Sequence[LinearShape], quantized: Sequence[Packed],
+    settings: StorageSettings,
+) -> StartCost | None:  # fmt: skip
+    """Return what the adapters' start costs: as asked for, or with whole names for patterns."""
+    if asked_for.starts_from_rows:
+        return rows_cost(asked_for, targets, settings.tokens, settings.itemsize, settings.on_accelerator)
+    return start_cost(lora, targets, {x.linear.name for x in quantized})
 
 
 def _trained(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -82,7 +82,7 @@ def _facts(opened: OpenedModel, folder: Path, data: PreparedData, asked: RunConf
         "ranks": [lora.method, lora.r, lora.alpha, dict(lora.rank_pattern), dict(lora.alpha_pattern)],
         "eva": [lora.eva_rho, lora.eva_tau, lora.eva_whiten, lora.eva_adjust_scaling_factors],
         "precision": asked.precision.name, "added": list(asked.model.add_tokens),
-        "targets": kinds_of(opened.plan), "files": file_digests(folder),
+        "quant": asdict(asked.quant), "targets": kinds_of(opened.plan), "files": file_digests(folder),
     }  # fmt: skip
 
 

@@ -74,8 +74,7 @@ def test_ranks_are_pefts() -> None:
     )  # fmt: skip
     leader = {"a": "a", "b": "a", "c": "c", "d": "d"}
     lora = LoraSettings(r=3, init_lora_weights="eva")
-    counts = {name: most(lora, name) for name in ("a", "c", "d")}
-    own = {name: Directions(6, 0.99) for name in counts}
+    own = {name: Directions(most(lora, name), 0.99) for name in ("a", "c", "d")}
     ranks = dict.fromkeys(leader, 6)
     for inputs in _steps():
         if all(bool(own[name].settled[: ranks[name]].all()) for name in own):
@@ -83,7 +82,7 @@ def test_ranks_are_pefts() -> None:
         for name, rows in inputs.items():
             if not own[name].settled[: ranks[name]].all():
                 own[name].add(rows)
-        ranks = divide({name: x.explained for name, x in own.items()}, leader, counts, 12)
+        ranks = divide({name: x.explained for name, x in own.items()}, leader, 12)
     assert ranks == {name: len(a) for name, a in wanted.items()}
     assert len(set(ranks.values())) > 1 and sum(ranks.values()) == 12 and ranks["a"] >= ranks["b"]
     for name, a in wanted.items():
