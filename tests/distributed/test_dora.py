@@ -61,4 +61,5 @@ def test_norms_are_computed_once_a_step(pool, tiny_model, checkpointing, quant, 
     assert kept["gathers"] == each["gathers"]
     if quant == "nf4":
         forwards = STEPS * MICRO_BATCHES * (1 if checkpointing == "none" else 2)
-        assert (kept["dequantized"], each["dequantized"]) == (STEPS * TARGETS, forwards * TARGETS)
+        assert each["dequantized"] - kept["dequantized"] == (forwards - STEPS) * TARGETS
+        assert each["dequantized"] >= forwards * TARGETS
