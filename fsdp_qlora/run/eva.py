@@ -68,9 +68,9 @@ def settle(
         tensors = on_every(lambda: read_directions(file) if ranks.is_main else {}, ranks)
     else:
         ranks.phases.enter("finding where adapters start (eva)")
-        tensors = _search(opened, data, ranks)
+        tensors = _search(opened, data, ranks, asked.lora)
     divided = ranks_of(tensors, opened.plan.targets, ranks)
-    return settled(opened.config.lora, divided), starts_of(tensors, facts, ranks)
+    return settled(asked.lora, divided), starts_of(tensors, facts, ranks)
 
 
 def _facts(opened: OpenedModel, folder: Path, data: PreparedData, asked: RunConfig) -> dict[str, Any]:
@@ -86,9 +86,8 @@ def _facts(opened: OpenedModel, folder: Path, data: PreparedData, asked: RunConf
     }  # fmt: skip
 
 
-def _search(opened: OpenedModel, data: PreparedData, ranks: Ranks) -> dict[str, torch.Tensor]:
+def _search(opened: OpenedModel, data: PreparedData, ranks: Ranks, lora: LoraSettings) -> dict[str, torch.Tensor]:
     """Load the base without adapters, run rows through it, and return A of the targets on rank 0."""
-    lora = opened.config.lora
     features = {x.name: x.in_features for x in opened.shapes.linears if x.name in set(opened.plan.targets)}
     train = replace(opened.config.train, compile="false", kernels="torch", activation_checkpointing="none")
     bare = replace(
