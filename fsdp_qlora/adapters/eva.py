@@ -62,12 +62,12 @@ class Directions:
         return self._pca.explained_variance_ratio_
 
     def first(self, r: int, whiten: bool) -> torch.Tensor:
-        """Return the first ``r`` directions, ``[r, features]``, divided by the roots of their singular values or not.
+        """Return the first ``r`` directions, float32 ``[r, features]``, over the roots of their singular values or not.
 
         PEFT divides the directions of linears that share an input once for each of them; here they are divided once.
         """
-        chosen = self._pca.components_[:r]
-        return chosen / self._pca.singular_values_[:r].sqrt().reshape(-1, 1) if whiten else chosen
+        chosen = self._pca.components_[:r]  # float64 from the second batch on, whose mean is
+        return (chosen / self._pca.singular_values_[:r].sqrt().reshape(-1, 1) if whiten else chosen).float()
 
 
 def rows_needed(count: int, begun: bool) -> int:

@@ -168,7 +168,7 @@ class Search:
         sizes = torch.tensor([len(kept[name]) if name in kept else 0 for name in names], device=device)
         dist.broadcast(sizes, group_src=turn, group=group)
         width = max(self.counts.values())
-        table, failed = torch.zeros(len(names), 2 * width + 1, device=device), ""
+        table, failed = torch.zeros(len(names), 2 * width + 1, dtype=torch.float64, device=device), ""
         for place, (name, size) in enumerate(zip(names, sizes.tolist(), strict=True)):
             self._tokens[name] = max(self._tokens.get(name, 0), size)
             owner = self._owner[name]
