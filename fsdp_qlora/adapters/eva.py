@@ -41,7 +41,7 @@ class Directions:
         self._pca = IncrementalPCA(n_components=count, copy=True, lowrank=True, lowrank_seed=_SEED)
 
     def add(self, rows: torch.Tensor) -> None:
-        """Update them with float32 rows ``[tokens, features]``, at least `rows_needed` of them.
+        """Update them with float32 rows ``[tokens, features]``, at least ``count`` of them.
 
         Raises:
             NumericsError: if the rows are not finite, or all the same.
@@ -68,11 +68,6 @@ class Directions:
         """
         chosen = self._pca.components_[:r]  # float64 from the second batch on, whose mean is
         return (chosen / self._pca.singular_values_[:r].sqrt().reshape(-1, 1) if whiten else chosen).float()
-
-
-def rows_needed(count: int, begun: bool) -> int:
-    """Return the tokens that an update of ``count`` directions needs; PEFT fails on a first one with fewer."""
-    return count if begun else 2 * count
 
 
 def most(lora: LoraSettings, target: str) -> int:
@@ -107,11 +102,11 @@ def bounded(lora: LoraSettings, targets: Sequence[LinearShape]) -> LoraSettings:
         PlanError: if a target is too small for its rank.
     """
     for linear in targets:
-        if 2 * (r := most(lora, linear.name)) > linear.in_features:
+        if (r := most(lora, linear.name)) > linear.in_features:
             raise PlanError(
                 f"lora.init_lora_weights: eva looks for {r} directions (lora.r times lora.eva_rho) in the input of "
-                f"{linear.name}, which has {linear.in_features} features, and can find half as many; lower lora.r or "
-                "lora.eva_rho, or leave it out with lora.exclude_modules."
+                f"{linear.name}, which has {linear.in_features} features; lower lora.r or lora.eva_rho, or leave it out "
+                "with lora.exclude_modules."
             )
     return _plain(lora, {linear.name: most(lora, linear.name) for linear in targets})
 

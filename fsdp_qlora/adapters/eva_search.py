@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fsdp_qlora.adapters.eva import Directions, divide, most, rows_needed
+from fsdp_qlora.adapters.eva import Directions, divide, most
 from fsdp_qlora.adapters.method import of_target
 from fsdp_qlora.adapters.names import IN_FILE, LORA_A
 from fsdp_qlora.config.schema import LoraSettings
@@ -172,7 +172,7 @@ class Search:
         for place, (name, size) in enumerate(zip(names, sizes.tolist(), strict=True)):
             self._tokens[name] = max(self._tokens.get(name, 0), size)
             owner = self._owner[name]
-            enough = size >= rows_needed(self.counts[name], name in self._explained)
+            enough = size >= self.counts[name]
             if rank in (turn, owner) and enough and name not in self._done:
                 rows = kept[name].to(device, torch.float32).contiguous() if rank == turn else None
                 if rows is None:
@@ -215,8 +215,7 @@ class Search:
         name = next(name for name in self.counts if name not in self._explained)
         raise NumericsError(
             f"lora.init_lora_weights: eva looks for {self.counts[name]} directions in the input of {name}, and needs "
-            f"{rows_needed(self.counts[name], False)} supervised tokens in a micro-batch to begin; the {number} first "
-            f"ones gave it {self._tokens[name]} at most. Raise train.micro_batch_size (or set data.packing=true), or "
+            f"as many supervised tokens in a micro-batch; the {number} first ones gave it {self._tokens[name]} at most. Raise train.micro_batch_size (or set data.packing=true), or "
             "lower lora.r or lora.eva_rho."
         )
 

@@ -241,8 +241,8 @@ def _refused(ranks: Ranks, folder: str, groups: dict[str, Any]) -> str:
     ("rows", "more", "said"),
     [
         (False, {}, "2 data.train: not set, and lora.init_lora_weights=eva starts from what the base makes"),
-        (True, {"lora": {"r": 40}}, "2 lora.init_lora_weights: eva looks for 80 directions"),
-        (True, {"lora": {"r": 15}}, "lora.init_lora_weights: eva looks for 30 directions in the input of model."),
+        (True, {"lora": {"r": 70}}, "2 lora.init_lora_weights: eva looks for 140 directions"),
+        (True, {"lora": {"r": 40}}, "lora.init_lora_weights: eva looks for 80 directions in the input of model."),
     ],
 )
 def test_what_cannot_start_is_refused(pool, tiny_model, chat_rows, rows, more, said):
