@@ -86,7 +86,8 @@ def divide(explained: Mapping[str, torch.Tensor], leader: Mapping[str, str], bud
     followers = [name for name, first in leader.items() if name != first]
     grouped = [name for first in explained for name in followers if leader[name] == first]
     shares = [(name, share) for name in (*explained, *grouped) for share in explained[leader[name]]]
-    largest = torch.stack([share for _, share in shares]).argsort(descending=True, stable=True)[:budget]
+    # Linears with one input have equal shares: which of them comes first is what PEFT's sort makes of it, on a CPU.
+    largest = torch.stack([share for _, share in shares]).argsort(descending=True)[:budget]
     ranks = Counter(shares[int(i)][0] for i in largest)
     divided = {name: ranks.get(name, 0) for name in (*explained, *grouped)}
     for name in grouped:  # the leader gets the highest rank of those that share its input
@@ -105,8 +106,8 @@ def bounded(lora: LoraSettings, targets: Sequence[LinearShape]) -> LoraSettings:
         if (r := most(lora, linear.name)) > linear.in_features:
             raise PlanError(
                 f"lora.init_lora_weights: eva looks for {r} directions (lora.r times lora.eva_rho) in the input of "
-                f"{linear.name}, which has {linear.in_features} features; lower lora.r or lora.eva_rho, or leave it out "
-                "with lora.exclude_modules."
+                f"{linear.name}, which has {linear.in_features} features; lower lora.r or lora.eva_rho, or leave it "
+                "out with lora.exclude_modules."
             )
     return _plain(lora, {linear.name: most(lora, linear.name) for linear in targets})
 
