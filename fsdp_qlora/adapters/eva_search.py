@@ -214,8 +214,8 @@ class Search:
     def _raise_starved(self, number: int) -> None:
         name = next(name for name in self.counts if name not in self._explained)
         raise NumericsError(
-            f"lora.init_lora_weights: eva looks for {self.counts[name]} directions in the input of {name}, and needs as "
-            f"many supervised tokens in a micro-batch; the {number} first ones gave it {self._tokens[name]} at most. "
+            f"lora.init_lora_weights: eva looks for {self.counts[name]} directions in the input of {name}, and needs "
+            f"as many supervised tokens in a micro-batch; the {number} first gave it {self._tokens[name]} at most. "
             "Raise train.micro_batch_size (or set data.packing=true), or lower lora.r or lora.eva_rho."
         )
 
