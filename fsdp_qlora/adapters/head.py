@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from peft.tuners.lora import Linear
@@ -33,7 +33,8 @@ class AdaptedLossHead(Linear):
         if self.disable_adapters or not active:
             return self.base_layer(x, labels=labels)
         (name,) = active
-        low = self.lora_A[name](self.lora_dropout[name](x.to(self.lora_A[name].weight.dtype))) * self.scaling[name]
+        down = cast(nn.Linear, self.lora_A[name])
+        low = down(self.lora_dropout[name](x.to(down.weight.dtype))) * self.scaling[name]
         return self.base_layer.trained_losses(x, labels, low.to(x.dtype), self.lora_B[name].weight.to(x.dtype))  # type: ignore[operator, union-attr]
 
     @staticmethod

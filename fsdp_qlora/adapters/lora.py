@@ -20,6 +20,7 @@ from fsdp_qlora.adapters.experts import attach_experts
 from fsdp_qlora.adapters.linear import QuantLoraLinear
 from fsdp_qlora.adapters.method import Method, build_method, plain_number, register, spelt_out
 from fsdp_qlora.adapters.names import ADAPTER, adapter_parameters
+from fsdp_qlora.adapters.norms import keep_norms
 from fsdp_qlora.adapters.peft_layers import refuse_merging, restore_buffers
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.errors import NumericsError, PlanError
@@ -189,6 +190,7 @@ def _settle(peft_model: PeftModel, config: PeftConfig, lora: LoraSettings, name:
     if build_method(lora.method).layer is None:
         restore_buffers(peft_model, config, name)
         refuse_merging(peft_model)
+        keep_norms(peft_model)
 
 
 def initialize_adapters(

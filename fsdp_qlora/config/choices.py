@@ -121,8 +121,8 @@ PEFT_METHODS: dict[str, tuple[str, ...]] = {
 """Adapter methods that PEFT's own layers compute -> the keys of PEFT's config that ``lora.options`` may set."""
 METHODS = Names("lora", "rslora", *PEFT_METHODS)
 """``lora.variant``: adapter methods (`fsdp_qlora.adapters.method`)."""
-STARTS = ("pissa", "olora", "loftq")
-"""Names of ``lora.init_lora_weights`` that also name a ``lora.variant``: LoRA that starts from the base weights."""
+STARTS = ("pissa", "olora", "loftq", "eva")
+"""Names of ``lora.init_lora_weights`` that also name a ``lora.variant``: LoRA with other than random first values."""
 BUNDLES: dict[str, dict[str, bool | str]] = {
     "lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
     **{name: {"init_lora_weights": name} for name in STARTS},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import EvaConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -76,7 +76,13 @@ def short_targets(targets: Sequence[str], model: nn.Module) -> list[str]:
 
 
 def as_started(config: PeftConfig, lora: LoraSettings) -> PeftConfig:
-    """Return ``config`` with how its adapters started, as PEFT writes it."""
+    """Return ``config`` with how its adapters started, as PEFT writes it; ``lora`` are the settings as asked for."""
+    if lora.starts_from_rows:
+        config.init_lora_weights = "eva"  # type: ignore[attr-defined]
+        config.eva_config = EvaConfig(  # type: ignore[attr-defined]
+            rho=lora.eva_rho, tau=lora.eva_tau, whiten=lora.eva_whiten,
+            adjust_scaling_factors=lora.eva_adjust_scaling_factors,
+        )  # fmt: skip
     if lora.start is not None:
         config.init_lora_weights = lora.start  # type: ignore[attr-defined]
         if lora.start == "loftq":

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from fsdp_qlora.adapters import Method, build_method, of_target, parameters_of, spelt_out
+from fsdp_qlora.adapters.eva import bounded
 from fsdp_qlora.adapters.experts import experts_parameters
 from fsdp_qlora.adapters.full import whole_base
 from fsdp_qlora.adapters.loraplus import is_faster
@@ -26,7 +27,7 @@ from fsdp_qlora.plan.memory import MemoryModel
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
-from fsdp_qlora.plan.starts import StartCost, start_cost
+from fsdp_qlora.plan.starts import StartCost, rows_cost, start_cost
 from fsdp_qlora.plan.storage import StorageSettings
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, edge_shapes
@@ -68,7 +69,7 @@ class TrainPlan:
     choices: dict[str, Choice]
     """The values chosen for ``auto``, by key."""
     start: StartCost | None = None
-    """What the adapters' start from the base weights costs; None if they start from random values."""
+    """What the adapters' start costs; None if they start from random values, or from directions that EVA settled."""
 
     @property
     def peak(self) -> int:
@@ -123,7 +124,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     Raises:
         PlanError: if a target module or a pattern of names matches nothing, or the ranks cannot be laid out as asked.
     """
-    modules = whole_modules(shapes, config.lora.modules_to_save)
+    asked_for, modules = config.lora, whole_modules(shapes, config.lora.modules_to_save)
     targets, parameters, lora = _targets(config.lora, shapes, modules)
     config = replace(config, lora=lora)
     method = build_method(config.lora.method)
@@ -141,7 +142,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     )
     by_name = _by_name(shapes, targets)
     adapted = [by_name[name] for name in targets]
-    start = start_cost(lora, adapted, {x.linear.name for x in quantized})
+    start = _start(asked_for, lora, adapted, quantized, settings)
     cost = _adapter_cost(method, adapted, shapes, lora, settings.itemsize, start)
     memory = MemoryModel(shapes, stored, trained, settings, offloaded, replace(cost, rows=rows))
     _require_recomputable(config, memory)
@@ -189,7 +190,19 @@ def _targets(
         raise PlanError("lora.modules_to_save: leaves no linear for an adapter; train the base (lora=none), or fewer.")
     parameters = target_parameters(shapes, lora.target_parameters, lora.exclude_modules, lora.layers_to_transform)
     require_apart(modules, (x.name.rpartition(".")[0] for x in parameters), "lora.target_parameters")
+    if lora.starts_from_rows:  # its ranks are settled later, and are these at most
+        lora = bounded(lora, [linear for linear in shapes.linears if linear.name in set(targets)])
     return targets, parameters, spelt_out(lora, [*targets, *(x.name for x in parameters)])
+
+
+def _start(
+    asked_for: LoraSettings, lora: LoraSettings, targets: Sequence[LinearShape], quantized: Sequence[Packed],
+    settings: StorageSettings,
+) -> StartCost | None:  # fmt: skip
+    """Return what the adapters' start costs: as asked for, or with whole names for patterns."""
+    if asked_for.starts_from_rows:
+        return rows_cost(asked_for, targets, settings.tokens, settings.itemsize, settings.on_accelerator)
+    return start_cost(lora, targets, {x.linear.name for x in quantized})
 
 
 def _trained(

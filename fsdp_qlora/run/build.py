@@ -20,6 +20,7 @@ from fsdp_qlora.adapters.init_from import start_from_adapter
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.norms import follow_adapters
 from fsdp_qlora.adapters.served import ServedAdapter, attach_served, load_served
 from fsdp_qlora.adapters.turns import TakingTurns
 from fsdp_qlora.adapters.whole import train_parameters
@@ -181,6 +182,7 @@ def load_model(
     start_token_rows(model.base, opened.shapes, opened.source, ranks)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
+    follow_adapters(model)
     if opened.plan.settings.keeps_dense:
         keep_dense(opened.base, model_dtype(config.precision.name))
     return model, report
@@ -283,7 +285,7 @@ def _adapt_and_quantize(
 ) -> AdaptedModel | PreTrainedModel:  # fmt: skip
     """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know.
 
-    With ``lora=none``, the base is what is trained. To answer with the base alone, nothing is added.
+    With ``lora=none``, the base is what is trained. To use the base alone, nothing is added.
     """
     if config.lora.trains_base:
         return train_base(base)
@@ -292,6 +294,7 @@ def _adapt_and_quantize(
         attach = partial(attach_served, base, shapes, served, task)
     quantize = partial(_quantize, base, plan, shapes, switch(config.quant.cache_dequantized) is True)
     if not (plan.targets or plan.parameters or served):
+        base.requires_grad_(False)
         quantize()
         return base
     if build_method(config.lora.method).layer is None:

@@ -186,7 +186,7 @@ class Training:
         targets = short_targets(plan.targets, self.model.base)
         parameters = short_parameters(plan.parameters, plan.memory.shapes.parameters)
         card = model_card(published(to_dict(self.config)), self._facts(progress))
-        config, method = as_started(peft_config(targets, parameters, lora), lora), build_method(lora.method)
+        config, method = as_started(peft_config(targets, parameters, lora), self.config.lora), build_method(lora.method)
         config = as_saved(config, plan.modules, self.prepared.shapes, self.model.base)
         if count := len(self.config.model.add_tokens):
             first = len(self.prepared.tokenizer) - count

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.names import adapter_key, trainable_parameters
+from fsdp_qlora.adapters.norms import StepNorms
 from fsdp_qlora.adapters.peft_layers import adapted_layers
 from fsdp_qlora.config.choices import PEFT_METHODS
 from fsdp_qlora.distributed.mesh import Ranks
@@ -213,9 +214,13 @@ def _held(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[dict[str, 
     optimizer = ShardedOptimizer(trainable_parameters(prepared.model), prepared.config.optim)
     optimizer.prepare_state(1)
     planned, lora = prepared.plan.bytes, prepared.config.lora
-    fixed = build_method(lora.method).fixed(prepared.model, lora)
+    fixed = [*build_method(lora.method).fixed(prepared.model, lora).values()]
+    if lora.method == "dora":  # its norms are kept from the first forward on
+        prepared.model(_ids(), _ids())
+        fixed += [m._kept[1] for m in prepared.model.modules() if isinstance(m, StepNorms) and m._kept is not None]
+        assert fixed
     return {
-        "fixed": sum(tensor.nbytes for tensor in fixed.values()),
+        "fixed": sum(tensor.nbytes for tensor in fixed),
         "base": sum(resident_bytes(m) for m in prepared.model.modules() if isinstance(m, QuantMatrices)),
         "adapters": sum(local_tensor(p).numel() * 4 for _, p in trainable_parameters(prepared.model)),
         "optimizer": optimizer.state_bytes(),
