@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from fsdp_qlora.adapters.fold import StoredAdapter
+from fsdp_qlora.adapters.fold import FOLDED_AT_ONCE, StoredAdapter
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.load.finite import require_finite
@@ -23,6 +23,8 @@ from fsdp_qlora.shapes.tokens import tables_of_tokens
 
 BYTES_A_WEIGHT = 16
 """Bytes that folding takes for each weight of a linear: as stored, in float32 twice, and PEFT's product."""
+BYTES_A_STACKED_WEIGHT = 8
+"""Bytes that folding takes for each weight of stacked experts: as stored, and in float32; PEFT's product is smaller."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,10 @@ class Folding:
             ranks: one rank, on the device that quantizes.
 
         Raises:
-            ModelError: if a linear with an adapter is not in the model, experts have adapters, or a changed tensor
+            ModelError: if a linear, or stacked weights, with an adapter are not in the model, or a changed tensor
                 cannot be written back.
         """
         self.base, self.files, self.adapter, self._ranks = base, files, adapter, ranks
-        if adapter.config.parameters:
-            raise ModelError(
-                f"what=merged: {adapter.folder} adapts stacked weights of experts, which are not folded in here; "
-                "export the adapter (what=adapter) and merge it with PEFT."
-            )
         self.dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
         """Dtype of each parameter in the model, by name."""
         shapes = read_shapes(base)
@@ -68,6 +65,10 @@ class Folding:
         names = {x.name: x for x in self._linears.values() if not x.stacked}
         if missing := sorted(set(adapter.modules) - names.keys()):
             raise ModelError(f"adapter: {adapter.folder} adapts {missing[0]}, which is no linear of this base model.")
+        self._stacks = {x.name: x for x in shapes.linears if x.stacked and x.name in adapter.stacks}
+        """Stacked weights with an adapter, in the model's order."""
+        if missing := sorted(set(adapter.stacks) - self._stacks.keys()):
+            raise ModelError(f"adapter: {adapter.folder} adapts {missing[0]}, which this base model does not stack.")
         self._sizes = {name: (names[name].out_features, names[name].in_features) for name in adapter.modules}
         self._adapted = {f"{name}.weight": name for name in adapter.modules}
         self._rows = {f"{name}.weight": rows for name, rows in self._token_rows(shapes)}
@@ -87,8 +88,15 @@ class Folding:
     @property
     def largest_bytes(self) -> int:
         """Bytes that the largest changed tensor takes while it is folded."""
-        changed = {place.parameter for place in self.places.values()}
-        return max((BYTES_A_WEIGHT * self._linears[name].numel for name in changed), default=0)
+        changed = [self._linears[name] for name in {place.parameter for place in self.places.values()}]
+        piece = BYTES_A_WEIGHT * FOLDED_AT_ONCE
+        sizes = [
+            BYTES_A_STACKED_WEIGHT * x.numel + min(piece, BYTES_A_WEIGHT * x.numel)
+            if x.stacked
+            else BYTES_A_WEIGHT * x.numel
+            for x in changed
+        ]
+        return max(sizes, default=0)
 
     def _token_rows(self, shapes: ModelShapes) -> Iterator[tuple[str, torch.Tensor]]:
         ids = sorted(self.adapter.config.token_ids)
@@ -106,7 +114,7 @@ class Folding:
             yield table, rows
 
     def _places(self, shapes: ModelShapes) -> Iterator[tuple[str, _Place]]:
-        for parameter in {**self._adapted, **self._formats, **self._rows}:
+        for parameter in {**self._adapted, **self._stacks, **self._formats, **self._rows}:
             linear, start = self._linears[parameter], 0
             if packed_format(self.files, parameter):
                 yield parameter, _Place(parameter, 0, linear.numel)
@@ -147,6 +155,8 @@ class Folding:
         weight = self._before(parameter, linear)
         if (rows := self._rows.get(parameter)) is not None:
             return torch.cat([weight[: self._first], rows.to(weight.dtype)])
+        if parameter in self._stacks:
+            return self.adapter.fold_stack(linear, weight, self._stacks.values())
         if parameter not in self._adapted:
             return weight
         weight = weight.t() if linear.transposed else weight
@@ -158,9 +168,14 @@ class Folding:
         taken = self.adapter.taken(linear.name)
         if (packed := self._formats.get(parameter)) is not None:
             module = fill_alone(packed, self.files, self._ranks, taken)
-            each = [module.dequantize(self.base.dtype, index).cpu() for index in range(linear.count)]
-            weight = torch.stack(each) if linear.stacked else each[0]
-            return weight.transpose(-1, -2).contiguous() if linear.transposed else weight
+            if not linear.stacked:
+                weight = module.dequantize(self.base.dtype).cpu()
+                return weight.t().contiguous() if linear.transposed else weight
+            weight = torch.empty(linear.stored_shape, dtype=self.base.dtype)
+            for index, place in enumerate(weight):
+                matrix = module.dequantize(self.base.dtype, index)
+                place.copy_(matrix.t() if linear.transposed else matrix)
+            return weight
         stored = self.files.find(parameter, linear.stored_shape)
         weight = self.files.read(stored, 0, stored.numel).view(linear.stored_shape)
         require_finite(weight, f"{stored.file}: tensor {parameter}")

@@ -1,8 +1,8 @@
 """Writes the base model with an adapter folded into its weights, in 16 bits, file by file and tensor by tensor.
 
 The new folder has the files, the order of names and the tensors of the base's own, so whatever reads the base reads the
-result. A linear is read whole, folded in float32 by PEFT's code (`adapters/fold.py`) and rounded once; tensors that
-nothing changes are copied as bytes.
+result. A linear, or a stack of experts, is read whole, folded in float32 by PEFT's code (`adapters/fold.py`) and
+rounded once; tensors that nothing changes are copied as bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fsdp_qlora.load.stored import packed_format
 PIECE_BYTES = 64 * 2**20
 """Unchanged tensors are copied in pieces of this size."""
 MARK = "merged.json"
-"""The file that tells a merge from other folders; it names the linears that were folded."""
+"""The file that tells a merge from other folders; it names the linears and stacked weights that were folded."""
 _SPELT = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _DTYPES = {spelt: dtype for dtype, spelt in _SPELT.items()}
 _OF_QUANTIZATION = ("quantization_config", "compression_config")
@@ -42,6 +42,8 @@ class Merged:
 
     folded: int
     """Number of linears with an adapter."""
+    stacks: int
+    """Number of stacked weights of experts with an adapter."""
     num_bytes: int
     """Bytes of all tensors."""
 
@@ -66,8 +68,9 @@ def export_merged(
         SecurityError: if a file in ``source`` links outside it: it would be shared along with the model.
         StorageError: if ``target`` cannot be written.
     """
-    require_free(target, overwrite, (source, folding.adapter.folder))
-    beside = {**beside_the_weights(source), **_of_tokenizer(folding.adapter.folder)}
+    adapter = folding.adapter
+    require_free(target, overwrite, (source, adapter.folder))
+    beside = {**beside_the_weights(source), **_of_tokenizer(adapter.folder)}
     for file in {entry.file for entry in folding.files.entries.values()}:
         own_file(source, file.name)
     with new_folder(target, partial(put, overwrite=overwrite)) as staging:
@@ -76,9 +79,9 @@ def export_merged(
             copy_regular(file, staging / name)
         write_json(staging / "config.json", _config(source, folding))
         _follow_end_of_turn(staging, folding)
-        write_json(staging / MARK, {"folded": sorted(folding.adapter.modules)})
+        write_json(staging / MARK, {"folded": sorted([*adapter.modules, *adapter.stacks])})
         _check(staging, home)
-    return Merged(len(folding.adapter.modules), total)
+    return Merged(len(adapter.modules), len(adapter.stacks), total)
 
 
 def require_free(target: Path, overwrite: bool, kept: Iterable[Path] = ()) -> None:
