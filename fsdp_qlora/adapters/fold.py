@@ -26,7 +26,6 @@ from fsdp_qlora.load.weights import LowRank
 from fsdp_qlora.shapes.linears import LinearShape
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
-
 FOLDED_AT_ONCE = 2**26
 """Weights of a stack that are folded at a time."""
 
