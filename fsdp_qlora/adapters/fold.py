@@ -30,6 +30,11 @@ FOLDED_AT_ONCE = 2**26
 """Weights of a stack that are folded at a time."""
 
 
+def experts_at_once(stack: LinearShape, weights: int = FOLDED_AT_ONCE) -> int:
+    """Return how many matrices of a stack are folded at a time; at least two, as PEFT takes one for a linear."""
+    return min(stack.count, max(2, weights // stack.numel_each))
+
+
 class StoredAdapter:
     """A PEFT adapter folder, whose tensors are read when they are needed."""
 
@@ -100,7 +105,7 @@ class StoredAdapter:
         """
         down, up = self._factors(target, list(stacks))
         folded = weight.to(torch.float32, copy=True)
-        most = max(2, at_once // target.numel_each)  # PEFT takes a stack of one for a linear
+        most = experts_at_once(target, at_once)
         for experts in torch.arange(target.count).tensor_split(-(-target.count // most)):
             pieces = slice(int(experts[0]), int(experts[-1]) + 1)
             own = nn.Module()

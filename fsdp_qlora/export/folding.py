@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from fsdp_qlora.adapters.fold import FOLDED_AT_ONCE, StoredAdapter
+from fsdp_qlora.adapters.fold import StoredAdapter, experts_at_once
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.load.finite import require_finite
@@ -24,7 +24,8 @@ from fsdp_qlora.shapes.tokens import tables_of_tokens
 BYTES_A_WEIGHT = 16
 """Bytes that folding takes for each weight of a linear: as stored, in float32 twice, and PEFT's product."""
 BYTES_A_STACKED_WEIGHT = 8
-"""Bytes that folding takes for each weight of stacked experts: as stored, and in float32; PEFT's product is smaller."""
+"""Bytes that folding takes for each weight of stacked experts, as stored and in float32, beside those that PEFT folds at
+once."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,8 @@ class Folding:
     @property
     def largest_bytes(self) -> int:
         """Bytes that the largest changed tensor takes while it is folded."""
-        changed = [self._linears[name] for name in {place.parameter for place in self.places.values()}]
-        piece = BYTES_A_WEIGHT * FOLDED_AT_ONCE
-        sizes = [
-            BYTES_A_STACKED_WEIGHT * x.numel + min(piece, BYTES_A_WEIGHT * x.numel)
-            if x.stacked
-            else BYTES_A_WEIGHT * x.numel
-            for x in changed
-        ]
-        return max(sizes, default=0)
+        changed = {self._linears[place.parameter] for place in self.places.values()}
+        return max(map(_bytes_of_folding, changed), default=0)
 
     def _token_rows(self, shapes: ModelShapes) -> Iterator[tuple[str, torch.Tensor]]:
         ids = sorted(self.adapter.config.token_ids)
@@ -182,6 +176,13 @@ class Folding:
         if taken is not None:
             weight = minus(weight.float(), taken.transposed() if linear.transposed else taken)
         return weight
+
+
+def _bytes_of_folding(linear: LinearShape) -> int:
+    if not linear.stacked:
+        return BYTES_A_WEIGHT * linear.numel
+    at_once = BYTES_A_WEIGHT * experts_at_once(linear) * linear.numel_each
+    return BYTES_A_STACKED_WEIGHT * linear.numel + at_once
 
 
 def _as_linear(table: str, shapes: ModelShapes) -> LinearShape:
