@@ -24,8 +24,8 @@ from fsdp_qlora.shapes.tokens import tables_of_tokens
 BYTES_A_WEIGHT = 16
 """Bytes that folding takes for each weight of a linear: as stored, in float32 twice, and PEFT's product."""
 BYTES_A_STACKED_WEIGHT = 8
-"""Bytes that folding takes for each weight of stacked experts, as stored and in float32, beside those that PEFT folds at
-once."""
+"""Bytes that folding takes for each weight of stacked experts, as stored and in float32, beside those that are folded
+at once."""
 
 
 @dataclass(frozen=True)
