@@ -233,6 +233,7 @@ def main() -> None:
         f"transformers' process {kept} freed memory.\n\n"
         f"{measured_on(figures)}\n\n{_table(figures['rows'])}"
     )
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "experts.json").write_text(json.dumps(figures, indent=1) + "\n")
     (options.out / "experts.md").write_text(page)
     print(page)
