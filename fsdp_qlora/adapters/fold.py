@@ -6,7 +6,9 @@ Every method that PEFT can merge is merged, in float32, by the code that defines
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -30,9 +32,20 @@ FOLDED_AT_ONCE = 2**26
 """Weights of a stack that are folded at a time."""
 
 
-def experts_at_once(stack: LinearShape, weights: int = FOLDED_AT_ONCE) -> int:
-    """Return how many matrices of a stack are folded at a time; at least two, as PEFT takes one for a linear."""
-    return min(stack.count, max(2, weights // stack.numel_each))
+def pieces_of(stack: LinearShape, weights: int = FOLDED_AT_ONCE) -> list[slice]:
+    """Return which matrices of a stack are folded at a time: of two or more, as PEFT takes one for a linear."""
+    number = max(1, stack.count // max(2, weights // stack.numel_each))
+    bounds = [stack.count * place // number for place in range(number + 1)]
+    return [slice(*pair) for pair in pairwise(bounds)]
+
+
+class _Experts(nn.Module):
+    """Some stacked weights, as PEFT's wrapper expects them."""
+
+    def __init__(self, weights: torch.Tensor, is_transposed: bool) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(weights, requires_grad=False)
+        self.is_transposed = is_transposed
 
 
 class StoredAdapter:
@@ -105,18 +118,14 @@ class StoredAdapter:
         """
         down, up = self._factors(target, list(stacks))
         folded = weight.to(torch.float32, copy=True)
-        most = experts_at_once(target, at_once)
-        for experts in torch.arange(target.count).tensor_split(-(-target.count // most)):
-            pieces = slice(int(experts[0]), int(experts[-1]) + 1)
-            own = nn.Module()
-            own.is_transposed = target.transposed  # what PEFT asks
-            own.weights = nn.Parameter(folded[pieces], requires_grad=False)  # shares the memory of `folded`
-            settings = of_target(self._settings, target.name)
-            root = nn.ModuleDict({"experts": own})
-            model = get_peft_model(root, peft_config([], ["experts.weights"], settings, None))  # type: ignore[arg-type]
-            factors = down[pieces].reshape(-1, down.shape[2]), up[:, :, pieces].reshape(up.shape[0], -1)
-            tensors = dict(zip((f"{IN_FILE}experts{LORA_A}", f"{IN_FILE}experts{LORA_B}"), factors, strict=True))
-            self._load(model, tensors, target.name)  # type: ignore[arg-type]
+        settings = of_target(self._settings, target.name)
+        for piece in pieces_of(target, at_once):
+            experts = _Experts(folded[piece], target.transposed)  # shares the memory of `folded`
+            config = peft_config([], ["experts.weights"], settings, None)
+            model: Any = get_peft_model(nn.ModuleDict({"experts": experts}), config)  # type: ignore[arg-type]
+            factors = down[piece].reshape(-1, down.shape[2]), up[:, :, piece].reshape(up.shape[0], -1)
+            names = f"{IN_FILE}experts{LORA_A}", f"{IN_FILE}experts{LORA_B}"
+            self._load(model, dict(zip(names, factors, strict=True)), target.name)
             adapted_layers(model)[f"{IN_FILE}experts"].merge()
         return folded
 

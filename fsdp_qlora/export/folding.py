@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from fsdp_qlora.adapters.fold import StoredAdapter, experts_at_once
+from fsdp_qlora.adapters.fold import StoredAdapter, pieces_of
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.load.finite import require_finite
@@ -181,8 +181,8 @@ class Folding:
 def _bytes_of_folding(linear: LinearShape) -> int:
     if not linear.stacked:
         return BYTES_A_WEIGHT * linear.numel
-    at_once = BYTES_A_WEIGHT * experts_at_once(linear) * linear.numel_each
-    return BYTES_A_STACKED_WEIGHT * linear.numel + at_once
+    at_once = max(piece.stop - piece.start for piece in pieces_of(linear)) * linear.numel_each
+    return BYTES_A_STACKED_WEIGHT * linear.numel + BYTES_A_WEIGHT * at_once
 
 
 def _as_linear(table: str, shapes: ModelShapes) -> LinearShape:

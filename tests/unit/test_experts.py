@@ -13,6 +13,7 @@ from fsdp_qlora.adapters.experts import (
     short_parameters,
     stored_value,
 )
+from fsdp_qlora.adapters.fold import pieces_of
 from fsdp_qlora.adapters.folder import AdapterConfig
 from fsdp_qlora.adapters.lora import LoRA
 from fsdp_qlora.adapters.method import spelt_out
@@ -132,6 +133,15 @@ def test_the_products_of_an_accelerator_equal_each_expert_alone(monkeypatch, nam
     mine = grad_x, grad_a.reshape(down.shape), grad_b.permute(1, 2, 0).reshape(up.shape)
     for ours, exact in zip(mine, torch.autograd.grad(wanted, (x, down, up), grad), strict=True):
         assert (ours - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7, 64, 127])
+def test_no_piece_of_a_stack_is_a_single_matrix_which_peft_takes_for_a_linear(count):
+    stack = LinearShape("experts.down_proj", 8, 4, count=count, stacked=True)
+    for weights in (1, 3 * 32, 10**6):
+        pieces = pieces_of(stack, weights)
+        assert [index for piece in pieces for index in range(count)[piece]] == list(range(count))
+        assert count == 1 or min(piece.stop - piece.start for piece in pieces) >= 2
 
 
 TARGETS = [
