@@ -172,7 +172,8 @@ def _merged(config: RunConfig) -> int:
     world = open_world(config)
     with world.stack:
         done = merge(config, adapter, target, world, loading("folding and writing"))
-    written = f"{done.written.folded} linears folded, {megabytes(done.written.num_bytes)}"
+    stacks = f" and {done.written.stacks} stacks of experts" if done.written.stacks else ""
+    written = f"{done.written.folded} linears{stacks} folded, {megabytes(done.written.num_bytes)}"
     written += f" ({done.rounded} in the base's files, rounded to {done.dtype})" if done.rounded else ""
     print(f"{done.base} + {adapter} -> {target}: {written}")
     print(f"folded into the {done.form} base ({done.why}); the largest tensor took {megabytes(done.memory)}")

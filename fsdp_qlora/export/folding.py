@@ -9,7 +9,7 @@ from math import prod
 import torch
 from transformers import PreTrainedModel
 
-from fsdp_qlora.adapters.fold import StoredAdapter
+from fsdp_qlora.adapters.fold import StoredAdapter, pieces_of
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.load.finite import require_finite
@@ -24,6 +24,9 @@ from fsdp_qlora.shapes.tokens import tables_of_tokens
 
 BYTES_A_WEIGHT = 16
 """Bytes that folding takes for each weight of a linear: as stored, in float32 twice, and PEFT's product."""
+BYTES_A_STACKED_WEIGHT = 8
+"""Bytes that folding takes for each weight of stacked experts, as stored and in float32, beside those that are folded
+at once."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,10 @@ class Folding:
             ranks: one rank, on the device that quantizes.
 
         Raises:
-            ModelError: if a linear with an adapter is not in the model, experts have adapters, or a changed tensor
+            ModelError: if a linear, or stacked weights, with an adapter are not in the model, or a changed tensor
                 cannot be written back.
         """
         self.base, self.files, self.adapter, self._ranks = base, files, adapter, ranks
-        if adapter.config.parameters:
-            raise ModelError(
-                f"what=merged: {adapter.folder} adapts stacked weights of experts, which are not folded in here; "
-                "export the adapter (what=adapter) and merge it with PEFT."
-            )
         self.dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
         """Dtype of each parameter in the model, by name."""
         shapes = read_shapes(base)
@@ -76,6 +74,10 @@ class Folding:
             )
         if missing := sorted(set(adapter.modules) - names.keys()):
             raise ModelError(f"adapter: {adapter.folder} adapts {missing[0]}, which is no linear of this base model.")
+        self._stacks = {x.name: x for x in shapes.linears if x.stacked and x.name in adapter.stacks}
+        """Stacked weights with an adapter, in the model's order."""
+        if missing := sorted(set(adapter.stacks) - self._stacks.keys()):
+            raise ModelError(f"adapter: {adapter.folder} adapts {missing[0]}, which this base model does not stack.")
         self._sizes = {name: (names[name].out_features, names[name].in_features) for name in adapter.modules}
         self._adapted = {f"{name}.weight": name for name in adapter.modules}
         self._whole = self._trained_whole(shapes)
@@ -98,7 +100,11 @@ class Folding:
     def largest_bytes(self) -> int:
         """Bytes that the largest changed tensor takes while it is folded."""
         changed = {place.parameter for place in self.places.values()}
-        return max((BYTES_A_WEIGHT * prod(self._shapes[name]) for name in changed), default=0)
+        return max(map(self._bytes_of, changed), default=0)
+
+    def _bytes_of(self, parameter: str) -> int:
+        linear = self._linears.get(parameter)
+        return BYTES_A_WEIGHT * prod(self._shapes[parameter]) if linear is None else _bytes_of_folding(linear)
 
     def _trained_whole(self, shapes: ModelShapes) -> frozenset[str]:
         """Return the parameters that the adapter's file holds whole, each once."""
@@ -129,7 +135,8 @@ class Folding:
             yield table, rows
 
     def _places(self, shapes: ModelShapes) -> Iterator[tuple[str, _Place]]:
-        for parameter in {**self._adapted, **self._formats, **self._rows, **dict.fromkeys(sorted(self._whole))}:
+        whole = dict.fromkeys(sorted(self._whole))
+        for parameter in {**self._adapted, **self._stacks, **self._formats, **self._rows, **whole}:
             shape, start = shapes.parameters[parameter], 0
             if packed_format(self.files, parameter):
                 yield parameter, _Place(parameter, 0, prod(shape))
@@ -178,6 +185,8 @@ class Folding:
         weight = self._before(parameter, linear)
         if (rows := self._rows.get(parameter)) is not None:
             return torch.cat([weight[: self._first], rows.to(weight.dtype)])
+        if parameter in self._stacks:
+            return self.adapter.fold_stack(linear, weight, self._stacks.values())
         if parameter not in self._adapted:
             return weight
         weight = weight.t() if linear.transposed else weight
@@ -189,15 +198,27 @@ class Folding:
         taken = self.adapter.taken(linear.name)
         if (packed := self._formats.get(parameter)) is not None:
             module = fill_alone(packed, self.files, self._ranks, taken)
-            each = [module.dequantize(self.base.dtype, index).cpu() for index in range(linear.count)]
-            weight = torch.stack(each) if linear.stacked else each[0]
-            return weight.transpose(-1, -2).contiguous() if linear.transposed else weight
+            if not linear.stacked:
+                weight = module.dequantize(self.base.dtype).cpu()
+                return weight.t().contiguous() if linear.transposed else weight
+            weight = torch.empty(linear.stored_shape, dtype=self.base.dtype)
+            for index, place in enumerate(weight):
+                matrix = module.dequantize(self.base.dtype, index)
+                place.copy_(matrix.t() if linear.transposed else matrix)
+            return weight
         stored = self.files.find(parameter, linear.stored_shape)
         weight = self.files.read(stored, 0, stored.numel).view(linear.stored_shape)
         require_finite(weight, f"{stored.file}: tensor {parameter}")
         if taken is not None:
             weight = minus(weight.float(), taken.transposed() if linear.transposed else taken)
         return weight
+
+
+def _bytes_of_folding(linear: LinearShape) -> int:
+    if not linear.stacked:
+        return BYTES_A_WEIGHT * linear.numel
+    at_once = max(piece.stop - piece.start for piece in pieces_of(linear)) * linear.numel_each
+    return BYTES_A_STACKED_WEIGHT * linear.numel + BYTES_A_WEIGHT * at_once
 
 
 def _as_linear(table: str, shapes: ModelShapes) -> LinearShape:

@@ -1,8 +1,8 @@
 """Writes the base model with an adapter folded into its weights, in 16 bits, file by file and tensor by tensor.
 
 The new folder has the files, the order of names and the tensors of the base's own, so whatever reads the base reads the
-result. A linear is read whole, folded in float32 by PEFT's code (`adapters/fold.py`) and rounded once; tensors that
-nothing changes are copied as bytes.
+result. A linear, or a stack of experts, is read whole, folded in float32 by PEFT's code (`adapters/fold.py`) and
+rounded once; tensors that nothing changes are copied as bytes.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Merged:
 
     folded: int
     """Number of linears with an adapter."""
+    stacks: int
+    """Number of stacked weights of experts with an adapter."""
     num_bytes: int
     """Bytes of all tensors."""
 
@@ -70,8 +72,9 @@ def export_merged(
         SecurityError: if a file in ``source`` links outside it: it would be shared along with the model.
         StorageError: if ``target`` cannot be written.
     """
-    require_free(target, MERGE, overwrite, (source, folding.adapter.folder))
-    beside = {**beside_the_weights(source), **of_tokenizer(folding.adapter.folder)}
+    adapter = folding.adapter
+    require_free(target, MERGE, overwrite, (source, adapter.folder))
+    beside = {**beside_the_weights(source), **of_tokenizer(adapter.folder)}
     for file in {entry.file for entry in folding.files.entries.values()}:
         own_file(source, file.name)
     with new_folder(target, partial(put, overwrite=overwrite)) as staging:
@@ -80,10 +83,10 @@ def export_merged(
             copy_regular(file, staging / name)
         write_json(staging / "config.json", _config(source, folding))
         _follow_end_of_turn(staging, folding)
-        folded = sorted([*folding.adapter.modules, *folding.adapter.whole_parameters])
+        folded = sorted([*adapter.modules, *adapter.stacks, *adapter.whole_parameters])
         write_json(staging / MERGE.mark, {"folded": folded})
         _check(staging, home)
-    return Merged(len(folding.adapter.modules), total)
+    return Merged(len(adapter.modules), len(adapter.stacks), total)
 
 
 def _write_weights(

@@ -38,6 +38,10 @@ _REFUSED: Mapping[str, str] = {
 """Settings that vLLM refuses, or whose tensors it refuses: what they are, in words."""
 _STARTS = ("pissa", "olora", "loftq")
 """Beginnings of ``init_lora_weights`` with which the base is not the original one."""
+_ON_EXPERTS = (
+    "only model classes with is_3d_moe_weight (such as gpt-oss) read adapters on stacked experts, and only if both "
+    "weights have one; it drops or refuses the others (vllm#41754, vllm#52198)"
+)
 _PASSED_OVER = ("rank_pattern", "alpha_pattern")
 """Settings that change what an adapter computes and that vLLM does not read."""
 
@@ -58,7 +62,7 @@ def obstacles(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
         reasons.append("it serves the original base, whose weights this adapter's start was taken off")
     reasons += [f"it passes over {key} without a word" for key in _PASSED_OVER if config.get(key)]
     if config.get("target_parameters"):
-        reasons.append("it reads the layout of adapters on experts in another way (vllm#52198)")
+        reasons.append(_ON_EXPERTS)
     odd = [name for name in names if not name.endswith((LORA_A, LORA_B))]
     if odd and not reasons:
         reasons.append(f"it does not know tensors such as {odd[0]}")
@@ -87,11 +91,14 @@ def served_by_vllm(folder: Path, base: str | None = None) -> str:
         return f"vLLM: yes: {shlex.join(words)}{beside}"
     plain = all(any(key in reason for key in _PASSED_OVER) for reason in reasons)
     way = (
-        "export.for_vllm=true writes a form that it computes right" if plain else "what=merged makes a model it serves"
+        "export.for_vllm=true writes a form that it computes right"
+        if plain
+        else "what=merged writes a model that it serves"
     )
     if str(config.get("init_lora_weights")).startswith(_STARTS):
         way = "export.plain_lora=true converts it"
-    return f"vLLM: no, because {'; '.join(reasons)} ({way})."
+    verdict = "it depends on the model" if reasons == [_ON_EXPERTS] else "no"
+    return f"vLLM: {verdict}, because {'; '.join(reasons)} ({way})."
 
 
 def _rank(config: Mapping[str, Any]) -> int:
@@ -113,7 +120,7 @@ def rewrite_for_vllm(folder: Path) -> None:
         names = list(stored.keys())
         if reasons := obstacles({**config, **dict.fromkeys(_PASSED_OVER)}, names):
             raise ModelError(
-                f"export.for_vllm: {folder} cannot be served by vLLM in any form of an adapter: {'; '.join(reasons)}. "
+                f"export.for_vllm: no form of {folder} is certain to be served right by vLLM: {'; '.join(reasons)}. "
                 "Use what=merged."
             )
         tensors = {name: stored.get_tensor(name).float() for name in names}
