@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,8 @@ from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.plan.quantized import format_of
 from fsdp_qlora.run.folder import RunFolder
-from fsdp_qlora.run.merge import merge
+from fsdp_qlora.run.gguf import MODELFILE, GgufExport, export_gguf, export_gguf_adapter
+from fsdp_qlora.run.merge import Merge, merge
 from fsdp_qlora.run.world import open_world
 from fsdp_qlora.track.console import megabytes
 
@@ -121,8 +123,54 @@ def _merged(config: RunConfig) -> int:
     written = f"{done.written.folded} linears folded, {megabytes(done.written.num_bytes)}"
     written += f" ({done.rounded} in the base's files, rounded to {done.dtype})" if done.rounded else ""
     print(f"{done.base} + {adapter} -> {target}: {written}")
-    print(f"folded into the {done.form} base ({done.why}); the largest tensor took {megabytes(done.memory)}")
+    print(_folded(done))
     return 0
+
+
+def _folded(done: Merge) -> str:
+    return f"folded into the {done.form} base ({done.why}); the largest tensor took {megabytes(done.memory)}"
+
+
+def _gguf(config: RunConfig) -> int:
+    """Convert a run's model: that of its adapter and base, or what it trained without one."""
+    assert config.export.to is not None and not isinstance(config.adapter, dict)  # check_verb
+    adapter, source, target = None, None, Path(config.export.to).expanduser()
+    if config.adapter:
+        adapter = Path(config.adapter).expanduser()
+    elif config.lora.trains_base:
+        source = RunFolder(config.run.output_root, config.run.name).model
+        if not (source / "config.json").is_file():
+            raise CheckpointError(f"{source} holds no model; a run with lora=none writes it when it ends.")
+    else:
+        adapter = _with_adapter(config) / ADAPTER_FOLDER
+    world = open_world(config)
+    with world.stack:
+        done = export_gguf(config, adapter, source, target, world, _say)
+    if done.merge is not None:
+        print(_folded(done.merge))
+    return _converted(done, adapter or source, target)
+
+
+def _gguf_adapter(config: RunConfig) -> int:
+    assert config.export.to is not None and not isinstance(config.adapter, dict)  # check_verb
+    target = Path(config.export.to).expanduser()
+    adapter = Path(config.adapter).expanduser() if config.adapter else _with_adapter(config) / ADAPTER_FOLDER
+    if Placement.from_env().world_size > 1:
+        raise ConfigError("what=gguf-adapter: runs in one process; start it without torchrun.")
+    return _converted(export_gguf_adapter(config, adapter, target, _say), adapter, target)
+
+
+def _converted(done: GgufExport, source: Path | None, target: Path) -> int:
+    for file in done.files:
+        print(f"{source} -> {target / file.name}: {file.tensors} tensors, {megabytes(file.num_bytes)}")
+    for note in done.notes:
+        print(f"Modelfile: {note}")
+    print(f"serve it: {shlex.join(['ollama', 'create', 'NAME', '-f', str(target / MODELFILE)])}")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _with_adapter(config: RunConfig) -> Path:
@@ -195,6 +243,7 @@ def _adapter(config: RunConfig) -> int:
 
 
 EXPORTS: choices.Table[Callable[[RunConfig], int]] = choices.Table(
-    "what", {"adapter": _adapter, "base-4bit": _base_4bit, "merged": _merged}
+    "what",
+    {"adapter": _adapter, "base-4bit": _base_4bit, "merged": _merged, "gguf": _gguf, "gguf-adapter": _gguf_adapter},
 )
 """The exports of ``export what=``."""

@@ -15,6 +15,7 @@ from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.convert import known_keys
 from fsdp_qlora.config.facts import Range, facts, value_of
+from fsdp_qlora.config.gguf_rules import gguf_needs
 from fsdp_qlora.config.schema import BLOCK_SIZES, RunConfig
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.shown import has_password, shown_source
@@ -308,6 +309,7 @@ def _export_needs(config: RunConfig) -> Iterator[str]:
         yield "export.to: not set. Give the folder for a copy of the adapter."
     if config.what == "merged":
         yield from _merge_needs(config)
+    yield from gguf_needs(config)
 
 
 def _merge_needs(config: RunConfig) -> Iterator[str]:

@@ -371,7 +371,8 @@ class RunConfig(Saved):
     it started from the base weights, the one whose base to write (``what=base-4bit``)."""
     what: Annotated[str, choices.EXPORTS] = "adapter"
     """`export`: a checkpoint's adapter, the base model in bitsandbytes' 4-bit format (``base-4bit``; loads without
-    being quantized again), or the base model in 16 bits with the adapter folded in (``merged``)."""
+    being quantized again), the base model in 16 bits with the adapter folded in (``merged``), that for llama.cpp and
+    Ollama (``gguf``), or the adapter alone for them (``gguf-adapter``)."""
     run_from: Annotated[str | None, VERBATIM] = None
     """Start from the settings of an earlier run: its config.yaml or its folder."""
 

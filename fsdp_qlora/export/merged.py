@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from fsdp_qlora.errors import ModelError, StorageError
 from fsdp_qlora.export.folding import Folding
-from fsdp_qlora.export.model_folder import beside_the_weights, new_folder
+from fsdp_qlora.export.model_folder import beside_the_weights, new_folder, of_tokenizer
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.files.scratch import fresh_folder
 from fsdp_qlora.files.tensors import TensorToWrite, write_tensors
@@ -67,7 +67,7 @@ def export_merged(
         StorageError: if ``target`` cannot be written.
     """
     require_free(target, overwrite, (source, folding.adapter.folder))
-    beside = {**beside_the_weights(source), **_of_tokenizer(folding.adapter.folder)}
+    beside = {**beside_the_weights(source), **of_tokenizer(folding.adapter.folder)}
     for file in {entry.file for entry in folding.files.entries.values()}:
         own_file(source, file.name)
     with new_folder(target, partial(put, overwrite=overwrite)) as staging:
@@ -81,11 +81,20 @@ def export_merged(
     return Merged(len(folding.adapter.modules), total)
 
 
-def require_free(target: Path, overwrite: bool, kept: Iterable[Path] = ()) -> None:
-    """Check that a folder may be written, or replaced with ``overwrite``: an earlier merge, and nothing else.
+def require_free(
+    target: Path, overwrite: bool, kept: Iterable[Path] = (), mark: str = MARK, what: str = "merge"
+) -> None:
+    """Check that a folder may be written, or replaced with ``overwrite``: an earlier export, and nothing else.
+
+    Args:
+        target: the folder.
+        overwrite: whether it may be replaced.
+        kept: folders that are read.
+        mark: a file that every such export has.
+        what: what such an export is, in words.
 
     Raises:
-        ModelError: if it is not empty and no merge, a link, no folder, or one of the folders ``kept``, around or
+        ModelError: if it is not empty and no such export, a link, no folder, or one of the folders ``kept``, around or
             inside one of them.
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
@@ -97,11 +106,11 @@ def require_free(target: Path, overwrite: bool, kept: Iterable[Path] = ()) -> No
             raise ModelError(f"export.to: {target} is, or holds, {folder}, which is read here; choose another folder.")
     if not target.exists() or not any(target.iterdir()):
         return
-    if not (target / MARK).is_file():
-        raise ModelError(f"export.to: {target} already exists and is no earlier merge; choose another folder.")
+    if not (target / mark).is_file():
+        raise ModelError(f"export.to: {target} already exists and is no earlier {what}; choose another folder.")
     if not overwrite:
         raise ModelError(
-            f"export.to: {target} already holds a merge; choose another folder, or set export.overwrite=true."
+            f"export.to: {target} already holds a {what}; choose another folder, or set export.overwrite=true."
         )
 
 
@@ -221,12 +230,6 @@ def _follow_end_of_turn(folder: Path, folding: Folding) -> None:
     before = config.get("eos_token_id", folding.base.config.get_text_config().eos_token_id)
     others = before if isinstance(before, list) else [] if before is None else [before]
     write_json(file, config | {"eos_token_id": [end, *(other for other in others if other != end)]})
-
-
-def _of_tokenizer(adapter: Path) -> Mapping[str, Path]:
-    """Return the tokenizer's files in the adapter's folder, which replace the base's."""
-    weights = {"adapter_config.json", "adapter_model.safetensors.index.json"}
-    return {name: file for name, file in beside_the_weights(adapter).items() if name not in weights}
 
 
 def _check(folder: Path, home: Mapping[str, tuple[str, str]]) -> None:

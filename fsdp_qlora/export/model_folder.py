@@ -45,3 +45,9 @@ def beside_the_weights(source: Path) -> dict[str, Path]:
     names = {file.name for pattern in _COPIED for file in source.glob(pattern)}
     real = {name: own_file(source, name) for name in sorted(names) if not name.endswith(".index.json")}
     return {name: file for name, file in real.items() if file.is_file()}
+
+
+def of_tokenizer(adapter: Path) -> dict[str, Path]:
+    """Return the tokenizer's files in an adapter's folder, by name; beside a model's weights, they replace its own."""
+    weights = {"adapter_config.json", "adapter_model.safetensors.index.json"}
+    return {name: file for name, file in beside_the_weights(adapter).items() if name not in weights}
