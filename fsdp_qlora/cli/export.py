@@ -134,6 +134,7 @@ def _folded(done: Merge) -> str:
 def _gguf(config: RunConfig) -> int:
     """Convert a run's model: that of its adapter and base, or what it trained without one."""
     assert config.export.to is not None and not isinstance(config.adapter, dict)  # check_verb
+    _require_one_process(config)
     adapter, source, target = None, None, Path(config.export.to).expanduser()
     if config.adapter:
         adapter = Path(config.adapter).expanduser()
@@ -155,9 +156,13 @@ def _gguf_adapter(config: RunConfig) -> int:
     assert config.export.to is not None and not isinstance(config.adapter, dict)  # check_verb
     target = Path(config.export.to).expanduser()
     adapter = Path(config.adapter).expanduser() if config.adapter else _with_adapter(config) / ADAPTER_FOLDER
-    if Placement.from_env().world_size > 1:
-        raise ConfigError("what=gguf-adapter: runs in one process; start it without torchrun.")
+    _require_one_process(config)
     return _converted(export_gguf_adapter(config, adapter, target, _say), adapter, target)
+
+
+def _require_one_process(config: RunConfig) -> None:
+    if Placement.from_env().world_size > 1:
+        raise ConfigError(f"what={config.what}: runs in one process; start it without torchrun.")
 
 
 def _converted(done: GgufExport, source: Path | None, target: Path) -> int:

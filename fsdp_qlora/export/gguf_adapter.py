@@ -6,6 +6,7 @@ src/llama-adapter.h) and reads nothing else of the config, so other scalings are
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fsdp_qlora.adapters.names import IN_FILE, LORA_A, LORA_B
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.export.vllm import one_scaling
 from fsdp_qlora.files.read import own_file, read_json
+from fsdp_qlora.shapes.linears import LinearShape
 
 _WAY = "what=gguf writes the model with it folded in"
 
@@ -58,6 +60,27 @@ def write_plain(adapter: Path, folder: Path, base: str | None) -> PlainLora:
         a, b = tensors[name + LORA_A], tensors[name + LORA_B]
         pairs[name.removeprefix(IN_FILE)] = (a.shape[1], a.shape[0], b.shape[0])
     return PlainLora(folder, float(written["lora_alpha"]), pairs)
+
+
+def require_fits(lora: PlainLora, adapter: Path, linears: Iterable[LinearShape]) -> None:
+    """Check that an adapter's matrices are those of linears of its base, which llama.cpp's converter reads right.
+
+    Raises:
+        ModelError: naming the first that are not.
+    """
+    known = {linear.name: linear for linear in linears}
+    for name, (inputs, _, outputs) in lora.pairs.items():
+        linear = known.get(name)
+        if linear is None:
+            raise ModelError(f"adapter: {adapter} adapts {name}, which is no linear of its base.")
+        if (linear.in_features, linear.out_features) != (inputs, outputs):
+            size = [linear.out_features, linear.in_features]
+            raise ModelError(f"adapter: {adapter} fits {name} [{outputs}, {inputs}], and its base's is {size}.")
+        if linear.transposed:  # the converter transposes the matrices as it does the weight, and they are not
+            raise ModelError(
+                f"what=gguf-adapter: {name} is stored transposed (Conv1D), and llama.cpp's converter would transpose "
+                f"its adapter as well; {_WAY}."
+            )
 
 
 def _obstacle(config: dict[str, Any], names: list[str]) -> str:

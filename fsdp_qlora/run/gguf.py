@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.export import llama_cpp, ollama
 from fsdp_qlora.export.gguf import settle_tokens, verify_adapter, verify_model
-from fsdp_qlora.export.gguf_adapter import write_plain
+from fsdp_qlora.export.gguf_adapter import require_fits, write_plain
 from fsdp_qlora.export.gguf_source import (
     Vocabulary,
     check_model,
@@ -31,7 +32,7 @@ from fsdp_qlora.files.write import write_json, write_text
 from fsdp_qlora.inference.end_of_turn import EndOfTurn, end_of_turn
 from fsdp_qlora.inference.rendering import render_all_apart
 from fsdp_qlora.model.folder import needs_hub, resolve_folder
-from fsdp_qlora.model.skeleton import build_skeleton
+from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.model.tokenizer import build_tokenizer
 from fsdp_qlora.run.inference import with_adapter
 from fsdp_qlora.run.merge import Merge, merge
@@ -137,13 +138,15 @@ def export_gguf_adapter(config: RunConfig, adapter: Path, target: Path, say: Say
         folder = work / "base"
         folder.mkdir()
         link_model(base, folder, of_tokenizer(adapter), trusted)
+        skeleton = build_skeleton(folder, torch.bfloat16, "eager", trusted)
+        require_fits(lora, adapter, read_shapes(skeleton).linears)
         files: list[Written] = []
         if named is None:
             written, speech = _model(config, folder, staging, "base", name, converters, say)
             files.append(written)
             weights, base_file = f"./{written.name}", staging / written.name
         else:
-            speech = _speech(folder, build_tokenizer(folder, trusted), trusted)
+            speech = _speech(folder, skeleton.config, build_tokenizer(folder, trusted))
             base_file = Path(named).expanduser() if Path(named).expanduser().is_file() else None
             weights = str(base_file.absolute()) if base_file else named
         say("converting the adapter")
@@ -175,7 +178,8 @@ def _export(
         files = {
             file.name: {"tensors": file.tensors, "sha256": file_sha256(staging / file.name)} for file in done.files
         }
-        write_json(staging / MARK, {"converter": config.export.llama_cpp or llama_cpp.PACKAGE, "files": files})
+        own = "a checkout of llama.cpp"
+        write_json(staging / MARK, {"converter": own if config.export.llama_cpp else llama_cpp.PACKAGE, "files": files})
     return done
 
 
@@ -187,7 +191,7 @@ def _model(
     tokenizer = build_tokenizer(folder, trusted)
     skeleton = build_skeleton(folder, torch.bfloat16, "eager", trusted)
     shapes = check_model(folder, skeleton, tokenizer)
-    speech = _speech(folder, tokenizer, trusted)
+    speech = _speech(folder, skeleton.config, tokenizer)
     state_begin(folder, speech.vocabulary.adds_begin)
     file = staging / f"{stem}-{kind}.gguf"
     say(f"converting {name} to {kind}")
@@ -199,9 +203,8 @@ def _model(
     return Written(file.name, file.stat().st_size, tensors), speech
 
 
-def _speech(folder: Path, tokenizer: PreTrainedTokenizerBase, trusted: bool) -> _Speech:
+def _speech(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase) -> _Speech:
     """Find out how the model in ``folder`` is spoken to."""
-    config = build_skeleton(folder, torch.bfloat16, "eager", trusted).config
     end = end_of_turn(folder, config, tokenizer)
     first = end.ids[0] if end.ids else None
     if not tokenizer.chat_template:
@@ -242,7 +245,7 @@ def _rendered(
 
 
 def _stops(tokenizer: PreTrainedTokenizerBase, end: EndOfTurn) -> list[str]:
-    tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(end.ids)]
+    tokens = [token for token in tokenizer.convert_ids_to_tokens(end.ids) if isinstance(token, str)]
     return list(dict.fromkeys([*tokens, *([end.text] if end.text else [])]))
 
 
