@@ -28,7 +28,9 @@ class Vocabulary:
     special: frozenset[int]
     """Ids of tokens that are no text."""
     adds_begin: bool
-    """Whether a text begins with a token that no template writes."""
+    """Whether programs are to add the first token to a text: the tokenizer does, and conversations begin with it."""
+    tokenizer_adds: bool
+    """Whether the tokenizer adds it."""
     end: int | None
     """The token that ends an answer."""
     template: str | None
@@ -52,7 +54,9 @@ def link_model(source: Path, folder: Path, beside: Mapping[str, Path], trust_rem
     for name, file in {**beside_the_weights(source), **beside}.items():
         if trust_remote_code or not name.endswith(".py"):
             copy_regular(file, folder / name)
-    for file in (*source.glob("*.safetensors"), *source.glob("*.safetensors.index.json")):
+    for file in source.glob("*.safetensors.index.json"):
+        copy_regular(own_file(source, file.name), folder / file.name)
+    for file in source.glob("*.safetensors"):
         (folder / file.name).symlink_to(own_file(source, file.name))
 
 
@@ -66,11 +70,11 @@ def drop_code(folder: Path) -> None:
             write_json(file, {key: value for key, value in values.items() if key != "auto_map"})
 
 
-def state_begin(folder: Path, adds_begin: bool) -> None:
-    """Write into the tokenizer's config whether it adds a token, so that the converter says so in any case."""
+def state_begin(folder: Path) -> None:
+    """Write into the tokenizer's config that it adds a first token, so that the file's header says so in any case."""
     file = folder / "tokenizer_config.json"
     values = read_json(file, dict[str, Any]) if file.is_file() else {}
-    write_json(file, values | {"add_bos_token": adds_begin})
+    write_json(file, values | {"add_bos_token": True})
 
 
 def check_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelShapes:
@@ -126,4 +130,5 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, end: int | None, begins:
     ids = tokenizer("a")["input_ids"]
     adds = tokenizer.bos_token_id is not None and list(ids)[:1] == [tokenizer.bos_token_id]  # type: ignore[arg-type]
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    return Vocabulary(tokens, frozenset(tokenizer.all_special_ids), adds and begins is not False, end, template)
+    special = frozenset(tokenizer.all_special_ids)
+    return Vocabulary(tokens, special, adds and begins is not False, adds, end, template)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.errors import ModelError
+from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.export import llama_cpp, ollama
 from fsdp_qlora.export.gguf import settle_tokens, verify_adapter, verify_model
 from fsdp_qlora.export.gguf_adapter import require_fits, write_plain
@@ -147,7 +147,7 @@ def export_gguf_adapter(config: RunConfig, adapter: Path, target: Path, say: Say
             weights, base_file = f"./{written.name}", staging / written.name
         else:
             speech = _speech(folder, skeleton.config, build_tokenizer(folder, trusted))
-            base_file = Path(named).expanduser() if Path(named).expanduser().is_file() else None
+            base_file = _base_file(named)
             weights = str(base_file.absolute()) if base_file else named
         say("converting the adapter")
         llama_cpp.convert(
@@ -160,6 +160,16 @@ def export_gguf_adapter(config: RunConfig, adapter: Path, target: Path, say: Say
         return GgufExport([*files, Written(ADAPTER_FILE, file.stat().st_size, tensors)], None, speech.notes)
 
     return _export(config, target, [adapter, base], fill, say)
+
+
+def _base_file(named: str) -> Path | None:
+    """Return the file that ``export.gguf_base`` names; None if it is a model in Ollama."""
+    file = Path(named).expanduser()
+    if file.is_file():
+        return file
+    if named.startswith((".", "/", "~")) or file.suffix == ".gguf":
+        raise ConfigError(f"export.gguf_base: there is no file {named}; give a GGUF file, or Ollama's name of a model.")
+    return None
 
 
 def _export(
@@ -192,7 +202,8 @@ def _model(
     skeleton = build_skeleton(folder, torch.bfloat16, "eager", trusted)
     shapes = check_model(folder, skeleton, tokenizer)
     speech = _speech(folder, skeleton.config, tokenizer)
-    state_begin(folder, speech.vocabulary.adds_begin)
+    if speech.vocabulary.tokenizer_adds:
+        state_begin(folder)
     file = staging / f"{stem}-{kind}.gguf"
     say(f"converting {name} to {kind}")
     llama_cpp.convert(

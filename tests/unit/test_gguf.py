@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import stat
 import tarfile
 from pathlib import Path
@@ -136,11 +137,10 @@ def test_a_model_whose_files_contradict_its_config_is_refused(tmp_path, tiny_mod
 @pytest.mark.full
 def test_code_beside_a_model_does_not_reach_the_converter(tmp_path, tiny_model):
     base, folder = tmp_path / "base", tmp_path / "folder"
-    base.mkdir()
+    shutil.copytree(tiny_model, base)
     folder.mkdir()
-    link_model(tiny_model, base, {}, False)
     (base / "modeling_x.py").write_text("raise SystemExit")
-    link_model(base.resolve(), folder, {}, False)
+    link_model(base, folder, {}, False)
     assert not list(folder.glob("*.py")) and (folder / "config.json").is_file()
 
 
