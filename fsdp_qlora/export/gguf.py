@@ -5,7 +5,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,15 +123,17 @@ def verify_model(file: Path, shapes: ModelShapes, vocabulary: Vocabulary) -> int
 
 def _compare_tensors(written: GgufFile, shapes: ModelShapes) -> None:
     """Check that all weights are there, and those that llama.cpp knows by name in their shapes."""
-    names = _names(written, len(shapes.layers))
+    called_there = _names(written, len(shapes.layers))
     missing: list[str] = []
     for name, shape in shapes.parameters.items():
-        called = names.get(name)
-        if called in written.shapes and sorted(written.shapes[called]) != sorted(size for size in shape):
+        called = called_there(name)
+        if called is None:
+            continue
+        if called not in written.shapes:
+            missing.append(f"{name} ({called})")
+        elif sorted(written.shapes[called]) != sorted(shape):  # some are transposed
             stored = list(written.shapes[called])
             raise NumericsError(f"{written.file}: {called} is {stored}, and the model's {name} is {list(shape)}.")
-        if called is not None and called not in written.shapes:
-            missing.append(f"{name} ({called})")
     apart = {_HEAD} if shapes.tied else set()  # a copy of the embedding
     there = sum(
         prod(shape) for name, shape in written.shapes.items() if name not in apart and not name.startswith(_NOT_TRAINED)
@@ -148,27 +150,16 @@ def _compare_tensors(written: GgufFile, shapes: ModelShapes) -> None:
         )
 
 
-def _names(written: GgufFile, num_layers: int) -> dict[str, str]:
-    """Return llama.cpp's names of a model's parameters, as far as the package gguf knows them."""
+def _names(written: GgufFile, num_layers: int) -> Callable[[str], str | None]:
+    """Return what llama.cpp calls a parameter of a model, as far as the package gguf knows it."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     by_name = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
     architecture = by_name.get(written.value("general.architecture"))
     if architecture is None:  # younger than the package
-        return {}
-    return _Names(get_tensor_name_map(architecture, num_layers))
-
-
-class _Names(dict[str, str]):
-    """Looks names up in the package's map, which wants to know possible endings."""
-
-    def __init__(self, known: Any) -> None:
-        super().__init__()
-        self._known = known
-
-    def get(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
-        """Return llama.cpp's name, or ``default``."""
-        return self._known.get_name(name, try_suffixes=(".weight", ".bias")) or default
+        return lambda name: None
+    known = get_tensor_name_map(architecture, num_layers)
+    return lambda name: known.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
 def verify_adapter(
