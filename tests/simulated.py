@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
+from fsdp_qlora.adapters import build_method
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.auto import as_word
 from fsdp_qlora.config.schema import RunConfig
@@ -128,12 +129,17 @@ VARIANTS: dict[str, Groups] = {
     "float32": {"precision": {"name": "fp32"}},
     **{f"optim {name}": {"optim": {"name": name}} for name in choices.OPTIMIZERS.shipped if "paged" not in name},
     **{f"params, optim {name}": _offload("params", optim={"name": name}) for name in choices.OPTIMIZERS.shipped},
+    **{
+        f"lora {name}": {"lora": {"variant": name, "r": 8}}
+        for name in choices.PEFT_METHODS
+        if name != "dora" and build_method(name).simulates
+    },
 }
 
 
 def also_on_cpu(name: str) -> bool:
-    """Whether the variant keeps nothing on the host, so that its bytes are those of a CPU."""
-    return not {"offload", "offload_modules"} & VARIANTS[name].get("fsdp", {}).keys()
+    """Whether its bytes are those of a CPU: it keeps nothing on the host, and PEFT's layers do not compute it."""
+    return "lora " not in name and not {"offload", "offload_modules"} & VARIANTS[name].get("fsdp", {}).keys()
 
 
 def config_and_ranks(folder: Path, name: str, gpu: str | None = "24GiB") -> tuple[RunConfig, int]:

@@ -141,7 +141,7 @@ class MemoryModel:
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
-        adapted = frozenset(trained)
+        adapted = frozenset(trained) - self.adapters.no_input
         more = (settings.lora.dropout > 0, settings.attention, settings.restarting, settings.on_accelerator)
         self.activations: tuple[LayerActivations, ...] = tuple(
             layer_activations(shapes, layer, adapted, settings.itemsize, *more) for layer in shapes.layers
@@ -356,7 +356,8 @@ class MemoryModel:
 
     def _saved(self, layer: LayerActivations, settings: StorageSettings) -> int:
         each = layer.saved + self._scores(settings) + layer.kept_positions * settings.max_length
-        saved = settings.tokens * each + self.adapters.kept * settings.itemsize
+        kept = self.adapters.kept
+        saved = settings.tokens * each + (kept.fixed + kept.a_token * settings.tokens) * settings.itemsize
         if settings.adapter_copies and settings.lora.dropout and settings.itemsize < FLOAT32:  # copies in compute dtype
             saved += max((unit.adapters for unit in self.layers), default=0) * settings.itemsize
         return saved
