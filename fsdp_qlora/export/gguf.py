@@ -102,7 +102,7 @@ def verify_model(file: Path, shapes: ModelShapes, vocabulary: Vocabulary) -> int
             f"has {rows}."
         )
     whole = written.value("tokenizer.ggml.model") == "gpt2"  # others are spelt in another way
-    for token_id, spellings in vocabulary.tokens.items():
+    for token_id, spellings in sorted(vocabulary.tokens.items()):
         if (whole or token_id in vocabulary.special) and tokens[token_id] not in spellings:
             raise NumericsError(
                 f"{file}: token {token_id} is {tokens[token_id]!r}, and the tokenizer's {spellings[0]!r}."
