@@ -39,6 +39,10 @@ FAMILIES = {
     "llama": {"model_type": "llama", **LLAMA, "tie_word_embeddings": False},
     "tied": {"model_type": "llama", **LLAMA, "tie_word_embeddings": True},
     "deep": {"model_type": "llama", **LLAMA, "num_hidden_layers": 12, "tie_word_embeddings": False},
+    "small": {
+        "model_type": "llama", **LLAMA, "hidden_size": 448, "intermediate_size": 1536, "num_attention_heads": 7,
+        "num_key_value_heads": 7, "num_hidden_layers": 8, "tie_word_embeddings": True,
+    },
     "experts": {
         "model_type": "mixtral", **LLAMA, "intermediate_size": 1024, "num_local_experts": 4, "num_experts_per_tok": 2,
         "tie_word_embeddings": False,
@@ -83,6 +87,15 @@ VARIANTS: dict[str, Groups] = {
     "all": _offload("all"),
     "all, 1 rank": _offload("all", ranks=1),
     "all, full": _offload("all", train={"activation_checkpointing": "full"}),
+    "all, selective": _offload("all", train={"activation_checkpointing": "selective"}),
+    "activations, eager": _offload("activations", model={"attn_implementation": "eager"}),
+    "activations, experts": _offload("activations", family="experts"),
+    "activations, packed": _offload("activations", data={"packing": True}),
+    **{
+        f"small, {which}{alone}": _offload(which, family="small", data={"max_length": 512}, **ranks)
+        for which in ("none", "params", "activations", "all")
+        for alone, ranks in (("", {}), (", 1 rank", {"ranks": 1}))
+    },
     "modules": ON_HOST,
     "modules, 1 rank": {**ON_HOST, "ranks": 1},
     "modules, 1 rank, deep": {**ON_HOST, "ranks": 1, "family": "deep"},
@@ -165,7 +178,8 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     plan = planned(config, ranks)[2]
     answer: dict[str, Any] = {
         "device": asdict(simulate_here(config, ranks)), "peak": plan.peak, "bytes": asdict(plan.bytes),
-        "host": plan.host.in_step, "tensors": plan.trainable_parameters, "moments": plan.moments,
+        "host": plan.host.in_step, "moved": plan.host.offloaded_activations, "tensors": plan.trainable_parameters,
+        "moments": plan.moments,
     }  # fmt: skip
     if also_on_cpu(name):
         here, _ = config_and_ranks(folder, name, None)

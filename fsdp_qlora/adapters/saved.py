@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,13 @@ class Kept:
     a_token: int = 0
     input: bool = True
     """Whether it keeps the linear's input as well."""
+    tensors: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    """``(fixed, a_token)`` of each tensor; empty: there is one."""
+
+    @property
+    def each(self) -> tuple[tuple[int, int], ...]:
+        """``(fixed, a_token)`` of each tensor."""
+        return self.tensors or ((self.fixed, self.a_token),)
 
 
 def kept_by_layer(layer: Any) -> Kept:
@@ -32,8 +39,12 @@ def kept_by_layer(layer: Any) -> Kept:
     """
     _in_bf16(layer)
     (few, reads_input), (many, _) = (_kept(layer, tokens) for tokens in (_TOKENS, 2 * _TOKENS))
-    a_token = round((many - few) / _TOKENS)
-    return Kept(few - a_token * _TOKENS, a_token, reads_input)
+    tensors = []
+    for small, large in zip(few, many, strict=True):
+        a_token = round((large - small) / _TOKENS)
+        tensors.append((small - a_token * _TOKENS, a_token))
+    fixed, a_token = (sum(tensor[place] for tensor in tensors) for place in range(2))
+    return Kept(fixed, a_token, reads_input, tuple(tensors))
 
 
 def _in_bf16(layer: nn.Module) -> None:
@@ -45,7 +56,8 @@ def _in_bf16(layer: nn.Module) -> None:
             setattr(module, name, buffer.to(META, dtype))
 
 
-def _kept(layer: nn.Module, tokens: int) -> tuple[int, bool]:
+def _kept(layer: nn.Module, tokens: int) -> tuple[list[int], bool]:
+    """Return the numbers that each tensor holds, in the order in which they are saved, and whether the input is."""
     x = torch.empty(1, tokens, int(layer.in_features), dtype=torch.bfloat16, device=META, requires_grad=True)  # type: ignore[arg-type]
     known = [tensor.untyped_storage() for tensor in (x, *layer.parameters(), *layer.buffers())]
     saved: list[torch.UntypedStorage] = []
@@ -61,4 +73,4 @@ def _kept(layer: nn.Module, tokens: int) -> tuple[int, bool]:
     seen = {id(storage) for storage in known}
     own = {id(storage): storage for storage in saved if id(storage) not in seen}
     input_saved = any(storage is known[0] for storage in saved)
-    return sum(storage.nbytes() for storage in own.values()) // torch.bfloat16.itemsize, input_saved
+    return [storage.nbytes() // torch.bfloat16.itemsize for storage in own.values()], input_saved

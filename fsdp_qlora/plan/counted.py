@@ -15,8 +15,8 @@ class AdapterCost:
 
     fixed: int = 0
     """Bytes of tensors that are never trained; every rank holds them whole."""
-    kept: Kept = field(default_factory=Kept)
-    """What the adapters of one decoder layer keep from forward to backward (the largest layer's)."""
+    kept: tuple[Kept, ...] = ()
+    """What each adapter of a decoder layer keeps from forward to backward (the largest layer's)."""
     no_input: frozenset[str] = frozenset()
     """Linears whose adapters do not keep the linear's input."""
     loading: int = 0

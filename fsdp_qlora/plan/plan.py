@@ -12,7 +12,6 @@ from fsdp_qlora.adapters import Method, build_method, of_target, parameters_of, 
 from fsdp_qlora.adapters.experts import experts_parameters
 from fsdp_qlora.adapters.full import whole_base
 from fsdp_qlora.adapters.loraplus import is_faster
-from fsdp_qlora.adapters.saved import Kept
 from fsdp_qlora.config.auto import Choice, asked, degree, switch
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.data.deal import BatchPlan
@@ -21,11 +20,12 @@ from fsdp_qlora.errors import PlanError
 from fsdp_qlora.optim.sizes import unmatched
 from fsdp_qlora.plan.choices import choose
 from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes
-from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
+from fsdp_qlora.plan.memory import MemoryModel
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.plan.starts import StartCost, start_cost
+from fsdp_qlora.plan.storage import StorageSettings
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 from fsdp_qlora.shapes.targets import target_linears, target_parameters
@@ -207,11 +207,9 @@ def _adapter_cost(
 ) -> AdapterCost:  # fmt: skip
     kept = {linear.name: method.kept(linear, of_target(lora, linear.name)) for linear in targets}
     layers = [[each for name, each in kept.items() if name.startswith(layer + ".")] for layer in shapes.layers]
-    fixed, a_token = (max((sum(part) for part in parts), default=0) for parts in (
-        [[each.fixed for each in layer] for layer in layers], [[each.a_token for each in layer] for layer in layers]
-    ))  # fmt: skip
+    most = max(layers, key=lambda layer: (sum(x.a_token for x in layer), sum(x.fixed for x in layer)), default=[])
     return AdapterCost(
-        method.fixed_bytes(targets, lora, itemsize), Kept(fixed, a_token),
+        method.fixed_bytes(targets, lora, itemsize), tuple(most),
         frozenset(name for name, each in kept.items() if not each.input), 0 if start is None else start.bytes,
     )  # fmt: skip
 

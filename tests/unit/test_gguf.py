@@ -14,8 +14,8 @@ import torch
 from transformers import AutoTokenizer
 
 from fsdp_qlora.config.convert import build
-from fsdp_qlora.config.rules import check_verb
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.verb_rules import check_verb
 from fsdp_qlora.errors import ConfigError, ModelError, NumericsError
 from fsdp_qlora.export import llama_cpp
 from fsdp_qlora.export.gguf import GgufFile, settle_tokens, verify_adapter, verify_model
