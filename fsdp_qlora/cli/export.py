@@ -36,8 +36,9 @@ from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.plan.quantized import format_of
 from fsdp_qlora.run.compare import compare_bases
 from fsdp_qlora.run.folder import RunFolder
+from fsdp_qlora.run.gguf import MODELFILE, GgufExport, export_gguf, export_gguf_adapter
 from fsdp_qlora.run.held_out import Measured
-from fsdp_qlora.run.merge import merge
+from fsdp_qlora.run.merge import Merge, merge
 from fsdp_qlora.run.push import push
 from fsdp_qlora.run.serve import export_served
 from fsdp_qlora.run.world import open_world
@@ -176,7 +177,7 @@ def _merged(config: RunConfig) -> int:
     written = f"{done.written.folded} linears{stacks} folded, {megabytes(done.written.num_bytes)}"
     written += f" ({done.rounded} in the base's files, rounded to {done.dtype})" if done.rounded else ""
     print(f"{done.base} + {adapter} -> {target}: {written}")
-    print(f"folded into the {done.form} base ({done.why}); the largest tensor took {megabytes(done.memory)}")
+    print(_folded(done))
     _print_measured(done.compared, done.rows)
     print(f"vLLM: yes, like its base: {shlex.join(['vllm', 'serve', str(target)])}")
     return 0
@@ -196,6 +197,52 @@ def _compare_bases(config: RunConfig, adapter: Path) -> None:
     with world.stack:
         done = compare_bases(config, adapter, world)
     _print_measured({"trained model": done.trained, "on the 16-bit base": done.original}, done.rows)
+
+
+def _folded(done: Merge) -> str:
+    return f"folded into the {done.form} base ({done.why}); the largest tensor took {megabytes(done.memory)}"
+
+
+def _gguf(config: RunConfig) -> int:
+    """Convert a run's model: that of its adapter and base, or what it trained without one."""
+    _require_one_process(config)
+    adapter, source, target = None, None, _target(config)
+    if config.lora.trains_base and not config.adapter:
+        source = RunFolder(config.run.output_root, config.run.name).model
+        if not (source / "config.json").is_file():
+            raise CheckpointError(f"{source} holds no model; a run with lora=none writes it when it ends.")
+    else:
+        adapter = _adapter_folder(config)
+    world = open_world(config)
+    with world.stack:
+        done = export_gguf(config, adapter, source, target, world, _say)
+    if done.merge is not None:
+        print(_folded(done.merge))
+    return _converted(done, adapter or source, target)
+
+
+def _gguf_adapter(config: RunConfig) -> int:
+    adapter, target = _adapter_folder(config), _target(config)
+    _require_one_process(config)
+    return _converted(export_gguf_adapter(config, adapter, target, _say), adapter, target)
+
+
+def _require_one_process(config: RunConfig) -> None:
+    if Placement.from_env().world_size > 1:
+        raise ConfigError(f"what={config.what}: runs in one process; start it without torchrun.")
+
+
+def _converted(done: GgufExport, source: Path | None, target: Path) -> int:
+    for file in done.files:
+        print(f"{source} -> {target / file.name}: {file.tensors} tensors, {megabytes(file.num_bytes)}")
+    for note in done.notes:
+        print(f"Modelfile: {note}")
+    print(f"serve it: {shlex.join(['ollama', 'create', 'NAME', '-f', str(target / MODELFILE)])}")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _with_adapter(config: RunConfig) -> Path:
@@ -279,6 +326,14 @@ def _target(config: RunConfig) -> Path:
 
 
 EXPORTS: choices.Table[Callable[[RunConfig], int]] = choices.Table(
-    "what", {"adapter": _adapter, "base-4bit": _base_4bit, "merged": _merged, "served": _served}
+    "what",
+    {
+        "adapter": _adapter,
+        "base-4bit": _base_4bit,
+        "merged": _merged,
+        "served": _served,
+        "gguf": _gguf,
+        "gguf-adapter": _gguf_adapter,
+    },
 )
 """The exports of ``export what=``."""

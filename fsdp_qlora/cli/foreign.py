@@ -89,6 +89,7 @@ def switches_on(config: RunConfig) -> dict[str, str]:
     whose = {
         "model.trust_remote_code": f"Python code that comes with the model {config.model.name}",
         "data.allow_code": f"the function data.row_function={config.data.row_function}",
+        "export.llama_cpp": f"the converters in {config.export.llama_cpp}",
     }
     return {key: whose[key] for key, fact in facts(RunConfig) if fact == RUNS_CODE and value_of(config, key)}
 
@@ -106,7 +107,9 @@ def require_typed(config: RunConfig, typed: Collection[str], files: str) -> None
     """
     untyped = {key: code for key, code in switches_on(config).items() if key not in typed}
     if untyped:
-        keys, words = " and ".join(untyped), " ".join(f"{key}=true" for key in untyped)
+        values = {key: value_of(config, key) for key in untyped}
+        words = " ".join(f"{key}={'true' if value is True else value}" for key, value in values.items())
+        keys = " and ".join(untyped)
         raise SecurityError(
             f"{keys}: set in {files}, which is not enough to run {' and '.join(untyped.values())}. If you trust that "
             f"code, add to the command line: {words}"

@@ -144,7 +144,7 @@ OPTIMIZERS = Names(
 """``optim=``: optimizers (`fsdp_qlora.optim.optimizers`)."""
 TRACKERS = Names("console", "wandb")
 """``track=``: where metrics go in addition to metrics.jsonl (`fsdp_qlora.track.sinks`)."""
-EXPORTS = Names("adapter", "base-4bit", "merged", "served")
+EXPORTS = Names("adapter", "base-4bit", "merged", "served", "gguf", "gguf-adapter")
 """``export what=``: what is exported (`fsdp_qlora.cli.export`)."""
 NONE = "none"
 """Word that an optional setting accepts in addition to names, to turn it off."""

@@ -53,7 +53,7 @@ class Saved:
         settings = build(cls, read_config(str(path), "config"))
         allowed = {"model.trust_remote_code": trust_remote_code, "data.allow_code": allow_code}
         for key in sorted(keys_with(cls, RUNS_CODE)):
-            if value_of(settings, key) and not allowed[key]:
+            if value_of(settings, key) and not allowed.get(key):
                 raise SecurityError(
                     f"{key}: set in {path}, which is not enough to run somebody's code. If you trust that code, load "
                     f"the file with {key.rpartition('.')[2]}=True."

@@ -372,8 +372,9 @@ class RunConfig(Saved):
     (``what=base-4bit``)."""
     what: Annotated[str, choices.EXPORTS] = "adapter"
     """`export`: a checkpoint's adapter, the base model in bitsandbytes' 4-bit format (``base-4bit``; loads without
-    being quantized again), the same with the adapter beside it (``served``), or the base model in 16 bits with the
-    adapter folded in (``merged``)."""
+    being quantized again), the same with the adapter beside it (``served``), the base model in 16 bits with the adapter
+    folded in (``merged``), that for llama.cpp and Ollama (``gguf``), or the adapter alone for them
+    (``gguf-adapter``)."""
     run_from: Annotated[str | None, VERBATIM] = None
     """Start from the settings of an earlier run: its config.yaml or its folder."""
 

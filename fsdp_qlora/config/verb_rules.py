@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 
 from fsdp_qlora.config.adapter_rules import combination_needs
+from fsdp_qlora.config.gguf_rules import gguf_needs
 from fsdp_qlora.config.problems import messages
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
@@ -100,7 +101,7 @@ NEEDS: dict[str, tuple[Callable[[RunConfig], Iterator[str]], ...]] = {
     "plan": (_model,),
     "prepare": (_model,),
     "evaluate": (_model, _one_adapter, _held_out),
-    "export": (combination_needs, _base_4bit, _converted, _model_of_both, _served, _push, _compared),
+    "export": (combination_needs, _base_4bit, _converted, _model_of_both, _served, _push, _compared, gguf_needs),
     "generate": (_prompt, _answering_model),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, SHARE, VERBATIM
+from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, RUNS_CODE, SHARE, VERBATIM
 
 
 @dataclass(frozen=True)
@@ -93,3 +93,11 @@ class ExportSettings:
     """``merged``: fold the adapter into the weights as they are stored (``original``), or as they are after quantizing,
     which is what it was trained on (``dequantized``). ``auto`` measures both on at most 64 held-out rows and keeps the
     better one; without such rows, ``dequantized``."""
+    gguf_type: str = "f16"
+    """``gguf``: type of the weights in the file; ``gguf-adapter``: of the base model's, if that is converted.
+    llama.cpp's converter writes f32, f16, bf16, q8_0, tq1_0 and tq2_0; its quantizer makes others of such a file."""
+    gguf_base: Annotated[str | None, VERBATIM] = None
+    """``gguf-adapter``: the base model in GGUF: a file, or Ollama's name of it (``qwen3:8b``); null = convert it."""
+    llama_cpp: Annotated[str | None, VERBATIM, RUNS_CODE] = None
+    """``gguf``, ``gguf-adapter``: a checkout of llama.cpp whose converters to run; null = the ones in the source
+    archive of llama-cpp-python, which is fetched once and verified."""

@@ -29,7 +29,8 @@ MERGE = Kind("merge", "merged.json")
 SERVED = Kind("base with an adapter", "served.json")
 BASE = Kind("base in 4 bits", "base_4bit.json")
 ADAPTER = Kind("adapter", "adapter_config.json")
-MARKS = (MERGE.mark, SERVED.mark, BASE.mark)
+GGUF = Kind("GGUF export", "gguf.json")
+MARKS = (MERGE.mark, SERVED.mark, BASE.mark, GGUF.mark)
 """Files of ours that no other library reads; they say which linears were folded, adapted or quantized."""
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*")
 

@@ -124,8 +124,25 @@ def rewrite_for_vllm(folder: Path) -> None:
                 "Use what=merged."
             )
         tensors = {name: stored.get_tensor(name).float() for name in names}
-    adapter, rank = read_adapter_config(folder), _rank(config)
-    lora = adapter.settings(stored_modules(folder, adapter))
+    one_scaling(folder, folder, config, tensors)
+
+
+def one_scaling(
+    source: Path, target: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:  # fmt: skip
+    """Write a LoRA of a single rank and scaling 1 that computes the same as the one in ``source``.
+
+    Args:
+        source: a LoRA on linears.
+        target: the folder to write; may be ``source``.
+        config: adapter_config.json of the result, but for ranks and scalings.
+        tensors: the tensors of ``source`` in float32; they are replaced.
+
+    Raises:
+        StorageError: if the folder cannot be written.
+    """
+    adapter, rank = read_adapter_config(source), _rank(config)
+    lora = adapter.settings(stored_modules(source, adapter))
     for name, value in tensors.items():
         own = of_target(lora, name.removeprefix(IN_FILE).removesuffix(LORA_A).removesuffix(LORA_B))
         more = rank - own.r
@@ -134,4 +151,4 @@ def rewrite_for_vllm(folder: Path) -> None:
         else:
             tensors[name] = torch.cat([value * scaling_of(own), value.new_zeros(value.shape[0], more)], dim=1)
     plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    write_folder(folder, folder, tensors, config | plain, overwrite=True)
+    write_folder(source, target, tensors, {**config, **plain}, overwrite=source == target)

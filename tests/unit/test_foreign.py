@@ -137,6 +137,13 @@ def test_a_kept_config_lets_no_code_run(tmp_path):
     assert not compose_config(
         "train", [*words, f"{_MODEL}=false", f"{_DATA}=false", "data.row_function=null"]
     ).data.allow_code
+    settings["model"]["trust_remote_code"] = settings["data"]["allow_code"] = False
+    settings["export"]["llama_cpp"] = "theirs"
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises(
+        SecurityError, match=r"^export\.llama_cpp: .*the converters in theirs.*export\.llama_cpp=theirs$"
+    ):
+        compose_config("export", [*words, "data.row_function=null"])
 
 
 @pytest.mark.parametrize("name", [".", "a/.", "./a", "..", "a/../b"])
