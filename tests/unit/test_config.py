@@ -31,8 +31,7 @@ def test_every_group_file_names_its_schema_and_only_known_keys():
             assert {f"{group}.{key}" for key in values} <= set(known_keys(RunConfig))
     for number in range(max(map(len, options.values()))):  # one of each group at a time
         chosen = {group: names[number % len(names)] for group, names in options.items()}
-        if chosen["lora"] == "loftq":  # needs a quantized base
-            chosen["quant"] = "nf4"
+        chosen["quant"] = {"none": "none", "loftq": "nf4"}.get(chosen["lora"], chosen["quant"])  # what they need
         compose_config("plan", [*(f"{group}={name}" for group, name in chosen.items()), "model.name=x"])
 
 
