@@ -23,9 +23,12 @@ NUM_ROWS, NUM_PROMPTS, ANSWER_TOKENS, GREEDY_TOKENS = 200, 20, 24, 16
 
 
 def write_rows(tokenizer: Any, data: Path, file: Path) -> None:
-    """Write the last rows of ``data``: a run reads it from the beginning."""
+    """Write the last rows of ``data``: a run reads it from the beginning.
+
+    Only answers in ASCII: llama.cpp says nothing of a token that ends within a character.
+    """
     lines = [json.loads(line) for line in data.read_text().splitlines()]
-    taken = [line for line in reversed(lines) if not line["input"]][:NUM_ROWS]
+    taken = [line for line in reversed(lines) if not line["input"] and line["output"].isascii()][:NUM_ROWS]
     prompts = encode_conversations(tokenizer, [[{"role": "user", "content": line["instruction"]}] for line in taken])
     answers = [tokenizer(line["output"], add_special_tokens=False)["input_ids"][:ANSWER_TOKENS] for line in taken]
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]

@@ -144,6 +144,9 @@ def test_a_kept_config_lets_no_code_run(tmp_path):
         SecurityError, match=r"^export\.llama_cpp: .*the converters in theirs.*export\.llama_cpp=theirs$"
     ):
         compose_config("export", [*words, "data.row_function=null"])
+    typed = compose_config("export", [*words, "data.row_function=null", "export.llama_cpp=mine", "export.to=x",
+                                      "what=gguf"])  # fmt: skip
+    assert typed.export.llama_cpp == "mine"
 
 
 @pytest.mark.parametrize("name", [".", "a/.", "./a", "..", "a/../b"])
