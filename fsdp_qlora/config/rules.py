@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.adapter_rules import ADAPTER_RULES, combination_needs
+from fsdp_qlora.config.answer_rules import ANSWER_RULES, evaluate_needs, generate_needs
 from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.convert import known_keys
@@ -25,7 +26,7 @@ Rule = Callable[[RunConfig], Iterator[str]]
 def _ranges(config: RunConfig) -> Iterator[str]:
     for key, fact in facts(RunConfig):
         value = value_of(config, key)
-        if isinstance(fact, Range) and not isinstance(value, str) and not fact.holds(value):
+        if isinstance(fact, Range) and isinstance(value, int | float) and not fact.holds(value):
             yield f"{key}: {fact.rule}, got {value}."
 
 
@@ -254,16 +255,6 @@ def _added_tokens(config: RunConfig) -> Iterator[str]:
         yield f"model.add_tokens: the rows of added tokens stay on the device; leave them or fsdp.{key} out."
 
 
-def _prompts(config: RunConfig) -> Iterator[str]:
-    if config.prompt is not None and config.prompt_file is not None:
-        yield "prompt_file: give prompt or prompt_file, not both."
-    if config.generate.prompts is not None:
-        if config.prompt is not None or config.prompt_file is not None:
-            yield "generate.prompts: give one prompt or a file of prompts, not both."
-        if config.generate.to is None:
-            yield "generate.to: not set. Give the file for the answers to generate.prompts."
-
-
 RULES: tuple[Rule, ...] = (
     _finite,
     _ranges,
@@ -285,7 +276,7 @@ RULES: tuple[Rule, ...] = (
     _added_tokens,
     *ADAPTER_RULES,
     _plan,
-    _prompts,
+    *ANSWER_RULES,
 )
 
 
@@ -325,17 +316,12 @@ def _needs(verb: str, config: RunConfig) -> Iterator[str]:
         yield "model.name: not set. Give a hub name (Qwen/Qwen3-8B), a folder, or experiment=quickstart."
     if verb == "train" and config.data.train is None:
         yield "data.train: not set. Give a file, a folder, a hub data set, or a list of them."
-    if verb == "evaluate" and isinstance(config.adapter, dict):
-        yield "adapter: evaluate measures one adapter; give its folder."
-    if verb == "evaluate" and config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
-        yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
+    if verb == "evaluate":
+        yield from evaluate_needs(config)
     if verb == "export":
         yield from _export_needs(config)
     if verb == "generate":
-        if config.prompt is None and config.prompt_file is None and config.generate.prompts is None:
-            yield 'prompt: not set. Give prompt="..." or prompt_file=FILE, or generate.prompts=FILE.jsonl.'
-        if not config.model.name and not config.adapter:
-            yield "model.name: not set. Give a model, or adapter=FOLDER, which names its base."
+        yield from generate_needs(config)
 
 
 def check_verb(verb: str, config: RunConfig) -> RunConfig:

@@ -1,0 +1,107 @@
+"""`evaluate`: tasks of lm-evaluation-harness on a sharded model are those of its own `HFLM`, on any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.errors import FsdpQloraError
+from fsdp_qlora.run.inference import load_for_inference
+from fsdp_qlora.run.measure import measure, without_adapter
+from tests.build import config_of, world_of
+from tests.distributed.test_many_adapters import make_adapters
+from tests.tasks import TASKS, write_tasks
+
+pytestmark = pytest.mark.full
+GROUPS: dict[str, Any] = {
+    "precision": {"name": "fp32"}, "quant": {"name": "none", "double_quant": False}, "model": {"check": "off"},
+    "train": {"eval_batch_size": 3}, "generate": {"batch_size": 2},
+}  # fmt: skip
+"""Computed as `HFLM` does: in float32, without quantization."""
+
+
+def asked(folder: str, **evaluate: Any) -> RunConfig:
+    config = config_of(folder, **GROUPS)
+    return replace(config, evaluate=replace(config.evaluate, **evaluate))
+
+
+def measured(ranks: Ranks, folder: str, adapter: str | None, evaluate: dict[str, Any]) -> dict[str, Any] | str:
+    """Measure as the command does; return each model's numbers, or the error."""
+    config = asked(folder, **evaluate)
+    values = {}
+    try:
+        prepared = load_for_inference(config, Path(adapter) if adapter else None, world_of(ranks))
+        if config.evaluate.compare:
+            with without_adapter(prepared):
+                values["before"] = measure(config, prepared).tasks
+        return {**values, "after": measure(config, prepared).tasks}
+    except FsdpQloraError as error:
+        return f"{error.exit_code} {error}"
+
+
+def stock(model: Any, tasks: Path, chat_template: bool = False, **settings: Any) -> dict[str, dict[str, float]]:
+    """Return what lm-evaluation-harness says with its own model class, which holds the whole model."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    own = HFLM(pretrained=model, tokenizer=settings.pop("tokenizer"), batch_size=3, device="cpu")
+    results = simple_evaluate(
+        own, tasks=list(TASKS), task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0,
+        apply_chat_template=chat_template, **settings,
+    )  # fmt: skip
+    assert results is not None
+    return {
+        task: {name: float(v) for name, v in values.items() if isinstance(v, int | float)}
+        for task, values in results["results"].items()
+    }
+
+
+def same(numbers: dict[str, dict[str, float]], judge: dict[str, dict[str, float]]) -> None:
+    """Compare all numbers that the judge has (standard errors are left out there)."""
+    for task, values in judge.items():
+        assert values, task
+        assert {name: numbers[task][name] for name in values} == pytest.approx(values, rel=1e-4, abs=1e-6), task
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    config = {"one": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])}
+    return make_adapters(base, tmp_path_factory.mktemp("adapters"), config)["one"]
+
+
+@pytest.mark.parametrize("more", [{}, {"chat_template": True, "num_fewshot": 1, "limit": 5}], ids=["plain", "chat"])
+def test_base_and_adapter_are_as_in_the_harness_itself(pool, tmp_path, tiny_model, plain, adapter, more):
+    pytest.importorskip("lm_eval")
+    tasks = write_tasks(tmp_path / "tasks")
+    if more:  # what is given away in a prompt comes from here
+        for file in tasks.glob("*.yaml"):
+            file.write_text(file.read_text() + "fewshot_split: test\n")
+    evaluate = {"tasks": list(TASKS), "task_path": str(tasks), "compare": True, **more}
+    one, two = (pool.run(n, measured, str(tiny_model), adapter, evaluate)[0] for n in (1, 2))
+    judged = {"before": stock(plain, tasks, tokenizer=str(tiny_model), **more)}
+    tuned: Any = peft.PeftModel.from_pretrained(plain, adapter)
+    judged["after"] = stock(tuned, tasks, tokenizer=str(tiny_model), **more)
+    tuned.unload()  # `plain` is as it was
+    for which, judge in judged.items():
+        same(one[which], judge)
+        same(two[which], judge)
+        same(two[which], one[which])
+    assert one["before"]["words_last"]["perplexity,none"] != pytest.approx(
+        one["after"]["words_last"]["perplexity,none"]
+    )
+    assert one["after"]["words_choice"]["acc_stderr,none"] > 0
