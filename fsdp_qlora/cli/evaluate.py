@@ -62,7 +62,7 @@ def _show_numbers(models: dict[str, Measured]) -> None:
     """Print a row for each number, with a column for each model; nothing if the line above says it all."""
     rows = {name: _numbers(measured) for name, measured in models.items()}
     names = list(dict.fromkeys(name for numbers in rows.values() for name in numbers))
-    if len(names) > 2 or (len(models) > 1 and names):
+    if len(names) > 3 or (len(models) > 1 and names):
         lines = [[*name, *(rows[model].get(name, "") for model in models)] for name in names]
         print_columns("evaluation", ["on", "", *models], lines)
 
@@ -73,10 +73,15 @@ def _numbers(measured: Measured) -> dict[tuple[str, str], str]:
     if rows is not None:
         parts = rows.sources if len(rows.sources) == 1 else {"all rows": rows, **rows.sources}
         for source, part in parts.items():
-            numbers |= {(source, name): f"{value:.4f}" for name, value in part.values().items()}
+            numbers |= {(source, name): _shown(value) for name, value in part.values().items()}
+            numbers[source, "target_tokens"] = _shown(part.target_tokens)
     for task, metrics in measured.tasks.items():
-        numbers |= {(task, name): f"{value:.4f}" for name, value in metrics.items()}
+        numbers |= {(task, name): _shown(value) for name, value in metrics.items()}
     return numbers
+
+
+def _shown(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _show_answers(models: dict[str, Measured]) -> None:

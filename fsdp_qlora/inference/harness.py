@@ -38,6 +38,8 @@ _DRAWS = 1000
 _SEED = 1234
 """For the choice of examples in a prompt: the harness's own default."""
 _SAY_SECONDS = 10.0
+_NAMES = {"sample_len": "documents"}
+"""What is not a metric in the harness's results, and what to call it."""
 _KNOWN = {"do_sample", "temperature", "top_p", "top_k", "until", "max_gen_toks"}
 """Settings of generation that a task may have."""
 
@@ -164,7 +166,7 @@ def _evaluate(model: Any, loaded: dict[str, Any], settings: EvaluateSettings) ->
         bootstrap_iters=_DRAWS, log_samples=False, apply_chat_template=settings.chat_template,
     )  # fmt: skip
     return {
-        task: {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        task: {_NAMES.get(name, name): value for name, value in metrics.items() if isinstance(value, int | float)}
         for task, metrics in results["results"].items()
     }
 

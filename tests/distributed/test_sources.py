@@ -64,7 +64,8 @@ def plain(folder: Path, files: list[Path]) -> dict[str, dict[str, float]]:
 @pytest.mark.full
 def test_each_source_is_as_in_plain_transformers_on_any_number_of_ranks(pool, tmp_path, tiny_model):
     files = write_sources(tmp_path)
-    data = {"eval": [str(file) for file in files], "train": str(files[0]), "max_length": 128}
+    names = [str(file) for file in files]
+    data = {"eval": names, "train": names, "max_length": 128}
     wanted = plain(tiny_model, files)
     for num_ranks in (1, 2, 3):
         groups = {"data": data, "train": {"eval_batch_size": 2}}

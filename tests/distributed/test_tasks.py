@@ -18,6 +18,7 @@ from fsdp_qlora.run.inference import load_for_inference
 from fsdp_qlora.run.measure import measure, without_adapter
 from tests.build import config_of, world_of
 from tests.distributed.test_many_adapters import make_adapters
+from tests.distributed.test_merged import run_merge
 from tests.tasks import TASKS, write_tasks
 
 pytestmark = pytest.mark.full
@@ -60,7 +61,7 @@ def stock(model: Any, tasks: Path, chat_template: bool = False, **settings: Any)
     )  # fmt: skip
     assert results is not None
     return {
-        task: {name: float(v) for name, v in values.items() if isinstance(v, int | float)}
+        task: {name: float(v) for name, v in values.items() if isinstance(v, int | float) and name != "sample_len"}
         for task, values in results["results"].items()
     }
 
@@ -105,3 +106,49 @@ def test_base_and_adapter_are_as_in_the_harness_itself(pool, tmp_path, tiny_mode
         one["after"]["words_last"]["perplexity,none"]
     )
     assert one["after"]["words_choice"]["acc_stderr,none"] > 0
+
+
+def test_a_merged_model_is_as_in_the_harness_and_near_its_adapter(pool, tmp_path, tiny_model, adapter):
+    pytest.importorskip("lm_eval")
+    tasks, merged = write_tasks(tmp_path / "tasks"), str(tmp_path / "merged")
+    assert pool.run(1, run_merge, str(tiny_model), adapter, merged, "none", "original")[0][0] == "original"
+    evaluate = {"tasks": list(TASKS), "task_path": str(tasks)}
+    judge = stock(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32), tasks, tokenizer=merged)
+    one, two = (pool.run(n, measured, merged, None, evaluate)[0]["after"] for n in (1, 2))
+    same(one, judge)
+    same(two, judge)
+    unmerged = pool.run(1, measured, str(tiny_model), adapter, evaluate)[0]["after"]
+    for task, name in (("words_rolling", "bits_per_byte,none"), ("words_last", "perplexity,none")):
+        assert one[task][name] == pytest.approx(unmerged[task][name], rel=0.02)  # the merged weights are bf16
+
+
+def _unknown(tasks: Path) -> tuple[dict[str, Any], str]:
+    return {"tasks": ["words_choise"]}, "no task 'words_choise'. Did you mean 'words_choice'?"
+
+
+def _no_data(tasks: Path) -> tuple[dict[str, Any], str]:
+    (tasks / "rows.jsonl").unlink()
+    return {}, "evaluate.tasks: cannot load words_choice: "
+
+
+def _asks_for_more(tasks: Path) -> tuple[dict[str, Any], str]:
+    file = tasks / "words_answer.yaml"
+    file.write_text(file.read_text().replace("  max_gen_toks: 10", "  max_gen_toks: 10\n  num_beams: 4"))
+    return {"tasks": ["words_answer"]}, "a task asks for num_beams in generation_kwargs"
+
+
+def _too_long(tasks: Path) -> tuple[dict[str, Any], str]:
+    file = tasks / "words_answer.yaml"
+    file.write_text(file.read_text().replace("max_gen_toks: 10", "max_gen_toks: 600"))
+    return {"tasks": ["words_answer"]}, "an answer may take 600 tokens, and the model has 512 positions"
+
+
+@pytest.mark.parametrize("spoil", [_unknown, _no_data, _asks_for_more, _too_long])
+def test_what_cannot_be_run_ends_all_ranks_with_one_message(pool, tmp_path, tiny_model, spoil):
+    pytest.importorskip("lm_eval")
+    tasks = write_tasks(tmp_path / "tasks")
+    more, said = spoil(tasks)
+    messages = pool.run(
+        2, measured, str(tiny_model), None, {"tasks": ["words_choice"], "task_path": str(tasks), **more}
+    )
+    assert len(set(messages)) == 1 and str(messages[0]).startswith("2 evaluate.tasks: ") and said in str(messages[0])

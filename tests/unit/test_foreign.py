@@ -84,6 +84,7 @@ _MODEL, _DATA = "model.trust_remote_code", "data.allow_code"
 _ON = {
     "an experiment": ("experiment/x.yaml", "# @package _global_\nmodel: {trust_remote_code: true}\n", "experiment=x", _MODEL),
     "data": ("experiment/x.yaml", "# @package _global_\ndata: {allow_code: true, row_function: 'os:mkdir'}\n", "experiment=x", _DATA),
+    "tasks": ("experiment/x.yaml", "# @package _global_\nevaluate: {tasks: [t], task_path: 'true'}\n", "experiment=x", "evaluate.task_path"),
     "a word": ("experiment/x.yaml", "# @package _global_\nmodel: {trust_remote_code: 'yes'}\n", "experiment=x", _MODEL),
     "a reference": ("experiment/x.yaml", "# @package _global_\nmodel: {trust_remote_code: '${quant.double_quant}'}\n", "experiment=x", _MODEL),
     "a group": ("model/x.yaml", "name: m\ntrust_remote_code: true\n", "model=x", _MODEL),
