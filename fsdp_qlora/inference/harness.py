@@ -13,7 +13,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -80,8 +82,8 @@ class Work:
     def run(self, order: Mapping[str, Any]) -> list[Any]:
         """Do what rank 0 ordered; return the scores, or the answers, in the order of the requests."""
         if "pairs" in order:
-            say = Progress("scored texts") if self.ranks.is_main else None
-            return score_all(self.model, order["pairs"], self.score_batch_size, self.ranks, say)
+            scored = Progress("scored texts") if self.ranks.is_main else None
+            return score_all(self.model, order["pairs"], self.score_batch_size, self.ranks, scored)
         settings = GenerateSettings(**order["settings"], batch_size=self.batch_size)
         end = EndOfTurn(self.end.ids, stops=tuple(settings.stop), keeps_space=True)
         rows = [Row(number, ids) for number, ids in enumerate(order["prompts"])]
@@ -161,14 +163,21 @@ def _load(settings: EvaluateSettings) -> dict[str, Any]:
 def _evaluate(model: Any, loaded: dict[str, Any], settings: EvaluateSettings) -> dict[str, dict[str, float]]:
     """Run the harness; its caches of requests (pickles) and answers stay off."""
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its pool would fork a process that has a process group
-    results = importlib.import_module("lm_eval.evaluator").evaluate(
-        lm=model, task_dict=loaded, limit=settings.limit or None, cache_requests=False, rewrite_requests_cache=False,
-        bootstrap_iters=_DRAWS, log_samples=False, apply_chat_template=settings.chat_template,
-    )  # fmt: skip
+    with redirect_stdout(sys.stderr):  # stdout is for results
+        results = importlib.import_module("lm_eval.evaluator").evaluate(
+            lm=model, task_dict=loaded, limit=settings.limit or None, cache_requests=False,
+            rewrite_requests_cache=False, bootstrap_iters=_DRAWS, log_samples=False,
+            apply_chat_template=settings.chat_template,
+        )  # fmt: skip
     return {
-        task: {_NAMES.get(name, name): value for name, value in metrics.items() if isinstance(value, int | float)}
+        task: {_NAMES.get(name, name): _plain(value) for name, value in metrics.items() if isinstance(value, Real)}
         for task, metrics in results["results"].items()
     }
+
+
+def _plain(value: Real) -> float:
+    """Return a number, perhaps numpy's, as Python's."""
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _language_model(work: Work, do: Callable[[dict[str, Any]], list[Any]]) -> Any:

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,31 +52,50 @@ def test_a_piped_chat_is_the_same_on_two_ranks(tiny_model, cli_env, tmp_path):
     assert first != one[-4:]
 
 
+class Terminal:
+    """A chat whose standard input is a terminal."""
+
+    def __init__(self, model: Path, env: dict[str, str], folder: Path) -> None:
+        self.main, self.other = pty.openpty()
+        more = ["generate.max_new_tokens=400", "generate.temperature=3"]
+        self.process: Any = subprocess.Popen(
+            command(model, *more), cwd=folder, env=env, stdin=self.other, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, bufsize=0,
+        )  # fmt: skip
+        self.told = self.said = ""
+        for stream in (self.process.stdout, self.process.stderr):
+            os.set_blocking(stream.fileno(), False)
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 400
+        while not condition():
+            assert time.monotonic() < deadline and self.process.poll() is None, f"{self.told}\n{self.said}"
+            self.told += (self.process.stderr.read(65536) or b"").decode(errors="replace")
+            self.said += (self.process.stdout.read(65536) or b"").decode(errors="replace")
+            time.sleep(0.02)
+
+    def ask(self, text: str) -> None:
+        self.told = self.said = ""
+        os.write(self.main, f"{text}\n".encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        os.close(self.main)
+        os.close(self.other)
+
+
 def test_a_terminal_stops_an_answer_with_ctrl_c_and_ends_at_the_next(tiny_model, cli_env, tmp_path):
-    main, other = pty.openpty()
-    process = subprocess.Popen(
-        command(tiny_model, "generate.max_new_tokens=450", "generate.stop=[]", "generate.temperature=3"), cwd=tmp_path,
-        env=cli_env, stdin=other, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1,
-    )  # fmt: skip
-    assert process.stderr is not None and process.stdout is not None
-    os.set_blocking(process.stderr.fileno(), False)
-
-    def wait_for(text: str) -> None:
-        deadline, seen = time.monotonic() + 400, ""
-        while text not in seen:
-            assert time.monotonic() < deadline and process.poll() is None, seen
-            seen += process.stderr.read() or ""  # type: ignore[union-attr]
-            time.sleep(0.05)
-
-    wait_for("/quit end")
-    wait_for("> ")
-    for _ in range(2):
-        os.write(main, b"the quick brown\n")
-        time.sleep(0.3)  # in the middle of an answer, or before it
-        process.send_signal(signal.SIGINT)
-        wait_for("(stopped)")
-        wait_for("> ")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
-    os.close(main)
-    os.close(other)
+    terminal = Terminal(tiny_model, cli_env, tmp_path)
+    try:
+        terminal.wait(lambda: terminal.told.endswith("> ") and "/quit end" in terminal.told)
+        for _ in range(2):
+            terminal.ask("the quick brown")
+            terminal.wait(lambda: bool(terminal.said))  # in the middle of the answer
+            terminal.process.send_signal(signal.SIGINT)
+            terminal.wait(lambda: "(stopped)" in terminal.told and terminal.told.endswith("> "))
+            terminal.ask("/reset")
+            terminal.wait(lambda: "is forgotten" in terminal.told and terminal.told.endswith("> "))
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.close()
