@@ -80,10 +80,13 @@ def test_each_source_is_as_in_plain_transformers_on_any_number_of_ranks(pool, tm
 def test_answers_are_measured_beside_and_what_is_missing_is_said(pool, tmp_path, tiny_model):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "the quick", "id": 1}\n{"messages": [{"role": "user", "content": "a lazy dog"}]}\n')
-    asked = {"evaluate": {"prompts": str(prompts)}, "generate": {"max_new_tokens": 6, "batch_size": 1}}
+    asked = {
+        "evaluate": {"prompts": str(prompts)},
+        "generate": {"max_new_tokens": 9, "batch_size": 1, "temperature": 2.0},
+    }
     one, two = (pool.run(n, measured, str(tiny_model), asked) for n in (1, 2))
     assert one[0] == two[0] and [line.get("id") for line in one[0]["answers"]] == [1, None]
-    assert all(line["answer"] for line in one[0]["answers"]) and "eval_loss" not in one[0]
+    assert len({line["answer"] for line in one[0]["answers"]}) == 2 and "eval_loss" not in one[0]
     prompts.write_text('{"prompt": "x", "adapter": "poet"}\n')
     said = pool.run(1, measured, str(tiny_model), asked)[0]
     assert said.startswith("2 evaluate.prompts: ") and "line 1:" in said and "adapter={name: FOLDER" in said
