@@ -34,8 +34,6 @@ def _tasks(config: RunConfig) -> Iterator[str]:
                 yield f"evaluate.{key}: is about tasks; set evaluate.tasks as well, or leave it out."
     if twice := sorted({task for task in evaluate.tasks if evaluate.tasks.count(task) > 1}):
         yield f"evaluate.tasks: {', '.join(twice)} is named more than once."
-    if evaluate.compare and not config.adapter:
-        yield "evaluate.compare: compares an adapter with its base; set adapter=FOLDER, or leave it out."
 
 
 ANSWER_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_prompts, _stops, _tasks)
@@ -60,6 +58,8 @@ def evaluate_needs(config: RunConfig) -> Iterator[str]:
     """Yield what `evaluate` lacks."""
     if isinstance(config.adapter, dict):
         yield "adapter: evaluate measures one adapter; give its folder."
+    if config.evaluate.compare and not config.adapter:
+        yield "evaluate.compare: compares an adapter with its base; set adapter=FOLDER, or leave it out."
     if not has_rows(config) and not config.evaluate.tasks and config.evaluate.prompts is None:
         yield (
             "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction, or "

@@ -187,7 +187,7 @@ def _answer_by_adapter(
     generate = {"prompts": file, "to": to, "max_new_tokens": 8, "batch_size": 2, "adapter": chosen}
     config = config_of(
         folder, precision={"name": "fp32"}, quant={"name": "none", "double_quant": False}, model={"check": "off"},
-        generate=generate,
+        generate=generate, adapter=adapters,
     )  # fmt: skip
     try:
         return answer_file(

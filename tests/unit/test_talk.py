@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fsdp_qlora.cli.typed import typed_lines
-from fsdp_qlora.config.rules import failures
+from fsdp_qlora.config.rules import check_verb, failures
 from fsdp_qlora.config.schema import from_dict
-from fsdp_qlora.errors import ModelError
+from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.inference.chat import Chat, Reply
 
 
@@ -89,8 +89,13 @@ def test_lines_come_from_a_pipe_in_any_pieces(pieces):
         ({"generate": {"seed": -1}}, "generate.seed: must not be negative"),
         ({"evaluate": {"limit": 3}}, "evaluate.limit: is about tasks"),
         ({"evaluate": {"tasks": ["a", "a"]}}, "evaluate.tasks: a is named more than once"),
-        ({"evaluate": {"compare": True}}, "evaluate.compare: compares an adapter with its base"),
     ],
 )
 def test_settings_that_contradict_each_other(settings, said):
     assert any(said in line for line in failures(from_dict(settings)))
+
+
+def test_a_comparison_needs_an_adapter():
+    config = from_dict({"model": {"name": "x"}, "evaluate": {"compare": True, "tasks": ["a"]}})
+    with pytest.raises(ConfigError, match=r"^evaluate\.compare: compares an adapter with its base"):
+        check_verb("evaluate", config)
