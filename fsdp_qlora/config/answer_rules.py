@@ -1,4 +1,4 @@
-"""Rules on `generate` and `evaluate`: what is asked, and what is measured. See `fsdp_qlora.config.rules`."""
+"""Rules on what `generate` asks and what `evaluate` measures. See `fsdp_qlora.config.rules`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ def _prompts(config: RunConfig) -> Iterator[str]:
             yield "generate.prompts: give one prompt or a file of prompts, not both."
         if config.generate.to is None:
             yield "generate.to: not set. Give the file for the answers to generate.prompts."
+
+
+def _chat(config: RunConfig) -> Iterator[str]:
+    given = [key for key in ("prompt", "prompt_file") if getattr(config, key) is not None]
     if config.generate.chat and (given or config.generate.prompts is not None):
         key = given[0] if given else "generate.prompts"
         yield f"generate.chat: reads what you say from standard input; leave {key} out, or generate.chat."
@@ -32,39 +36,15 @@ def _tasks(config: RunConfig) -> Iterator[str]:
         for key in ("task_path", "limit", "num_fewshot", "chat_template"):
             if getattr(evaluate, key):
                 yield f"evaluate.{key}: is about tasks; set evaluate.tasks as well, or leave it out."
+
+
+def _named_twice(config: RunConfig) -> Iterator[str]:
+    evaluate = config.evaluate
     if twice := sorted({task for task in evaluate.tasks if evaluate.tasks.count(task) > 1}):
         yield f"evaluate.tasks: {', '.join(twice)} is named more than once."
 
 
-ANSWER_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_prompts, _stops, _tasks)
-
-
-def generate_needs(config: RunConfig) -> Iterator[str]:
-    """Yield what `generate` lacks."""
-    if config.prompt is None and config.prompt_file is None and not _asks_otherwise(config):
-        yield (
-            'prompt: not set. Give prompt="..." or prompt_file=FILE, or generate.prompts=FILE.jsonl, or '
-            "generate.chat=true."
-        )
-    if not config.model.name and not config.adapter:
-        yield "model.name: not set. Give a model, or adapter=FOLDER, which names its base."
-
-
-def _asks_otherwise(config: RunConfig) -> bool:
-    return config.generate.prompts is not None or config.generate.chat
-
-
-def evaluate_needs(config: RunConfig) -> Iterator[str]:
-    """Yield what `evaluate` lacks."""
-    if isinstance(config.adapter, dict):
-        yield "adapter: evaluate measures one adapter; give its folder."
-    if config.evaluate.compare and not config.adapter:
-        yield "evaluate.compare: compares an adapter with its base; set adapter=FOLDER, or leave it out."
-    if not has_rows(config) and not config.evaluate.tasks and config.evaluate.prompts is None:
-        yield (
-            "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction, or "
-            "evaluate.tasks or evaluate.prompts."
-        )
+ANSWER_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_prompts, _chat, _stops, _tasks, _named_twice)
 
 
 def has_rows(config: RunConfig) -> bool:

@@ -20,11 +20,12 @@ from fsdp_qlora.errors import PlanError
 from fsdp_qlora.optim.sizes import unmatched
 from fsdp_qlora.plan.choices import choose
 from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes
-from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
+from fsdp_qlora.plan.memory import MemoryModel
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.plan.starts import StartCost, start_cost
+from fsdp_qlora.plan.storage import StorageSettings
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 from fsdp_qlora.shapes.targets import target_linears, target_parameters
@@ -166,7 +167,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
 
 def _targets(lora: LoraSettings, shapes: ModelShapes) -> tuple[tuple[str, ...], tuple[LinearShape, ...], LoraSettings]:
     """Return the linears and the stacked weights that get adapters, and the settings with whole names for patterns."""
-    if lora.trains_base:
+    if lora.trains_base or not (lora.target_modules or lora.target_parameters):
         return (), (), lora
     targets = target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
     parameters = target_parameters(shapes, lora.target_parameters, lora.exclude_modules, lora.layers_to_transform)
@@ -204,13 +205,13 @@ def _adapter_cost(
     method: Method, targets: Sequence[LinearShape], shapes: ModelShapes, lora: LoraSettings, itemsize: int,
     start: StartCost | None,
 ) -> AdapterCost:  # fmt: skip
-    kept = dict.fromkeys(shapes.layers, 0)
-    for linear in targets:
-        layer = next((layer for layer in kept if linear.name.startswith(layer + ".")), None)
-        if layer is not None:
-            kept[layer] += method.kept(linear, of_target(lora, linear.name))
-    loading = 0 if start is None else start.bytes
-    return AdapterCost(method.fixed_bytes(targets, lora, itemsize), max(kept.values(), default=0), loading)
+    kept = {linear.name: method.kept(linear, of_target(lora, linear.name)) for linear in targets}
+    layers = [[each for name, each in kept.items() if name.startswith(layer + ".")] for layer in shapes.layers]
+    most = max(layers, key=lambda layer: (sum(x.a_token for x in layer), sum(x.fixed for x in layer)), default=[])
+    return AdapterCost(
+        method.fixed_bytes(targets, lora, itemsize), tuple(most),
+        frozenset(name for name, each in kept.items() if not each.input), 0 if start is None else start.bytes,
+    )  # fmt: skip
 
 
 def _require_matches(config: RunConfig, trained: Mapping[str, tuple[int, ...]]) -> None:
@@ -234,6 +235,7 @@ def _may_stay_whole(config: RunConfig) -> bool:
     quant, fsdp = config.quant, config.fsdp
     in_peft = "none" in (quant.name, *quant.overrides.values()) or config.debug.name == "plain"
     in_peft = in_peft or build_method(config.lora.method).layer is None
+    in_peft = in_peft and bool(config.lora.target_modules or config.lora.target_parameters)
     return not (fsdp.offloads_parameters or fsdp.offload_modules or (in_peft and config.precision.name == "bf16"))
 
 

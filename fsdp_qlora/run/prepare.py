@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import Progress
 from fsdp_qlora.model.families import task_type
 from fsdp_qlora.model.folder import needs_hub, resolve_folder
+from fsdp_qlora.model.kernels import kernels_to_compile
 from fsdp_qlora.plan.choices import KERNELS_KEY
 from fsdp_qlora.run.build import Weights, load_model
 from fsdp_qlora.run.check import check_losses, open_and_check, told
@@ -27,6 +29,7 @@ from fsdp_qlora.run.starts import kept_start
 from fsdp_qlora.run.tokens import first_added, tokenize
 from fsdp_qlora.run.world import World, open_world
 
+_log = logging.getLogger(__name__)
 _EQUAL = "equal to upstream's own code"
 
 
@@ -38,6 +41,7 @@ def prepare(
     weights: Weights = SafetensorsFolder,
     start: Path | None = None,
     served: Sequence[ServedAdapter] = (),
+    bare: bool = False,
 ) -> Prepared:
     """Build, quantize, adapt, shard and load the model; tokenize the data if any is given.
 
@@ -45,14 +49,14 @@ def prepare(
     ``training=False``, steps that only serve training are skipped (compiled layers, the loss comparison). ``weights``
     opens the weights of the base model's folder (a benchmark draws them instead of reading them). ``start`` is the file
     of what an adapter started from, if that was the base weights; None: a run's own, or it is computed. ``served`` are
-    the adapters of `load_for_inference`.
+    the adapters of `load_for_inference`; ``bare`` adds none at all.
     """
     check(config)
     if world is not None:
-        return _prepare(config, world, progress, training, weights, start, served)
+        return _prepare(config, world, progress, training, weights, start, served, bare)
     world = open_world(config)
     try:
-        return _prepare(config, world, progress, training, weights, start, served)
+        return _prepare(config, world, progress, training, weights, start, served, bare)
     except BaseException:
         world.stack.__exit__(*sys.exc_info())  # or the next call would find a process group open
         raise
@@ -60,12 +64,15 @@ def prepare(
 
 def _prepare(
     config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights, start: Path | None,
-    served: Sequence[ServedAdapter],
+    served: Sequence[ServedAdapter], bare: bool,
 ) -> Prepared:  # fmt: skip
     asked, folder = config, _find_model(config.model, world)
     budget = rank_budget(world.ranks, world.placement)
     config, world, layout = settled_world(on_device(config, world.ranks.device.type), folder, world, budget)
+    if world.ranks.is_main and (line := kernels_to_compile(config.train.kernels, world.ranks.device)):
+        _log.info("%s", line)
     opened, verdict = open_and_check(config, folder, world.ranks, budget, weights)
+    opened = opened.without_adapters(world.ranks, budget) if bare else opened
     tokenizer, data = tokenize(config, folder, opened, verdict, world)
     compilation = compilation_for(config, opened.base, opened.plan, data, world.ranks.device, training)
     repairs = opened.repairs  # needs the model as transformers built it, before load_model changes it

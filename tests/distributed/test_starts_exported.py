@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from fsdp_qlora.adapters.folder import read_adapter_config
 from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.cli.export import run as run_export
-from fsdp_qlora.config.rules import check_verb
 from fsdp_qlora.config.schema import from_dict
+from fsdp_qlora.config.verb_rules import check_verb
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
 from fsdp_qlora.export.vllm import served_by_vllm

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from fsdp_qlora.cli.typed import typed_lines
-from fsdp_qlora.config.rules import check_verb, failures
+from fsdp_qlora.config.rules import failures
 from fsdp_qlora.config.schema import from_dict
+from fsdp_qlora.config.verb_rules import check_verb
 from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.inference.chat import Chat, Reply
 
