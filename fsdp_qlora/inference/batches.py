@@ -13,7 +13,7 @@ from fsdp_qlora.config.schema import GenerateSettings
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import gather_json, on_main
 from fsdp_qlora.inference.end_of_turn import EndOfTurn
-from fsdp_qlora.inference.generate import generation_config, reading
+from fsdp_qlora.inference.generate import ending, generation_config
 from fsdp_qlora.model.root import CausalModel
 
 
@@ -60,7 +60,7 @@ def answer_batch(
     config.pad_token_id = padding
     out = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
-        synced_gpus=num_ranks > 1, **reading(tokenizer, end),
+        synced_gpus=num_ranks > 1, stopping_criteria=ending(tokenizer, end),
     )  # fmt: skip
     texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return {row.index: end.without(text) for row, text in zip(rows, texts, strict=True)}

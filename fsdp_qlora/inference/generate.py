@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
     TextStreamer,
 )
 
@@ -78,11 +79,12 @@ def answer_ids(
     was_training = model.training
     model.eval()
     more: dict[str, Any] = {"streamer": _Streamer(tokenizer, *end.texts)} if stream else {}
+    ends = ending(tokenizer, end)
     if stopped is not None:
-        more["stopping_criteria"] = StoppingCriteriaList([_Stopped(stopped)])
+        ends.append(_Stopped(stopped))
     out = model.generate(
         input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=generation_config(end, settings),
-        **reading(tokenizer, end), **more,
+        stopping_criteria=ends, **more,
     )  # fmt: skip
     model.train(was_training)
     sys.stdout.flush()
@@ -90,19 +92,22 @@ def answer_ids(
 
 
 def generation_config(end: EndOfTurn, settings: GenerateSettings) -> GenerationConfig:
-    """Return transformers' settings: greedy at temperature 0, with a KV cache, and stopping where an answer ends."""
+    """Return transformers' settings: greedy at temperature 0, with a KV cache, and stopping at end tokens."""
     sampling: dict[str, Any] = {"do_sample": settings.temperature > 0}
     if settings.temperature > 0:  # top_k=0 explicitly: transformers' own default is 50
         sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens, eos_token_id=end.ids or None, use_cache=True,
-        pad_token_id=end.ids[0] if end.ids else None, stop_strings=end.texts or None, **sampling,
+        pad_token_id=end.ids[0] if end.ids else None, **sampling,
     )  # fmt: skip
 
 
-def reading(tokenizer: PreTrainedTokenizerBase, end: EndOfTurn) -> dict[str, Any]:
-    """Return what `CausalModel.generate` needs in addition to see that an answer has reached an end text."""
-    return {"tokenizer": tokenizer} if end.texts else {}
+def ending(tokenizer: PreTrainedTokenizerBase, end: EndOfTurn) -> StoppingCriteriaList:
+    """Return what sees that an answer has reached an end text.
+
+    It's not ``stop_strings`` in the settings: with that `generate` sends the tokenizer on to the model's attention.
+    """
+    return StoppingCriteriaList([StopStringCriteria(tokenizer, end.texts)] if end.texts else [])
 
 
 class _Stopped(StoppingCriteria):

@@ -57,8 +57,8 @@ def stock(model: Any, tasks: Path, chat_template: bool = False, **settings: Any)
     names = settings.pop("tasks", list(TASKS))
     own = HFLM(pretrained=model, tokenizer=settings.pop("tokenizer"), batch_size=3, device="cpu")
     results = simple_evaluate(
-        own, tasks=names, task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0,
-        apply_chat_template=chat_template, **settings,
+        own, tasks=names, task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0, apply_chat_template=chat_template, **settings,
     )  # fmt: skip
     assert results is not None
     return {
