@@ -23,11 +23,11 @@ $(READY): pyproject.toml requirements.lock
 	@touch $@
 
 $(DEV_READY): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,test,dev,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,test,dev,bench,serve]'
 	@touch $@
 
 $(BENCH_READY): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,test,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,test,bench,serve]'
 	@touch $@
 
 assets: $(READY) ## fetch and convert the embedded model and data (once; kept in ~/.cache/fsdp_qlora)

@@ -25,6 +25,7 @@ LONG = {
     "test_readme_commands_run": 480, "test_simulated_peak_of_the_embedded_model": 30, "-full-": 15,
     "test_goes_on_with_one_node_of_two": 60, "test_every_family": 1200, "test_two_ranks_give_the_same": 20,
     "test_a_packed_compiled_run": 120, "test_compiling_that": 90, "kimi-k2": 20,
+    "test_transformers_serve": 300, "test_killed_at_several": 45, "test_a_model_is_read_back": 60, "test_serve": 40,
     "test_every_part_at_small_size": 150, "test_a_part_stops_at_its_limit": 60,
 }  # fmt: skip
 """Seconds of tests with this in their name, roughly; others take about 4. What is longer than a sample is left to

@@ -145,7 +145,7 @@ VARIANTS: dict[str, Groups] = {
     **{
         f"lora {name}": {"lora": {"variant": name, "r": 8}}
         for name in choices.PEFT_METHODS
-        if name != "dora" and build_method(name).simulates
+        if build_method(name).simulates
     },
 }
 

@@ -1,4 +1,4 @@
-"""DoRA (https://arxiv.org/abs/2402.09353) in PEFT's own layer, which reads the dequantized weight for its norms."""
+"""DoRA (https://arxiv.org/abs/2402.09353) in PEFT's own layer, with norms that are kept for a step (`StepNorms`)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 from fsdp_qlora.adapters.lora import LoRA, is_lora, lora_config
 from fsdp_qlora.adapters.method import register
 from fsdp_qlora.adapters.names import ADAPTER
+from fsdp_qlora.adapters.norms import keep_norms
 from fsdp_qlora.adapters.peft_layers import META, layers_alone
 from fsdp_qlora.adapters.saved import Kept, kept_by_layer
 from fsdp_qlora.config.schema import LoraSettings
@@ -40,9 +41,15 @@ class DoRA(LoRA):
         return lora_config(targets, lora, task_type, use_dora=True, use_rslora=lora.scales_by_root)
 
     def kept(self, linear: LinearShape, lora: LoraSettings) -> Kept:
-        """Return what PEFT's layer keeps: most of all, the identity through which it multiplies A and B."""
+        """Return what PEFT's layer keeps, with norms that are constants."""
         last, size = linear.name.rpartition(".")[2], (linear.out_features, linear.in_features)
-        return kept_by_layer(layers_alone(self.peft([last], lora, None), {last: size}, META)[last])
+        layer = layers_alone(self.peft([last], lora, None), {last: size}, META)[last]
+        keep_norms(layer)
+        return kept_by_layer(layer)
+
+    def fixed_bytes(self, linears: Sequence[LinearShape], lora: LoraSettings, itemsize: int) -> int:
+        """Return the bytes of the norms, which every rank keeps whole."""
+        return itemsize * sum(linear.out_features for linear in linears)
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether it is DoRA."""

@@ -135,7 +135,7 @@ def stacked_tensors(model: nn.Module) -> dict[str, StackedLora]:
 
 
 def stored_value(
-    stored: Any, name: str, shape: Sequence[int], stack: StackedLora | None, exchanged: bool
+    stored: Any, name: str, shape: Sequence[int], stack: StackedLora | LinearShape | None, exchanged: bool
 ) -> torch.Tensor:
     """Return a tensor of an open PEFT file, converted if it is one of a stack whose A and B are exchanged.
 

@@ -10,9 +10,9 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -31,9 +31,9 @@ from fsdp_qlora.adapters.method import (
 )
 from fsdp_qlora.adapters.names import ADAPTER, LORA_A, adapter_parameters, trainable_parameters
 from fsdp_qlora.adapters.turns import FILE_NAME
-from fsdp_qlora.config.choices import METHODS, PEFT_METHODS
+from fsdp_qlora.adapters.whole import whole_in_file, within, without_copies
+from fsdp_qlora.config.choices import METHODS, NONE
 from fsdp_qlora.config.schema import LoraSettings
-from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import fill_slice
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file, read_json
@@ -43,7 +43,7 @@ from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 T = TypeVar("T")
 CONFIG_NAME = "adapter_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
-_HONOURED = {"peft_type", "base_model_name_or_path", "revision", "trainable_token_indices"}
+_HONOURED = {"peft_type", "base_model_name_or_path", "revision", "trainable_token_indices", "modules_to_save"}
 """Keys honoured for every method; see also `Method.honoured`."""
 _SELECTING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"}
 """Keys that select modules. Also honoured, but through the names of the tensors in the file."""
@@ -89,6 +89,12 @@ class AdapterConfig:
     """Ids of the tokens whose rows of embedding and head were trained."""
     parameters: Sequence[str] = ()
     """Its ``target_parameters``: names, or name endings, of stacked expert weights."""
+    modules: Sequence[str] = ()
+    """Whole names of the modules that were trained whole (``modules_to_save``)."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of the base were trained."""
+    biases: Sequence[str] = ()
+    """Their names in the file."""
     exchanged: bool = False
     """Whether A and B of stacked weights may be exchanged, as before PEFT 0.19; see `experts.stored_value`."""
 
@@ -101,7 +107,8 @@ class AdapterConfig:
             variant=self.variant, r=self.r, alpha=self.alpha, target_modules=targets, options=dict(self.options),
             use_rslora=self.use_rslora, init_lora_weights=self.start, loftq_iter=self.loftq_iter, allow_large_svd=True,
             rank_pattern=_by_name(self.rank_pattern, names), alpha_pattern=_by_name(self.alpha_pattern, names),
-            target_parameters=list(dict.fromkeys(parameters)),
+            target_parameters=list(dict.fromkeys(parameters)), modules_to_save=list(self.modules),
+            bias=self.bias,
         )  # fmt: skip
 
     def stacked_in(self, module: str) -> list[str]:
@@ -143,7 +150,23 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             f"adapter: {file} has unsupported settings that change what the adapter computes: "
             f"{', '.join(refused)}. Merge it into its base with PEFT, or train one without them."
         )
-    return _adapter_config(values, file, method)
+    config = _adapter_config(values, file, method)
+    return _with_whole(config, values, folder)
+
+
+def _with_whole(config: AdapterConfig, values: Mapping[str, Any], folder: Path) -> AdapterConfig:
+    """Return ``config`` with the parameters of the base that the folder's file holds."""
+    endings, weights = values.get("modules_to_save") or [], own_file(folder, WEIGHTS_NAME)
+    if not isinstance(endings, list) or not all(isinstance(name, str) and name for name in endings):
+        shown = json.dumps(endings)[:200]
+        raise ModelError(f"adapter: {folder / CONFIG_NAME} is malformed: modules_to_save={shown}.")
+    if not (endings or config.bias != NONE) or not weights.is_file():
+        return config
+    with opened_weights(weights) as stored:
+        names = list(stored.keys())
+    modules = whole_in_file(names, tensor_names(), endings)
+    biases = [name for name in names if name.endswith(".bias") and not within(name, modules)]
+    return replace(config, modules=modules, biases=biases if config.bias != NONE else [])
 
 
 def _adapter_config(values: dict[str, Any], file: Path, method: Method) -> AdapterConfig:
@@ -160,6 +183,8 @@ def _adapter_config(values: dict[str, Any], file: Path, method: Method) -> Adapt
     ranks, alphas = (values.get(key) or {} for key in PATTERNS)
     wrong += [] if _are_patterns(ranks, int, 2**31) else [f"rank_pattern={ranks!r}"]
     wrong += [] if _are_patterns(alphas, float, _MAX_ALPHA) else [f"alpha_pattern={alphas!r}"]
+    bias = values.get("bias", NONE)
+    wrong += [] if bias in (NONE, "all", "lora_only") else [f"bias={bias!r}"]
     if wrong:
         raise ModelError(f"adapter: {file} is malformed: {', '.join(wrong)[:500]}.")
     base, revision = names
@@ -171,7 +196,7 @@ def _adapter_config(values: dict[str, Any], file: Path, method: Method) -> Adapt
     return AdapterConfig(
         r, float(alpha), method.name, base, revision, settings.options, ranks, alphas, settings.use_rslora, start,
         iterations, _token_ids(values.get("trainable_token_indices"), file), parameters,
-        before_exchange(values.get("peft_version")),
+        bias=bias, exchanged=before_exchange(values.get("peft_version")),
     )  # fmt: skip
 
 
@@ -268,7 +293,9 @@ def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[st
     if not file.is_file():
         raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")
     with opened_weights(file) as stored:
-        names = stored.keys()
+        names = list(stored.keys())
+        if config is not None:
+            names = [name for name in names if name not in config.biases and not within(name, config.modules)]
         modules = adapted_modules(names, file)
         settings = None if config is None else config.settings(modules)
         for name in names:
@@ -309,73 +336,32 @@ def load_adapter(
     """
     file = own_file(folder, WEIGHTS_NAME)
     parameters = dict(trainable_parameters(model) if name is None else adapter_parameters(model, name))
-    modules, exchanged = stored_modules(folder), read_adapter_config(folder).exchanged
+    config = read_adapter_config(folder)
+    modules = stored_modules(folder, config)
     stacks = stacked_tensors(model)
     with opened_weights(file) as stored:
         names = set(stored.keys())
         lora = lora or LoraSettings()
         fixed = build_method(lora.method).fixed(model, lora, name or ADAPTER)
+        names = without_copies(stored, names, parameters, config.modules)
         if odd := sorted(names ^ parameters.keys() ^ fixed.keys()):
-            ours = sorted(set(adapted_modules(parameters, file)) - set(modules))
+            ours = sorted(set(adapted_modules(dict(adapter_parameters(model, name or ADAPTER)), file)) - set(modules))
             key = "target_parameters" if any(".experts" in name for name in ours[:1]) else "target_modules"
             hint = f" It has no adapter for {ours[0]}: set lora.{key} to the adapter's." if ours else ""
             if odd[0].endswith(TOKEN_ROWS):
                 hint = " One of them has rows of added tokens: set model.add_tokens to the adapter's."
+            elif beside := [key for key in odd if not key.endswith(tuple(f".{end}" for end in tensor_names()))]:
+                key, theirs = (
+                    ("bias", config.bias) if beside[0].endswith(".bias") else ("modules_to_save", config.modules)
+                )
+                hint = (
+                    f" They differ in trained weights of the base: set lora.{key} to the adapter's ({theirs}). (If "
+                    "embedding and head share a table here, the adapter must not have trained them apart.)"
+                )
             raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors (first: {odd[0]}).{hint}")
         for key, target in {**parameters, **fixed}.items():
-            value = stored_value(stored, key, target.shape, stacks.get(key), exchanged)
+            value = stored_value(stored, key, target.shape, stacks.get(key), config.exchanged)
             if value.shape != target.shape:
                 raise ModelError(f"adapter: {key} is {list(value.shape)} in {file}, not {list(target.shape)}.")
             require_finite(value, f"adapter: {key} in {file}")
             fill_slice(target, value, shard_rank, shard_size)
-
-
-def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks: Ranks) -> None:
-    """Initialize a model's adapters from a PEFT adapter of an earlier run (``lora.init_from``).
-
-    Raises:
-        ModelError: if its rank, alpha or variant differs, or it does not fit this model's adapters.
-    """
-    config, method = read_adapter_config(folder), build_method(lora.method)
-    if config.start is not None:
-        raise ModelError(
-            f"lora.init_from: the adapter in {folder} started from the base weights ({config.start}), so it needs the "
-            "base that its start left; convert it with export.plain_lora=true first."
-        )
-    modules = stored_modules(folder, config)
-    saved = config.settings(modules)
-    differ = [
-        f"lora.{key}: {ours}, but the adapter in lora.init_from={folder} has {theirs}; set lora.{key}={theirs:{form}}."
-        for key, theirs, ours, form in (
-            ("r", saved.r, lora.r, ""),
-            ("alpha", saved.alpha, float(lora.alpha), "g"),
-            ("variant", saved.method, lora.method, ""),
-        )
-        if theirs != ours and (key == "variant" or key in method.reads)
-    ]
-    if not differ:
-        differ = [*_differ_by_target(saved, lora, folder)]
-    if saved.method == lora.method:
-        configs = [method.peft([], settings, None) for settings in (saved, lora)]
-        pairs = {key: [getattr(config, key) for config in configs] for key in PEFT_METHODS.get(lora.variant, ())}
-        differ += [
-            f"lora.options: {key}={ours!r}, but the adapter in lora.init_from={folder} has {key}={theirs!r}."
-            for key, (theirs, ours) in pairs.items()
-            if theirs != ours
-        ]
-    if differ:
-        raise ModelError("\n".join(differ))
-    load_adapter(folder, model, ranks.shard_rank, ranks.shard_size, lora)
-
-
-def _differ_by_target(saved: LoraSettings, lora: LoraSettings, folder: Path) -> Iterator[str]:
-    """Yield a line for the first target whose rank or alpha differs from the stored adapter's."""
-    for name in (*saved.target_modules, *saved.target_parameters):
-        theirs, ours = (of_target(settings, name) for settings in (saved, lora))
-        for key, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
-            if (there := getattr(theirs, key)) != (here := getattr(ours, key)):
-                yield (
-                    f"lora.{pattern}: {key} of {name} is {here:g}, but {there:g} in the adapter in "
-                    f"lora.init_from={folder}."
-                )
-                return

@@ -20,6 +20,7 @@ from fsdp_qlora.adapters.experts import attach_experts
 from fsdp_qlora.adapters.linear import QuantLoraLinear
 from fsdp_qlora.adapters.method import Method, build_method, plain_number, register, spelt_out
 from fsdp_qlora.adapters.names import ADAPTER, adapter_parameters
+from fsdp_qlora.adapters.norms import keep_norms
 from fsdp_qlora.adapters.peft_layers import refuse_merging, restore_buffers
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.errors import NumericsError, PlanError
@@ -38,9 +39,24 @@ class LoRA(Method):
     layer = QuantLoraLinear
 
     def shapes(self, linear: LinearShape, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of A and B; for stacked matrices, those of all matrices together."""
+        """Return the shapes of A and B; for stacked matrices, those of all matrices together.
+
+        Those of an embedding are turned: its input is a token, its output a row.
+        """
         r = linear.count * lora.r
+        if linear.lookup:
+            return {"lora_embedding_A": (r, linear.out_features), "lora_embedding_B": (linear.in_features, r)}
         return {"lora_A.weight": (r, linear.in_features), "lora_B.weight": (linear.out_features, r)}
+
+    def tensor_names(self) -> set[str]:
+        """Return the names that tensors of a target have in PEFT's file, after the target's name."""
+        table = LinearShape("any", 1, 1, lookup=True)
+        return super().tensor_names() | self.shapes(table, LoraSettings()).keys()
+
+    @property
+    def honoured(self) -> frozenset[str]:
+        """The keys of an adapter_config.json that this method's settings express."""
+        return super().honoured | {"bias"}
 
     def peft(self, targets: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM") -> LoraConfig:
         """Return the PEFT config."""
@@ -51,9 +67,11 @@ class LoRA(Method):
         return is_lora(config) and not config.get("use_rslora", False) and config.get("use_dora") is not True
 
     def initial(self, name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor | None:
-        """Return PEFT's initial value: A uniform as in `nn.Linear`, B zero."""
-        if ".lora_B." in name:
+        """Return PEFT's initial value: A uniform as in `nn.Linear`, B zero; of an embedding, A zero and B normal."""
+        if ".lora_B." in name or name.endswith(".lora_embedding_A"):
             return None
+        if name.endswith(".lora_embedding_B"):
+            return torch.empty(tuple(shape), dtype=torch.float32).normal_(generator=generator)
         if ".lora_A." not in name:
             raise NumericsError(f"{name}: no initialisation is known for this trainable parameter.")
         bound = shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5)), as in PEFT and nn.Linear
@@ -86,6 +104,7 @@ def lora_config(targets: Sequence[str], lora: LoraSettings, task_type: str | Non
         r=lora.r,
         lora_alpha=plain_number(lora.alpha),  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
+        bias=lora.bias,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern={name: plain_number(alpha) for name, alpha in lora.alpha_pattern.items()},
         **switches,
@@ -171,6 +190,7 @@ def _settle(peft_model: PeftModel, config: PeftConfig, lora: LoraSettings, name:
     if build_method(lora.method).layer is None:
         restore_buffers(peft_model, config, name)
         refuse_merging(peft_model)
+        keep_norms(peft_model)
 
 
 def initialize_adapters(

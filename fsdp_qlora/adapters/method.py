@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from fsdp_qlora.adapters.names import ADAPTER, trainable_parameters
+from fsdp_qlora.adapters.names import ADAPTER, adapter_parameters
 from fsdp_qlora.adapters.saved import Kept
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import LoraSettings
@@ -26,7 +26,6 @@ from fsdp_qlora.distributed.shards import fill_slice, local_tensor
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.shapes.linears import LinearShape
 from fsdp_qlora.shapes.patterns import by_name, matches
-from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 """Keys of PEFT's LoraConfig that give some targets another rank or alpha."""
@@ -105,8 +104,8 @@ class Method(ABC):
     @torch.no_grad()
     def initialize(self, model: nn.Module, lora: LoraSettings, seed: int, shard_rank: int, shard_size: int) -> None:
         """Give every trained tensor of a sharded model its initial value, from ``seed`` and its name."""
-        for name, parameter in trainable_parameters(model):
-            if name.endswith(TOKEN_ROWS):  # they start from the base's rows, which the method does not know
+        for name, parameter in adapter_parameters(model, ADAPTER):  # the base has its values, or gives them
+            if not parameter.requires_grad:
                 continue
             whole = self.initial(name, parameter.shape, torch.Generator().manual_seed(seed_of(seed, name)))
             if whole is None:

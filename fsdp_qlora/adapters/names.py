@@ -49,6 +49,13 @@ def renamed_by_peft(model: PreTrainedModel, names: Iterable[str]) -> frozenset[s
 
 IN_FILE = "base_model.model."
 """What PEFT's files put before the name of a module."""
+
+
+def base_name(key: str) -> str:
+    """Return the name in the base's files of a parameter of the base that PEFT's file calls ``key``."""
+    return key.removeprefix(IN_FILE).replace(".base_layer.", ".")
+
+
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 """Endings of the names of a LoRA's tensors in PEFT's files: ``[r, in_features]`` and ``[out_features, r]``."""
 ADAPTER = "default"
@@ -85,5 +92,6 @@ def adapter_key(name: str, adapter: str = ADAPTER) -> str:
     """
     if "base_model" not in name:
         return name.removeprefix("model.")
-    key = re.sub(rf"\.{re.escape(adapter)}(?=\.|$)", "", name[name.index("base_model") :])
+    own = rf"(\.modules_to_save)?\.{re.escape(adapter)}(?=\.|$)"
+    key = re.sub(own, "", name[name.index("base_model") :])
     return key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # as PEFT's old files have it

@@ -9,7 +9,7 @@ PEFT attaches to lone linears on the CPU; the initial values of trained tensors 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -45,9 +45,9 @@ def layers_alone(
 
 def adapted_alone(
     config: PeftConfig, linears: Mapping[str, tuple[int, int]], device: torch.device,
-    dtype: torch.dtype = torch.float32, adapter: str = ADAPTER,
+    dtype: torch.dtype = torch.float32, adapter: str = ADAPTER, tables: Collection[str] = (),
 ) -> PeftModel:  # fmt: skip
-    """Return a model of such linears alone, with PEFT's adapters.
+    """Return a model of such linears alone, with PEFT's adapters; those among them in ``tables`` are embeddings.
 
     The memory of the linears is never touched, so they take none.
     """
@@ -59,8 +59,11 @@ def adapted_alone(
             if not hasattr(parent, part):
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
-        linear = skip_init(nn.Linear, in_features, out_features, bias=False, device=device, dtype=dtype)
-        parent.add_module(last, linear)
+        if name in tables:
+            made = skip_init(nn.Embedding, out_features, in_features, device=device, dtype=dtype)
+        else:
+            made = skip_init(nn.Linear, in_features, out_features, bias=False, device=device, dtype=dtype)
+        parent.add_module(last, made)
     return get_peft_model(root, config, adapter, low_cpu_mem_usage=device == META)  # type: ignore[arg-type, return-value]
 
 

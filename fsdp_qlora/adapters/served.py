@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from fsdp_qlora.adapters.folder import blamed_on_adapter, load_adapter
 from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, attach_another
 from fsdp_qlora.adapters.method import build_method
-from fsdp_qlora.adapters.names import adapter_parameters
+from fsdp_qlora.adapters.names import adapter_parameters, base_name
 from fsdp_qlora.adapters.peft_layers import adapted_layers, has_adapter
+from fsdp_qlora.adapters.whole import trained_whole
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.mesh import Ranks
@@ -102,6 +103,11 @@ def attach_served(
             targets = target_linears(shapes, adapter.lora.target_modules)
         except PlanError as error:
             raise blamed_on_adapter(error, adapter.folder) from error
+        if table := next((name for name in targets if name in (shapes.embedding, shapes.head)), None):
+            raise ModelError(
+                f"adapter: {adapter.name} adapts {table}, and a base with several adapters takes none that does; load "
+                "it alone."
+            )
         if adapted is None:
             adapted = attach_adapters(model, targets, adapter.lora, task_type, name=adapter.name)
         else:
@@ -144,6 +150,11 @@ def use_adapter(model: AdaptedModel, name: str | None) -> None:
     """
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     if name is None or name == BASE:
+        if whole := trained_whole(model):
+            raise ModelError(
+                f"adapter_names: {base_name(whole[0])} was trained whole, and the base keeps no other version of it; "
+                "load the base without the adapter."
+            )
         cast(BaseTuner, model.base_model).disable_adapter_layers()
     else:
         _require_known([name], model.peft_config)

@@ -53,6 +53,8 @@ class Starts:
     """sha256 of their bytes, the same on every rank; empty if the adapters did not start from the base weights."""
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     """Name in the file -> float32, in host memory of rank 0; empty on the others."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What they were computed from, if that was training rows and not the base weights."""
 
 
 class TakingTurns:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fsdp_qlora.adapters.names import adapter_of, trainable_parameters
+from fsdp_qlora.adapters.names import ADAPTER, adapter_of, adapter_parameters, trainable_parameters
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import NumericsError
-from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 
 class FirstGradients:
@@ -37,9 +36,9 @@ class FirstGradients:
 
     def _require_nonzero(self, step: int) -> None:
         largest: dict[str, torch.Tensor] = {}
-        for name, parameter in trainable_parameters(self._model):
-            # No row may hold an added token yet. Of a base, some gradients are zero: keys' biases, experts not chosen.
-            if name.endswith(TOKEN_ROWS) or not name.startswith("base_model."):
+        # Not of rows, as none may hold an added token yet, nor of the base's own weights: keys' biases have none.
+        for name, parameter in adapter_parameters(self._model, ADAPTER):
+            if not parameter.requires_grad:
                 continue
             pair = adapter_of(name)
             grad = local_tensor(parameter.grad)  # type: ignore[arg-type]

@@ -52,6 +52,7 @@ def _small_adapters(lora: LoraSettings) -> LoraSettings:
         exclude_modules=[name for name in lora.exclude_modules if not numbered(name)], layers_to_transform=[],
         rank_pattern=_unnumbered(lora.rank_pattern, max(1, r - 1)),
         alpha_pattern=_unnumbered(lora.alpha_pattern, 2 * lora.alpha),
+        modules_to_save=[], bias="none",  # trained as the whole base is: the twin compares the layers with adapters
         options={**lora.options, **build_method(lora.method).small},
     )  # fmt: skip
 

@@ -37,6 +37,7 @@ from fsdp_qlora.distributed.shards import local_tensor, row_range
 from fsdp_qlora.errors import FsdpQloraError, ModelError, typed_line
 from fsdp_qlora.export.adapter import export_adapter, short_targets
 from fsdp_qlora.files.scratch import scratch_folder
+from fsdp_qlora.heads.quantized import QuantLossHead
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.objectives import token_losses
 from fsdp_qlora.plan.plan import TrainPlan
@@ -213,7 +214,8 @@ class _Twin:
         """Return random rows for one micro-batch."""
         lengths = PACKED if max(self._pattern) > 1 else LENGTHS
         head = self.model.base.get_output_embeddings()
-        top = min(int(head.out_features) if isinstance(head, nn.Linear) else head.source.out_features, 96)  # type: ignore[union-attr]
+        rows = head.source.out_features if isinstance(head, QuantLossHead) else head.out_features  # type: ignore[union-attr]
+        top = min(int(rows), 96)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(1 + draw)
         return [
             torch.randint(4, top, (n,), generator=generator).to(self.ranks.device)

@@ -1,11 +1,13 @@
-"""`export`: writes a checkpoint's adapter as a plain PEFT folder, the base in 4 bits, or both merged in 16 bits."""
+"""`export`: writes an adapter as a plain PEFT folder, the base in 4 bits, or both, in one folder or merged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
@@ -17,10 +19,13 @@ from fsdp_qlora.cli.show import loading
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.process import Placement, choose_device, use_device
-from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError, StorageError
+from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError
 from fsdp_qlora.export.adapter import copy_adapter, copy_folder
 from fsdp_qlora.export.combined import combine_adapters
+from fsdp_qlora.export.hub import require_login
+from fsdp_qlora.export.model_folder import ADAPTER, BASE, new_folder, put, require_free
 from fsdp_qlora.export.quantized_base import export_base
+from fsdp_qlora.export.served import require_fits
 from fsdp_qlora.export.starts import StartedAdapter, measure, write_for_its_base, write_plain_lora
 from fsdp_qlora.export.vllm import rewrite_for_vllm, served_by_vllm
 from fsdp_qlora.load.conversions import arrangement
@@ -29,47 +34,76 @@ from fsdp_qlora.model.folder import resolve_folder
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.plan.quantized import format_of
+from fsdp_qlora.run.compare import compare_bases
 from fsdp_qlora.run.folder import RunFolder
+from fsdp_qlora.run.held_out import Measured
 from fsdp_qlora.run.merge import merge
+from fsdp_qlora.run.push import push
+from fsdp_qlora.run.serve import export_served
 from fsdp_qlora.run.world import open_world
 from fsdp_qlora.track.console import megabytes
 
 
 def run(config: RunConfig) -> int:
-    """Export; return the exit code."""
-    return EXPORTS[config.what](config)
+    """Export, and upload what was written if that is asked for; return the exit code."""
+    if config.export.push is not None:
+        require_login(config.export.push, config.export.overwrite)
+    code = EXPORTS[config.what](config)
+    if code == 0 and config.export.push is not None:
+        _push(config)
+    return code
+
+
+def _push(config: RunConfig) -> None:
+    folder = adapter = _target(config)
+    if config.what != "adapter":
+        adapter = None if config.what == "base-4bit" and not config.adapter else _adapter_folder(config)
+    done = push(config, folder, adapter)
+    print(f"{folder} -> {done.url}: {done.files} files")
+    if done.base is None:
+        print(
+            "The repository names no base model: it is a folder of this machine. If it is on the hub, name it: "
+            "model.name=OWNER/NAME."
+        )
 
 
 def _base_4bit(config: RunConfig) -> int:
-    assert config.export.to is not None and config.quant.name != "none"  # check_verb
-    placement = Placement.from_env()
-    if placement.world_size > 1:
-        raise ConfigError("what=base-4bit: runs in one process; start it without torchrun.")
-    device = choose_device(config.launcher.device, placement)
-    use_device(device)
+    device, target = _device(config), _target(config)
     adapter = _started(config) if config.adapter else None
     quant_format = format_of(config.quant)
-    if adapter is not None and (odd := [n for n, kind in adapter.formats.items() if kind != quant_format]):
-        kind = adapter.formats[odd[0]]
-        raise ConfigError(
-            f"quant: the adapter in {adapter.folder} was trained with {odd[0]} in "
-            f"{'16 or 32 bits' if kind is None else kind.describe()}, not in {quant_format.describe()}. Set what it "
-            "was trained with, or convert it with what=adapter export.plain_lora=true."
-        )
+    assert quant_format is not None  # check_verb
+    if adapter is not None:
+        adapter.require_format(quant_format)
+        require_fits(adapter, _base_of(config, adapter)[0])
+        require_free(target, BASE, config.export.overwrite, (adapter.folder,))
     base, source, name = _base_of(config, adapter)
-    target = Path(config.export.to).expanduser()
+
+    def complete(staging: Path) -> None:
+        if adapter is not None:
+            write_for_its_base(adapter, staging / ADAPTER_FOLDER, target.absolute())
+
     done = export_base(
         base, source, target, quant_format, device,
         loading("quantizing and writing"),
-        taken=adapter.taken if adapter else lambda _: None,
+        taken=adapter.taken if adapter else lambda _: None, complete=complete,
+        overwrite=config.export.overwrite,
     )  # fmt: skip
     print(f"{name} -> {target}: {done.quantized} linears in {config.quant.name}, {megabytes(done.num_bytes)}")
     if adapter is None:
         print(f"train from it: {command('train', f'model.name={target}')} ...")
         return 0
-    write_for_its_base(adapter, target / ADAPTER_FOLDER, target.absolute())
     print(f"{adapter.folder} -> {target / ADAPTER_FOLDER}: the adapter for this base, which its start was taken off")
     return 0
+
+
+def _device(config: RunConfig) -> torch.device:
+    """Choose the device for an export that runs in one process."""
+    placement = Placement.from_env()
+    if placement.world_size > 1:
+        raise ConfigError(f"what={config.what}: runs in one process; start it without torchrun.")
+    device = choose_device(config.launcher.device, placement)
+    use_device(device)
+    return device
 
 
 def _started(config: RunConfig) -> StartedAdapter:
@@ -95,34 +129,73 @@ def _base_of(config: RunConfig, adapter: StartedAdapter | None) -> tuple[PreTrai
 
 def _plain_lora(config: RunConfig, adapter: StartedAdapter) -> int:
     """Convert an adapter, and say what that changes."""
-    assert config.export.to is not None  # check_verb
     base, source, name = _base_of(config, adapter)
+    target = _target(config)
+    require_free(target, ADAPTER, config.export.overwrite, (source, adapter.folder))
     files = SafetensorsFolder(source)
     files.arrange(arrangement(base, files.entries))
     difference = measure(adapter, {x.name: x for x in read_shapes(base).linears}, files)
-    target = Path(config.export.to).expanduser()
-    size = write_plain_lora(adapter, target)
+    size = write_plain_lora(adapter, target, config.export.overwrite)
     print(f"{adapter.folder} -> {target}: a plain LoRA of rank {2 * adapter.config.r} for {name}, {megabytes(size)}")
     print(
         f"weights differ from the trained model's by {difference.on_original:.2e} of their size on the original base, "
         f"and by {difference.on_quantized:.2e} on that base quantized as in training (root mean squares)"
     )
+    print(served_by_vllm(target))
     return 0
+
+
+def _served(config: RunConfig) -> int:
+    adapter, target = _adapter_folder(config), _target(config)
+    done = export_served(config, adapter, target, _device(config), loading("quantizing and writing"))
+    size = f"{done.written.quantized} linears in {config.quant.name}, {megabytes(done.written.num_bytes)}"
+    print(f"{done.base} + {adapter} -> {target}: {size}")
+    if done.end is not None:
+        print(f"answers end with the text {done.end!r}, which is no token: model.generate(..., tokenizer=tokenizer)")
+    print(f"serve it: {shlex.join(['transformers', 'serve', str(target)])}")
+    print(served_by_vllm(target, str(target)))
+    return 0
+
+
+def _adapter_folder(config: RunConfig) -> Path:
+    """Return the adapter to export a model with: the one that is named, or that of the run's checkpoint."""
+    assert not isinstance(config.adapter, dict)  # check_verb
+    if config.adapter:
+        return Path(config.adapter).expanduser()
+    source = _with_adapter(config)
+    open_checkpoint(source)  # verifies it
+    return source / ADAPTER_FOLDER
 
 
 def _merged(config: RunConfig) -> int:
-    assert config.export.to is not None  # check_verb
-    target = Path(config.export.to).expanduser()
-    assert not isinstance(config.adapter, dict)  # check_verb
-    adapter = Path(config.adapter).expanduser() if config.adapter else _with_adapter(config) / ADAPTER_FOLDER
+    adapter, target = _adapter_folder(config), _target(config)
     world = open_world(config)
     with world.stack:
         done = merge(config, adapter, target, world, loading("folding and writing"))
-    written = f"{done.written.folded} linears folded, {megabytes(done.written.num_bytes)}"
+    stacks = f" and {done.written.stacks} stacks of experts" if done.written.stacks else ""
+    written = f"{done.written.folded} linears{stacks} folded, {megabytes(done.written.num_bytes)}"
     written += f" ({done.rounded} in the base's files, rounded to {done.dtype})" if done.rounded else ""
     print(f"{done.base} + {adapter} -> {target}: {written}")
     print(f"folded into the {done.form} base ({done.why}); the largest tensor took {megabytes(done.memory)}")
+    _print_measured(done.compared, done.rows)
+    print(f"vLLM: yes, like its base: {shlex.join(['vllm', 'serve', str(target)])}")
     return 0
+
+
+def _print_measured(compared: Mapping[str, Measured], rows: int) -> None:
+    for name, measured in compared.items():
+        off = "" if measured.difference is None else f", largest logit difference {measured.difference:.4f}"
+        print(f"{name}: loss {measured.loss:.4f} on {rows} held-out rows{off}")
+
+
+def _compare_bases(config: RunConfig, adapter: Path) -> None:
+    """Print what changes if an adapter is served on the original base, with ``export.compare``."""
+    if not config.export.compare:
+        return
+    world = open_world(config)
+    with world.stack:
+        done = compare_bases(config, adapter, world)
+    _print_measured({"trained model": done.trained, "on the 16-bit base": done.original}, done.rows)
 
 
 def _with_adapter(config: RunConfig) -> Path:
@@ -148,53 +221,64 @@ def _newest(config: RunConfig, folder: RunFolder) -> Path:
 
 def _combined(config: RunConfig, adapters: dict[str, str]) -> int:
     """Make one adapter of several, and say how far it is from their weighted sum."""
-    export = config.export
-    assert export.to is not None  # check_verb
-    target = Path(export.to).expanduser()
+    export, target = config.export, _target(config)
     folders = {name: Path(folder).expanduser() for name, folder in adapters.items()}
-    done = combine_adapters(folders, export.weights, export.combination, target, export.rank)
+    require_free(target, ADAPTER, export.overwrite, folders.values())
+    done = combine_adapters(folders, export.weights, export.combination, target, export.rank, export.overwrite)
     sum_of = " + ".join(f"{export.weights[name]:g} x {name}" for name in folders)
     print(f"{sum_of} -> {target}: {done.modules} linears, ranks up to {done.r}, {megabytes(done.num_bytes)}")
     far = f"{done.difference:.2e} of its size (root mean squares)"
     print(f"{export.combination}: differs from that sum of changes by {far}")
+    print(served_by_vllm(target))
     return 0
 
 
-def _written(config: RunConfig, target: Path, copy: Callable[[], None], what: str) -> int:
+def _written(config: RunConfig, target: Path, copy: Callable[[Path], None], what: str, overwrite: bool) -> int:
     """Copy an adapter to ``target``, and say whether vLLM serves it."""
-    try:
-        copy()
+    with new_folder(target, partial(put, overwrite=overwrite)) as staging:
+        copy(staging)
         if config.export.for_vllm:
-            rewrite_for_vllm(target)
-    except OSError as error:
-        raise StorageError(f"export.to: {target} cannot be written: {error}") from error
+            rewrite_for_vllm(staging)
     print(f"{what} -> {target}")
     print(served_by_vllm(target))
     return 0
 
 
 def _adapter(config: RunConfig) -> int:
+    overwrite = config.export.overwrite
     if isinstance(config.adapter, dict):
         return _combined(config, config.adapter)
     if config.adapter and config.export.plain_lora:
         return _plain_lora(config, _started(config))
     if config.adapter:
-        assert config.export.to is not None  # check_verb
-        adapter, target = Path(config.adapter).expanduser(), Path(config.export.to).expanduser()
-        return _written(config, target, partial(copy_folder, adapter, target), str(adapter))
+        adapter, target = Path(config.adapter).expanduser(), _target(config)
+        require_free(target, ADAPTER, overwrite, (adapter,))
+        _compare_bases(config, adapter)
+        return _written(config, target, partial(copy_folder, adapter), str(adapter), overwrite)
     folder = RunFolder(config.run.output_root, config.run.name)
     source = _with_adapter(config)
     manifest = open_checkpoint(source).manifest
     if config.export.plain_lora:
         return _plain_lora(config, StartedAdapter(source / ADAPTER_FOLDER))
-    target = Path(config.export.to).expanduser() if config.export.to else folder.adapter
-    if target == folder.adapter and target.is_symlink():
+    target = _target(config)
+    own = target.absolute() == folder.adapter  # replaced without asking
+    if own and target.is_symlink():
         raise SecurityError(f"{target} is a link; links are not followed here. Name the folder with export.to.")
-    copy = partial(copy_adapter, source, manifest, target)
-    return _written(config, target, copy, f"step {manifest.step} of {source}")
+    if not own:
+        require_free(target, ADAPTER, overwrite, (source,))
+    _compare_bases(config, source / ADAPTER_FOLDER)
+    copy = partial(copy_adapter, source, manifest)
+    return _written(config, target, copy, f"step {manifest.step} of {source}", overwrite or own)
+
+
+def _target(config: RunConfig) -> Path:
+    """Return the folder to write: ``export.to``, or, for an adapter, the run's own."""
+    if config.export.to is not None:
+        return Path(config.export.to).expanduser()
+    return RunFolder(config.run.output_root, config.run.name).adapter
 
 
 EXPORTS: choices.Table[Callable[[RunConfig], int]] = choices.Table(
-    "what", {"adapter": _adapter, "base-4bit": _base_4bit, "merged": _merged}
+    "what", {"adapter": _adapter, "base-4bit": _base_4bit, "merged": _merged, "served": _served}
 )
 """The exports of ``export what=``."""

@@ -32,7 +32,7 @@ _MOMENTS = {
     "head": "at the head",
     "layer_backward": "in a layer's backward",
     "update": "in the update",
-    "loading": "while loading, where adapters start from the base weights",
+    "loading": "while loading, where adapters start",
 }
 _ON_HOST = {
     "loading": "for loading",
@@ -230,6 +230,15 @@ def _start(plan: TrainPlan) -> Rows:
     if (start := plan.start) is None:
         return []
     each = start.operations / plan.world_size
+    if start.name == "eva":
+        return [
+            (
+                "adapters start from",
+                f"training rows (eva): {start.matrices} inputs, shared by the ranks, {each / 1e12:.2f} T operations on "
+                f"each for a micro-batch, {megabytes(start.bytes)}; it settles the ranks, planned here at most "
+                f"{max(plan.settings.lora.rank_pattern.values(), default=plan.settings.lora.r)}",
+            )
+        ]
     return [
         (
             "adapters start from",

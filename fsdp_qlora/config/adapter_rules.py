@@ -9,7 +9,7 @@ from typing import Any
 
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.choices import nearest
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import LoraSettings, RunConfig
 
 
 def _method(config: RunConfig) -> Iterator[str]:
@@ -60,10 +60,10 @@ def _bundle(config: RunConfig) -> Iterator[str]:
                 f"{key}={str(choices.BUNDLES[lora.variant][key]).lower()}; leave one of them out."
             )
     if not lora.start_is_known:
-        words = ("true", "pissa", "pissa_niter_4", "olora", "loftq")
+        words = ("true", "pissa", "pissa_niter_4", "olora", "loftq", "eva")
         yield (
             f"lora.init_lora_weights: {lora.init_lora_weights!r} is not one of true, pissa, pissa_niter_N (N above 0), "
-            f"olora, loftq.{nearest(str(lora.init_lora_weights), words)}"
+            f"olora, loftq, eva.{nearest(str(lora.init_lora_weights), words)}"
         )
 
 
@@ -77,6 +77,7 @@ def _start(config: RunConfig) -> Iterator[str]:
     lora = config.lora
     if lora.loftq_iter != 1 and lora.start != "loftq":
         yield "lora.loftq_iter: counts the alternations of LoftQ; set lora.init_lora_weights=loftq or leave it out."
+    yield from _eva(lora)
     if lora.start is None:
         return
     if lora.start == "loftq" and config.quant.name == "none" and not config.quant.overrides:
@@ -93,6 +94,28 @@ def _start(config: RunConfig) -> Iterator[str]:
         yield (
             f"lora.init_from: an adapter that is there already does not start from the base weights, as "
             f"lora.init_lora_weights={lora.start} does; leave one of them out."
+        )
+
+
+def _eva(lora: LoraSettings) -> Iterator[str]:
+    """Refuse what EVA cannot do, and its settings without it."""
+    if not lora.starts_from_rows:
+        unset = LoraSettings()
+        for key in ("eva_rho", "eva_tau", "eva_whiten", "eva_adjust_scaling_factors"):
+            if getattr(lora, key) != getattr(unset, key):
+                yield f"lora.{key}: is a setting of EVA; set lora.init_lora_weights=eva or leave it out."
+        return
+    if lora.eva_rho < 1:
+        yield f"lora.eva_rho: must be at least 1, got {lora.eva_rho}."
+    if lora.target_parameters:
+        yield (
+            "lora.target_parameters: adapters on stacked experts do not start from training rows, as "
+            "lora.init_lora_weights=eva does; leave one of them out."
+        )
+    if lora.init_from is not None:
+        yield (
+            "lora.init_from: an adapter that is there already does not start from training rows, as "
+            "lora.init_lora_weights=eva does; leave one of them out."
         )
 
 
@@ -144,7 +167,8 @@ def _full(config: RunConfig) -> Iterator[str]:
             yield f"lora: none trains the base itself, which {key}={value} quantizes; set it to none."
     for key, given in {
         "model.add_tokens": config.model.add_tokens, "lora.init_from": config.lora.init_from,
-        "lora.target_parameters": config.lora.target_parameters,
+        "lora.target_parameters": config.lora.target_parameters, "lora.modules_to_save": config.lora.modules_to_save,
+        f"lora.bias={config.lora.bias}": config.lora.bias != choices.NONE,
         "optim.loraplus_lr_ratio": config.optim.loraplus_lr_ratio,
         "fsdp.offload_modules": fsdp.offload_modules, f"fsdp.offload={fsdp.offload}": fsdp.offloads_parameters,
         f"fsdp.adapters={fsdp.adapters}": fsdp.adapters != "sharded",
@@ -153,4 +177,23 @@ def _full(config: RunConfig) -> Iterator[str]:
             yield f"{key}: does not go with lora=none, which trains the whole base; leave it out."
 
 
-ADAPTER_RULES = (_method, _bundle, _start, _adapters, _full)
+def _beside_adapters(config: RunConfig) -> Iterator[str]:
+    """Refuse what does not go with weights of the base that are trained beside adapters."""
+    lora, fsdp = config.lora, config.fsdp
+    if lora.bias != choices.NONE and not lora.trains_base and lora.method not in choices.WITH_PATTERNS:
+        kinds = ", ".join(choices.WITH_PATTERNS)
+        yield f"lora.bias: only with {kinds}, not with lora.variant={lora.variant}; set it to none."
+    if any(not name.strip() for name in lora.modules_to_save):
+        yield "lora.modules_to_save: a name must not be empty."
+    if lora.trains_base or not lora.trains_masters:
+        return
+    key = "lora.modules_to_save" if lora.modules_to_save else f"lora.bias={lora.bias}"
+    for other, given in {
+        "fsdp.offload_modules": fsdp.offload_modules, f"fsdp.offload={fsdp.offload}": fsdp.offloads_parameters,
+        "fsdp.adapters=replicated": fsdp.adapters == "replicated" and config.precision.name == "bf16",
+    }.items():  # fmt: skip
+        if given:
+            yield f"{other}: does not go with {key}, whose float32 weights are sharded; leave one of them out."
+
+
+ADAPTER_RULES = (_method, _bundle, _start, _adapters, _full, _beside_adapters)

@@ -121,8 +121,8 @@ PEFT_METHODS: dict[str, tuple[str, ...]] = {
 """Adapter methods that PEFT's own layers compute -> the keys of PEFT's config that ``lora.options`` may set."""
 METHODS = Names("lora", "rslora", *PEFT_METHODS)
 """``lora.variant``: adapter methods (`fsdp_qlora.adapters.method`)."""
-STARTS = ("pissa", "olora", "loftq")
-"""Names of ``lora.init_lora_weights`` that also name a ``lora.variant``: LoRA that starts from the base weights."""
+STARTS = ("pissa", "olora", "loftq", "eva")
+"""Names of ``lora.init_lora_weights`` that also name a ``lora.variant``: LoRA with other than random first values."""
 BUNDLES: dict[str, dict[str, bool | str]] = {
     "lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
     **{name: {"init_lora_weights": name} for name in STARTS},
@@ -134,6 +134,8 @@ WITH_PATTERNS = ("lora", "rslora", "dora")
 """The adapter methods that take ``lora.rank_pattern`` and ``lora.alpha_pattern``."""
 WITH_EXPERTS = ("lora", "rslora")
 """The adapter methods that train stacked experts (``lora.target_parameters``)."""
+WITH_TABLES = ("lora", "rslora")
+"""The adapter methods that adapt embedding and head."""
 OBJECTIVES = Names("sft")
 """``objective=``: losses (`fsdp_qlora.objectives`)."""
 OPTIMIZERS = Names(
@@ -142,7 +144,7 @@ OPTIMIZERS = Names(
 """``optim=``: optimizers (`fsdp_qlora.optim.optimizers`)."""
 TRACKERS = Names("console", "wandb")
 """``track=``: where metrics go in addition to metrics.jsonl (`fsdp_qlora.track.sinks`)."""
-EXPORTS = Names("adapter", "base-4bit", "merged")
+EXPORTS = Names("adapter", "base-4bit", "merged", "served")
 """``export what=``: what is exported (`fsdp_qlora.cli.export`)."""
 NONE = "none"
 """Word that an optional setting accepts in addition to names, to turn it off."""

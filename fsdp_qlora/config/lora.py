@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fsdp_qlora.config import choices
-from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, POSITIVE, VERBATIM, YOUNGER
+from fsdp_qlora.config.facts import BELOW_ONE, MAY_CHANGE, POSITIVE, SHARE, VERBATIM, YOUNGER
 
-_START = re.compile(r"olora|loftq|pissa(_niter_[1-9]\d{0,5})?")
+_START = re.compile(r"eva|olora|loftq|pissa(_niter_[1-9]\d{0,5})?")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class LoraSettings:
 
     variant: Annotated[str, choices.METHODS, *choices.STARTS, choices.NONE] = "lora"
     """Adapter method: LoRA, scaled by alpha/r (``lora``) or alpha/sqrt(r) (``rslora``), runs in our own layer;
-    ``pissa``, ``olora`` and ``loftq`` are LoRA that starts from the base weights (``init_lora_weights``). The others
+    ``pissa``, ``olora`` and ``loftq`` are LoRA that starts from the base weights, ``eva`` is LoRA that starts from what
+    the base makes of training rows (``init_lora_weights``). The others
     run in PEFT's layers: slower, never compiled, but the same method and files as in PEFT. ``none`` trains the base
     itself, all of it."""
     use_rslora: Annotated[bool | None, YOUNGER] = None
@@ -28,9 +29,18 @@ class LoraSettings:
     init_lora_weights: Annotated[str | None, YOUNGER] = None
     """Initial values of LoRA's matrices: ``true`` (random A, zero B), ``pissa`` (principal singular vectors),
     ``pissa_niter_N`` (the same, approximated in N iterations), ``olora`` (orthonormal, by QR) or ``loftq`` (what
-    quantization loses). The last four change the base as well, to what is left of it; null: as the variant says."""
+    quantization loses), which change the base as well, to what is left of it; or ``eva`` (principal directions of the
+    inputs of each linear; the ranks are divided anew among the linears). null: as the variant says."""
     loftq_iter: Annotated[int, POSITIVE, YOUNGER] = 1
     """Alternations of LoftQ between quantizing and decomposing."""
+    eva_rho: Annotated[float, POSITIVE, YOUNGER] = 2.0
+    """EVA: the largest rank of a linear is this times its ``r``; 1 leaves all ranks as they are."""
+    eva_tau: Annotated[float, SHARE, YOUNGER] = 0.99
+    """EVA: a direction has settled if its cosine with the one before the last micro-batch is at least this."""
+    eva_whiten: Annotated[bool, YOUNGER] = False
+    """EVA: divide each direction by the root of its singular value."""
+    eva_adjust_scaling_factors: Annotated[bool, YOUNGER] = True
+    """EVA: scale alpha with the new rank, so that alpha/r stays."""
     allow_large_svd: Annotated[bool, MAY_CHANGE] = False
     """Continue if ``pissa`` or ``loftq`` must decompose matrices whose smaller side is above 4,096: it takes long."""
     r: Annotated[int, POSITIVE] = 16
@@ -44,7 +54,8 @@ class LoraSettings:
     PEFT's defaults apply to the others."""
     target_modules: Any = "all-linear"
     """``all-linear``, or a list of modules: a name, its last parts (``[q_proj, v_proj]``), or a pattern of the whole
-    name (``model.layers.1?.mlp.*``)."""
+    name (``model.layers.1?.mlp.*``). Embedding and head are among them if their names are (``lm_head``); for ``lora``
+    and ``rslora``."""
     target_parameters: Annotated[Any, YOUNGER] = ""
     """Stacked expert weights that get adapters too: ``experts`` (all of them), or a list, named in the same ways
     (``[mlp.experts.down_proj]``). For ``lora`` and ``rslora``, without dropout. Routers get none."""
@@ -57,6 +68,13 @@ class LoraSettings:
     LoRA's kinds only, as ``alpha_pattern``."""
     alpha_pattern: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
     """Alphas of some targets, as ``rank_pattern``."""
+    modules_to_save: Annotated[list[str], YOUNGER] = field(default_factory=list)
+    """Modules that are trained whole beside the adapters and saved with them, named in the same ways (``[lm_head,
+    norm]``); of a module around others, all inside. Never quantized. Of a table that embedding and head share, one
+    name means both."""
+    bias: Annotated[Literal["none", "all", "lora_only"], YOUNGER] = "none"
+    """Biases of the base that are trained and saved with the adapters, as in PEFT: ``all``, or those of adapted linears
+    (``lora_only``). For LoRA's kinds."""
     init_from: Annotated[str | None, VERBATIM, MAY_CHANGE] = None
     """PEFT adapter folder to start a new run from (same ranks, alphas and targets)."""
 
@@ -64,6 +82,11 @@ class LoraSettings:
     def trains_base(self) -> bool:
         """Whether there are no adapters and the base itself is trained."""
         return self.variant == choices.NONE
+
+    @property
+    def trains_masters(self) -> bool:
+        """Whether weights of the base are trained: all of them, or some beside adapters."""
+        return self.trains_base or bool(self.modules_to_save) or self.bias != choices.NONE
 
     @property
     def method(self) -> str:
@@ -84,14 +107,22 @@ class LoraSettings:
 
     @property
     def start(self) -> str | None:
-        """How LoRA's matrices start from the base weights; None: they are random."""
-        word = str(self._switch("init_lora_weights") or "true").lower()
-        return None if word == "true" else word
+        """How LoRA's matrices start from the base weights; None: they leave the base as it is."""
+        return None if self._word in ("true", "eva") else self._word
+
+    @property
+    def starts_from_rows(self) -> bool:
+        """Whether LoRA's A starts from what the base makes of training rows, which also settles the ranks (EVA)."""
+        return self._word == "eva"
 
     @property
     def start_is_known(self) -> bool:
-        """Whether `start` is one there is."""
-        return self.start is None or _START.fullmatch(self.start) is not None
+        """Whether there is such a start."""
+        return self._word == "true" or _START.fullmatch(self._word) is not None
+
+    @property
+    def _word(self) -> str:
+        return str(self._switch("init_lora_weights") or "true").lower()
 
     def _switch(self, key: str) -> bool | str | None:
         own = getattr(self, key)

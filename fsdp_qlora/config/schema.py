@@ -367,11 +367,13 @@ class RunConfig(Saved):
     adapter: Annotated[str | dict[str, str] | None, VERBATIM] = None
     """`generate`, `evaluate`: PEFT adapter folder; null = the base model alone. `generate` also takes several by name
     (``{poet: FOLDER, coder: FOLDER}``) and answers with each, or with ``generate.adapter``. `export`: the adapter to
-    fold in (``what=merged``) or to convert (``export.plain_lora``), null = that of the run's newest checkpoint; or, if
-    it started from the base weights, the one whose base to write (``what=base-4bit``)."""
+    fold in (``what=merged``), to serve (``what=served``) or to convert (``export.plain_lora``), null = that of the
+    run's newest checkpoint; or, if it started from the base weights, the one whose base to write
+    (``what=base-4bit``)."""
     what: Annotated[str, choices.EXPORTS] = "adapter"
     """`export`: a checkpoint's adapter, the base model in bitsandbytes' 4-bit format (``base-4bit``; loads without
-    being quantized again), or the base model in 16 bits with the adapter folded in (``merged``)."""
+    being quantized again), the same with the adapter beside it (``served``), or the base model in 16 bits with the
+    adapter folded in (``merged``)."""
     run_from: Annotated[str | None, VERBATIM] = None
     """Start from the settings of an earlier run: its config.yaml or its folder."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator
 
 from fsdp_qlora.config.adapter_rules import combination_needs
@@ -31,7 +32,7 @@ def _one_adapter(config: RunConfig) -> Iterator[str]:
         yield "adapter: evaluate measures one adapter; give its folder."
 
 
-def _compared(config: RunConfig) -> Iterator[str]:
+def _with_its_base(config: RunConfig) -> Iterator[str]:
     if config.evaluate.compare and not config.adapter:
         yield "evaluate.compare: compares an adapter with its base; set adapter=FOLDER, or leave it out."
 
@@ -75,24 +76,44 @@ def _converted(config: RunConfig) -> Iterator[str]:
         yield "export.to: not set. Give the folder for a copy of the adapter."
 
 
-def _merged(config: RunConfig) -> Iterator[str]:
-    if config.what != "merged":
+def _model_of_both(config: RunConfig) -> Iterator[str]:
+    """Yield what keeps `export` from making a model of a base and an adapter."""
+    what = config.what
+    if what not in ("merged", "served"):
         return
     if not config.export.to:
-        yield "export.to: not set. Give the folder that what=merged writes."
+        yield f"export.to: not set. Give the folder that what={what} writes."
     if config.adapter and config.export.checkpoint:
-        yield "export.checkpoint: adapter names the adapter to fold in; give one of them."
+        yield "export.checkpoint: adapter names the adapter to export; give one of them."
     for key in ("for_vllm", "plain_lora"):
         if getattr(config.export, key):
-            yield f"export.{key}: is about adapters, and what=merged writes none; leave it out."
+            yield f"export.{key}: converts an adapter, and what={what} writes a model; leave it out."
+
+
+def _served(config: RunConfig) -> Iterator[str]:
+    if config.what == "served" and (config.quant.name not in ("nf4", "fp4") or config.quant.overrides):
+        yield (
+            "quant: what=served stores all linears in one 4-bit format; choose nf4 or fp4, without overrides, or "
+            "what=merged."
+        )
+
+
+def _push(config: RunConfig) -> Iterator[str]:
+    if config.export.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.export.push):
+        yield f"export.push: {config.export.push!r} is no repository of the hub; name OWNER/NAME."
+
+
+def _compared(config: RunConfig) -> Iterator[str]:
+    if config.export.compare and (config.what not in ("merged", "adapter") or config.export.plain_lora):
+        yield "export.compare: compares an adapter or a merge with the trained model; set what=merged or what=adapter."
 
 
 NEEDS: dict[str, tuple[Callable[[RunConfig], Iterator[str]], ...]] = {
     "train": (_model, _data),
     "plan": (_model,),
     "prepare": (_model,),
-    "evaluate": (_model, _one_adapter, _compared, _measured),
-    "export": (combination_needs, _base_4bit, _converted, _merged),
+    "evaluate": (_model, _one_adapter, _with_its_base, _measured),
+    "export": (combination_needs, _base_4bit, _converted, _model_of_both, _served, _push, _compared),
     "generate": (_prompt, _answering_model),
 }
 

@@ -97,7 +97,14 @@ class ExportSettings:
     to: Annotated[str | None, VERBATIM] = None
     """Output folder; null = ``<run folder>/adapter`` for an adapter."""
     overwrite: bool = False
-    """``merged``: replace an earlier export in ``to``."""
+    """Replace an earlier export of the same kind in ``to``, as a whole; with ``push``, also what the repository holds.
+    """
+    push: str | None = None
+    """Also upload the export to this repository of the Hugging Face hub (``OWNER/NAME``), with a model card. A new one
+    is private. The token is that of ``hf auth login``."""
+    compare: bool = False
+    """Print the held-out loss of the trained model and of both merges (``merged``) or of the adapter on the original
+    base in 16 bits (``adapter``), and how far their logits are from the trained model's."""
     for_vllm: bool = False
     """``adapter``: write a LoRA of one rank and scaling 1, which computes the same and which vLLM reads right."""
     weights: dict[str, float] = field(default_factory=dict)

@@ -19,20 +19,21 @@ while spared, and if it is not kept."""
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Parameters of mallopt(3)."""
 _PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-PRODUCTS_KEPT = 64
+PRODUCTS_KEPT, PRODUCTS_KEPT_FOR_EXPERTS = 64, 128
 """oneDNN compiles a matrix product for each number of tokens. It and torch each keep the last 1,024 of them, at some
-0.5 MB apiece. A micro-batch needs about 40, and the next one usually has another number of tokens."""
+0.5 MB apiece. A micro-batch needs about 40, and the next one usually has another number of tokens. Adapters on experts
+need some 50 more, for the few numbers of rows that `quant/one_by_one.py` lets experts have."""
 
 
-def settle_host_memory(keep_freed: bool) -> None:
+def settle_host_memory(keep_freed: bool, products: int = PRODUCTS_KEPT) -> None:
     """Set how this process, a rank on a CPU, keeps memory; call it before the first matrix product.
 
     A step allocates and frees the same blocks over and over. If each comes from the kernel, it spends much of its time
-    in page faults (``keep_freed`` false: 0.8 times the speed for a model of 1.1 billion weights). Does nothing with C
-    libraries other than glibc.
+    in page faults (``keep_freed`` false: 0.8 times the speed for a model of 1.1 billion weights); not with C libraries
+    other than glibc. ``products`` is how many compiled matrix products are kept.
     """
     for name in _PRODUCT_CACHES:
-        os.environ.setdefault(name, str(PRODUCTS_KEPT))
+        os.environ.setdefault(name, str(products))
     if (libc := _glibc()) is not None:
         libc.mallopt(_MMAP_THRESHOLD, KEPT_BYTES if keep_freed else RETURNED_BYTES)
         if keep_freed:

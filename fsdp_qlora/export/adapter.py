@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import EvaConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -26,11 +27,13 @@ from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
 from fsdp_qlora.config.schema import LoraSettings
-from fsdp_qlora.errors import CheckpointError, ModelError, NumericsError, StorageError
+from fsdp_qlora.errors import CheckpointError, NumericsError, StorageError
+from fsdp_qlora.export.model_folder import new_folder, put
 from fsdp_qlora.files.read import file_sha256, own_file
 from fsdp_qlora.files.scratch import fresh_folder, move_into
 from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_json, write_text
 from fsdp_qlora.load.finite import require_finite
+from fsdp_qlora.shapes.modules import around
 from fsdp_qlora.shapes.patterns import endings
 
 _BESIDE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
@@ -67,19 +70,19 @@ def short_targets(targets: Sequence[str], model: nn.Module) -> list[str]:
     """
     short = endings(targets)
     adapted = set(targets)
-    own = [name for name, _ in model.named_modules() if not adapted.intersection(_parents(name))]
+    own = [name for name, _ in model.named_modules() if not adapted.intersection(around(name))]
     meant = [n for n in own if any(n == e or n.endswith("." + e) for e in short)]
     return sorted(short) if set(meant) == set(targets) else sorted(targets)
 
 
-def _parents(name: str) -> Iterator[str]:
-    """Yield the names of the modules around a module."""
-    while name := name.rpartition(".")[0]:
-        yield name
-
-
 def as_started(config: PeftConfig, lora: LoraSettings) -> PeftConfig:
-    """Return ``config`` with how its adapters started, as PEFT writes it."""
+    """Return ``config`` with how its adapters started, as PEFT writes it; ``lora`` are the settings as asked for."""
+    if lora.starts_from_rows:
+        config.init_lora_weights = "eva"  # type: ignore[attr-defined]
+        config.eva_config = EvaConfig(  # type: ignore[attr-defined]
+            rho=lora.eva_rho, tau=lora.eva_tau, whiten=lora.eva_whiten,
+            adjust_scaling_factors=lora.eva_adjust_scaling_factors,
+        )  # fmt: skip
     if lora.start is not None:
         config.init_lora_weights = lora.start  # type: ignore[attr-defined]
         if lora.start == "loftq":
@@ -145,68 +148,72 @@ def _write_into(
 
 
 def write_folder(
-    source: Path, target: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
-) -> int:  # fmt: skip
+    source: Path, target: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], overwrite: bool = False
+) -> int:
     """Write an adapter folder with what lies beside the adapter in ``source``; return the bytes of its weights.
 
-    ``target`` may be ``source``. What an adapter started from is not copied.
+    ``target`` may be ``source``; with ``overwrite`` it is replaced as a whole. What an adapter started from is not
+    copied.
 
     Raises:
-        StorageError: if the folder cannot be written.
+        ModelError: if ``target`` is not empty, without ``overwrite``.
+        StorageError: if it cannot be written.
     """
-    try:
-        with fresh_folder(target) as staging:
-            for file in sorted(source.iterdir()):
-                if file.name not in (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME) and file.is_file():
-                    copy_regular(file, staging / file.name)
-            write_json(staging / CONFIG_NAME, config)
-            weights = staging / WEIGHTS_NAME
-            save_file({n: t.contiguous() for n, t in tensors.items()}, weights, metadata={"format": "pt"})
-            open_as_a_new_file(weights)
-            size = weights.stat().st_size
-            move_into(staging, target)
-    except OSError as error:
-        raise StorageError(f"export.to: {target} cannot be written: {error}.") from error
-    return size
+    with new_folder(target, partial(put, overwrite=overwrite)) as staging:
+        return fill_folder(staging, source, tensors, config)
 
 
-def copy_folder(adapter: Path, target: Path) -> None:
-    """Copy a PEFT adapter folder: its config, tensors, tokenizer and card.
+def fill_folder(
+    folder: Path, source: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> int:  # fmt: skip
+    """Write what `write_folder` writes into an existing folder; return the bytes of the weights.
 
     Raises:
-        ModelError: if it is no adapter that is supported, holds values that are not finite numbers, or is ``target``.
+        OSError: if the folder cannot be written; SafetensorError, if the weights cannot.
+    """
+    for file in sorted(source.iterdir()):
+        if file.name not in (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME) and file.is_file():
+            copy_regular(file, folder / file.name)
+    write_json(folder / CONFIG_NAME, config)
+    weights = folder / WEIGHTS_NAME
+    save_file({n: t.contiguous() for n, t in tensors.items()}, weights, metadata={"format": "pt"})
+    open_as_a_new_file(weights)
+    return weights.stat().st_size
+
+
+def copy_folder(adapter: Path, folder: Path) -> None:
+    """Copy a PEFT adapter folder, its config, tensors, tokenizer and card, into an existing empty folder.
+
+    Raises:
+        ModelError: if it is no adapter that is supported, or holds values that are not finite numbers.
         SecurityError: if a file in it is a link out of it.
+        OSError: if the folder cannot be written.
     """
-    if target.resolve() == adapter.resolve():
-        raise ModelError(f"export.to: {target} is the adapter itself; choose another folder.")
     stored_modules(adapter, read_adapter_config(adapter))
     _require_finite(own_file(adapter, WEIGHTS_NAME), adapter / WEIGHTS_NAME)
     names = {file.name for pattern in _BESIDE for file in adapter.glob(pattern)}
-    with fresh_folder(target) as staging:
-        for name in sorted(names):
-            copy_regular(own_file(adapter, name), staging / name)
-        move_into(staging, target)
+    for name in sorted(names):
+        copy_regular(own_file(adapter, name), folder / name)
 
 
-def copy_adapter(checkpoint: Path, manifest: Manifest, target: Path) -> None:
-    """Copy the adapter of a verified checkpoint: the files listed in its manifest, and no others.
+def copy_adapter(checkpoint: Path, manifest: Manifest, folder: Path) -> None:
+    """Copy the adapter of a verified checkpoint into an existing empty folder: the files listed in its manifest.
 
     Raises:
         CheckpointError: if it has no adapter, or a file is not the one that was verified.
         ModelError: if the adapter holds values that are not finite numbers.
+        OSError: if the folder cannot be written.
     """
     names = [name for name in manifest.files if name.startswith(f"{ADAPTER_FOLDER}/")]
     if not names:
         raise CheckpointError(f"{checkpoint} holds no adapter.")
-    with fresh_folder(target) as staging:
-        for name in names:
-            copy = staging / name.removeprefix(f"{ADAPTER_FOLDER}/")
-            copy.parent.mkdir(exist_ok=True)
-            copy_regular(checkpoint / name, copy)
-            if file_sha256(copy, follow=False) != manifest.files[name]["sha256"]:
-                raise CheckpointError(f"{checkpoint / name} is damaged: its content has changed since it was written.")
-        _require_finite(staging / WEIGHTS_NAME, checkpoint / ADAPTER_FOLDER / WEIGHTS_NAME)
-        move_into(staging, target)
+    for name in names:
+        copy = folder / name.removeprefix(f"{ADAPTER_FOLDER}/")
+        copy.parent.mkdir(exist_ok=True)
+        copy_regular(checkpoint / name, copy)
+        if file_sha256(copy, follow=False) != manifest.files[name]["sha256"]:
+            raise CheckpointError(f"{checkpoint / name} is damaged: its content has changed since it was written.")
+    _require_finite(folder / WEIGHTS_NAME, checkpoint / ADAPTER_FOLDER / WEIGHTS_NAME)
 
 
 def _require_finite(file: Path, called: Path) -> None:

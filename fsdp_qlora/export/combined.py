@@ -72,8 +72,9 @@ class _Source:
 
 
 def combine_adapters(
-    folders: Mapping[str, Path], weights: Mapping[str, float], kind: str, target: Path, r: int = 0
-) -> Combined:
+    folders: Mapping[str, Path], weights: Mapping[str, float], kind: str, target: Path, r: int = 0,
+    overwrite: bool = False,
+) -> Combined:  # fmt: skip
     """Write one plain PEFT adapter that stands for several of the same base, each times its weight.
 
     Args:
@@ -82,6 +83,7 @@ def combine_adapters(
         kind: ``linear``, ``cat`` or ``svd``, as PEFT's ``combination_type``.
         target: the folder to write. What lies beside the first adapter (tokenizer, chat template) is copied.
         r: the rank that ``svd`` keeps; 0 = the largest of the adapters'.
+        overwrite: whether ``target`` may hold an earlier adapter, which is replaced as a whole.
 
     Raises:
         ModelError: if one is no such adapter, they are not of one base, or ``linear`` meets different ranks.
@@ -107,14 +109,16 @@ def combine_adapters(
             for ending, value in ((LORA_A, down), (LORA_B, up)):
                 require_finite(value, f"export.weights: {module} in {target}")
                 tensors[f"{IN_FILE}{module}{ending}"] = value
-    size = write_folder(sources[0].folder, target, tensors, _config(sources[0], ranks))
+    size = write_folder(sources[0].folder, target, tensors, _config(sources[0], ranks), overwrite)
     return Combined(len(modules), max(ranks.values()), size, sqrt(off / whole) if whole else 0.0)
 
 
 def _open(name: str, folder: Path, weight: float, stack: ExitStack) -> _Source:
     config = read_adapter_config(folder)
-    if config.variant not in _SUMMED or config.start is not None or config.token_ids:
-        what = "has rows of added tokens" if config.token_ids else f"is {config.start or config.variant}"
+    more = config.token_ids or config.modules or config.biases
+    if config.variant not in _SUMMED or config.start is not None or more:
+        what = f"is {config.start or config.variant}"
+        what = "has rows of added tokens" if config.token_ids else "trained weights of the base" if more else what
         raise ModelError(f"adapter: {name} {what}; only adapters of {' and '.join(_SUMMED)} can be combined.")
     settings = config.settings(stored_modules(folder, config))
     stored = stack.enter_context(opened_weights(own_file(folder, WEIGHTS_NAME)))

@@ -1,8 +1,8 @@
 """Writes the base model with an adapter folded into its weights, in 16 bits, file by file and tensor by tensor.
 
 The new folder has the files, the order of names and the tensors of the base's own, so whatever reads the base reads the
-result. A linear is read whole, folded in float32 by PEFT's code (`adapters/fold.py`) and rounded once; tensors that
-nothing changes are copied as bytes.
+result. A linear, or a stack of experts, is read whole, folded in float32 by PEFT's code (`adapters/fold.py`) and
+rounded once; tensors that nothing changes are copied as bytes.
 """
 
 from __future__ import annotations
@@ -16,21 +16,25 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer
 
-from fsdp_qlora.errors import ModelError, StorageError
+from fsdp_qlora.errors import StorageError
 from fsdp_qlora.export.folding import Folding
-from fsdp_qlora.export.model_folder import beside_the_weights, new_folder
+from fsdp_qlora.export.model_folder import (
+    MERGE,
+    beside_the_weights,
+    new_folder,
+    of_tokenizer,
+    put,
+    require_free,
+)
 from fsdp_qlora.files.read import own_file, read_json
-from fsdp_qlora.files.scratch import fresh_folder
 from fsdp_qlora.files.tensors import TensorToWrite, write_tensors
-from fsdp_qlora.files.write import copy_regular, sync, write_json
+from fsdp_qlora.files.write import copy_regular, write_json
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.load.safetensors import SafetensorsFolder, TensorEntry
 from fsdp_qlora.load.stored import packed_format
 
 PIECE_BYTES = 64 * 2**20
 """Unchanged tensors are copied in pieces of this size."""
-MARK = "merged.json"
-"""The file that tells a merge from other folders; it names the linears that were folded."""
 _SPELT = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _DTYPES = {spelt: dtype for dtype, spelt in _SPELT.items()}
 _OF_QUANTIZATION = ("quantization_config", "compression_config")
@@ -42,6 +46,8 @@ class Merged:
 
     folded: int
     """Number of linears with an adapter."""
+    stacks: int
+    """Number of stacked weights of experts with an adapter."""
     num_bytes: int
     """Bytes of all tensors."""
 
@@ -66,8 +72,9 @@ def export_merged(
         SecurityError: if a file in ``source`` links outside it: it would be shared along with the model.
         StorageError: if ``target`` cannot be written.
     """
-    require_free(target, overwrite, (source, folding.adapter.folder))
-    beside = {**beside_the_weights(source), **_of_tokenizer(folding.adapter.folder)}
+    adapter = folding.adapter
+    require_free(target, MERGE, overwrite, (source, adapter.folder))
+    beside = {**beside_the_weights(source), **of_tokenizer(adapter.folder)}
     for file in {entry.file for entry in folding.files.entries.values()}:
         own_file(source, file.name)
     with new_folder(target, partial(put, overwrite=overwrite)) as staging:
@@ -76,44 +83,10 @@ def export_merged(
             copy_regular(file, staging / name)
         write_json(staging / "config.json", _config(source, folding))
         _follow_end_of_turn(staging, folding)
-        write_json(staging / MARK, {"folded": sorted(folding.adapter.modules)})
+        folded = sorted([*adapter.modules, *adapter.stacks, *adapter.whole_parameters])
+        write_json(staging / MERGE.mark, {"folded": folded})
         _check(staging, home)
-    return Merged(len(folding.adapter.modules), total)
-
-
-def require_free(target: Path, overwrite: bool, kept: Iterable[Path] = ()) -> None:
-    """Check that a folder may be written, or replaced with ``overwrite``: an earlier merge, and nothing else.
-
-    Raises:
-        ModelError: if it is not empty and no merge, a link, no folder, or one of the folders ``kept``, around or
-            inside one of them.
-    """
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        what = "a link" if target.is_symlink() else "a file"
-        raise ModelError(f"export.to: {target} is {what}; name a new folder.")
-    own = target.resolve()
-    for folder in (path.resolve() for path in kept):
-        if own == folder or own in folder.parents:
-            raise ModelError(f"export.to: {target} is, or holds, {folder}, which is read here; choose another folder.")
-    if not target.exists() or not any(target.iterdir()):
-        return
-    if not (target / MARK).is_file():
-        raise ModelError(f"export.to: {target} already exists and is no earlier merge; choose another folder.")
-    if not overwrite:
-        raise ModelError(
-            f"export.to: {target} already holds a merge; choose another folder, or set export.overwrite=true."
-        )
-
-
-def put(staging: Path, target: Path, overwrite: bool) -> None:
-    """Move the finished folder to its place; an earlier one is put aside first, and removed after."""
-    if overwrite and target.exists():
-        with fresh_folder(target) as aside:
-            target.rename(aside / "before")
-            staging.rename(target)
-    else:
-        staging.rename(target)
-    sync(target.parent)
+    return Merged(len(adapter.modules), len(adapter.stacks), total)
 
 
 def _write_weights(
@@ -221,12 +194,6 @@ def _follow_end_of_turn(folder: Path, folding: Folding) -> None:
     before = config.get("eos_token_id", folding.base.config.get_text_config().eos_token_id)
     others = before if isinstance(before, list) else [] if before is None else [before]
     write_json(file, config | {"eos_token_id": [end, *(other for other in others if other != end)]})
-
-
-def _of_tokenizer(adapter: Path) -> Mapping[str, Path]:
-    """Return the tokenizer's files in the adapter's folder, which replace the base's."""
-    weights = {"adapter_config.json", "adapter_model.safetensors.index.json"}
-    return {name: file for name, file in beside_the_weights(adapter).items() if name not in weights}
 
 
 def _check(folder: Path, home: Mapping[str, tuple[str, str]]) -> None:

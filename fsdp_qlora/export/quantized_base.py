@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from fsdp_qlora.errors import ModelError, StorageError
-from fsdp_qlora.export.model_folder import beside_the_weights, new_folder
+from fsdp_qlora.export.model_folder import BASE, Kind, beside_the_weights, new_folder, put, require_free
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_json
 from fsdp_qlora.load.finite import require_finite
@@ -55,34 +56,42 @@ def export_base(
     progress: Callable[[int, int], None] | None = None,
     file_bytes: int = FILE_BYTES,
     taken: Taken = lambda _: None,
+    complete: Callable[[Path], object] = lambda _: None,
+    always_index: bool = False,
+    kind: Kind = BASE,
+    overwrite: bool = False,
 ) -> ExportedBase:
     """Quantize the model in the folder ``source`` into the new folder ``target``. Call it in one process.
 
     Args:
         base: the model on meta; its dtype becomes transformers' compute dtype.
         source: folder with config.json and 16-bit or 32-bit safetensors.
-        target: a folder that does not exist yet or is empty. It is written atomically.
+        target: a folder that does not exist yet or is empty (but see ``overwrite``). It is written atomically.
         quant_format: format of the linears inside the decoder layers.
         device: where to quantize.
         progress: called with (tensors done, total tensors).
         file_bytes: size at which a new safetensors file is started.
         taken: returns what is taken off the weight of the linear of this name before it is quantized.
+        complete: called with the finished folder before it becomes ``target``, to write what else belongs into it.
+        always_index: whether to write an index even of a single file, for readers that would take every safetensors
+            file in the folder for one of the model's (vLLM's ``filter_duplicate_safetensors_files``).
+        kind: what ``target`` will be.
+        overwrite: whether ``target`` may hold an earlier export of this kind, which is replaced as a whole.
 
     Raises:
         ModelError: if ``target`` is not empty, or a tensor of ``source`` is missing, not finite or already 4-bit.
         SecurityError: if a file in ``source`` links outside it: it would be shared along with the model.
         StorageError: if ``target`` cannot be written.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError(f"export.to: {target} already exists and is not empty; choose another folder or remove it.")
+    require_free(target, kind, overwrite, (source,))
     if quantization_of(source) is not None:
         raise ModelError(f"model.name: {source} is already quantized; use the 16-bit model it was made from.")
     copied = beside_the_weights(source)
     for file in weight_files(source):
         own_file(source, file.name)
     shapes, files = read_shapes(base), SafetensorsFolder(source)
-    with new_folder(target) as staging:
-        shards = _Shards(staging, file_bytes)
+    with new_folder(target, partial(put, overwrite=overwrite)) as staging:
+        shards = _Shards(staging, file_bytes, always_index)
         for tensors in _stored(shapes, files, quant_format, device, progress, taken):
             shards.add(tensors)
         shards.finish()
@@ -90,6 +99,9 @@ def export_base(
             copy_regular(file, staging / name)
         _write_config(base, source, staging, quant_format, shapes)
         _check(staging, shards.home)
+        if kind is BASE:
+            write_json(staging / BASE.mark, {"quantized": sorted(x.name for x in _written(shapes))})
+        complete(staging)
     return ExportedBase(len(_written(shapes)), shards.total)
 
 
@@ -139,6 +151,7 @@ class _Shards:
 
     folder: Path
     limit: int
+    always_index: bool = False
     total: int = 0
     home: dict[str, str] = field(default_factory=dict)
     """Tensor -> file."""
@@ -160,14 +173,14 @@ class _Shards:
         self._held = {}
 
     def finish(self) -> None:
-        """Write the remaining tensors, name the files, and write an index if there are several."""
+        """Write the remaining tensors, name the files, and write an index if there are several or it is asked for."""
         self._write()
         count = len(self._files)
         for number, names in enumerate(self._files, 1):
             name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             (self.folder / f"part-{number}").rename(self.folder / name)
             self.home |= dict.fromkeys(names, name)
-        if count > 1:
+        if count > 1 or self.always_index:
             index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(self.home.items()))}
             write_json(self.folder / "model.safetensors.index.json", index)
 

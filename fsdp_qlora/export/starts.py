@@ -19,8 +19,8 @@ from fsdp_qlora.adapters.fold import StoredAdapter
 from fsdp_qlora.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, opened_weights
 from fsdp_qlora.adapters.names import IN_FILE, LORA_A, LORA_B
 from fsdp_qlora.adapters.turns import FILE_NAME, facts_of
-from fsdp_qlora.errors import ModelError
-from fsdp_qlora.export.adapter import write_folder
+from fsdp_qlora.errors import ConfigError, ModelError
+from fsdp_qlora.export.adapter import fill_folder, write_folder
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.load.safetensors import SafetensorsFolder
@@ -51,6 +51,22 @@ class StartedAdapter(StoredAdapter):
             raise ModelError(f"adapter: {file} and {folder / WEIGHTS_NAME} are not of the same modules.")
         self.formats = {name: build_format(*kind) if kind else None for name, kind in stored.items()}
         """How the base was stored in training, by target; None in 16 or 32 bits."""
+
+    def require_format(self, quant_format: Format) -> None:
+        """Check that the base was stored in this format in training.
+
+        Raises:
+            ConfigError: naming the first target that was not.
+        """
+        odd = [name for name, kind in self.formats.items() if kind != quant_format]
+        if not odd:
+            return
+        kind = self.formats[odd[0]]
+        raise ConfigError(
+            f"quant: the adapter in {self.folder} was trained with {odd[0]} in "
+            f"{'16 or 32 bits' if kind is None else kind.describe()}, not in {quant_format.describe()}. Set what it "
+            "was trained with, or convert it with what=adapter export.plain_lora=true."
+        )
 
 
 @dataclass
@@ -111,7 +127,7 @@ def _rounded(weight: torch.Tensor, quant_format: Format | None) -> torch.Tensor:
     return dequantize(quantize(weight, quant_format), quant_format, tuple(weight.shape), torch.float32)
 
 
-def write_plain_lora(adapter: StartedAdapter, target: Path) -> int:
+def write_plain_lora(adapter: StartedAdapter, target: Path, overwrite: bool = False) -> int:
     """Write the adapter as a plain LoRA of twice the rank for the original base; return the bytes of its weights.
 
     Raises:
@@ -121,7 +137,8 @@ def write_plain_lora(adapter: StartedAdapter, target: Path) -> int:
     tensors: dict[str, torch.Tensor] = {}
     with opened_weights(own_file(adapter.folder, WEIGHTS_NAME)) as stored:
         names = set(stored.keys())
-        if odd := sorted(name for name in names if not name.endswith((LORA_A, LORA_B, TOKEN_ROWS))):
+        beside = {name for name in names if name.endswith(TOKEN_ROWS)}.union(adapter.whole_parameters.values())
+        if odd := sorted(name for name in names - beside if not name.endswith((LORA_A, LORA_B))):
             raise ModelError(
                 f"export.plain_lora: {adapter.folder} also trains {odd[0]}, which no plain LoRA can express; export "
                 "the base that it needs with what=base-4bit."
@@ -129,7 +146,7 @@ def write_plain_lora(adapter: StartedAdapter, target: Path) -> int:
         for name in sorted(names):
             value = stored.get_tensor(name)
             require_finite(value, f"adapter: {name} in {adapter.folder}")
-            if name.endswith(TOKEN_ROWS):
+            if name in beside:
                 tensors[name] = value
                 continue
             module = name.removeprefix(IN_FILE).removesuffix(LORA_A).removesuffix(LORA_B)
@@ -140,14 +157,15 @@ def write_plain_lora(adapter: StartedAdapter, target: Path) -> int:
                     f"adapter: {name} in {adapter.folder} is {list(value.shape)}, not {list(other.shape)}."
                 )
             tensors[name] = torch.cat([value.float(), other], dim=0 if first else 1).contiguous()
-    return write_folder(adapter.folder, target, tensors, _doubled(read_json(own_file(adapter.folder, CONFIG_NAME))))
+    config = _doubled(read_json(own_file(adapter.folder, CONFIG_NAME)))
+    return write_folder(adapter.folder, target, tensors, config, overwrite)
 
 
 def _doubled(config: dict[str, Any]) -> dict[str, Any]:
     """Return PEFT's config with twice the ranks and the same scaling."""
     by = sqrt(2) if config.get("use_rslora") else 2
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    return _restarted(config) | {
+    return restarted(config) | {
         "r": 2 * config["r"],
         "lora_alpha": by * config["lora_alpha"],
         "rank_pattern": {name: 2 * r for name, r in ranks.items()},
@@ -155,14 +173,21 @@ def _doubled(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _restarted(config: dict[str, Any]) -> dict[str, Any]:
+def restarted(config: dict[str, Any]) -> dict[str, Any]:
     """Return PEFT's config without the start: plain PEFT leaves the base as it is."""
     return config | {"init_lora_weights": True, "loftq_config": {}}
 
 
-def write_for_its_base(adapter: StartedAdapter, target: Path, base: Path) -> None:
-    """Write the adapter for the base in the folder ``base``, which its start was taken off already."""
+def write_for_its_base(adapter: StartedAdapter, folder: Path, base: Path) -> None:
+    """Write the adapter into the new folder ``folder``, for the base in ``base``, which its start was taken off.
+
+    Raises:
+        OSError: if the folder cannot be written; SafetensorError, if the weights cannot.
+    """
     with opened_weights(own_file(adapter.folder, WEIGHTS_NAME)) as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
-    config = _restarted(read_json(own_file(adapter.folder, CONFIG_NAME)))
-    write_folder(adapter.folder, target, tensors, config | {"base_model_name_or_path": str(base), "revision": None})
+    config = restarted(read_json(own_file(adapter.folder, CONFIG_NAME)))
+    folder.mkdir()
+    fill_folder(
+        folder, adapter.folder, tensors, config | {"base_model_name_or_path": str(base), "revision": None}
+    )  # fmt: skip

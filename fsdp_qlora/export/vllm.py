@@ -38,6 +38,10 @@ _REFUSED: Mapping[str, str] = {
 """Settings that vLLM refuses, or whose tensors it refuses: what they are, in words."""
 _STARTS = ("pissa", "olora", "loftq")
 """Beginnings of ``init_lora_weights`` with which the base is not the original one."""
+_ON_EXPERTS = (
+    "only model classes with is_3d_moe_weight (such as gpt-oss) read adapters on stacked experts, and only if both "
+    "weights have one; it drops or refuses the others (vllm#41754, vllm#52198)"
+)
 _PASSED_OVER = ("rank_pattern", "alpha_pattern")
 """Settings that change what an adapter computes and that vLLM does not read."""
 
@@ -58,7 +62,7 @@ def obstacles(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
         reasons.append("it serves the original base, whose weights this adapter's start was taken off")
     reasons += [f"it passes over {key} without a word" for key in _PASSED_OVER if config.get(key)]
     if config.get("target_parameters"):
-        reasons.append("it reads the layout of adapters on experts in another way (vllm#52198)")
+        reasons.append(_ON_EXPERTS)
     odd = [name for name in names if not name.endswith((LORA_A, LORA_B))]
     if odd and not reasons:
         reasons.append(f"it does not know tensors such as {odd[0]}")
@@ -70,24 +74,31 @@ def obstacles(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     return reasons
 
 
-def served_by_vllm(folder: Path) -> str:
-    """Return the line to print about an adapter's folder: whether vLLM serves it, and how or why not."""
+def served_by_vllm(folder: Path, base: str | None = None) -> str:
+    """Return the line to print about an adapter's folder: whether vLLM serves it, and how or why not.
+
+    ``base`` is the model to serve it on; None: the one that the adapter names.
+    """
     config = read_json(own_file(folder, CONFIG_NAME), dict[str, Any])
     with opened_weights(own_file(folder, WEIGHTS_NAME)) as stored:
         reasons = obstacles(config, list(stored.keys()))
     if not reasons:
         rank = next(rank for rank in RANKS if rank >= _rank(config))
-        base = str(config.get("base_model_name_or_path"))
+        own, base = base is not None, base or str(config.get("base_model_name_or_path"))
         words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
         words += ["--lora-modules", f"tuned={folder}"]
-        return f"vLLM: yes: {shlex.join(words)}"
+        beside = "" if own else " (on the 16-bit base; what=served serves it on one in 4 bits)"
+        return f"vLLM: yes: {shlex.join(words)}{beside}"
     plain = all(any(key in reason for key in _PASSED_OVER) for reason in reasons)
     way = (
-        "export.for_vllm=true writes a form that it computes right" if plain else "what=merged makes a model it serves"
+        "export.for_vllm=true writes a form that it computes right"
+        if plain
+        else "what=merged writes a model that it serves"
     )
     if str(config.get("init_lora_weights")).startswith(_STARTS):
         way = "export.plain_lora=true converts it"
-    return f"vLLM: no, because {'; '.join(reasons)} ({way})."
+    verdict = "it depends on the model" if reasons == [_ON_EXPERTS] else "no"
+    return f"vLLM: {verdict}, because {'; '.join(reasons)} ({way})."
 
 
 def _rank(config: Mapping[str, Any]) -> int:
@@ -109,7 +120,7 @@ def rewrite_for_vllm(folder: Path) -> None:
         names = list(stored.keys())
         if reasons := obstacles({**config, **dict.fromkeys(_PASSED_OVER)}, names):
             raise ModelError(
-                f"export.for_vllm: {folder} cannot be served by vLLM in any form of an adapter: {'; '.join(reasons)}. "
+                f"export.for_vllm: no form of {folder} is certain to be served right by vLLM: {'; '.join(reasons)}. "
                 "Use what=merged."
             )
         tensors = {name: stored.get_tensor(name).float() for name in names}
@@ -123,4 +134,4 @@ def rewrite_for_vllm(folder: Path) -> None:
         else:
             tensors[name] = torch.cat([value * scaling_of(own), value.new_zeros(value.shape[0], more)], dim=1)
     plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    write_folder(folder, folder, tensors, config | plain)
+    write_folder(folder, folder, tensors, config | plain, overwrite=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from fsdp_qlora.heads.added import WithTokenRows
 from fsdp_qlora.heads.logprobs import ChunkedCrossEntropy, CrossEntropy, cross_entropy_
-from fsdp_qlora.heads.trained import TrainedCrossEntropy
+from fsdp_qlora.heads.trained import LogitSettings, TrainedCrossEntropy
 from fsdp_qlora.heads.upstream import AfterHead
 
 
@@ -62,11 +62,8 @@ class LossHead(nn.Linear, WithTokenRows):
             if trained is not None:
                 logits = torch.cat([logits, nn.functional.linear(flat, trained.to(flat.dtype))], dim=-1)
             return logits.unflatten(0, input.shape[:-1])
-        if weight.requires_grad:
-            return TrainedCrossEntropy.apply(  # type: ignore[return-value]
-                input, weight, self.bias, labels, self.chunk, self.logit_scale, self.softcap, self.code,
-                self.cross_entropy,
-            )  # fmt: skip
+        if weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
+            return self.trained_losses(input, labels)
         return ChunkedCrossEntropy.apply(  # type: ignore[return-value]
             input,
             weight,
@@ -78,4 +75,14 @@ class LossHead(nn.Linear, WithTokenRows):
             self.code,
             self.cross_entropy,
             trained,
+        )
+
+    def trained_losses(
+        self, input: torch.Tensor, labels: torch.Tensor, low: torch.Tensor | None = None,
+        up: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return the losses of ``input`` with gradients for whatever is trained; see `TrainedCrossEntropy`."""
+        settings = LogitSettings(self.chunk, self.logit_scale, self.softcap, self.code, self.cross_entropy)
+        return TrainedCrossEntropy.apply(  # type: ignore[return-value]
+            input, self.weight, self.bias, low, up, labels, settings
         )

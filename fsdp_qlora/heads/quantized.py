@@ -6,7 +6,7 @@ running maximum and sum, as in online softmax, https://arxiv.org/abs/1805.02867)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fsdp_qlora.heads.added import WithTokenRows
 from fsdp_qlora.heads.logprobs import row_gradient
 from fsdp_qlora.heads.upstream import AfterHead
 from fsdp_qlora.quant.embedding import QuantEmbedding
-from fsdp_qlora.quant.formats import Format
+from fsdp_qlora.quant.formats import Format, Packed
 from fsdp_qlora.quant.matrices import QuantMatrices, frozen
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 
@@ -139,14 +139,33 @@ def _gradient(
     return grad.to(hidden.dtype), of_rows
 
 
-def quantize_edges(model: PreTrainedModel, shapes: ModelShapes, quant_format: Format) -> None:
-    """Replace embedding and head of a meta model by quantized ones; if tied, they share one packed table.
+def quantize_edges(model: PreTrainedModel, shapes: ModelShapes, edges: Sequence[Packed]) -> None:
+    """Replace embedding and head of a meta model, or those of them that ``edges`` names, by quantized ones.
+
+    If tied, they share one packed table.
 
     Raises:
         PlanError: if the embedding does more than look up and scale rows.
     """
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert isinstance(table, nn.Embedding) and isinstance(head, nn.Linear)
+    names = {x.linear.name for x in edges}
+    quant_format, vocab, hidden = edges[0].quant_format, shapes.vocab_size, shapes.hidden_size
+    embedding = None
+    if shapes.embedding in names:
+        embedding = _quantized_table(model.get_input_embeddings(), shapes, quant_format)
+        model.set_input_embeddings(embedding)
+    if not shapes.tied and shapes.head not in names:
+        return
+    head, own = model.get_output_embeddings(), None
+    assert isinstance(head, nn.Linear)
+    if not shapes.tied:
+        own = QuantMatrices(hidden, vocab, quant_format)
+        own.stored = LinearShape(shapes.head, vocab, hidden)
+    bias = None if head.bias is None else frozen(head.bias.detach())
+    model.set_output_embeddings(QuantLossHead(own, embedding if shapes.tied else None, bias))
+
+
+def _quantized_table(table: nn.Module, shapes: ModelShapes, quant_format: Format) -> QuantEmbedding:
+    assert isinstance(table, nn.Embedding)
     scale = getattr(table, "scalar_embed_scale", None)
     if type(table) is not nn.Embedding and scale is None:
         raise PlanError(
@@ -156,13 +175,7 @@ def quantize_edges(model: PreTrainedModel, shapes: ModelShapes, quant_format: Fo
     vocab, hidden = shapes.vocab_size, shapes.hidden_size
     embedding = QuantEmbedding(vocab, hidden, quant_format, table.weight.dtype, 1.0 if scale is None else scale)
     embedding.stored = LinearShape(shapes.embedding, vocab, hidden)
-    own = None
-    if not shapes.tied:
-        own = QuantMatrices(hidden, vocab, quant_format)
-        own.stored = LinearShape(shapes.head, vocab, hidden)
-    model.set_input_embeddings(embedding)
-    bias = None if head.bias is None else frozen(head.bias.detach())
-    model.set_output_embeddings(QuantLossHead(own, embedding if shapes.tied else None, bias))
+    return embedding
 
 
 def configure_loss_head(head: QuantLossHead, after: AfterHead, chunk: int) -> None:

@@ -134,8 +134,9 @@ def find_kept(source: SafetensorsFolder, name: str, shape: tuple[int, ...]) -> S
     if kind := packed_format(source, name):
         raise ModelError(
             f"{source.folder}: {name} is stored in {kind}, but this run keeps that tensor unquantized, because of "
-            "quant=none, a pattern with none in quant.overrides, quant.embeddings=none, or because it is not a linear "
-            "layer that can be quantized. Change that setting, or use a model that holds the tensor unquantized."
+            "quant=none, a pattern with none in quant.overrides, quant.embeddings=none, lora.modules_to_save, or "
+            "because it is no linear layer that can be quantized. Change that setting, or use a model that holds it "
+            "unquantized."
         )
     return source.find(name, shape)
 

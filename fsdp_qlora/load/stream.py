@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -66,14 +66,14 @@ def stream_weights(
     shards_on: torch.device | None = None,
     on_host: Iterable[nn.Module] = (),
     lower: Lower = iter,
-    trains_base: bool = False,
+    trained: Collection[str] = (),
 ) -> LoadReport:
     """Materialise ``model`` (sharded, on meta) and fill the base's parameters from ``source``.
 
     ``base`` is the transformers model inside ``model``. Adapters are left to `initialize_adapters`. Shards are
     allocated on ``shards_on`` (None: the ranks' device; the CPU if `shard_model` offloads them); shards of the modules
-    ``on_host`` are allocated on the CPU. ``lower`` may yield the weights with other values than the files have. With
-    ``trains_base``, trained parameters are the base's own and filled too.
+    ``on_host`` are allocated on the CPU. ``lower`` may yield the weights with other values than the files have.
+    ``trained`` are the base's own parameters that are trained, by their names in the files.
 
     Raises:
         FsdpQloraError: identically on every rank, if on any rank a tensor is missing, has the wrong shape or holds a
@@ -85,7 +85,7 @@ def stream_weights(
     allocate(model, shards_on or ranks.device, ranks.device, on_host)
     on_every(lambda: _fill_buffers(base, source), ranks)
     quantized = [m for m in base.modules() if isinstance(m, QuantMatrices)]
-    kept = [(n, p) for n, p in base.named_parameters() if trains_base or not _is_ours(n, p, base)]
+    kept = [(n, p) for n, p in base.named_parameters() if _file_name(n) in trained or not _is_ours(n, p, base)]
     entries = on_every(lambda: [find_weight(source, m) for m in quantized], ranks)
     kept_entries = on_every(lambda: [find_kept(source, _file_name(n), tuple(p.shape)) for n, p in kept], ranks)
     weights = [_quantized_weight(m, entry, source) for m, entry in zip(quantized, entries, strict=True)]

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners import lora
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from fsdp_qlora.adapters.head import AdaptedLossHead
 from fsdp_qlora.adapters.lora import AdaptedModel
 from fsdp_qlora.adapters.served import require_rows, use_adapter
 from fsdp_qlora.adapters.turns import Starts
@@ -195,6 +197,9 @@ def install_loss_head(
     if isinstance(head, QuantLossHead):
         configure_loss_head(head, after, chunk)
         return False
+    if isinstance(head, lora.Linear):
+        AdaptedLossHead.around(head, LossHead.from_linear(head.get_base_layer(), after, chunk, cross_entropy))  # type: ignore[arg-type]
+        return after.code is None
     assert isinstance(head, nn.Linear)
     model.set_output_embeddings(LossHead.from_linear(head, after, chunk, cross_entropy))
     return after.code is None

@@ -103,6 +103,8 @@ class ShardedOptimizer:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group[SCALE]
         self._optimizer.step()
+        # Leaves have counters of their own, and bitsandbytes writes past them; DoRA's norms watch the parameters'.
+        torch.autograd.graph.increment_version([local_tensor(parameter) for parameter in self.parameters.values()])
         self.zero_grad()
 
     def zero_grad(self) -> None:

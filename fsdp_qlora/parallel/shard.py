@@ -270,12 +270,12 @@ def synchronize_gradients(model: nn.Module, enabled: bool) -> None:
         unit.set_reshard_after_backward(enabled, recurse=False)
 
 
-def synchronizer(trains_base: bool) -> Callable[[nn.Module, bool], None]:
+def synchronizer(trains_masters: bool) -> Callable[[nn.Module, bool], None]:
     """Return what is called before each backward with whether it is a step's last (`synchronize_gradients`).
 
-    With ``trains_base`` it reduces gradients after each micro-batch: accumulated locally, all of them would be whole.
+    With ``trains_masters`` it reduces them after each micro-batch: accumulated locally, all gradients would be whole.
     """
-    return (lambda model, _: synchronize_gradients(model, True)) if trains_base else synchronize_gradients
+    return (lambda model, _: synchronize_gradients(model, True)) if trains_masters else synchronize_gradients
 
 
 _GATHERED = "fsdp_qlora_stays_gathered"

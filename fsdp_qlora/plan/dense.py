@@ -31,6 +31,8 @@ class DenseWeights:
         product = product_kept = kept = 0
         for x in quantized:
             weights, more = dense_at_once(x.linear, on_accelerator), _adapters(x.linear, trained)
+            if x.linear.stacked and x.quant_format.double_quant:  # `Stack.unnested`: float32, two elements of 16 bits
+                weights += 2 * x.linear.numel // x.quant_format.block_size
             stays = x.quant_format.dense_forward and x.linear.numel_each <= WHOLE_WEIGHTS
             product = max(product, weights + more)
             product_kept = max(product_kept, more if stays else weights + more)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
+from fsdp_qlora.adapters.names import base_name
 from fsdp_qlora.distributed.shards import fullest_share
 from fsdp_qlora.heads.costs import chunked_bytes, sliced_bytes
 from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
@@ -60,7 +61,7 @@ class MemoryModel:
         layers = tuple(layer + "." for layer in shapes.layers)
         self.offloaded_inside = frozenset(name for name in offloaded if name.startswith(layers))
         self.trained = trained
-        self.masters = shapes.parameters.keys() & {name for tensors in trained.values() for name in tensors}
+        self.masters = shapes.parameters.keys() & {base_name(name) for tensors in trained.values() for name in tensors}
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.linear.parameter: x for x in quantized}
         inside = [x for x in quantized if x.linear.name not in edges]
@@ -188,7 +189,8 @@ class MemoryModel:
         if settings.accumulation_steps > 1 or settings.adapter_copies:
             return FLOAT32 * self.trainable()
         # before it is reduce-scattered, the gradient of one layer exists whole
-        one_unit = max((unit.adapters for unit in self.layers), default=0) if settings.shard_size > 1 else 0
+        units = (*self.layers, *self.edges)
+        one_unit = max(unit.adapters for unit in units) if settings.shard_size > 1 else 0
         return FLOAT32 * ((0 if settings.offload_parameters else self.held(settings)) + one_unit)
 
     def _unit(self, prefix: str) -> Unit:
@@ -261,7 +263,7 @@ class MemoryModel:
 
     def _logits(self, settings: StorageSettings) -> int:
         chunk, vocab = min(settings.logits_chunk, settings.tokens), self.shapes.vocab_size + self.adapters.added
-        if settings.quantized_embeddings:
+        if settings.quantized_head:
             return sliced_bytes(chunk, settings.tokens, vocab, self.shapes.hidden_size, settings.itemsize)
         return chunked_bytes(chunk, vocab, settings.itemsize, settings.on_accelerator, self.shapes.capped)
 

@@ -9,10 +9,13 @@ from math import prod
 from typing import Any
 
 from fsdp_qlora.adapters import Method, build_method, of_target, parameters_of, spelt_out
+from fsdp_qlora.adapters.eva import bounded
 from fsdp_qlora.adapters.experts import experts_parameters
 from fsdp_qlora.adapters.full import whole_base
 from fsdp_qlora.adapters.loraplus import is_faster
+from fsdp_qlora.adapters.whole import require_apart, trained_biases, whole_parameters
 from fsdp_qlora.config.auto import Choice, asked, degree, switch
+from fsdp_qlora.config.choices import NONE, WITH_TABLES
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.data.deal import BatchPlan
 from fsdp_qlora.distributed.mesh import degrees
@@ -24,12 +27,13 @@ from fsdp_qlora.plan.memory import MemoryModel
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
-from fsdp_qlora.plan.starts import StartCost, start_cost
+from fsdp_qlora.plan.starts import StartCost, rows_cost, start_cost
 from fsdp_qlora.plan.storage import StorageSettings
 from fsdp_qlora.quant.formats import Packed
-from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, edge_shapes
+from fsdp_qlora.shapes.modules import parameters_in, whole_modules
 from fsdp_qlora.shapes.targets import target_linears, target_parameters
-from fsdp_qlora.shapes.tokens import token_rows
+from fsdp_qlora.shapes.tokens import tables_of_tokens, token_rows
 from fsdp_qlora.shapes.units import fsdp_units
 
 
@@ -47,6 +51,8 @@ class TrainPlan:
     """Linears that get an adapter."""
     parameters: tuple[LinearShape, ...]
     """Stacked expert weights that get adapters, in the model's order."""
+    modules: tuple[str, ...]
+    """Modules that are trained whole beside the adapters."""
     offloaded: frozenset[str]
     """Unquantized parameters that stay in host memory in float32."""
     units: tuple[tuple[str, ...], ...]
@@ -63,7 +69,7 @@ class TrainPlan:
     choices: dict[str, Choice]
     """The values chosen for ``auto``, by key."""
     start: StartCost | None = None
-    """What the adapters' start from the base weights costs; None if they start from random values."""
+    """What the adapters' start costs; None if they start from random values, or from directions that EVA settled."""
 
     @property
     def peak(self) -> int:
@@ -118,29 +124,28 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     Raises:
         PlanError: if a target module or a pattern of names matches nothing, or the ranks cannot be laid out as asked.
     """
-    targets, parameters, lora = _targets(config.lora, shapes)
+    asked_for, modules = config.lora, whole_modules(shapes, config.lora.modules_to_save)
+    targets, parameters, lora = _targets(config.lora, shapes, modules)
     config = replace(config, lora=lora)
-    by_name = {x.name: x for x in shapes.linears}
     method = build_method(config.lora.method)
-    trained = _trained(method, lora, shapes, targets, parameters)
-    rows = _token_rows(config, shapes, method)
+    trained, casts = _trained(config, method, shapes, targets, parameters, modules)
+    rows = _token_rows(config, shapes, method, modules)
     _require_matches(config, dict(chain(rows.items(), *(tensors.items() for tensors in trained.values()))))
-    quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
+    quantized, edges = _quantized(config, shapes, modules)
     batch = BatchPlan(config.train.global_batch_size, _micro_batch_rows(config), world_size)
     _, shard = degrees(degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree, world_size)
-    settings, stored = storage_settings(config, batch, shard), (*quantized, *edges)
+    settings, stored = storage_settings(config, batch, shard, casts), (*quantized, *edges)
+    table = shapes.embedding if shapes.tied else shapes.head
+    settings = replace(settings, quantized_head=any(x.linear.name == table for x in edges))
     offloaded = offloaded_parameters(
         config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
     )
+    by_name = _by_name(shapes, targets)
     adapted = [by_name[name] for name in targets]
-    start = start_cost(lora, adapted, {x.linear.name for x in quantized})
+    start = _start(asked_for, lora, adapted, quantized, settings)
     cost = _adapter_cost(method, adapted, shapes, lora, settings.itemsize, start)
     memory = MemoryModel(shapes, stored, trained, settings, offloaded, replace(cost, rows=rows))
-    if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
-        raise PlanError(
-            "train.activation_checkpointing: selective does not work with fsdp.offload_modules inside decoder layers "
-            "(they would have to be copied in again to recompute, which torch does not track); set it to full or none."
-        )
+    _require_recomputable(config, memory)
     settings, choices = choose(config, memory, settings, budget)
     planned = memory.plan(settings)
     return TrainPlan(
@@ -150,6 +155,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         quantized_edges=edges,
         targets=targets,
         parameters=parameters,
+        modules=modules,
         units=() if settings.keeps_whole else fsdp_units(shapes),
         batch=batch,
         bytes=planned.bytes,
@@ -165,28 +171,115 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     )
 
 
-def _targets(lora: LoraSettings, shapes: ModelShapes) -> tuple[tuple[str, ...], tuple[LinearShape, ...], LoraSettings]:
-    """Return the linears and the stacked weights that get adapters, and the settings with whole names for patterns."""
+def _targets(
+    lora: LoraSettings, shapes: ModelShapes, modules: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[LinearShape, ...], LoraSettings]:
+    """Return the linears and the stacked weights that get adapters, and the settings with whole names for patterns.
+
+    ``modules`` are trained whole: ``all-linear`` leaves them out.
+    """
     if lora.trains_base or not (lora.target_modules or lora.target_parameters):
+        if modules and not lora.trains_base:
+            raise PlanError("lora.modules_to_save: trains modules beside adapters; lora.target_modules names none.")
         return (), (), lora
     targets = target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
+    if lora.target_modules == "all-linear":
+        targets = tuple(name for name in targets if name not in modules)
+    require_apart(modules, targets, "lora.target_modules")
+    if not targets:
+        raise PlanError("lora.modules_to_save: leaves no linear for an adapter; train the base (lora=none), or fewer.")
     parameters = target_parameters(shapes, lora.target_parameters, lora.exclude_modules, lora.layers_to_transform)
+    require_apart(modules, (x.name.rpartition(".")[0] for x in parameters), "lora.target_parameters")
+    if lora.starts_from_rows:  # its ranks are settled later, and are these at most
+        lora = bounded(lora, [linear for linear in shapes.linears if linear.name in set(targets)])
     return targets, parameters, spelt_out(lora, [*targets, *(x.name for x in parameters)])
 
 
+def _start(
+    asked_for: LoraSettings, lora: LoraSettings, targets: Sequence[LinearShape], quantized: Sequence[Packed],
+    settings: StorageSettings,
+) -> StartCost | None:  # fmt: skip
+    """Return what the adapters' start costs: as asked for, or with whole names for patterns."""
+    if asked_for.starts_from_rows:
+        return rows_cost(asked_for, targets, settings.tokens, settings.itemsize, settings.on_accelerator)
+    return start_cost(lora, targets, {x.linear.name for x in quantized})
+
+
 def _trained(
-    method: Method, lora: LoraSettings, shapes: ModelShapes, targets: Sequence[str], parameters: Sequence[LinearShape]
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return module -> name -> shape of everything that is trained, but rows of tokens."""
+    config: RunConfig, method: Method, shapes: ModelShapes, targets: Sequence[str], parameters: Sequence[LinearShape],
+    modules: Sequence[str],
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], bool]:  # fmt: skip
+    """Return module -> name -> shape of everything that is trained, but rows of tokens; and whether FSDP casts it.
+
+    It must cast what is trained beside our own layers for linears, see `_may_stay_whole`.
+    """
     if method.trains_base:
-        return whole_base(shapes)
-    by_name = {linear.name: linear for linear in shapes.linears}
+        return whole_base(shapes), False
+    tables = [name for name in targets if name in (shapes.embedding, shapes.head)]
+    _require_adaptable(config, method, tables)
+    by_name, lora = _by_name(shapes, targets), config.lora
     trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
-    return trained | experts_parameters(method, parameters, lora)
+    trained |= experts_parameters(method, parameters, lora)
+    beside = whole_parameters(shapes, modules) | trained_biases(shapes, lora.bias, targets, modules)
+    trained |= {name: trained.get(name, {}) | tensors for name, tensors in beside.items()}
+    if config.quant.embeddings != NONE and shapes.head in beside and shapes.head not in modules:
+        raise PlanError("lora.bias: the bias of a quantized head is not trained; set quant.embeddings=none.")
+    return trained, bool(tables or beside)
 
 
-def _token_rows(config: RunConfig, shapes: ModelShapes, method: Method) -> dict[str, tuple[int, int]]:
+def _quantized(
+    config: RunConfig, shapes: ModelShapes, modules: Sequence[str]
+) -> tuple[tuple[Packed, ...], tuple[Packed, ...]]:
+    """Return what is stored quantized in the decoder layers, and of embedding and head: nothing that is trained."""
+    dense = parameters_in(shapes, modules)
+    linears, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
+    return (
+        tuple(x for x in linears if x.linear.parameter not in dense),
+        tuple(x for x in edges if x.linear.parameter not in dense),
+    )
+
+
+def _require_recomputable(config: RunConfig, memory: MemoryModel) -> None:
+    if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
+        raise PlanError(
+            "train.activation_checkpointing: selective does not work with fsdp.offload_modules inside decoder layers "
+            "(they would have to be copied in again to recompute, which torch does not track); set it to full or none."
+        )
+
+
+def _by_name(shapes: ModelShapes, targets: Sequence[str]) -> dict[str, LinearShape]:
+    edges = edge_shapes(shapes) if {shapes.embedding, shapes.head}.intersection(targets) else ()
+    return {linear.name: linear for linear in (*edges, *shapes.linears)}
+
+
+def _require_adaptable(config: RunConfig, method: Method, tables: Sequence[str]) -> None:
+    """Check that embedding and head, if they are ``tables`` with an adapter, can have one."""
+    if not tables:
+        return
+    lora, fsdp = config.lora, config.fsdp
+    for key, given in {
+        f"lora.variant={method.name}": method.name not in WITH_TABLES,
+        f"lora.init_lora_weights={lora.start}": lora.start is not None,
+        f"quant.embeddings={config.quant.embeddings}": config.quant.embeddings != NONE,
+        "model.add_tokens": config.model.add_tokens,
+        "fsdp.offload_modules": fsdp.offload_modules, f"fsdp.offload={fsdp.offload}": fsdp.offloads_parameters,
+        "fsdp.adapters=replicated": fsdp.adapters == "replicated" and config.precision.name == "bf16",
+    }.items():  # fmt: skip
+        if given:
+            raise PlanError(
+                f"lora.target_modules: an adapter on {tables[0]} does not go with {key}; leave one of them out."
+            )
+
+
+def _token_rows(
+    config: RunConfig, shapes: ModelShapes, method: Method, modules: Sequence[str]
+) -> dict[str, tuple[int, int]]:
     rows = token_rows(shapes, len(config.model.add_tokens))
+    if rows and (both := next((name for name in tables_of_tokens(shapes) if name in modules), None)):
+        raise PlanError(
+            f"lora.modules_to_save: {both} would be trained whole, and model.add_tokens trains rows of it; leave one "
+            "of them out."
+        )
     if rows and not hasattr(method.config, "trainable_token_indices"):
         raise PlanError(
             f"model.add_tokens: PEFT's config of lora.variant={method.name} has no place for them; leave them out."
@@ -227,21 +320,22 @@ def _require_matches(config: RunConfig, trained: Mapping[str, tuple[int, ...]]) 
         )
 
 
-def _may_stay_whole(config: RunConfig) -> bool:
+def _may_stay_whole(config: RunConfig, casts: bool) -> bool:
     """Whether a rank can keep all parameters on its device as they are, without FSDP.
 
-    It cannot if some are in host memory, or if adapters run in PEFT's own layer, which relies on FSDP's cast to bf16.
+    It cannot if some are in host memory, or if FSDP's cast to bf16 is needed: by PEFT's own layers, or by what else is
+    trained (``casts``).
     """
     quant, fsdp = config.quant, config.fsdp
     in_peft = "none" in (quant.name, *quant.overrides.values()) or config.debug.name == "plain"
     in_peft = in_peft or build_method(config.lora.method).layer is None
-    in_peft = in_peft and bool(config.lora.target_modules or config.lora.target_parameters)
+    in_peft = casts or (in_peft and bool(config.lora.target_modules or config.lora.target_parameters))
     return not (fsdp.offloads_parameters or fsdp.offload_modules or (in_peft and config.precision.name == "bf16"))
 
 
-def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> StorageSettings:
-    """Return the settings that determine memory."""
-    keeps_whole = shard_size == 1 and _may_stay_whole(config)
+def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int, casts: bool) -> StorageSettings:
+    """Return the settings that determine memory; ``casts``: see `_may_stay_whole`."""
+    keeps_whole = shard_size == 1 and _may_stay_whole(config, casts)
     return StorageSettings(
         shard_size=shard_size,
         on_accelerator=(asked(config.launcher.device) or "cpu") != "cpu",
@@ -255,7 +349,6 @@ def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int) -> St
         attention=config.model.attn_implementation,
         restarting=config.data.packing or config.data.padding_free,
         logits_chunk=config.train.logits_chunk,
-        quantized_embeddings=config.quant.embeddings != "none",
         offload_parameters=config.fsdp.offloads_parameters,
         offload_activations=config.fsdp.offloads_activations,
         prefetch=config.fsdp.prefetch,

@@ -1,10 +1,14 @@
-"""What a start from the base weights (PiSSA, OLoRA, LoftQ) needs, and what it costs while the model is loaded."""
+"""What a start of adapters needs, from the base weights (PiSSA, OLoRA, LoftQ) or from training rows (EVA).
+
+It happens while the model is loaded, so it costs memory at a moment of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from fsdp_qlora.adapters.eva import update_bytes, update_operations
 from fsdp_qlora.adapters.method import of_target
 from fsdp_qlora.adapters.starts import LARGE, is_exact, operations, workspace
 from fsdp_qlora.config.schema import LoraSettings
@@ -14,13 +18,13 @@ from fsdp_qlora.shapes.linears import LinearShape
 
 @dataclass(frozen=True)
 class StartCost:
-    """The cost of decomposing the weights of all targets."""
+    """The cost of decomposing the weights of all targets, or with EVA their inputs, for one micro-batch."""
 
     name: str
     matrices: int
-    """Weights to decompose; the ranks take turns."""
+    """Matrices to decompose; the ranks share them."""
     bytes: int
-    """Bytes on the device of the rank whose turn it is, for the largest of them, while the model is loaded."""
+    """Bytes on a rank's device for the largest of them, while the model is loaded; on a CPU, with the inputs kept."""
     operations: float
     """Floating-point operations of all of them together."""
 
@@ -69,4 +73,22 @@ def start_cost(lora: LoraSettings, targets: Sequence[LinearShape], quantized: Co
         len(targets),
         max(workspace(name, linear, ranks[linear.name]) for linear in targets),
         sum(operations(name, linear, ranks[linear.name], iterations) for linear in targets),
+    )
+
+
+def rows_cost(
+    lora: LoraSettings, targets: Sequence[LinearShape], tokens: int, itemsize: int, on_accelerator: bool
+) -> StartCost:  # fmt: skip
+    """Return the cost of EVA.
+
+    Args:
+        lora: the settings as asked for.
+        targets: the linears that get an adapter.
+        tokens: tokens of a micro-batch, all of them supervised.
+        itemsize: bytes of a number in an activation.
+        on_accelerator: whether the inputs of a micro-batch, which are kept in host memory, are elsewhere.
+    """
+    kept = 0 if on_accelerator else itemsize * tokens * sum(x.in_features for x in targets)
+    return StartCost(
+        "eva", len(targets), kept + update_bytes(lora, targets, tokens), update_operations(lora, targets, tokens)
     )

@@ -25,7 +25,7 @@ class StorageSettings:
     logits_chunk: int
     restarting: bool = False
     """Positions restart within a row (packed rows), so that sdpa needs a mask."""
-    quantized_embeddings: bool = False
+    quantized_head: bool = False
     offload_parameters: bool = False
     """Shards, their gradients and optimizer states live in host memory."""
     offload_activations: bool = False

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fsdp_qlora.quant.formats import build_format
+from fsdp_qlora.quant.gemm import grouped
 from fsdp_qlora.quant.grouped import grouped_product
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.quant.stack import Stack
@@ -67,37 +68,68 @@ def experts_by_counts(
     ends = rows.cumsum(0).to(torch.int32)
 
     def product(x: Tensor, key: str) -> Tensor:
-        stack = _stack(self, key, x.dtype)
-        adapter = getattr(self, _ADAPTERS, {}).get(key)
-        made = grouped_product(x, stack, ends, counts, adapter and adapter.factors())
+        weights, adapter = getattr(self, key), getattr(self, _ADAPTERS, {}).get(key)
+        if not isinstance(weights, QuantMatrices) and weights.requires_grad:  # trained whole, without an adapter
+            made = grouped(x, _as_linears(self, weights), ends)
+        else:
+            made = grouped_product(x, _stack(self, key, x.dtype), ends, counts, adapter and adapter.factors())
         return made + getattr(self, f"{key}_bias")[chosen[order]] if self.has_bias else made
 
-    inner = product(_Rows.apply(hidden_states, order, place, k), _first(self))
+    weights, place = top_k_weights.reshape(-1)[order, None], place.view(-1, k)
+    inner = product(_Spread.apply(hidden_states, order, place), _first(self))
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+    if not self.has_bias and not self.has_post_expert_norm:
+        # What follows is linear in each row, so the rows are weighted where they are narrow.
+        return _Sum.apply(product((inner * weights).to(inner.dtype), "down_proj"), order, place)
     outputs = product(inner, "down_proj")
     if self.has_post_expert_norm:
         outputs = self.post_expert_norm(outputs)
-    weighted = _Rows.apply(outputs * top_k_weights.reshape(-1)[order, None], place, order, 1)
-    return weighted.view(-1, k, outputs.shape[-1]).sum(1).to(hidden_states.dtype)
+    return _Sum.apply(outputs * weights, order, place).to(hidden_states.dtype)
 
 
-class _Rows(torch.autograd.Function):
-    """``x[order // k]``: its rows, k times each, in another order. Backward gathers as well, where torch would scatter.
+def _spread(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    """Return each token's row once for each of its experts, sorted by expert: ``[tokens, n]`` -> ``[rows, n]``.
 
-    ``place`` is the inverse of ``order``.
+    Args:
+        x: ``[tokens, n]``.
+        order: int64 ``[rows]``, the (token, slot) pair of each row.
+        place: int64 ``[tokens, k]``, the row of each pair.
     """
+    return x.index_select(0, order // place.shape[1])
+
+
+def _sum(rows: Tensor, place: Tensor) -> Tensor:
+    """Return the sum of each token's rows, ``[rows, n]`` -> ``[tokens, n]``; `_spread` transposed.
+
+    It gathers, as scattering is not deterministic on a GPU, and without a copy of the rows in the tokens' order.
+    """
+    return torch.nn.functional.embedding_bag(place, rows, mode="sum")
+
+
+class _Spread(torch.autograd.Function):
+    """`_spread`, with `_sum` as its backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(place)
-        ctx.k = k
-        return x.index_select(0, order // k)
+        return _spread(x, order, place)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (place,) = ctx.saved_tensors
-        grad = grads[0].index_select(0, place)
-        return grad if ctx.k == 1 else grad.view(-1, ctx.k, grad.shape[1]).sum(1), None, None, None
+        return _sum(grads[0], *ctx.saved_tensors), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """`_sum`, with `_spread` as its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(order, place)
+        return _sum(rows, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _spread(grads[0], *ctx.saved_tensors), None, None
 
 
 def _first(module: Any) -> str:
@@ -116,6 +148,11 @@ def _stack(module: Any, key: str, dtype: torch.dtype) -> Stack:
     weights = getattr(module, key)
     if isinstance(weights, QuantMatrices):
         return weights.stack_for_product(dtype)
-    dense = weights.transpose(1, 2) if module.is_transposed else weights
+    dense = _as_linears(module, weights)
     count, out_features, in_features = dense.shape
     return Stack(count, out_features, in_features, None, build_format(), dense)
+
+
+def _as_linears(module: Any, weights: Tensor) -> Tensor:
+    """Return upstream's stacked weights as ``[count, out, in]``."""
+    return weights.transpose(1, 2) if module.is_transposed else weights

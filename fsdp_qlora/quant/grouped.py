@@ -3,8 +3,8 @@
     out[i] = x[i] @ W_e.T + scaling * (x[i] @ A_e.T) @ B_e.T        e: the expert of row i
 
 The counterpart of `quant/products.py` for mixtures of experts. Autograd keeps ``x`` (only for the adapters), where each
-expert's rows end, and the packed weights: the dense experts are made for a product, group by group (`Stack.groups`),
-and again in backward. The adapters' products cover all experts at once (`torch.nn.functional.grouped_mm`), and the
+expert's rows end, and the packed weights, unless they are kept dense: the dense experts are made for a product and
+again in backward, on an accelerator several at once (`by_groups.py`), on a CPU one by one (`one_by_one.py`). The
 gradients of an expert without rows are zero.
 
 Adapters are stored as PEFT stores those of ``target_parameters``: A ``[count * r, in]``, expert by expert, and
@@ -14,15 +14,14 @@ B ``[out, r * count]``, whose columns are ordered by rank first and expert secon
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from fsdp_qlora.quant import by_groups, one_by_one
 from fsdp_qlora.quant.formats import QuantizedTensor, build_format, format_of_key
-from fsdp_qlora.quant.gemm import grouped, grouped_outer, padding
-from fsdp_qlora.quant.matrix import WHOLE_WEIGHTS
 from fsdp_qlora.quant.ops import register
 from fsdp_qlora.quant.products import DENSE
 from fsdp_qlora.quant.stack import Stack
@@ -42,19 +41,9 @@ def _stack(
     return Stack(count, out_features, in_features, quantized, format_of_key(name, bool(nested), block_size))
 
 
-def _by_one(stack: Stack, forward: bool) -> bool:
-    """Whether each matrix is multiplied on its own: a format may have a product of its own, or a matrix be huge."""
-    own_product = forward and stack.dense is None and not stack.quant_format.dense_forward
-    return own_product or stack.numel_each > WHOLE_WEIGHTS
-
-
-def _factors(down: Tensor, up: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
-    """Return A as ``[count, r, in]``, B as ``[count, out, r]``, both with r padded with zeros, and r."""
-    r = down.shape[0] // count
-    more = padding(r, down.dtype)
-    a = pad(down.view(count, r, -1), (0, 0, 0, more))
-    b = pad(up.view(-1, r, count).permute(2, 0, 1), (0, more)).contiguous()
-    return a, b, r
+def _bounds(ends: Tensor, counts: list[int]) -> list[int]:
+    """Return where the rows of each matrix begin, and where the last ones end."""
+    return [0, *(accumulate(counts) if counts else ends.tolist())]
 
 
 def _experts(
@@ -62,24 +51,12 @@ def _experts(
     absmax: list[Tensor], nested: list[Tensor], offset: list[Tensor], count: int, out_features: int, name: str,
     block_size: int,
 ) -> Tensor:  # fmt: skip
-    stack = _stack(x.shape[1], packed, absmax, nested, offset, count, out_features, name, block_size)
-    by_one, out = _by_one(stack, True), None
-    for group in stack.groups(ends, counts, by_one):
-        rows = group.of(x)
-        if group.last - group.first == 1:
-            part = stack.matrix(group.first).apply(rows)
-        else:
-            part = grouped(rows, stack.whole(group.first, group.last, x.dtype), group.ends)
-        if group.rows is None:
-            out = part
-        else:
-            out = x.new_empty(x.shape[0], out_features) if out is None else out
-            group.of(out).copy_(part)
-    out = x.new_empty(x.shape[0], out_features) if out is None else out
-    if down:
-        a, b, _ = _factors(down[0], up[0], count)
-        out.add_(grouped(grouped(x, a, ends), b, ends), alpha=scaling)
-    return out
+    stack = _stack(x.shape[1], packed, absmax, nested, offset, count, out_features, name, block_size).unnested()
+    if x.device.type == "cpu":
+        adapter = one_by_one.Adapter.of(down[0], up[0], count, scaling) if down else None
+        return one_by_one.product(x, stack, _bounds(ends, counts), adapter)
+    factors = by_groups.Adapter.of(down[0], up[0], count, scaling) if down else None
+    return by_groups.product(x, stack, ends, counts, factors)
 
 
 def _experts_backward(
@@ -87,33 +64,21 @@ def _experts_backward(
     scaling: float, packed: Tensor, absmax: list[Tensor], nested: list[Tensor], offset: list[Tensor], count: int,
     in_features: int, name: str, block_size: int, wants_x: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """Return the gradients of x (empty if not wanted), of A and of B. Without adapters ``x`` is None.
-
-    As in `products._linears_backward`, with each product by groups.
-    """
+    """Return the gradients of x (empty if not wanted), of A and of B. Without adapters ``x`` is None."""
     grad = grad.contiguous()
-    grad_x = grad.new_empty(grad.shape[0] if wants_x else 0, in_features)
-    if wants_x:
-        stack = _stack(in_features, packed, absmax, nested, offset, count, grad.shape[1], name, block_size)
-        for group in stack.groups(ends, counts, _by_one(stack, False)):
-            rows = group.of(grad)
-            if group.last - group.first == 1:
-                part = stack.matrix(group.first).apply_transposed(rows)
-            else:
-                part = grouped(rows, stack.whole(group.first, group.last, grad.dtype).transpose(1, 2), group.ends)
-            if group.rows is None:
-                grad_x = part
-            else:
-                group.of(grad_x).copy_(part)
-    if x is None:
+    stack = _stack(in_features, packed, absmax, nested, offset, count, grad.shape[1], name, block_size)
+    stack = stack.unnested() if wants_x else stack
+    if grad.device.type == "cpu":
+        adapter = one_by_one.Adapter.of(down[0], up[0], count, scaling) if down else None
+        grad_x, a, b = one_by_one.gradients(grad, x, stack, _bounds(ends, counts), adapter, wants_x)
+        turned = (2, 1, 0)
+    else:
+        factors = by_groups.Adapter.of(down[0], up[0], count, scaling) if down else None
+        grad_x, a, b = by_groups.gradients(grad, x, stack, ends, counts, factors, wants_x)
+        turned = (1, 2, 0)
+    if a is None or b is None:
         return grad_x, [], []
-    a, b, r = _factors(down[0], up[0], count)
-    grad_low = grouped(grad, b.transpose(1, 2), ends).mul_(scaling)
-    grad_a = grouped_outer(grad_low, x, ends)[:, :r]
-    grad_b = grouped_outer(grad, grouped(x, a, ends).mul_(scaling), ends)[:, :, :r]
-    if wants_x:
-        grad_x.add_(grouped(grad_low, a.transpose(1, 2), ends))
-    return grad_x, [grad_a.reshape(count * r, -1)], [grad_b.permute(1, 2, 0).reshape(-1, r * count).contiguous()]
+    return grad_x, [a.reshape(down[0].shape)], [b.permute(turned).reshape(up[0].shape).contiguous()]
 
 
 class _Experts(torch.autograd.Function):

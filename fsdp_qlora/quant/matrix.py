@@ -9,7 +9,7 @@ from math import gcd
 import torch
 
 from fsdp_qlora.quant.formats import Format, QuantizedTensor, dequantize
-from fsdp_qlora.quant.gemm import add_product, matmul
+from fsdp_qlora.quant.gemm import add_product, matmul, product_into
 
 
 @dataclass(frozen=True)
@@ -59,25 +59,31 @@ class Matrix:
         else:
             yield from self.slices()
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x @ matrix.T``: ``[tokens, in_features]`` -> ``[tokens, out_features]``."""
+    def apply(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return ``x @ matrix.T``: ``[tokens, in_features]`` -> ``[tokens, out_features]``, in ``out`` if given."""
         if self.quantized is not None and (product := self.quant_format.multiply(x, self.quantized)) is not None:
-            return product
+            return product if out is None else out.copy_(product)
         pieces = list(self._pieces())
         if len(pieces) == 1:
-            return matmul(x, self.whole(x.dtype).t())
-        out = x.new_empty(x.shape[0], self.out_features)
+            return _product(x, self.whole(x.dtype).t(), out)
+        out = x.new_empty(x.shape[0], self.out_features) if out is None else out
         for start, stop in pieces:
             out[:, start:stop] = matmul(x, self.rows(start, stop, x.dtype).t())
         return out
 
-    def apply_transposed(self, grad: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Return ``grad @ matrix`` ``[tokens, in_features]``, added to ``into`` in place if given."""
+    def apply_transposed(
+        self, grad: torch.Tensor, into: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return ``grad @ matrix`` ``[tokens, in_features]``, added to ``into`` in place or in ``out`` if given."""
         for start, stop in self._pieces():
             part, dense = grad[:, start:stop], self.rows(start, stop, grad.dtype)
-            into = matmul(part, dense) if into is None else add_product(into, part, dense)
+            into = _product(part, dense, out) if into is None else add_product(into, part, dense)
         assert into is not None
         return into
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    return matmul(a, b) if out is None else product_into(out, a, b)
 
 
 SLICE_WEIGHTS = 2**26

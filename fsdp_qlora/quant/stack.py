@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 
 from fsdp_qlora.quant.formats import Format, QuantizedTensor
 from fsdp_qlora.quant.matrix import SLICE_WEIGHTS, WHOLE_WEIGHTS, Matrix
+from fsdp_qlora.quant.packing import bits_to_float, float_to_bits
 from fsdp_qlora.shapes.linears import LinearShape
 
 GROUP_WEIGHTS = 2**27
 """How many weights of stacked matrices an accelerator dequantizes at a time (256 MiB in bf16)."""
 
 
-def matrices_at_once(count: int, numel_each: int, on_accelerator: bool) -> int:
-    """Return how many of ``count`` stacked matrices are dequantized for one product.
+def matrices_at_once(count: int, numel_each: int) -> int:
+    """Return how many of ``count`` stacked matrices an accelerator dequantizes for one product.
 
-    On an accelerator as many as fit into `GROUP_WEIGHTS`. If that is all of them, nothing asks the host how many rows
-    each has. A CPU is its own host, so it takes one at a time, and none that has no rows.
+    If that is all of them, nothing asks the host how many rows each has.
     """
-    return max(1, min(count, GROUP_WEIGHTS // numel_each)) if on_accelerator else 1
+    return max(1, min(count, GROUP_WEIGHTS // numel_each))
 
 
 def dense_at_once(linear: LinearShape, on_accelerator: bool) -> int:
@@ -30,7 +30,7 @@ def dense_at_once(linear: LinearShape, on_accelerator: bool) -> int:
     size = linear.numel_each
     if size > WHOLE_WEIGHTS:  # dequantized slice by slice, and a slice is freed only once the next one exists
         return min(size, 2 * SLICE_WEIGHTS)
-    together = matrices_at_once(linear.count, size, on_accelerator)
+    together = matrices_at_once(linear.count, size) if on_accelerator else 1
     return size * (together + (together > 1))  # one more: each is copied to its place among the others
 
 
@@ -51,6 +51,21 @@ class Stack:
     def numel_each(self) -> int:
         """Number of weights in each matrix."""
         return self.out_features * self.in_features
+
+    @property
+    def multiplies_dense(self) -> bool:
+        """Whether rows are multiplied with the dense matrices: a format may have a product of its own."""
+        return self.dense is not None or self.quant_format.dense_forward
+
+    def unnested(self) -> Stack:
+        """Return the stack with float32 statistics, decoded at once: many small ones take longer."""
+        q = self.quantized
+        if q is None or q.nested is None or q.offset is None:
+            return self
+        offset = q.offset[:, None].expand(-1, q.absmax.numel() // self.count).reshape(-1)
+        absmax = self.quant_format.unnest(q.absmax.reshape(-1), bits_to_float(q.nested).reshape(-1), offset)
+        plain = QuantizedTensor(q.packed, float_to_bits(absmax).view(q.absmax.shape), None, None)
+        return replace(self, quantized=plain)
 
     def matrix(self, index: int) -> Matrix:
         """Return matrix ``index``."""
@@ -85,10 +100,8 @@ class Stack:
             counts: the number of rows of each matrix; empty: read from ``ends`` if needed, which waits for the device.
             by_one: whether each matrix must be multiplied on its own.
         """
-        on_accelerator = ends.device.type != "cpu"
-        size = 1 if by_one else matrices_at_once(self.count, self.numel_each, on_accelerator)
-        if self.dense is not None and not by_one:
-            size = self.count
+        alone = by_one or self.numel_each > WHOLE_WEIGHTS
+        size = 1 if alone else self.count if self.dense is not None else matrices_at_once(self.count, self.numel_each)
         if size == self.count:
             yield Group(0, self.count, None, ends)
             return
@@ -110,6 +123,11 @@ class Group:
     """Their rows; None: all."""
     ends: torch.Tensor
     """int32 ``[last - first]``, where the rows of each end, counted from the first of ``rows``."""
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one matrix."""
+        return self.last - self.first == 1
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """Return its rows of ``x``."""

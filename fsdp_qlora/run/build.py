@@ -15,13 +15,15 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters import build_method
-from fsdp_qlora.adapters.folder import start_from_adapter
 from fsdp_qlora.adapters.full import train_base
+from fsdp_qlora.adapters.init_from import start_from_adapter
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.norms import follow_adapters
 from fsdp_qlora.adapters.served import ServedAdapter, attach_served, load_served
 from fsdp_qlora.adapters.turns import TakingTurns
+from fsdp_qlora.adapters.whole import train_parameters
 from fsdp_qlora.config.auto import as_word, asked, switch
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
@@ -168,8 +170,9 @@ def load_model(
     on_host = host_modules(model.base, opened.plan.offloaded)
     turns = None if config.lora.start is None else TakingTurns(model, config.lora, config.run.seed, ranks, kept)
     report = stream_weights(
-        model, model.base, opened.source, ranks, progress, shards_on, on_host, turns or iter, config.lora.trains_base
-    )
+        model, model.base, opened.source, ranks, progress, shards_on, on_host, turns or iter,
+        opened.plan.memory.masters,
+    )  # fmt: skip
     if turns is not None:
         model.starts = turns.starts
     if served:
@@ -179,6 +182,7 @@ def load_model(
     start_token_rows(model.base, opened.shapes, opened.source, ranks)
     if config.lora.init_from is not None:
         start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
+    follow_adapters(model)
     if opened.plan.settings.keeps_dense:
         keep_dense(opened.base, model_dtype(config.precision.name))
     return model, report
@@ -205,6 +209,7 @@ def build_sharded(
     after = after_head(base) if task == "CAUSAL_LM" else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
     adapted = _adapt_and_quantize(config, base, plan, shapes, task, served)
+    train_parameters(base, plan.memory.masters)
     fused = _use_kernels(config, base, after)
     model = CausalModel(adapted)
     model.fused = fused
@@ -280,7 +285,7 @@ def _adapt_and_quantize(
 ) -> AdaptedModel | PreTrainedModel:  # fmt: skip
     """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know.
 
-    With ``lora=none``, the base is what is trained. To answer with the base alone, nothing is added.
+    With ``lora=none``, the base is what is trained. To use the base alone, nothing is added.
     """
     if config.lora.trains_base:
         return train_base(base)
@@ -289,6 +294,7 @@ def _adapt_and_quantize(
         attach = partial(attach_served, base, shapes, served, task)
     quantize = partial(_quantize, base, plan, shapes, switch(config.quant.cache_dequantized) is True)
     if not (plan.targets or plan.parameters or served):
+        base.requires_grad_(False)
         quantize()
         return base
     if build_method(config.lora.method).layer is None:
@@ -305,4 +311,4 @@ def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache
     if plan.parameters or any(x.linear.stacked for x in plan.quantized):  # no other forward asks for adapters
         use_experts_forward(base)
     if plan.quantized_edges:
-        quantize_edges(base, shapes, plan.quantized_edges[0].quant_format)
+        quantize_edges(base, shapes, plan.quantized_edges)

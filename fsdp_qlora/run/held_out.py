@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.loader import Piece, TokenRows
 from fsdp_qlora.distributed.memory import host_memory
 from fsdp_qlora.run.build import OpenedModel
+from fsdp_qlora.run.inference import load_for_inference
 from fsdp_qlora.run.tokens import tokenize
 from fsdp_qlora.run.world import World
 
+Logits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""int64 ``[rows, length]`` and its attention mask -> ``[rows, length, vocab]``."""
 MOST_ROWS = 64
 """Held-out rows to measure on."""
 LEAST_ROWS = 8
@@ -103,26 +107,59 @@ def _rate(dtype: torch.dtype) -> float:
     return products * 2 * 1024**3 / (time.perf_counter() - started)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a model does on held-out rows."""
+
+    loss: float
+    """Mean loss of the learned tokens, in nats."""
+    difference: float | None = None
+    """Largest absolute difference of its logits from a reference's, over all tokens; None: there was no reference."""
+
+
 @torch.no_grad()
-def held_out_loss(folder: Path, rows: list[Piece], dtype: torch.dtype, offload: Path | None = None) -> float:
-    """Return the mean loss of the learned tokens, computed by plain transformers on the CPU.
+def measure(logits_of: Logits, rows: list[Piece], reference: Logits | None = None) -> Measured:
+    """Return the loss of a model on rows of ``(input_ids, learned)``, and how far its logits are from ``reference``'s.
+
+    Groups of rows are padded on the right, where no token of a causal model sees it.
+    """
+    total, count, difference = 0.0, 0, 0.0
+    for group in _groups(rows):
+        ids = pad_sequence([ids.long() for ids, _ in group], batch_first=True)
+        learned = pad_sequence([learned for _, learned in group], batch_first=True)  # padding is not learned
+        mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids, _ in group], batch_first=True)
+        logits = logits_of(ids, mask)
+        kept = learned[:, 1:]
+        losses = nn.functional.cross_entropy(logits[:, :-1][kept].float(), ids[:, 1:][kept], reduction="none")
+        total += float(losses.double().sum())
+        count += int(kept.sum())
+        if reference is not None:
+            off = (logits.float() - reference(ids, mask).float())[mask.bool()]
+            difference = max(difference, float(off.abs().max()))
+    return Measured(total / count if count else math.nan, None if reference is None else difference)
+
+
+@contextmanager
+def stored_model(
+    folder: Path, dtype: torch.dtype, offload: Path | None = None, adapter: Path | None = None
+) -> Iterator[Logits]:  # fmt: skip
+    """Load the model in ``folder`` with plain transformers on the CPU, with an adapter on it if one is given.
 
     With ``offload``, the model stays on disk, and accelerate reads each module when it is needed; ``offload`` is a
     folder for tensors that transformers converts.
     """
     on_disk: dict[str, Any] = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": offload}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **on_disk)
+    if adapter is not None:
+        model.load_adapter(str(adapter))
     model.eval()
-    total, count = 0.0, 0
-    for group in _groups(rows):
-        ids = pad_sequence([ids.long() for ids, _ in group], batch_first=True)
-        learned = pad_sequence([learned for _, learned in group], batch_first=True)  # padding is not learned
-        mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids, _ in group], batch_first=True)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        kept = learned[:, 1:]
-        losses = nn.functional.cross_entropy(logits[kept].float(), ids[:, 1:][kept], reduction="none")
-        total += float(losses.double().sum())
-        count += int(kept.sum())
+    yield lambda ids, mask: model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     if offload is not None:
         shutil.rmtree(offload, ignore_errors=True)  # the other form's would have the same names
-    return total / count if count else math.nan
+
+
+def trained_model(config: RunConfig, adapter: Path, world: World) -> Logits:
+    """Return the logits of the trained model, the adapter on the quantized base, on one rank."""
+    config = replace(config, data=replace(config.data, train=None, eval=None))
+    model = load_for_inference(config, adapter, world).model
+    return lambda ids, _: model.logits(ids.to(model.device)).cpu()

@@ -98,6 +98,12 @@ def _require_plain(name: str, config: RunConfig) -> None:
         raise ModelError(
             f"adapter: {name} has rows of added tokens, and a base with several adapters takes none; load it alone."
         )
+    if config.lora.trains_masters:
+        what = ", ".join(config.lora.modules_to_save) or "biases"
+        raise ModelError(
+            f"adapter: {name} trained weights of the base ({what}), and a base with several adapters keeps its own; "
+            "load it alone."
+        )
     if config.lora.target_parameters:
         raise ModelError(
             f"adapter: {name} adapts stacked experts, and a base with several adapters takes none that does; load it "

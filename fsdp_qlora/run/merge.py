@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,16 +12,26 @@ from fsdp_qlora.adapters.fold import StoredAdapter
 from fsdp_qlora.adapters.folder import blamed_on_adapter
 from fsdp_qlora.config.auto import asked
 from fsdp_qlora.config.schema import FsdpSettings, RunConfig
+from fsdp_qlora.data.loader import Piece
 from fsdp_qlora.distributed.memory import resident_bytes
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
 from fsdp_qlora.export.folding import Folding
-from fsdp_qlora.export.merged import PIECE_BYTES, Merged, export_merged, put, require_free
+from fsdp_qlora.export.merged import PIECE_BYTES, Merged, export_merged
+from fsdp_qlora.export.model_folder import MERGE, put, require_free
 from fsdp_qlora.files.scratch import fresh_folder
 from fsdp_qlora.load.stored import packed_format
 from fsdp_qlora.model.folder import resolve_folder
 from fsdp_qlora.run.build import OpenedModel, open_model
 from fsdp_qlora.run.decide import replace_attention
-from fsdp_qlora.run.held_out import fits_in_memory, held_out_loss, held_out_rows
+from fsdp_qlora.run.held_out import (
+    Logits,
+    Measured,
+    fits_in_memory,
+    held_out_rows,
+    measure,
+    stored_model,
+    trained_model,
+)
 from fsdp_qlora.run.inference import with_adapter
 from fsdp_qlora.run.world import World
 from fsdp_qlora.track.console import megabytes
@@ -47,6 +57,10 @@ class Merge:
     """Dtype of what was rounded."""
     rounded: str = ""
     """The wider dtype of the base's files, if it has one."""
+    compared: Mapping[str, Measured] = field(default_factory=dict)
+    """With ``export.compare``: the trained model and both forms, on held-out rows."""
+    rows: int = 0
+    """How many held-out rows were measured on."""
 
 
 def merge(
@@ -63,52 +77,86 @@ def merge(
         progress: called with (tensors done, total tensors), anew for each form.
 
     Raises:
-        ConfigError: if there are several ranks.
+        ConfigError: if there are several ranks, or no held-out rows to compare on.
         ModelError: if the adapter does not fit the base, or ``target`` is not empty.
     """
-    if world.ranks.size > 1:
-        raise ConfigError("what=merged: runs in one process; start it without torchrun.")
-    config = replace_attention(replace(with_adapter(config, adapter), fsdp=FsdpSettings()), "eager")
-    folder = resolve_folder(config.model.name, config.model.revision)
-    opened, folded = _opened(config, folder, adapter, world), StoredAdapter(adapter)
+    settings = replace(config, fsdp=FsdpSettings())
+    config, folder, opened = open_alone(config, adapter, world)
+    folded = StoredAdapter(adapter)
     quantized = (*opened.plan.quantized, *opened.plan.quantized_edges)
     stored = [x for x in quantized if packed_format(opened.source, x.linear.parameter)]
     forms = {
         form: Folding(opened.base, opened.source, folded, packed, world.ranks)
         for form, packed in ((ORIGINAL, stored), (DEQUANTIZED, quantized))
     }
-    dtype = str(opened.base.dtype).removeprefix("torch.")
-    wide = dtype != "float32" and any(entry.dtype == "F32" for entry in opened.source.entries.values())
+    dtype, wide = _dtypes(opened)
     memory = max(folding.largest_bytes for folding in forms.values())
     _log.info(
         "Folding takes at most %s of memory, beside this process's own %s.",
         megabytes(memory + PIECE_BYTES), megabytes(resident_bytes()),
     )  # fmt: skip
     overwrite, rows = config.export.overwrite, None
-    merged = partial(Merge, config.model.name, memory=memory, dtype=dtype, rounded="float32" if wide else "")
-    form, why = asked(config.export.merge_base), "as asked"
-    if form is None and config.run_from is None:
-        form, why = ORIGINAL, "without run_from, nothing says what it was trained on"
-    elif form is None and len(stored) == len(quantized):
-        form, why = ORIGINAL, "the base is stored as it was trained on"
-    elif form is None:
+    merged = partial(Merge, config.model.name, memory=memory, dtype=dtype, rounded=wide)
+    form, why = _settled(config, len(stored) == len(quantized))
+    if form is None or config.export.compare:
         rows, without = held_out_rows(config, folder, opened, world)
-        form, why = DEQUANTIZED, f"what the adapter was trained on; not measured: {without}"
+        if rows is None and config.export.compare:
+            raise ConfigError(f"export.compare: there is nothing to measure on: {without}.")
+        if form is None and rows is None:
+            form, why = DEQUANTIZED, f"what the adapter was trained on; not measured: {without}"
     if rows is None:
+        assert form is not None
         return merged(form, why, export_merged(forms[form], folder, target, progress, overwrite))
-    require_free(target, overwrite, (folder, adapter))
+    require_free(target, MERGE, overwrite, (folder, adapter))
+    trained = trained_model(settings, adapter, world) if config.export.compare else None
     with fresh_folder(target) as work:
         written = {form: export_merged(forms[form], folder, work / form, progress) for form in forms}
         room = None if fits_in_memory(opened) else work / "offloaded"
-        losses = {form: held_out_loss(work / form, rows, opened.base.dtype, room) for form in forms}
-        form = min(losses, key=lambda form: losses[form])
+        measured = {form: _measured(work / form, rows, opened, room, trained) for form in forms}
+        if form is None:
+            form = min(measured, key=lambda form: measured[form].loss)
+            said = ", ".join(f"{form} {done.loss:.4f}" for form, done in measured.items())
+            why = f"loss on {len(rows)} held-out rows: {said}"
         put(work / form, target, overwrite)
-    said = ", ".join(f"{form} {loss:.4f}" for form, loss in losses.items())
-    return merged(form, f"loss on {len(rows)} held-out rows: {said}", written[form])
+    compared = {} if trained is None else {"trained model": measure(trained, rows), **measured}
+    return merged(form, why, written[form], compared=compared, rows=len(rows))
 
 
-def _opened(config: RunConfig, folder: Path, adapter: Path, world: World) -> OpenedModel:
+def _dtypes(opened: OpenedModel) -> tuple[str, str]:
+    """Return the dtype of what is rounded, and the wider one of the base's files, if it has one."""
+    dtype = str(opened.base.dtype).removeprefix("torch.")
+    wide = dtype != "float32" and any(entry.dtype == "F32" for entry in opened.source.entries.values())
+    return dtype, "float32" if wide else ""
+
+
+def _settled(config: RunConfig, alike: bool) -> tuple[str | None, str]:
+    """Return the form to fold into, and why, where that needs no measuring; ``alike``: both forms are the same."""
+    if (form := asked(config.export.merge_base)) is not None:
+        return form, "as asked"
+    if config.run_from is None:
+        return ORIGINAL, "without run_from, nothing says what it was trained on"
+    return (ORIGINAL, "the base is stored as it was trained on") if alike else (None, "")
+
+
+def _measured(
+    folder: Path, rows: list[Piece], opened: OpenedModel, room: Path | None, trained: Logits | None
+) -> Measured:  # fmt: skip
+    with stored_model(folder, opened.base.dtype, room) as logits:
+        return measure(logits, rows, trained)
+
+
+def open_alone(config: RunConfig, adapter: Path, world: World) -> tuple[RunConfig, Path, OpenedModel]:
+    """Return the settings completed from an adapter, for one rank; the base model's folder; and that model.
+
+    Raises:
+        ConfigError: if there are several ranks.
+        ModelError: if the adapter does not fit the base.
+    """
+    if world.ranks.size > 1:
+        raise ConfigError(f"what={config.what}: runs in one process; start it without torchrun.")
+    config = replace_attention(replace(with_adapter(config, adapter), fsdp=FsdpSettings()), "eager")
+    folder = resolve_folder(config.model.name, config.model.revision)
     try:
-        return open_model(config, folder, world.ranks, None, say=False)
+        return config, folder, open_model(config, folder, world.ranks, None, say=False)
     except FsdpQloraError as error:
         raise blamed_on_adapter(error, adapter) from error

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fsdp_qlora.adapters.eva_start import fill_directions
 from fsdp_qlora.adapters.served import ServedAdapter, adapter_size
+from fsdp_qlora.adapters.turns import Starts
 from fsdp_qlora.checks.gather import verify_buffers, verify_gather
 from fsdp_qlora.config.auto import Choice, as_word
 from fsdp_qlora.config.rules import check
@@ -21,9 +24,17 @@ from fsdp_qlora.model.families import task_type
 from fsdp_qlora.model.folder import needs_hub, resolve_folder
 from fsdp_qlora.model.kernels import kernels_to_compile
 from fsdp_qlora.plan.choices import KERNELS_KEY
-from fsdp_qlora.run.build import Weights, load_model
+from fsdp_qlora.run.build import Weights, load_model, open_model
 from fsdp_qlora.run.check import check_losses, open_and_check, told
-from fsdp_qlora.run.decide import SHARD_DEGREE, compilation_for, on_device, rank_budget, settled_world
+from fsdp_qlora.run.decide import (
+    SHARD_DEGREE,
+    compilation_for,
+    on_device,
+    rank_budget,
+    replace_attention,
+    settled_world,
+)
+from fsdp_qlora.run.eva import settle
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.starts import kept_start
 from fsdp_qlora.run.tokens import first_added, tokenize
@@ -74,16 +85,24 @@ def _prepare(
     opened, verdict = open_and_check(config, folder, world.ranks, budget, weights)
     opened = opened.without_adapters(world.ranks, budget) if bare else opened
     tokenizer, data = tokenize(config, folder, opened, verdict, world)
+    first, starts = on_every(lambda: first_added(config, opened.shapes, tokenizer), world.ranks), Starts()
+    if training and config.lora.starts_from_rows:
+        lora, starts = settle(replace(opened, first_added=first), folder, data, world.ranks, config)
+        config = replace_attention(replace(config, lora=lora), verdict.attention)
+        opened = on_every(lambda: open_model(config, folder, world.ranks, budget, False, weights), world.ranks)
+        gc.collect()  # the base that was searched: a sharded model is full of cycles
     compilation = compilation_for(config, opened.base, opened.plan, data, world.ranks.device, training)
     repairs = opened.repairs  # needs the model as transformers built it, before load_model changes it
     world.ranks.phases.enter("loading the model")
-    first = on_every(lambda: first_added(config, opened.shapes, tokenizer), world.ranks)
     opened = replace(opened.compiled(compilation.on), first_added=first)
     return_freed_memory()
     process_bytes = resident_bytes()
     if training and opened.config.lora.start is not None:
         start = start or kept_start(opened, folder, world.ranks)
     model, report = load_model(opened, world.ranks, progress, start, served)
+    if starts.digest:
+        model.starts = starts
+        fill_directions(model, starts, world.ranks)
     world.ranks.phases.enter("comparing what the ranks gather")
     verify_gather(model, world.ranks)
     verify_buffers(model, world.ranks)

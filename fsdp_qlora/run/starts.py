@@ -9,6 +9,7 @@ from fsdp_qlora.adapters.turns import FILE_NAME, fits, write_starts
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import on_main
 from fsdp_qlora.load.safetensors import file_digests
+from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.quant.formats import Format
 from fsdp_qlora.run.build import OpenedModel
 from fsdp_qlora.run.folder import RunFolder
@@ -19,15 +20,21 @@ def start_facts(opened: OpenedModel | Prepared, folder: Path) -> dict[str, Any]:
     """Return everything that the initial factors depend on, apart from versions of libraries, as JSON values."""
     config = opened.config if isinstance(opened, OpenedModel) else opened.settings
     plan = opened.plan
-    lora, formats = config.lora, {x.linear.name: x.quant_format for x in plan.quantized}
+    lora = config.lora
     return {
         "start": lora.start,
         "seed": config.run.seed,
         "loftq_iter": lora.loftq_iter,
         "scaling": [lora.method, lora.r, lora.alpha, dict(lora.rank_pattern), dict(lora.alpha_pattern)],
-        "targets": {name: _kind(formats.get(name)) for name in plan.targets},
+        "targets": kinds_of(plan),
         "files": file_digests(folder),
     }
+
+
+def kinds_of(plan: TrainPlan) -> dict[str, list[Any]]:
+    """Return how each target of adapters is stored."""
+    formats = {x.linear.name: x.quant_format for x in plan.quantized}
+    return {name: _kind(formats.get(name)) for name in plan.targets}
 
 
 def _kind(quant_format: Format | None) -> list[Any]:
@@ -49,7 +56,7 @@ def keep_start(prepared: Prepared, folder: RunFolder) -> None:
     starts = prepared.model.starts
     if not starts.digest:
         return
-    file, facts = folder.path / FILE_NAME, start_facts(prepared, prepared.folder)
+    file, facts = folder.path / FILE_NAME, starts.facts or start_facts(prepared, prepared.folder)
     if not fits(file, facts, prepared.ranks):
         on_main(lambda: write_starts(file, starts, facts), prepared.ranks)
     starts.tensors.clear()

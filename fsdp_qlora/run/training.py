@@ -19,6 +19,7 @@ from fsdp_qlora.adapters.loraplus import learning_rates
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.adapters.turns import FILE_NAME
+from fsdp_qlora.adapters.whole import as_saved, with_head
 from fsdp_qlora.checkpoint.checkpointer import Checkpointer, Snapshot
 from fsdp_qlora.checkpoint.contents import checkpoint_tensors, optimizer_shapes
 from fsdp_qlora.checkpoint.manifest import SavedCheckpoint
@@ -185,12 +186,13 @@ class Training:
         targets = short_targets(plan.targets, self.model.base)
         parameters = short_parameters(plan.parameters, plan.memory.shapes.parameters)
         card = model_card(published(to_dict(self.config)), self._facts(progress))
-        config, method = as_started(peft_config(targets, parameters, lora), lora), build_method(lora.method)
+        config, method = as_started(peft_config(targets, parameters, lora), self.config.lora), build_method(lora.method)
+        config = as_saved(config, plan.modules, self.prepared.shapes, self.model.base)
         if count := len(self.config.model.add_tokens):
             first = len(self.prepared.tokenizer) - count
             indices = trained_indices(self.prepared.shapes, first, count)
             config.trainable_token_indices = indices  # type: ignore[attr-defined]
-        tensors = {**tensors, **method.fixed(self.model, lora)}
+        tensors = with_head({**tensors, **method.fixed(self.model, lora)}, self.prepared.shapes, plan.modules)
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
         beside = [] if lora.start is None else [self.folder.path / FILE_NAME]
@@ -299,7 +301,7 @@ class Training:
         )  # fmt: skip
         settings = StepSettings(
             objective=self.objective, ranks=self.ranks, seed=self.config.run.seed, max_grad_norm=train.max_grad_norm,
-            synchronize=synchronizer(self.config.lora.trains_base),
+            synchronize=synchronizer(self.config.lora.trains_masters),
             around=debug_context(self.config),
             enter=self.prepared.ranks.phases.enter,
             before_update=before_update,

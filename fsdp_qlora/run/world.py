@@ -12,7 +12,7 @@ import torch
 
 from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.distributed.memory import settle_host_memory
+from fsdp_qlora.distributed.memory import PRODUCTS_KEPT, PRODUCTS_KEPT_FOR_EXPERTS, settle_host_memory
 from fsdp_qlora.distributed.mesh import Ranks, build_mesh, build_ranks
 from fsdp_qlora.distributed.nodes import once_per_node
 from fsdp_qlora.distributed.process import (
@@ -58,7 +58,8 @@ def open_world(config: RunConfig) -> World:
     use_device(device)
     threads = set_threads(config.launcher.threads_per_rank, placement.local_world_size)
     if device.type == "cpu":
-        settle_host_memory(config.launcher.keep_freed_memory)
+        products = PRODUCTS_KEPT_FOR_EXPERTS if config.lora.target_parameters else PRODUCTS_KEPT
+        settle_host_memory(config.launcher.keep_freed_memory, products)
     stack = ExitStack()
     group = stack.enter_context(process_group(device, placement, config.launcher.timeout_seconds))
     ranks = build_ranks(group, device, degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree)

@@ -24,6 +24,8 @@ class LinearShape:
     """Whether files hold ``[in_features, out_features]`` (GPT-2's Conv1D, gpt-oss's experts)."""
     stacked: bool = False
     """Whether it is a 3-D parameter rather than a layer."""
+    lookup: bool = False
+    """Whether it is an embedding, whose ``[out_features, in_features]`` rows are looked up."""
 
     @property
     def numel_each(self) -> int:
@@ -105,6 +107,14 @@ def quantized_edges(shapes: ModelShapes) -> tuple[LinearShape, ...]:
     """Return the tables of embedding and head to quantize: one if they are tied, else two."""
     names = (shapes.embedding,) if shapes.tied else (shapes.embedding, shapes.head)
     return tuple(LinearShape(name, shapes.vocab_size, shapes.hidden_size) for name in names)
+
+
+def edge_shapes(shapes: ModelShapes) -> tuple[LinearShape, LinearShape]:
+    """Return embedding and head of a causal language model."""
+    rows, width = shapes.parameters[f"{shapes.embedding}.weight"]
+    vocab, _ = (rows, width) if shapes.tied else shapes.parameters[f"{shapes.head}.weight"]
+    bias = f"{shapes.head}.bias" in shapes.parameters
+    return LinearShape(shapes.embedding, rows, width, lookup=True), LinearShape(shapes.head, vocab, width, bias)
 
 
 FLOAT32 = 4

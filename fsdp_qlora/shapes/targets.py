@@ -20,7 +20,8 @@ def target_linears(
 
     Args:
         shapes: the model.
-        target_modules: ``all-linear``, every linear inside the decoder layers, or patterns (`matches`).
+        target_modules: ``all-linear``, every linear inside the decoder layers, or patterns (`matches`). Embedding and
+            head are meant by their names or the last parts of these, never by a glob.
         exclude_modules: patterns of those that get none.
         layers_to_transform: numbers of the decoder layers whose linears get one; empty = all layers.
 
@@ -35,18 +36,24 @@ def target_linears(
             "has its own forward, has its weight read by other code, is kept in float32 by upstream, or would lose its "
             "adapter in plain PEFT, which looks for it elsewhere."
         )
-    chosen = _meant("lora.target_modules", target_modules, candidates, linears)
+    edges = [name for name in (shapes.embedding, shapes.head) if shapes.edges_apart and _is_named(name, target_modules)]
+    chosen = _meant("lora.target_modules", target_modules, [*candidates, *edges], linears)
     if exclude_modules:
         stacked = [x.name for x in _stacked(shapes)]
         of_linears = [item for item in exclude_modules if not any(matches(name, item) for name in stacked)]
-        excluded = {name for name in candidates if any(matches(name, item) for item in exclude_modules)}
-        _meant("lora.exclude_modules", of_linears, candidates, linears)
+        excluded = {name for name in [*candidates, *edges] if any(matches(name, item) for item in exclude_modules)}
+        _meant("lora.exclude_modules", of_linears, [*candidates, *edges], linears)
         chosen = [name for name in chosen if name not in excluded]
     if layers_to_transform:
         chosen = _in_layers(chosen, shapes, layers_to_transform)
     if not chosen:
         raise PlanError("lora.exclude_modules: none of lora.target_modules is left.")
     return tuple(chosen)
+
+
+def _is_named(name: str, target_modules: str | Sequence[str]) -> bool:
+    items = [target_modules] if isinstance(target_modules, str) else target_modules
+    return any(matches(name, item) for item in items if not {"*", "?"} & set(item))
 
 
 def _meant(key: str, target_modules: str | Sequence[str], candidates: list[str], linears: list[str]) -> list[str]:

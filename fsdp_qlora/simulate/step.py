@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.norms import follow_adapters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.choices import NONE
@@ -197,6 +198,7 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cu
     shapes = read_shapes(base)
     kinds = layer_kinds(base, shapes)
     plan = make_plan(config, shapes, ranks.size)
+    config = replace(config, lora=plan.settings.lora)  # EVA's largest ranks
     on_cpu = ranks.device == HOST
     fake = fake_mode() if on_cpu else accelerator_mode()
     if not build_method(config.lora.method).simulates:
@@ -210,6 +212,7 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cu
         else:
             shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
             allocate(model, shards_on, ranks.device, host_modules(model.base, plan.offloaded))
+        follow_adapters(model)
         if plan.settings.keeps_dense:
             keep_dense(base, model_dtype(config.precision.name))
     optimizer = ShardedOptimizer(trainable_parameters(model), config.optim)
@@ -246,7 +249,7 @@ def step_runner(
     Create it while no unit is gathered.
     """
     reduce_replicated = ReplicatedGradients(trainable_parameters(model), ranks)
-    synchronize = synchronizer(config.lora.trains_base)
+    synchronize = synchronizer(config.lora.trains_masters)
 
     def run(before_each: Callable[[], None]) -> object:
         settings = StepSettings(

@@ -19,9 +19,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from fsdp_qlora.adapters.fold import StoredAdapter
 from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import FsdpQloraError
+from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.run.merge import merge
 from tests import tiny, upstream
 from tests.build import world_of
@@ -229,9 +231,47 @@ def test_an_adapter_of_another_model_is_refused(pool, tmp_path, tiny_model):
     assert message.startswith("adapter:") and not (tmp_path / "merged").exists()
 
 
-def test_adapters_on_experts_are_refused(pool, tmp_path):
+def on_experts(*weights: str, **more: Any) -> peft.LoraConfig:
+    """Return PEFT's config of a LoRA on attention and stacked weights of experts, of another rank there."""
+    names = [f"mlp.experts.{weight}" for weight in weights]
+    ranks = dict.fromkeys(names, 3)
+    return peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=names, rank_pattern=ranks,
+        task_type="CAUSAL_LM", **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    some_in_full(
+        itertools.product(("qwen3_moe", "mixtral", "olmoe", "gpt_oss"), FORMS),
+        {("qwen3_moe", "original"), ("gpt_oss", "dequantized")},
+    ),
+)
+def test_experts_merge_as_in_peft(pool, tmp_path, family, form):
+    compare(pool, tmp_path, small_config(family), on_experts("gate_up_proj", "down_proj"), "nf4", form)
+
+
+@pytest.mark.full
+def test_one_of_two_stacks_merges_with_rslora(pool, tmp_path):
+    compare(pool, tmp_path, small_config("qwen3_moe"), on_experts("down_proj", use_rslora=True), "nf4", "original")
+
+
+@pytest.mark.full
+def test_a_stack_is_folded_in_pieces_with_equal_bits(tmp_path):
+    """PEFT's product of a few experts has the bits of its product of all."""
     base = upstream.write_random(tmp_path / "base", small_config("qwen3_moe"), torch.bfloat16)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    folder = write_adapter(base, tmp_path / "adapter", config)
-    (message,) = pool.run(1, run_merge, str(base), str(folder), str(tmp_path / "merged"), "nf4", "original")[0]
-    assert message.startswith("what=merged:") and "stacked weights of experts" in message
+    adapter = StoredAdapter(write_adapter(base, tmp_path / "adapter", on_experts("down_proj")))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    (stack, *_) = [x for x in read_shapes(model).linears if x.name in adapter.stacks]
+    weight = model.get_parameter(stack.name)
+    whole = adapter.fold_stack(stack, weight, [stack])
+    pieces = adapter.fold_stack(stack, weight, [stack], at_once=2 * stack.numel_each)
+    assert torch.equal(whole, pieces) and not torch.equal(whole, weight)
+
+
+def test_experts_that_the_base_does_not_have_are_refused(pool, tmp_path, tiny_model):
+    other = upstream.write_random(tmp_path / "base", small_config("qwen3_moe"), torch.bfloat16)
+    folder = write_adapter(other, tmp_path / "adapter", on_experts("down_proj"))
+    (message,) = pool.run(1, run_merge, str(tiny_model), str(folder), str(tmp_path / "merged"), "nf4", "original")[0]
+    assert message.startswith("adapter:") and "experts" in message and not (tmp_path / "merged").exists()

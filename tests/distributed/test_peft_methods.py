@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.names import adapter_key, trainable_parameters
+from fsdp_qlora.adapters.norms import StepNorms
 from fsdp_qlora.adapters.peft_layers import adapted_layers
 from fsdp_qlora.config.choices import PEFT_METHODS
 from fsdp_qlora.distributed.mesh import Ranks
@@ -213,13 +214,17 @@ def _held(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[dict[str, 
     optimizer = ShardedOptimizer(trainable_parameters(prepared.model), prepared.config.optim)
     optimizer.prepare_state(1)
     planned, lora = prepared.plan.bytes, prepared.config.lora
-    fixed = build_method(lora.method).fixed(prepared.model, lora)
-    return {
-        "fixed": sum(tensor.nbytes for tensor in fixed.values()),
+    held = {
         "base": sum(resident_bytes(m) for m in prepared.model.modules() if isinstance(m, QuantMatrices)),
         "adapters": sum(local_tensor(p).numel() * 4 for _, p in trainable_parameters(prepared.model)),
         "optimizer": optimizer.state_bytes(),
-    }, {
+    }
+    fixed = [*build_method(lora.method).fixed(prepared.model, lora).values()]
+    if lora.method == "dora":  # its norms are kept from the first forward on, which leaves units gathered
+        prepared.model(_ids(), _ids())
+        fixed += [m._kept[1] for m in prepared.model.modules() if isinstance(m, StepNorms) and m._kept is not None]
+        assert fixed
+    return {**held, "fixed": sum(tensor.nbytes for tensor in fixed)}, {
         "fixed": prepared.plan.memory.adapters.fixed,
         "base": planned.base_packed + planned.base_statistics,
         "adapters": planned.adapters,

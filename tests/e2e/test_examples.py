@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.distributed.test_merged import lora, write_adapter
+from tests.serving import ask, require_server, served
+from tests.tiny import make_model
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -124,6 +128,19 @@ def test_library_run(num_ranks: int, tiny_model: Path, chat_rows: Path, cli_env:
         assert f"rank {rank['rank']}: read {rank['bytes_read']:,} bytes" in output
     assert f"held-out loss {summary['eval_loss_before']:.4f} -> {summary['eval_loss_after']:.4f}" in output
     require_adapter(tmp_path / "out" / "adapter", tiny_model)
+
+
+@pytest.mark.full
+def test_serve(cli_env: dict[str, str], tmp_path: Path):
+    """The served folder answers examples/serve/ask.py as it answers any client; vLLM needs a GPU."""
+    require_server()
+    adapter = write_adapter(make_model(tmp_path / "base", intermediate_size=384), tmp_path / "adapter", lora())
+    export = [sys.executable, "-m", "fsdp_qlora", "export", "what=served", f"adapter={adapter}", "export.to=served"]
+    assert "transformers serve served" in run([*export, "launcher.device=cpu"], cli_env, tmp_path)
+    with served(tmp_path / "served", cli_env, tmp_path / "home") as client:
+        script = [sys.executable, str(EXAMPLES / "serve" / "ask.py"), str(tmp_path / "served"), "the fox"]
+        output = run([*script, str(client.base_url)], cli_env, tmp_path)
+        assert output.rstrip("\n") == ask(client, tmp_path / "served", "the fox", 1024).rstrip("\n") != ""
 
 
 @pytest.mark.launch

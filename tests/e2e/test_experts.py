@@ -40,6 +40,13 @@ def test_experts_are_trained_on_two_ranks_and_load_in_plain_peft(cli, moe_model,
     assert len(experts) == 4
     answered = cli("evaluate", "adapter=outputs/moe/adapter", f"data.eval={chat_rows}", "launcher.device=cpu")
     assert answered.returncode == 0, answered.stdout + answered.stderr
+    merge = ["run_from=outputs/moe/config.yaml", "export.to=merged", "export.merge_base=original"]
+    merged = cli("export", "what=merged", *merge, "launcher.device=cpu")
+    assert merged.returncode == 0 and "4 stacks of experts folded" in merged.stdout, merged.stdout + merged.stderr
+    with torch.no_grad():
+        wanted = adapted(ids).logits
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(ids).logits
+    assert (logits - wanted).norm() < 0.02 * wanted.norm()  # rounded to bf16
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def test_what_is_honoured_or_changes_nothing_is_read(tmp_path, settings):
 
 
 REFUSED = {
-    "bias": "all",
-    "modules_to_save": ["lm_head"], "init_lora_weights": "pissa_niter_16", "layer_replication": [[0, 2], [1, 2]],
+    "bias": "some",
+    "modules_to_save": [1], "init_lora_weights": "pissa_niter_16", "layer_replication": [[0, 2], [1, 2]],
     "trainable_token_indices": {"model.embed_tokens": [1], "lm_head": [2]}, "lora_bias": True, "use_qalora": True,
     "target_parameters": "experts.gate_up_proj",
     "alora_invocation_tokens": [1, 2], "arrow_config": {"top_k": 1}, "use_bdlora": {"x": 1}, "not_yet_known": 3,
@@ -73,8 +73,8 @@ def test_starts_that_change_the_base_are_refused(tmp_path, value):
 
 
 def test_all_are_named_at_once(tmp_path):
-    with pytest.raises(ModelError, match=r"lora_bias=true, bias=|bias=.*lora_bias=true"):
-        read_adapter_config(_folder(tmp_path, lora_bias=True, bias="all"))
+    with pytest.raises(ModelError, match=r"lora_bias=true, use_qalora=|use_qalora=.*lora_bias=true"):
+        read_adapter_config(_folder(tmp_path, lora_bias=True, use_qalora=True))
 
 
 def test_switches_of_lora_are_read_together(tmp_path):
@@ -142,10 +142,23 @@ def test_the_adapted_modules_are_those_of_the_file(tmp_path):
     assert stored_modules(tmp_path) == ["model.layers.1.self_attn.q_proj", "model.layers.3.self_attn.q_proj"]
 
 
-@pytest.mark.parametrize("odd", ["lm_head.weight", "embed.lora_embedding_A", "q_proj.bias"])
+@pytest.mark.parametrize("odd", ["lm_head.weight", "embed.lora_embedding_C", "q_proj.bias"])
 def test_tensors_that_are_no_lora_matrices_are_refused_by_name(tmp_path, odd):
     with pytest.raises(ModelError, match=odd):
         adapted_modules(["base_model.model.q.lora_A.weight", f"base_model.model.{odd}"], tmp_path)
+
+
+def test_modules_trained_whole_are_those_whose_names_end_alike_as_in_peft(tmp_path):
+    """PEFT compares ends of names without regard to dots; biases are told from them by what was asked for."""
+    names = ["q.lora_A.weight", "q.lora_B.weight", "q.base_layer.bias", "input_norm.weight", "norm.weight", "norm.bias"]
+    save_file({f"base_model.model.{name}": torch.zeros(4, 1) for name in names}, tmp_path / "adapter_model.safetensors")
+    config = read_adapter_config(_folder(tmp_path, modules_to_save=["norm"], bias="lora_only", target_modules=["q"]))
+    assert stored_modules(tmp_path, config) == ["q"] and config.biases == ["base_model.model.q.base_layer.bias"]
+    settings = config.settings(["q"])
+    assert sorted(settings.modules_to_save) == ["input_norm", "norm"] and settings.bias == "lora_only"
+    with pytest.raises(ModelError, match=r"4 tensor.s. that are no adapter's"):
+        read = read_adapter_config(_folder(tmp_path))
+        stored_modules(tmp_path, read)
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -13,11 +13,12 @@ from fsdp_qlora.adapters.experts import (
     short_parameters,
     stored_value,
 )
+from fsdp_qlora.adapters.fold import pieces_of
 from fsdp_qlora.adapters.folder import AdapterConfig
 from fsdp_qlora.adapters.lora import LoRA
 from fsdp_qlora.adapters.method import spelt_out
 from fsdp_qlora.config.schema import LoraSettings
-from fsdp_qlora.quant import stack
+from fsdp_qlora.quant import by_groups, stack
 from fsdp_qlora.quant.formats import QuantizedTensor, build_format, quantize
 from fsdp_qlora.quant.gemm import grouped, grouped_outer
 from fsdp_qlora.quant.grouped import densify_stack, grouped_product
@@ -25,8 +26,8 @@ from fsdp_qlora.quant.stack import Stack, matrices_at_once
 from fsdp_qlora.shapes.linears import LinearShape
 
 COUNT, OUT, IN = 5, 24, 48
-ROWS = (3, 0, 7, 1, 0)
-"""Rows of each expert; two have none."""
+ROWS = (3, 0, 40, 19, 0)
+"""Rows of each expert; two have none. On a CPU the first two runs are widened over the rows of others."""
 
 
 def _stack(name: str = "nf4", out: int = OUT, width: int = IN) -> Stack:
@@ -107,18 +108,40 @@ def test_widths_that_grouped_mm_refuses_are_padded(dtype, width):
     assert outer.shape == (COUNT, width, width + 3) and not outer[1].any() and not outer[4].any()
 
 
-def test_an_accelerator_asks_the_host_only_if_the_experts_do_not_fit_at_once(monkeypatch):
-    assert matrices_at_once(128, 768 * 2048, True) < 128 and matrices_at_once(64, 1024 * 512, True) == 64
-    assert matrices_at_once(64, 1024 * 512, False) == 1
-    assert matrices_at_once(8, 2**29, True) == 1
-    monkeypatch.setattr(stack, "matrices_at_once", lambda *_: 2)  # groups of two, as a device would make
-    made, x = _stack(), torch.randn(sum(ROWS), IN, requires_grad=True)
-    out = grouped_product(x, made, _ends(), [])
-    down, up = _adapter(1)
-    wanted = _by_hand(x, made.whole(0, COUNT, torch.float32), down.detach(), up.detach(), 0.0)
-    assert (out - wanted).abs().max() < 1e-5
-    (mine,), (theirs,) = (torch.autograd.grad(o, x, torch.ones_like(o)) for o in (out, wanted))
-    assert (mine - theirs).abs().max() < 1e-5
+def test_an_accelerator_asks_the_host_only_if_the_experts_do_not_fit_at_once():
+    assert matrices_at_once(128, 768 * 2048) < 128 and matrices_at_once(64, 1024 * 512) == 64
+    assert matrices_at_once(8, 2**29) == 1
+
+
+@pytest.mark.parametrize("together", [1, 2, COUNT])
+@pytest.mark.parametrize("name", ["nf4", "int8", "dense"])
+@pytest.mark.parametrize("r", [3, 4])
+def test_the_products_of_an_accelerator_equal_each_expert_alone(monkeypatch, name, r, together):
+    """They run on a CPU, too, where nothing but a test asks for them."""
+    monkeypatch.setattr(stack, "matrices_at_once", lambda *_: together)
+    made = _stack("nf4" if name == "dense" else name)
+    dense = made.whole(0, COUNT, torch.float32)
+    made = densify_stack(made, torch.float32) if name == "dense" else made.unnested()
+    x, (down, up) = torch.randn(sum(ROWS), IN, requires_grad=True), _adapter(r)
+    wanted = _by_hand(x, dense, down, up, 0.7)
+    adapter = by_groups.Adapter.of(down.detach(), up.detach(), COUNT, 0.7)
+    out = by_groups.product(x.detach(), made, _ends(), [], adapter)
+    assert (out - wanted).abs().max() < (2e-2 if name == "int8" else 1e-5)
+    grad = torch.randn_like(out)
+    grad_x, grad_a, grad_b = by_groups.gradients(grad, x.detach(), made, _ends(), [], adapter, True)
+    assert grad_a is not None and grad_b is not None
+    mine = grad_x, grad_a.reshape(down.shape), grad_b.permute(1, 2, 0).reshape(up.shape)
+    for ours, exact in zip(mine, torch.autograd.grad(wanted, (x, down, up), grad), strict=True):
+        assert (ours - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7, 64, 127])
+def test_no_piece_of_a_stack_is_a_single_matrix_which_peft_takes_for_a_linear(count):
+    stack = LinearShape("experts.down_proj", 8, 4, count=count, stacked=True)
+    for weights in (1, 3 * 32, 10**6):
+        pieces = pieces_of(stack, weights)
+        assert [index for piece in pieces for index in range(count)[piece]] == list(range(count))
+        assert count == 1 or min(piece.stop - piece.start for piece in pieces) >= 2
 
 
 TARGETS = [

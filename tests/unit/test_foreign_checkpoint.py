@@ -121,7 +121,9 @@ def test_an_export_writes_through_no_link_of_its_target(tmp_path, folder, manife
         export.run(from_dict(groups))
     (tmp_path / "given_away").mkdir()
     (tmp_path / "given_away/adapter_config.json").symlink_to(private / "key.json")
-    _export(tmp_path)
+    with pytest.raises(ModelError, match=r"export\.overwrite=true"):
+        _export(tmp_path)
+    _export(tmp_path, overwrite=True)
     assert SECRET in (private / "key.json").read_text()
     assert not (tmp_path / "given_away/adapter_config.json").is_symlink()
 

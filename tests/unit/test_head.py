@@ -31,6 +31,37 @@ def test_equals_cross_entropy_of_all_logits(chunk, softcap, scale, bias):
     torch.testing.assert_close(hidden.grad, twin.grad)
 
 
+@pytest.mark.parametrize("trained", [("weight",), ("bias",), ("low", "up"), ("low", "up", "bias")])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_is_trained_gets_the_gradients_of_all_logits(trained, softcap):
+    torch.manual_seed(0)
+    values = {
+        "weight": torch.randn(50, 16),
+        "bias": torch.randn(50),
+        "low": torch.randn(20, 3),
+        "up": torch.randn(50, 3),
+    }
+    values["hidden"] = torch.randn(20, 16)
+    ours, theirs = (
+        {n: v.clone().requires_grad_(n in (*trained, "hidden")) for n, v in values.items()} for _ in range(2)
+    )
+    linear = nn.Linear(16, 50)
+    linear.weight, linear.bias = (nn.Parameter(ours[n], requires_grad=n in trained) for n in ("weight", "bias"))
+    ours |= {"weight": linear.weight, "bias": linear.bias}
+    head, labels, weights = LossHead.from_linear(linear, AfterHead(0.5, softcap), 7), torch.arange(20), torch.rand(20)
+    low, up = (ours["low"], ours["up"]) if "low" in trained else (None, None)
+    losses = head.trained_losses(ours["hidden"], labels, low, up)
+    (losses * weights).sum().backward()
+    logits = theirs["hidden"] @ theirs["weight"].t() + theirs["bias"]
+    logits = 0.5 * (logits + theirs["low"] @ theirs["up"].t() if "low" in trained else logits)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    wanted = nn.functional.cross_entropy(logits, labels, reduction="none")
+    (wanted * weights).sum().backward()
+    torch.testing.assert_close(losses, wanted)
+    for name in ("hidden", *trained):
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+
+
 def test_no_supervised_token_gives_an_empty_loss_that_can_go_backward():
     head = LossHead.from_linear(nn.Linear(4, 9).requires_grad_(False), AfterHead(), 8)
     hidden = torch.randn(0, 4, requires_grad=True)

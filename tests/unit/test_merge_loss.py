@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fsdp_qlora.run.held_out import held_out_loss
+from fsdp_qlora.run.held_out import measure, stored_model
 from tests import upstream
 from tests.matrix import small_config
 
@@ -34,5 +34,6 @@ def test_rows_go_together_and_a_model_may_stay_on_disk(tmp_path, family):
     rows = [(torch.randint(0, 90, (length,), generator=ids), torch.arange(length) % 3 > 0) for length in LENGTHS]
     wanted = _plain_loss(base, rows)
     for offload in (None, tmp_path / "offloaded"):
-        assert held_out_loss(base, rows, torch.float32, offload) == pytest.approx(wanted, rel=1e-5)
+        with stored_model(base, torch.float32, offload) as logits:
+            assert measure(logits, rows).loss == pytest.approx(wanted, rel=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -259,8 +259,14 @@ def test_transformers_loads_several_files_with_linears_outside_the_layers(tmp_pa
 
 def test_an_export_appears_whole_or_not_at_all(tiny_model, packed, tmp_path, monkeypatch):
     target = tmp_path / "base"
-    with pytest.raises(ModelError, match=r"export\.to: .* not empty"):
+    with pytest.raises(ModelError, match=r"export\.to: .* is read here"):
         _export(tiny_model, tiny_model)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").touch()
+    with pytest.raises(ModelError, match=r"export\.to: .* not empty"):
+        _export(tiny_model, tmp_path / "full")
+    (tmp_path / "full/mine").unlink()  # it is still there
+    (tmp_path / "full").rmdir()
     with pytest.raises(ModelError, match="already quantized"):
         _export(packed(), target)
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.export.vllm import obstacles, rewrite_for_vllm, served_by_vllm
+from tests.families import write_family
 
 LORA: dict[str, Any] = {"peft_type": "LORA", "r": 12, "lora_alpha": 24, "bias": "none"}
 NAMES = ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
@@ -78,3 +79,14 @@ def test_what_no_form_of_an_adapter_can_express_is_left_as_it_is(tmp_path, tiny_
     with pytest.raises(ModelError, match=r"export\.for_vllm: .*DoRA.*what=merged"):
         rewrite_for_vllm(folder)
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_whether_adapters_on_experts_are_served_depends_on_the_model(tmp_path):
+    base = write_family(tmp_path / "base", "qwen3_moe")
+    folder = tmp_path / "adapter"
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    write(folder, base, r=2, target_modules=["q_proj"], target_parameters=parameters)
+    line = served_by_vllm(folder)
+    assert "depends on the model" in line and "is_3d_moe_weight" in line and "what=merged" in line
+    with pytest.raises(ModelError, match=r"export\.for_vllm: .*vllm#52198.*what=merged"):
+        rewrite_for_vllm(folder)
