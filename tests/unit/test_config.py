@@ -30,8 +30,9 @@ def test_every_group_file_names_its_schema_and_only_known_keys():
             assert values.pop("defaults")[0] == "schema"
             assert {f"{group}.{key}" for key in values} <= set(known_keys(RunConfig))
     for number in range(max(map(len, options.values()))):  # one of each group at a time
-        chosen = [f"{group}={names[number % len(names)]}" for group, names in options.items()]
-        compose_config("plan", [*chosen, "model.name=x"])
+        chosen = {group: names[number % len(names)] for group, names in options.items()}
+        chosen["quant"] = {"none": "none", "loftq": "nf4"}.get(chosen["lora"], chosen["quant"])  # what they need
+        compose_config("plan", [*(f"{group}={name}" for group, name in chosen.items()), "model.name=x"])
 
 
 def test_defaults_of_conf_and_of_the_schema_agree():
