@@ -48,7 +48,7 @@ def measured(ranks: Ranks, folder: str, adapter: str | None, evaluate: dict[str,
         return f"{error.exit_code} {error}"
 
 
-def stock(model: Any, tasks: Path, chat_template: bool = False, **settings: Any) -> dict[str, dict[str, float]]:
+def stock(model: Any, folder: Path, chat_template: bool = False, **settings: Any) -> dict[str, dict[str, float]]:
     """Return what lm-evaluation-harness says with its own model class, which holds the whole model."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -57,7 +57,7 @@ def stock(model: Any, tasks: Path, chat_template: bool = False, **settings: Any)
     names = settings.pop("tasks", list(TASKS))
     own = HFLM(pretrained=model, tokenizer=settings.pop("tokenizer"), batch_size=3, device="cpu")
     results = simple_evaluate(
-        own, tasks=names, task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        own, tasks=names, task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0, apply_chat_template=chat_template, **settings,
     )  # fmt: skip
     assert results is not None
