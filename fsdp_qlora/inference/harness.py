@@ -180,7 +180,7 @@ def _evaluate(model: Any, loaded: dict[str, Any], settings: EvaluateSettings) ->
         results = importlib.import_module("lm_eval.evaluator").evaluate(
             lm=model, task_dict=loaded, limit=settings.limit or None, cache_requests=False,
             rewrite_requests_cache=False, bootstrap_iters=_DRAWS, log_samples=False,
-            apply_chat_template=settings.chat_template,
+            apply_chat_template=settings.chat_template, fewshot_as_multiturn=True,  # as from its command line
         )  # fmt: skip
     return {
         task: {_NAMES.get(str(name), str(name)): _plain(v) for name, v in metrics.items() if isinstance(v, Real)}
