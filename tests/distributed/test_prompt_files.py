@@ -216,7 +216,7 @@ def test_each_row_is_answered_by_the_adapter_that_it_names(pool, tmp_path, tiny_
             out = judge.generate(**inputs, max_new_tokens=8, do_sample=False)
         wanted.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     assert len(set(wanted)) > 1
-    for num_ranks in (1, 2):
+    for num_ranks in (1, 4):  # all four: transformers' `generate` asks the whole world whether an answer is unfinished
         to = tmp_path / f"answers{num_ranks}.jsonl"
         pool.run(num_ranks, _answer_by_adapter, str(tiny_model), folders, str(file), str(to), "poet")
         assert [line["answer"] for line in read(to)] == wanted
