@@ -212,8 +212,7 @@ def _settle(
     wrong += mistyped
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=config.run.name + below))
     if files := " or ".join(_not_ours(line)):
-        overridden = {override.key_or_group for override in parsed(line.overrides)}
-        require_typed(config, {*overridden, *line.verbatim}, files)
+        require_typed(config, {*line.verbatim, *(each.key_or_group for each in parsed(line.overrides))}, files)
     unknown = {*unknown, *(key for problem in wrong for key in problem.unknown)}
     said = [problem.message for problem in wrong] + failures(config, unknown) + messages(PLAN_RULES, config, unknown)
     if said:

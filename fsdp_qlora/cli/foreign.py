@@ -90,8 +90,14 @@ def switches_on(config: RunConfig) -> dict[str, str]:
         "model.trust_remote_code": f"Python code that comes with the model {config.model.name}",
         "data.allow_code": f"the function data.row_function={config.data.row_function}",
         "export.llama_cpp": f"the converters in {config.export.llama_cpp}",
+        "evaluate.task_path": f"the tasks in {config.evaluate.task_path}",
     }
     return {key: whose[key] for key, fact in facts(RunConfig) if fact == RUNS_CODE and value_of(config, key)}
+
+
+def _spelt(config: RunConfig, key: str) -> str:
+    value = value_of(config, key)
+    return "true" if value is True else str(value)
 
 
 def require_typed(config: RunConfig, typed: Collection[str], files: str) -> None:
@@ -107,9 +113,7 @@ def require_typed(config: RunConfig, typed: Collection[str], files: str) -> None
     """
     untyped = {key: code for key, code in switches_on(config).items() if key not in typed}
     if untyped:
-        values = {key: value_of(config, key) for key in untyped}
-        words = " ".join(f"{key}={'true' if value is True else value}" for key, value in values.items())
-        keys = " and ".join(untyped)
+        keys, words = " and ".join(untyped), " ".join(f"{key}={_spelt(config, key)}" for key in untyped)
         raise SecurityError(
             f"{keys}: set in {files}, which is not enough to run {' and '.join(untyped.values())}. If you trust that "
             f"code, add to the command line: {words}"

@@ -130,8 +130,6 @@ def _adapters(config: RunConfig) -> Iterator[str]:
     for name in names:
         if not re.fullmatch(r"[^\W_][\w-]*", name):
             yield f"adapter: {name!r} cannot name an adapter; use letters, digits, '_' and '-'."
-    if config.generate.prompts is not None and chosen is None:
-        yield "generate.prompts: one adapter answers a file of prompts; choose it with generate.adapter."
     known = [*names, "__base__"]
     if chosen is not None and chosen not in known:
         yield f"generate.adapter: {chosen!r} is not one of {', '.join(known)}.{nearest(chosen, known)}"

@@ -12,6 +12,7 @@ from functools import partial
 
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.adapter_rules import ADAPTER_RULES
+from fsdp_qlora.config.answer_rules import ANSWER_RULES
 from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.convert import known_keys
@@ -26,7 +27,7 @@ Rule = Callable[[RunConfig], Iterator[str]]
 
 def _range(key: str, allowed: Range, config: RunConfig) -> Iterator[str]:
     value = value_of(config, key)
-    if not isinstance(value, str) and not allowed.holds(value):
+    if isinstance(value, int | float) and not allowed.holds(value):
         yield f"{key}: {allowed.rule}, got {value}."
 
 
@@ -322,16 +323,6 @@ def _added_tokens(config: RunConfig) -> Iterator[str]:
         yield f"model.add_tokens: the rows of added tokens stay on the device; leave them or fsdp.{key} out."
 
 
-def _prompts(config: RunConfig) -> Iterator[str]:
-    if config.prompt is not None and config.prompt_file is not None:
-        yield "prompt_file: give prompt or prompt_file, not both."
-    if config.generate.prompts is not None:
-        if config.prompt is not None or config.prompt_file is not None:
-            yield "generate.prompts: give one prompt or a file of prompts, not both."
-        if config.generate.to is None:
-            yield "generate.to: not set. Give the file for the answers to generate.prompts."
-
-
 RULES: tuple[Rule, ...] = (
     *_FINITE,
     *_RANGES,
@@ -366,7 +357,7 @@ RULES: tuple[Rule, ...] = (
     *ADAPTER_RULES,
     _plan,
     _added_tokens,
-    _prompts,
+    *ANSWER_RULES,
 )
 
 

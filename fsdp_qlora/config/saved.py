@@ -51,11 +51,13 @@ class Saved:
             SecurityError: if it enables code that no argument allows.
         """
         settings = build(cls, read_config(str(path), "config"))
-        allowed = {"model.trust_remote_code": trust_remote_code, "data.allow_code": allow_code}
+        arguments = {"model.trust_remote_code": "trust_remote_code"}
+        allowed = {"trust_remote_code": trust_remote_code, "allow_code": allow_code}
         for key in sorted(keys_with(cls, RUNS_CODE)):
-            if value_of(settings, key) and not allowed.get(key):
+            argument = arguments.get(key, "allow_code")
+            if value_of(settings, key) and not allowed[argument]:
                 raise SecurityError(
                     f"{key}: set in {path}, which is not enough to run somebody's code. If you trust that code, load "
-                    f"the file with {key.rpartition('.')[2]}=True."
+                    f"the file with {argument}=True."
                 )
         return settings

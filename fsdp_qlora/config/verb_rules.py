@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 
 from fsdp_qlora.config.adapter_rules import combination_needs
+from fsdp_qlora.config.answer_rules import has_rows
 from fsdp_qlora.config.gguf_rules import gguf_needs
 from fsdp_qlora.config.problems import messages
 from fsdp_qlora.config.schema import RunConfig
@@ -32,14 +33,26 @@ def _one_adapter(config: RunConfig) -> Iterator[str]:
         yield "adapter: evaluate measures one adapter; give its folder."
 
 
-def _held_out(config: RunConfig) -> Iterator[str]:
-    if config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
-        yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
+def _with_its_base(config: RunConfig) -> Iterator[str]:
+    if config.evaluate.compare and not config.adapter:
+        yield "evaluate.compare: compares an adapter with its base; set adapter=FOLDER, or leave it out."
+
+
+def _measured(config: RunConfig) -> Iterator[str]:
+    if not has_rows(config) and not config.evaluate.tasks and config.evaluate.prompts is None:
+        yield (
+            "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction, or "
+            "evaluate.tasks or evaluate.prompts."
+        )
 
 
 def _prompt(config: RunConfig) -> Iterator[str]:
-    if config.prompt is None and config.prompt_file is None and config.generate.prompts is None:
-        yield 'prompt: not set. Give prompt="..." or prompt_file=FILE, or generate.prompts=FILE.jsonl.'
+    asked = (config.prompt, config.prompt_file, config.generate.prompts)
+    if all(each is None for each in asked) and not config.generate.chat:
+        yield (
+            'prompt: not set. Give prompt="..." or prompt_file=FILE, or generate.prompts=FILE.jsonl, or '
+            "generate.chat=true."
+        )
 
 
 def _base_4bit(config: RunConfig) -> Iterator[str]:
@@ -100,7 +113,7 @@ NEEDS: dict[str, tuple[Callable[[RunConfig], Iterator[str]], ...]] = {
     "train": (_model, _data),
     "plan": (_model,),
     "prepare": (_model,),
-    "evaluate": (_model, _one_adapter, _held_out),
+    "evaluate": (_model, _one_adapter, _with_its_base, _measured),
     "export": (combination_needs, _base_4bit, _converted, _model_of_both, _served, _push, _compared, gguf_needs),
     "generate": (_prompt, _answering_model),
 }

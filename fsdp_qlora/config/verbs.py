@@ -35,7 +35,23 @@ class EvaluateSettings:
     """The `evaluate` verb."""
 
     json: Annotated[str | None, VERBATIM] = None
-    """JSON file to write ``{eval_loss, eval_perplexity, target_tokens}`` to."""
+    """JSON file to write ``{eval_loss, eval_perplexity, target_tokens}`` to, with the same for each source, and with
+    what else was measured."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness to run (``[arc_easy, hellaswag]``); needs the extra ``eval``."""
+    task_path: Annotated[str | None, VERBATIM, RUNS_CODE] = None
+    """Folder with tasks of your own, as YAML files of lm-evaluation-harness. Such a file may name Python functions in
+    the folder, which are then run."""
+    limit: Annotated[int, NOT_NEGATIVE] = 0
+    """Documents of each task to use, from the start; 0 = all of them."""
+    num_fewshot: Annotated[int | None, NOT_NEGATIVE] = None
+    """Examples in a task's prompt; null = what each task says."""
+    chat_template: bool = False
+    """Ask tasks through the model's chat template."""
+    prompts: Annotated[str | None, VERBATIM] = None
+    """JSONL file of prompts to answer, as in ``generate.prompts``, with the settings of ``generate``."""
+    compare: bool = False
+    """Also measure the base without the adapter, and print both side by side."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +64,18 @@ class GenerateSettings:
     """Sampling temperature; 0 = greedy, the same answer every time."""
     top_p: Annotated[float, SHARE] = 1.0
     """Probability mass for nucleus sampling, when the temperature is above 0."""
+    top_k: Annotated[int, NOT_NEGATIVE] = 0
+    """Sample from this many of the likeliest tokens, when the temperature is above 0; 0 = all of them."""
+    seed: Annotated[int | None, NOT_NEGATIVE] = None
+    """Seed for sampling; null = ``run.seed``."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end an answer, in addition to the model's own end of turn; the answer does not hold them."""
     adapter: str | None = None
-    """Which of several adapters (``adapter={name: FOLDER}``) answers, or ``__base__`` for none; null = each of them."""
+    """Which of several adapters (``adapter={name: FOLDER}``) answers, or ``__base__`` for none; null = each of them.
+    With ``prompts``, a row may name another one as its ``adapter``."""
+    chat: bool = False
+    """Talk with the model: reads standard input line by line, keeps the conversation, and prints each answer as it
+    comes. ``/reset`` forgets the conversation, ``/adapter NAME`` switches among several adapters, ``/quit`` ends it."""
     prompts: Annotated[str | None, VERBATIM] = None
     """JSONL file of prompts to answer in batches, instead of one prompt: ``{"prompt": "..."}`` or
     ``{"messages": [...]}``; what else a line holds is kept."""

@@ -13,7 +13,7 @@ from fsdp_qlora.config.schema import GenerateSettings
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import gather_json, on_main
 from fsdp_qlora.inference.end_of_turn import EndOfTurn
-from fsdp_qlora.inference.generate import generation_config
+from fsdp_qlora.inference.generate import ending, generation_config
 from fsdp_qlora.model.root import CausalModel
 
 
@@ -24,6 +24,8 @@ class Row:
     index: int
     ids: list[int]
     """Its tokens."""
+    adapter: str | None = None
+    """The adapter that answers it, of several; None: the one in use."""
 
 
 def deal(rows: Sequence[Row], batch_size: int, num_ranks: int) -> list[list[list[Row]]]:
@@ -54,12 +56,11 @@ def answer_batch(
     for number, row in enumerate(rows):
         ids[number, longest - len(row.ids) :] = torch.tensor(row.ids)
         mask[number, longest - len(row.ids) :] = 1
-    reads_text = {"tokenizer": tokenizer} if end.text else {}
-    config = generation_config(end, settings.max_new_tokens, settings.temperature, settings.top_p)
+    config = generation_config(end, settings)
     config.pad_token_id = padding
     out = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
-        synced_gpus=num_ranks > 1, **reads_text,
+        synced_gpus=num_ranks > 1, stopping_criteria=ending(tokenizer, end),
     )  # fmt: skip
     texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return {row.index: end.without(text) for row, text in zip(rows, texts, strict=True)}
@@ -71,15 +72,19 @@ def answer_all(
 ) -> None:  # fmt: skip
     """Answer all rows; rank 0 calls ``write`` with each round's answers. Every rank calls it with the same rows.
 
-    Sampled answers depend on the seed, the batch size and the rows that are left, but not on chance.
+    Rows of one adapter are answered together, so that any kind of adapter may be among them, and each is computed as it
+    is alone. Sampled answers depend on the seed, the batch size and the rows that are left, but not on chance.
     """
     was_training = model.training
     model.eval()
-    for batches in deal(rows, settings.batch_size, ranks.size):
-        mine = batches[ranks.rank]
-        torch.manual_seed(seed + (mine or batches[0])[0].index)
-        answers = answer_batch(model, tokenizer, end, mine or batches[0][:1], settings, ranks.size)
-        gathered = gather_json(list(answers.items()) if mine else [], ranks)
-        texts = {int(index): str(text) for of_rank in gathered for index, text in of_rank}
-        on_main(partial(write, texts), ranks)  # a full disk ends all ranks
+    for name in dict.fromkeys(row.adapter for row in rows):
+        if name is not None:
+            model.use_adapter(name)
+        for batches in deal([row for row in rows if row.adapter == name], settings.batch_size, ranks.size):
+            mine = batches[ranks.rank]
+            torch.manual_seed(seed + (mine or batches[0])[0].index)
+            answers = answer_batch(model, tokenizer, end, mine or batches[0][:1], settings, ranks.size)
+            gathered = gather_json(list(answers.items()) if mine else [], ranks)
+            texts = {int(index): str(text) for of_rank in gathered for index, text in of_rank}
+            on_main(partial(write, texts), ranks)  # a full disk ends all ranks
     model.train(was_training)

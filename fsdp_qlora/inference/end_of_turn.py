@@ -31,10 +31,23 @@ class EndOfTurn:
     """Token ids, the likeliest first."""
     text: str | None = None
     """What the chat template ends a turn with, if that is not a single token."""
+    stops: tuple[str, ...] = ()
+    """Texts that end an answer because the user asked for it (``generate.stop``)."""
+    keeps_space: bool = False
+    """Whether white space around an answer belongs to it."""
+
+    @property
+    def texts(self) -> list[str]:
+        """Every text that ends an answer."""
+        return [*([self.text] if self.text else []), *self.stops]
+
+    def cut(self, text: str) -> str:
+        """Return a decoded answer up to its end; white space around it stays."""
+        return text[: min((at for end in self.texts if (at := text.find(end)) >= 0), default=len(text))]
 
     def without(self, text: str) -> str:
         """Return a decoded answer without its end."""
-        return (text.partition(self.text)[0] if self.text else text).strip()
+        return self.cut(text) if self.keeps_space else self.cut(text).strip()
 
 
 def end_of_turn(folder: Path, model_config: Any, tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:

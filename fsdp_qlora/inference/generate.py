@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TextStreamer,
+)
 
+from fsdp_qlora.config.schema import GenerateSettings
 from fsdp_qlora.inference.end_of_turn import EndOfTurn
 from fsdp_qlora.inference.rendering import render_all_apart
 from fsdp_qlora.model.root import CausalModel
@@ -39,63 +48,93 @@ def encode_conversations(
     return [list(ids) for ids in encoded["input_ids"]]  # type: ignore[union-attr, arg-type]
 
 
-@torch.no_grad()
 def answer(
-    model: CausalModel,
-    tokenizer: PreTrainedTokenizerBase,
-    end: EndOfTurn,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    model: CausalModel, tokenizer: PreTrainedTokenizerBase, end: EndOfTurn, prompt: str, settings: GenerateSettings,
     stream: bool = False,
-) -> str:
-    """Return the model's answer without its end marker; with ``stream``, also print it as it is generated.
+) -> str:  # fmt: skip
+    """Return the model's answer to a user's prompt; see `answer_ids`."""
+    ids = encode_prompt(tokenizer, prompt)["input_ids"][0].tolist()
+    return answer_ids(model, tokenizer, end, ids, settings, stream)
 
-    Under FSDP every rank must call it with the same arguments, and greedily: sampling would differ between ranks.
+
+@torch.no_grad()
+def answer_ids(
+    model: CausalModel, tokenizer: PreTrainedTokenizerBase, end: EndOfTurn, ids: list[int],
+    settings: GenerateSettings, stream: bool = False, stopped: Callable[[], bool] | None = None,
+) -> str:  # fmt: skip
+    """Return the model's answer to a tokenized prompt, without its end; with ``stream``, also print it as it comes.
+
+    Under FSDP every rank must call it with the same arguments; for sampled answers, with the same torch seed.
+
+    Args:
+        model: the model.
+        tokenizer: decodes the answer.
+        end: what ends it.
+        ids: the prompt's tokens.
+        settings: length and sampling.
+        stream: whether to print the answer token by token.
+        stopped: asked after each token; if it returns True, the answer ends there. Must agree on all ranks.
     """
-    inputs = {k: v.to(model.device) for k, v in encode_prompt(tokenizer, prompt).items()}
-    config = generation_config(end, max_new_tokens, temperature, top_p)
+    inputs = torch.tensor([ids], device=model.device)
     was_training = model.training
     model.eval()
-    streamer = _Streamer(tokenizer, end.text or "") if stream else None
-    reads_text = {"tokenizer": tokenizer} if end.text else {}
-    out = model.generate(**inputs, generation_config=config, streamer=streamer, **reads_text)
+    more: dict[str, Any] = {"streamer": _Streamer(tokenizer, *end.texts)} if stream else {}
+    ends = ending(tokenizer, end)
+    if stopped is not None:
+        ends.append(_Stopped(stopped))
+    out = model.generate(
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=generation_config(end, settings),
+        stopping_criteria=ends, **more,
+    )  # fmt: skip
     model.train(was_training)
     sys.stdout.flush()
-    text = str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return end.without(text)
+    return end.without(str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)))
 
 
-def generation_config(end: EndOfTurn, max_new_tokens: int, temperature: float, top_p: float) -> GenerationConfig:
-    """Return transformers' settings: greedy at temperature 0, and stopping where an answer ends."""
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": top_p}
+def generation_config(end: EndOfTurn, settings: GenerateSettings) -> GenerationConfig:
+    """Return transformers' settings: greedy at temperature 0, with a KV cache, and stopping at end tokens."""
+    sampling: dict[str, Any] = {"do_sample": settings.temperature > 0}
+    if settings.temperature > 0:  # top_k=0 explicitly: transformers' own default is 50
+        sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=end.ids or None, pad_token_id=end.ids[0] if end.ids else None,
-        stop_strings=[end.text] if end.text else None, **sampling,
+        max_new_tokens=settings.max_new_tokens, eos_token_id=end.ids or None, use_cache=True,
+        pad_token_id=end.ids[0] if end.ids else None, **sampling,
     )  # fmt: skip
+
+
+def ending(tokenizer: PreTrainedTokenizerBase, end: EndOfTurn) -> StoppingCriteriaList:
+    """Return what sees that an answer has reached an end text.
+
+    It's not ``stop_strings`` in the settings: with that `generate` sends the tokenizer on to the model's attention.
+    """
+    return StoppingCriteriaList([StopStringCriteria(tokenizer, end.texts)] if end.texts else [])
+
+
+class _Stopped(StoppingCriteria):
+    """Ends an answer when asked to."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self._stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.full((len(input_ids),), self._stopped(), dtype=torch.bool, device=input_ids.device)
 
 
 class _Streamer(TextStreamer):
     """Prints an answer as it is generated, without its end text: a possible start of the end is held back."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *ends: str) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-        self._end, self._held, self._ended = end, "", False
+        self._end, self._held, self._ended = EndOfTurn([], stops=ends), "", False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print the text that does not belong to the end."""
-        if self._ended:
-            text = ""
-        elif self._end:
-            text = self._held + text
-            text, ended, _ = text.partition(self._end)
-            self._ended = bool(ended)
-            kept = 0 if ended or stream_end else _overlap(text, self._end)
-            text, self._held = text[: len(text) - kept], text[len(text) - kept :]
-        super().on_finalized_text(visible(text), stream_end)
+        text = "" if self._ended else self._held + text
+        shown = self._end.cut(text)
+        self._ended = self._ended or len(shown) < len(text)
+        kept = 0 if self._ended or stream_end else max((_overlap(shown, end) for end in self._end.texts), default=0)
+        shown, self._held = shown[: len(shown) - kept], shown[len(shown) - kept :]
+        super().on_finalized_text(visible(shown), stream_end)
 
 
 def _overlap(text: str, end: str) -> int:

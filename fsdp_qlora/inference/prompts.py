@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.errors import ConfigError, DataError
 from fsdp_qlora.files.write import append_to
 from fsdp_qlora.track.lines import read_lines, to_line, write_lines
 
-ANSWER, INDEX, DIGEST = "answer", "index", "digest"
+ANSWER, INDEX, DIGEST, ADAPTER = "answer", "index", "digest", "adapter"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Prompt:
     """The line as it is; its answer is written beside."""
     messages: list[dict[str, Any]]
     """What is asked, as a conversation."""
+    adapter: str | None = None
+    """The adapter that the line names, of several."""
 
     @property
     def digest(self) -> str:
@@ -38,8 +41,16 @@ class Prompt:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_prompts(file: Path) -> list[Prompt]:
+def read_prompts(
+    file: Path, adapters: Collection[str] = (), default: str | None = None, key: str = "generate.prompts"
+) -> list[Prompt]:
     """Read a JSONL file of ``{"prompt": "..."}`` or ``{"messages": [{"role": ..., "content": ...}, ...]}``.
+
+    Args:
+        file: the file, which ``key`` names.
+        adapters: names of the loaded adapters, of which a line may name one as its ``adapter``.
+        default: the adapter that answers the other lines.
+        key: the setting, for messages.
 
     Raises:
         DataError: naming every line that cannot be read; nothing is answered then.
@@ -47,7 +58,7 @@ def read_prompts(file: Path) -> list[Prompt]:
     try:
         text = file.read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"generate.prompts: {file} cannot be read: {error}.") from error
+        raise DataError(f"{key}: {file} cannot be read: {error}.") from error
     prompts: list[Prompt] = []
     wrong: list[str] = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -55,15 +66,32 @@ def read_prompts(file: Path) -> list[Prompt]:
             continue
         try:
             fields = json.loads(line)
-            prompts.append(Prompt(len(prompts), fields, _messages(fields)))
+            messages = _messages(fields)
+            prompts.append(Prompt(len(prompts), fields, messages, _adapter(fields, adapters, default)))
         except (ValueError, RecursionError) as error:
             wrong.append(f"line {number}: {error}")
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise DataError(f"generate.prompts: {file} cannot be read whole: {'; '.join(wrong[:5])}{more}.")
+        raise DataError(f"{key}: {file} cannot be read whole: {'; '.join(wrong[:5])}{more}.")
     if not prompts:
-        raise DataError(f"generate.prompts: {file} holds no prompts.")
+        raise DataError(f"{key}: {file} holds no prompts.")
     return prompts
+
+
+def _adapter(fields: dict[str, Any], adapters: Collection[str], default: str | None) -> str | None:
+    """Return the adapter that answers a line: the one it names, or ``default``."""
+    name = fields.get(ADAPTER, default)
+    if name is None and not adapters:
+        return None
+    if name is None:
+        raise ValueError(f'no "{ADAPTER}" to say which of {", ".join(adapters)} answers, and no generate.adapter')
+    if not adapters:
+        raise ValueError(f'its "{ADAPTER}" chooses among several; load them with adapter={{name: FOLDER, ...}}')
+    if not isinstance(name, str) or name not in adapters:
+        raise ValueError(
+            f"there is no adapter {name!r}; loaded are {', '.join(adapters)}.{nearest(str(name), adapters)}"
+        )
+    return name
 
 
 def _messages(fields: Any) -> list[dict[str, Any]]:

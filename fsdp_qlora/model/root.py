@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -113,10 +114,11 @@ class CausalModel(nn.Module):
 
     def logits(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: Sequence[str] | None = None, last: int = 0,
     ) -> torch.Tensor:  # fmt: skip
         """Return the logits ``[rows, length, vocab]`` (for checks; training never materialises them in full).
 
+        With ``last``, only those of so many last positions, ``[rows, last, vocab]``.
         ``adapter_names`` names an adapter for each row, or ``__base__`` for the base alone; None: the one in use for
         all rows. Backward is not supported: a sharded head is not gathered for it.
 
@@ -127,8 +129,10 @@ class CausalModel(nn.Module):
         if adapter_names is not None:
             require_rows(self._adapted(), adapter_names, len(input_ids))
             more["adapter_names"] = list(adapter_names)
+        if last and "logits_to_keep" in signature(self.base.forward).parameters:
+            more["logits_to_keep"] = last
         with self._without_backward():
-            return self.model(input_ids=input_ids, use_cache=False, **more).logits
+            return self.model(input_ids=input_ids, use_cache=False, **more).logits[:, -last:]
 
     def outputs(self, **inputs: Any) -> Any:
         """Return the transformers model's own outputs, as encoder-decoders and masked language models need."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from fsdp_qlora.adapters.served import BASE
 from fsdp_qlora.config.schema import GenerateSettings, RunConfig
 from fsdp_qlora.distributed.reduce import on_every, on_main
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.inference.batches import Row, answer_all
-from fsdp_qlora.inference.end_of_turn import end_of_turn
+from fsdp_qlora.inference.end_of_turn import EndOfTurn, end_of_turn
 from fsdp_qlora.inference.generate import encode_conversations
-from fsdp_qlora.inference.prompts import Answers, Prompt, read_prompts
+from fsdp_qlora.inference.prompts import ANSWER, Answers, Prompt, read_prompts
 from fsdp_qlora.run.prepared import Prepared
 
 
@@ -27,7 +30,8 @@ def answer_file(config: RunConfig, prepared: Prepared) -> int:
     settings, ranks = config.generate, prepared.ranks
     assert settings.prompts is not None and settings.to is not None
     file, to = Path(settings.prompts).expanduser(), Path(settings.to).expanduser()
-    prompts = on_every(lambda: read_prompts(file), ranks)
+    adapters = [*prepared.adapters, BASE] if prepared.adapters else []
+    prompts = on_every(lambda: read_prompts(file, adapters, settings.adapter), ranks)
     answers: list[Answers] = []
 
     def open_answers() -> list[int]:
@@ -36,8 +40,8 @@ def answer_file(config: RunConfig, prepared: Prepared) -> int:
 
     left = set(on_main(open_answers, ranks))
     rows = on_every(lambda: _rows(prepared, [prompt for prompt in prompts if prompt.index in left]), ranks)
-    on_every(lambda: _require_fit(rows, settings, prepared.shapes.max_positions, file), ranks)
-    end = end_of_turn(prepared.folder, prepared.model.base.config, prepared.tokenizer)
+    on_every(lambda: _require_fit(rows, settings, prepared.shapes.max_positions, f"generate.prompts: {file}"), ranks)
+    end = ending(prepared, settings)
     started = time.perf_counter()
     done = len(prompts) - len(rows)
     if done and ranks.is_main:
@@ -50,9 +54,7 @@ def answer_file(config: RunConfig, prepared: Prepared) -> int:
         seconds = time.perf_counter() - started
         print(f"answered {done}/{len(prompts)}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
-    answer_all(
-        prepared.model, prepared.tokenizer, end, rows, settings, config.run.seed, ranks, write,
-    )  # fmt: skip
+    answer_all(prepared.model, prepared.tokenizer, end, rows, settings, sampling_seed(config), ranks, write)
 
     def finish() -> None:
         answers[0].finish()
@@ -61,18 +63,48 @@ def answer_file(config: RunConfig, prepared: Prepared) -> int:
     return len(prompts)
 
 
-def _require_fit(rows: list[Row], settings: GenerateSettings, positions: int, file: Path) -> None:
+def answer_again(config: RunConfig, prepared: Prepared, file: Path, key: str) -> list[dict[str, Any]]:
+    """Answer every prompt of a file; return its lines with their answers on rank 0, [] on the others.
+
+    Every rank calls it. ``key`` is the setting that names the file.
+
+    Raises:
+        DataError: if the file of prompts cannot be read.
+        ModelError: if the chat template rejects a prompt.
+    """
+    settings, ranks = config.generate, prepared.ranks
+    prompts = on_every(lambda: read_prompts(file, key=key), ranks)
+    rows = on_every(lambda: _rows(prepared, prompts), ranks)
+    on_every(lambda: _require_fit(rows, settings, prepared.shapes.max_positions, f"{key}: {file}"), ranks)
+    texts: dict[int, str] = {}
+    end = ending(prepared, settings)
+    answer_all(prepared.model, prepared.tokenizer, end, rows, settings, sampling_seed(config), ranks, texts.update)
+    return [{**prompt.fields, ANSWER: texts[prompt.index]} for prompt in prompts] if ranks.is_main else []
+
+
+def ending(prepared: Prepared, settings: GenerateSettings) -> EndOfTurn:
+    """Return what ends an answer of a prepared model: its own end of turn, and ``generate.stop``."""
+    own = end_of_turn(prepared.folder, prepared.model.base.config, prepared.tokenizer)
+    return replace(own, stops=tuple(settings.stop))
+
+
+def sampling_seed(config: RunConfig) -> int:
+    """Return the seed for sampled answers."""
+    return config.run.seed if config.generate.seed is None else config.generate.seed
+
+
+def _require_fit(rows: list[Row], settings: GenerateSettings, positions: int, where: str) -> None:
     """Check that no prompt and its answer need more positions than the model has."""
     room = positions - settings.max_new_tokens
     long = [row for row in rows if positions and len(row.ids) > room]
     if long:
         named = ", ".join(f"{row.index + 1} ({len(row.ids)} tokens)" for row in sorted(long, key=lambda r: r.index)[:5])
         raise DataError(
-            f"generate.prompts: {file}: the model has {positions} positions, {settings.max_new_tokens} of them for the "
+            f"{where}: the model has {positions} positions, {settings.max_new_tokens} of them for the "
             f"answer (generate.max_new_tokens); {len(long)} prompts are longer than the rest: {named}."
         )
 
 
 def _rows(prepared: Prepared, prompts: list[Prompt]) -> list[Row]:
     encoded = encode_conversations(prepared.tokenizer, [prompt.messages for prompt in prompts])
-    return [Row(prompt.index, ids) for prompt, ids in zip(prompts, encoded, strict=True)]
+    return [Row(prompt.index, ids, prompt.adapter) for prompt, ids in zip(prompts, encoded, strict=True)]

@@ -30,7 +30,7 @@ from fsdp_qlora.checks.gradients import FirstGradients
 from fsdp_qlora.checks.nonfinite import locate_nonfinite
 from fsdp_qlora.config.auto import Choice, Resume, switch
 from fsdp_qlora.config.convert import to_dict
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import GenerateSettings, RunConfig
 from fsdp_qlora.data.loader import MicroBatch, TokenRows
 from fsdp_qlora.distributed.memory import memory_peak
 from fsdp_qlora.distributed.reduce import on_main
@@ -239,11 +239,11 @@ class Training:
     def answers(self) -> list[str]:
         """Answer the sample prompts by greedy decoding on all ranks."""
         self.prepared.ranks.phases.enter(f"answers after step {self.progress.step}")
-        tokens = self.config.train.sample_tokens
+        settings = GenerateSettings(max_new_tokens=self.config.train.sample_tokens)
         tokenizer = self.prepared.tokenizer
         end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
         with self.prepared.apart_from_steps():
-            return [answer(self.model, tokenizer, end, p, tokens) for p in self.config.train.sample_prompts]
+            return [answer(self.model, tokenizer, end, p, settings) for p in self.config.train.sample_prompts]
 
     def _recovery(self) -> Recovery:
         train = self.config.train

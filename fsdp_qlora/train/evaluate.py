@@ -28,8 +28,13 @@ class Evaluation:
     weights: Mapping[str, int]
     metrics: dict[str, float]
     """What the objective reports besides the loss."""
-    by_source: dict[str, float] = field(default_factory=dict)
-    """Loss per source, if there are several sources."""
+    sources: dict[str, Evaluation] = field(default_factory=dict)
+    """The same for the rows of each source."""
+
+    @property
+    def by_source(self) -> dict[str, float]:
+        """Loss per source, if there are several sources."""
+        return {name: part.loss for name, part in self.sources.items()} if len(self.sources) > 1 else {}
 
     @property
     def target_tokens(self) -> int:
@@ -51,8 +56,7 @@ def together(parts: dict[str, Evaluation], objective: Objective) -> Evaluation:
         for name, weight in divided_by.items()
     }
     loss = sum(means.values())
-    by_source = {name: part.loss for name, part in parts.items()} if len(parts) > 1 else {}
-    return Evaluation(loss, means, divided_by, weights, objective.metrics(loss, means), by_source)
+    return Evaluation(loss, means, divided_by, weights, objective.metrics(loss, means), parts)
 
 
 def evaluate(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import FsdpQloraError
 from fsdp_qlora.inference import prompts as prompt_files
 from fsdp_qlora.run.answers import answer_file
-from tests.build import build
+from fsdp_qlora.run.inference import load_for_inference
+from tests.build import build, config_of, world_of
+from tests.distributed.test_many_adapters import CONFIGS, make_adapters, stock
 from tests.tiny import sentence
 
 SAMPLED = {"temperature": 1.0, "top_p": 0.9}
@@ -174,3 +178,76 @@ def test_settings_that_contradict_each_other():
     said = failures(config)
     assert any(line.startswith("generate.prompts:") for line in said)
     assert any(line.startswith("generate.to:") for line in said)
+
+
+def _answer_by_adapter(
+    ranks: Ranks, folder: str, adapters: dict[str, str], file: str, to: str, chosen: str | None
+) -> Any:
+    """Answer as the command does, with adapters loaded by name."""
+    generate = {"prompts": file, "to": to, "max_new_tokens": 8, "batch_size": 2, "adapter": chosen}
+    config = config_of(
+        folder, precision={"name": "fp32"}, quant={"name": "none", "double_quant": False}, model={"check": "off"},
+        generate=generate, adapter=adapters,
+    )  # fmt: skip
+    try:
+        return answer_file(
+            config, load_for_inference(config, {n: Path(f) for n, f in adapters.items()}, world_of(ranks))
+        )
+    except FsdpQloraError as error:
+        return str(error)
+
+
+@pytest.mark.full
+def test_each_row_is_answered_by_the_adapter_that_it_names(pool, tmp_path, tiny_model):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
+    folders = make_adapters(base, tmp_path / "adapters", CONFIGS)
+    names = ["coder", "__base__", None, "judge", "coder", "poet", None]
+    file, lines = tmp_path / "prompts.jsonl", []
+    for number, name in enumerate(names):
+        lines.append({"prompt": sentence(number, 2 + number)} | ({"adapter": name} if name else {}))
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    judge, wanted = stock(base, folders), []
+    for line, name in zip(lines, names, strict=True):
+        asked = [{"role": "user", "content": line["prompt"]}]
+        inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        judge.set_adapter("poet" if name in (None, "__base__") else name)
+        with judge.disable_adapter() if name == "__base__" else nullcontext():
+            out = judge.generate(**inputs, max_new_tokens=8, do_sample=False)
+        wanted.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    assert len(set(wanted)) > 1
+    for num_ranks in (1, 4):  # all four: transformers' `generate` asks the whole world whether an answer is unfinished
+        to = tmp_path / f"answers{num_ranks}.jsonl"
+        pool.run(num_ranks, _answer_by_adapter, str(tiny_model), folders, str(file), str(to), "poet")
+        assert [line["answer"] for line in read(to)] == wanted
+    said = pool.run(1, _answer_by_adapter, str(tiny_model), folders, str(file), str(tmp_path / "no.jsonl"), None)[0]
+    assert 'line 3: no "adapter" to say which of poet, coder, judge, __base__ answers' in said and "line 7" in said
+    file.write_text('{"prompt": "x", "adapter": "codr"}\n')
+    said = pool.run(1, _answer_by_adapter, str(tiny_model), folders, str(file), str(tmp_path / "no.jsonl"), None)[0]
+    assert "there is no adapter 'codr'" in said and "Did you mean 'coder'?" in said
+
+
+@pytest.mark.full
+def test_a_key_value_cache_is_used_and_answers_stop_at_texts(pool, tmp_path, tiny_model):
+    file = write_prompts(tmp_path, 4)
+    sampled = {"temperature": 2.0, "seed": 5}
+    lengths, free = pool.run(1, _lengths, str(tiny_model), str(file), str(tmp_path / "free"), sampled)[0]
+    assert lengths[0] > 1 and set(lengths[1:]) == {1} and len(lengths) > 4
+    text = next(match[0] for answer in free if (match := re.search("[!-~]{2}", answer[1:])))
+    sampled["stop"] = [text, "not there"]
+    _, cut = pool.run(1, _lengths, str(tiny_model), str(file), str(tmp_path / "cut"), sampled)[0]
+    assert cut == [answer.partition(text)[0].strip() for answer in free] and cut != free
+
+
+def _lengths(ranks: Ranks, folder: str, file: str, to: str, more: dict[str, Any]) -> Any:
+    """Answer; return how many tokens each forward of the first layer saw, and the answers."""
+    config = config_of(
+        folder, precision={"name": "fp32"}, quant={"name": "none", "double_quant": False}, model={"check": "off"},
+        generate={"prompts": file, "to": to, "max_new_tokens": 12, "batch_size": 4, **more},
+    )  # fmt: skip
+    prepared = load_for_inference(config, None, world_of(ranks))
+    lengths: list[int] = []
+    layer = prepared.model.base.model.layers[0]
+    layer.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    answer_file(config, prepared)
+    return lengths, [line["answer"] for line in read(Path(to))]

@@ -155,3 +155,22 @@ def test_the_steps_benchmark_runs_at_a_small_size(cli_env, real_model, tmp_path)
     rows = {r["way"]: r for r in json.loads((tmp_path / "step_large.json").read_text())["rows"]}
     assert len(rows) == 3 and all(r["tokens_per_second"] > 0 for r in rows.values())
     assert "| ours |" in (tmp_path / "step.md").read_text()
+
+
+@pytest.mark.full
+def test_evaluate(tiny_model: Path, cli_env: dict[str, str], tmp_path: Path):
+    pytest.importorskip("lm_eval")
+    readme = (EXAMPLES / "evaluate" / "README.md").read_text()
+    asked = re.search(r"evaluate.task_path=\S+ 'evaluate.tasks=\[(\S+)\]'", readme)
+    assert asked is not None
+    result = tmp_path / "out.json"
+    command = [
+        sys.executable, "-m", "fsdp_qlora", "evaluate", f"model.name={tiny_model}", "launcher.device=cpu",
+        "evaluate.chat_template=true", "evaluate.task_path=examples/evaluate/tasks", f"evaluate.tasks=[{asked[1]}]",
+        "evaluate.prompts=examples/evaluate/prompts.jsonl", "generate.max_new_tokens=8", f"evaluate.json={result}",
+    ]  # fmt: skip
+    output = run(command, cli_env, ROOT)
+    values = json.loads(result.read_text())
+    assert 0 <= values["tasks"]["larkbox_choice"]["acc,none"] <= 1
+    assert values["tasks"]["larkbox_answer"]["chrf,none"] >= 0
+    assert len(values["answers"]) == 3 and "larkbox_choice" in output and "What is the capital of France?" in output

@@ -24,7 +24,7 @@ from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.checkpoint.contents import checkpoint_tensors
 from fsdp_qlora.checks.gradients import FirstGradients
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import GenerateSettings, RunConfig
 from fsdp_qlora.data.labels import ROWS, TOKENS
 from fsdp_qlora.data.loader import Batch, MicroBatch, Piece
 from fsdp_qlora.data.pack import flat_batch, pack
@@ -135,7 +135,7 @@ def live(
             evaluate(model, batches[0].micro_batches, objective, batches[0].weights, ranks)
     _plant(model, variant, "generate")
     with recorder.in_phase("generate"):
-        answer(model, _tokenizer(), EndOfTurn([1]), "w5 w6 w7", NEW_TOKENS)
+        answer(model, _tokenizer(), EndOfTurn([1]), "w5 w6 w7", GenerateSettings(max_new_tokens=NEW_TOKENS))
 
     with recorder.in_phase("save"):
         checkpoint_tensors(optimizer.parameters.items(), optimizer)

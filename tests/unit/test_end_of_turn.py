@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fsdp_qlora.config.schema import GenerateSettings
 from fsdp_qlora.inference.end_of_turn import EndOfTurn, end_of_turn
 from fsdp_qlora.inference.generate import _Streamer, answer, encode_prompt
 from tests import tiny
@@ -91,6 +92,14 @@ def test_a_streamed_answer_is_shown_without_its_end(tokenizer, capsys, pieces):
     assert capsys.readouterr().out == "the fox \n"
 
 
+def test_the_end_that_comes_first_is_the_one(tokenizer, capsys):
+    streamer = _Streamer(tokenizer, "<|end|>", "Human:")
+    for piece in ("the fox <|Hu", "man: and <|end|>", " more"):
+        streamer.on_finalized_text(piece)
+    streamer.on_finalized_text("", stream_end=True)
+    assert capsys.readouterr().out == "the fox <|\n"
+
+
 def test_what_only_begins_like_an_end_is_shown(tokenizer, capsys):
     streamer = _Streamer(tokenizer, "<|end|>")
     for piece in ("a <|", "e", " b <|en"):
@@ -105,13 +114,13 @@ def test_generate_stops_there(tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(str(tiny_model))
     inputs = encode_prompt(tokenizer, "the quick")
     torch.manual_seed(0)
-    free = model.generate(**inputs, max_new_tokens=24, eos_token_id=None, do_sample=True, temperature=9.0)
+    free = model.generate(**inputs, max_new_tokens=24, eos_token_id=None, do_sample=True, temperature=9.0, top_k=0)
     free = free[0, inputs["input_ids"].shape[1] :].tolist()
     tokenizer.eos_token, unused = None, next(i for i in range(384) if i not in free)
 
     def said(end: EndOfTurn) -> str:
         torch.manual_seed(0)
-        return answer(model, tokenizer, end, "the quick", 24, temperature=9.0)
+        return answer(model, tokenizer, end, "the quick", GenerateSettings(max_new_tokens=24, temperature=9.0))
 
     whole = said(EndOfTurn([unused]))
     assert len(whole) > 8
@@ -123,3 +132,4 @@ def test_generate_stops_there(tiny_model, tmp_path):
     assert said(end).startswith(stopped) and len(said(end)) < len(whole)
     text = whole[4:7]
     assert said(EndOfTurn([unused], text)) == whole.partition(text)[0].strip()
+    assert said(EndOfTurn([unused], whole[6:8], (text, "not there"))) == whole.partition(text)[0].strip()

@@ -84,6 +84,7 @@ _MODEL, _DATA = "model.trust_remote_code", "data.allow_code"
 _ON = {
     "an experiment": ("experiment/x.yaml", "# @package _global_\nmodel: {trust_remote_code: true}\n", "experiment=x", _MODEL),
     "data": ("experiment/x.yaml", "# @package _global_\ndata: {allow_code: true, row_function: 'os:mkdir'}\n", "experiment=x", _DATA),
+    "tasks": ("experiment/x.yaml", "# @package _global_\nevaluate: {tasks: [t], task_path: t}\n", "experiment=x", "evaluate.task_path"),
     "a word": ("experiment/x.yaml", "# @package _global_\nmodel: {trust_remote_code: 'yes'}\n", "experiment=x", _MODEL),
     "a reference": ("experiment/x.yaml", "# @package _global_\nmodel: {trust_remote_code: '${quant.double_quant}'}\n", "experiment=x", _MODEL),
     "a group": ("model/x.yaml", "name: m\ntrust_remote_code: true\n", "model=x", _MODEL),
@@ -101,9 +102,10 @@ def test_a_foreign_folder_lets_no_code_run(tmp_path, monkeypatch, kind):
         (tmp_path / "theirs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "theirs" / name).write_text(content)
     words = ["--config-dir=theirs", word, "model.name=m", "data.train=d"]
-    with pytest.raises(SecurityError, match=rf"{key}: set in --config-dir=theirs.* command line: {key}=true$"):
+    value = "t" if key == "evaluate.task_path" else "true"
+    with pytest.raises(SecurityError, match=rf"{key}: set in --config-dir=theirs.* command line: {key}={value}$"):
         compose_config("plan", words)
-    compose_config("plan", [*words, f"++{key}=True"])
+    compose_config("plan", [*words, f"++{key}={value}"])
 
 
 def test_a_sweep_over_a_foreign_folder_lets_no_code_run(tmp_path, monkeypatch):
