@@ -7,6 +7,7 @@ the keys we honour and those known to change nothing are listed here, and any ot
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from fsdp_qlora.adapters.method import (
     tensor_names,
 )
 from fsdp_qlora.adapters.names import ADAPTER, LORA_A, adapter_parameters, trainable_parameters
+from fsdp_qlora.adapters.spellings import SpeltFile, in_model
 from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.config.choices import METHODS, PEFT_METHODS
 from fsdp_qlora.config.schema import LoraSettings
@@ -38,7 +40,9 @@ from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
+from fsdp_qlora.track.console import megabytes
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 CONFIG_NAME = "adapter_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
@@ -243,6 +247,12 @@ def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[st
         SecurityError: if the file is a link out of the folder.
     """
     file = own_file(folder, WEIGHTS_NAME)
+    if not file.is_file() and (pickled := own_file(folder, "adapter_model.bin")).is_file():
+        raise ModelError(
+            f"adapter: {folder} has no {WEIGHTS_NAME}, only {pickled.name}: a pickle, which can run anybody's code "
+            "when it is read, so it is not read here. Where you trust it, load it with PEFT and save it again "
+            "(save_pretrained)."
+        )
     if not file.is_file():
         raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")
     with opened_weights(file) as stored:
@@ -259,15 +269,15 @@ def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[st
 
 
 @contextmanager
-def opened_weights(file: Path) -> Iterator[Any]:
-    """Open an adapter's safetensors file.
+def opened_weights(file: Path) -> Iterator[SpeltFile]:
+    """Open an adapter's safetensors file; its tensors have PEFT's names, whatever tool spelt them.
 
     Raises:
-        ModelError: if it is damaged.
+        ModelError: if it is damaged, or of a layout that PEFT does not read.
     """
     try:
         with safe_open(file, framework="pt") as stored:
-            yield stored
+            yield SpeltFile(stored, file)
     except SafetensorError as error:
         raise ModelError(f"adapter: {file} is damaged: {error}.") from error
 
@@ -288,19 +298,25 @@ def load_adapter(
     parameters = dict(trainable_parameters(model) if name is None else adapter_parameters(model, name))
     modules = stored_modules(folder)
     with opened_weights(file) as stored:
-        names = set(stored.keys())
         lora = lora or LoraSettings()
         fixed = build_method(lora.method).fixed(model, lora, name or ADAPTER)
-        if odd := sorted(names ^ parameters.keys() ^ fixed.keys()):
+        known = {**parameters, **fixed}
+        stored_as = {key if key in known else in_model(key, known): key for key in stored.keys()}  # noqa: SIM118
+        if odd := sorted(stored_as.keys() ^ parameters.keys() ^ fixed.keys()):
             ours = sorted(set(adapted_modules(parameters, file)) - set(modules))
             hint = f" It has no adapter for {ours[0]}: set lora.target_modules to the adapter's." if ours else ""
             if odd[0].endswith(TOKEN_ROWS):
                 hint = " One of them has rows of added tokens: set model.add_tokens to the adapter's."
             raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors (first: {odd[0]}).{hint}")
-        for key, target in {**parameters, **fixed}.items():
-            value = stored.get_tensor(key)
-            if value.shape != target.shape:
-                raise ModelError(f"adapter: {key} is {list(value.shape)} in {file}, not {list(target.shape)}.")
+        shapes = {key: stored.get_slice(stored_as[key]).get_shape() for key in known}
+        if other := [key for key, target in known.items() if shapes[key] != list(target.shape)]:
+            shown = "; ".join(f"{key} is {shapes[key]}, not {list(known[key].shape)}" for key in other[:3])
+            raise ModelError(
+                f"adapter: {file} is not of this base, or of another rank: {len(other)} of its {len(known)} tensors "
+                f"have other shapes ({shown}{' ...' if len(other) > 3 else ''})."
+            )
+        for key, target in known.items():
+            value = stored.get_tensor(stored_as[key])
             require_finite(value, f"adapter: {key} in {file}")
             fill_slice(target, value, shard_rank, shard_size)
 
@@ -341,6 +357,9 @@ def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks
     if differ:
         raise ModelError("\n".join(differ))
     load_adapter(folder, model, ranks.shard_rank, ranks.shard_size, lora)
+    if ranks.is_main:
+        size = own_file(folder, WEIGHTS_NAME).stat().st_size
+        _log.info(f"started from {folder}: {saved.method} on {len(modules)} linears, {megabytes(size)}")
 
 
 def _differ_by_target(saved: LoraSettings, lora: LoraSettings, modules: Iterable[str], folder: Path) -> Iterator[str]:

@@ -87,10 +87,12 @@ def export_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     model_card: str | None = None,
     beside: Sequence[Path] = (),
+    header: Mapping[str, str] | None = None,
 ) -> int:
     """Write a PEFT adapter folder and verify it; return the size of its weights in bytes. Call it on one rank.
 
-    The files ``beside`` are copied into it.
+    The files ``beside`` are copied into it. ``header`` are more texts for the header of the tensors' file, which plain
+    PEFT reads past.
 
     Raises:
         NumericsError: if a value is not finite, or the file does not hold the tensors that were written.
@@ -106,7 +108,7 @@ def export_adapter(
             setattr(config, key, sorted(names))  # a set's order differs between processes
     with fresh_folder(folder) as staging:  # PEFT and transformers would follow links in `folder`
         try:
-            _write_into(staging, tensors, config, tokenizer, model_card)
+            _write_into(staging, tensors, config, tokenizer, model_card, header or {})
             for file in beside:
                 copy_regular(file, staging / file.name)
         except SafetensorError as error:  # how it reports a full disk
@@ -122,10 +124,13 @@ def _write_into(
     config: PeftConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     model_card: str | None,
+    header: Mapping[str, str],
 ) -> None:
     config.save_pretrained(str(folder))
     file = folder / WEIGHTS_NAME
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt", **header}
+    )
     open_as_a_new_file(file)
     with safe_open(file, framework="pt") as written:
         if set(written.keys()) != tensors.keys():

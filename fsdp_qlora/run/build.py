@@ -15,6 +15,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters import build_method
+from fsdp_qlora.adapters.based import require_same_base
 from fsdp_qlora.adapters.folder import start_from_adapter
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, initialize_adapters
@@ -24,6 +25,7 @@ from fsdp_qlora.adapters.turns import TakingTurns
 from fsdp_qlora.config.auto import as_word, asked, switch
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import on_every
 from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.heads.added import add_token_rows, start_token_rows
@@ -31,6 +33,7 @@ from fsdp_qlora.heads.quantized import quantize_edges
 from fsdp_qlora.heads.upstream import AfterHead, after_head
 from fsdp_qlora.load.buffers import persistent_buffers
 from fsdp_qlora.load.conversions import arrangement
+from fsdp_qlora.load.fingerprint import Base
 from fsdp_qlora.load.inventory import take_stock
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import LoadReport, Progress, stream_weights
@@ -87,6 +90,11 @@ class OpenedModel:
     plan: TrainPlan
     first_added: int | None = None
     """Id of the first added token; None: after all rows of the base."""
+
+    @property
+    def origin(self) -> Base:
+        """The files that the base comes from, and its formats."""
+        return Base(self.source, self.shapes, self.plan.quantized)
 
     @property
     def repairs(self) -> tuple[str, ...]:
@@ -168,11 +176,21 @@ def load_model(
     else:
         initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora)
     start_token_rows(model.base, opened.shapes, opened.source, ranks)
+    for adapter in served:
+        _require_same_base(adapter.folder, opened, ranks)
     if config.lora.init_from is not None:
-        start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
+        folder = Path(config.lora.init_from).expanduser()
+        _require_same_base(folder, opened, ranks)
+        start_from_adapter(folder, config.lora, model, ranks)
     if opened.plan.settings.keeps_dense:
         keep_dense(opened.base, model_dtype(config.precision.name))
     return model, report
+
+
+def _require_same_base(adapter: Path, opened: OpenedModel, ranks: Ranks) -> None:
+    said = on_every(lambda: require_same_base(adapter, opened.origin), ranks)
+    if said and ranks.is_main:
+        _log.warning(said)
 
 
 def build_sharded(

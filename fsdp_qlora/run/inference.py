@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from fsdp_qlora.adapters.based import require_same_base
 from fsdp_qlora.adapters.folder import (
     CHAT_TEMPLATE_NAME,
     blamed_on_adapter,
@@ -17,6 +18,7 @@ from fsdp_qlora.adapters.folder import (
 from fsdp_qlora.adapters.served import ServedAdapter
 from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.distributed.reduce import on_every
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file
 from fsdp_qlora.model.tokenizer import added_tokens
@@ -54,6 +56,9 @@ def load_for_inference(
     except FsdpQloraError as error:
         raise (error if adapter is None else blamed_on_adapter(error, adapter)) from error
     if adapter is not None:
+        said = on_every(lambda: require_same_base(adapter, prepared.origin), prepared.ranks)
+        if said and prepared.ranks.is_main:
+            _log.warning(said)
         _require_same_ids(adapter, prepared)
         load_adapter(adapter, prepared.model, prepared.ranks.shard_rank, prepared.ranks.shard_size, config.lora)
     prepared.model.eval()

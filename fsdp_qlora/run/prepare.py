@@ -94,7 +94,7 @@ def _prepare(
         config=asked, settings=opened.config, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks,
         folder=folder, shapes=opened.shapes, load=report, data=data, placement=world.placement, threads=world.threads,
         adapters={adapter.name: adapter_size(model, adapter.name) for adapter in served},
-        process_bytes=process_bytes, choices=choices, repairs=repairs, _stack=world.stack,
+        origin=opened.origin, process_bytes=process_bytes, choices=choices, repairs=repairs, _stack=world.stack,
     )  # fmt: skip
 
 

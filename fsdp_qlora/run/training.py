@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from fsdp_qlora.export.adapter import as_started, export_adapter, gather_adapter
 from fsdp_qlora.export.card import model_card
 from fsdp_qlora.inference.end_of_turn import end_of_turn
 from fsdp_qlora.inference.generate import answer
+from fsdp_qlora.load.fingerprint import KEY
 from fsdp_qlora.load.safetensors import file_digests
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
@@ -179,7 +182,11 @@ class Training:
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
         beside = [] if lora.start is None else [self.folder.path / FILE_NAME]
-        return export_adapter(folder, tensors, peft_config, base, self._saved_tokenizer(), card, beside)
+        return export_adapter(folder, tensors, peft_config, base, self._saved_tokenizer(), card, beside, self._header)
+
+    @cached_property
+    def _header(self) -> dict[str, str]:
+        return {KEY: json.dumps(self.prepared.origin.fingerprint(), sort_keys=True)}
 
     def _saved_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer to save; an added end of turn is its ``eos_token``, at which plain PEFT then stops."""
