@@ -50,7 +50,7 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
     settings = StepSettings(
         objective=build_objective("sft"), ranks=prepared.ranks, seed=0, max_grad_norm=1.0,
         synchronize=synchronize_gradients, around=contextlib.nullcontext,
-        reduce=ReplicatedGradients(optimizer.parameters.items(), prepared.ranks), checks=_compiled(prepared),
+        reduce=ReplicatedGradients(optimizer.parameters.items(), prepared.ranks), fallback=_compiled(prepared),
     )  # fmt: skip
     prepared.model.train()
     batch_at = _batches(spec, rows, prepared)
@@ -146,9 +146,9 @@ def _batches(spec: Spec, rows: Rows, prepared: Any) -> Callable[[int], Any]:
     return batch_at
 
 
-def _compiled(prepared: Any) -> list[Any]:
+def _compiled(prepared: Any) -> Any:
     """Return what ends a benchmark whose layers cannot be compiled: it would measure something else."""
     from fsdp_qlora.parallel.fallback import EagerFallback
 
     layers = prepared.model.compiled_layers
-    return [] if layers is None else [EagerFallback(layers, prepared.ranks, True, lambda *_: None)]
+    return None if layers is None else EagerFallback(layers, prepared.ranks, True, lambda *_: None)

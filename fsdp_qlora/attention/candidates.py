@@ -21,6 +21,8 @@ from fsdp_qlora.attention.varlen import VARLEN
 from fsdp_qlora.errors import ModelError
 
 EAGER, _FLASH = "eager", "flash_attention_2"
+_FLASH_CAPABILITY = (8, 0)
+"""What FlashAttention 2 needs of NVIDIA's cards: Ampere."""
 _CAPS, _DROPOUTS = ("attn_logit_softcapping", "attention_logit_cap"), ("attention_dropout", "attn_pdrop")
 """Config keys for soft caps on scores, and for attention dropout."""
 
@@ -84,7 +86,23 @@ def why_not(attention: str, device: torch.device, dtype: torch.dtype, text_confi
     on_cpu = attention == VARLEN and device.type == "cpu"
     if dtype not in (torch.bfloat16, torch.float16) and not on_cpu:
         return f"{attention} supports 16-bit dtypes only; choose sdpa or eager, or precision=bf16"
-    return _lacking_in_varlen(text_config, on_cpu) if attention == VARLEN else None
+    if attention == _FLASH and not is_flash_attn_2_available() and not is_kernels_available():
+        return f"{attention} needs a GPU and the package flash-attn; one of them is missing, choose varlen or sdpa"
+    return (_lacking_for_varlen(device) or _lacking_in_varlen(text_config, on_cpu)) if attention == VARLEN else None
+
+
+def _lacking_for_varlen(device: torch.device) -> str | None:
+    """Return why torch's kernel (FlashAttention 2) does not run on this device; a planned one may be absent."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"varlen runs on CPUs and on NVIDIA's and AMD's GPUs, and this run is on {device.type}; choose sdpa"
+    if not torch.cuda.is_available() or torch.version.hip:
+        return None
+    level = torch.cuda.get_device_capability(device)
+    if level >= _FLASH_CAPABILITY:
+        return None
+    return f"varlen needs compute capability 8.0, and this GPU has {level[0]}.{level[1]}; choose sdpa"
 
 
 def _lacking_in_varlen(text_config: Any, on_cpu: bool) -> str | None:

@@ -25,6 +25,7 @@ from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
 from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE
 from fsdp_qlora.plan.activations import LayerActivations, layer_activations
 from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes, MemoryPlan, Unit
+from fsdp_qlora.plan.offloaded import most_inside
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.quant.matrix import SLICE_WEIGHTS, WHOLE_WEIGHTS
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS
@@ -146,18 +147,10 @@ class MemoryModel:
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
+        adapted = frozenset(trained)
+        more = (settings.lora.dropout > 0, settings.attention, settings.restarting, settings.on_accelerator)
         self.activations: tuple[LayerActivations, ...] = tuple(
-            layer_activations(
-                shapes,
-                layer,
-                frozenset(trained),
-                settings.itemsize,
-                settings.lora.dropout > 0,
-                settings.attention,
-                settings.restarting,
-                settings.on_accelerator,
-            )
-            for layer in shapes.layers
+            layer_activations(shapes, layer, adapted, settings.itemsize, *more) for layer in shapes.layers
         )
 
     def plan(self, settings: StorageSettings) -> MemoryPlan:
@@ -174,18 +167,24 @@ class MemoryModel:
         head, again = self._gathered_head(settings)
         at_layer = self._gathered(self.layers, settings)
         at_layer += (self.dense_again if settings.keeps_dense else self.dense) * settings.itemsize
-        at_layer += self._held_edges(settings)
+        apart = settings.on_accelerator and settings.shard_size == 1 and not settings.offload_parameters
+        later = any(not name.startswith(f"{self.shapes.embedding}.") for name in self.offloaded)
+        ahead = settings.prefetch if apart and later else 0  # `copy_modules_ahead` (`parallel/copy_ahead.py`)
+        inside_ahead = ahead * most_inside(self.offloaded_inside, self.shapes) * settings.itemsize
+        at_layer += self._held_edges(settings) + inside_ahead
         gradients = self._gradients(settings)
         dense = self.all_dense * settings.itemsize if settings.keeps_dense else 0
         on_device = 0 if settings.offload_parameters else sum(fixed) + dense
         arriving, inside = self._arriving(settings)
         held = on_device + gradients + kept
+        # a head copied ahead has arrived before the last layer's activations are there, and is beside that layer
+        arrives, before = (again + at_layer, again + arriving + at_layer) if ahead else (again + arriving, 0)
         # the layer in backward is one of those whose offloaded activations are on the device
         moves = settings.offload_activations and settings.checkpointing == "none"
         left = min(kept, self._saved(self.activations[-1], settings)) if moves else 0
         moments = {
             "first_layer": on_device + gradients + self._gathered_first(settings) + arriving,
-            "head": held + self._held_layers(settings) + last + edge + max(logits + head, again + arriving),
+            "head": held + self._held_layers(settings) + max(last + edge + max(logits + head, arrives), before),
             "layer_backward": held - left + layer + at_layer + inside,
             # gradients and the optimizer's temporaries: three times the adapters' bytes (fixed[3])
             "update": 0 if settings.offload_parameters else on_device + 3 * fixed[3],

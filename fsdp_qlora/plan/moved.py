@@ -25,12 +25,26 @@ def copied_alone(memory: MemoryModel, settings: StorageSettings) -> int:
     """Return the bytes that a rank copies from host memory for one micro-batch while it cannot compute.
 
     With several ranks, FSDP copies all units ahead; alone, a rank copies its layers ahead, but neither the embedding
-    and the head nor the layer that begins a pass (`parallel/copy_ahead.py`).
+    and the head nor the layer that begins a pass (`parallel/copy_ahead.py`). Of `fsdp.offload_modules`, it copies the
+    head ahead, too.
     """
-    if not settings.offload_parameters or settings.shard_size > 1:
+    if settings.shard_size > 1:
         return 0
+    if not settings.offload_parameters:
+        shapes, sizes = memory.shapes, memory.host_shards
+        waited = (shapes.embedding, *shapes.layers[:1], *shapes.layers[-1:])
+        return sum(size for owner in waited for name, size in sizes.items() if name.startswith(f"{owner}."))
     begin = (*memory.layers[:1], *(memory.layers[-1:] if settings.reshard_after_forward else ()))
     return _edges(memory) + sum(unit.gathered for unit in begin)
+
+
+def copied_modules(memory: MemoryModel) -> int:
+    """Return the bytes of `fsdp.offload_modules` that a rank copies from host memory for one micro-batch.
+
+    Backward needs neither the embedding nor the head.
+    """
+    edges = (f"{memory.shapes.embedding}.", f"{memory.shapes.head}.")
+    return sum(size if name.startswith(edges) else 2 * size for name, size in memory.host_shards.items())
 
 
 def _edges(memory: MemoryModel) -> int:

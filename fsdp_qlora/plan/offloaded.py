@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
+from math import prod
 
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.shapes.linears import ModelShapes
@@ -45,6 +46,12 @@ def offloaded_parameters(
             f"fsdp.offload_modules: {bound[0]} is shared by several modules of this model and stays on the device."
         )
     return frozenset(offloaded)
+
+
+def most_inside(offloaded: Collection[str], shapes: ModelShapes) -> int:
+    """Return the number of elements in host memory of the decoder layer that has most of them there."""
+    each = (sum(prod(shapes.parameters[name]) for name in offloaded if name.startswith(f"{x}.")) for x in shapes.layers)
+    return max(each, default=0)
 
 
 def _matched(pattern: str, shapes: ModelShapes) -> set[str]:

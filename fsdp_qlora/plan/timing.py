@@ -16,7 +16,8 @@ A micro-batch takes
 
 because the next unit arrives while one computes; the last term is the one gather that nothing overlaps. A rank that
 shards with no other copies its layers from host memory ahead (`parallel/copy_ahead.py`), but neither the embedding and
-the head nor the first layer of a pass, forward or backward; these copies are added. Without prefetching
+the head nor the first layer of a pass, forward or backward; these copies are added. (Of ``fsdp.offload_modules``, the
+head is copied ahead.) Without prefetching
 (``fsdp.prefetch=0``) nothing overlaps, and it takes the sum of computing and moving. A step takes that for each
 micro-batch of a rank, plus one reduction of the adapters' gradients. Of N ranks, each sends (N - 1) / N of their
 bytes, and twice that if all ranks keep all gradients (``fsdp.adapters=replicated``), because the sums are sent back.
@@ -30,7 +31,7 @@ from typing import Any
 
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect
 from fsdp_qlora.plan.memory import FLOAT32, StorageSettings
-from fsdp_qlora.plan.moved import copied_alone, gathered_bytes, received_bytes
+from fsdp_qlora.plan.moved import copied_alone, copied_modules, gathered_bytes, received_bytes
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_linears
 
@@ -179,4 +180,6 @@ def _copied_bytes(plan: TrainPlan, settings: StorageSettings) -> int:
         copied += 2 * plan.memory.plan(settings).host.offloaded_activations
     if settings.offload_parameters:  # each rank copies in its own shard for each gather
         copied += received_bytes(plan.memory, settings) // settings.shard_size
+    else:
+        copied += copied_modules(plan.memory)
     return copied

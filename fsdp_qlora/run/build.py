@@ -46,7 +46,7 @@ from fsdp_qlora.model.root import CausalModel, install_loss_head
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.parallel.compile import compile_layers, want_input_gradient
 from fsdp_qlora.parallel.compile_cache import settle_compile_caches
-from fsdp_qlora.parallel.copy_ahead import copy_ahead
+from fsdp_qlora.parallel.copy_ahead import copy_ahead, copy_modules_ahead
 from fsdp_qlora.parallel.offload import offload_activations
 from fsdp_qlora.parallel.recompute import checkpoint_activations
 from fsdp_qlora.parallel.shard import (
@@ -264,6 +264,8 @@ def _settle_gathers(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, r
     set_prefetch(layers, fsdp.prefetch)
     if fsdp.offloads_parameters and ranks.shard_size == 1:
         copy_ahead(layers, fsdp.prefetch, ranks.device)
+    elif ranks.shard_size == 1:
+        copy_modules_ahead(layers, host_modules(base, plan.offloaded), edges[0], fsdp.prefetch, ranks.device)
     skip_gather_in_backward(*edges)
 
 

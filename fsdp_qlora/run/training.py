@@ -253,10 +253,10 @@ class Training:
         finally:
             release_gathered(self.model)
 
-    def _fallback(self) -> list[EagerFallback]:
-        """Return the hook that turns compilation off if it fails, or nothing if no layers are compiled."""
+    def _fallback(self) -> EagerFallback | None:
+        """Return what turns compilation off if it fails; None if no layers are compiled."""
         if (layers := self.model.compiled_layers) is None:
-            return []
+            return None
 
         def say(step: int, reason: str) -> None:
             why = f"compilation failed at step {step}: {reason}"
@@ -264,7 +264,8 @@ class Training:
             if self.ranks.is_main:
                 _log.warning("step %d: compilation failed, continuing without it: %s", step, reason)
 
-        return [EagerFallback(layers, self.ranks, switch(self.config.train.compile) is True, say)]
+        asked = switch(self.config.train.compile) is True
+        return EagerFallback(layers, self.ranks, asked, say, self.progress.step + 1)
 
     def _restore(self) -> None:
         """Restore the newest checkpoint."""
@@ -292,7 +293,7 @@ class Training:
             enter=self.prepared.ranks.phases.enter,
             before_update=before_update,
             reduce=self.reduce_replicated,
-            checks=(*self._fallback(), FirstGradients(self.model, self.ranks)),
+            checks=(FirstGradients(self.model, self.ranks),), fallback=self._fallback(),
         )  # fmt: skip
         hooks = LoopHooks(
             batch_at=self.batches.batch_at,

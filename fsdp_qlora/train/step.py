@@ -33,6 +33,19 @@ class Optimizer(Protocol):
         ...
 
 
+class Fallback(Protocol):
+    """What a step tells that something did not work on a rank and must now be done another way on all of them."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank has something to tell."""
+        ...
+
+    def agree(self, step: int) -> None:
+        """Settle what all ranks do from now on. A collective, called if any rank ``failed``, before the update."""
+        ...
+
+
 def _nowhere(phase: str) -> None:
     """Ignore the phase: nothing watches it."""
 
@@ -61,6 +74,9 @@ class StepSettings:
     """Called after the last backward, to reduce gradients that FSDP does not."""
     checks: Sequence[Callable[[int], None]] = ()
     """Called with the step number once all gradients are reduced."""
+    fallback: Fallback | None = None
+    """Asked after the last backward; its answer travels with the losses, because a message of its own would be one more
+    wait for the device."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,11 @@ def train_step(
         check(number)
     with record_function(OPTIMIZER):
         own_squares = optimizer.grad_square_sum(ranks)
-    *sums, squares, stops = all_sum([*totals.values, own_squares, float(stop)], ranks)
+    fallback = settings.fallback
+    flags = [float(stop), float(fallback is not None and fallback.failed)]
+    *sums, squares, stops, failures = all_sum([*totals.values, own_squares, *flags], ranks)
+    if fallback is not None and failures > 0:
+        fallback.agree(number)
     loss_mean = sum(totals.means(sums, batch.weights).values())
     grad_norm = math.sqrt(max(0.0, squares))
     if math.isnan(squares) or not math.isfinite(loss_mean) or not math.isfinite(grad_norm):

@@ -14,7 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.parallel.copy_ahead import CopyAhead
+from fsdp_qlora.parallel.copy_ahead import CopyAhead, host_stages
+from fsdp_qlora.parallel.shard import host_modules
 from fsdp_qlora.run.fit import fit
 from tests.build import build, essence, losses, metrics, run_fit, whole
 from tests.pool import RankError
@@ -188,11 +189,11 @@ def test_prefetch_names_the_layers_that_come_next(pool, model):
     ]  # fmt: skip
 
 
-def _note_unshards(layers: list[nn.Module], calls: list[int]) -> None:
+def _note_unshards(layers: list, calls: list[int], stage: int | None = None) -> None:
     for place, layer in enumerate(layers):
         assert isinstance(layer, FSDPModule)
 
-        def noting(_place: int = place, _unshard=layer.unshard) -> None:
+        def noting(_place: int = place if stage is None else stage, _unshard=layer.unshard) -> None:
             calls.append(_place)
             _unshard()
 
@@ -223,6 +224,35 @@ def test_layers_copied_ahead_change_no_bit(pool, model, chat_rows, tmp_path, che
     passes = "".join(map(str, found["calls"]))
     assert passes.count("12343210") >= 2 * 3  # steps, and micro-batches of each
     assert not passes.replace("12343210", "").replace("1234", "")
+
+
+def _fit_modules_ahead(ranks: Ranks, folder: str, root: str, groups: dict, depth: int) -> dict:
+    """Train with modules copied ahead over a CPU's streams."""
+    prepared = build(ranks, folder, run={"output_root": root, "name": f"modules{depth}"}, **groups)
+    base = prepared.model.base
+    layers, on_host = list(base.model.layers), host_modules(base, prepared.plan.offloaded)
+    stages, calls = host_stages(layers, on_host, base.get_input_embeddings()), []
+    for place, units in enumerate(stages):
+        _note_unshards(units, calls, place)
+    CopyAhead(layers, depth, ranks.device, stages)
+    fit(prepared)
+    return {"metrics": metrics(Path(root) / f"modules{depth}"), "calls": calls, "sizes": list(map(len, stages))}
+
+
+@pytest.mark.parametrize(("checkpointing", "depth"), some_in_full(AHEAD, AHEAD[:1]))
+def test_modules_copied_ahead_change_no_bit(pool, model, chat_rows, tmp_path, checkpointing, depth):
+    groups = _groups(checkpointing=checkpointing)
+    groups["fsdp"] = groups.get("fsdp", {}) | {"offload_modules": ["head", "embeddings", "norms"]}
+    groups["data"] |= {"train": str(chat_rows), "max_length": 64, "eval_fraction": 0.1}
+    expected = pool.run(1, run_fit, str(model), str(tmp_path), "modules", groups)[0]
+    found = pool.run(1, _fit_modules_ahead, str(model), str(tmp_path), groups, depth)[0]
+    assert essence(found["metrics"]) == essence(expected["metrics"])
+    *inside, after = found["sizes"]
+    assert after and all(inside)
+    # Forward copies all stages but the first, backward all layers but the last
+    last, calls = len(inside), found["calls"]
+    assert calls.count(last) > 0 and calls.count(0) > 0 and max(calls) == last
+    assert calls.count(last) % after == 0 and calls.count(0) % inside[0] == 0
 
 
 class _Chain(nn.Module):

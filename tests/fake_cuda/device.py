@@ -156,6 +156,9 @@ def install() -> None:
     cuda.default_stream = lambda device=None: compute_stream()
     cuda._lazy_init = lambda: None
     cuda.current_device = lambda: 0
+    # One function for each name: dynamo registers a handler for a function once, and refuses the second
+    cuda._exchange_device = lambda device: 0
+    cuda._maybe_exchange_device = lambda device: 0
     cuda.device_count = lambda: 1
     cuda.set_device = lambda device: None
     cuda.manual_seed = cuda.manual_seed_all = lambda seed: None
@@ -163,6 +166,6 @@ def install() -> None:
     cuda.get_device_capability = lambda device=None: (9, 0)
     cuda.mem_get_info = lambda device=None: (79 << 30, 80 << 30)
     cuda.synchronize = synchronize
-    torch.accelerator.current_stream = cuda.current_stream
-    torch.accelerator.synchronize = synchronize
+    torch.accelerator.current_stream = lambda device=None: current_stream(device)
+    torch.accelerator.synchronize = lambda device=None: synchronize(device)
     torch.accelerator.set_device_index = lambda device: None

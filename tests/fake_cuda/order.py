@@ -46,23 +46,31 @@ class Order:
 
     def issue(self, func: Any, args: Any, kwargs: Any, out: object, where: Callable[[], str]) -> None:
         """Note an operation on the current stream that returned ``out``."""
-        stream = current_stream()
         named = zip(func._schema.arguments, args, strict=False)
         values = [*named, *((a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs)]
         changed = [v for a, v in values if a.alias_info is not None and a.alias_info.is_write]
         given, changes = set(_on_device((args, kwargs))), set(_on_device(changed))
         self.made([t for t in tree_leaves(out) if not given & set(_on_device(t))])
+        self._issue(func._schema.name, given, changes, set(_on_device(out)) - given, where)
+
+    def wrote(self, name: str, tensors: list[torch.Tensor], where: Callable[[], str]) -> None:
+        """Note a kernel on the current stream that may write all of ``tensors``."""
+        given = set(_on_device(tensors))
+        self._issue(name, given, given, set(), where)
+
+    def _issue(self, name: str, given: set[int], changes: set[int], new: set[int], where: Callable[[], str]) -> None:
+        stream = current_stream()
         for storage in given | changes:
             before = [self._written[storage]] if storage in self._written else []
             if storage in changes:
                 before += self._read[storage].items()
             if not all(stream.is_after(*place) for place in before):
-                self.races.append(f"{func._schema.name} @ {where()} does not wait for another stream")
+                self.races.append(f"{name} @ {where()} does not wait for another stream")
         self._settle()
         tick = stream.issue()
         for storage in given - changes:
             self._read[storage][stream.number] = tick
-        for storage in changes | set(_on_device(out)) - given:
+        for storage in changes | new:
             self._written[storage] = (stream.number, tick)
             self._read.pop(storage, None)
 

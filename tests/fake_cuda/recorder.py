@@ -93,6 +93,9 @@ _OURS = ("/fsdp_qlora/", "/transformers/", "/_fully_shard/", "/bitsandbytes/", "
 _ROOT = str(Path(__file__).resolve().parents[2]) + "/"
 
 
+Answer = float | bool | Callable[[torch.Tensor], float | bool]
+
+
 def _device(value: object) -> str | None:
     return value.device.type if isinstance(value, torch.Tensor) else None
 
@@ -130,10 +133,10 @@ class Recorder(TorchDispatchMode):
 
     Args:
         bodies: the project's own ops -> the functions behind them, so that what those launch is counted.
-        answers: name of a calling function -> the value that ``.item()`` returns inside it.
+        answers: name of a calling function -> the value that ``.item()`` returns inside it, or what chooses it.
     """
 
-    def __init__(self, bodies: Mapping[Any, Callable[..., Any]], answers: Mapping[str, float | bool]) -> None:
+    def __init__(self, bodies: Mapping[Any, Callable[..., Any]], answers: Mapping[str, Answer]) -> None:
         super().__init__()
         self._bodies, self._answers = bodies, answers
         self.phase = "build"
@@ -148,9 +151,17 @@ class Recorder(TorchDispatchMode):
         self.unwaited: list[str] = []
         """Reads of a non-blocking copy to the host before anything waited for it."""
         self.order = Order()
+        self.ended = ""
+        """The error with which the export ended."""
         self._in_flight: dict[int, tuple[str, torch.Tensor]] = {}
         self._read: dict[int, torch.Tensor] = {}
         self._pinned: dict[int, torch.Tensor] = {}
+        self._counted: dict[int, int] = {}
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Let dynamo compile although this mode is active; it sees what the compiled code runs."""
+        return True
 
     def note_sync(self, kind: str) -> None:
         """Note that the host waits for the device."""
@@ -186,6 +197,8 @@ class Recorder(TorchDispatchMode):
             return True
         if name == "bincount":
             return args[0].new_empty((kwargs.get("minlength", args[2] if len(args) > 2 else 0),), dtype=torch.int64)
+        if name == "scatter_add_" and not args[0].is_floating_point():
+            self._counted[_storage(args[0])] = args[2].numel()
         if name == "is_pinned":
             return _storage(args[0]) in self._pinned
         if name == "_pin_memory":
@@ -207,6 +220,12 @@ class Recorder(TorchDispatchMode):
             self._read.clear()
         return out
 
+    def launched(self, name: str, tensors: list[torch.Tensor]) -> None:
+        """Note a kernel of Triton's; which of its tensors it writes is not known, so it may write all."""
+        self.order.wrote(name, tensors, _here)
+        self.launches[self.phase][f"triton.{name}"] += 1
+        self._read.clear()
+
     def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
         self._pinned[_storage(tensor)] = tensor  # held, so that no other storage gets its number
         return tensor
@@ -218,7 +237,11 @@ class Recorder(TorchDispatchMode):
             self._read[_storage(tensor)] = tensor  # ``tolist`` reads one element after the other, but waits once
         for _, _, function in itertools.islice(_frames(), 16):
             if function in self._answers:
-                return self._answers[function]
+                answer = self._answers[function]
+                return answer(tensor) if callable(answer) else answer
+        if (things := self._counted.get(_storage(tensor))) is not None:  # a histogram: spread them evenly
+            bins, bin_ = tensor.untyped_storage().nbytes() // tensor.itemsize, tensor.storage_offset()
+            return things * (bin_ + 1) // bins - things * bin_ // bins
         return True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
 
     def _require_one_device(self, namespace: str, name: str, args: Any, kwargs: Any) -> None:

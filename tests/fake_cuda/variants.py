@@ -6,22 +6,23 @@ from typing import Any
 
 from fsdp_qlora.config.choices import OPTIMIZERS
 from tests.fake_cuda.faults import PLANTS
-from tests.fake_cuda.walk import Variant
+from tests.fake_cuda.pairs import ON_HOST
+from tests.fake_cuda.variant import Variant
 
-Settings = dict[str, Any]
 FAST = ("2 ranks", "1 rank", "flat, varlen", "offload params", "offload params, 1 rank")
 """The variants of `make test`; all others are walked in the full tier."""
+Group = dict[str, Any]
 
 
 def _with(
-    quant: Settings | None = None, fsdp: Settings | None = None, optim: str = "", checkpointing: str = "",
-    attention: str = "", lora: Settings | None = None, precision: str = "", **walk: Any,
+    quant: Group | None = None, fsdp: Group | None = None, optim: str = "", checkpointing: str = "",
+    attention: str = "", lora: Group | None = None, precision: str = "", train: Group | None = None, **walk: Any,
 ) -> Variant:  # fmt: skip
     groups = {
         "quant": quant,
         "fsdp": fsdp,
         "optim": {"name": optim} if optim else None,
-        "train": {"activation_checkpointing": checkpointing} if checkpointing else None,
+        "train": {"activation_checkpointing": checkpointing} if checkpointing else train,
         "model": {"attn_implementation": attention} if attention else None,
         "lora": lora,
         "precision": {"name": precision} if precision else None,
@@ -29,7 +30,12 @@ def _with(
     return Variant(settings={name: values for name, values in groups.items() if values}, **walk)
 
 
-_ON_HOST = {"offload_modules": ["head", "embeddings", "norms"]}
+_ON_HOST = {"offload_modules": ON_HOST}
+_LIGER: dict[str, Group] = {
+    "2 ranks": {},
+    "1 rank": {"world_size": 1},
+    "flat, varlen": {"batch": "flat", "attention": "varlen", "rows": 2},
+}
 VARIANTS: dict[str, Variant] = {
     "2 ranks": _with(),
     "1 rank": _with(world_size=1),
@@ -77,5 +83,14 @@ VARIANTS: dict[str, Variant] = {
     "experts, 1 rank": _with(family="experts", world_size=1),
     "offload params, adamw_8bit": _with(fsdp={"offload": "params"}, optim="adamw_8bit"),
     **{f"optim {name}": _with(optim=name) for name in OPTIMIZERS if name != "adamw"},
+    **{f"lora {name}": _with(lora={"variant": name}) for name in ("dora", "ia3", "vera")},
+    **{f"lora {name}, 1 rank": _with(lora={"variant": name}, world_size=1) for name in ("dora", "vera")},
+    "kernels compile": _with(train={"kernels": "compile"}),
+    "kernels compile, 1 rank": _with(train={"kernels": "compile"}, world_size=1),
+    **{f"kernels liger, {name}": _with(train={"kernels": "liger"}, **walk) for name, walk in _LIGER.items()},
+    "compile": _with(train={"compile": "true"}),
+    "compile, 1 rank": _with(train={"compile": "true"}, world_size=1),
+    "compile, kernels compile": _with(train={"compile": "true", "kernels": "compile"}),
     **{f"planted: {name}": Variant(world_size=1, plant=name) for name in PLANTS},
+    **{f"planted in generate: {name}": Variant(world_size=1, plant=name, plant_in="generate") for name in PLANTS},
 }

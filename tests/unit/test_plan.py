@@ -227,6 +227,19 @@ def test_one_rank_waits_for_the_copies_that_nothing_hides():
     assert held[1] - held[0] == held[2] - held[1] == max(layer.gathered for layer in layers)
 
 
+def test_one_rank_copies_a_head_in_host_memory_ahead_but_not_an_embedding():
+    lines = ["experiment=llama3_8b_1x12gb", "quant.embeddings=none", "train.logits_chunk=256"]
+    device, link = find_device("RTX 4090"), find_interconnect("12GB/s")
+    edge = 128256 * 4096 * 4  # in float32
+    rate = device.host * 1e9 * LINK_SHARE
+    for modules, copies, waits in (("head", 1, 0), ("embeddings", 1, 1), ("head,embeddings", 2, 1)):
+        _, shapes, plan = planned(*lines, f"fsdp.offload_modules=[{modules}]")
+        time = step_time(plan, shapes, device, link, prefetch=True)
+        assert time.copy_seconds == pytest.approx(copies * edge / rate)
+        computing = time.compute_seconds + time.dequantize_seconds
+        assert time.micro_batch_seconds == pytest.approx(computing + waits * edge / rate)
+
+
 def _plan_of(key, value, lines):
     return planned(*lines, f"{key}={value}")[2]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from fsdp_qlora.attention import candidates
 from fsdp_qlora.attention.candidates import why_not
 from fsdp_qlora.attention.flatten import decoder_inputs, reads_boundaries
 from fsdp_qlora.attention.varlen import ops, varlen_forward
@@ -115,7 +116,7 @@ def test_which_attention_reads_boundaries():
     cpu, gpu, config = torch.device("cpu"), torch.device("cuda"), SimpleNamespace(layer_types=None)
     for name in ("varlen", "flash_attention_2"):
         assert str(why_not(name, gpu, torch.float32, config)).startswith(f"{name} supports 16-bit dtypes only")
-        assert why_not(name, gpu, torch.bfloat16, config) is None
+    assert why_not("varlen", gpu, torch.bfloat16, config) is None
     assert why_not("varlen", cpu, torch.float32, config) is None
     chunked = SimpleNamespace(layer_types=["full_attention", "chunked_attention"])
     assert "not support chunked_attention" in str(why_not("varlen", cpu, torch.float32, chunked))
@@ -167,3 +168,24 @@ def test_flat_rows_are_supervised_as_they_are_in_lines():
     flat = flat_batch(sequences, max_length=20, step=8, varlen=True)
     assert predicted(flat) == predicted(pack(sequences))
     assert len(flat.supervised) == sum(n - 1 for n in (5, 3, 6, 7, 2, 9))
+
+
+@pytest.mark.parametrize("level", [(7, 5), (8, 0), (12, 0)])
+def test_varlen_is_refused_on_cards_that_flash_attention_does_not_run_on(monkeypatch, level):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: level)
+    refusal = why_not("varlen", torch.device("cuda"), torch.bfloat16, SimpleNamespace(layer_types=None))
+    assert (refusal is None) == (level >= (8, 0))
+    assert refusal is None or "this GPU has 7.5; choose sdpa" in refusal
+    assert "on xpu; choose sdpa" in str(why_not("varlen", torch.device("xpu"), torch.bfloat16, SimpleNamespace()))
+
+
+def test_flash_attention_without_its_package_is_refused_by_its_own_key(monkeypatch):
+    gpu, config = torch.device("cuda"), SimpleNamespace(get_text_config=lambda: SimpleNamespace(layer_types=None))
+    for name in ("is_flash_attn_2_available", "is_kernels_available"):
+        monkeypatch.setattr(candidates, name, lambda: False)
+    with pytest.raises(ModelError, match=r"model\.attn_implementation: flash_attention_2 needs .* flash-attn") as error:
+        candidates.attention_candidates(gpu, "flash_attention_2", config, torch.bfloat16)
+    assert error.value.exit_code == 2
+    monkeypatch.setattr(candidates, "is_flash_attn_2_available", lambda: True)
+    assert candidates.attention_candidates(gpu, "flash_attention_2", config, torch.bfloat16) == ("flash_attention_2",)
