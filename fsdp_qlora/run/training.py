@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +105,7 @@ class Training:
         self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
         base = file_digests(prepared.folder)
         self.base_files = BaseFiles(prepared)
+        self._header = {KEY: json.dumps(prepared.origin.fingerprint(), sort_keys=True)}
         self.identity = identity_of(
             to_dict(self.config), base, data_key(prepared.data.key, self.config.data), prepared.repairs
         ) | ({INITIAL_ADAPTER: self.model.starts.digest} if self.model.starts.digest else {})
@@ -183,10 +183,6 @@ class Training:
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
         beside = [] if lora.start is None else [self.folder.path / FILE_NAME]
         return export_adapter(folder, tensors, peft_config, base, self._saved_tokenizer(), card, beside, self._header)
-
-    @cached_property
-    def _header(self) -> dict[str, str]:
-        return {KEY: json.dumps(self.prepared.origin.fingerprint(), sort_keys=True)}
 
     def _saved_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer to save; an added end of turn is its ``eos_token``, at which plain PEFT then stops."""
