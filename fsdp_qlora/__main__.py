@@ -31,7 +31,7 @@ VERBS = {
     "plan": "show what a run would do and the memory it needs, without weights",
     "evaluate": "loss and metrics of a base or an adapter on data.eval",
     "generate": "answer a prompt, with or without an adapter",
-    "export": "write the adapter of a run's checkpoint, or the quantized base (what=base-4bit)",
+    "export": "write an adapter, the quantized base (what=base-4bit), or both merged (what=merged)",
     "inspect": "show a checkpoint, or compare two: inspect PATH [PATH]",
     "doctor": "show devices, versions and problems found",
 }

@@ -14,7 +14,10 @@ from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.process import Placement
 from fsdp_qlora.distributed.reduce import gather_json
+from fsdp_qlora.errors import FsdpQloraError
+from fsdp_qlora.quant.packing import tensor_sha256
 from fsdp_qlora.run.fit import fit
+from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.run.prepare import prepare
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.training import Training
@@ -51,6 +54,27 @@ def run_fit(ranks: Ranks, folder: str, root: str, name: str, groups: dict[str, A
     run = {"output_root": root, "name": name, **groups.pop("run", {})}
     result = fit(build(ranks, folder, run=run, **groups))
     return {"summary": result.summary, "metrics": metrics(Path(root) / name)} if ranks.is_main else {}
+
+
+def refused_fit(ranks: Ranks, folder: str, root: str, groups: dict[str, Any]) -> str:
+    """Train as `run_fit`, under the name ``run``; return the exit code and message of the refusal."""
+    try:
+        run_fit(ranks, folder, root, "run", groups)
+    except FsdpQloraError as error:
+        return f"{error.exit_code} {error}"
+    return ""
+
+
+def loaded_state(ranks: Ranks, folder: str, root: str, saved: str, groups: dict[str, Any]) -> dict[str, str]:
+    """Return digests of everything trained and of its optimizer states, after loading a checkpoint."""
+    run = {"output_root": root, "name": f"load{ranks.size}"}
+    prepared = build(ranks, folder, checkpoint={"resume": saved}, run=run, **groups)
+    training = Training(prepared, RunFolder(root, run["name"]))
+    training.resume()
+    tensors = training.optimizer.parameters | training.optimizer.state_tensors()
+    digests = {name: tensor_sha256(whole(tensor.detach()).contiguous()) for name, tensor in tensors.items()}
+    training.close()
+    return digests
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -45,6 +45,8 @@ FAMILIES = {
 }  # fmt: skip
 ON_HOST = {"fsdp": {"offload_modules": ["head", "embeddings", "norms"]}}
 
+WHOLE = {"quant": {"name": "none"}, "lora": {"variant": "none"}}
+
 
 def _offload(which: str, **groups: Any) -> Groups:
     return {"fsdp": {"offload": which}, **groups}
@@ -106,6 +108,15 @@ VARIANTS: dict[str, Groups] = {
     "tied, embeddings nf4": {"family": "tied", "quant": {"embeddings": "nf4"}},
     "experts": {"family": "experts"},
     "replicated": {"fsdp": {"adapters": "replicated"}},
+    "whole base": WHOLE,
+    "whole base, alone": {**WHOLE, "ranks": 1},
+    "whole base, tied": {**WHOLE, "family": "tied"},
+    "whole base, float32": {**WHOLE, "precision": {"name": "fp32"}},
+    "whole base, float32, alone": {**WHOLE, "ranks": 1, "precision": {"name": "fp32"}},
+    "whole base, recomputed": {**WHOLE, "train": {"activation_checkpointing": "full"}},
+    "whole base, experts": {**WHOLE, "family": "experts"},
+    "added tokens": {"model": {"add_tokens": ["<|a|>", "<|b|>"]}},
+    "added tokens, tied": {"family": "tied", "model": {"add_tokens": ["<|a|>", "<|b|>"]}},
     "full": {"train": {"activation_checkpointing": "full"}},
     "selective": {"train": {"activation_checkpointing": "selective"}},
     "layers are gathered twice": {"fsdp": {"reshard_after_forward": "true"}},

@@ -13,9 +13,10 @@ from peft import set_peft_model_state_dict
 from torch import nn
 
 from fsdp_qlora.adapters.folder import WEIGHTS_NAME, opened_weights, read_adapter_config, stored_modules
-from fsdp_qlora.adapters.method import build_method, of_target, shared_names
+from fsdp_qlora.adapters.method import build_method, of_target, scaling_of, shared_names
+from fsdp_qlora.adapters.names import IN_FILE
 from fsdp_qlora.adapters.peft_layers import CPU, adapted_alone, adapted_layers
-from fsdp_qlora.adapters.starts import scaling_of
+from fsdp_qlora.adapters.starts import Start
 from fsdp_qlora.adapters.turns import FILE_NAME, read_start
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.files.read import own_file
@@ -69,7 +70,7 @@ class StoredAdapter:
             raise ModelError(f"adapter: {self._file} does not fit {name} {list(weight.shape)}: {error}") from error
         if loaded.unexpected_keys:
             raise ModelError(f"adapter: {self._file}: PEFT does not know {loaded.unexpected_keys[0]}.")
-        layer = adapted_layers(model)[f"base_model.model.{name}"]
+        layer = adapted_layers(model)[IN_FILE + name]
         base: nn.Module = layer.get_base_layer()
         base.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
         layer.merge()
@@ -83,12 +84,23 @@ class StoredAdapter:
         """
         if self.config.start is None or name not in self.modules:
             return None
-        start = read_start(own_file(self.folder, FILE_NAME), f"base_model.model.{name}")
-        return start.taken(self.config.start, scaling_of(of_target(self._settings, name)))
+        return self.start_of(name).taken(self.config.start, self.scaling(name))
+
+    def start_of(self, name: str) -> Start:
+        """Return what the adapter of a linear started from.
+
+        Raises:
+            ModelError: if the folder lacks it.
+        """
+        return read_start(own_file(self.folder, FILE_NAME), IN_FILE + name)
+
+    def scaling(self, name: str) -> float:
+        """Return the factor of the product of LoRA's matrices of a linear."""
+        return scaling_of(of_target(self._settings, name))
 
     def token_rows(self, table: str) -> torch.Tensor | None:
         """Return the trained rows of an embedding or head, ``[len(config.token_ids), hidden_size]``, if it has any."""
-        key = f"base_model.model.{table}.{TOKEN_ROWS}"
+        key = f"{IN_FILE}{table}.{TOKEN_ROWS}"
         with opened_weights(self._file) as stored:
             if key not in stored.keys():  # noqa: SIM118
                 return None
@@ -98,7 +110,7 @@ class StoredAdapter:
 
     def _tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Return the file's tensors of one linear, and those of none."""
-        start, shared = f"base_model.model.{name}.", shared_names()
+        start, shared = f"{IN_FILE}{name}.", shared_names()
         with opened_weights(self._file) as stored:
             own = [key for key in stored.keys() if key.startswith(start) or key in shared]  # noqa: SIM118
             tensors = {key: stored.get_tensor(key).float() for key in own}

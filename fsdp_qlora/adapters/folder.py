@@ -7,48 +7,40 @@ the keys we honour and those known to change nothing are listed here, and any ot
 from __future__ import annotations
 
 import json
-import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
+from fsdp_qlora.adapters.experts import before_exchange
 from fsdp_qlora.adapters.method import (
     PATTERNS,
     Method,
-    build_method,
     method_of,
     of_target,
     shared_names,
     tensor_names,
 )
-from fsdp_qlora.adapters.names import ADAPTER, LORA_A, adapter_parameters, trainable_parameters
-from fsdp_qlora.adapters.spellings import SpeltFile, in_model
+from fsdp_qlora.adapters.names import LORA_A
+from fsdp_qlora.adapters.spellings import SpeltFile
 from fsdp_qlora.adapters.turns import FILE_NAME
-from fsdp_qlora.config.choices import METHODS, PEFT_METHODS
+from fsdp_qlora.config.choices import METHODS
 from fsdp_qlora.config.schema import LoraSettings
-from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.distributed.shards import fill_slice
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file, read_json
-from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
-from fsdp_qlora.track.console import megabytes
 
-_log = logging.getLogger(__name__)
 T = TypeVar("T")
 CONFIG_NAME = "adapter_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 _HONOURED = {"peft_type", "base_model_name_or_path", "revision", "trainable_token_indices"}
 """Keys honoured for every method; see also `Method.honoured`."""
-_SELECTING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+_SELECTING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"}
 """Keys that select modules. Also honoured, but through the names of the tensors in the file."""
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "megatron_core", "megatron_config",
@@ -90,14 +82,31 @@ class AdapterConfig:
     loftq_iter: int = 1
     token_ids: tuple[int, ...] = ()
     """Ids of the tokens whose rows of embedding and head were trained."""
+    parameters: Sequence[str] = ()
+    """Its ``target_parameters``: names, or name endings, of stacked expert weights."""
+    exchanged: bool = False
+    """Whether A and B of stacked weights may be exchanged, as before PEFT 0.19; see `experts.stored_value`."""
 
-    def settings(self, targets: list[str]) -> LoraSettings:
-        """Return the config as ``lora`` settings for these targets, with whole names for PEFT's expressions."""
+    def settings(self, modules: list[str]) -> LoraSettings:
+        """Return the config as ``lora`` settings for these modules (`stored_modules`), with whole names for all."""
+        parameters = [name for module in modules for name in self.stacked_in(module)]
+        targets = [module for module in modules if not self.stacked_in(module)]
+        names = [*targets, *parameters]
         return LoraSettings(
             variant=self.variant, r=self.r, alpha=self.alpha, target_modules=targets, options=dict(self.options),
             use_rslora=self.use_rslora, init_lora_weights=self.start, loftq_iter=self.loftq_iter, allow_large_svd=True,
-            rank_pattern=_by_name(self.rank_pattern, targets), alpha_pattern=_by_name(self.alpha_pattern, targets),
+            rank_pattern=_by_name(self.rank_pattern, names), alpha_pattern=_by_name(self.alpha_pattern, names),
+            target_parameters=list(dict.fromkeys(parameters)),
         )  # fmt: skip
+
+    def stacked_in(self, module: str) -> list[str]:
+        """Return the whole names of the stacked weights that a module with tensors in the file wraps; none: a linear.
+
+        The wrapper of one weight may be inside that of another (``experts.base_layer``); both are those of ``experts``.
+        """
+        owner = module.replace(".base_layer", "")
+        ends = (name.rpartition(".") for name in self.parameters)
+        return [f"{owner}.{key}" for end, _, key in ends if owner == end or owner.endswith("." + end)]
 
 
 def _by_name(expressions: Mapping[str, T], targets: Iterable[str]) -> dict[str, T]:
@@ -139,6 +148,9 @@ def _adapter_config(values: dict[str, Any], file: Path, method: Method) -> Adapt
     wrong = [] if type(r) is int and r > 0 else [f"r={r!r}"]
     wrong += [] if type(alpha) in (int, float) and 0 < alpha < _MAX_ALPHA else [f"lora_alpha={alpha!r}"]
     wrong += [] if isinstance(rslora, bool) else [f"use_rslora={rslora!r}"]
+    parameters = values.get("target_parameters") or []
+    listed = isinstance(parameters, list) and all(isinstance(name, str) and "." in name for name in parameters)
+    wrong += [] if listed else [f"target_parameters={parameters!r}"]
     wrong += [f"{name!r} as a name" for name in names if not isinstance(name, str | None)]
     ranks, alphas = (values.get(key) or {} for key in PATTERNS)
     wrong += [] if _are_patterns(ranks, int, 2**31) else [f"rank_pattern={ranks!r}"]
@@ -153,7 +165,8 @@ def _adapter_config(values: dict[str, Any], file: Path, method: Method) -> Adapt
         raise ModelError(f"adapter: {file} is malformed: loftq_iter={iterations!r}.")
     return AdapterConfig(
         r, float(alpha), method.name, base, revision, settings.options, ranks, alphas, settings.use_rslora, start,
-        iterations, _token_ids(values.get("trainable_token_indices"), file),
+        iterations, _token_ids(values.get("trainable_token_indices"), file), parameters,
+        before_exchange(values.get("peft_version")),
     )  # fmt: skip
 
 
@@ -260,9 +273,10 @@ def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[st
         modules = adapted_modules(names, file)
         settings = None if config is None else config.settings(modules)
         for name in names:
-            if settings is None or not name.endswith(LORA_A):
-                continue
-            r = of_target(settings, name.removeprefix("base_model.model.").removesuffix(LORA_A)).r
+            module = name.removeprefix("base_model.model.").removesuffix(LORA_A)
+            if config is None or settings is None or not name.endswith(LORA_A) or config.stacked_in(module):
+                continue  # how many matrices are stacked is the model's to say: `load_adapter` compares shapes
+            r = of_target(settings, module).r
             if (shape := stored.get_slice(name).get_shape())[:1] != [r]:
                 raise ModelError(f"adapter: {folder / CONFIG_NAME} says r={r}, but {name} is {shape} in {file}.")
         return modules
@@ -280,96 +294,3 @@ def opened_weights(file: Path) -> Iterator[SpeltFile]:
             yield SpeltFile(stored, file)
     except SafetensorError as error:
         raise ModelError(f"adapter: {file} is damaged: {error}.") from error
-
-
-@torch.no_grad()
-def load_adapter(
-    folder: Path, model: nn.Module, shard_rank: int = 0, shard_size: int = 1, lora: LoraSettings | None = None,
-    name: str | None = None,
-) -> None:  # fmt: skip
-    """Fill a model's adapters, attached with the settings ``lora``, from a PEFT adapter folder.
-
-    ``name`` is the adapter's name on the model; None = the one that is trained.
-
-    Raises:
-        ModelError: if its tensors do not match the model's by name and shape, or a value is not finite.
-    """
-    file = own_file(folder, WEIGHTS_NAME)
-    parameters = dict(trainable_parameters(model) if name is None else adapter_parameters(model, name))
-    modules = stored_modules(folder)
-    with opened_weights(file) as stored:
-        lora = lora or LoraSettings()
-        fixed = build_method(lora.method).fixed(model, lora, name or ADAPTER)
-        known = {**parameters, **fixed}
-        stored_as = {key if key in known else in_model(key, known): key for key in stored.keys()}  # noqa: SIM118
-        if odd := sorted(stored_as.keys() ^ parameters.keys() ^ fixed.keys()):
-            ours = sorted(set(adapted_modules(parameters, file)) - set(modules))
-            hint = f" It has no adapter for {ours[0]}: set lora.target_modules to the adapter's." if ours else ""
-            if odd[0].endswith(TOKEN_ROWS):
-                hint = " One of them has rows of added tokens: set model.add_tokens to the adapter's."
-            raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors (first: {odd[0]}).{hint}")
-        shapes = {key: stored.get_slice(stored_as[key]).get_shape() for key in known}
-        if other := [key for key, target in known.items() if shapes[key] != list(target.shape)]:
-            shown = "; ".join(f"{key} is {shapes[key]}, not {list(known[key].shape)}" for key in other[:3])
-            raise ModelError(
-                f"adapter: {file} is not of this base, or of another rank: {len(other)} of its {len(known)} tensors "
-                f"have other shapes ({shown}{' ...' if len(other) > 3 else ''})."
-            )
-        for key, target in known.items():
-            value = stored.get_tensor(stored_as[key])
-            require_finite(value, f"adapter: {key} in {file}")
-            fill_slice(target, value, shard_rank, shard_size)
-
-
-def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks: Ranks) -> None:
-    """Initialize a model's adapters from a PEFT adapter of an earlier run (``lora.init_from``).
-
-    Raises:
-        ModelError: if its rank, alpha or variant differs, or it does not fit this model's adapters.
-    """
-    config, method = read_adapter_config(folder), build_method(lora.method)
-    if config.start is not None:
-        raise ModelError(
-            f"lora.init_from: the adapter in {folder} started from the base weights ({config.start}), so it needs the "
-            "base that its start left; convert it with export.plain_lora=true first."
-        )
-    modules = stored_modules(folder, config)
-    saved = config.settings(modules)
-    differ = [
-        f"lora.{key}: {ours}, but the adapter in lora.init_from={folder} has {theirs}; set lora.{key}={theirs:{form}}."
-        for key, theirs, ours, form in (
-            ("r", saved.r, lora.r, ""),
-            ("alpha", saved.alpha, float(lora.alpha), "g"),
-            ("variant", saved.method, lora.method, ""),
-        )
-        if theirs != ours and (key == "variant" or key in method.reads)
-    ]
-    if not differ:
-        differ = [*_differ_by_target(saved, lora, modules, folder)]
-    if saved.method == lora.method:
-        configs = [method.peft([], settings, None) for settings in (saved, lora)]
-        pairs = {key: [getattr(config, key) for config in configs] for key in PEFT_METHODS.get(lora.variant, ())}
-        differ += [
-            f"lora.options: {key}={ours!r}, but the adapter in lora.init_from={folder} has {key}={theirs!r}."
-            for key, (theirs, ours) in pairs.items()
-            if theirs != ours
-        ]
-    if differ:
-        raise ModelError("\n".join(differ))
-    load_adapter(folder, model, ranks.shard_rank, ranks.shard_size, lora)
-    if ranks.is_main:
-        size = own_file(folder, WEIGHTS_NAME).stat().st_size
-        _log.info(f"started from {folder}: {saved.method} on {len(modules)} linears, {megabytes(size)}")
-
-
-def _differ_by_target(saved: LoraSettings, lora: LoraSettings, modules: Iterable[str], folder: Path) -> Iterator[str]:
-    """Yield a line for the first module whose rank or alpha differs from the stored adapter's."""
-    for name in modules:
-        theirs, ours = (of_target(settings, name) for settings in (saved, lora))
-        for key, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
-            if (there := getattr(theirs, key)) != (here := getattr(ours, key)):
-                yield (
-                    f"lora.{pattern}: {key} of {name} is {here:g}, but {there:g} in the adapter in "
-                    f"lora.init_from={folder}."
-                )
-                return

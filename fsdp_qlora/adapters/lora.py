@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from fsdp_qlora.adapters.experts import attach_experts
 from fsdp_qlora.adapters.linear import QuantLoraLinear
 from fsdp_qlora.adapters.method import Method, build_method, plain_number, register, spelt_out
 from fsdp_qlora.adapters.names import ADAPTER, adapter_parameters
@@ -108,16 +109,21 @@ def attach_lora(
 
 def attach_adapters(
     model: PreTrainedModel, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM",
-    name: str = ADAPTER,
+    parameters: Sequence[LinearShape] = (), name: str = ADAPTER,
 ) -> AdaptedModel:  # fmt: skip
     """Add adapters (float32, on meta) to the named linears of a meta model and freeze everything else.
 
+    They are also added to the stacked weights ``parameters``, which are in the model's order; the model must run our
+    experts' forward (`use_experts_forward`).
+
     A method with a layer of its own is attached after `swap_linears`, one that PEFT's layers compute before it.
     """
-    config = _attachable(model, target_modules, lora, task_type)
+    spelt = spelt_out(lora, [*target_modules, *(x.name for x in parameters)])
+    config = _attachable(model, target_modules, spelt, task_type)
     with _expected_warnings():
         peft_model = get_peft_model(model, config, name, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     assert isinstance(peft_model, PeftModel)
+    attach_experts(model, parameters, lora)
     _settle(peft_model, config, lora, name)
     return peft_model
 
@@ -126,7 +132,7 @@ def attach_another(
     peft_model: AdaptedModel, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None, name: str
 ) -> None:
     """Add another adapter, inactive and frozen, under its own name; before sharding, as `attach_adapters`."""
-    config = _attachable(peft_model.get_base_model(), target_modules, lora, task_type)
+    config = _attachable(peft_model.get_base_model(), target_modules, spelt_out(lora, target_modules), task_type)
     with _expected_warnings():
         peft_model.add_adapter(name, config, low_cpu_mem_usage=True)
     _settle(peft_model, config, lora, name)
@@ -135,9 +141,9 @@ def attach_another(
 def _attachable(
     model: nn.Module, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None
 ) -> PeftConfig:
-    """Return the PEFT config of an adapter, with our layer registered if the method has one."""
+    """Return the PEFT config of an adapter with patterns spelt out, and our layer registered if the method has one."""
     method = build_method(lora.method)
-    config = method.peft(target_modules, spelt_out(lora, target_modules), task_type)
+    config = method.peft(target_modules, lora, task_type)
     if method.layer is None:
         modules = dict(model.named_modules())
         if any(isinstance(modules.get(name), QuantLinear) for name in target_modules):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import sqrt
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +49,8 @@ class Method(ABC):
 
     alone: ClassVar[bool] = False
     """Whether a base takes only one adapter of this method at a time."""
+    trains_base: ClassVar[bool] = False
+    """Whether it trains the base itself, and there are no adapters."""
     simulates: ClassVar[bool] = True
     """Whether ``plan.simulate`` can run it: the memory tracker knows no sparse tensors."""
 
@@ -153,6 +156,11 @@ def of_target(lora: LoraSettings, name: str) -> LoraSettings:
     )
 
 
+def scaling_of(lora: LoraSettings) -> float:
+    """Return the factor of the product of LoRA's matrices, for a target's settings (`of_target`)."""
+    return lora.alpha / (sqrt(lora.r) if lora.scales_by_root else lora.r)
+
+
 def spelt_out(lora: LoraSettings, targets: Sequence[str]) -> LoraSettings:
     """Return the settings with a whole name for each target whose rank or alpha is not the common one, as for PEFT.
 
@@ -170,6 +178,12 @@ def spelt_out(lora: LoraSettings, targets: Sequence[str]) -> LoraSettings:
 
 _METHODS: choices.Registry[Method] = choices.Registry("adapter method", choices.METHODS)
 register = _METHODS.register
+
+
+def register_none(kind: type[Method]) -> type[Method]:
+    """Register the absence of a method: found by its name, but none of the names that `choices.METHODS` lists."""
+    _METHODS[kind.name] = kind
+    return kind
 
 
 def build_method(name: str) -> Method:

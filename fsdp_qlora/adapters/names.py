@@ -47,6 +47,8 @@ def renamed_by_peft(model: PreTrainedModel, names: Iterable[str]) -> frozenset[s
     return frozenset(name for key, name in keys.items() if key not in stored)
 
 
+IN_FILE = "base_model.model."
+"""What PEFT's files put before the name of a module."""
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 """Endings of the names of a LoRA's tensors in PEFT's files: ``[r, in_features]`` and ``[out_features, r]``."""
 ADAPTER = "default"
@@ -77,6 +79,11 @@ def adapter_of(name: str) -> str:
 
 
 def adapter_key(name: str, adapter: str = ADAPTER) -> str:
-    """Return a parameter's name in PEFT's file: from ``base_model`` on, without the adapter's name."""
+    """Return a parameter's name in PEFT's file: from ``base_model`` on, without the adapter's name.
+
+    In a model without adapters, return its name in the base's files.
+    """
+    if "base_model" not in name:
+        return name.removeprefix("model.")
     key = re.sub(rf"\.{re.escape(adapter)}(?=\.|$)", "", name[name.index("base_model") :])
     return key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # as PEFT's old files have it

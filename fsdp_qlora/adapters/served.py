@@ -16,7 +16,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
-from fsdp_qlora.adapters.folder import blamed_on_adapter, load_adapter
+from fsdp_qlora.adapters.folder import blamed_on_adapter
+from fsdp_qlora.adapters.loading import load_adapter
 from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, attach_another
 from fsdp_qlora.adapters.method import build_method
 from fsdp_qlora.adapters.names import adapter_parameters
@@ -103,7 +104,7 @@ def attach_served(
         except PlanError as error:
             raise blamed_on_adapter(error, adapter.folder) from error
         if adapted is None:
-            adapted = attach_adapters(model, targets, adapter.lora, task_type, adapter.name)
+            adapted = attach_adapters(model, targets, adapter.lora, task_type, name=adapter.name)
         else:
             attach_another(adapted, targets, adapter.lora, task_type, adapter.name)
     assert adapted is not None

@@ -17,12 +17,10 @@ PiSSA and OLoRA are operation for operation PEFT's, in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 
 import torch
 from torch import svd_lowrank
 
-from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.errors import NumericsError
 from fsdp_qlora.load.weights import LowRank, minus
 from fsdp_qlora.quant.formats import Format, dequantize, quantize
@@ -103,17 +101,19 @@ def _loftq(weight: torch.Tensor, r: int, scaling: float, quant_format: Format, i
     a = b = weight
     for number in range(iterations):
         before = LowRank(b * scaling, a) if number else None
-        base = weight if before is None else minus(weight, before)
-        lost = dequantize(quantize(base, quant_format), quant_format, tuple(base.shape), torch.float32)
-        torch.sub(weight, lost, out=lost)
-        left, values, right = torch.linalg.svd(lost, full_matrices=False)
-        a, b = _halves(left, values, right, r, scaling)
+        a, b = _of_the_lost(weight, before, r, scaling, quant_format)
     return Start(a, b, before)
 
 
-def scaling_of(lora: LoraSettings) -> float:
-    """Return the factor of the product of LoRA's matrices, for a target's settings (`of_target`)."""
-    return lora.alpha / (sqrt(lora.r) if lora.scales_by_root else lora.r)
+def _of_the_lost(
+    weight: torch.Tensor, before: LowRank | None, r: int, scaling: float, quant_format: Format
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B of what quantizing ``weight - before`` loses of ``weight``."""
+    base = weight if before is None else minus(weight, before)
+    lost = dequantize(quantize(base, quant_format), quant_format, tuple(base.shape), torch.float32)
+    del base  # it is as large as the weight
+    left, values, right = torch.linalg.svd(torch.sub(weight, lost, out=lost), full_matrices=False)
+    return _halves(left, values, right, r, scaling)
 
 
 def is_exact(name: str) -> bool:
@@ -138,5 +138,6 @@ def workspace(name: str, linear: LinearShape, r: int) -> int:
     if name == "olora":  # weight, LAPACK's copy, Q and R
         return FLOAT32 * (3 * whole + square)
     if is_exact(name):  # weight, LAPACK's copy, U and V of its size together, and gesdd's workspace of 4 squares
-        return FLOAT32 * ((4 if name == "loftq" else 3) * whole + 5 * square)
+        quantized = 2 * whole if name == "loftq" else 0  # what is lost, and what quantizing leaves in the allocator
+        return FLOAT32 * (3 * whole + quantized + 5 * square)
     return FLOAT32 * (whole + 4 * r * (long + short))

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from fsdp_qlora.adapters.names import ADAPTER, adapter_key
+from fsdp_qlora.adapters.names import ADAPTER, LORA_A, LORA_B, adapter_key
 from fsdp_qlora.adapters.peft_layers import adapted_layers
 from fsdp_qlora.adapters.starts import Start, begin
 from fsdp_qlora.config.schema import LoraSettings
@@ -41,9 +41,7 @@ from fsdp_qlora.quant.packing import raw_bytes
 
 FILE_NAME = "initial_adapter.safetensors"
 """The file of factors, in a run's folder and beside every adapter that started from the base weights."""
-MATRICES = ("lora_A.weight", "lora_B.weight")
-"""Names of LoRA's matrices, after the target's name."""
-_PARTS = (*MATRICES, "before.left", "before.right")
+_PARTS = (*(ending.lstrip(".") for ending in (LORA_A, LORA_B)), "before.left", "before.right")
 _FACTS = "fsdp_qlora"
 
 

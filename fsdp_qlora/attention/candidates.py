@@ -18,6 +18,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_kernel
 from fsdp_qlora.attention.blockwise import BLOCKWISE
 from fsdp_qlora.attention.flatten import reads_boundaries
 from fsdp_qlora.attention.varlen import VARLEN
+from fsdp_qlora.distributed.process import has_cuda_kernels, nvidia_level
 from fsdp_qlora.errors import ModelError
 
 EAGER, _FLASH = "eager", "flash_attention_2"
@@ -95,12 +96,10 @@ def _lacking_for_varlen(device: torch.device) -> str | None:
     """Return why torch's kernel (FlashAttention 2) does not run on this device; a planned one may be absent."""
     if device.type == "cpu":
         return None
-    if device.type != "cuda":
+    if not has_cuda_kernels(device):
         return f"varlen runs on CPUs and on NVIDIA's and AMD's GPUs, and this run is on {device.type}; choose sdpa"
-    if not torch.cuda.is_available() or torch.version.hip:
-        return None
-    level = torch.cuda.get_device_capability(device)
-    if level >= _FLASH_CAPABILITY:
+    level = nvidia_level(device)
+    if level is None or level >= _FLASH_CAPABILITY:
         return None
     return f"varlen needs compute capability 8.0, and this GPU has {level[0]}.{level[1]}; choose sdpa"
 

@@ -38,12 +38,15 @@ class FirstGradients:
     def _require_nonzero(self, step: int) -> None:
         largest: dict[str, torch.Tensor] = {}
         for name, parameter in trainable_parameters(self._model):
-            if name.endswith(TOKEN_ROWS):  # no row may hold an added token yet
+            # No row may hold an added token yet. Of a base, some gradients are zero: keys' biases, experts not chosen.
+            if name.endswith(TOKEN_ROWS) or not name.startswith("base_model."):
                 continue
             pair = adapter_of(name)
             grad = local_tensor(parameter.grad)  # type: ignore[arg-type]
             value = grad.abs().max().float() if grad.numel() else torch.zeros((), device=grad.device)
             largest[pair] = torch.maximum(largest.get(pair, value), value)
+        if not largest:
+            return
         values = torch.stack(list(largest.values())).to(self._ranks.device)  # gradients may be in host memory
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=self._ranks.group)
         dead = [pair for pair, value in zip(largest, values.tolist(), strict=True) if value == 0.0]

@@ -71,7 +71,7 @@ def twin_key(
 
 def agreement_key(
     config: RunConfig, model_config: PreTrainedConfig, code: Iterable[Path], files: Mapping[str, str],
-    device: torch.device, num_ranks: int,
+    device: torch.device, num_ranks: int, first_added: int | None = None,
 ) -> str:  # fmt: skip
     """Return a digest of everything that `agree.require_losses_agree` depends on, the base model's weights included.
 
@@ -82,11 +82,12 @@ def agreement_key(
         files: fingerprints of the base model's weight files, as `load.safetensors.file_digests` returns them.
         device: the device to compute on, which enters by name.
         num_ranks: ranks that share the model.
+        first_added: id of the first added token, if any.
     """
     depends = {
         "settings": _settings(config),
         "attention": config.model.attn_implementation,
-        "added tokens": config.model.add_tokens,
+        "added tokens": [config.model.add_tokens, first_added],
         "config": config_digest(model_config),
         "files": dict(files),
     }

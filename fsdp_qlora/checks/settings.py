@@ -15,6 +15,7 @@ from fsdp_qlora.config.choices import NONE
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.quant.formats import build_format
 from fsdp_qlora.shapes.patterns import numbered
+from fsdp_qlora.shapes.targets import ALL_EXPERTS
 
 LENGTHS = (64, 41)
 """Lengths of the twin's rows: longer than its windows and chunks, and uneven, so that one is padded."""
@@ -39,12 +40,15 @@ def _unnumbered(patterns: Mapping[str, Any], value: T) -> dict[str, T]:
 
 def _small_adapters(lora: LoraSettings) -> LoraSettings:
     """Return the twin's adapters: of the run's method, on the same kinds of linears, where some have another rank."""
-    targets, r = lora.target_modules, min(4, lora.r)
+    targets, parameters, r = lora.target_modules, lora.target_parameters, min(4, lora.r)
     if isinstance(targets, list | tuple) and any("." in name for name in targets):
         targets = "all-linear"  # full names of layers, which the twin may lack
+    if isinstance(parameters, list | tuple) and any(map(numbered, parameters)):
+        parameters = ALL_EXPERTS
     return replace(
         lora, variant=lora.method, init_lora_weights=None,  # any values will do
         r=r, dropout=NO_DROPOUT if lora.dropout else 0.0, init_from=None, target_modules=targets,
+        target_parameters=parameters,
         exclude_modules=[name for name in lora.exclude_modules if not numbered(name)], layers_to_transform=[],
         rank_pattern=_unnumbered(lora.rank_pattern, max(1, r - 1)),
         alpha_pattern=_unnumbered(lora.alpha_pattern, 2 * lora.alpha),

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from fsdp_qlora.adapters import build_method
+from fsdp_qlora.adapters.experts import peft_config, short_parameters
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.attention.layout import Layout
@@ -184,11 +185,12 @@ class _Twin:
         return gather_json(problem, self.ranks)[0] or None
 
     def _read_by_peft(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        lora, folder = self.config.lora, self.folder / "adapter"
+        lora, folder = self.plan.settings.lora, self.folder / "adapter"  # with whole names
         targets = short_targets(self.plan.targets, self.model.base)
         method = build_method(lora.method)
+        parameters = short_parameters(self.plan.parameters, self.plan.memory.shapes.parameters)
         tensors = {**values, **method.fixed(self.model, lora)}
-        export_adapter(folder, tensors, method.peft(targets, lora, "CAUSAL_LM"), "twin")
+        export_adapter(folder, tensors, peft_config(targets, parameters, lora), "twin")
         model = reference.load(self.folder, torch.float32, torch.device("cpu"), self.config.model.trust_remote_code)
         return reference.read_adapter(model, folder)
 
@@ -239,9 +241,9 @@ class _Twin:
         model = reference.load(self.folder, dtype, self.ranks.device, self.config.model.trust_remote_code)
         with one_thread():
             reference.round_weights(model, (*self.plan.quantized, *self.plan.quantized_edges))
-        lora = self.config.lora
-        plain = replace(lora, dropout=0.0)
-        adapted = reference.adapt(model, build_method(lora.method).peft(self.plan.targets, plain, "CAUSAL_LM"), values)
+        plain = replace(self.plan.settings.lora, dropout=0.0)
+        parameters = [target.name for target in self.plan.parameters]
+        adapted = reference.adapt(model, peft_config(self.plan.targets, parameters, plain), values)
         random = any_rank(reference.is_random(adapted, rows[0]), self.ranks)
         return reference.compute(adapted.train(not random), rows), random
 

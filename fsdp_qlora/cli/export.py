@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
+from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
 from fsdp_qlora.cli.quoting import command
@@ -16,10 +18,10 @@ from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.process import Placement, choose_device, use_device
 from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError, StorageError
-from fsdp_qlora.export.adapter import copy_adapter
+from fsdp_qlora.export.adapter import copy_adapter, copy_folder
 from fsdp_qlora.export.combined import combine_adapters
 from fsdp_qlora.export.quantized_base import export_base
-from fsdp_qlora.export.starts import StartedAdapter, measure, open_started, write_for_its_base, write_plain_lora
+from fsdp_qlora.export.starts import StartedAdapter, measure, write_for_its_base, write_plain_lora
 from fsdp_qlora.export.vllm import rewrite_for_vllm, served_by_vllm
 from fsdp_qlora.load.conversions import arrangement
 from fsdp_qlora.load.safetensors import SafetensorsFolder
@@ -72,7 +74,7 @@ def _base_4bit(config: RunConfig) -> int:
 
 def _started(config: RunConfig) -> StartedAdapter:
     assert isinstance(config.adapter, str)  # check_verb
-    return open_started(Path(config.adapter).expanduser())
+    return StartedAdapter(Path(config.adapter).expanduser())
 
 
 def _base_of(config: RunConfig, adapter: StartedAdapter | None) -> tuple[PreTrainedModel, Path, str]:
@@ -112,21 +114,32 @@ def _merged(config: RunConfig) -> int:
     assert config.export.to is not None  # check_verb
     target = Path(config.export.to).expanduser()
     assert not isinstance(config.adapter, dict)  # check_verb
-    adapter = Path(config.adapter).expanduser() if config.adapter else _newest(config) / ADAPTER_FOLDER
+    adapter = Path(config.adapter).expanduser() if config.adapter else _with_adapter(config) / ADAPTER_FOLDER
     world = open_world(config)
     with world.stack:
         done = merge(config, adapter, target, world, loading("folding and writing"))
     written = f"{done.written.folded} linears folded, {megabytes(done.written.num_bytes)}"
+    written += f" ({done.rounded} in the base's files, rounded to {done.dtype})" if done.rounded else ""
     print(f"{done.base} + {adapter} -> {target}: {written}")
     print(f"folded into the {done.form} base ({done.why}); the largest tensor took {megabytes(done.memory)}")
     return 0
 
 
-def _newest(config: RunConfig) -> Path:
-    """Return the checkpoint to export from."""
+def _with_adapter(config: RunConfig) -> Path:
+    """Return the checkpoint to export from, which has an adapter."""
+    folder = RunFolder(config.run.output_root, config.run.name)
+    source = _newest(config, folder)
+    if Manifest.read(source).identity.get("lora.variant") == choices.NONE:
+        raise ConfigError(
+            f"what={config.what}: {source} is of a run with lora=none, which trains the base and no adapter; its "
+            f"result is {folder.model}, a model that it writes when it ends."
+        )
+    return source
+
+
+def _newest(config: RunConfig, folder: RunFolder) -> Path:
     if config.export.checkpoint:
         return Path(config.export.checkpoint).expanduser()
-    folder = RunFolder(config.run.output_root, config.run.name)
     checkpoints = complete_checkpoints(folder.checkpoints)
     if not checkpoints:
         raise CheckpointError(f"{folder.checkpoints} holds no complete checkpoint; set export.checkpoint=FOLDER.")
@@ -147,28 +160,38 @@ def _combined(config: RunConfig, adapters: dict[str, str]) -> int:
     return 0
 
 
+def _written(config: RunConfig, target: Path, copy: Callable[[], None], what: str) -> int:
+    """Copy an adapter to ``target``, and say whether vLLM serves it."""
+    try:
+        copy()
+        if config.export.for_vllm:
+            rewrite_for_vllm(target)
+    except OSError as error:
+        raise StorageError(f"export.to: {target} cannot be written: {error}") from error
+    print(f"{what} -> {target}")
+    print(served_by_vllm(target))
+    return 0
+
+
 def _adapter(config: RunConfig) -> int:
     if isinstance(config.adapter, dict):
         return _combined(config, config.adapter)
     if config.adapter and config.export.plain_lora:
         return _plain_lora(config, _started(config))
+    if config.adapter:
+        assert config.export.to is not None  # check_verb
+        adapter, target = Path(config.adapter).expanduser(), Path(config.export.to).expanduser()
+        return _written(config, target, partial(copy_folder, adapter, target), str(adapter))
     folder = RunFolder(config.run.output_root, config.run.name)
-    source = _newest(config)
+    source = _with_adapter(config)
     manifest = open_checkpoint(source).manifest
     if config.export.plain_lora:
-        return _plain_lora(config, open_started(source / ADAPTER_FOLDER))
+        return _plain_lora(config, StartedAdapter(source / ADAPTER_FOLDER))
     target = Path(config.export.to).expanduser() if config.export.to else folder.adapter
     if target == folder.adapter and target.is_symlink():
         raise SecurityError(f"{target} is a link; links are not followed here. Name the folder with export.to.")
-    try:
-        copy_adapter(source, manifest, target)
-        if config.export.for_vllm:
-            rewrite_for_vllm(target)
-    except OSError as error:
-        raise StorageError(f"export.to: {target} cannot be written: {error}") from error
-    print(f"step {manifest.step} of {source} -> {target}")
-    print(served_by_vllm(target))
-    return 0
+    copy = partial(copy_adapter, source, manifest, target)
+    return _written(config, target, copy, f"step {manifest.step} of {source}")
 
 
 EXPORTS: choices.Table[Callable[[RunConfig], int]] = choices.Table(

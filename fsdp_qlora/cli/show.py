@@ -125,15 +125,17 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         rows.append((f"{sample['prompt']} (after)", sample["after"]))
     trainable, base = summary["trainable_parameters"], summary["base_parameters"]
     rows.append(("trainable parameters", f"{trainable:,} ({100 * trainable / base:.2f} % of the base)"))
-    rows.append(("adapter size", f"{summary['adapter_bytes'] / 1e6:.1f} MB"))
+    kind, result = ("model", folder.model) if trainable == base else ("adapter", folder.adapter)
+    rows.append((f"{kind} size", f"{summary['adapter_bytes'] / 1e6:.1f} MB"))
     rows.append(("speed", f"{summary['tokens_per_second']:.0f} tokens/s over {summary['steps']} steps"))
     rows += _rank_rows(summary)
     prompt = summary["samples"][0]["prompt"] if summary["samples"] else "..."
     rows.append(("run folder", str(folder.path)))
-    rows.append(("adapter", str(folder.adapter)))
+    rows.append((kind, str(result)))
     print_table(f"{folder.path.name}: done", rows)
     switches = [f"{key}=true" for key in switches_on(from_dict(read_config(str(folder.config_file))))]
-    words = ["generate", f"run_from={folder.config_file}", *switches, f"adapter={folder.adapter}", f"prompt={prompt}"]
+    key = "model.name" if kind == "model" else kind
+    words = ["generate", f"run_from={folder.config_file}", *switches, f"{key}={result}", f"prompt={prompt}"]
     print(f"try next: {command(*words)}", flush=True)  # not in the table, which wraps lines: it is meant for pasting
     if "profile" in summary:
         print_profile(summary["profile"])

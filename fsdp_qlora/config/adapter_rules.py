@@ -84,6 +84,11 @@ def _start(config: RunConfig) -> Iterator[str]:
             "lora.init_lora_weights: loftq starts from what quantization loses, and quant=none loses nothing; choose "
             "pissa or olora, or quantize the base."
         )
+    if lora.target_parameters:
+        yield (
+            f"lora.target_parameters: adapters on stacked experts do not start from the base weights, as "
+            f"lora.init_lora_weights={lora.start} does; leave one of them out."
+        )
     if lora.init_from is not None:
         yield (
             f"lora.init_from: an adapter that is there already does not start from the base weights, as "
@@ -131,4 +136,23 @@ def combination_needs(config: RunConfig) -> Iterator[str]:
         yield f"export.rank: export.combination={export.combination} has no choice of ranks; leave it out, or take svd."
 
 
-ADAPTER_RULES = (_method, _bundle, _start, _adapters)
+def _full(config: RunConfig) -> Iterator[str]:
+    """Refuse what does not go with training the whole base."""
+    if not config.lora.trains_base:
+        return
+    quant, fsdp = config.quant, config.fsdp
+    for key, value in {"quant": quant.name, "quant.embeddings": quant.embeddings, **quant.overrides}.items():
+        if value != choices.NONE:
+            yield f"lora: none trains the base itself, which {key}={value} quantizes; set it to none."
+    for key, given in {
+        "model.add_tokens": config.model.add_tokens, "lora.init_from": config.lora.init_from,
+        "lora.target_parameters": config.lora.target_parameters,
+        "optim.loraplus_lr_ratio": config.optim.loraplus_lr_ratio,
+        "fsdp.offload_modules": fsdp.offload_modules, f"fsdp.offload={fsdp.offload}": fsdp.offloads_parameters,
+        f"fsdp.adapters={fsdp.adapters}": fsdp.adapters != "sharded",
+    }.items():  # fmt: skip
+        if given:
+            yield f"{key}: does not go with lora=none, which trains the whole base; leave it out."
+
+
+ADAPTER_RULES = (_method, _bundle, _start, _adapters, _full)

@@ -127,6 +127,8 @@ WITH_DROPOUT = ("lora", "rslora", "dora", "vera", "miss", "randlora")
 """The adapter methods among them that drop their input (``lora.dropout``)."""
 WITH_PATTERNS = ("lora", "rslora", "dora")
 """The adapter methods that take ``lora.rank_pattern`` and ``lora.alpha_pattern``."""
+WITH_EXPERTS = ("lora", "rslora")
+"""The adapter methods that train stacked experts (``lora.target_parameters``)."""
 OBJECTIVES = Names("sft")
 """``objective=``: losses (`fsdp_qlora.objectives`)."""
 OPTIMIZERS = Names(

@@ -16,10 +16,11 @@ _START = re.compile(r"olora|loftq|pissa(_niter_[1-9]\d{0,5})?")
 class LoraSettings:
     """The trainable adapters."""
 
-    variant: Annotated[str, choices.METHODS, *choices.STARTS] = "lora"
+    variant: Annotated[str, choices.METHODS, *choices.STARTS, choices.NONE] = "lora"
     """Adapter method: LoRA, scaled by alpha/r (``lora``) or alpha/sqrt(r) (``rslora``), runs in our own layer;
     ``pissa``, ``olora`` and ``loftq`` are LoRA that starts from the base weights (``init_lora_weights``). The others
-    run in PEFT's layers: slower, never compiled, but the same method and files as in PEFT."""
+    run in PEFT's layers: slower, never compiled, but the same method and files as in PEFT. ``none`` trains the base
+    itself, all of it."""
     use_rslora: Annotated[bool | None, YOUNGER] = None
     """Scale LoRA or DoRA by alpha/sqrt(r), as in PEFT; null: as the variant says."""
     use_dora: Annotated[bool | None, YOUNGER] = None
@@ -44,17 +45,25 @@ class LoraSettings:
     target_modules: Any = "all-linear"
     """``all-linear``, or a list of modules: a name, its last parts (``[q_proj, v_proj]``), or a pattern of the whole
     name (``model.layers.1?.mlp.*``)."""
+    target_parameters: Annotated[Any, YOUNGER] = ""
+    """Stacked expert weights that get adapters too: ``experts`` (all of them), or a list, named in the same ways
+    (``[mlp.experts.down_proj]``). For ``lora`` and ``rslora``, without dropout. Routers get none."""
     exclude_modules: Annotated[list[str], YOUNGER] = field(default_factory=list)
-    """Modules among them, named in the same ways, that get no adapter."""
+    """Modules and stacked weights among them, named in the same ways, that get no adapter."""
     layers_to_transform: Annotated[list[int], YOUNGER] = field(default_factory=list)
     """Numbers of the decoder layers, from 0, that get adapters; empty = all."""
     rank_pattern: Annotated[dict[str, int], YOUNGER] = field(default_factory=dict)
-    """Ranks of some modules, named in the same ways (``{v_proj: 32}``); later patterns win. For LoRA's kinds only, as
-    ``alpha_pattern``."""
+    """Ranks of some targets, named in the same ways (``{v_proj: 32, "*.experts.*": 4}``); later patterns win. For
+    LoRA's kinds only, as ``alpha_pattern``."""
     alpha_pattern: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
-    """Alphas of some modules, as ``rank_pattern``."""
+    """Alphas of some targets, as ``rank_pattern``."""
     init_from: Annotated[str | None, VERBATIM, MAY_CHANGE] = None
     """PEFT adapter folder to start a new run from (same ranks, alphas and targets)."""
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether there are no adapters and the base itself is trained."""
+        return self.variant == choices.NONE
 
     @property
     def method(self) -> str:

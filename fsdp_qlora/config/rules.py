@@ -117,11 +117,26 @@ def _names(config: RunConfig) -> Iterator[str]:
         yield "data.train: expected a data source or a list of them."
     if config.data.eval is not None and not _is_name_or_names(config.data.eval):
         yield "data.eval: expected a data source, a list of them, or null."
+
+
+def _targets(config: RunConfig) -> Iterator[str]:
     if not _is_name_or_names(config.lora.target_modules):
         yield "lora.target_modules: expected all-linear or a list of module names."
     elif isinstance(config.lora.target_modules, str) and len(names := config.lora.target_modules.split(",")) > 1:
         listed = ",".join(name.strip() for name in names)
         yield f"lora.target_modules: write a list, '[{listed}]', not {config.lora.target_modules!r}."
+    if (parameters := config.lora.target_parameters) and not _is_name_or_names(parameters):
+        yield "lora.target_parameters: expected experts, or a list of names of stacked weights."
+    elif isinstance(parameters, str) and "," in parameters:
+        yield f"lora.target_parameters: write a list, '[{parameters}]', not {parameters!r}."
+    if parameters and config.lora.dropout:
+        yield (
+            "lora.dropout: adapters on experts have no dropout, because PEFT cannot store an adapter with dropout on "
+            "stacked weights; set lora.dropout=0, or leave lora.target_parameters empty."
+        )
+    if parameters and config.lora.method not in choices.WITH_EXPERTS and config.lora.method in choices.PEFT_METHODS:
+        kinds = " and ".join(choices.WITH_EXPERTS)
+        yield f"lora.target_parameters: lora.variant={config.lora.variant} has no adapters for experts; {kinds} have."
 
 
 def _is_name_or_names(value: object) -> bool:
@@ -260,6 +275,7 @@ RULES: tuple[Rule, ...] = (
     _evaluation,
     _length,
     _names,
+    _targets,
     _resume,
     _debug,
     _quantization,
@@ -288,11 +304,20 @@ def _export_needs(config: RunConfig) -> Iterator[str]:
             yield "export.plain_lora: converts an adapter; set what=adapter."
     if config.export.plain_lora and not config.export.to:
         yield "export.to: not set. Give the folder that export.plain_lora=true writes."
+    if config.what == "adapter" and isinstance(config.adapter, str) and not config.export.to:
+        yield "export.to: not set. Give the folder for a copy of the adapter."
     if config.what == "merged":
-        if not config.export.to:
-            yield "export.to: not set. Give the folder that what=merged writes."
-        if config.adapter and config.export.checkpoint:
-            yield "export.checkpoint: adapter names the adapter to fold in; give one of them."
+        yield from _merge_needs(config)
+
+
+def _merge_needs(config: RunConfig) -> Iterator[str]:
+    if not config.export.to:
+        yield "export.to: not set. Give the folder that what=merged writes."
+    if config.adapter and config.export.checkpoint:
+        yield "export.checkpoint: adapter names the adapter to fold in; give one of them."
+    for key in ("for_vllm", "plain_lora"):
+        if getattr(config.export, key):
+            yield f"export.{key}: is about adapters, and what=merged writes none; leave it out."
 
 
 def _needs(verb: str, config: RunConfig) -> Iterator[str]:

@@ -7,7 +7,7 @@ takes part in every collective.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 
@@ -18,6 +18,12 @@ class BatchPlan:
     global_batch_size: int
     micro_batch_size: int
     num_ranks: int
+
+    def of_rows(self, rows: int) -> BatchPlan:
+        """Return the same with micro-batches of ``rows``, and at least one of them for each rank."""
+        return replace(
+            self, micro_batch_size=rows, global_batch_size=max(rows * self.num_ranks, self.global_batch_size)
+        )
 
     @property
     def num_micro_batches(self) -> int:

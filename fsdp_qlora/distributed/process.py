@@ -102,6 +102,18 @@ def device_model(device: torch.device) -> str:
     return torch.get_device_module(device).get_device_name(device)
 
 
+def has_cuda_kernels(device: torch.device) -> bool:
+    """Whether kernels that are written for NVIDIA's and AMD's GPUs alone run on this type of device."""
+    return device.type == "cuda"
+
+
+def nvidia_level(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of an NVIDIA card; None of another device, and of one that is planned for."""
+    if not has_cuda_kernels(device) or not torch.cuda.is_available() or torch.version.hip:
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
 def set_threads(asked: int, local_world_size: int) -> int:
     """Set and return this rank's number of CPU threads: ``asked``, or its share of the cores if 0."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

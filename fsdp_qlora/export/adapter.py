@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -14,30 +15,37 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters.folder import (
+    CONFIG_NAME,
     WEIGHTS_NAME,
     opened_weights,
+    read_adapter_config,
+    stored_modules,
 )
 from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
 from fsdp_qlora.config.schema import LoraSettings
-from fsdp_qlora.errors import CheckpointError, NumericsError, StorageError
-from fsdp_qlora.files.read import file_sha256
+from fsdp_qlora.errors import CheckpointError, ModelError, NumericsError, StorageError
+from fsdp_qlora.files.read import file_sha256, own_file
 from fsdp_qlora.files.scratch import fresh_folder, move_into
-from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_text
+from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_json, write_text
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.shapes.patterns import endings
+
+_BESIDE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
+"""The files of an adapter's folder."""
 
 
 def gather_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the whole adapter on the CPU under PEFT's names. A collective."""
     adapter: dict[str, torch.Tensor] = {}
     for name, parameter in trainable_parameters(model):
-        adapter[name] = _whole(parameter.detach()).to("cpu", copy=True).contiguous()
+        adapter[name] = whole_tensor(parameter.detach()).to("cpu", copy=True).contiguous()
     return adapter
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Gather a tensor over its ranks, on their mesh's device, because its shards may be in host memory."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -141,6 +149,50 @@ def _write_into(
         write_text(folder / "README.md", model_card)
 
 
+def write_folder(
+    source: Path, target: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> int:  # fmt: skip
+    """Write an adapter folder with what lies beside the adapter in ``source``; return the bytes of its weights.
+
+    ``target`` may be ``source``. What an adapter started from is not copied.
+
+    Raises:
+        StorageError: if the folder cannot be written.
+    """
+    try:
+        with fresh_folder(target) as staging:
+            for file in sorted(source.iterdir()):
+                if file.name not in (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME) and file.is_file():
+                    copy_regular(file, staging / file.name)
+            write_json(staging / CONFIG_NAME, config)
+            weights = staging / WEIGHTS_NAME
+            save_file({n: t.contiguous() for n, t in tensors.items()}, weights, metadata={"format": "pt"})
+            open_as_a_new_file(weights)
+            size = weights.stat().st_size
+            move_into(staging, target)
+    except OSError as error:
+        raise StorageError(f"export.to: {target} cannot be written: {error}.") from error
+    return size
+
+
+def copy_folder(adapter: Path, target: Path) -> None:
+    """Copy a PEFT adapter folder: its config, tensors, tokenizer and card.
+
+    Raises:
+        ModelError: if it is no adapter that is supported, holds values that are not finite numbers, or is ``target``.
+        SecurityError: if a file in it is a link out of it.
+    """
+    if target.resolve() == adapter.resolve():
+        raise ModelError(f"export.to: {target} is the adapter itself; choose another folder.")
+    stored_modules(adapter, read_adapter_config(adapter))
+    _require_finite(own_file(adapter, WEIGHTS_NAME), adapter / WEIGHTS_NAME)
+    names = {file.name for pattern in _BESIDE for file in adapter.glob(pattern)}
+    with fresh_folder(target) as staging:
+        for name in sorted(names):
+            copy_regular(own_file(adapter, name), staging / name)
+        move_into(staging, target)
+
+
 def copy_adapter(checkpoint: Path, manifest: Manifest, target: Path) -> None:
     """Copy the adapter of a verified checkpoint: the files listed in its manifest, and no others.
 
@@ -158,8 +210,12 @@ def copy_adapter(checkpoint: Path, manifest: Manifest, target: Path) -> None:
             copy_regular(checkpoint / name, copy)
             if file_sha256(copy, follow=False) != manifest.files[name]["sha256"]:
                 raise CheckpointError(f"{checkpoint / name} is damaged: its content has changed since it was written.")
-        with opened_weights(staging / WEIGHTS_NAME) as stored:
-            for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
-                where = checkpoint / ADAPTER_FOLDER / WEIGHTS_NAME
-                require_finite(stored.get_tensor(name), f"adapter: {name} in {where}")
+        _require_finite(staging / WEIGHTS_NAME, checkpoint / ADAPTER_FOLDER / WEIGHTS_NAME)
         move_into(staging, target)
+
+
+def _require_finite(file: Path, called: Path) -> None:
+    """Check the values of an adapter's file, which messages call ``called``."""
+    with opened_weights(file) as stored:
+        for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
+            require_finite(stored.get_tensor(name), f"adapter: {name} in {called}")

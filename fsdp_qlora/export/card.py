@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fsdp_qlora.adapters import LoRA, build_method
@@ -46,7 +47,7 @@ A {kind} adapter, trained with fsdp_qlora.
 | Base precision in training | {stored}, compute in {config["precision"]["name"]} |
 | Data | {sources} ({facts["train_rows"]} sequences) |
 | {kind} | {", ".join([lora["variant"], *given])} |
-| Adapted modules | {lora["target_modules"]} |
+| Adapted modules | {lora["target_modules"]}{_experts(lora)} |
 | Trained parameters | {facts["trainable_parameters"]:,} |
 | Steps | {facts["steps"]} of {train["global_batch_size"]} rows |
 | Optimizer | {optim["name"]}, learning rate {optim["lr"]}, schedule {config["schedule"]["name"]} |
@@ -73,6 +74,14 @@ def _start(lora: LoraSettings) -> str:
         "quantized. It needs such a base (`fsdp-qlora export what=base-4bit adapter=FOLDER`), or can be converted to a "
         "plain LoRA for the original one (`fsdp-qlora export adapter=FOLDER export.plain_lora=true`).\n\n"
     )
+
+
+def _experts(lora: Mapping[str, Any]) -> str:
+    """Name the stacked expert weights that have adapters."""
+    parameters = lora["target_parameters"]
+    if not parameters:
+        return ""
+    return f"; stacked weights: {parameters if isinstance(parameters, str) else ', '.join(parameters)}"
 
 
 def _loss(value: float | None) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from fsdp_qlora.adapters import of_target
 from fsdp_qlora.adapters.combine import Weighted, combine, squares
 from fsdp_qlora.adapters.folder import (
     CONFIG_NAME,
@@ -23,16 +22,15 @@ from fsdp_qlora.adapters.folder import (
     read_adapter_config,
     stored_modules,
 )
-from fsdp_qlora.adapters.names import LORA_A, LORA_B
-from fsdp_qlora.adapters.starts import scaling_of
+from fsdp_qlora.adapters.method import of_target, scaling_of
+from fsdp_qlora.adapters.names import IN_FILE, LORA_A, LORA_B
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.export.starts import write_folder
+from fsdp_qlora.export.adapter import write_folder
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.quant.formats import one_thread
 
-_PREFIX = "base_model.model."
 _SUMMED = ("lora", "rslora")
 """Methods whose change of a weight is a product of two matrices."""
 
@@ -61,7 +59,7 @@ class _Source:
     """Its opened file of tensors."""
 
     def part(self, module: str) -> Weighted:
-        down, up = (self._read(f"{_PREFIX}{module}{ending}") for ending in (LORA_A, LORA_B))
+        down, up = (self._read(f"{IN_FILE}{module}{ending}") for ending in (LORA_A, LORA_B))
         return Weighted(down, up, self.weight * scaling_of(of_target(self.lora, module)))
 
     def _read(self, key: str) -> torch.Tensor:
@@ -108,7 +106,7 @@ def combine_adapters(
             ranks[module] = len(down)
             for ending, value in ((LORA_A, down), (LORA_B, up)):
                 require_finite(value, f"export.weights: {module} in {target}")
-                tensors[f"{_PREFIX}{module}{ending}"] = value.contiguous()
+                tensors[f"{IN_FILE}{module}{ending}"] = value
     size = write_folder(sources[0].folder, target, tensors, _config(sources[0], ranks))
     return Combined(len(modules), max(ranks.values()), size, sqrt(off / whole) if whole else 0.0)
 

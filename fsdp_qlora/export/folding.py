@@ -51,9 +51,17 @@ class Folding:
             ranks: one rank, on the device that quantizes.
 
         Raises:
-            ModelError: if a linear with an adapter is not in the model, or a changed tensor cannot be written back.
+            ModelError: if a linear with an adapter is not in the model, experts have adapters, or a changed tensor
+                cannot be written back.
         """
         self.base, self.files, self.adapter, self._ranks = base, files, adapter, ranks
+        if adapter.config.parameters:
+            raise ModelError(
+                f"what=merged: {adapter.folder} adapts stacked weights of experts, which are not folded in here; "
+                "export the adapter (what=adapter) and merge it with PEFT."
+            )
+        self.dtypes = {name: parameter.dtype for name, parameter in base.named_parameters()}
+        """Dtype of each parameter in the model, by name."""
         shapes = read_shapes(base)
         self._formats = {x.linear.parameter: x for x in packed}
         self._linears = {x.parameter: x for x in shapes.linears} | {x.linear.parameter: x.linear for x in packed}
@@ -88,8 +96,8 @@ class Folding:
             return
         if ids != list(range(ids[0], ids[-1] + 1)) or ids[0] > shapes.embedding_rows:
             raise ModelError(
-                f"adapter: {self.adapter.folder} has rows for the tokens {ids[0]} to {ids[-1]}, which do not follow "
-                f"the {shapes.embedding_rows} rows of this base model without a gap."
+                f"adapter: {self.adapter.folder} trained rows of tokens that this base model has already, or leaves a "
+                f"gap after its {shapes.embedding_rows} rows; only rows of added tokens can be merged."
             )
         for table in tables_of_tokens(shapes):
             rows = self.adapter.token_rows(table)
@@ -152,7 +160,7 @@ class Folding:
             module = fill_alone(packed, self.files, self._ranks, taken)
             each = [module.dequantize(self.base.dtype, index).cpu() for index in range(linear.count)]
             weight = torch.stack(each) if linear.stacked else each[0]
-            return weight.t().contiguous() if linear.transposed else weight
+            return weight.transpose(-1, -2).contiguous() if linear.transposed else weight
         stored = self.files.find(parameter, linear.stored_shape)
         weight = self.files.read(stored, 0, stored.numel).view(linear.stored_shape)
         require_finite(weight, f"{stored.file}: tensor {parameter}")

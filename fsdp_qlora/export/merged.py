@@ -7,9 +7,9 @@ nothing changes are copied as bytes.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from fsdp_qlora.errors import ModelError, StorageError
 from fsdp_qlora.export.folding import Folding
-from fsdp_qlora.export.quantized_base import beside_the_weights
+from fsdp_qlora.export.model_folder import beside_the_weights, new_folder
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.files.scratch import fresh_folder
 from fsdp_qlora.files.tensors import TensorToWrite, write_tensors
@@ -29,6 +29,8 @@ from fsdp_qlora.load.stored import packed_format
 
 PIECE_BYTES = 64 * 2**20
 """Unchanged tensors are copied in pieces of this size."""
+MARK = "merged.json"
+"""The file that tells a merge from other folders; it names the linears that were folded."""
 _SPELT = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _DTYPES = {spelt: dtype for dtype, spelt in _SPELT.items()}
 _OF_QUANTIZATION = ("quantization_config", "compression_config")
@@ -54,7 +56,8 @@ def export_merged(
     Args:
         folding: what is folded.
         source: the base model's folder.
-        target: a folder that does not exist yet or is empty; with ``overwrite``, any. It is replaced as a whole.
+        target: a folder that does not exist yet or is empty; with ``overwrite``, one that
+            holds an earlier merge. It is replaced as a whole.
         progress: called with (tensors done, total tensors).
         overwrite: whether ``target`` may hold an earlier export.
 
@@ -63,39 +66,42 @@ def export_merged(
         SecurityError: if a file in ``source`` links outside it: it would be shared along with the model.
         StorageError: if ``target`` cannot be written.
     """
-    require_free(target, overwrite)
+    require_free(target, overwrite, (source, folding.adapter.folder))
     beside = {**beside_the_weights(source), **_of_tokenizer(folding.adapter.folder)}
     for file in {entry.file for entry in folding.files.entries.values()}:
         own_file(source, file.name)
-    try:
-        with fresh_folder(target) as staging:
-            home, total = _write_weights(folding, staging, progress)
-            for name, file in beside.items():
-                copy_regular(file, staging / name)
-            write_json(staging / "config.json", _config(source, folding))
-            _follow_end_of_turn(staging, folding)
-            _check(staging, home)
-            for file in (*staging.iterdir(), staging):
-                sync(file)
-            put(staging, target.absolute(), overwrite)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise ModelError(
-                f"export.to: {target} was written by another process in the meantime; it is left unchanged."
-            ) from error
-        raise StorageError(f"export.to: {target} cannot be written: {error}.") from error
+    with new_folder(target, partial(put, overwrite=overwrite)) as staging:
+        home, total = _write_weights(folding, staging, progress)
+        for name, file in beside.items():
+            copy_regular(file, staging / name)
+        write_json(staging / "config.json", _config(source, folding))
+        _follow_end_of_turn(staging, folding)
+        write_json(staging / MARK, {"folded": sorted(folding.adapter.modules)})
+        _check(staging, home)
     return Merged(len(folding.adapter.modules), total)
 
 
-def require_free(target: Path, overwrite: bool) -> None:
-    """Check that a folder may be written.
+def require_free(target: Path, overwrite: bool, kept: Iterable[Path] = ()) -> None:
+    """Check that a folder may be written, or replaced with ``overwrite``: an earlier merge, and nothing else.
 
     Raises:
-        ModelError: if it is not empty, unless ``overwrite``; or if it is no folder.
+        ModelError: if it is not empty and no merge, a link, no folder, or one of the folders ``kept``, around or
+            inside one of them.
     """
-    if target.exists() and not (target.is_dir() and (overwrite or not any(target.iterdir()))):
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        what = "a link" if target.is_symlink() else "a file"
+        raise ModelError(f"export.to: {target} is {what}; name a new folder.")
+    own = target.resolve()
+    for folder in (path.resolve() for path in kept):
+        if own == folder or own in folder.parents:
+            raise ModelError(f"export.to: {target} is, or holds, {folder}, which is read here; choose another folder.")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not (target / MARK).is_file():
+        raise ModelError(f"export.to: {target} already exists and is no earlier merge; choose another folder.")
+    if not overwrite:
         raise ModelError(
-            f"export.to: {target} already exists and is not empty; choose another folder, or set export.overwrite=true."
+            f"export.to: {target} already holds a merge; choose another folder, or set export.overwrite=true."
         )
 
 
@@ -182,8 +188,8 @@ def _dtype(folding: Folding, entry: TensorEntry) -> torch.dtype | None:
         return stored if changed else None
     if changed:
         return folding.base.dtype
-    parameter = dict(folding.base.named_parameters()).get(entry.name)
-    narrowed = stored is torch.float32 and parameter is not None and parameter.dtype != torch.float32
+    in_model = folding.dtypes.get(entry.name, torch.float32)
+    narrowed = stored is torch.float32 and in_model != torch.float32
     return folding.base.dtype if narrowed else None
 
 

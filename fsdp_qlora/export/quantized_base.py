@@ -6,21 +6,20 @@ tensors of one file.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from fsdp_qlora.errors import ModelError, StorageError
+from fsdp_qlora.export.model_folder import beside_the_weights, new_folder
 from fsdp_qlora.files.read import own_file, read_json
-from fsdp_qlora.files.scratch import fresh_folder
-from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, sync, write_json
+from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_json
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.load.safetensors import SafetensorsFolder, weight_files
 from fsdp_qlora.load.stored import find_kept, packed_format, quantization_of
@@ -34,7 +33,6 @@ FILE_BYTES = 2_000_000_000
 """Bytes of tensors per safetensors file; also the most that the export holds in memory."""
 Taken = Callable[[str], LowRank | None]
 """Returns what is taken off the weight of a linear, by its name."""
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*")
 
 
 @dataclass(frozen=True)
@@ -83,26 +81,15 @@ def export_base(
     for file in weight_files(source):
         own_file(source, file.name)
     shapes, files = read_shapes(base), SafetensorsFolder(source)
-    try:
-        with fresh_folder(target) as staging:
-            shards = _Shards(staging, file_bytes)
-            for tensors in _stored(shapes, files, quant_format, device, progress, taken):
-                shards.add(tensors)
-            shards.finish()
-            for name, file in copied.items():
-                copy_regular(file, staging / name)
-            _write_config(base, source, staging, quant_format, shapes)
-            _check(staging, shards.home)
-            for file in (*staging.iterdir(), staging):
-                sync(file)
-            staging.rename(target.absolute())
-        sync(target.absolute().parent)
-    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
-        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise ModelError(
-                f"export.to: {target} was written by another process in the meantime; it is left unchanged."
-            ) from error
-        raise StorageError(f"export.to: {target} cannot be written: {error}.") from error
+    with new_folder(target) as staging:
+        shards = _Shards(staging, file_bytes)
+        for tensors in _stored(shapes, files, quant_format, device, progress, taken):
+            shards.add(tensors)
+        shards.finish()
+        for name, file in copied.items():
+            copy_regular(file, staging / name)
+        _write_config(base, source, staging, quant_format, shapes)
+        _check(staging, shards.home)
     return ExportedBase(len(_written(shapes)), shards.total)
 
 
@@ -202,13 +189,6 @@ def _write_config(base: PreTrainedModel, source: Path, folder: Path, quant_forma
     )
     config = read_json(own_file(source, "config.json"), dict[str, Any])
     write_json(folder / "config.json", config | {"quantization_config": stored.to_dict()})
-
-
-def beside_the_weights(source: Path) -> dict[str, Path]:
-    """Return the files next to the weights (tokenizer, generation config) by name, with their resolved paths."""
-    names = {file.name for pattern in _COPIED for file in source.glob(pattern)}
-    real = {name: own_file(source, name) for name in sorted(names) if not name.endswith(".index.json")}
-    return {name: file for name, file in real.items() if file.is_file()}
 
 
 def _check(folder: Path, home: dict[str, str]) -> None:

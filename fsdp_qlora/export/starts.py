@@ -14,24 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from fsdp_qlora.adapters import of_target
-from fsdp_qlora.adapters.folder import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    AdapterConfig,
-    opened_weights,
-    read_adapter_config,
-    stored_modules,
-)
-from fsdp_qlora.adapters.starts import scaling_of
-from fsdp_qlora.adapters.turns import FILE_NAME, MATRICES, facts_of, read_start
-from fsdp_qlora.config.schema import LoraSettings
-from fsdp_qlora.errors import ModelError, StorageError
+from fsdp_qlora.adapters.fold import StoredAdapter
+from fsdp_qlora.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, opened_weights
+from fsdp_qlora.adapters.names import IN_FILE, LORA_A, LORA_B
+from fsdp_qlora.adapters.turns import FILE_NAME, facts_of
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.export.adapter import write_folder
 from fsdp_qlora.files.read import own_file, read_json
-from fsdp_qlora.files.scratch import fresh_folder, move_into
-from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_json
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import weight_of
@@ -40,54 +30,27 @@ from fsdp_qlora.quant.formats import Format, build_format, dequantize, one_threa
 from fsdp_qlora.shapes.linears import LinearShape
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
-_PREFIX = "base_model.model."
-_LORA = tuple(f".{part}" for part in MATRICES)
 
-
-@dataclass(frozen=True)
-class StartedAdapter:
+class StartedAdapter(StoredAdapter):
     """An adapter folder whose adapter started from the base weights."""
 
-    folder: Path
-    config: AdapterConfig
-    lora: LoraSettings
-    """Its settings, with whole names."""
-    formats: Mapping[str, Format | None]
-    """How the base was stored in training, by target; None in 16 or 32 bits."""
+    def __init__(self, folder: Path) -> None:
+        """Open the folder.
 
-    @property
-    def start(self) -> str:
-        """The start's name (`LoraSettings.start`)."""
-        assert self.config.start is not None
-        return self.config.start
-
-    def scaling(self, name: str) -> float:
-        """Return the factor of a target's product."""
-        return scaling_of(of_target(self.lora, name))
-
-    def taken(self, name: str) -> LowRank | None:
-        """Return what was taken off the weight of a target before it was stored; None: nothing."""
-        return read_start(own_file(self.folder, FILE_NAME), _PREFIX + name).taken(self.start, self.scaling(name))
-
-
-def open_started(folder: Path) -> StartedAdapter:
-    """Open an adapter folder.
-
-    Raises:
-        ModelError: if its adapter did not start from the base weights, or the folder lacks what it started from.
-    """
-    config = read_adapter_config(folder)
-    if config.start is None:
-        raise ModelError(
-            f"adapter: the one in {folder} did not start from the base weights: it is a plain one of its base."
-        )
-    targets = stored_modules(folder, config)
-    file = own_file(folder, FILE_NAME)
-    stored = facts_of(file).get("targets", {})
-    if stored.keys() != set(targets):
-        raise ModelError(f"adapter: {file} and {folder / WEIGHTS_NAME} are not of the same modules.")
-    formats = {name: build_format(*kind) if kind else None for name, kind in stored.items()}
-    return StartedAdapter(folder, config, config.settings(targets), formats)
+        Raises:
+            ModelError: if its adapter did not start from the base weights, or the folder lacks what it started from.
+        """
+        super().__init__(folder)
+        if self.config.start is None:
+            raise ModelError(
+                f"adapter: the one in {folder} did not start from the base weights: it is a plain one of its base."
+            )
+        file = own_file(folder, FILE_NAME)
+        stored = facts_of(file).get("targets", {})
+        if stored.keys() != set(self.modules):
+            raise ModelError(f"adapter: {file} and {folder / WEIGHTS_NAME} are not of the same modules.")
+        self.formats = {name: build_format(*kind) if kind else None for name, kind in stored.items()}
+        """How the base was stored in training, by target; None in 16 or 32 bits."""
 
 
 @dataclass
@@ -127,7 +90,7 @@ def measure(
             if linear is None:
                 raise ModelError(f"adapter: {adapter.folder} has an adapter for {name}, which the base does not have.")
             weight = weight_of(source, linear, quant_format)
-            start = read_start(own_file(adapter.folder, FILE_NAME), _PREFIX + name)
+            start = adapter.start_of(name)
             if (start.b.shape[0], start.a.shape[1]) != tuple(weight.shape):
                 raise ModelError(
                     f"adapter: {adapter.folder} is not of this base: {name} is {list(weight.shape)} there."
@@ -158,7 +121,7 @@ def write_plain_lora(adapter: StartedAdapter, target: Path) -> int:
     tensors: dict[str, torch.Tensor] = {}
     with opened_weights(own_file(adapter.folder, WEIGHTS_NAME)) as stored:
         names = set(stored.keys())
-        if odd := sorted(name for name in names if not name.endswith((*_LORA, TOKEN_ROWS))):
+        if odd := sorted(name for name in names if not name.endswith((LORA_A, LORA_B, TOKEN_ROWS))):
             raise ModelError(
                 f"export.plain_lora: {adapter.folder} also trains {odd[0]}, which no plain LoRA can express; export "
                 "the base that it needs with what=base-4bit."
@@ -169,8 +132,8 @@ def write_plain_lora(adapter: StartedAdapter, target: Path) -> int:
             if name.endswith(TOKEN_ROWS):
                 tensors[name] = value
                 continue
-            start = read_start(own_file(adapter.folder, FILE_NAME), name.removesuffix(_LORA[0]).removesuffix(_LORA[1]))
-            first = name.endswith(_LORA[0])
+            module = name.removeprefix(IN_FILE).removesuffix(LORA_A).removesuffix(LORA_B)
+            start, first = adapter.start_of(module), name.endswith(LORA_A)
             other = start.a if first else -start.b
             if other.shape != value.shape:
                 raise ModelError(
@@ -203,21 +166,3 @@ def write_for_its_base(adapter: StartedAdapter, target: Path, base: Path) -> Non
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
     config = _restarted(read_json(own_file(adapter.folder, CONFIG_NAME)))
     write_folder(adapter.folder, target, tensors, config | {"base_model_name_or_path": str(base), "revision": None})
-
-
-def write_folder(source: Path, target: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> int:
-    """Write an adapter folder with what lies beside the adapter in ``source``; return the bytes of its weights."""
-    try:
-        with fresh_folder(target) as staging:
-            for file in sorted(source.iterdir()):
-                if file.name not in (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME) and file.is_file():
-                    copy_regular(file, staging / file.name)
-            write_json(staging / CONFIG_NAME, config)
-            weights = staging / WEIGHTS_NAME
-            save_file(tensors, weights, metadata={"format": "pt"})
-            open_as_a_new_file(weights)
-            size = weights.stat().st_size
-            move_into(staging, target)
-    except OSError as error:
-        raise StorageError(f"export.to: {target} cannot be written: {error}.") from error
-    return size

@@ -7,22 +7,25 @@ compute something else without a word.
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
 
-from fsdp_qlora.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, opened_weights
-from fsdp_qlora.adapters.names import LORA_A, LORA_B
+from fsdp_qlora.adapters.folder import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    opened_weights,
+    read_adapter_config,
+    stored_modules,
+)
+from fsdp_qlora.adapters.method import of_target, scaling_of
+from fsdp_qlora.adapters.names import IN_FILE, LORA_A, LORA_B
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.export.adapter import write_folder
 from fsdp_qlora.files.read import own_file, read_json
-from fsdp_qlora.files.scratch import fresh_folder, move_into
-from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_json
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of ``--max-lora-rank`` (``MaxLoRARanks`` in vllm/config/lora.py)."""
@@ -75,16 +78,8 @@ def served_by_vllm(folder: Path) -> str:
     if not reasons:
         rank = next(rank for rank in RANKS if rank >= _rank(config))
         base = str(config.get("base_model_name_or_path"))
-        words = [
-            "vllm",
-            "serve",
-            base,
-            "--enable-lora",
-            "--max-lora-rank",
-            str(rank),
-            "--lora-modules",
-            f"tuned={folder}",
-        ]
+        words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
+        words += ["--lora-modules", f"tuned={folder}"]
         return f"vLLM: yes: {shlex.join(words)}"
     plain = all(any(key in reason for key in _PASSED_OVER) for reason in reasons)
     way = (
@@ -107,9 +102,9 @@ def rewrite_for_vllm(folder: Path) -> None:
 
     Raises:
         ModelError: if it is anything but a LoRA on linears.
+        StorageError: if the folder cannot be written.
     """
     config = read_json(own_file(folder, CONFIG_NAME), dict[str, Any])
-    patterns = {key: config.get(key) or {} for key in _PASSED_OVER}
     with opened_weights(own_file(folder, WEIGHTS_NAME)) as stored:
         names = list(stored.keys())
         if reasons := obstacles({**config, **dict.fromkeys(_PASSED_OVER)}, names):
@@ -118,37 +113,14 @@ def rewrite_for_vllm(folder: Path) -> None:
                 "Use what=merged."
             )
         tensors = {name: stored.get_tensor(name).float() for name in names}
-    rank = _rank(config)
-    written: dict[str, torch.Tensor] = {}
+    adapter, rank = read_adapter_config(folder), _rank(config)
+    lora = adapter.settings(stored_modules(folder, adapter))
     for name, value in tensors.items():
-        module = name.removeprefix("base_model.model.").removesuffix(LORA_A).removesuffix(LORA_B)
-        r, alpha = (
-            _of_module(patterns[key], module, config[plain])
-            for key, plain in zip(_PASSED_OVER, ("r", "lora_alpha"), strict=True)
-        )
-        scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        own = of_target(lora, name.removeprefix(IN_FILE).removesuffix(LORA_A).removesuffix(LORA_B))
+        more = rank - own.r
         if name.endswith(LORA_A):
-            written[name] = torch.cat([value, value.new_zeros(rank - r, value.shape[1])])
+            tensors[name] = torch.cat([value, value.new_zeros(more, value.shape[1])])
         else:
-            written[name] = torch.cat([value * scaling, value.new_zeros(value.shape[0], rank - r)], dim=1)
-    plain_config = {
-        **config,
-        "r": rank,
-        "lora_alpha": rank,
-        "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    with fresh_folder(folder) as staging:
-        for file in folder.iterdir():
-            if file.is_file() and file.name not in (WEIGHTS_NAME, CONFIG_NAME):
-                copy_regular(file, staging / file.name)
-        save_file({n: t.contiguous() for n, t in written.items()}, staging / WEIGHTS_NAME, metadata={"format": "pt"})
-        open_as_a_new_file(staging / WEIGHTS_NAME)
-        write_json(staging / CONFIG_NAME, plain_config)
-        move_into(staging, folder)
-
-
-def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """Return a pattern's value for a module, as PEFT reads it."""
-    return pattern.get(get_pattern_key(list(pattern), module), default)
+            tensors[name] = torch.cat([value * scaling_of(own), value.new_zeros(value.shape[0], more)], dim=1)
+    plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    write_folder(folder, folder, tensors, config | plain)

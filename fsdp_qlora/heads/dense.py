@@ -14,6 +14,7 @@ from torch import nn
 
 from fsdp_qlora.heads.added import WithTokenRows
 from fsdp_qlora.heads.logprobs import ChunkedCrossEntropy, CrossEntropy, cross_entropy_
+from fsdp_qlora.heads.trained import TrainedCrossEntropy
 from fsdp_qlora.heads.upstream import AfterHead
 
 
@@ -59,7 +60,12 @@ class LossHead(nn.Linear, WithTokenRows):
             if trained is None:
                 return logits
             return torch.cat([logits, nn.functional.linear(input, trained.to(input.dtype))], dim=-1)
-        losses: torch.Tensor = ChunkedCrossEntropy.apply(
+        if weight.requires_grad:
+            return TrainedCrossEntropy.apply(  # type: ignore[return-value]
+                input, weight, self.bias, labels, self.chunk, self.logit_scale, self.softcap, self.code,
+                self.cross_entropy,
+            )  # fmt: skip
+        return ChunkedCrossEntropy.apply(  # type: ignore[return-value]
             input,
             weight,
             self.bias,
@@ -70,5 +76,4 @@ class LossHead(nn.Linear, WithTokenRows):
             self.code,
             self.cross_entropy,
             trained,
-        )  # type: ignore[assignment]
-        return losses
+        )

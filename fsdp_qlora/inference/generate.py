@@ -9,17 +9,34 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from fsdp_qlora.inference.end_of_turn import EndOfTurn
-from fsdp_qlora.inference.rendering import render_apart
+from fsdp_qlora.inference.rendering import render_all_apart
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.shown import visible
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, torch.Tensor]:
-    """Render a user's prompt with the chat template (as plain text if there is none)."""
-    if not tokenizer.chat_template:
-        return dict(tokenizer(prompt, return_tensors="pt"))
-    text = render_apart(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
-    return dict(tokenizer(text, add_special_tokens=False, return_tensors="pt"))
+    """Return the model's inputs for a user's prompt."""
+    (ids,) = encode_conversations(tokenizer, [[{"role": "user", "content": prompt}]])
+    inputs = torch.tensor([ids])
+    return {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, Any]]]
+) -> list[list[int]]:  # fmt: skip
+    """Render conversations with the chat template, up to the answer; without one, the text of their last messages.
+
+    Raises:
+        ModelError: if the chat template rejects one.
+    """
+    if not conversations:
+        return []
+    if tokenizer.chat_template:
+        texts = render_all_apart(tokenizer, conversations, add_generation_prompt=True)
+    else:
+        texts = [str(messages[-1].get("content", "")) for messages in conversations]
+    encoded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)
+    return [list(ids) for ids in encoded["input_ids"]]  # type: ignore[union-attr, arg-type]
 
 
 @torch.no_grad()
@@ -37,7 +54,7 @@ def answer(
 
     Under FSDP every rank must call it with the same arguments, and greedily: sampling would differ between ranks.
     """
-    inputs = {k: v.to(model.device) for k, v in encode_prompt(tokenizer, prompt).items() if k != "token_type_ids"}
+    inputs = {k: v.to(model.device) for k, v in encode_prompt(tokenizer, prompt).items()}
     config = generation_config(end, max_new_tokens, temperature, top_p)
     was_training = model.training
     model.eval()

@@ -45,7 +45,7 @@ def read_prompts(file: Path) -> list[Prompt]:
         DataError: naming every line that cannot be read; nothing is answered then.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"generate.prompts: {file} cannot be read: {error}.") from error
     prompts: list[Prompt] = []
@@ -60,7 +60,7 @@ def read_prompts(file: Path) -> list[Prompt]:
             wrong.append(f"line {number}: {error}")
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise DataError(f"generate.prompts: {file} has {len(wrong)} broken lines: {'; '.join(wrong[:5])}{more}.")
+        raise DataError(f"generate.prompts: {file} cannot be read whole: {'; '.join(wrong[:5])}{more}.")
     if not prompts:
         raise DataError(f"generate.prompts: {file} holds no prompts.")
     return prompts
@@ -69,6 +69,10 @@ def read_prompts(file: Path) -> list[Prompt]:
 def _messages(fields: Any) -> list[dict[str, Any]]:
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
+    if taken := sorted({ANSWER, INDEX, DIGEST} & fields.keys()):
+        raise ValueError(f"it has {taken[0]!r}, under which the output has its own; rename it")
+    if "prompt" in fields and "messages" in fields:
+        raise ValueError('both "prompt" and "messages"')
     if isinstance(prompt := fields.get("prompt"), str) and prompt.strip():
         return [{"role": "user", "content": prompt}]
     messages = fields.get("messages")
@@ -92,7 +96,7 @@ class Answers:
         self.file, self._part = file, file.with_name(file.name + ".part")
         self._prompts = list(prompts)
         if file.exists():
-            raise ConfigError(f"generate.to: {file} already exists; choose another file or remove it.")
+            raise ConfigError(f"generate.to: {file} already exists; choose another file.")
         self._lines: dict[int, dict[str, Any]] = {}
         for line in self._earlier():
             index = line.get(INDEX, -1) if isinstance(line, dict) else -1

@@ -8,6 +8,7 @@ quantizes its own rows, and then they exchange them.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -65,12 +66,14 @@ def stream_weights(
     shards_on: torch.device | None = None,
     on_host: Iterable[nn.Module] = (),
     lower: Lower = iter,
+    trains_base: bool = False,
 ) -> LoadReport:
     """Materialise ``model`` (sharded, on meta) and fill the base's parameters from ``source``.
 
     ``base`` is the transformers model inside ``model``. Adapters are left to `initialize_adapters`. Shards are
     allocated on ``shards_on`` (None: the ranks' device; the CPU if `shard_model` offloads them); shards of the modules
-    ``on_host`` are allocated on the CPU. ``lower`` may yield the weights with other values than the files have.
+    ``on_host`` are allocated on the CPU. ``lower`` may yield the weights with other values than the files have. With
+    ``trains_base``, trained parameters are the base's own and filled too.
 
     Raises:
         FsdpQloraError: identically on every rank, if on any rank a tensor is missing, has the wrong shape or holds a
@@ -82,7 +85,7 @@ def stream_weights(
     allocate(model, shards_on or ranks.device, ranks.device, on_host)
     on_every(lambda: _fill_buffers(base, source), ranks)
     quantized = [m for m in base.modules() if isinstance(m, QuantMatrices)]
-    kept = [(n, p) for n, p in base.named_parameters() if not _is_ours(n, p, base)]
+    kept = [(n, p) for n, p in base.named_parameters() if trains_base or not _is_ours(n, p, base)]
     entries = on_every(lambda: [find_weight(source, m) for m in quantized], ranks)
     kept_entries = on_every(lambda: [find_kept(source, _file_name(n), tuple(p.shape)) for n, p in kept], ranks)
     weights = [_quantized_weight(m, entry, source) for m, entry in zip(quantized, entries, strict=True)]
@@ -160,7 +163,7 @@ def _shares_weight(base: PreTrainedModel) -> bool:
 
 
 def _file_name(name: str) -> str:
-    return name.replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name)  # adapters on experts are nested
 
 
 def _is_ours(name: str, parameter: nn.Parameter, base: PreTrainedModel) -> bool:
@@ -221,19 +224,20 @@ def _kept_weight(base: PreTrainedModel, name: str, entry: StoredTensor, source: 
 
 def _reader(module: QuantMatrices, entry: StoredTensor, source: SafetensorsFolder) -> Read:
     """Return a reader of the flattened matrices ``[out_features, in_features]`` of ``module``, one after the other."""
-    whole: torch.Tensor | None = None
+    whole: tuple[int, torch.Tensor] | None = None  # a matrix and its place among the stacked ones
 
     def read(start: int, stop: int) -> torch.Tensor:
         nonlocal whole
+        index, shift = start // module.numel, start // module.numel * module.numel
         if module.stored is None or not module.stored.transposed:
             weights = source.read(entry, start, stop)
             require_finite(weights, f"{entry.file}: tensor {entry.name}")
             return weights
-        if whole is None:  # stored transposed (Conv1D): a row is not contiguous in the file, so read it all
-            stored = source.read(entry, 0, entry.numel).view(module.in_features, module.out_features)
+        if whole is None or whole[0] != index:  # transposed: a row is not contiguous in the file, so read the matrix
+            stored = source.read(entry, shift, shift + module.numel).view(module.in_features, module.out_features)
             require_finite(stored, f"{entry.file}: tensor {entry.name}")
-            whole = stored.t().reshape(-1)
-        return whole[start:stop]
+            whole = index, stored.t().reshape(-1)
+        return whole[1][start - shift : stop - shift]
 
     return read
 

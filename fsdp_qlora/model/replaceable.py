@@ -62,15 +62,14 @@ def _shapes(name: str, module: nn.Module) -> Iterator[LinearShape]:
         for key in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
             weight = getattr(module, key, None)
             if isinstance(weight, nn.Parameter) and weight.dim() == 3:
-                count, rows, columns = weight.shape
-                yield LinearShape(f"{name}.{key}", rows, columns, count=count, stacked=True)
+                turned = bool(module.is_transposed)
+                count, rows, columns = weight.transpose(1, 2).shape if turned else weight.shape
+                yield LinearShape(f"{name}.{key}", rows, columns, count=count, transposed=turned, stacked=True)
 
 
 def _takes_experts_forward(module: nn.Module) -> bool:
-    """Whether transformers' experts interface runs this module, and its weights have our layout."""
-    if getattr(module, "has_gate", None) is None or not hasattr(type(module).forward, "__wrapped__"):
-        return False
-    return not (module.is_transposed or module.has_bias)
+    """Whether transformers' experts interface runs this module."""
+    return getattr(module, "has_gate", None) is not None and hasattr(type(module).forward, "__wrapped__")
 
 
 def _in_float32(module: nn.Linear | Conv1D, model: PreTrainedModel) -> bool:

@@ -69,12 +69,13 @@ def state_bytes(settings: OptimSettings, name: str, shape: Sequence[int], rank: 
     return moments * (num_codes(settings.name, numel) + FLOAT32 * num_blocks(numel))
 
 
-def temporary_bytes(settings: OptimSettings, parameters: int) -> int:
+def temporary_bytes(settings: OptimSettings, parameters: int, fused: bool = False) -> int:
     """Return the bytes that an update needs beside ``parameters`` bytes of float32 parameters, gradients and state.
 
-    torch's AdamW takes the root of all second moments at once. The other optimizers' temporaries are of one parameter.
+    torch's AdamW takes the root of all second moments at once, unless it is ``fused``, as on an accelerator. The other
+    optimizers' temporaries are of one parameter.
     """
-    return parameters if settings.name == "adamw" else 0
+    return parameters if settings.name == "adamw" and not fused else 0
 
 
 def unmatched(patterns: Iterable[str], names: Iterable[str]) -> list[str]:

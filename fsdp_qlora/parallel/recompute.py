@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.attention import blockwise as attention
 from fsdp_qlora.attention import varlen
-from fsdp_qlora.quant import products
+from fsdp_qlora.quant import grouped, products
 
 _ATEN = torch.ops.aten
 DEAR = frozenset(
     [
-        *products.BODIES, *attention.BODIES, *varlen.BODIES, _ATEN.mm.default, _ATEN.addmm.default,
+        *products.BODIES, *grouped.BODIES, *attention.BODIES, *varlen.BODIES, _ATEN.mm.default, _ATEN.addmm.default,
         _ATEN._scaled_dot_product_flash_attention.default, _ATEN._scaled_dot_product_efficient_attention.default,
         _ATEN._scaled_dot_product_cudnn_attention.default, _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     ]

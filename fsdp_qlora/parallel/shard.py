@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -146,7 +146,9 @@ def host_modules(base: nn.Module, names: Collection[str]) -> list[nn.Module]:
     found = []
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
         module = base.get_submodule(owner)
-        found.append(getattr(module, "base_layer", module))  # below its adapter
+        while hasattr(module, "base_layer"):  # below its adapters
+            module = module.base_layer  # type: ignore[assignment]
+        found.append(module)
     return found
 
 
@@ -266,6 +268,14 @@ def synchronize_gradients(model: nn.Module, enabled: bool) -> None:
         model.set_requires_gradient_sync(enabled)
     for unit in _gathered_units(model):
         unit.set_reshard_after_backward(enabled, recurse=False)
+
+
+def synchronizer(trains_base: bool) -> Callable[[nn.Module, bool], None]:
+    """Return what is called before each backward with whether it is a step's last (`synchronize_gradients`).
+
+    With ``trains_base`` it reduces gradients after each micro-batch: accumulated locally, all of them would be whole.
+    """
+    return (lambda model, _: synchronize_gradients(model, True)) if trains_base else synchronize_gradients
 
 
 _GATHERED = "fsdp_qlora_stays_gathered"

@@ -111,8 +111,9 @@ def layer_activations(
 def _group(parent: str, group: list[LinearShape], adapted: frozenset[str], dropout: bool) -> int:
     """Return the elements per token that the linears of one module keep."""
     *front, last = group
-    if last.count > 1:  # no adapters, so no inputs; outputs are kept because each is weighted
-        return sum(x.out_features for x in group) + last.in_features
+    if last.count > 1:  # outputs are kept because each is weighted; inputs only for adapters
+        inputs = sum(x.in_features for x in group if x.name in adapted)
+        return sum(x.out_features for x in group) + last.in_features + inputs
     elements = sum(x.out_features for x in front)
     if dropout:  # adapters save dropped copies, which are counted elsewhere
         adapted = frozenset()

@@ -132,7 +132,7 @@ def _candidates(wanted: _Asked, memory: MemoryModel, settings: StorageSettings) 
             continue  # a single rank has nothing to gather
         if rung.cache_dequantized and wanted.cache_dequantized is None and not _worth_keeping(settings):
             continue
-        if rung.cache_dequantized and (not memory.all_dense or settings.offload_activations):
+        if rung.cache_dequantized and (not memory.dense.kept or settings.offload_activations):
             continue  # the hooks would move dense weights to the host and back, which takes longer than dequantizing
         if rung.checkpointing == "selective" and memory.offloaded_inside:
             continue

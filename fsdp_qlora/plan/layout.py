@@ -48,9 +48,12 @@ class Cluster:
 
     def link_of(self, group_size: int) -> Interconnect | None:
         """Return the slowest link within a group of ranks."""
-        if self.link is None or group_size <= self.node_size:
-            return self.link
-        return min(self.link, BETWEEN_NODES, key=lambda link: link.rate)
+        return None if self.link is None else slowest_link(self.link, group_size, self.node_size)
+
+
+def slowest_link(link: Interconnect, group_size: int, node_size: int) -> Interconnect:
+    """Return the slowest link within a group of ranks; ``link`` connects those of a node."""
+    return link if group_size <= node_size else min(link, BETWEEN_NODES, key=lambda link: link.rate)
 
 
 def settle_shard_degree(config: RunConfig, shapes: ModelShapes, cluster: Cluster) -> tuple[RunConfig, Choice | None]:

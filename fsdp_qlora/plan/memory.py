@@ -25,9 +25,9 @@ from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
 from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE
 from fsdp_qlora.plan.activations import LayerActivations, layer_activations
 from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes, MemoryPlan, Unit
+from fsdp_qlora.plan.dense import DenseWeights
 from fsdp_qlora.plan.offloaded import most_inside
 from fsdp_qlora.quant.formats import Packed
-from fsdp_qlora.quant.matrix import SLICE_WEIGHTS, WHOLE_WEIGHTS
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS
 from fsdp_qlora.shapes.linears import FLOAT32, ModelShapes
 
@@ -128,17 +128,11 @@ class MemoryModel:
         layers = tuple(layer + "." for layer in shapes.layers)
         self.offloaded_inside = frozenset(name for name in offloaded if name.startswith(layers))
         self.trained = trained
+        self.masters = shapes.parameters.keys() & {name for tensors in trained.values() for name in tensors}
         quantized, edges = tuple(quantized), (shapes.embedding, shapes.head)
         self.packed = {x.linear.parameter: x for x in quantized}
         inside = [x for x in quantized if x.linear.name not in edges]
-        sizes = [x.linear.numel_each for x in inside]
-        # very large weights are dequantized slice by slice, and a slice is freed only once the next one exists
-        dense = [min(size, 2 * SLICE_WEIGHTS) if size > WHOLE_WEIGHTS else size for size in sizes]
-        may_stay = [x.quant_format.dense_forward and x.linear.numel_each <= WHOLE_WEIGHTS for x in inside]
-        self.dense = max(dense, default=0)
-        self.dense_again = max((size for size, stays in zip(dense, may_stay, strict=True) if not stays), default=0)
-        """The largest of those that are never kept."""
-        self.all_dense = sum(x.linear.numel for x, stays in zip(inside, may_stay, strict=True) if stays)
+        self.dense = DenseWeights.of(inside, trained, settings.on_accelerator)
         self.host_shards = {
             name: FLOAT32 * fullest_share(shape[0], settings.shard_size) * prod(shape[1:])
             for name, shape in shapes.parameters.items()
@@ -166,14 +160,14 @@ class MemoryModel:
         edge = settings.tokens * (5 * self.shapes.hidden_size + self.adapters.kept_by_head) * settings.itemsize
         head, again = self._gathered_head(settings)
         at_layer = self._gathered(self.layers, settings)
-        at_layer += (self.dense_again if settings.keeps_dense else self.dense) * settings.itemsize
+        at_layer += (self.dense.product_kept if settings.keeps_dense else self.dense.product) * settings.itemsize
         apart = settings.on_accelerator and settings.shard_size == 1 and not settings.offload_parameters
         later = any(not name.startswith(f"{self.shapes.embedding}.") for name in self.offloaded)
         ahead = settings.prefetch if apart and later else 0  # `copy_modules_ahead` (`parallel/copy_ahead.py`)
         inside_ahead = ahead * most_inside(self.offloaded_inside, self.shapes) * settings.itemsize
         at_layer += self._held_edges(settings) + inside_ahead
         gradients = self._gradients(settings)
-        dense = self.all_dense * settings.itemsize if settings.keeps_dense else 0
+        dense = self.dense.kept * settings.itemsize if settings.keeps_dense else 0
         on_device = 0 if settings.offload_parameters else sum(fixed) + dense
         arriving, inside = self._arriving(settings)
         held = on_device + gradients + kept
@@ -182,12 +176,13 @@ class MemoryModel:
         # the layer in backward is one of those whose offloaded activations are on the device
         moves = settings.offload_activations and settings.checkpointing == "none"
         left = min(kept, self._saved(self.activations[-1], settings)) if moves else 0
+        # gradients and the optimizer's temporaries; of adapters, at most three times their bytes (fixed[3])
+        updated = fixed[3] + temporary_bytes(settings.optim, fixed[3], settings.on_accelerator)
         moments = {
             "first_layer": on_device + gradients + self._gathered_first(settings) + arriving,
             "head": held + self._held_layers(settings) + max(last + edge + max(logits + head, arrives), before),
             "layer_backward": held - left + layer + at_layer + inside,
-            # gradients and the optimizer's temporaries: three times the adapters' bytes (fixed[3])
-            "update": 0 if settings.offload_parameters else on_device + 3 * fixed[3],
+            "update": 0 if settings.offload_parameters else on_device + (updated if self.masters else 3 * fixed[3]),
         }
         if self.adapters.loading:
             moments["loading"] = (0 if settings.offload_parameters else sum(fixed[:4])) + self.adapters.loading
@@ -223,9 +218,9 @@ class MemoryModel:
         kept = sum(
             fullest_share(shape[0] if shape else 1, shard) * prod(shape[1:])
             for name, shape in self.shapes.parameters.items()
-            if name not in self.packed and name not in self.offloaded and name not in self.shapes.float32
+            if name not in {*self.packed, *self.offloaded, *self.shapes.float32, *self.masters}
         )
-        adapters = FLOAT32 * self._held(settings)
+        adapters = FLOAT32 * self.held(settings)
         return (
             sum(mine * x.row_bytes for x, mine in rows),
             sum(mine * x.quant_format.statistics_bytes for x, mine in rows),
@@ -239,32 +234,29 @@ class MemoryModel:
             + sum(state_bytes(settings.optim, name, shape, num_ranks=1) for name, shape in self.adapters.rows.items()),
         )
 
-    def _held(self, settings: StorageSettings) -> int:
+    def held(self, settings: StorageSettings) -> int:
         """Return the number of adapter elements that this rank holds."""
-        shards = settings.adapter_shards
-        sharded = sum(
-            fullest_share(s[0], shards) * prod(s[1:]) for shapes in self.trained.values() for s in shapes.values()
-        )
-        return sharded + self.adapters.row_elements
+        shards, shapes = settings.adapter_shards, (s for tensors in self.trained.values() for s in tensors.values())
+        return sum(fullest_share(s[0], shards) * prod(s[1:]) for s in shapes) + self.adapters.row_elements
 
     def _gradients(self, settings: StorageSettings) -> int:
         """Return the bytes of the adapters' float32 gradients: whole during accumulation, else this rank's shard."""
+        if self.masters and not settings.adapter_copies:  # reduced after each micro-batch; a unit's are whole before it
+            one_unit = max(unit.adapters for unit in (*self.layers, *self.edges))
+            return FLOAT32 * self.held(settings) + (FLOAT32 + settings.itemsize) * one_unit
         if settings.accumulation_steps > 1 or settings.adapter_copies:
             return FLOAT32 * self.trainable()
         # before it is reduce-scattered, the gradient of one layer exists whole
         one_unit = max((unit.adapters for unit in self.layers), default=0) if settings.shard_size > 1 else 0
-        return FLOAT32 * ((0 if settings.offload_parameters else self._held(settings)) + one_unit)
+        return FLOAT32 * ((0 if settings.offload_parameters else self.held(settings)) + one_unit)
 
     def _unit(self, prefix: str) -> Unit:
         total = 0
         for name, shape in self.shapes.parameters.items():
-            if name.startswith(prefix + ".") and name not in self.shapes.float32:
+            if name.startswith(prefix + ".") and name not in self.shapes.float32 and name not in self.masters:
                 packed = self.packed.get(name)
-                if packed is None:
-                    total += prod(shape) * self.settings.itemsize
-                else:
-                    total += packed.bytes
-        inside = (shapes for name, shapes in self.trained.items() if name.startswith(prefix + "."))
+                total += prod(shape) * self.settings.itemsize if packed is None else packed.bytes
+        inside = (shapes for name, shapes in self.trained.items() if f"{name}.".startswith(f"{prefix}."))
         trained = sum(prod(shape) for shapes in inside for shape in shapes.values())
         return Unit(prefix, total + (0 if self.settings.adapter_copies else trained * self.settings.itemsize), trained)
 
@@ -335,7 +327,7 @@ class MemoryModel:
             each = [edge + self._chosen(layer, settings) for layer in self.activations]
         on_device = each[-LAYERS_ON_DEVICE:] if settings.offload_activations else each
         until_backward = settings.cache_dequantized and not settings.keeps_dense
-        dense = self.all_dense * settings.itemsize if until_backward else 0
+        dense = self.dense.kept * settings.itemsize if until_backward else 0
         # one mask for all layers, in bytes; each layer's copy of it is counted with the layer
         mask = settings.tokens * settings.max_length if settings.attention == "sdpa" and settings.restarting else 0
         return sum(on_device) + dense + mask + (edge if settings.checkpointing == "none" else 0)
@@ -381,7 +373,7 @@ class MemoryModel:
         for name, shape in self.shapes.parameters.items():
             if (packed := self.packed.get(name)) is not None:
                 chunk = max(CHUNK_WEIGHTS, packed.quant_format.row_weights(packed.linear.in_features))
-                whole = prod(shape) if packed.linear.transposed else chunk
+                whole = packed.linear.numel_each if packed.linear.transposed else chunk
                 largest = max(largest, min(whole, prod(shape)))
             else:
                 largest = max(largest, fullest_share(shape[0] if shape else 1, shard_size) * prod(shape[1:]))

@@ -15,7 +15,7 @@ def fates(plan: TrainPlan, shapes: ModelShapes) -> dict[str, dict[str, int]]:
     trained = [*plan.memory.adapters.rows, *(name for tensors in plan.memory.trained.values() for name in tensors)]
     return {
         "quantized": alike(name for name in shapes.parameters if name in packed),
-        "kept": alike(name for name in shapes.parameters if name not in packed),
+        "kept": alike(name for name in shapes.parameters if name not in packed and name not in plan.memory.masters),
         "trained": alike(name.removeprefix("base_model.model.") for name in trained),
     }
 

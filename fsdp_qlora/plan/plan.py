@@ -9,6 +9,8 @@ from math import prod
 from typing import Any
 
 from fsdp_qlora.adapters import Method, build_method, of_target, parameters_of, spelt_out
+from fsdp_qlora.adapters.experts import experts_parameters
+from fsdp_qlora.adapters.full import whole_base
 from fsdp_qlora.adapters.loraplus import is_faster
 from fsdp_qlora.config.auto import Choice, asked, degree, switch
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
@@ -25,7 +27,7 @@ from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.plan.starts import StartCost, start_cost
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
-from fsdp_qlora.shapes.targets import target_linears
+from fsdp_qlora.shapes.targets import target_linears, target_parameters
 from fsdp_qlora.shapes.tokens import token_rows
 from fsdp_qlora.shapes.units import fsdp_units
 
@@ -42,6 +44,8 @@ class TrainPlan:
     """Quantized embedding and head: one table if they are tied, none if they are not quantized."""
     targets: tuple[str, ...]
     """Linears that get an adapter."""
+    parameters: tuple[LinearShape, ...]
+    """Stacked expert weights that get adapters, in the model's order."""
     offloaded: frozenset[str]
     """Unquantized parameters that stay in host memory in float32."""
     units: tuple[tuple[str, ...], ...]
@@ -113,19 +117,17 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     Raises:
         PlanError: if a target module or a pattern of names matches nothing, or the ranks cannot be laid out as asked.
     """
-    lora = config.lora
-    targets = target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
-    config = replace(config, lora=(lora := spelt_out(lora, targets)))
+    targets, parameters, lora = _targets(config.lora, shapes)
+    config = replace(config, lora=lora)
     by_name = {x.name: x for x in shapes.linears}
     method = build_method(config.lora.method)
-    trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
+    trained = _trained(method, lora, shapes, targets, parameters)
     rows = _token_rows(config, shapes, method)
     _require_matches(config, dict(chain(rows.items(), *(tensors.items() for tensors in trained.values()))))
     quantized, edges = chosen_linears(config.quant, shapes), chosen_edges(config.quant, shapes)
     batch = BatchPlan(config.train.global_batch_size, _micro_batch_rows(config), world_size)
     _, shard = degrees(degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree, world_size)
-    settings = storage_settings(config, batch, shard)
-    stored = (*quantized, *edges)
+    settings, stored = storage_settings(config, batch, shard), (*quantized, *edges)
     offloaded = offloaded_parameters(
         config.fsdp.offload_modules, shapes, {x.linear.parameter for x in stored}, {x.linear.name for x in stored}
     )
@@ -146,6 +148,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         quantized=quantized,
         quantized_edges=edges,
         targets=targets,
+        parameters=parameters,
         units=() if settings.keeps_whole else fsdp_units(shapes),
         batch=batch,
         bytes=planned.bytes,
@@ -159,6 +162,26 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
         choices=choices,
         start=start,
     )
+
+
+def _targets(lora: LoraSettings, shapes: ModelShapes) -> tuple[tuple[str, ...], tuple[LinearShape, ...], LoraSettings]:
+    """Return the linears and the stacked weights that get adapters, and the settings with whole names for patterns."""
+    if lora.trains_base:
+        return (), (), lora
+    targets = target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
+    parameters = target_parameters(shapes, lora.target_parameters, lora.exclude_modules, lora.layers_to_transform)
+    return targets, parameters, spelt_out(lora, [*targets, *(x.name for x in parameters)])
+
+
+def _trained(
+    method: Method, lora: LoraSettings, shapes: ModelShapes, targets: Sequence[str], parameters: Sequence[LinearShape]
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return module -> name -> shape of everything that is trained, but rows of tokens."""
+    if method.trains_base:
+        return whole_base(shapes)
+    by_name = {linear.name: linear for linear in shapes.linears}
+    trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
+    return trained | experts_parameters(method, parameters, lora)
 
 
 def _token_rows(config: RunConfig, shapes: ModelShapes, method: Method) -> dict[str, tuple[int, int]]:

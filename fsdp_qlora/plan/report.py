@@ -9,6 +9,7 @@ from typing import Any
 
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect, find_device, find_interconnect
+from fsdp_qlora.plan.layout import slowest_link
 from fsdp_qlora.plan.memory import StorageSettings
 from fsdp_qlora.plan.moved import gathered_bytes
 from fsdp_qlora.plan.parameters import fates
@@ -43,7 +44,8 @@ def report(
     }
     speed = None
     if device is not None:
-        link = find_interconnect(config.plan.interconnect or device.interconnect)
+        own = find_interconnect(config.plan.interconnect or device.interconnect)
+        link = slowest_link(own, plan.shard_size, config.launcher.nproc_per_node or plan.world_size)
         time = step_time(plan, shapes, device, link, config.fsdp.prefetch > 0)
         values["device"] = assumptions(config.plan.device or "", device, link)
         values["time"] = time.to_dict()
@@ -130,6 +132,6 @@ def _overrides(chosen: Found, plan: TrainPlan) -> list[str]:
         f"train.activation_checkpointing={chosen.checkpointing}",
         f"fsdp.offload={chosen.offload}",
     ]
-    if chosen.micro_batch_size > plan.batch.global_batch_size:
-        lines.append(f"train.global_batch_size={chosen.micro_batch_size}")
+    if (rows := plan.batch.of_rows(chosen.micro_batch_size).global_batch_size) > plan.batch.global_batch_size:
+        lines.append(f"train.global_batch_size={rows}")
     return lines

@@ -101,7 +101,7 @@ def _one(
             cache_dequantized=base.cache_dequantized and checkpointing == "none" and offload in ("none", "params"),
             offload_parameters=offload in ("params", "all"),
             offload_activations=offload in ("activations", "all"),
-            accumulation_steps=_turns(batch, rows),
+            accumulation_steps=batch.of_rows(rows).accumulation_steps,
         )
 
     def peak(rows: int, length: int) -> int:
@@ -133,12 +133,6 @@ def _one(
         tokens_per_second=speed(chosen, chosen.accumulation_steps) if speed and rows else None,
         tried=tried,
     )
-
-
-def _turns(batch: BatchPlan, rows: int) -> int:
-    return replace(
-        batch, micro_batch_size=rows, global_batch_size=max(rows, batch.global_batch_size)
-    ).accumulation_steps
 
 
 def _powers(low: int, high: int) -> list[int]:

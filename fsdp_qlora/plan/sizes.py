@@ -17,9 +17,10 @@ def parse_bytes(text: str, key: str = "plan.gpu") -> int:
     """
     match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]I?)?B?\s*", text.upper())
     try:
-        return int(float(match[1]) * _UNITS[match[2] or ""]) if match else _no_amount(text, key)
+        amount = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     except ValueError:
-        return _no_amount(text, key)
+        amount = 0
+    return amount or _no_amount(text, key)
 
 
 def _no_amount(text: str, key: str) -> int:

@@ -26,9 +26,10 @@ bytes, and twice that if all ranks keep all gradients (``fsdp.adapters=replicate
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
+from fsdp_qlora.data.deal import BatchPlan
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect
 from fsdp_qlora.plan.memory import FLOAT32, StorageSettings
 from fsdp_qlora.plan.moved import copied_alone, copied_modules, gathered_bytes, received_bytes
@@ -80,7 +81,7 @@ def flops_per_token(plan: TrainPlan, shapes: ModelShapes, settings: StorageSetti
     """Return the operations per token at the settings' maximum length."""
     settings = settings or plan.settings
     weights = sum(x.numel_each * times for x, times in linears_of_token(plan, shapes))
-    head, adapters = shapes.vocab_size * shapes.hidden_size, plan.trainable_parameters
+    head, adapters = shapes.vocab_size * shapes.hidden_size, _adapters_of_token(plan, shapes)
     attention = _attention(plan, settings.max_length)
     return Flops(
         forward=2 * (weights + head + adapters) + attention,
@@ -93,6 +94,13 @@ def linears_of_token(plan: TrainPlan, shapes: ModelShapes) -> list[tuple[LinearS
     """Return the linears of the decoder layers that a token goes through, and how many matrices of each."""
     inner = quantized_linears(shapes) or shapes.linears
     return [(x, min(shapes.experts_per_token, x.count) if x.count > 1 else 1) for x in inner]
+
+
+def _adapters_of_token(plan: TrainPlan, shapes: ModelShapes) -> int:
+    """Return the number of adapter elements that a token is multiplied with: of experts, those it goes through."""
+    idle = {x.name: 1 - min(shapes.experts_per_token, x.count) / x.count for x in plan.parameters}
+    unused = (sum(map(prod, plan.memory.trained[name].values())) * share for name, share in idle.items())
+    return plan.trainable_parameters - round(sum(unused))
 
 
 def _attention(plan: TrainPlan, length: float) -> float:
@@ -136,6 +144,7 @@ def step_time(
     """
     settings, memory = settings or plan.settings, plan.memory
     turns = accumulation_steps or plan.batch.accumulation_steps
+    batch = plan.batch if accumulation_steps is None else plan.batch.of_rows(settings.micro_batch_size)
     token = flops_per_token(plan, shapes, settings).total / (device.teraflops * 1e12 * MFU)
     compute = token * settings.tokens
     gathered = gathered_bytes(memory, settings)
@@ -154,9 +163,14 @@ def step_time(
     step = turns * micro_batch + reduce
     return StepTime(
         gathered, gather, compute, dequantize, copies, micro_batch, reduce, step,
-        tokens_per_second=settings.tokens * turns * plan.world_size / step,
+        tokens_per_second=_tokens_of_step(batch, settings, turns) / step,
         balanced_tokens=ceil(max(0.0, gather - dequantize) / token),
     )  # fmt: skip
+
+
+def _tokens_of_step(batch: BatchPlan, settings: StorageSettings, turns: int) -> int:
+    """Return the tokens of a step over all ranks: a rank without a micro-batch in a turn adds none."""
+    return settings.tokens * min(batch.num_micro_batches, turns * batch.num_ranks)
 
 
 def _dequantized_bytes(plan: TrainPlan, shapes: ModelShapes, settings: StorageSettings) -> float:

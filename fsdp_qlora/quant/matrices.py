@@ -12,9 +12,11 @@ from torch import nn
 
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.quant.formats import Format, QuantizedTensor
+from fsdp_qlora.quant.grouped import densify_stack
 from fsdp_qlora.quant.matrix import WHOLE_WEIGHTS, Matrix
 from fsdp_qlora.quant.packing import BLOCK_WEIGHTS
 from fsdp_qlora.quant.products import densify, multiply
+from fsdp_qlora.quant.stack import Stack
 from fsdp_qlora.shapes.linears import LinearShape
 
 STATISTICS = ("absmax", "nested")
@@ -73,11 +75,12 @@ class QuantMatrices(nn.Module):
 
     def matrix(self, index: int = 0) -> Matrix:
         """Return matrix ``index`` from the parameters as they are now (inside an FSDP forward: gathered)."""
-        rows = slice(index * self.rows_each, (index + 1) * self.rows_each)
-        nested = None if self.nested is None else self.nested[rows]
-        offset = None if self.offset is None else self.offset[index]  # type: ignore[index]
-        quantized = QuantizedTensor(self.packed[rows], self.absmax[rows], nested, offset)
-        return Matrix(self.out_features, self.in_features, quantized, self.quant_format)
+        return self.stack().matrix(index)
+
+    def stack(self) -> Stack:
+        """Return all matrices, from the parameters as they are now."""
+        quantized = QuantizedTensor(self.packed, self.absmax, self.nested, self.offset)  # type: ignore[arg-type]
+        return Stack(self.count, self.out_features, self.in_features, quantized, self.quant_format)
 
     def dequantize(self, dtype: torch.dtype, index: int = 0) -> torch.Tensor:
         """Return matrix ``index``, ``[out_features, in_features]`` in ``dtype``."""
@@ -95,6 +98,13 @@ class QuantMatrices(nn.Module):
         matrix = self.matrix(index)
         return densify(matrix, x.dtype) if self._caches and self.training and torch.is_grad_enabled() else matrix
 
+    def stack_for_product(self, dtype: torch.dtype) -> Stack:
+        """Return the matrices for `grouped_product`: dense if they are kept, or if backward should reuse them."""
+        if isinstance(self.dense, torch.Tensor) and self.dense.dtype == dtype:
+            return Stack(self.count, self.out_features, self.in_features, None, self.quant_format, self.dense)
+        stack = self.stack()
+        return densify_stack(stack, dtype) if self._caches and self.training and torch.is_grad_enabled() else stack
+
     @property
     def _caches(self) -> bool:
         return self.cache_dequantized and self.quant_format.dense_forward and self.numel <= WHOLE_WEIGHTS
@@ -106,7 +116,7 @@ class QuantMatrices(nn.Module):
         They are frozen, so that a copy made once loading is done stays true.
         """
         if self._caches:
-            self.dense = torch.stack([self.dequantize(dtype, index) for index in range(self.count)])
+            self.dense = self.stack().whole(0, self.count, dtype)
 
     @torch.no_grad()
     def fill(self, quantized: QuantizedTensor) -> None:

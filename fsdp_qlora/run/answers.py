@@ -6,12 +6,13 @@ import sys
 import time
 from pathlib import Path
 
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import GenerateSettings, RunConfig
 from fsdp_qlora.distributed.reduce import on_every, on_main
+from fsdp_qlora.errors import DataError
 from fsdp_qlora.inference.batches import Row, answer_all
 from fsdp_qlora.inference.end_of_turn import end_of_turn
+from fsdp_qlora.inference.generate import encode_conversations
 from fsdp_qlora.inference.prompts import Answers, Prompt, read_prompts
-from fsdp_qlora.inference.rendering import render_all_apart
 from fsdp_qlora.run.prepared import Prepared
 
 
@@ -35,6 +36,7 @@ def answer_file(config: RunConfig, prepared: Prepared) -> int:
 
     left = set(on_main(open_answers, ranks))
     rows = on_every(lambda: _rows(prepared, [prompt for prompt in prompts if prompt.index in left]), ranks)
+    on_every(lambda: _require_fit(rows, settings, prepared.shapes.max_positions, file), ranks)
     end = end_of_turn(prepared.folder, prepared.model.base.config, prepared.tokenizer)
     started = time.perf_counter()
     done = len(prompts) - len(rows)
@@ -59,12 +61,18 @@ def answer_file(config: RunConfig, prepared: Prepared) -> int:
     return len(prompts)
 
 
+def _require_fit(rows: list[Row], settings: GenerateSettings, positions: int, file: Path) -> None:
+    """Check that no prompt and its answer need more positions than the model has."""
+    room = positions - settings.max_new_tokens
+    long = [row for row in rows if positions and len(row.ids) > room]
+    if long:
+        named = ", ".join(f"{row.index + 1} ({len(row.ids)} tokens)" for row in sorted(long, key=lambda r: r.index)[:5])
+        raise DataError(
+            f"generate.prompts: {file}: the model has {positions} positions, {settings.max_new_tokens} of them for the "
+            f"answer (generate.max_new_tokens); {len(long)} prompts are longer than the rest: {named}."
+        )
+
+
 def _rows(prepared: Prepared, prompts: list[Prompt]) -> list[Row]:
-    tokenizer = prepared.tokenizer
-    conversations = [prompt.messages for prompt in prompts]
-    if tokenizer.chat_template:
-        texts = render_all_apart(tokenizer, conversations, add_generation_prompt=True) if prompts else []
-    else:
-        texts = [str(messages[-1].get("content", "")) for messages in conversations]
-    encoded = [tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"] for text in texts]
-    return [Row(prompt.index, list(ids)) for prompt, ids in zip(prompts, encoded, strict=True)]  # type: ignore[arg-type]
+    encoded = encode_conversations(prepared.tokenizer, [prompt.messages for prompt in prompts])
+    return [Row(prompt.index, ids) for prompt, ids in zip(prompts, encoded, strict=True)]

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.based import require_same_base
-from fsdp_qlora.adapters.folder import start_from_adapter
+from fsdp_qlora.adapters.full import train_base
 from fsdp_qlora.adapters.linear import use_fused_products
+from fsdp_qlora.adapters.loading import start_from_adapter
 from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, initialize_adapters
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.served import ServedAdapter, attach_served, load_served
@@ -37,7 +38,7 @@ from fsdp_qlora.load.fingerprint import Base
 from fsdp_qlora.load.inventory import take_stock
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import LoadReport, Progress, stream_weights
-from fsdp_qlora.model.experts import use_quantized_experts
+from fsdp_qlora.model.experts import use_experts_forward
 from fsdp_qlora.model.families import decoder_layers, task_type
 from fsdp_qlora.model.fused import fusible, swap_fused
 from fsdp_qlora.model.kernels import KERNELS, Kernels
@@ -168,7 +169,9 @@ def load_model(
     shards_on = HOST if config.fsdp.offloads_parameters else ranks.device
     on_host = host_modules(model.base, opened.plan.offloaded)
     turns = None if config.lora.start is None else TakingTurns(model, config.lora, config.run.seed, ranks, kept)
-    report = stream_weights(model, model.base, opened.source, ranks, progress, shards_on, on_host, turns or iter)
+    report = stream_weights(
+        model, model.base, opened.source, ranks, progress, shards_on, on_host, turns or iter, config.lora.trains_base
+    )
     if turns is not None:
         model.starts = turns.starts
     if served:
@@ -286,9 +289,14 @@ def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | No
 def _adapt_and_quantize(
     config: RunConfig, base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, task: str | None,
     served: Sequence[ServedAdapter],
-) -> AdaptedModel:  # fmt: skip
-    """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know."""
-    attach = partial(attach_adapters, base, plan.targets, config.lora, task)
+) -> AdaptedModel | PreTrainedModel:  # fmt: skip
+    """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know.
+
+    Without adapters, the base is what is trained.
+    """
+    if config.lora.trains_base:
+        return train_base(base)
+    attach = partial(attach_adapters, base, plan.targets, config.lora, task, plan.parameters)
     if served:
         attach = partial(attach_served, base, shapes, served, task)
     quantize = partial(_quantize, base, plan, shapes, switch(config.quant.cache_dequantized) is True)
@@ -303,7 +311,7 @@ def _adapt_and_quantize(
 def _quantize(base: PreTrainedModel, plan: TrainPlan, shapes: ModelShapes, cache: bool) -> None:
     """Replace the modules planned for quantization by modules with packed parameters."""
     swap_linears(base, plan.quantized, cache_dequantized=cache)
-    if any(x.linear.stacked for x in plan.quantized):
-        use_quantized_experts(base)
+    if plan.parameters or any(x.linear.stacked for x in plan.quantized):  # no other forward asks for adapters
+        use_experts_forward(base)
     if plan.quantized_edges:
         quantize_edges(base, shapes, plan.quantized_edges[0].quant_format)

@@ -20,7 +20,7 @@ from fsdp_qlora.checks.results import (
 )
 from fsdp_qlora.checks.twin import Verdict, check_twin, is_about_attention
 from fsdp_qlora.config.auto import Choice
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import any_rank, gather_json, on_every, on_main
 from fsdp_qlora.errors import ModelError
@@ -42,7 +42,8 @@ def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
         ModelError: identically on every rank, if no attention implementation matches.
     """
     model = replace(config.model, add_tokens=[])  # the twin compares the layers, which know no tokens
-    config = replace(config, model=model)
+    lora = LoraSettings() if config.lora.trains_base else config.lora  # upstream's side has adapters
+    config = replace(config, model=model, lora=lora)
     model_config = on_every(lambda: load_config(folder, model.trust_remote_code, model.config_overrides), ranks)
     candidates = on_every(lambda: attentions_for(config, ranks.device, folder), ranks)
     _require_alike(candidates, ranks)
@@ -95,7 +96,7 @@ def _agreement(opened: OpenedModel, folder: Path, ranks: Ranks) -> str | None:
     if config.model.check == "always" or config.lora.init_from:
         return ""
     code = code_files(model_config, folder, config.model.trust_remote_code)
-    key = agreement_key(config, model_config, code, file_digests(folder), ranks.device, ranks.size)
+    key = agreement_key(config, model_config, code, file_digests(folder), ranks.device, ranks.size, opened.first_added)
     return None if recall_agreement(_kept(), key) else key
 
 

@@ -70,7 +70,7 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
         profile = training.profiling.finish()
         if not finished:
             return FitResult(False, {}, step_folder(folder.checkpoints, training.progress.step))
-        size = training.export(folder.adapter)
+        size = training.export()
         summary = summarize(
             prepared, training.progress, training.profiling.meter, training.batches.num_rows, before,
             training.answers(), size,

@@ -44,6 +44,7 @@ class RunFolder:
         self.exit_file = self.path / "exit.json"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.model = self.path / "model"
         self._lock: int | None = None
         self._holder = self.path / ".lock.holder"
 

@@ -11,13 +11,13 @@ from fsdp_qlora.adapters.based import require_same_base
 from fsdp_qlora.adapters.folder import (
     CHAT_TEMPLATE_NAME,
     blamed_on_adapter,
-    load_adapter,
     read_adapter_config,
     stored_modules,
 )
+from fsdp_qlora.adapters.loading import load_adapter
 from fsdp_qlora.adapters.served import ServedAdapter
 from fsdp_qlora.adapters.turns import FILE_NAME
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.distributed.reduce import on_every
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file
@@ -38,6 +38,7 @@ def load_for_inference(
     The adapters' own configs determine ranks, scalings and targets, and the base model if ``config.model.name`` is
     empty. Of several, the first is in use; `CausalModel.use_adapter` switches, and ``adapter_names`` of
     `CausalModel.logits` and `CausalModel.generate` chooses one for each row. They are frozen.
+    With ``lora=none`` and no adapter, the weights are in the compute dtype.
 
     Raises:
         ModelError: if a folder is not an adapter, or not one for this model, or the adapters do not go together.
@@ -46,6 +47,8 @@ def load_for_inference(
         return _load_several(config, adapter, world)
     if adapter is not None:
         config = with_adapter(config, adapter)
+    elif config.lora.trains_base:  # nothing is trained here: no float32 masters
+        config = replace(config, lora=LoraSettings())
     else:  # the base alone: nothing is taken off it
         config = replace(
             config, lora=replace(config.lora, variant=config.lora.method, init_lora_weights=None, loftq_iter=1)
@@ -99,6 +102,11 @@ def _require_plain(name: str, config: RunConfig) -> None:
     if config.model.add_tokens:
         raise ModelError(
             f"adapter: {name} has rows of added tokens, and a base with several adapters takes none; load it alone."
+        )
+    if config.lora.target_parameters:
+        raise ModelError(
+            f"adapter: {name} adapts stacked experts, and a base with several adapters takes none that does; load it "
+            "alone."
         )
 
 

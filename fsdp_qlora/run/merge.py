@@ -52,6 +52,10 @@ class Merge:
     written: Merged
     memory: int
     """Bytes that folding the largest tensor took."""
+    dtype: str
+    """Dtype of what was rounded."""
+    rounded: str = ""
+    """The wider dtype of the base's files, if it has one."""
 
 
 def merge(
@@ -86,6 +90,9 @@ def merge(
         form: Folding(opened.base, opened.source, folded, packed, world.ranks)
         for form, packed in ((ORIGINAL, stored), (DEQUANTIZED, quantized))
     }
+    dtype = str(opened.base.dtype).removeprefix("torch.")
+    wide = dtype != "float32" and any(entry.dtype == "F32" for entry in opened.source.entries.values())
+    rounded = "float32" if wide else ""
     memory = max(folding.largest_bytes for folding in forms.values())
 
     def write(form: str, to: Path, overwrite: bool = False) -> Merged:
@@ -93,31 +100,35 @@ def merge(
 
     overwrite, rows = config.export.overwrite, None
     form, why = asked(config.export.merge_base), "as asked"
-    if form is None and len(stored) == len(quantized):
+    if form is None and config.run_from is None:
+        form, why = ORIGINAL, "without run_from, nothing says what it was trained on"
+    elif form is None and len(stored) == len(quantized):
         form, why = ORIGINAL, "the base is stored as it was trained on"
     elif form is None:
         rows, without = _held_out(config, folder, opened, world)
         form, why = DEQUANTIZED, f"what the adapter was trained on; not measured: {without}"
     if rows is None:
-        return Merge(config.model.name, form, why, write(form, target, overwrite), memory)
-    require_free(target, overwrite)
+        return Merge(config.model.name, form, why, write(form, target, overwrite), memory, dtype, rounded)
+    require_free(target, overwrite, (folder, adapter))
     with fresh_folder(target) as work:
         written = {form: write(form, work / form) for form in forms}
         losses = {form: held_out_loss(work / form, rows, opened.base.dtype) for form in forms}
         form = min(losses, key=lambda form: losses[form])
         put(work / form, target, overwrite)
     said = ", ".join(f"{form} {loss:.4f}" for form, loss in losses.items())
-    return Merge(config.model.name, form, f"loss on {len(rows)} held-out rows: {said}", written[form], memory)
+    why = f"loss on {len(rows)} held-out rows: {said}"
+    return Merge(config.model.name, form, why, written[form], memory, dtype, rounded)
 
 
 def _held_out(config: RunConfig, folder: Path, opened: OpenedModel, world: World) -> tuple[list[Piece] | None, str]:
     """Return rows to measure on, as ``(input_ids, learned)``; or None, and why there are none."""
+    none = "no held-out rows (data.eval, or data.train with data.eval_fraction)"
     if config.data.train is None and config.data.eval is None:
-        return None, "no held-out rows (data.eval, or data.train with data.eval_fraction)"
+        return None, none
     data = replace(config.data, train=config.data.train or config.data.eval)
     _, prepared = tokenize(replace(config, data=data), folder, opened, Verdict("eager"), world)
     if prepared is None or prepared.eval is None or not len(prepared.eval):
-        return None, "no held-out rows (data.eval, or data.train with data.eval_fraction)"
+        return None, none
     held = TokenRows(prepared.eval)
     rows = [held.row(number) for number in range(min(MOST_ROWS, len(held)))]
     size, (available, _) = 2 * opened.plan.base_parameters, host_memory()

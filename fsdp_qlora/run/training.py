@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters import build_method
+from fsdp_qlora.adapters.experts import peft_config, short_parameters
 from fsdp_qlora.adapters.loraplus import learning_rates
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
@@ -38,6 +39,7 @@ from fsdp_qlora.distributed.signals import StopSignals
 from fsdp_qlora.errors import DataError, NonFiniteError, PlanError, first_line
 from fsdp_qlora.export.adapter import as_started, export_adapter, gather_adapter, short_targets
 from fsdp_qlora.export.card import model_card
+from fsdp_qlora.export.full_model import export_model, gather_base
 from fsdp_qlora.inference.end_of_turn import end_of_turn
 from fsdp_qlora.inference.generate import answer
 from fsdp_qlora.load.fingerprint import KEY
@@ -46,10 +48,11 @@ from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule, warmup_notice
 from fsdp_qlora.parallel.fallback import EagerFallback
-from fsdp_qlora.parallel.shard import release_gathered, synchronize_gradients
+from fsdp_qlora.parallel.shard import model_dtype, release_gathered, synchronizer
 from fsdp_qlora.plan.choices import smaller
 from fsdp_qlora.run.base_files import BaseFiles
 from fsdp_qlora.run.batches import build_batches, data_key
+from fsdp_qlora.run.decide import skeleton
 from fsdp_qlora.run.evaluate import evaluate_rows
 from fsdp_qlora.run.folder import RunFolder, versions
 from fsdp_qlora.run.prepared import Prepared
@@ -136,7 +139,7 @@ class Training:
             Retention(settings.keep_last, settings.keep_every, settings.keep_best),
             fallback=Path(settings.fallback_dir).expanduser() / self.config.run.name if settings.fallback_dir else None,
             asynchronous=settings.asynchronous,
-            write_adapter=self._write_adapter,
+            write_adapter=None if self.config.lora.trains_base else self._write_adapter,
         )
 
     def save(self, progress: Progress) -> None:
@@ -161,28 +164,39 @@ class Training:
         """End the thread that writes checkpoints, once all ranks are done training."""
         self.checkpointer.close()
 
-    def export(self, folder: Path) -> int:
-        """Write the adapter in PEFT's format; return the bytes of its weights. Every rank calls it, rank 0 writes."""
-        self.prepared.ranks.phases.enter("writing the adapter")
-        require_equal_copies(self.optimizer.parameters.items(), self.ranks)
+    def export(self) -> int:
+        """Write the adapter in PEFT's format, or the trained model; return the bytes of the weights.
+
+        Every rank calls it, rank 0 writes.
+        """
+        trains_base, ranks = self.config.lora.trains_base, self.ranks
+        ranks.phases.enter("writing the model" if trains_base else "writing the adapter")
+        require_equal_copies(self.optimizer.parameters.items(), ranks)
+        if trains_base:
+            tensors = gather_base(self.model, model_dtype(self.config.precision.name), ranks.is_main)
+            return on_main(lambda: self._write_model(tensors), ranks)
         tensors = gather_adapter(self.model)
-        return on_main(lambda: self._write_adapter(folder, tensors, self.progress.to_dict()), self.ranks)
+        return on_main(lambda: self._write_adapter(self.folder.adapter, tensors, self.progress.to_dict()), ranks)
+
+    def _write_model(self, tensors: Mapping[str, torch.Tensor]) -> int:
+        fresh = skeleton(self.prepared.settings, self.prepared.folder)  # ours has float32 masters, and is sharded
+        return export_model(self.folder.model, fresh, tensors, self.prepared.tokenizer, self.prepared.folder)
 
     def _write_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], progress: dict[str, Any]) -> int:
-        lora = self.prepared.settings.lora  # with whole names
-        targets = short_targets(self.prepared.plan.targets, self.model.base)
+        plan, lora = self.prepared.plan, self.prepared.settings.lora  # with whole names
+        targets = short_targets(plan.targets, self.model.base)
+        parameters = short_parameters(plan.parameters, plan.memory.shapes.parameters)
         card = model_card(published(to_dict(self.config)), self._facts(progress))
-        method = build_method(lora.method)
-        peft_config = as_started(method.peft(targets, lora, "CAUSAL_LM"), lora)
+        config, method = as_started(peft_config(targets, parameters, lora), lora), build_method(lora.method)
         if count := len(self.config.model.add_tokens):
             first = len(self.prepared.tokenizer) - count
             indices = trained_indices(self.prepared.shapes, first, count)
-            peft_config.trainable_token_indices = indices  # type: ignore[attr-defined]
+            config.trainable_token_indices = indices  # type: ignore[attr-defined]
         tensors = {**tensors, **method.fixed(self.model, lora)}
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
         beside = [] if lora.start is None else [self.folder.path / FILE_NAME]
-        return export_adapter(folder, tensors, peft_config, base, self._saved_tokenizer(), card, beside, self._header)
+        return export_adapter(folder, tensors, config, base, self._saved_tokenizer(), card, beside, self._header)
 
     def _saved_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer to save; an added end of turn is its ``eos_token``, at which plain PEFT then stops."""
@@ -285,7 +299,8 @@ class Training:
         )  # fmt: skip
         settings = StepSettings(
             objective=self.objective, ranks=self.ranks, seed=self.config.run.seed, max_grad_norm=train.max_grad_norm,
-            synchronize=synchronize_gradients, around=debug_context(self.config),
+            synchronize=synchronizer(self.config.lora.trains_base),
+            around=debug_context(self.config),
             enter=self.prepared.ranks.phases.enter,
             before_update=before_update,
             reduce=self.reduce_replicated,

@@ -21,9 +21,9 @@ class LinearShape:
     count: int = 1
     """Number of stacked matrices; 1 for a layer."""
     transposed: bool = False
-    """Whether files hold ``[in_features, out_features]`` (GPT-2's Conv1D)."""
+    """Whether files hold ``[in_features, out_features]`` (GPT-2's Conv1D, gpt-oss's experts)."""
     stacked: bool = False
-    """Whether it is a 3-D parameter rather than a layer; such parameters get no adapter here."""
+    """Whether it is a 3-D parameter rather than a layer."""
 
     @property
     def numel_each(self) -> int:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fsdp_qlora.errors import PlanError
-from fsdp_qlora.shapes.linears import ModelShapes, quantized_linears
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_linears
 from fsdp_qlora.shapes.patterns import endings, layer_number, matches
+
+ALL_EXPERTS = "experts"
+"""The value of ``lora.target_parameters`` for all stacked expert weights."""
 
 
 def target_linears(
@@ -34,7 +37,10 @@ def target_linears(
         )
     chosen = _meant("lora.target_modules", target_modules, candidates, linears)
     if exclude_modules:
-        excluded = set(_meant("lora.exclude_modules", exclude_modules, candidates, linears))
+        stacked = [x.name for x in _stacked(shapes)]
+        of_linears = [item for item in exclude_modules if not any(matches(name, item) for name in stacked)]
+        excluded = {name for name in candidates if any(matches(name, item) for item in exclude_modules)}
+        _meant("lora.exclude_modules", of_linears, candidates, linears)
         chosen = [name for name in chosen if name not in excluded]
     if layers_to_transform:
         chosen = _in_layers(chosen, shapes, layers_to_transform)
@@ -74,3 +80,49 @@ def _in_layers(names: list[str], shapes: ModelShapes, layers: Sequence[int]) -> 
     if not inside:
         raise PlanError("lora.layers_to_transform: none of lora.target_modules lies in these layers.")
     return inside
+
+
+def target_parameters(
+    shapes: ModelShapes, parameters: str | Sequence[str], exclude_modules: Sequence[str] = (),
+    layers_to_transform: Sequence[int] = (),
+) -> tuple[LinearShape, ...]:  # fmt: skip
+    """Return the stacked weights that get adapters, in the order of the model's parameters.
+
+    Args:
+        shapes: the model.
+        parameters: ``experts``, all of them, or patterns (`matches`); empty = none.
+        exclude_modules: patterns of those that get none.
+        layers_to_transform: numbers of the decoder layers whose experts get adapters; empty = all layers.
+
+    Raises:
+        PlanError: if a pattern matches none, none is left, or the model has none.
+    """
+    if not parameters:
+        return ()
+    stacked = _stacked(shapes)
+    if not stacked:
+        raise PlanError(
+            f"lora.target_parameters: {parameters!r} matches nothing: this model has no stacked expert weights that "
+            "adapters can be trained on. Leave it empty."
+        )
+    items = [parameters] if isinstance(parameters, str) else list(parameters)
+    for item in items:
+        if item != ALL_EXPERTS and not any(matches(x.name, item) for x in stacked):
+            ends = dict.fromkeys(".".join(x.name.split(".")[-3:]) for x in stacked)
+            raise PlanError(
+                f"lora.target_parameters: {item!r} matches none of the model's {len(stacked)} stacked weights; "
+                f"this model has {', '.join(ends)} (or {ALL_EXPERTS})."
+            )
+    chosen = [x for x in stacked if ALL_EXPERTS in items or any(matches(x.name, item) for item in items)]
+    chosen = [x for x in chosen if not any(matches(x.name, item) for item in exclude_modules)]
+    if layers_to_transform:
+        chosen = [x for x in chosen if layer_number(x.name, shapes.layers) in layers_to_transform]
+    if not chosen:
+        raise PlanError("lora.target_parameters: lora.exclude_modules and lora.layers_to_transform leave none of them.")
+    return tuple(chosen)
+
+
+def _stacked(shapes: ModelShapes) -> list[LinearShape]:
+    """Return the stacked weights in the order of the model's parameters, in which PEFT wraps them."""
+    order = {name: place for place, name in enumerate(shapes.parameters)}
+    return sorted((x for x in quantized_linears(shapes) if x.stacked), key=lambda x: order[x.name])

@@ -12,8 +12,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fsdp_qlora.attention import blockwise, varlen
 from fsdp_qlora.attention.blockwise import BLOCKWISE
-from fsdp_qlora.quant import products
-from fsdp_qlora.quant.experts import EXPERTS_IMPLEMENTATION, experts_by_counts
+from fsdp_qlora.quant import grouped, products
+from fsdp_qlora.quant.experts import EXPERTS_IMPLEMENTATION, experts_by_counts, num_experts
 
 SDPA = "sdpa"
 """transformers' name of torch's attention."""
@@ -70,6 +70,7 @@ def _one_sequence(function: Callable[..., Any], place: int) -> Callable[..., Any
 
 OUR_OPS = {
     **products.BODIES,
+    **grouped.BODIES,
     torch.ops.fsdp_qlora.attention.default: _every_key(blockwise.BODIES[torch.ops.fsdp_qlora.attention.default], 3),
     torch.ops.fsdp_qlora.attention_backward.default: _every_key(
         blockwise.BODIES[torch.ops.fsdp_qlora.attention_backward.default], 5
@@ -83,8 +84,7 @@ OUR_OPS = {
 def _evenly(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    def counts(index: torch.Tensor, experts: int) -> list[int]:
-        each, more = divmod(index.numel(), experts)
-        return [each + (expert < more) for expert in range(experts)]
-
+    count = num_experts(self)
+    each, more = divmod(top_k_index.numel(), count)
+    counts = [each + (expert < more) for expert in range(count)]
     return experts_by_counts(self, hidden_states, top_k_index, top_k_weights, counts)

@@ -33,7 +33,7 @@ from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.bnb import PAGED
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.parallel.shard import host_modules, model_dtype, synchronize_gradients
+from fsdp_qlora.parallel.shard import host_modules, model_dtype, synchronizer
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.plan.quantized import format_of
 from fsdp_qlora.quant.formats import QuantizedTensor, dequantize, quantize
@@ -246,11 +246,12 @@ def step_runner(
     Create it while no unit is gathered.
     """
     reduce_replicated = ReplicatedGradients(trainable_parameters(model), ranks)
+    synchronize = synchronizer(config.lora.trains_base)
 
     def run(before_each: Callable[[], None]) -> object:
         settings = StepSettings(
             objective=build_objective(config.objective.name), ranks=ranks, seed=config.run.seed,
-            max_grad_norm=config.train.max_grad_norm, synchronize=synchronize_gradients,
+            max_grad_norm=config.train.max_grad_norm, synchronize=synchronize,
             around=nullcontext, enter=lambda _: before_each(),
         )  # fmt: skip
         model.train()

@@ -17,9 +17,8 @@ from fsdp_qlora.adapters.names import adapter_key, trainable_parameters
 from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
-from fsdp_qlora.errors import FsdpQloraError
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from tests.build import build, essence, losses, metrics, run_fit, whole
+from tests.build import build, essence, losses, metrics, refused_fit, run_fit, whole
 from tests.tiers import some_in_full
 from tests.unit.test_optim import OPTIMIZERS, original
 
@@ -115,18 +114,10 @@ def test_a_resumed_run_is_one_that_was_not(pool, tiny_model, chat_rows, tmp_path
     assert losses(metrics(tmp_path / "plain"))[2:] != losses(whole_run)[2:]
 
 
-def _refused(ranks: Ranks, folder: str, root: str, groups: dict[str, Any]) -> str:
-    try:
-        run_fit(ranks, folder, root, "run", groups)
-    except FsdpQloraError as error:
-        return f"{error.exit_code} {error}"
-    return ""
-
-
 def test_another_ratio_is_refused_on_resume_and_a_method_without_b_at_once(pool, tiny_model, chat_rows, tmp_path):
     pool.run(1, run_fit, str(tiny_model), str(tmp_path), "run", _groups(chat_rows, 1, loraplus_lr_ratio=RATIO))
-    said = pool.run(1, _refused, str(tiny_model), str(tmp_path), _groups(chat_rows, 2))[0]
+    said = pool.run(1, refused_fit, str(tiny_model), str(tmp_path), _groups(chat_rows, 2))[0]
     assert said.startswith("2 optim.loraplus_lr_ratio: 16.0 in the checkpoint, None now.")
     groups = _groups(chat_rows, 1, loraplus_lr_ratio=RATIO) | {"lora": {"variant": "oft"}}
-    said = pool.run(1, _refused, str(tiny_model), str(tmp_path / "oft"), groups)[0]
+    said = pool.run(1, refused_fit, str(tiny_model), str(tmp_path / "oft"), groups)[0]
     assert said.startswith("2 optim.loraplus_lr_ratio: ") and "oft" in said

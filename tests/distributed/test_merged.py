@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from fsdp_qlora.config.schema import RunConfig, from_dict
@@ -28,7 +29,7 @@ from tests.distributed.test_peft_methods import QUANT, STOCK, _rounded
 from tests.matrix import small_config
 from tests.tiers import some_in_full
 
-FAMILIES = ("llama", "qwen3_moe", "gemma3_text", "gpt2")
+FAMILIES = ("llama", "qwen3_moe", "gpt_oss", "gemma3_text", "gpt2")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FORMS = ("original", "dequantized")
 
@@ -63,7 +64,8 @@ def expected(
     if form == "dequantized" and quant != "none":
         for name in quantized:
             parameter = model.get_parameter(name)
-            turned = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Module) and "c_" in name
+            owner = model.get_submodule(name.rpartition(".")[0])
+            turned = "c_" in name or bool(getattr(owner, "is_transposed", False))  # GPT-2's Conv1D, gpt-oss's experts
             for matrix in parameter if parameter.dim() == 3 else [parameter]:
                 whole = (matrix.t() if turned else matrix).contiguous()
                 rounded = _rounded(whole, quant).bfloat16().float()
@@ -74,9 +76,12 @@ def expected(
     return {name: value.bfloat16() for name, value in merged.state_dict().items()}
 
 
-def run_merge(ranks: Ranks, base: str, adapter: str, target: str, quant: str, form: str) -> list[str]:
-    """Merge as the command does; return what was folded into and why, or the error."""
+def run_merge(
+    ranks: Ranks, base: str, adapter: str, target: str, quant: str, form: str, overwrite: bool = False
+) -> list[str]:
+    """Merge as the command does with a run's settings; return what was folded into and why, or the error."""
     config = settings(base, quant, form)
+    config = replace(config, run_from="run", export=replace(config.export, overwrite=overwrite))
     try:
         done = merge(config, Path(adapter), Path(target), world_of(ranks))
     except FsdpQloraError as error:
@@ -185,8 +190,48 @@ def test_files_keep_their_layout_and_a_full_folder_is_left_alone(pool, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
 
 
+def test_only_an_earlier_merge_is_replaced(pool, tmp_path, tiny_model):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    folder = write_adapter(base, tmp_path / "adapter", lora())
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(others, target_is_directory=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for target, said in (
+        (base, "which is read here"), (folder, "which is read here"), (tmp_path, "or holds"), (others, "no earlier merge"),
+        (tmp_path / "file", "is a file"), (tmp_path / "link", "is a link"),
+    ):  # fmt: skip
+        (message,) = pool.run(1, run_merge, str(base), str(folder), str(target), "nf4", "original", True)[0]
+        assert message.startswith("export.to:") and said in message
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for form in FORMS:
+        assert pool.run(1, run_merge, str(base), str(folder), str(tmp_path / "merged"), "nf4", form, True)[0][0] == form
+
+
+def test_without_a_run_the_stored_weights_are_folded_into(pool, tmp_path, tiny_model):
+    folder = write_adapter(tiny_model, tmp_path / "adapter", lora())
+    form, why = pool.run(1, merge_alone, str(tiny_model), str(folder), str(tmp_path / "merged"))[0]
+    assert form == "original" and "run_from" in why
+
+
+def merge_alone(ranks: Ranks, base: str, adapter: str, target: str) -> list[str]:
+    done = merge(settings(base, "nf4", "auto"), Path(adapter), Path(target), world_of(ranks))
+    return [done.form, done.why]
+
+
 def test_an_adapter_of_another_model_is_refused(pool, tmp_path, tiny_model):
     other = upstream.write_random(tmp_path / "base", small_config("gpt2"), torch.bfloat16)
     folder = write_adapter(other, tmp_path / "adapter", lora())
     (message,) = pool.run(1, run_merge, str(tiny_model), str(folder), str(tmp_path / "merged"), "nf4", "original")[0]
     assert message.startswith("adapter:") and not (tmp_path / "merged").exists()
+
+
+def test_adapters_on_experts_are_refused(pool, tmp_path):
+    base = upstream.write_random(tmp_path / "base", small_config("qwen3_moe"), torch.bfloat16)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    folder = write_adapter(base, tmp_path / "adapter", config)
+    (message,) = pool.run(1, run_merge, str(base), str(folder), str(tmp_path / "merged"), "nf4", "original")[0]
+    assert message.startswith("what=merged:") and "stacked weights of experts" in message

@@ -30,7 +30,7 @@ def write_prompts(folder: Path, count: int = 13) -> Path:
         asked = {"prompt": text} if number % 3 else {"messages": [{"role": "user", "content": text}]}
         lines.append(json.dumps({**asked, "id": f"row {number}"}))
     file = folder / "prompts.jsonl"
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\ufeff" + "\n".join(lines) + "\n")  # as Windows' editors write it
     return file
 
 
@@ -39,7 +39,7 @@ def one_by_one(folder: Path, file: Path, max_new_tokens: int) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     answers = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text("utf-8-sig").splitlines():
         fields = json.loads(line)
         messages = fields.get("messages") or [{"role": "user", "content": fields["prompt"]}]
         inputs = tokenizer.apply_chat_template(
@@ -117,7 +117,22 @@ def _other_prompts(file: Path, to: Path) -> str:
 
 def _broken(file: Path, to: Path) -> str:
     file.write_text('{"prompt": "fine"}\nnot json\n{"prompt": 3}\n[1]\n{"messages": [{"content": "x"}]}\n')
-    return "4 broken lines: line 2: "
+    return "cannot be read whole: line 2: "
+
+
+def _has_answers(file: Path, to: Path) -> str:
+    file.write_text('{"prompt": "fine", "answer": "mine"}\n')
+    return "line 1: it has 'answer'"
+
+
+def _both(file: Path, to: Path) -> str:
+    file.write_text('{"prompt": "one", "messages": [{"role": "user", "content": "two"}]}\n')
+    return 'both "prompt" and "messages"'
+
+
+def _too_long(file: Path, to: Path) -> str:
+    file.write_text('{"prompt": "fine"}\n' + json.dumps({"prompt": sentence(1, 9000)}) + "\n")
+    return "1 prompts are longer than the rest: 2 ("
 
 
 def _exists(file: Path, to: Path) -> str:
@@ -135,7 +150,7 @@ def _missing(file: Path, to: Path) -> str:
     return "cannot be read"
 
 
-@pytest.mark.parametrize("spoil", [_other_prompts, _broken, _exists, _empty, _missing])
+@pytest.mark.parametrize("spoil", [_other_prompts, _broken, _has_answers, _both, _too_long, _exists, _empty, _missing])
 def test_what_cannot_be_answered_is_said_on_every_rank(pool, tmp_path, tiny_model, spoil: Callable[[Path, Path], str]):
     file, to = write_prompts(tmp_path), tmp_path / "answers.jsonl"
     said = spoil(file, to)

@@ -113,9 +113,8 @@ def _state(ranks: Ranks, model: str, root: str, name: str, settings: dict[str, A
     training = Training(build(ranks, model, run={"output_root": root, "name": name}, **settings), RunFolder(root, name))
     assert training.resume() is not None
     whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in training._tensors().items()}
-    folder = Path(root) / f"exported-{ranks.size}-{settings['fsdp']['adapters']}"
-    training.export(folder)
-    file = (folder / "adapter_model.safetensors").read_bytes() if ranks.is_main else b""
+    training.export()
+    file = (training.folder.adapter / "adapter_model.safetensors").read_bytes() if ranks.is_main else b""
     return {n: _digest(t) for n, t in whole.items()} | ({"exported": hashlib.sha256(file).hexdigest()} if file else {})
 
 

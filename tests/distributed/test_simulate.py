@@ -114,6 +114,8 @@ def test_simulated_peak_of_waiting_gradients(pool: Pool, tmp_path: Path) -> None
         {"optim": {"name": "adafactor"}, "lora": {"r": 32}},
         {"fsdp": {"adapters": "replicated"}},
         {"model": {"add_tokens": ["<|a|>", "<|b|>"]}},
+        {"quant": {"name": "none"}, "lora": {"variant": "none"}},
+        {"quant": {"name": "none"}, "lora": {"variant": "none"}, "precision": {"name": "fp32"}},
     ],
     ids=str,
 )

@@ -21,6 +21,7 @@ from fsdp_qlora.adapters.names import ADAPTER, trainable_parameters
 from fsdp_qlora.adapters.peft_layers import adapted_layers
 from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.seeds import seed_of
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import FsdpQloraError
 from fsdp_qlora.load.stream import resident_bytes
@@ -38,7 +39,7 @@ from tests.tolerances import FP32_LOSSES, FP32_NORMS, apart
 R, ALPHA, ITERATIONS = 4, 8, 3
 STARTS = ("pissa", "pissa_niter_4", "olora", "loftq")
 CASES = [case for case in itertools.product(STARTS, QUANT) if case != ("loftq", "none")]
-ALL = some_in_full(CASES, {("pissa", "nf4"), ("olora", "int8"), ("loftq", "fp4"), ("pissa", "none")})
+ALL = some_in_full(CASES, {("olora", "int8"), ("loftq", "fp4")})
 FLIPPED = 1e-3
 """Share of the codes that another order of summation may move to a neighbour."""
 
@@ -78,10 +79,10 @@ def judged(folder: Path, start: str, quant: str) -> Any:
     """Return PEFT's model on a dense copy whose weights are what the residual is rounded to."""
     torch.set_num_threads(1)
     model = dense(folder)
-    plain = "pissa" if start.startswith("pissa") else start
+    by_hand = start in ("loftq", "pissa_niter_4")  # PEFT's draws depend on all that was drawn before
     originals = {n: m.weight.detach().clone() for n, m in model.named_modules() if n.rpartition(".")[2] in TARGETS}
     config = peft.LoraConfig(
-        r=R, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=True if start == "loftq" else plain
+        r=R, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=True if by_hand else start
     )
     adapted = get_peft_model(model, config)
     for name, layer in adapted_layers(adapted).items():
@@ -94,6 +95,9 @@ def judged(folder: Path, start: str, quant: str) -> Any:
             layer.lora_A[ADAPTER].weight.data = roots @ right[:R]
             layer.lora_B[ADAPTER].weight.data = left[:, :R] @ roots
         else:
+            if by_hand:
+                torch.manual_seed(seed_of(0, name))
+                layer.pissa_init(ADAPTER, start)  # type: ignore[operator]
             base.weight.data = _rounded(base.weight.data, quant)
     return adapted
 
@@ -142,20 +146,20 @@ def test_factors_base_and_first_loss_are_the_judges(pool, tiny_model, start, qua
         assert loaded[n]["digest"] == first["digest"]
         for key, parts in first["raw"].items():
             assert all(torch.equal(loaded[n]["raw"][key][part], value) for part, value in parts.items()), (n, key)
-    judge = judged(tiny_model, start, quant)
-    approximate = start == "pissa_niter_4"
+    judge, originals = judged(tiny_model, start, quant), dense(tiny_model)
     for name, layer in adapted_layers(judge).items():
         a, b, weight = first["values"][name]
-        theirs = [getattr(layer, kind)[ADAPTER].weight.detach() for kind in ("lora_A", "lora_B")]
+        up, down = (getattr(layer, kind)[ADAPTER].weight.detach() for kind in ("lora_B", "lora_A"))
         assert float(b.norm()) > 0
-        product, wanted, base = b @ a, theirs[1] @ theirs[0], layer.get_base_layer().weight.detach()
-        if approximate:  # another random start: nearly as good as the exact decomposition
-            assert float(product.norm()) >= 0.97 * float(wanted.norm())
-            continue
-        assert float((product - wanted).norm()) <= 1e-3 * float(wanted.norm()), name
-        assert float((weight - base).abs().gt(1e-5).float().mean()) <= FLIPPED, name
-    if not approximate:
-        assert first["loss"] == pytest.approx(_judged_loss(judge), rel=1e-4 if quant != "none" else FP32_LOSSES)
+        product, wanted, base = b @ a, up @ down, layer.get_base_layer().weight.detach()
+        # what int8 loses has no direction of its own: a code that rounds otherwise turns its singular vectors
+        limit, flipped = (5e-2, 1e-2) if (start, quant) == ("loftq", "int8") else (1e-3, FLIPPED)
+        assert float((product - wanted).norm()) <= limit * float(wanted.norm()), name
+        original = originals.get_submodule(name.removeprefix("base_model.model.")).weight
+        lost, theirs = (float((original - w - ALPHA / R * p).norm()) for w, p in ((weight, product), (base, wanted)))
+        assert lost == pytest.approx(theirs, rel=1e-3, abs=1e-5), name
+        assert float((weight - base).abs().gt(1e-5).float().mean()) <= flipped, name
+    assert first["loss"] == pytest.approx(_judged_loss(judge), rel=1e-4 if quant != "none" else FP32_LOSSES)
     plain = pool.run(2, _loaded, str(tiny_model), settings_of("true", quant))[0]
     assert plain["digest"] == "" and plain["loss"] != first["loss"]
     original = _judged_loss(dense(tiny_model))
@@ -192,10 +196,9 @@ def test_what_loftq_loses_falls_with_its_iterations(pool, tiny_model, quant):
 def test_trains_and_resumes_on_any_number_of_ranks(pool, tiny_model, chat_rows, tmp_path, start, quant):
     groups = settings_of(start, quant, chat_rows, checkpoint={"every_steps": 2})
     runs = {n: pool.run(n, run_fit, str(tiny_model), str(tmp_path), f"on{n}", dict(groups))[0] for n in (1, 2, 3)}
-    if start != "pissa_niter_4":
-        judge = judged(tiny_model, start, quant)
-        wanted = reference_losses(judge, _batches(tiny_model, chat_rows, tmp_path / "cache"), LR)
-        assert max(apart(losses(runs[2]["metrics"]), wanted)) <= (FP32_LOSSES if quant == "none" else 1e-3)
+    judge = judged(tiny_model, start, quant)
+    wanted = reference_losses(judge, _batches(tiny_model, chat_rows, tmp_path / "cache"), LR)
+    assert max(apart(losses(runs[2]["metrics"]), wanted)) <= (FP32_LOSSES if quant == "none" else 1e-3)
     for run in runs.values():
         assert max(apart(losses(run["metrics"]), losses(runs[1]["metrics"]))) <= FP32_LOSSES
         assert max(apart(norms(run["metrics"]), norms(runs[1]["metrics"]))) <= FP32_NORMS

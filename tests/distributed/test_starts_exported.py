@@ -26,7 +26,7 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
 from fsdp_qlora.export.vllm import served_by_vllm
 from fsdp_qlora.run.inference import load_for_inference
-from tests.build import config_of, run_fit, world_of
+from tests.build import config_of, refused_fit, run_fit, world_of
 from tests.distributed.test_peft_methods import QUANT, _ids
 from tests.distributed.test_starts import ALPHA, CASES, R, dense, refused, settings_of
 from tests.tiers import some_in_full
@@ -98,7 +98,7 @@ def test_exports_answer_as_the_trained_model(pool, even_model, chat_rows, tmp_pa
         what="merged",
         adapter=str(adapter),
         quant=QUANT[quant],
-        export={"to": str(merged)},
+        export={"to": str(merged), "merge_base": "dequantized"},
     )
     with torch.no_grad():  # folded into what its start left of the base, in 16 bits
         theirs = dense(merged).eval()(input_ids=_ids()).logits
@@ -125,6 +125,20 @@ def test_exports_answer_as_the_trained_model(pool, even_model, chat_rows, tmp_pa
             linear.compute_dtype, linear.support_avx512bf16_for_cpu = torch.float32, False
         theirs = PeftModel.from_pretrained(stored, base / "adapter").eval()(input_ids=_ids()).logits
     torch.testing.assert_close(theirs, mine, rtol=1e-3, atol=1e-4)
+
+
+def test_the_base_of_an_adapter_on_some_linears(pool, even_model, chat_rows, tmp_path, capsys):
+    """The others are quantized as they are."""
+    groups = settings_of("pissa", "nf4", chat_rows, lora={"target_modules": ["q_proj"]})
+    pool.run(1, run_fit, str(even_model), str(tmp_path), "run", groups)
+    adapter, base = tmp_path / "run/adapter", tmp_path / "base"
+    said = _export(
+        tmp_path, even_model, capsys, what="base-4bit", adapter=str(adapter), quant=QUANT["nf4"],
+        export={"to": str(base)},
+    )  # fmt: skip
+    assert "14 linears" in said
+    mine = pool.run(1, _answers, str(even_model), str(adapter), "nf4")[0]
+    torch.testing.assert_close(pool.run(1, _answers, str(base), str(base / "adapter"), "nf4")[0], mine, rtol=0, atol=0)
 
 
 def _unrounded(folder: Path, adapter: Path) -> torch.Tensor:
@@ -160,14 +174,6 @@ def test_an_adapter_needs_what_its_start_took_off(pool, tiny_model, chat_rows, t
     assert refusal.value.exit_code == 2
 
 
-def _other_file(ranks: Ranks, folder: str, root: str, groups: dict[str, Any]) -> str:
-    try:
-        run_fit(ranks, folder, root, "run", groups)
-    except FsdpQloraError as error:
-        return f"{error.exit_code} {error}"
-    return ""
-
-
 def test_a_checkpoint_of_another_start_is_refused(pool, tiny_model, chat_rows, tmp_path):
     """The factors that a run kept are part of what must match: other ones would mean another base."""
     groups = settings_of("pissa_niter_4", "nf4", chat_rows, train={"max_steps": 2})
@@ -177,5 +183,5 @@ def test_a_checkpoint_of_another_start_is_refused(pool, tiny_model, chat_rows, t
         tensors, metadata = {n: stored.get_tensor(n) for n in stored.keys()}, stored.metadata()  # noqa: SIM118
     first = sorted(tensors)[0]
     save_file(tensors | {first: tensors[first] + 1e-3}, file, metadata=metadata)
-    said = pool.run(1, _other_file, str(tiny_model), str(tmp_path), {**groups, "train": {"max_steps": 3}})[0]
+    said = pool.run(1, refused_fit, str(tiny_model), str(tmp_path), {**groups, "train": {"max_steps": 3}})[0]
     assert said.startswith("2 initial adapter, taken off the base: ")

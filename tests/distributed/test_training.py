@@ -305,4 +305,4 @@ def _out_of_memory(ranks: Ranks, folder: str, rows: str, root: str) -> str:
 def test_out_of_memory_says_what_was_planned_and_what_to_set(pool, tiny_model, chat_rows, tmp_path):
     for said in pool.run(2, _out_of_memory, str(tiny_model), str(chat_rows), str(tmp_path)):
         assert "step 2: out of memory on cpu: planned were" in said and "Tried to allocate 2.00 GiB" in said
-        assert "Set quant.cache_dequantized=false (planned peak" in said
+        assert "Set fsdp.reshard_after_forward=true (planned peak" in said

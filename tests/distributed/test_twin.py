@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fsdp_qlora.adapters.experts import StackedLora
 from fsdp_qlora.adapters.linear import QuantLoraLinear
 from fsdp_qlora.attention.candidates import attention_candidates
 from fsdp_qlora.checks import reference
@@ -91,6 +92,12 @@ def adapter_without_scaling(model: CausalModel, ranks: Ranks) -> None:
             module.scaling["default"] = 1.0
 
 
+def experts_adapter_without_scaling(model: CausalModel, ranks: Ranks) -> None:
+    for module in model.modules():
+        if isinstance(module, StackedLora):
+            module.scaling["default"] = 1.0
+
+
 def one_layer_of_another_kind(model: CausalModel, ranks: Ranks) -> None:
     types = model.base.config.layer_types
     types[types.index("sliding_attention")] = "full_attention"
@@ -142,6 +149,7 @@ FAULTS: dict[str, tuple[Any, str, dict[str, Any], str]] = {
     "one layer of another kind": (one_layer_of_another_kind, "gemma3_text", {}, "layers|rotary_emb"),
     "gate and up exchanged": (gate_and_up_exchanged, "llama", {}, "layers.1.mlp"),
     "two experts exchanged": (two_experts_exchanged, "mixtral", {}, "experts"),
+    "experts' adapter without scaling": (experts_adapter_without_scaling, "mixtral", {"experts": "experts"}, "experts"),
     "gradients of bf16 drift": (gradients_of_bf16_drift, "ernie4_5_moe", {}, "gradients are .* upstream's in bf16"),
     "adapter with dropout": (adapter_without_scaling, "llama", {"dropout": 0.1}, "loss"),
     "recomputed layer differs": (recomputed_layer_differs, "llama", {"full": True}, "gradients"),
@@ -151,14 +159,14 @@ FAULTS: dict[str, tuple[Any, str, dict[str, Any], str]] = {
 
 def _settings(
     packed: bool = False, full: bool = False, check: str = "always", folder: str = "", dropout: float = 0.0,
-    overrides: dict[str, str] | None = None,
+    overrides: dict[str, str] | None = None, experts: str = "", add_tokens: tuple[str, ...] = (),
 ) -> RunConfig:  # fmt: skip
     config = RunConfig()
     return replace(
         config,
-        model=replace(config.model, check=check, name=folder),
+        model=replace(config.model, check=check, name=folder, add_tokens=list(add_tokens)),
         data=replace(config.data, packing=packed, max_length=64),
-        lora=replace(config.lora, r=4, alpha=8.0, dropout=dropout),
+        lora=replace(config.lora, r=4, alpha=8.0, dropout=dropout, target_parameters=experts),
         quant=replace(config.quant, overrides=overrides or {}),
         train=replace(
             config.train, micro_batch_size=2, activation_checkpointing="full" if full else "none"
@@ -220,8 +228,8 @@ MIXED = {"*.down_proj": "int8", "*.k_proj": "fp4", "*.q_proj": "none", "*.layers
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize(
     "how",
-    [{}, {"packed": True}, {"full": True}, {"dropout": 0.1}, {"overrides": MIXED}],
-    ids=["padded", "packed", "recomputed", "dropout", "mixed formats"],
+    [{}, {"packed": True}, {"full": True}, {"dropout": 0.1}, {"overrides": MIXED}, {"experts": "experts"}],
+    ids=["padded", "packed", "recomputed", "dropout", "mixed formats", "experts adapted"],
 )
 def test_nothing_is_found_where_nothing_is_wrong(pool, how, num_ranks):
     assert set(pool.run(num_ranks, try_twin, "qwen3_moe", None, how)) == {""}
@@ -311,6 +319,7 @@ def losses_compared(ranks: Ranks, folder: str, cache: str) -> list[int]:
         barrier(ranks)
         start(check="auto")
         start(check="auto")
+        start(check="auto", add_tokens=("<|x|>",))
         return counts
     finally:
         building.require_losses_agree, building.cache_folder = original, original_cache
@@ -319,7 +328,7 @@ def losses_compared(ranks: Ranks, folder: str, cache: str) -> list[int]:
 def test_losses_are_compared_once_for_the_same_weights_and_settings(pool, tmp_path):
     folder = upstream.write_random(tmp_path / "model", small_config("llama"))
     of_ranks = pool.run(2, losses_compared, str(folder), str(tmp_path / "cache"))
-    assert of_ranks == [[1, 1, 2, 3, 4, 4]] * 2
+    assert of_ranks == [[1, 1, 2, 3, 4, 4, 5]] * 2
 
 
 def peft_that_fails(ranks: Ranks) -> str:

@@ -40,6 +40,7 @@ COMPOSED = {
     "unknown experiment": (["experiment=quickstrt"], ["experiment", "Did you mean 'quickstart'?"]),
     "run name that climbs": (["run.name=../x"], ["run.name"]),
     "kernels for GPUs": (["train.kernels=liger", "launcher.device=cpu"], ["train.kernels", "need a GPU"]),
+    "training a quantized base": (["quant=nf4", "lora=none"], ["lora: none", "quant=nf4"]),
     "negative": (["optim.lr=-1"], ["optim.lr", "negative"]),
 }
 

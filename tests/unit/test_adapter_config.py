@@ -41,7 +41,7 @@ REFUSED = {
     "bias": "all",
     "modules_to_save": ["lm_head"], "init_lora_weights": "pissa_niter_16", "layer_replication": [[0, 2], [1, 2]],
     "trainable_token_indices": {"model.embed_tokens": [1], "lm_head": [2]}, "lora_bias": True, "use_qalora": True,
-    "target_parameters": ["experts.gate_up_proj"],
+    "target_parameters": "experts.gate_up_proj",
     "alora_invocation_tokens": [1, 2], "arrow_config": {"top_k": 1}, "use_bdlora": {"x": 1}, "not_yet_known": 3,
     "not_yet_known_either": True, "new_scaling": "cosine",
 }  # fmt: skip

@@ -26,6 +26,7 @@ from fsdp_qlora.plan.parameters import fates
 from fsdp_qlora.plan.plan import make_plan
 from fsdp_qlora.plan.report import report
 from fsdp_qlora.plan.search import best, fastest, search
+from fsdp_qlora.plan.sizes import parse_bytes
 from fsdp_qlora.plan.timing import flops_per_token, step_time
 from fsdp_qlora.quant.formats import build_format
 from fsdp_qlora.quant.packing import num_rows
@@ -283,6 +284,37 @@ def test_search_finds_the_largest_that_fits_and_the_cheapest_first():
     assert not tight[0].fits and best(tight).checkpointing == "selective"
     assert best(search(plan.memory, plan.settings, plan.batch, 1, shapes.max_positions)) is None
     assert all(f.longest <= shapes.max_positions and f.tokens >= f.micro_batch_size * 1024 for f in found)
+
+
+@pytest.mark.parametrize(("ranks", "rows", "batch"), [(3, 1, 16), (32, 1, 16), (32, 4, 16), (8, 2, 64)])
+def test_ranks_without_a_micro_batch_add_no_tokens(ranks, rows, batch):
+    config = from_dict({
+        "model": {"name": "meta-llama/Meta-Llama-3-8B"}, "plan": {"gpu": "80GiB", "device": "h100"},
+        "train": {"micro_batch_size": rows, "global_batch_size": batch}, "data": {"max_length": 2048},
+    })  # fmt: skip
+    config, base = planned_skeleton(config)
+    shapes = read_shapes(base)
+    plan = make_plan(config, shapes, ranks, 70 * 10**9)
+    time = report(config, plan, shapes)["time"]
+    assert time["tokens_per_second"] * time["step_seconds"] == pytest.approx(batch * 2048)
+
+
+def test_a_group_that_spans_nodes_gathers_over_the_network(tiny_model):
+    seconds = []
+    for node in (0, 2):
+        config = from_dict({
+            "model": {"name": str(tiny_model)}, "plan": {"gpu": "80GiB", "device": "h100"},
+            "launcher": {"nproc_per_node": node},
+        })  # fmt: skip
+        shapes = read_shapes(build_skeleton(tiny_model, torch.bfloat16, "sdpa"))
+        values = report(config, make_plan(config, shapes, 4, 70 * 10**9), shapes)
+        seconds.append((values["device"]["interconnect"], values["time"]["gather_seconds"]))
+    assert seconds[0][0] == "nvlink4" and seconds[1][0] == "infiniband_400g" and seconds[1][1] > seconds[0][1]
+
+
+def test_no_memory_is_no_amount():
+    with pytest.raises(ConfigError, match=r"plan\.gpu"):
+        parse_bytes("0GiB")
 
 
 def test_names_of_devices_and_interconnects():

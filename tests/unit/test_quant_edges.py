@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -101,6 +103,8 @@ def test_layers_that_cannot_be_quantized_are_refused_unless_allowed():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **settings))
     shapes = read_shapes(model)
+    known = tuple(x for x in shapes.linears if not x.stacked)  # as of a model whose experts are stored in another way
+    shapes = replace(shapes, linears=known)
     config = {"model": {"name": "x"}, "quant": {"name": "nf4"}}
     with pytest.raises(
         PlanError, match=r"\d+ % of the decoder layers' weights would stay in 16 bits, the largest .*exp"

@@ -90,7 +90,7 @@ def test_a_toy_has_at_most_40_lines():
     ("names", "group", "beside"),
     [
         (choices.FORMATS, "quant", {"none"}),
-        (choices.METHODS, "lora", {"default", *choices.STARTS}),
+        (choices.METHODS, "lora", {"default", choices.NONE, *choices.STARTS}),
         (choices.OBJECTIVES, "objective", set()),
         (choices.OPTIMIZERS, "optim", set()),
         (choices.TRACKERS, "track", set()),

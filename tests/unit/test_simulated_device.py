@@ -147,6 +147,14 @@ def test_what_one_rank_keeps_is_planned_to_the_byte(found: dict[str, dict[str, A
     assert all(0 <= peak.parameters - sum(kept) < SMALL for peak in simulated.places.values())  # offsets, rotary tables
 
 
+@pytest.mark.parametrize("name", _names("whole base"))
+def test_a_whole_base_takes_16_bytes_a_parameter(found: dict[str, dict[str, Any]], name: str) -> None:
+    update = _simulation(found, name).places["update of the adapters"]
+    planned = 16 * found[name]["tensors"] // VARIANTS[name].get("ranks", 2)
+    assert found[name]["moments"]["update"] == planned
+    assert 0 <= update.total - planned < 4096  # buffers, step counters, random states
+
+
 @pytest.mark.parametrize(("offload", "others"), [pytest.param("params", "2 ranks", marks=pytest.mark.full)])
 def test_offload_saves_what_was_on_the_device(
     found: dict[str, dict[str, Any]], offload: str, others: str, tmp_path: Path

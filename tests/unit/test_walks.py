@@ -24,7 +24,6 @@ Walk = Mapping[str, Any]
 MASK = "transformers/masking_utils.py"
 """transformers asks, once a micro-batch, whether rows are packed."""
 MORE = {
-    "quant/experts.py": lambda variant, _: variant.family == "experts",  # how many tokens each expert gets
     "_fsdp_param_group.py": lambda _, config: config.fsdp.offloads_parameters,  # gradients arrive in host memory
     "checks/gradients.py": lambda variant, _: len(variant.steps) == 2,  # the second step of a start
     "optim/bnb.py": lambda _, config: config.optim.name.startswith("paged"),  # the host may touch paged memory
@@ -60,8 +59,8 @@ def _walk(folder: Path, names: list[str]) -> dict[str, Walk]:
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Walk]:
-    """Walk every variant that a selected test asks for, in one process."""
-    wanted = {item.callspec.params["name"] for item in request.session.items if _asks(item)}
+    """Walk every variant that a selected test asks for, and those of `make test`, in one process."""
+    wanted = {item.callspec.params["name"] for item in request.session.items if _asks(item)} | set(FAST)
     chosen = [name for name in (*VARIANTS, ALL_PAIRS) if name in wanted or name.split(": ")[0] in wanted]
     return _walk(tmp_path_factory.mktemp("walks"), chosen)
 
