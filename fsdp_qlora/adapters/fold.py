@@ -9,13 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from fsdp_qlora.adapters.folder import WEIGHTS_NAME, opened_weights, read_adapter_config, stored_modules
-from fsdp_qlora.adapters.method import build_method, of_target, scaling_of, shared_names
+from fsdp_qlora.adapters.folder import (
+    WEIGHTS_NAME,
+    opened_weights,
+    read_adapter_config,
+    require_shapes,
+    stored_modules,
+)
+from fsdp_qlora.adapters.method import build_method, of_target, scaling_of, shared_names, spelt_out
 from fsdp_qlora.adapters.names import IN_FILE
-from fsdp_qlora.adapters.peft_layers import CPU, adapted_alone, adapted_layers
+from fsdp_qlora.adapters.peft_layers import CPU, META, adapted_alone, adapted_layers
 from fsdp_qlora.adapters.starts import Start
 from fsdp_qlora.adapters.turns import FILE_NAME, read_start
 from fsdp_qlora.errors import ModelError
@@ -42,6 +48,46 @@ class StoredAdapter:
         self._settings = self.config.settings(self.modules)
         self._method = build_method(self._settings.method)
         self._file = own_file(folder, WEIGHTS_NAME)
+
+    def require_fits(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Check that the file has the tensors that PEFT's own layers have on such linears, and no others.
+
+        ``sizes`` are as for `fold`: of every linear with an adapter.
+
+        Raises:
+            ModelError: naming the first tensor that is missing, that PEFT would pass over, or that has another shape.
+        """
+        wanted = self._of_peft(sizes)
+        with opened_weights(self._file) as stored:
+            stored.require_equal_copies()
+            names = [name for name in stored.keys() if not name.endswith(TOKEN_ROWS)]  # noqa: SIM118
+            shapes = {name: stored.get_slice(name).get_shape() for name in names}
+        for odd, what in (
+            (wanted.keys() - shapes.keys(), "lacks {} tensor(s) that PEFT has with its settings"),
+            (shapes.keys() - wanted.keys(), "holds {} tensor(s) that PEFT passes over with its settings"),
+        ):
+            if odd:
+                raise ModelError(
+                    f"adapter: {self._file} {what.format(len(odd))} (first: {min(odd)}); the file is not whole, or "
+                    "its config is of another adapter."
+                )
+        require_shapes(self._file, wanted, shapes)
+
+    def _of_peft(self, sizes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that PEFT saves of adapters on such linears, without copies of shared ones.
+
+        Raises:
+            ModelError: if PEFT refuses the settings for these linears.
+        """
+        names = list(sizes)
+        try:
+            config = self._method.peft(names, spelt_out(self._settings, names), None)
+            state = get_peft_model_state_dict(adapted_alone(config, sizes, META))
+        except (ValueError, TypeError, NotImplementedError, ArithmeticError) as error:
+            raise ModelError(f"adapter: {self.folder} does not fit this base model: {error}") from error
+        shared = shared_names()
+        ends = tuple(f".{name.rpartition('.')[2]}" for name in shared)
+        return {n: tuple(value.shape) for n, value in state.items() if n in shared or not n.endswith(ends)}
 
     @torch.no_grad()
     def fold(self, name: str, weight: torch.Tensor, sizes: Mapping[str, tuple[int, int]]) -> torch.Tensor:

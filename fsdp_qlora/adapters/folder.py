@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
@@ -21,12 +22,13 @@ from fsdp_qlora.adapters.experts import before_exchange
 from fsdp_qlora.adapters.method import (
     PATTERNS,
     Method,
+    build_method,
     method_of,
     of_target,
     shared_names,
     tensor_names,
 )
-from fsdp_qlora.adapters.names import LORA_A
+from fsdp_qlora.adapters.names import IN_FILE, LORA_A
 from fsdp_qlora.adapters.spellings import SpeltFile
 from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.config.choices import METHODS
@@ -219,14 +221,17 @@ def _refused(values: dict[str, Any], method: Method, has_start: bool) -> list[st
     return refused
 
 
-def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
+def adapted_modules(names: Iterable[str], file: Path, method: Method | None = None) -> list[str]:
     """Return the linears with an adapter, given the tensor names in an adapter file; rows of tokens are left out.
 
     Raises:
-        ModelError: if a tensor does not belong to plain LoRA on a linear.
+        ModelError: if a tensor does not belong to an adapter of ``method`` (None: of any method) on a linear, or a
+            linear has only one of LoRA's matrices.
     """
-    tensors = "|".join(map(re.escape, sorted(tensor_names())))
-    of_targets = {name for name in set(names) - shared_names() if not name.endswith(f".{TOKEN_ROWS}")}
+    known = tensor_names() if method is None else method.tensor_names()
+    shared = shared_names() if method is None else {f"base_model.{name}" for name in method.shared}
+    tensors = "|".join(map(re.escape, sorted(known)))
+    of_targets = {name for name in set(names) - shared if not name.endswith(f".{TOKEN_ROWS}")}
     matches = {name: re.fullmatch(rf"base_model\.model\.(.+)\.(?:{tensors})", name) for name in of_targets}
     if odd := sorted(name for name, match in matches.items() if match is None):
         raise ModelError(
@@ -235,7 +240,15 @@ def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
         )
     if not matches:
         raise ModelError(f"adapter: {file} holds no tensors.")
-    return sorted({match[1] for match in matches.values() if match is not None})
+    modules = sorted({match[1] for match in matches.values() if match is not None})
+    if method is not None and method.config is LoraConfig:
+        missing = {f"{IN_FILE}{module}.{tensor}" for module in modules for tensor in known} - of_targets
+        if missing:
+            raise ModelError(
+                f"adapter: {file} lacks {len(missing)} tensor(s) (first: {min(missing)}), without which an adapter is "
+                "not whole; PEFT would go on with what it is initialised with. Copy the file again."
+            )
+    return modules
 
 
 def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
@@ -246,6 +259,20 @@ def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
     said = FsdpQloraError(f"adapter: {folder} does not fit this model: {text.partition(': ')[2]}")
     said.exit_code, said.alike = error.exit_code, error.alike
     return said
+
+
+def require_shapes(file: Path, wanted: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]]) -> None:
+    """Check the shapes of an adapter file's tensors, by name.
+
+    Raises:
+        ModelError: naming the first ones that are not as wanted.
+    """
+    if other := [name for name, shape in wanted.items() if list(stored[name]) != list(shape)]:
+        shown = "; ".join(f"{name} is {list(stored[name])}, not {list(wanted[name])}" for name in other[:3])
+        raise ModelError(
+            f"adapter: {file} is not of this base, or of another rank: {len(other)} of its {len(wanted)} tensors have "
+            f"other shapes ({shown}{' ...' if len(other) > 3 else ''})."
+        )
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -270,7 +297,7 @@ def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[st
         raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")
     with opened_weights(file) as stored:
         names = stored.keys()
-        modules = adapted_modules(names, file)
+        modules = adapted_modules(names, file, None if config is None else build_method(config.variant))
         settings = None if config is None else config.settings(modules)
         for name in names:
             module = name.removeprefix("base_model.model.").removesuffix(LORA_A)

@@ -11,10 +11,12 @@ from torch import nn
 
 from fsdp_qlora.adapters.experts import stacked_tensors, stored_shape, stored_value
 from fsdp_qlora.adapters.folder import (
+    CONFIG_NAME,
     WEIGHTS_NAME,
     adapted_modules,
     opened_weights,
     read_adapter_config,
+    require_shapes,
     stored_modules,
 )
 from fsdp_qlora.adapters.method import build_method, of_target
@@ -50,6 +52,7 @@ def load_adapter(
     modules, exchanged = stored_modules(folder), read_adapter_config(folder).exchanged
     stacks = stacked_tensors(model)
     with opened_weights(file) as stored:
+        stored.require_equal_copies()
         lora = lora or LoraSettings()
         fixed = build_method(lora.method).fixed(model, lora, name or ADAPTER)
         known = {**parameters, **fixed}
@@ -60,21 +63,27 @@ def load_adapter(
             hint = f" It has no adapter for {ours[0]}: set lora.{key} to the adapter's." if ours else ""
             if odd[0].endswith(TOKEN_ROWS):
                 hint = " One of them has rows of added tokens: set model.add_tokens to the adapter's."
+            if fixed.keys() & set(odd):
+                hint = _hint_of_projections(lora)
             raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors (first: {odd[0]}).{hint}")
         shapes = {
             key: stored_shape(stored, stored_as[key], target.shape, stacks.get(key), exchanged)
             for key, target in known.items()
         }
-        if other := [key for key, target in known.items() if shapes[key] != tuple(target.shape)]:
-            shown = "; ".join(f"{key} is {list(shapes[key])}, not {list(known[key].shape)}" for key in other[:3])
-            raise ModelError(
-                f"adapter: {file} is not of this base, or of another rank: {len(other)} of its {len(known)} tensors "
-                f"have other shapes ({shown}{' ...' if len(other) > 3 else ''})."
-            )
+        require_shapes(file, {key: target.shape for key, target in known.items()}, shapes)
         for key, target in known.items():
             value = stored_value(stored, stored_as[key], target.shape, stacks.get(key), exchanged)
             require_finite(value, f"adapter: {key} in {file}")
             fill_slice(target, value, shard_rank, shard_size)
+
+
+def _hint_of_projections(lora: LoraSettings) -> str:
+    seed = lora.options.get("projection_prng_key", 0)
+    return (
+        f" The file lacks what {lora.method} never trains, although its config says that it is there "
+        f"(save_projection). Copy it again, or set save_projection=false in {CONFIG_NAME}: it is then drawn from "
+        f"projection_prng_key={seed}."
+    )
 
 
 def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks: Ranks) -> None:

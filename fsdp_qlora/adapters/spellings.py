@@ -11,6 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fsdp_qlora.adapters.method import shared_names
 from fsdp_qlora.adapters.names import LORA_A, LORA_B
 from fsdp_qlora.errors import ModelError
 
@@ -49,7 +52,10 @@ def spelt(names: Iterable[str], file: Path) -> dict[str, str]:
 
 
 class SpeltFile:
-    """An opened safetensors file whose tensors have PEFT's names."""
+    """An opened safetensors file whose tensors have PEFT's names.
+
+    PEFT repeats the shared bases of RandLoRA in each layer; `keys` leaves these copies out (`require_equal_copies`).
+    """
 
     def __init__(self, opened: Any, file: Path) -> None:
         """Read the names.
@@ -57,11 +63,31 @@ class SpeltFile:
         Raises:
             ModelError: as `spelt`.
         """
-        self._opened, self._stored = opened, spelt(opened.keys(), file)
+        self._opened, self._file = opened, file
+        self._stored = spelt(opened.keys(), file)
+        shared = {name.rpartition(".")[2]: name for name in shared_names() & self._stored.keys()}
+        self._copies = {
+            name: shared[last]
+            for name in self._stored
+            if (last := name.rpartition(".")[2]) in shared and name != shared[last]
+        }
 
     def keys(self) -> list[str]:
         """Return the names, as PEFT spells them."""
-        return list(self._stored)
+        return [name for name in self._stored if name not in self._copies]
+
+    def require_equal_copies(self) -> None:
+        """Check that each copy of a shared tensor equals it: PEFT's layers share the one, whichever was read last.
+
+        Raises:
+            ModelError: if one differs.
+        """
+        for name, shared in self._copies.items():
+            if not torch.equal(self.get_tensor(name), self.get_tensor(shared)):
+                raise ModelError(
+                    f"adapter: {self._file}: {name} differs from {shared}, of which it is a copy; the file is damaged, "
+                    "or made of several."
+                )
 
     def get_tensor(self, name: str) -> Any:
         """Return a tensor."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from fsdp_qlora.adapters.based import fingerprint_in, require_same_base, require_targets
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
@@ -20,18 +21,21 @@ from fsdp_qlora.distributed.process import Placement, choose_device, use_device
 from fsdp_qlora.errors import CheckpointError, ConfigError, SecurityError, StorageError
 from fsdp_qlora.export.adapter import copy_adapter, copy_folder
 from fsdp_qlora.export.combined import combine_adapters
-from fsdp_qlora.export.quantized_base import export_base
+from fsdp_qlora.export.quantized_base import export_base, written_in_4_bits
 from fsdp_qlora.export.starts import StartedAdapter, measure, write_for_its_base, write_plain_lora
 from fsdp_qlora.export.vllm import rewrite_for_vllm, served_by_vllm
 from fsdp_qlora.load.conversions import arrangement
+from fsdp_qlora.load.fingerprint import Base
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.model.folder import resolve_folder
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.plan.quantized import format_of
+from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.run.merge import merge
 from fsdp_qlora.run.world import open_world
+from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.track.console import megabytes
 
 
@@ -57,6 +61,9 @@ def _base_4bit(config: RunConfig) -> int:
             "was trained with, or convert it with what=adapter export.plain_lora=true."
         )
     base, source, name = _base_of(config, adapter)
+    shapes = read_shapes(base)
+    if adapter is not None:
+        _require_its_base(adapter, _opened(base, source), shapes)
     target = Path(config.export.to).expanduser()
     done = export_base(
         base, source, target, quant_format, device,
@@ -67,7 +74,8 @@ def _base_4bit(config: RunConfig) -> int:
     if adapter is None:
         print(f"train from it: {command('train', f'model.name={target}')} ...")
         return 0
-    write_for_its_base(adapter, target / ADAPTER_FOLDER, target.absolute())
+    packed = [Packed(x, quant_format) for x in written_in_4_bits(shapes)]
+    write_for_its_base(adapter, target / ADAPTER_FOLDER, Base(_opened(base, target), shapes, packed))
     print(f"{adapter.folder} -> {target / ADAPTER_FOLDER}: the adapter for this base, which its start was taken off")
     return 0
 
@@ -93,13 +101,33 @@ def _base_of(config: RunConfig, adapter: StartedAdapter | None) -> tuple[PreTrai
     return build_skeleton(source, model_dtype(config.precision.name), "eager", model.trust_remote_code), source, name
 
 
+def _opened(base: PreTrainedModel, source: Path) -> SafetensorsFolder:
+    files = SafetensorsFolder(source)
+    files.arrange(arrangement(base, files.entries))
+    return files
+
+
+def _require_its_base(adapter: StartedAdapter, files: SafetensorsFolder, shapes: ModelShapes) -> None:
+    """Check that an adapter was trained on these weights; what their format was, the conversions take into account.
+
+    Raises:
+        ModelError: if it was not, or it is not whole.
+    """
+    linears = {x.name: x for x in shapes.linears}
+    packed = [Packed(linears[n], kind) for n, kind in adapter.formats.items() if kind is not None and n in linears]
+    base = Base(files, shapes, packed)
+    if (facts := fingerprint_in(adapter.folder)) is not None:
+        require_same_base(adapter.folder, base, facts)
+    require_targets(adapter.folder, base)
+
+
 def _plain_lora(config: RunConfig, adapter: StartedAdapter) -> int:
     """Convert an adapter, and say what that changes."""
     assert config.export.to is not None  # check_verb
     base, source, name = _base_of(config, adapter)
-    files = SafetensorsFolder(source)
-    files.arrange(arrangement(base, files.entries))
-    difference = measure(adapter, {x.name: x for x in read_shapes(base).linears}, files)
+    files, shapes = _opened(base, source), read_shapes(base)
+    _require_its_base(adapter, files, shapes)
+    difference = measure(adapter, {x.name: x for x in shapes.linears}, files)
     target = Path(config.export.to).expanduser()
     size = write_plain_lora(adapter, target)
     print(f"{adapter.folder} -> {target}: a plain LoRA of rank {2 * adapter.config.r} for {name}, {megabytes(size)}")

@@ -30,6 +30,7 @@ from fsdp_qlora.errors import CheckpointError, ModelError, NumericsError, Storag
 from fsdp_qlora.files.read import file_sha256, own_file
 from fsdp_qlora.files.scratch import fresh_folder, move_into
 from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_json, write_text
+from fsdp_qlora.load.fingerprint import Facts, header_of
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.shapes.patterns import endings
 
@@ -150,11 +151,12 @@ def _write_into(
 
 
 def write_folder(
-    source: Path, target: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+    source: Path, target: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], base: Facts | None
 ) -> int:  # fmt: skip
     """Write an adapter folder with what lies beside the adapter in ``source``; return the bytes of its weights.
 
-    ``target`` may be ``source``. What an adapter started from is not copied.
+    ``target`` may be ``source``. What an adapter started from is not copied. ``base`` is the fingerprint of the base
+    that the tensors are for, for the header; None = not known.
 
     Raises:
         StorageError: if the folder cannot be written.
@@ -166,7 +168,8 @@ def write_folder(
                     copy_regular(file, staging / file.name)
             write_json(staging / CONFIG_NAME, config)
             weights = staging / WEIGHTS_NAME
-            save_file({n: t.contiguous() for n, t in tensors.items()}, weights, metadata={"format": "pt"})
+            header = {"format": "pt", **header_of(base)}
+            save_file({n: t.contiguous() for n, t in tensors.items()}, weights, metadata=header)
             open_as_a_new_file(weights)
             size = weights.stat().st_size
             move_into(staging, target)

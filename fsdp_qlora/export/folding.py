@@ -69,6 +69,7 @@ class Folding:
         if missing := sorted(set(adapter.modules) - names.keys()):
             raise ModelError(f"adapter: {adapter.folder} adapts {missing[0]}, which is no linear of this base model.")
         self._sizes = {name: (names[name].out_features, names[name].in_features) for name in adapter.modules}
+        adapter.require_fits(self._sizes)
         self._adapted = {f"{name}.weight": name for name in adapter.modules}
         self._rows = {f"{name}.weight": rows for name, rows in self._token_rows(shapes)}
         self._first = min(adapter.config.token_ids, default=0)

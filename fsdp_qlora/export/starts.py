@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.adapters.based import fingerprint_in
 from fsdp_qlora.adapters.fold import StoredAdapter
 from fsdp_qlora.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, opened_weights
 from fsdp_qlora.adapters.names import IN_FILE, LORA_A, LORA_B
@@ -22,6 +23,7 @@ from fsdp_qlora.adapters.turns import FILE_NAME, facts_of
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.export.adapter import write_folder
 from fsdp_qlora.files.read import own_file, read_json
+from fsdp_qlora.load.fingerprint import Base
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import weight_of
@@ -140,7 +142,8 @@ def write_plain_lora(adapter: StartedAdapter, target: Path) -> int:
                     f"adapter: {name} in {adapter.folder} is {list(value.shape)}, not {list(other.shape)}."
                 )
             tensors[name] = torch.cat([value.float(), other], dim=0 if first else 1).contiguous()
-    return write_folder(adapter.folder, target, tensors, _doubled(read_json(own_file(adapter.folder, CONFIG_NAME))))
+    config = _doubled(read_json(own_file(adapter.folder, CONFIG_NAME)))
+    return write_folder(adapter.folder, target, tensors, config, fingerprint_in(adapter.folder))
 
 
 def _doubled(config: dict[str, Any]) -> dict[str, Any]:
@@ -160,9 +163,10 @@ def _restarted(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"init_lora_weights": True, "loftq_config": {}}
 
 
-def write_for_its_base(adapter: StartedAdapter, target: Path, base: Path) -> None:
-    """Write the adapter for the base in the folder ``base``, which its start was taken off already."""
+def write_for_its_base(adapter: StartedAdapter, target: Path, base: Base) -> None:
+    """Write the adapter for ``base``, which its start was taken off already; its fingerprint is that base's."""
     with opened_weights(own_file(adapter.folder, WEIGHTS_NAME)) as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
     config = _restarted(read_json(own_file(adapter.folder, CONFIG_NAME)))
-    write_folder(adapter.folder, target, tensors, config | {"base_model_name_or_path": str(base), "revision": None})
+    config |= {"base_model_name_or_path": str(base.source.folder.absolute()), "revision": None}
+    write_folder(adapter.folder, target, tensors, config, base.fingerprint())

@@ -128,6 +128,11 @@ def _digest(values: torch.Tensor, shape: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(shape)).encode() + raw).hexdigest()[:16]
 
 
+def header_of(facts: Facts | None) -> dict[str, str]:
+    """Return the texts of a safetensors header that hold a fingerprint; none for None."""
+    return {} if facts is None else {KEY: json.dumps(facts, sort_keys=True)}
+
+
 def read_fingerprint(header: Mapping[str, str]) -> Facts | None:
     """Return the fingerprint in a safetensors header, which a stranger may have written; None if there is none.
 
@@ -154,11 +159,22 @@ def read_fingerprint(header: Mapping[str, str]) -> Facts | None:
     return clean
 
 
-def differences(theirs: Facts, ours: Facts) -> Iterator[str]:
-    """Yield what shows that two fingerprints are of different weights: sizes, and the first tensors that differ."""
+def agreed(all_facts: Sequence[Facts]) -> Facts:
+    """Return what is true of the base of several adapters without `differences`, each in its own format."""
+    first, *others = all_facts
+    codes = {n: c for n, c in first["codes"].items() if all(other["codes"].get(n) == c for other in others)}
+    values = {name: value for facts in reversed(all_facts) for name, value in facts["values"].items()}
+    return {"sizes": first["sizes"], "values": values, "codes": codes}
+
+
+def differences(theirs: Facts, ours: Facts, here: str = "here") -> Iterator[str]:
+    """Yield what shows that two fingerprints are of different weights: sizes, and the first tensors that differ.
+
+    ``here`` says where ``ours`` are.
+    """
     for name, value in theirs["sizes"].items():
         if name in ours["sizes"] and ours["sizes"][name] != value:
-            yield f"{name} {value}, but {ours['sizes'][name]} here"
+            yield f"{name} {value}, but {ours['sizes'][name]} {here}"
     other = [name for name, value in theirs["values"].items() if _differs(value, ours["values"].get(name))]
     other += [
         name

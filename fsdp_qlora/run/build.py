@@ -15,7 +15,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters import build_method
-from fsdp_qlora.adapters.based import require_same_base
+from fsdp_qlora.adapters.based import require_base
 from fsdp_qlora.adapters.full import train_base
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.loading import start_from_adapter
@@ -163,6 +163,8 @@ def load_model(
     With ``served``, the adapters are these, filled from their folders and frozen.
     """
     config = opened.config
+    if config.lora.init_from is not None:
+        require_adapter(Path(config.lora.init_from).expanduser(), opened, ranks)
     model = build_sharded(
         config, opened.base, opened.shapes, opened.plan, ranks, first_added=opened.first_added, served=served
     )
@@ -179,21 +181,22 @@ def load_model(
     else:
         initialize_adapters(model, config.run.seed, ranks.shard_rank, ranks.shard_size, config.lora)
     start_token_rows(model.base, opened.shapes, opened.source, ranks)
-    for adapter in served:
-        _require_same_base(adapter.folder, opened, ranks)
     if config.lora.init_from is not None:
-        folder = Path(config.lora.init_from).expanduser()
-        _require_same_base(folder, opened, ranks)
-        start_from_adapter(folder, config.lora, model, ranks)
+        start_from_adapter(Path(config.lora.init_from).expanduser(), config.lora, model, ranks)
     if opened.plan.settings.keeps_dense:
         keep_dense(opened.base, model_dtype(config.precision.name))
     return model, report
 
 
-def _require_same_base(adapter: Path, opened: OpenedModel, ranks: Ranks) -> None:
-    said = on_every(lambda: require_same_base(adapter, opened.origin), ranks)
-    if said and ranks.is_main:
-        _log.warning(said)
+def require_adapter(folder: Path, opened: OpenedModel, ranks: Ranks) -> None:
+    """Check that an adapter is one for this model, before weights are read, and log what is not known. A collective.
+
+    Raises:
+        ModelError: as `require_base`.
+    """
+    said = on_every(lambda: require_base(folder, opened.origin, opened.config.model.name), ranks)
+    for line in said if ranks.is_main else []:
+        _log.warning(line)
 
 
 def build_sharded(

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from fsdp_qlora.adapters.based import require_same_base
 from fsdp_qlora.adapters.folder import (
     CHAT_TEMPLATE_NAME,
     blamed_on_adapter,
@@ -18,7 +17,6 @@ from fsdp_qlora.adapters.loading import load_adapter
 from fsdp_qlora.adapters.served import ServedAdapter
 from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
-from fsdp_qlora.distributed.reduce import on_every
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file
 from fsdp_qlora.model.tokenizer import added_tokens
@@ -55,13 +53,10 @@ def load_for_inference(
         )
     try:
         start = own_file(adapter, FILE_NAME) if adapter is not None and config.lora.start is not None else None
-        prepared = prepare(config, world, training=False, start=start)
+        prepared = prepare(config, world, training=False, start=start, adapter=adapter)
     except FsdpQloraError as error:
         raise (error if adapter is None else blamed_on_adapter(error, adapter)) from error
     if adapter is not None:
-        said = on_every(lambda: require_same_base(adapter, prepared.origin), prepared.ranks)
-        if said and prepared.ranks.is_main:
-            _log.warning(said)
         _require_same_ids(adapter, prepared)
         load_adapter(adapter, prepared.model, prepared.ranks.shard_rank, prepared.ranks.shard_size, config.lora)
     prepared.model.eval()

@@ -25,7 +25,7 @@ from fsdp_qlora.export.merged import Merged, export_merged, put, require_free
 from fsdp_qlora.files.scratch import fresh_folder
 from fsdp_qlora.load.stored import packed_format
 from fsdp_qlora.model.folder import resolve_folder
-from fsdp_qlora.run.build import OpenedModel, open_model
+from fsdp_qlora.run.build import OpenedModel, open_model, require_adapter
 from fsdp_qlora.run.decide import replace_attention
 from fsdp_qlora.run.inference import with_adapter
 from fsdp_qlora.run.tokens import tokenize
@@ -79,10 +79,7 @@ def merge(
         raise ConfigError("what=merged: runs in one process; start it without torchrun.")
     config = replace_attention(replace(with_adapter(config, adapter), fsdp=FsdpSettings()), "eager")
     folder = resolve_folder(config.model.name, config.model.revision)
-    try:
-        opened = open_model(config, folder, world.ranks, None, say=False)
-    except FsdpQloraError as error:
-        raise blamed_on_adapter(error, adapter) from error
+    opened = _opened(config, folder, adapter, world)
     folded = StoredAdapter(adapter)
     quantized = (*opened.plan.quantized, *opened.plan.quantized_edges)
     stored = [x for x in quantized if packed_format(opened.source, x.linear.parameter)]
@@ -118,6 +115,15 @@ def merge(
     said = ", ".join(f"{form} {loss:.4f}" for form, loss in losses.items())
     why = f"loss on {len(rows)} held-out rows: {said}"
     return Merge(config.model.name, form, why, written[form], memory, dtype, rounded)
+
+
+def _opened(config: RunConfig, folder: Path, adapter: Path, world: World) -> OpenedModel:
+    try:
+        opened = open_model(config, folder, world.ranks, None, say=False)
+    except FsdpQloraError as error:
+        raise blamed_on_adapter(error, adapter) from error
+    require_adapter(adapter, opened, world.ranks)
+    return opened
 
 
 def _held_out(config: RunConfig, folder: Path, opened: OpenedModel, world: World) -> tuple[list[Piece] | None, str]:

@@ -19,7 +19,7 @@ from fsdp_qlora.load.stream import Progress
 from fsdp_qlora.model.families import task_type
 from fsdp_qlora.model.folder import needs_hub, resolve_folder
 from fsdp_qlora.plan.choices import KERNELS_KEY
-from fsdp_qlora.run.build import Weights, load_model
+from fsdp_qlora.run.build import Weights, load_model, require_adapter
 from fsdp_qlora.run.check import check_losses, open_and_check, told
 from fsdp_qlora.run.decide import SHARD_DEGREE, compilation_for, on_device, rank_budget, settled_world
 from fsdp_qlora.run.prepared import Prepared
@@ -38,6 +38,7 @@ def prepare(
     weights: Weights = SafetensorsFolder,
     start: Path | None = None,
     served: Sequence[ServedAdapter] = (),
+    adapter: Path | None = None,
 ) -> Prepared:
     """Build, quantize, adapt, shard and load the model; tokenize the data if any is given.
 
@@ -45,14 +46,14 @@ def prepare(
     ``training=False``, steps that only serve training are skipped (compiled layers, the loss comparison). ``weights``
     opens the weights of the base model's folder (a benchmark draws them instead of reading them). ``start`` is the file
     of what an adapter started from, if that was the base weights; None: a run's own, or it is computed. ``served`` are
-    the adapters of `load_for_inference`.
+    the adapters of `load_for_inference`, and ``adapter`` is its only one: they are checked before weights are read.
     """
     check(config)
     if world is not None:
-        return _prepare(config, world, progress, training, weights, start, served)
+        return _prepare(config, world, progress, training, weights, start, served, adapter)
     world = open_world(config)
     try:
-        return _prepare(config, world, progress, training, weights, start, served)
+        return _prepare(config, world, progress, training, weights, start, served, adapter)
     except BaseException:
         world.stack.__exit__(*sys.exc_info())  # or the next call would find a process group open
         raise
@@ -60,7 +61,7 @@ def prepare(
 
 def _prepare(
     config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights, start: Path | None,
-    served: Sequence[ServedAdapter],
+    served: Sequence[ServedAdapter], adapter: Path | None,
 ) -> Prepared:  # fmt: skip
     asked, folder = config, _find_model(config.model, world)
     budget = rank_budget(world.ranks, world.placement)
@@ -72,6 +73,8 @@ def _prepare(
     world.ranks.phases.enter("loading the model")
     first = on_every(lambda: first_added(config, opened.shapes, tokenizer), world.ranks)
     opened = replace(opened.compiled(compilation.on), first_added=first)
+    for one in (x for x in (adapter, *(x.folder for x in served)) if x is not None):
+        require_adapter(one, opened, world.ranks)
     return_freed_memory()
     process_bytes = resident_bytes()
     if training and opened.config.lora.start is not None:

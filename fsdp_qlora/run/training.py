@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -42,7 +41,7 @@ from fsdp_qlora.export.card import model_card
 from fsdp_qlora.export.full_model import export_model, gather_base
 from fsdp_qlora.inference.end_of_turn import end_of_turn
 from fsdp_qlora.inference.generate import answer
-from fsdp_qlora.load.fingerprint import KEY
+from fsdp_qlora.load.fingerprint import header_of
 from fsdp_qlora.load.safetensors import file_digests
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
@@ -108,7 +107,7 @@ class Training:
         self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
         base = file_digests(prepared.folder)
         self.base_files = BaseFiles(prepared)
-        self._header = {KEY: json.dumps(prepared.origin.fingerprint(), sort_keys=True)}
+        self._header = header_of(prepared.origin.fingerprint())
         self.identity = identity_of(
             to_dict(self.config), base, data_key(prepared.data.key, self.config.data), prepared.repairs
         ) | ({INITIAL_ADAPTER: self.model.starts.digest} if self.model.starts.digest else {})

@@ -15,14 +15,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fsdp_qlora.adapters.based import require_same_base
+from fsdp_qlora.adapters.based import fingerprint_in
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import FsdpQloraError
-from fsdp_qlora.load.fingerprint import KEY
+from fsdp_qlora.export.combined import combine_adapters
+from fsdp_qlora.export.vllm import rewrite_for_vllm
+from fsdp_qlora.load.fingerprint import KEY, header_of
 from fsdp_qlora.run.inference import load_for_inference
 from tests.build import build, config_of, run_fit, world_of
+from tests.distributed.test_merged import run_merge
 from tests.tiny import make_model, make_packed
 
+WEIGHTS = "adapter_model.safetensors"
 GROUPS: dict[str, Any] = {"lora": {"target_modules": ["q_proj"]}, "model": {"check": "off"}, "train": {"max_steps": 1}}
 FORMATS: dict[str, dict[str, Any]] = {
     "the same": {}, "fp4": {"name": "fp4"}, "int8": {"name": "int8", "double_quant": False}, "none": {"name": "none"},
@@ -39,7 +43,7 @@ def trained(pool, tiny_model, chat_rows, tmp_path_factory):
 
 
 def _loaded(ranks: Ranks, folder: str, adapter: str, cases: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    found = []
+    results = []
     for groups in cases:
         said: list[str] = []
 
@@ -55,8 +59,8 @@ def _loaded(ranks: Ranks, folder: str, adapter: str, cases: list[dict[str, Any]]
         except FsdpQloraError as refusal:
             error = f"{refusal.exit_code} {refusal}"
         logging.getLogger("fsdp_qlora").removeHandler(handler)
-        found.append((error, [line for line in said if line.startswith("adapter: ")]))
-    return found
+        results.append((error, [line for line in said if line.startswith("adapter: ")]))
+    return results
 
 
 def test_plain_peft_reads_past_it(trained, tiny_model):
@@ -78,6 +82,40 @@ def test_another_format_of_the_same_weights_is_said_with_its_difference(pool, tr
         assert f"adapter: {trained} was trained on this base in " in line
         measured = float(line.partition("differ by ")[2].split()[0])
         assert (0.005 if name == "int8" else 0.05) < measured < 0.2  # 4 bits lose about a tenth of a weight
+
+
+def test_other_exports_carry_it(pool, trained, tiny_model, tmp_path):
+    """Two adapters of one base make one of that base; the form for vLLM and a merge know the base, too."""
+    facts = fingerprint_in(trained)
+    assert facts is not None
+    shutil.copytree(trained, tmp_path / "vllm")
+    rewrite_for_vllm(tmp_path / "vllm")
+    assert fingerprint_in(tmp_path / "vllm") == facts
+    other = dict(facts, codes={name: [None, ""] for name in facts["codes"]})  # as if trained on 16 bits
+    shutil.copytree(trained, tmp_path / "in16")
+    tensors = load_file(trained / WEIGHTS)
+    save_file(tensors, tmp_path / "in16" / WEIGHTS, metadata={"format": "pt", **header_of(other)})
+    folders, weights = {"a": trained, "b": tmp_path / "vllm", "c": tmp_path / "in16"}, {"a": 1.0, "b": 0.5, "c": 0.5}
+    for names, codes in (("ab", facts["codes"]), ("abc", {})):
+        combine_adapters({n: folders[n] for n in names}, weights, "cat", tmp_path / names)
+        assert fingerprint_in(tmp_path / names) == dict(facts, codes=codes)
+        assert pool.run(1, _loaded, str(tiny_model), str(tmp_path / names), [{}])[0] == [("", [])]
+    save_file(tensors, tmp_path / "in16" / WEIGHTS, metadata={"format": "pt"})
+    combine_adapters({n: folders[n] for n in "ac"}, weights, "cat", tmp_path / "ac")
+    assert fingerprint_in(tmp_path / "ac") is None
+    wrong = dict(facts, sizes=facts["sizes"] | {"vocabulary": 7}, values=dict.fromkeys(facts["values"], "BF16 0"))
+    save_file(tensors, tmp_path / "in16" / WEIGHTS, metadata={"format": "pt", **header_of(wrong)})
+    with pytest.raises(FsdpQloraError, match=r"a and c were trained on different bases: for a, vocabulary .*7 for c; "):
+        combine_adapters({n: folders[n] for n in "ac"}, weights, "cat", tmp_path / "no")
+
+
+@pytest.mark.full
+def test_a_merge_into_another_base_is_refused(pool, trained, tiny_model, tmp_path):
+    arguments = str(trained), str(tmp_path / "merged"), "nf4", "original"
+    assert pool.run(1, run_merge, str(tiny_model), *arguments)[0][0] == "original"
+    other = make_model(tmp_path / "other", seed=1)
+    (said,) = pool.run(1, run_merge, str(other), str(trained), str(tmp_path / "no"), "nf4", "original")[0]
+    assert "was trained on another base than" in said and "other weights in " in said
 
 
 def _changed(folder: Path, target: Path, name: str, factor: float = 1.01) -> str:
@@ -135,9 +173,8 @@ def test_a_malformed_fingerprint_is_refused_and_a_missing_one_is_not(pool, train
     file = tmp_path / "a/adapter_model.safetensors"
     tensors = load_file(file)
     save_file(tensors, file, metadata={"format": "pt"})
-    none: Any = None  # never reached
-    assert require_same_base(tmp_path / "a", none) is None
+    assert fingerprint_in(tmp_path / "a") is None
     save_file(tensors, file, metadata={"format": "pt", KEY: text})
     with pytest.raises(FsdpQloraError, match=r"the fingerprint of the base in .* is malformed") as refusal:
-        require_same_base(tmp_path / "a", none)
+        fingerprint_in(tmp_path / "a")
     assert refusal.value.exit_code == 2 and torch.is_tensor(next(iter(tensors.values())))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 
 from fsdp_qlora.adapters.folder import stored_modules
@@ -19,8 +19,9 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.run.inference import load_for_inference
 from tests.build import build, config_of, whole, world_of
-from tests.distributed.test_many_adapters import make_adapters
-from tests.distributed.test_peft_methods import _dense_copy
+from tests.distributed.test_many_adapters import make_adapters, stock
+from tests.distributed.test_peft_methods import STOCK, R, _dense_copy
+from tests.tiers import some_in_full
 
 SPELLINGS: dict[str, Callable[[str], str]] = {
     "the adapter's name inside": lambda n: n.replace(".weight", ".default.weight"),
@@ -75,6 +76,23 @@ def test_other_spellings_are_the_same_adapter(pool, tiny_model, tmp_path):
         for name, value in values.items():
             key = "model." + name.replace("_A.weight", "_A.default.weight").replace("_B.weight", "_B.default.weight")
             assert torch.equal(started[key], value)
+
+
+@pytest.mark.parametrize("method", some_in_full(["randlora", "vera"], {"randlora"}))
+def test_shared_projections_as_stock_peft_writes_them(pool, tiny_model, tmp_path, method):
+    """RandLoRA's file repeats them in each layer; VeRA's may leave them out: PEFT draws them from a seed."""
+    configs = {"randlora": STOCK["randlora"], "vera": lambda: VeraConfig(save_projection=False, **R)}
+    folders = make_adapters(_dense_copy(tiny_model, "nf4"), tmp_path, {"a": configs[method]})
+    (mine,) = pool.run(2, _logits, str(tiny_model), list(folders.values()))[0]
+    with torch.no_grad():
+        theirs = stock(_dense_copy(tiny_model, "nf4"), folders)(input_ids=torch.arange(5, 25).view(1, -1)).logits
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    file = Path(folders["a"]) / "adapter_model.safetensors"
+    if method == "vera":  # its config says that they are there, and they are not
+        config = json.loads((file.parent / "adapter_config.json").read_text())
+        (file.parent / "adapter_config.json").write_text(json.dumps(config | {"save_projection": True}))
+        said = pool.run(1, _refused, str(tiny_model), folders["a"])[0]
+        assert said.startswith("2 adapter: ") and "set save_projection=false in adapter_config.json" in said
 
 
 def _refused(ranks: Ranks, folder: str, adapter: str) -> str:
