@@ -82,7 +82,8 @@ class StoredAdapter:
         names = list(sizes)
         try:
             config = self._method.peft(names, spelt_out(self._settings, names), None)
-            state = get_peft_model_state_dict(adapted_alone(config, sizes, META))
+            alone = adapted_alone(config, sizes, META)
+            state = get_peft_model_state_dict(alone, save_embedding_layers=False)
         except (ValueError, TypeError, NotImplementedError, ArithmeticError) as error:
             raise ModelError(f"adapter: {self.folder} does not fit this base model: {error}") from error
         shared = shared_names()

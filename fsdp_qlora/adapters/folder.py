@@ -290,8 +290,8 @@ def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[st
     if not file.is_file() and (pickled := own_file(folder, "adapter_model.bin")).is_file():
         raise ModelError(
             f"adapter: {folder} has no {WEIGHTS_NAME}, only {pickled.name}: a pickle, which can run anybody's code "
-            "when it is read, so it is not read here. Where you trust it, load it with PEFT and save it again "
-            "(save_pretrained)."
+            'when it is read, so it is not read here. Convert it: python -c "import torch; from safetensors.torch '
+            f"import save_file; save_file(torch.load('{pickled}', weights_only=True), '{file}')\"."
         )
     if not file.is_file():
         raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,12 +115,22 @@ def test_an_adapter_of_a_wider_base_is_refused_with_its_shapes(pool, tiny_model,
     said = pool.run(1, _refused, str(tiny_model), folders["a"])[0]
     assert said.startswith("2 adapter: ") and "2 of its 4 tensors have other shapes" in said
     assert "q_proj.lora_A.weight is [4, 256], not [4, 128]" in said
+    last = {n: t for n, t in load_file(file).items() if ".layers.1." not in n}
+    save_file({n: t[:, :128].contiguous() for n, t in last.items()}, file)
+    said = pool.run(1, _refused, str(tiny_model), folders["a"])[0]
+    assert "no tensors for 1 of the 2 modules that target_modules in adapter_config.json means (first: model" in said
 
 
 def test_a_pickle_is_not_read(tmp_path):
-    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ModelError, match=r"only adapter_model\.bin: a pickle, which can run anybody's code"):
+    value = {"base_model.model.a.lora_A.weight": torch.ones(1, 2), "base_model.model.a.lora_B.weight": torch.ones(2, 1)}
+    torch.save(value, tmp_path / "adapter_model.bin")
+    said = r"only adapter_model\.bin: a pickle, which can run anybody's code .*\. Convert it: python -c \"(.*)\"\.$"
+    with pytest.raises(ModelError, match=said) as refusal:
         stored_modules(tmp_path)
+    command = re.search(said, str(refusal.value))
+    assert command is not None
+    subprocess.run([sys.executable, "-c", command[1]], check=True)
+    assert stored_modules(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize(
