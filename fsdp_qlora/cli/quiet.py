@@ -15,6 +15,7 @@ def quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # "failed to load CPU gemm_4bit": we dequantize instead
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # "parameters are on the meta device"
     # PEFT calls transformers by the old name; we use the one that every transformers 5 has
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -1,0 +1,128 @@
+"""The loss of an exported model on held-out rows, computed by plain transformers, in memory or from the disk."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
+
+from fsdp_qlora.checks.twin import Verdict
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.data.loader import Piece, TokenRows
+from fsdp_qlora.distributed.memory import host_memory
+from fsdp_qlora.run.build import OpenedModel
+from fsdp_qlora.run.tokens import tokenize
+from fsdp_qlora.run.world import World
+
+MOST_ROWS = 64
+"""Held-out rows to measure on."""
+LEAST_ROWS = 8
+"""Fewer say too little."""
+MOST_SECONDS = 900.0
+"""Longest estimated time of measuring both forms."""
+_TOGETHER = 1024
+"""Tokens, padding included, that go through the model at once; each time, a model on disk is read once."""
+_SHARE = 0.6
+"""Share of the machine's memory that the model may take; a larger one stays on disk, and each of its modules is read
+when it is needed."""
+_READ = 500e6
+"""Bytes a second that a model on disk is taken to be read with."""
+
+
+def held_out_rows(config: RunConfig, folder: Path, opened: OpenedModel, world: World) -> tuple[list[Piece] | None, str]:
+    """Return rows to measure two forms of a model on, as ``(input_ids, learned)``; or None, and why there are none."""
+    none = "no held-out rows (data.eval, or data.train with data.eval_fraction)"
+    if config.data.train is None and config.data.eval is None:
+        return None, none
+    data = replace(config.data, train=config.data.train or config.data.eval)
+    _, prepared = tokenize(replace(config, data=data), folder, opened, Verdict("eager"), world)
+    if prepared is None or prepared.eval is None or not len(prepared.eval):
+        return None, none
+    held = TokenRows(prepared.eval)
+    rows = [held.row(number) for number in range(min(MOST_ROWS, len(held)))]
+    size, rate = _bytes(opened), _rate(opened.base.dtype)
+    reading = 0.0 if fits_in_memory(opened) else size / _READ
+    cost = 2 * 2 * _weights_a_token(opened) / rate
+    seconds = [2 * reading * passes + cost * tokens for passes, tokens in _amounts(rows)]
+    enough = sum(each <= MOST_SECONDS for each in seconds)
+    if enough < min(LEAST_ROWS, len(rows)):
+        needed = seconds[min(LEAST_ROWS, len(rows)) - 1]
+        return None, f"{min(LEAST_ROWS, len(rows))} rows would take about {needed / 60:.0f} minutes"
+    return rows[:enough], ""
+
+
+def _amounts(rows: list[Piece]) -> Iterator[tuple[int, int]]:
+    """Yield for each number of first rows how many forwards they take, and their tokens."""
+    for count in range(1, len(rows) + 1):
+        yield len(_groups(rows[:count])), sum(len(ids) for ids, _ in rows[:count])
+
+
+def _bytes(opened: OpenedModel) -> int:
+    return opened.base.dtype.itemsize * opened.plan.base_parameters
+
+
+def fits_in_memory(opened: OpenedModel) -> bool:
+    """Whether the base may be in memory as a whole; one that is larger stays on disk while it is measured."""
+    return _bytes(opened) <= _SHARE * host_memory()[0]
+
+
+def _weights_a_token(opened: OpenedModel) -> float:
+    """Return the number of weights that a token is multiplied with."""
+    shapes = opened.shapes
+    idle = sum(x.numel * (1 - min(shapes.experts_per_token, x.count) / x.count) for x in shapes.linears if x.count > 1)
+    return opened.plan.base_parameters - idle
+
+
+def _groups(rows: list[Piece]) -> list[list[Piece]]:
+    """Return the rows in groups of at most `_TOGETHER` tokens, padding included, or one row."""
+    groups: list[list[Piece]] = []
+    for row in sorted(rows, key=lambda row: len(row[0])):
+        if groups and len(row[0]) * (len(groups[-1]) + 1) <= _TOGETHER:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _rate(dtype: torch.dtype) -> float:
+    """Return the operations per second of a matrix product here."""
+    matrix = torch.ones(1024, 1024, dtype=dtype)
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.2:
+        torch.mm(matrix, matrix)
+        products += 1
+    return products * 2 * 1024**3 / (time.perf_counter() - started)
+
+
+@torch.no_grad()
+def held_out_loss(folder: Path, rows: list[Piece], dtype: torch.dtype, offload: Path | None = None) -> float:
+    """Return the mean loss of the learned tokens, computed by plain transformers on the CPU.
+
+    With ``offload``, the model stays on disk, and accelerate reads each module when it is needed; ``offload`` is a
+    folder for tensors that transformers converts.
+    """
+    on_disk: dict[str, Any] = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": offload}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **on_disk)
+    model.eval()
+    total, count = 0.0, 0
+    for group in _groups(rows):
+        ids = pad_sequence([ids.long() for ids, _ in group], batch_first=True)
+        learned = pad_sequence([learned for _, learned in group], batch_first=True)  # padding is not learned
+        mask = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids, _ in group], batch_first=True)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        kept = learned[:, 1:]
+        losses = nn.functional.cross_entropy(logits[kept].float(), ids[:, 1:][kept], reduction="none")
+        total += float(losses.double().sum())
+        count += int(kept.sum())
+    if offload is not None:
+        shutil.rmtree(offload, ignore_errors=True)  # the other form's would have the same names
+    return total / count if count else math.nan
