@@ -77,9 +77,15 @@ def blockwise_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     length = query.shape[2]
+    if length == 1 and not torch.is_grad_enabled():  # decoding: nothing to cut, and keys that are not contiguous
+        grouped = query.shape[1] != key.shape[1]
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, attention_mask, scale=scale, enable_gqa=grouped
+        )
+        return out.transpose(1, 2), None
     causal = bool(causal) and attention_mask is None and length > 1
     keep = causal and torch.is_grad_enabled() and length <= KEPT_SCORES_LENGTH
-    out: Tensor = _Attention.apply(query, key, value, attention_mask, scale, causal, keep)  # type: ignore[assignment]
+    out = _Attention.apply(query, key, value, attention_mask, scale, causal, keep)  # type: ignore[assignment]
     return out, None
 
 

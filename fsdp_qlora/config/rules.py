@@ -120,7 +120,9 @@ def _names(config: RunConfig) -> Iterator[str]:
 
 
 def _targets(config: RunConfig) -> Iterator[str]:
-    if not _is_name_or_names(config.lora.target_modules):
+    if not config.lora.target_modules:
+        yield "lora.target_modules: is empty; name linears, or leave it at all-linear."
+    elif not _is_name_or_names(config.lora.target_modules):
         yield "lora.target_modules: expected all-linear or a list of module names."
     elif isinstance(config.lora.target_modules, str) and len(names := config.lora.target_modules.split(",")) > 1:
         listed = ",".join(name.strip() for name in names)

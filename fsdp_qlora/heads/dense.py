@@ -56,10 +56,12 @@ class LossHead(nn.Linear, WithTokenRows):
         if self.rows is not None:
             weight = weight[: self.rows.first]  # a view: the base's own rows from there on are padding
         if labels is None:
-            logits = nn.functional.linear(input, weight, self.bias)
-            if trained is None:
-                return logits
-            return torch.cat([logits, nn.functional.linear(input, trained.to(input.dtype))], dim=-1)
+            # generation takes the last token of each row: torch would copy a frozen weight for every row of such a view
+            flat = input.flatten(0, -2)
+            logits = nn.functional.linear(flat, weight, self.bias)
+            if trained is not None:
+                logits = torch.cat([logits, nn.functional.linear(flat, trained.to(flat.dtype))], dim=-1)
+            return logits.unflatten(0, input.shape[:-1])
         if weight.requires_grad:
             return TrainedCrossEntropy.apply(  # type: ignore[return-value]
                 input, weight, self.bias, labels, self.chunk, self.logit_scale, self.softcap, self.code,

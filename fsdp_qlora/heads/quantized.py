@@ -67,7 +67,9 @@ class QuantLossHead(WithTokenRows):
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits ``[..., vocab]``; with ``labels`` int64 ``[tokens]``, the float32 losses ``[tokens]``."""
         if labels is None:
-            return torch.cat([F.linear(input, *self.dense(a, b, input.dtype)) for a, b in self.slices()], dim=-1)
+            flat = input.flatten(0, -2)  # as in `LossHead`
+            logits = torch.cat([F.linear(flat, *self.dense(a, b, flat.dtype)) for a, b in self.slices()], dim=-1)
+            return logits.unflatten(0, input.shape[:-1])
         return _SlicedCrossEntropy.apply(input, labels, self, self.trained)  # type: ignore[return-value]
 
     def logits(self, hidden: torch.Tensor, dense: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:

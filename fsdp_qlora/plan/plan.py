@@ -166,7 +166,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
 
 def _targets(lora: LoraSettings, shapes: ModelShapes) -> tuple[tuple[str, ...], tuple[LinearShape, ...], LoraSettings]:
     """Return the linears and the stacked weights that get adapters, and the settings with whole names for patterns."""
-    if lora.trains_base:
+    if lora.trains_base or not (lora.target_modules or lora.target_parameters):
         return (), (), lora
     targets = target_linears(shapes, lora.target_modules, lora.exclude_modules, lora.layers_to_transform)
     parameters = target_parameters(shapes, lora.target_parameters, lora.exclude_modules, lora.layers_to_transform)
@@ -234,6 +234,7 @@ def _may_stay_whole(config: RunConfig) -> bool:
     quant, fsdp = config.quant, config.fsdp
     in_peft = "none" in (quant.name, *quant.overrides.values()) or config.debug.name == "plain"
     in_peft = in_peft or build_method(config.lora.method).layer is None
+    in_peft = in_peft and bool(config.lora.target_modules or config.lora.target_parameters)
     return not (fsdp.offloads_parameters or fsdp.offload_modules or (in_peft and config.precision.name == "bf16"))
 
 

@@ -24,7 +24,7 @@ from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.served import ServedAdapter, attach_served, load_served
 from fsdp_qlora.adapters.turns import TakingTurns
 from fsdp_qlora.config.auto import as_word, asked, switch
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import on_every
 from fsdp_qlora.distributed.shards import HOST
@@ -108,6 +108,12 @@ class OpenedModel:
             "linears that other code reads are not quantized": bool(kept_linears(self.base, self.shapes.layers)),
         }
         return tuple(name for name, does in applies.items() if does)
+
+    def without_adapters(self, ranks: Ranks, budget: int | None) -> OpenedModel:
+        """Return a copy to answer with the base alone."""
+        config = replace(self.config, lora=LoraSettings(target_modules=[]))
+        plan = replace(make_plan(config, self.shapes, ranks.size, budget), choices=self.plan.choices)
+        return replace(self, config=config, plan=plan)
 
     def compiled(self, on: bool) -> OpenedModel:
         """Return a copy with ``train.compile`` resolved to ``on``."""
@@ -295,7 +301,7 @@ def _adapt_and_quantize(
 ) -> AdaptedModel | PreTrainedModel:  # fmt: skip
     """Add adapters, and quantize the linears: first those under PEFT's own layers, which go on linears they know.
 
-    Without adapters, the base is what is trained.
+    With ``lora=none``, the base is what is trained. To answer with the base alone, nothing is added.
     """
     if config.lora.trains_base:
         return train_base(base)
@@ -303,6 +309,9 @@ def _adapt_and_quantize(
     if served:
         attach = partial(attach_served, base, shapes, served, task)
     quantize = partial(_quantize, base, plan, shapes, switch(config.quant.cache_dequantized) is True)
+    if not (plan.targets or plan.parameters or served):
+        quantize()
+        return base
     if build_method(config.lora.method).layer is None:
         adapted = attach()
         quantize()

@@ -53,7 +53,7 @@ def load_for_inference(
         )
     try:
         start = own_file(adapter, FILE_NAME) if adapter is not None and config.lora.start is not None else None
-        prepared = prepare(config, world, training=False, start=start, adapter=adapter)
+        prepared = prepare(config, world, training=False, start=start, bare=adapter is None, adapter=adapter)
     except FsdpQloraError as error:
         raise (error if adapter is None else blamed_on_adapter(error, adapter)) from error
     if adapter is not None:

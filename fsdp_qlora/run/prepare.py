@@ -38,6 +38,7 @@ def prepare(
     weights: Weights = SafetensorsFolder,
     start: Path | None = None,
     served: Sequence[ServedAdapter] = (),
+    bare: bool = False,
     adapter: Path | None = None,
 ) -> Prepared:
     """Build, quantize, adapt, shard and load the model; tokenize the data if any is given.
@@ -47,13 +48,14 @@ def prepare(
     opens the weights of the base model's folder (a benchmark draws them instead of reading them). ``start`` is the file
     of what an adapter started from, if that was the base weights; None: a run's own, or it is computed. ``served`` are
     the adapters of `load_for_inference`, and ``adapter`` is its only one: they are checked before weights are read.
+    ``bare`` adds none at all.
     """
     check(config)
     if world is not None:
-        return _prepare(config, world, progress, training, weights, start, served, adapter)
+        return _prepare(config, world, progress, training, weights, start, served, bare, adapter)
     world = open_world(config)
     try:
-        return _prepare(config, world, progress, training, weights, start, served, adapter)
+        return _prepare(config, world, progress, training, weights, start, served, bare, adapter)
     except BaseException:
         world.stack.__exit__(*sys.exc_info())  # or the next call would find a process group open
         raise
@@ -61,12 +63,13 @@ def prepare(
 
 def _prepare(
     config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights, start: Path | None,
-    served: Sequence[ServedAdapter], adapter: Path | None,
+    served: Sequence[ServedAdapter], bare: bool, adapter: Path | None,
 ) -> Prepared:  # fmt: skip
     asked, folder = config, _find_model(config.model, world)
     budget = rank_budget(world.ranks, world.placement)
     config, world, layout = settled_world(on_device(config, world.ranks.device.type), folder, world, budget)
     opened, verdict = open_and_check(config, folder, world.ranks, budget, weights)
+    opened = opened.without_adapters(world.ranks, budget) if bare else opened
     tokenizer, data = tokenize(config, folder, opened, verdict, world)
     compilation = compilation_for(config, opened.base, opened.plan, data, world.ranks.device, training)
     repairs = opened.repairs  # needs the model as transformers built it, before load_model changes it

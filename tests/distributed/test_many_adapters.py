@@ -119,6 +119,27 @@ def test_each_alone_and_each_row_are_stock_pefts(pool, tiny_model, tmp_path, num
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(alone, 2))
 
 
+def _base_alone(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    prepared = load_for_inference(config_of(folder, model={"check": "off"}, **groups), None, world_of(ranks))
+    assert prepared.model.peft is None and prepared.plan.bytes.adapters == 0
+    assert not any("lora" in name for name, _ in prepared.model.named_parameters())
+    with torch.no_grad():
+        tokens = prepared.model.generate(input_ids=_ids(), generation_config=_greedy(), synced_gpus=False)
+        return prepared.model.logits(_ids()), tokens
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "quant"), some_in_full(itertools.product((1, 2), QUANT), {(1, "none"), (2, "nf4")})
+)
+def test_the_base_alone_has_no_adapters(pool, tiny_model, num_ranks, quant):
+    """Neither in memory nor in a forward."""
+    groups = {"quant": QUANT[quant], "precision": {"name": "fp32"}}
+    judge = _dense_copy(tiny_model, quant).eval()
+    for logits, tokens in pool.run(num_ranks, _base_alone, str(tiny_model), groups):
+        torch.testing.assert_close(logits, judge(_ids()).logits, rtol=1e-4, atol=1e-5)
+        assert torch.equal(tokens, judge.generate(_ids(), generation_config=_greedy()))
+
+
 def test_each_alone_and_each_row_are_those_of_stock_peft_on_stock_bitsandbytes(pool, tmp_path):
     # of rows that blocks cross, bitsandbytes' kernel takes the wrong statistics
     folder = make_model(tmp_path / "base", intermediate_size=384)

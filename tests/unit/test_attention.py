@@ -59,10 +59,16 @@ def test_equals_eager_attention(monkeypatch, case, masked, keep, dtype):
         assert (ours - theirs).float().norm() <= limit * theirs.float().norm()
 
 
-def test_one_query_sees_all_keys():
-    query, key, value = (t[:, :, -1:] if i == 0 else t for i, t in enumerate(_inputs(2, 4, 2, 9, 8, torch.float32)))
-    out = blockwise_forward(SimpleNamespace(), query, key, value, None)[0]
-    torch.testing.assert_close(out, _eager(query, key, value, torch.ones(1, 9, dtype=torch.bool)))
+@pytest.mark.parametrize("decoding", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_query_sees_all_keys(decoding, masked):
+    query, key, value = _inputs(2, 4, 2, 9, 16, torch.float32)
+    query, mask = query[:, :, -1:], torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    if masked:  # padded on the left
+        mask[1, ..., :4] = False
+    with torch.set_grad_enabled(not decoding):
+        out = blockwise_forward(SimpleNamespace(), query, key, value, mask if masked else None)[0]
+    torch.testing.assert_close(out, _eager(query, key, value, mask))
 
 
 @pytest.mark.parametrize("asked", [{"softcap": 50.0}, {"s_aux": torch.ones(4)}, {"dropout": 0.1}])

@@ -38,16 +38,29 @@ def test_no_supervised_token_gives_an_empty_loss_that_can_go_backward():
     assert hidden.grad.shape == (0, 4)
 
 
+class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the number of values of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, out.numel() if isinstance(out, torch.Tensor) else 0)
+        return out
+
+
 def test_never_holds_all_logits():
     head = LossHead.from_linear(nn.Linear(8, 1000).requires_grad_(False), AfterHead(), 4)
-    sizes = []
-
-    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
-            return out
-
-    with Spy():
+    with _Largest() as largest:
         head(torch.randn(64, 8, requires_grad=True), labels=torch.zeros(64, dtype=torch.long)).sum().backward()
-    assert max(sizes) <= 8000  # the weight itself; 64 rows of logits would be 64,000
+    assert largest.numel <= 8000  # the weight itself; 64 rows of logits would be 64,000
+
+
+@torch.no_grad()
+def test_logits_of_the_last_tokens_do_not_copy_the_weight_for_each_row():
+    linear = nn.Linear(8, 1000, bias=False).requires_grad_(False)
+    head, hidden = LossHead.from_linear(linear, AfterHead(), 4), torch.randn(5, 7, 8)
+    with _Largest() as largest:
+        logits = head(hidden[:, -1:])
+    assert largest.numel <= 8000 and logits.shape == (5, 1, 1000)
+    torch.testing.assert_close(logits, linear(hidden)[:, -1:])
