@@ -16,8 +16,8 @@ from fsdp_qlora.cli.logs import listen
 from fsdp_qlora.cli.output import restart_in_utf8, withstand
 from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.choices import nearest
-from fsdp_qlora.config.rules import check_verb
 from fsdp_qlora.config.schema import RunConfig, from_dict
+from fsdp_qlora.config.verb_rules import check_verb
 from fsdp_qlora.distributed.meeting import MEETING_VARIABLE
 from fsdp_qlora.distributed.parent import die_with_parent
 from fsdp_qlora.distributed.signals import STOP_SIGNALS, take_signals

@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
+from fsdp_qlora.adapters import build_method
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.auto import as_word
 from fsdp_qlora.config.schema import RunConfig
@@ -38,6 +39,10 @@ FAMILIES = {
     "llama": {"model_type": "llama", **LLAMA, "tie_word_embeddings": False},
     "tied": {"model_type": "llama", **LLAMA, "tie_word_embeddings": True},
     "deep": {"model_type": "llama", **LLAMA, "num_hidden_layers": 12, "tie_word_embeddings": False},
+    "small": {
+        "model_type": "llama", **LLAMA, "hidden_size": 448, "intermediate_size": 1536, "num_attention_heads": 7,
+        "num_key_value_heads": 7, "num_hidden_layers": 8, "tie_word_embeddings": True,
+    },
     "experts": {
         "model_type": "mixtral", **LLAMA, "intermediate_size": 1024, "num_local_experts": 4, "num_experts_per_tok": 2,
         "tie_word_embeddings": False,
@@ -82,6 +87,15 @@ VARIANTS: dict[str, Groups] = {
     "all": _offload("all"),
     "all, 1 rank": _offload("all", ranks=1),
     "all, full": _offload("all", train={"activation_checkpointing": "full"}),
+    "all, selective": _offload("all", train={"activation_checkpointing": "selective"}),
+    "activations, eager": _offload("activations", model={"attn_implementation": "eager"}),
+    "activations, experts": _offload("activations", family="experts"),
+    "activations, packed": _offload("activations", data={"packing": True}),
+    **{
+        f"small, {which}{alone}": _offload(which, family="small", data={"max_length": 512}, **ranks)
+        for which in ("none", "params", "activations", "all")
+        for alone, ranks in (("", {}), (", 1 rank", {"ranks": 1}))
+    },
     "modules": ON_HOST,
     "modules, 1 rank": {**ON_HOST, "ranks": 1},
     "modules, 1 rank, deep": {**ON_HOST, "ranks": 1, "family": "deep"},
@@ -128,12 +142,17 @@ VARIANTS: dict[str, Groups] = {
     "float32": {"precision": {"name": "fp32"}},
     **{f"optim {name}": {"optim": {"name": name}} for name in choices.OPTIMIZERS.shipped if "paged" not in name},
     **{f"params, optim {name}": _offload("params", optim={"name": name}) for name in choices.OPTIMIZERS.shipped},
+    **{
+        f"lora {name}": {"lora": {"variant": name, "r": 8}}
+        for name in choices.PEFT_METHODS
+        if name != "dora" and build_method(name).simulates
+    },
 }
 
 
 def also_on_cpu(name: str) -> bool:
-    """Whether the variant keeps nothing on the host, so that its bytes are those of a CPU."""
-    return not {"offload", "offload_modules"} & VARIANTS[name].get("fsdp", {}).keys()
+    """Whether its bytes are those of a CPU: it keeps nothing on the host, and PEFT's layers do not compute it."""
+    return "lora " not in name and not {"offload", "offload_modules"} & VARIANTS[name].get("fsdp", {}).keys()
 
 
 def config_and_ranks(folder: Path, name: str, gpu: str | None = "24GiB") -> tuple[RunConfig, int]:
@@ -159,7 +178,8 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     plan = planned(config, ranks)[2]
     answer: dict[str, Any] = {
         "device": asdict(simulate_here(config, ranks)), "peak": plan.peak, "bytes": asdict(plan.bytes),
-        "host": plan.host.in_step, "tensors": plan.trainable_parameters, "moments": plan.moments,
+        "host": plan.host.in_step, "moved": plan.host.offloaded_activations, "tensors": plan.trainable_parameters,
+        "moments": plan.moments,
     }  # fmt: skip
     if also_on_cpu(name):
         here, _ = config_and_ranks(folder, name, None)

@@ -36,7 +36,7 @@ AT_THE_ROOT = {"__init__", "__main__", "errors", "shown", "scopes"}
 FORMATS = "(?i)(?<![a-z0-9])(nf4|fp4|int8|blocks4)(?![a-z0-9])"
 NAME_FORMATS = (
     "checks/reference.py", "checks/settings.py",  # upstream is the judge
-    "cli/plan.py", "config/choices.py", "config/rules.py", "config/schema.py",  # what is asked, and what to ask for
+    "cli/plan.py", "config/choices.py", "config/rules.py", "config/schema.py", "config/verb_rules.py",  # what is asked
     "export/quantized_base.py", "load/stored.py",  # bitsandbytes' own files
     "load/safetensors.py",  # a dtype
     "plan/quantized.py", "simulate/step.py",  # llm_int8_threshold

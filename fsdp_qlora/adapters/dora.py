@@ -14,6 +14,8 @@ from torch import nn
 from fsdp_qlora.adapters.lora import LoRA, is_lora, lora_config
 from fsdp_qlora.adapters.method import register
 from fsdp_qlora.adapters.names import ADAPTER
+from fsdp_qlora.adapters.peft_layers import META, layers_alone
+from fsdp_qlora.adapters.saved import Kept, kept_by_layer
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.gathered import gathered_units
 from fsdp_qlora.distributed.shards import fill_slice
@@ -37,9 +39,10 @@ class DoRA(LoRA):
         """Return the PEFT config."""
         return lora_config(targets, lora, task_type, use_dora=True, use_rslora=lora.scales_by_root)
 
-    def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
-        """Return the size of the identity through which PEFT multiplies A and B."""
-        return linear.in_features**2
+    def kept(self, linear: LinearShape, lora: LoraSettings) -> Kept:
+        """Return what PEFT's layer keeps: most of all, the identity through which it multiplies A and B."""
+        last, size = linear.name.rpartition(".")[2], (linear.out_features, linear.in_features)
+        return kept_by_layer(layers_alone(self.peft([last], lora, None), {last: size}, META)[last])
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether it is DoRA."""

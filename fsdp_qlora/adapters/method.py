@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from fsdp_qlora.adapters.names import ADAPTER, trainable_parameters
+from fsdp_qlora.adapters.saved import Kept
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.seeds import seed_of
@@ -52,7 +53,7 @@ class Method(ABC):
     trains_base: ClassVar[bool] = False
     """Whether it trains the base itself, and there are no adapters."""
     simulates: ClassVar[bool] = True
-    """Whether ``plan.simulate`` can run it: the memory tracker knows no sparse tensors."""
+    """Whether ``plan.simulate`` can run it: not with sparse tensors, nor if the layer draws a number and reads it."""
 
     @abstractmethod
     def shapes(self, linear: LinearShape, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
@@ -118,9 +119,9 @@ class Method(ABC):
     ) -> None:
         """Give the trained tensors beside LoRA's matrices their values, where these start from the base weights."""
 
-    def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
-        """Return how many numbers an adapter keeps from forward to backward besides the linear's input and output."""
-        return 0
+    def kept(self, linear: LinearShape, lora: LoraSettings) -> Kept:
+        """Return what an adapter keeps from forward to backward besides the linear's input and output."""
+        return Kept()
 
     def fixed_bytes(self, linears: Sequence[LinearShape], lora: LoraSettings, itemsize: int) -> int:
         """Return the bytes of the tensors that are never trained, in a model that computes with ``itemsize`` bytes."""

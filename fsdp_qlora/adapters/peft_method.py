@@ -19,6 +19,7 @@ from torch import nn
 from fsdp_qlora.adapters.method import Method, plain_number
 from fsdp_qlora.adapters.names import adapter_key
 from fsdp_qlora.adapters.peft_layers import CPU, META, adapted_layers, layers_alone
+from fsdp_qlora.adapters.saved import Kept, kept_by_layer
 from fsdp_qlora.config.choices import PEFT_METHODS
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.seeds import seed_of
@@ -28,6 +29,8 @@ from fsdp_qlora.shapes.linears import LinearShape
 
 _SHAPES: dict[tuple[str, str, int, int, str], dict[str, tuple[int, ...]]] = {}
 """Shapes by method, last part of the target's name, its size and the settings: a model has few, and many linears."""
+_KEPT: dict[tuple[str, str, int, int, str], Kept] = {}
+"""What is kept, likewise."""
 
 
 class PeftMethod(Method):
@@ -36,8 +39,6 @@ class PeftMethod(Method):
     layer = None
     keys: ClassVar[Mapping[str, str]] = {}
     """Setting (``r``, ``alpha``, ``dropout``) -> its key in PEFT's config."""
-    dense: ClassVar[int] = 0
-    """Matrices of the size of the weight that PEFT's layer keeps from forward to backward."""
     always: ClassVar[Mapping[str, Any]] = {}
     """Settings of PEFT's config that ours do not have, unless they are among the options."""
     random_start: ClassVar[bool] = False
@@ -112,9 +113,13 @@ class PeftMethod(Method):
         names = PEFT_TYPE_TO_TUNER_MAPPING[self._type].tuner_layer_cls.adapter_layer_names  # type: ignore[index]
         return {*names, *(f"{name}.weight" for name in names)}
 
-    def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
-        """Return the size of the dense matrices that PEFT's layer keeps."""
-        return self.dense * linear.numel
+    def kept(self, linear: LinearShape, lora: LoraSettings) -> Kept:
+        """Return what PEFT's layer keeps."""
+        last = linear.name.rpartition(".")[2]
+        key = (self.name, last, linear.out_features, linear.in_features, repr(lora))
+        if key not in _KEPT:
+            _KEPT[key] = kept_by_layer(self._alone(last, (linear.out_features, linear.in_features), lora, META))
+        return _KEPT[key]
 
     def _alone(self, name: str, size: tuple[int, int], lora: LoraSettings, device: torch.device) -> Any:
         config = self.peft([name], lora, None)

@@ -33,6 +33,7 @@ from fsdp_qlora.adapters.method import register
 from fsdp_qlora.adapters.names import ADAPTER, adapter_key
 from fsdp_qlora.adapters.peft_layers import CPU, adapted_layers, has_adapter
 from fsdp_qlora.adapters.peft_method import PeftMethod
+from fsdp_qlora.adapters.saved import Kept
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.shapes.linears import LinearShape
 
@@ -110,7 +111,7 @@ class LoHa(PeftMethod):
 
     name = "loha"
     config = LoHaConfig
-    dense = 1
+    simulates = False
     keys: ClassVar = {"r": "r", "alpha": "alpha"}
     random_start = True
 
@@ -121,7 +122,7 @@ class LoKr(PeftMethod):
 
     name = "lokr"
     config = LoKrConfig
-    dense = 1
+    simulates = False
     keys: ClassVar = {"r": "r", "alpha": "alpha"}
     random_start = True
 
@@ -134,10 +135,6 @@ class HRA(PeftMethod):
     config = HRAConfig
     keys: ClassVar = {"r": "r"}
     random_start = True
-
-    def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
-        """Return the size of the reflections after each step, of the weight and of their product."""
-        return (lora.r + 1) * linear.in_features**2 + 2 * linear.numel
 
 
 def _mask_of_values(base_layer: nn.Linear, r: int, **settings: Any) -> torch.Tensor:
@@ -152,7 +149,6 @@ class SHiRA(PeftMethod):
 
     name = "shira"
     config = ShiraConfig
-    dense = 1
     keys: ClassVar = {"r": "r"}
     simulates = False
     always: ClassVar = {"random_seed": 0}  # PEFT's default is a mask that differs from rank to rank
@@ -162,6 +158,10 @@ class SHiRA(PeftMethod):
         config = super().peft(targets, lora, task_type)
         config.mask_fn = _mask_of_values  # type: ignore[attr-defined]
         return config
+
+    def kept(self, linear: LinearShape, lora: LoraSettings) -> Kept:
+        """Return the size of the change of the weight, which PEFT makes dense; meta has no sparse tensors."""
+        return Kept(linear.numel)
 
     def fixed_bytes(self, linears: Sequence[LinearShape], lora: LoraSettings, itemsize: int) -> int:
         """Return the bytes of two int32 for each trained value."""
@@ -195,10 +195,6 @@ class RandLoRA(_SharedProjections):
     keys: ClassVar = {"r": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout"}
     shared = ("randlora_A", "randlora_B")
 
-    def kept(self, linear: LinearShape, lora: LoraSettings) -> int:
-        """Return the size of the scaled bases."""
-        return min(linear.in_features, linear.out_features) ** 2
-
     def fixed_bytes(self, linears: Sequence[LinearShape], lora: LoraSettings, itemsize: int) -> int:
         """Return the bytes of the bases: one for all, and as many as give full rank."""
         small, large = sorted(_largest(linears))
@@ -221,6 +217,5 @@ class FourierFT(PeftMethod):
 
     name = "fourierft"
     config = FourierFTConfig
-    dense = 1
     random_start = True
     small: ClassVar = {"n_frequency": 16}

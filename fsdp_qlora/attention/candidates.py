@@ -21,7 +21,8 @@ from fsdp_qlora.attention.varlen import VARLEN
 from fsdp_qlora.distributed.process import has_cuda_kernels, nvidia_level
 from fsdp_qlora.errors import ModelError
 
-EAGER, _FLASH = "eager", "flash_attention_2"
+EAGER, _FLASH, _FLEX = "eager", "flash_attention_2", "flex_attention"
+_NOT_ON_CPU = {_FLASH: "needs a GPU", _FLEX: "has no backward on CPUs"}
 _FLASH_CAPABILITY = (8, 0)
 """What FlashAttention 2 needs of NVIDIA's cards: Ampere."""
 _CAPS, _DROPOUTS = ("attn_logit_softcapping", "attention_logit_cap"), ("attention_dropout", "attn_pdrop")
@@ -78,10 +79,12 @@ def _from_hub(kind: Any) -> str | None:
 
 
 def why_not(attention: str, device: torch.device, dtype: torch.dtype, text_config: Any) -> str | None:
-    """Return why an attention that `reads_boundaries` is not available, and what to do; None if it seems available.
+    """Return why an attention is not available, and what to do; None if it seems available.
 
     Problems that show only in a forward are not detected.
     """
+    if device.type == "cpu" and (why := _NOT_ON_CPU.get(attention)) is not None:
+        return f"{attention} {why}, and this run is on a CPU; choose {BLOCKWISE}, varlen, sdpa or eager"
     if not reads_boundaries(attention):
         return None
     on_cpu = attention == VARLEN and device.type == "cpu"

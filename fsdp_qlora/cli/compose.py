@@ -1,7 +1,8 @@
 """Composes ``conf/`` and the command line into one checked `RunConfig`, before torch is imported.
 
-Overrides are checked one by one first, so that all misspelt keys and wrong types are reported at once, each with the
-nearest valid word; then Hydra composes. Values of free-text and path keys never pass through Hydra's grammar.
+Overrides are checked one by one first (`fsdp_qlora.cli.overrides`), each with the nearest valid word; then Hydra
+composes, and types and rules are checked. If overrides are wrong, the others are still composed and checked, so that
+one message names everything. Values of free-text and path keys never pass through Hydra's grammar.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,39 +20,29 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fsdp_qlora.cli.foreign import TAKEN, is_taken, refuse_hydras_own, require_typed
+from fsdp_qlora.cli.foreign import refuse_hydras_own, require_typed
 from fsdp_qlora.cli.outside import Outside
-from fsdp_qlora.cli.quoting import list_of_names, literal, mapping_of_names, quoted, sweep_hint
-from fsdp_qlora.config.choices import nearest
-from fsdp_qlora.config.convert import convert, field_types, known_keys, words_of
-from fsdp_qlora.config.facts import VERBATIM, keys_with, mapping_kind, mappings
-from fsdp_qlora.config.rules import check
+from fsdp_qlora.cli.overrides import EXPERIMENT, GROUPS, conf_dir, mapping_of, parsed, problems_of
+from fsdp_qlora.cli.plan_rules import PLAN_RULES
+from fsdp_qlora.cli.quoting import list_of_names, literal, mapping_of_names, quoted
+from fsdp_qlora.config.convert import build_partly, field_types, known_keys, no_such_key, words_of
+from fsdp_qlora.config.facts import VERBATIM, keys_with
+from fsdp_qlora.config.problems import Problem, messages
+from fsdp_qlora.config.rules import failures
 from fsdp_qlora.config.saved import read_config
-from fsdp_qlora.config.schema import RunConfig, from_dict
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.verb_rules import missing
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
 from fsdp_qlora.shown import visible
 
-_MAPPINGS = tuple(mappings(RunConfig))
-"""Settings that are mappings with arbitrary keys."""
 _VERBATIM = keys_with(RunConfig, VERBATIM)
 """Keys whose values are taken as typed: no quoting, no Hydra grammar (a list may still be written ``[a,b]``)."""
 
-GROUPS = [name for name, kind in field_types(RunConfig).items() if dataclasses.is_dataclass(kind)]
-EXPERIMENT = "experiment"
 _ABSENT = object()
-
-
-def conf_dir() -> Path:
-    """Return the folder of the YAML files: the packaged copy if it exists, else the one in the checkout."""
-    package = Path(__file__).resolve().parent.parent
-    packaged = package / "conf"
-    return packaged if packaged.is_dir() else package.parent / "conf"
 
 
 def register() -> Outside:
@@ -101,15 +92,18 @@ class CommandLine:
     flags: list[str]
     """Hydra's own flags, except ``--config-dir``."""
     config_dir: str | None
+    malformed: list[str]
+    """What is wrong with the arguments that are none of these."""
 
 
 def split(arguments: Sequence[str]) -> CommandLine:
     """Sort the arguments into overrides, verbatim values and flags.
 
     Raises:
-        ConfigError: if an argument is none of these.
+        ConfigError: if there is no folder ``--config-dir``.
     """
     overrides: list[str] = []
+    malformed: list[str] = []
     verbatim: dict[str, Any] = {}
     flags: list[str] = []
     config_dir = None
@@ -124,17 +118,17 @@ def split(arguments: Sequence[str]) -> CommandLine:
                 flags.extend(typing.cast(list[str], [v]) if (v := next(rest, None)) else [])
         elif equals and key.lstrip("+") in _VERBATIM:
             verbatim[key.lstrip("+")] = _verbatim(key.lstrip("+"), value)
-        elif equals and _mapping(key.lstrip("+")):
+        elif equals and mapping_of(key.lstrip("+")):
             overrides.append(f"++{argument.lstrip('+')}")  # a plain Hydra override cannot add a key, not even here
         elif equals or argument.startswith("~"):
             overrides.append(argument)
         else:
-            raise ConfigError(f"{argument}: expected key=value (or a flag; see --help).")
+            malformed.append(f"{argument}: expected key=value (or a flag; see --help).")
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir: there is no folder {config_dir}.")
     if config_dir is not None:
         refuse_hydras_own(Path(config_dir))
-    return CommandLine(overrides, verbatim, flags, config_dir)
+    return CommandLine(overrides, verbatim, flags, config_dir, malformed)
 
 
 def _verbatim(key: str, value: str) -> Any:
@@ -154,9 +148,34 @@ def compose_config(verb: str, arguments: Sequence[str]) -> RunConfig:
         ConfigError: naming all wrong keys, values and combinations at once.
     """
     line = split(arguments)
-    problems = list(_problems(line))
-    if problems:
-        raise ConfigError("\n".join(problems))
+    require_right(verb, line)
+    return _compose(verb, line)
+
+
+def require_right(verb: str, line: CommandLine) -> None:
+    """Check each override on its own; if one is wrong, check all that is left as well, to name everything at once.
+
+    Raises:
+        ConfigError: naming everything that is wrong with the command line.
+    """
+    wrong = dict(problems_of(line.overrides, list(line.verbatim), line.config_dir, line.flags))
+    said = [*line.malformed, *(problem.message for problem in wrong.values())]
+    if not said:
+        return
+    swept = [text for text in line.overrides if text not in wrong and parsed([text])[0].is_sweep_override()]
+    unknown = {key for problem in wrong.values() for key in problem.unknown}
+    unknown |= {text.partition("=")[0].lstrip("+~") for text in swept}
+    rest = [text for text in line.overrides if text not in wrong and text not in swept]
+    try:
+        config = _compose(verb, dataclasses.replace(line, overrides=rest), unknown)
+        said += missing(verb, config, unknown)
+    except ConfigError as error:
+        said.append(str(error))
+    raise ConfigError("\n".join(said))
+
+
+def _compose(verb: str, line: CommandLine, unknown: Collection[str] = ()) -> RunConfig:
+    """Compose and check the settings, except for rules that need one of the ``unknown`` keys."""
     outside = register()
     saved, line = _start_from(line)
     own = f"file://{Path(line.config_dir).absolute()}" if line.config_dir else ""
@@ -166,12 +185,13 @@ def compose_config(verb: str, arguments: Sequence[str]) -> RunConfig:
             composed = compose(verb, [*search, *line.overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise outside.explained(error) from error
-    return _settle(composed, outside, line, saved)
+    return _settle(verb, composed, outside, line, saved, unknown=unknown)
 
 
 def _settle(
-    composed: DictConfig, outside: Outside, line: CommandLine, saved: dict[str, Any], below: str = ""
-) -> RunConfig:
+    verb: str, composed: DictConfig, outside: Outside, line: CommandLine, saved: dict[str, Any], below: str = "",
+    unknown: Collection[str] = (),
+) -> RunConfig:  # fmt: skip
     """Return the checked settings: Hydra's result, overridden by ``run_from`` and then by the command line.
 
     ``below`` is appended to ``run.name``: the folder of a job inside that of its sweep.
@@ -183,17 +203,22 @@ def _settle(
         raise outside.explained(error) from error
     assert isinstance(values, dict)
     settings = typing.cast(dict[str, Any], values)
+    wrong = _strange(saved, line)
+    saved = {key: value for key, value in saved.items() if key in known_keys(RunConfig)}
     typed = _typed_overrides(line, settings) if saved else {}
     for key, value in {**saved, **typed, **line.verbatim}.items():
         _set(settings, key, value)
-    try:
-        config = from_dict(settings)
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=config.run.name + below))
-        if files := " or ".join(_not_ours(line)):
-            require_typed(config, {override.key_or_group for override in _parsed(line)}, files)
-        return check(config)
-    except ConfigError as error:
-        raise ConfigError(outside.without_values(str(error))) from None
+    config, mistyped = build_partly(RunConfig, settings)
+    wrong += mistyped
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=config.run.name + below))
+    if files := " or ".join(_not_ours(line)):
+        require_typed(config, {override.key_or_group for override in parsed(line.overrides)}, files)
+    unknown = {*unknown, *(key for problem in wrong for key in problem.unknown)}
+    said = [problem.message for problem in wrong] + failures(config, unknown) + messages(PLAN_RULES, config, unknown)
+    if said:
+        said += missing(verb, config, unknown)
+        raise ConfigError(outside.without_values("\n".join(said)))
+    return config
 
 
 def _not_ours(line: CommandLine) -> Iterator[str]:
@@ -202,10 +227,6 @@ def _not_ours(line: CommandLine) -> Iterator[str]:
         yield f"run_from={file}"
     if line.config_dir is not None:
         yield f"--config-dir={line.config_dir}"
-
-
-def _parsed(line: CommandLine) -> list[Override]:
-    return OverridesParser.create().parse_overrides(line.overrides)
 
 
 def _start_from(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
@@ -217,17 +238,19 @@ def _start_from(line: CommandLine) -> tuple[dict[str, Any], CommandLine]:
     if EXPERIMENT in chosen:
         raise ConfigError("run_from: cannot be combined with experiment=; the earlier run's settings take its place.")
     saved = flatten(read_config(file))
-    if unknown := sorted(saved.keys() - set(known_keys(RunConfig))):
-        raise ConfigError(
-            "\n".join(f"{file}: {k}: there is no such key.{nearest(k, known_keys(RunConfig))}" for k in unknown)
-        )
     return {k: v for k, v in saved.items() if k.partition(".")[0] not in chosen}, line
+
+
+def _strange(saved: dict[str, Any], line: CommandLine) -> list[Problem]:
+    """Return the keys of ``run_from`` that do not exist."""
+    known = known_keys(RunConfig)
+    return [no_such_key(key, known, f"{line.verbatim['run_from']}: ") for key in sorted(saved.keys() - set(known))]
 
 
 def _typed_overrides(line: CommandLine, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the composed values of the keys on the command line, which win over those of ``run_from``."""
     typed: dict[str, Any] = {}
-    for key in {override.key_or_group for override in _parsed(line)} - set(GROUPS):
+    for key in {override.key_or_group for override in parsed(line.overrides)} - set(GROUPS):
         value: Any = settings
         for part in key.split("."):
             value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
@@ -240,7 +263,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested groups as dotted keys; settings that are mappings themselves stay mappings."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and f"{prefix}{key}" not in _MAPPINGS:
+        if isinstance(value, dict) and mapping_of(f"{prefix}{key}") is None:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
@@ -254,94 +277,17 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _problems(line: CommandLine) -> Iterator[str]:
-    """Yield the problems of each override, checked in isolation."""
-    parser = OverridesParser.create()
-    for text in line.overrides:
-        try:
-            parsed = parser.parse_override(text)
-        except HydraException:
-            yield f"{text}: cannot be parsed. Quote the value for Hydra: {text.partition('=')[0]}=\"'...'\"."
-            continue
-        yield from _override_problems(parsed, line)
-
-
-_FP16 = (
-    " float16 overflows above 65504, which activations of many models trained in bfloat16 exceed, and it would also "
-    "need loss scaling. Set precision=bf16, or fp32 on GPUs without bfloat16."
-)
-REFUSED = {("precision", "fp16"): _FP16}
-"""Options that users ask for but that are deliberately missing -> the reason."""
-
-
-def _override_problems(parsed: Override, line: CommandLine) -> Iterator[str]:
-    key = parsed.key_or_group
-    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-        if not is_taken(key):
-            yield f"{key}: not accepted; Hydra's own settings are limited to {', '.join(TAKEN)}."
-        return
-    if key in GROUPS or key == EXPERIMENT:
-        options = group_options(key, line.config_dir)
-        choices = [parsed.value()] if not parsed.is_sweep_override() else []
-        for choice in choices:
-            if choice is not None and choice not in options:
-                word = str(choice)
-                why = REFUSED.get((key, word)) or nearest(word, options)
-                yield f"{key}: {word!r} is not one of {', '.join(options)}.{why}"
-        return
-    if key not in known_keys(RunConfig) and not _mapping(key):
-        yield f"{key}: there is no such key.{nearest(key, [*known_keys(RunConfig), EXPERIMENT])}"
-        return
-    if parsed.is_delete():
-        yield f"{key}: a key cannot be deleted; set it to null or to its default."
-    elif parsed.is_sweep_override():
-        if hint := sweep_hint(key, parsed.input_line or "", _takes_a_list(key), line.flags):
-            yield hint
-    else:
-        try:
-            convert(parsed.value(), _kind_of(key))
-        except ValueError as error:
-            yield f"{key}: {error}"
-
-
-def _takes_a_list(key: str) -> bool:
-    kind = _kind_of(key)
-    return kind is Any or list in (typing.get_origin(kind), *map(typing.get_origin, typing.get_args(kind)))
-
-
-def _mapping(key: str) -> str | None:
-    """Return the setting in `_MAPPINGS` that ``key`` equals or lies in, or None."""
-    return next((name for name in _MAPPINGS if key == name or key.startswith(f"{name}.")), None)
-
-
-def _kind_of(key: str) -> Any:
-    kind: Any = RunConfig
-    mapping = _mapping(key)
-    for part in (mapping or key).split("."):
-        kind = field_types(kind)[part]
-    if mapping is None or key == mapping:
-        return kind
-    return typing.get_args(mapping_kind(kind))[1] if key.count(".") == mapping.count(".") + 1 else Any
-
-
-def group_options(group: str, config_dir: str | None = None) -> list[str]:
-    """Return the names of a group's YAML files."""
-    folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
-    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
-
-
 def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) -> int:
     """Run ``verb`` through Hydra, for its flags (--help, --cfg job, --info, --multirun); return the exit code."""
-    if problems := list(_problems(line)):
-        raise ConfigError("\n".join(problems))
+    require_right(verb, line)
     outside = register()
     saved, line = _start_from(line)
-    swept = [override.key_or_group for override in _parsed(line) if override.is_sweep_override()]
+    swept = [override.key_or_group for override in parsed(line.overrides) if override.is_sweep_override()]
     ends: list[int | FsdpQloraError] = []
 
     def job(composed: DictConfig) -> None:
         try:  # Hydra would turn our errors into a traceback and exit code 1
-            ends.append(run(_settle(composed, outside, line, saved, f"/{_job_name(swept)}" if swept else "")))
+            ends.append(run(_settle(verb, composed, outside, line, saved, f"/{_job_name(swept)}" if swept else "")))
         except FsdpQloraError as error:
             ends.append(error)
             print(f"fsdp-qlora: {visible(str(error))}", file=sys.stderr)

@@ -24,7 +24,7 @@ from fsdp_qlora.plan.report import report
 from fsdp_qlora.run.decide import SHARD_DEGREE, planned
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.simulate.step import simulate_here
-from fsdp_qlora.track.console import megabytes
+from fsdp_qlora.track.console import duration, megabytes
 
 Rows = list[tuple[str, str]]
 _MOMENTS = {
@@ -34,6 +34,16 @@ _MOMENTS = {
     "update": "in the update",
     "loading": "while loading, where adapters start from the base weights",
 }
+_ON_HOST = {
+    "loading": "for loading",
+    "offloaded_parameters": "of offloaded parameters",
+    "offloaded_activations": "of offloaded activations",
+}
+_SMALL = "tensors below 1 MiB"
+_LEFT = {"none": _SMALL, "full": _SMALL, "selective": f"what selective checkpointing chooses, and {_SMALL}"}
+"""What ``fsdp.offload=activations`` does not move, by checkpointing."""
+_LARGE_NODE = 8
+"""Most devices that one usually finds in a node."""
 
 
 def run(config: RunConfig) -> int:
@@ -52,7 +62,7 @@ def run(config: RunConfig) -> int:
         print(json.dumps(figures, indent=2))
         return 0
     rows = [
-        *_bytes(figures, config),
+        *_bytes(figures, plan, config),
         *_fates(figures),
         *_model(figures),
         *_work(figures, plan, config),
@@ -106,12 +116,14 @@ def _counted(names: dict[str, int]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in names.items())
 
 
-def _bytes(figures: dict[str, Any], config: RunConfig) -> Rows:
-    rows = [(kind.replace("_", " "), megabytes(count)) for kind, count in figures["bytes_per_rank"].items()]
+def _bytes(figures: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
+    kinds = figures["bytes_per_rank"].items()
+    rows = [(kind.replace("_", " "), megabytes(count)) for kind, count in kinds if count]
     peak = f"{megabytes(figures['peak_planned_bytes'])}, {_MOMENTS[figures['peak_moment']]}"
     rows.append(("planned peak per rank", peak))
-    reserve = megabytes(figures["reserve_bytes"])
-    rows.append(("framework (reserve)", f"{reserve} for CUDA, NCCL and the allocator: the larger of 1.5 GiB and 6 %"))
+    if plan.settings.on_accelerator:
+        reserve = f"{megabytes(figures['reserve_bytes'])} for CUDA, NCCL and the allocator"
+        rows.append(("framework (reserve)", f"{reserve}: the larger of 1.5 GiB and 6 %"))
     if figures["gpu_bytes"]:
         verdict = "fits" if figures["fits"] else "does not fit"
         simulated = figures["peak_simulated_bytes"]
@@ -120,8 +132,16 @@ def _bytes(figures: dict[str, Any], config: RunConfig) -> Rows:
         by += ", according to the simulation" if simulated else ""
         rows.append((f"in {config.plan.gpu or figures['device']['memory']}", f"{verdict}, {by}"))
     host = figures["host_bytes_per_rank"]
-    parts = ", ".join(f"{megabytes(count)} {kind.replace('_', ' ')}" for kind, count in host.items() if count)
-    rows.append(("host memory per rank", f"{megabytes(sum(host.values()))}: {parts}"))
+    parts = [f"{megabytes(count)} {_ON_HOST[kind]}" for kind, count in host.items() if count]
+    total = f"{megabytes(sum(host.values()))}: " if len(parts) > 1 else ""
+    rows.append(("host memory per rank", total + ", ".join(parts)))
+    if stays := figures["kept_on_device_bytes"]:
+        rows.append(
+            (
+                "stays on the device",
+                f"{megabytes(stays)} of what layers keep for backward: {_LEFT[plan.settings.checkpointing]}",
+            )
+        )
     rows.append(
         ("process", f"another {megabytes(figures['process_bytes'])} of host memory for Python and its libraries")
     )
@@ -136,16 +156,16 @@ def _work(figures: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
     batch, flops = figures["batch"], figures["flops_per_token"]
     gathered = figures["gathered_bytes_per_micro_batch"]
     return [
-        ("ranks", f"{plan.world_size}, {plan.shard_size} of which share one copy of the base"),
+        ("ranks", _ranks(plan, config)),
         *[("shard degree", f"auto: {choice}") for key, choice in plan.choices.items() if key == SHARD_DEGREE],
         ("FSDP units", str(figures["fsdp_units"])),
         ("quantized linears", f"{describe(plan.quantized)}; embedding and head {config.quant.embeddings}"),
         ("trainable parameters", f"{plan.trainable_parameters:,} of {plan.base_parameters:,}"),
         (
             "batch",
-            f"{batch['global_rows']} rows per step = {batch['micro_batches']} micro-batches of "
-            f"{batch['micro_batch_rows']} x {batch['max_length']} tokens, {batch['micro_batches_per_rank']} on each "
-            f"rank; {batch['tokens_per_step']:,} tokens",
+            f"{_several(batch['global_rows'], 'row')} per step = {_several(batch['micro_batches'], 'micro-batch')} of "
+            f"{batch['micro_batch_rows']} x {batch['max_length']} tokens, {_dealt(plan)}; "
+            f"{batch['tokens_per_step']:,} tokens",
         ),
         (
             "saving memory",
@@ -156,7 +176,9 @@ def _work(figures: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
         *_start(plan),
         (
             "gathered per rank",
-            f"{megabytes(gathered)} per micro-batch, {megabytes(figures['gathered_bytes_per_step'])} per step",
+            f"{megabytes(gathered)} per micro-batch, {megabytes(figures['gathered_bytes_per_step'])} per step"
+            if gathered
+            else "nothing",
         ),
         (
             "operations per token",
@@ -164,6 +186,44 @@ def _work(figures: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
             f"{flops['backward'] / 1e9:.1f}, recomputed {flops['recompute'] / 1e9:.1f}",
         ),
     ]
+
+
+def _ranks(plan: TrainPlan, config: RunConfig) -> str:
+    """Return how many ranks there are, on how many nodes, and which of them share one copy of the base."""
+    total, shared, node = plan.world_size, plan.shard_size, config.launcher.nproc_per_node
+    if total == 1:
+        return "1"
+    nodes = assumed = ""
+    if node and total > node:
+        nodes = f" on {-(-total // node)} nodes of {'' if total % node == 0 else 'up to '}{node}"
+    elif not node and total > _LARGE_NODE:
+        assumed = (
+            f"; assumed to be on one node (launcher.nproc_per_node={_LARGE_NODE} plans for nodes of {_LARGE_NODE})"
+        )
+    if shared == 1:
+        copies = "each keeps a whole copy of the base"
+    elif shared == total:
+        copies = "all share one copy of the base"
+    else:
+        copies = f"{total // shared} copies of the base, each shared by {shared} ranks"
+    return f"{total}{nodes}; {copies}{assumed}"
+
+
+def _several(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("h") else "s")
+
+
+def _dealt(plan: TrainPlan) -> str:
+    """Return how many micro-batches each rank runs."""
+    batch = plan.batch
+    each, whole = batch.accumulation_steps, batch.num_micro_batches
+    if plan.world_size == 1 and whole > 1:
+        return "one after the other"
+    if whole < plan.world_size:
+        return f"on {whole} of the {plan.world_size} ranks: the others have nothing to do"
+    if empty := each * plan.world_size - whole:
+        return f"{each} on each rank, {empty} fewer on the last ranks together"
+    return f"{each} on each rank"
 
 
 def _start(plan: TrainPlan) -> Rows:
@@ -183,14 +243,16 @@ def _time(figures: dict[str, Any]) -> Rows:
     time, device = figures["time"], figures["device"]
     if time is None:
         return []
-    parts = f"compute {time['compute_seconds']:.2f} s, dequantize {time['dequantize_seconds']:.2f} s"
+    parts = f"compute {duration(time['compute_seconds'])}"
+    if time["dequantize_seconds"]:
+        parts += f", dequantize {duration(time['dequantize_seconds'])}"
     if time["gather_seconds"]:
-        parts += f"; gather {time['gather_seconds']:.2f} s over {device['interconnect']}"
+        parts += f"; gather {duration(time['gather_seconds'])} over {device['interconnect']}"
     if time["copy_seconds"]:
-        parts += f"; copies to host memory {time['copy_seconds']:.2f} s"
+        parts += f"; copies from and to host memory {duration(time['copy_seconds'])}"
     return [
-        (f"micro-batch on {device['name']}", f"{time['micro_batch_seconds']:.2f} s: {parts}"),
-        ("step", f"{time['step_seconds']:.1f} s, {time['tokens_per_second']:.0f} tokens/s over all ranks"),
+        (f"micro-batch on {device['name']}", f"{duration(time['micro_batch_seconds'])}: {parts}"),
+        ("step", f"{duration(time['step_seconds'])}, {time['tokens_per_second']:,.0f} tokens/s over all ranks"),
     ]
 
 
@@ -219,11 +281,13 @@ def _print_search(search: dict[str, Any], config: RunConfig) -> None:
                 megabytes(tried["host_bytes"]) if tried["host_bytes"] else "",
                 str(tried["longest"]),
                 str(tried["tokens"]),
-                "" if speed is None else f"{speed:.0f}",
+                "" if speed is None else f"{speed:,.0f}",
             ]
         )
     count = sum(tried["tried"] for tried in search["tried"])
-    print_columns(f"tried: {count} micro-batches in {megabytes(search['budget_bytes'])} of tensors", header, lines)
+    print_columns(
+        f"tried: {count} micro-batches in {megabytes(max(0, search['budget_bytes']))} of tensors", header, lines
+    )
     if search["best"] is None:
         print(
             f"Nothing fits, not even one row of {length} tokens; try more ranks, a shorter length, "
@@ -232,5 +296,6 @@ def _print_search(search: dict[str, Any], config: RunConfig) -> None:
     else:
         print(f"The cheapest that fits: {shlex.join(search['overrides'])}")
     if search["fastest"] is not None and search["fastest"] != search["best"]:
-        host = megabytes(search["fastest"]["host_bytes"])
-        print(f"The fastest by estimate: {shlex.join(search['fastest_overrides'])} ({host} of host memory per rank)")
+        host = search["fastest"]["host_bytes"]
+        more = f" ({megabytes(host)} of host memory per rank)" if host else ""
+        print(f"The fastest by estimate: {shlex.join(search['fastest_overrides'])}{more}")

@@ -23,8 +23,8 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 def print_columns(title: str, header: list[str], lines: list[list[str]]) -> None:
     """Print a table with a header."""
     table = Table(title=visible(title), title_justify="left")
-    for name in header:
-        table.add_column(visible(name), overflow="fold")
+    for name in header:  # words of a header stay whole, however narrow the table is
+        table.add_column(visible(name), overflow="fold", min_width=max(map(len, name.split()), default=0))
     for line in lines:
         table.add_row(*map(visible, line))
     console(width=None if sys.stdout.isatty() else 110).print(table)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from fsdp_qlora.config.choices import nearest
+from fsdp_qlora.config.choices import closest, nearest
 from fsdp_qlora.config.facts import mapping_kind, plain
+from fsdp_qlora.config.problems import Problem
 from fsdp_qlora.errors import ConfigError
 
 T = typing.TypeVar("T")
@@ -42,18 +43,23 @@ def build(schema: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         ConfigError: naming all unknown keys and all values of the wrong type.
     """
-    problems: list[str] = []
-    built = _build(schema, values, "", problems, known_keys(schema))
+    built, problems = build_partly(schema, values)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(problem.message for problem in problems))
     return built
 
 
-def _build(schema: type, values: Mapping[str, Any], prefix: str, problems: list[str], known: list[str]) -> Any:
+def build_partly(schema: type[T], values: Mapping[str, Any]) -> tuple[T, list[Problem]]:
+    """Build as `build` does; return problems instead of raising, where keys with a wrong value have their defaults."""
+    problems: list[Problem] = []
+    return _build(schema, values, "", problems, known_keys(schema)), problems
+
+
+def _build(schema: type, values: Mapping[str, Any], prefix: str, problems: list[Problem], known: list[str]) -> Any:
     kinds = field_types(schema)
     for name in values.keys() - kinds.keys():
         key = f"{prefix}{name}"
-        problems.append(f"{key}: there is no such key.{nearest(key, known)}")
+        problems.append(no_such_key(key, known))
     given: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name not in values:
@@ -63,13 +69,19 @@ def _build(schema: type, values: Mapping[str, Any], prefix: str, problems: list[
             if isinstance(value, Mapping):
                 given[name] = _build(typing.cast(type, kind), value, f"{key}.", problems, known)
             else:
-                problems.append(f"{key}: is a group of keys, not a value; got {value!r}.")
+                problems.append(Problem(f"{key}: is a group of keys, not a value; got {value!r}.", frozenset({key})))
             continue
         try:
             given[name] = convert(value, kind)
         except ValueError as error:
-            problems.append(f"{key}: {error}")
+            problems.append(Problem(f"{key}: {error}", frozenset({key})))
     return schema(**given)
+
+
+def no_such_key(key: str, known: Iterable[str], where: str = "") -> Problem:
+    """Return what is wrong with a key that does not exist; the one that was probably meant has no known value then."""
+    close = closest(key, known)
+    return Problem(f"{where}{key}: there is no such key.{nearest(key, known)}", frozenset(filter(None, [close])))
 
 
 def convert(value: Any, kind: Any) -> Any:

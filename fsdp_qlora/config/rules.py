@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 
 from fsdp_qlora.config import choices
-from fsdp_qlora.config.adapter_rules import ADAPTER_RULES, combination_needs
+from fsdp_qlora.config.adapter_rules import ADAPTER_RULES
 from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.convert import known_keys
 from fsdp_qlora.config.facts import Range, facts, value_of
+from fsdp_qlora.config.problems import messages
 from fsdp_qlora.config.schema import BLOCK_SIZES, RunConfig
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.shown import has_password, shown_source
@@ -22,18 +24,22 @@ from fsdp_qlora.shown import has_password, shown_source
 Rule = Callable[[RunConfig], Iterator[str]]
 
 
-def _ranges(config: RunConfig) -> Iterator[str]:
-    for key, fact in facts(RunConfig):
-        value = value_of(config, key)
-        if isinstance(fact, Range) and not isinstance(value, str) and not fact.holds(value):
-            yield f"{key}: {fact.rule}, got {value}."
+def _range(key: str, allowed: Range, config: RunConfig) -> Iterator[str]:
+    value = value_of(config, key)
+    if not isinstance(value, str) and not allowed.holds(value):
+        yield f"{key}: {allowed.rule}, got {value}."
 
 
-def _finite(config: RunConfig) -> Iterator[str]:
-    for group in ("optim", "lora", "schedule", "train", "data", "quant"):
-        for key, value in vars(getattr(config, group)).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                yield f"{group}.{key}: must be a finite number, got {value}."
+_RANGES = tuple(partial(_range, key, fact) for key, fact in facts(RunConfig) if isinstance(fact, Range))
+
+
+def _finite(group: str, config: RunConfig) -> Iterator[str]:
+    for key, value in vars(getattr(config, group)).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{group}.{key}: must be a finite number, got {value}."
+
+
+_FINITE = tuple(partial(_finite, group) for group in ("optim", "lora", "schedule", "train", "data", "quant"))
 
 
 def _optimizer(config: RunConfig) -> Iterator[str]:
@@ -55,10 +61,18 @@ def _mixture(config: RunConfig) -> Iterator[str]:
     given = [k for k, v in (("weights", data.weights), ("counts", data.counts), ("temperature", data.temperature)) if v]
     if len(given) > 1:
         yield f"data.{given[0]}: set only one of weights, counts and temperature, not {' and '.join(given)}."
+
+
+def _shares(config: RunConfig) -> Iterator[str]:
+    data = config.data
     if data.weights is not None and (min(data.weights, default=0) < 0 or sum(data.weights) <= 0):
         yield f"data.weights: must not be negative or all 0, got {data.weights}."
     if data.counts is not None and (min(data.counts, default=0) < 0 or sum(data.counts) == 0):
         yield f"data.counts: must not be negative or all 0, got {data.counts}."
+
+
+def _row_function(config: RunConfig) -> Iterator[str]:
+    data = config.data
     if data.row_function is not None and not data.allow_code:
         yield "data.row_function: runs your own code; set data.allow_code=true to allow it."
 
@@ -72,6 +86,10 @@ def _layout(config: RunConfig) -> Iterator[str]:
     data = config.data
     if data.padding_free and data.packing:
         yield "data.padding_free: packed sequences already have almost no padding; choose packing or padding_free."
+
+
+def _streaming(config: RunConfig) -> Iterator[str]:
+    data = config.data
     if not data.streaming:
         return
     if config.train.max_steps == 0:
@@ -94,6 +112,9 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
     has_eval = config.data.eval is not None or config.data.eval_fraction > 0
     if config.train.eval_every > 0 and not has_eval:
         yield "train.eval_every: there is nothing to evaluate on; set data.eval or data.eval_fraction."
+
+
+def _patience(config: RunConfig) -> Iterator[str]:
     if config.train.early_stopping_patience > 0 and config.train.eval_every == 0:
         yield "train.early_stopping_patience: needs evaluations during training; set train.eval_every."
 
@@ -106,6 +127,9 @@ def _length(config: RunConfig) -> Iterator[str]:
 def _names(config: RunConfig) -> Iterator[str]:
     if not re.fullmatch(r"[\w.=,+-]+(/[\w.=,+-]+)*", config.run.name) or {".", ".."} & set(config.run.name.split("/")):
         yield f"run.name: {config.run.name!r} cannot be a folder name; use letters, digits, '.', '_', '-'."
+
+
+def _sources(config: RunConfig) -> Iterator[str]:
     for key, value in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for source in [value] if isinstance(value, str) else value or ():
             if isinstance(source, str) and has_password(source):
@@ -127,6 +151,9 @@ def _targets(config: RunConfig) -> Iterator[str]:
     elif isinstance(config.lora.target_modules, str) and len(names := config.lora.target_modules.split(",")) > 1:
         listed = ",".join(name.strip() for name in names)
         yield f"lora.target_modules: write a list, '[{listed}]', not {config.lora.target_modules!r}."
+
+
+def _target_parameters(config: RunConfig) -> Iterator[str]:
     if (parameters := config.lora.target_parameters) and not _is_name_or_names(parameters):
         yield "lora.target_parameters: expected experts, or a list of names of stacked weights."
     elif isinstance(parameters, str) and "," in parameters:
@@ -152,10 +179,19 @@ def _resume(config: RunConfig) -> Iterator[str]:
     for key in config.checkpoint.resume_overrides:
         if key not in known:
             yield f"checkpoint.resume_overrides: there is no setting {key!r}.{nearest(key, known)}"
+
+
+def _keep_best(config: RunConfig) -> Iterator[str]:
     if config.checkpoint.keep_best and not (config.data.eval is not None or config.data.eval_fraction > 0):
         yield "checkpoint.keep_best: there is nothing to evaluate on; set data.eval or data.eval_fraction."
+
+
+def _rollback(config: RunConfig) -> Iterator[str]:
     if config.train.on_nonfinite == "rollback" and config.checkpoint.every_steps == 0:
         yield "train.on_nonfinite: rollback needs checkpoints to roll back to; set checkpoint.every_steps."
+
+
+def _spikes(config: RunConfig) -> Iterator[str]:
     if 0 < config.train.spike_factor <= 1:
         yield f"train.spike_factor: must be above 1 (or 0 for never), got {config.train.spike_factor}."
 
@@ -169,10 +205,32 @@ def _debug(config: RunConfig) -> Iterator[str]:
         )
 
 
+_FAST = {
+    "train.compile": ("true",),
+    "train.kernels": ("compile", "liger"),
+    "model.attn_implementation": ("flash_attention_2", "flex_attention", "blockwise", "varlen"),
+    "quant.cache_dequantized": ("true",),
+    "fsdp.reshard_after_forward": ("false",),
+}
+"""Values that ask for a fast path, which ``debug=plain`` turns off."""
+
+
+def _plain(key: str, fast: Collection[str], config: RunConfig) -> Iterator[str]:
+    if config.debug.name == "plain" and (value := value_of(config, key)) in fast:
+        yield f"{key}: {value} is a fast path, and debug=plain turns all of them off; leave one of the two out."
+
+
+_PLAIN = tuple(partial(_plain, key, fast) for key, fast in _FAST.items())
+
+
 def _quantization(config: RunConfig) -> Iterator[str]:
     quant = config.quant
     if quant.block_size not in BLOCK_SIZES:
         yield f"quant.block_size: must be one of {', '.join(map(str, BLOCK_SIZES))}, got {quant.block_size}."
+
+
+def _formats(config: RunConfig) -> Iterator[str]:
+    quant = config.quant
     kinds = {quant.name, quant.embeddings, *quant.overrides.values()}
     for pattern, kind in quant.overrides.items():
         known = (*choices.FORMATS, choices.NONE)
@@ -190,7 +248,7 @@ def _quantization(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _fast_paths(config: RunConfig) -> Iterator[str]:
+def _cached_dense(config: RunConfig) -> Iterator[str]:
     train = config.train
     if config.quant.cache_dequantized == "true" and train.activation_checkpointing in ("selective", "full"):
         yield (
@@ -202,10 +260,18 @@ def _fast_paths(config: RunConfig) -> Iterator[str]:
             f"quant.cache_dequantized: true keeps dense weights until backward, and fsdp.offload={config.fsdp.offload} "
             "would copy them to the host and back, which takes longer than dequantizing them again; set it to auto."
         )
+
+
+def _compiled(config: RunConfig) -> Iterator[str]:
+    train = config.train
     if train.compile == "true" and config.fsdp.offloads_activations:
         yield "train.compile: compiled layers hide activations from fsdp.offload; set it to false."
     if train.compile == "true" and config.fsdp.offload_modules:
         yield "train.compile: compiled layers cannot copy in fsdp.offload_modules; set it to false."
+
+
+def _liger(config: RunConfig) -> Iterator[str]:
+    train = config.train
     if train.kernels == "liger" and train.compile == "true":
         yield (
             "train.kernels: compiled layers generate such kernels themselves; with train.compile=true, set it to torch "
@@ -267,93 +333,46 @@ def _prompts(config: RunConfig) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _finite,
-    _ranges,
+    *_FINITE,
+    *_RANGES,
     _optimizer,
     _batches,
+    _mixture,
+    _shares,
+    _row_function,
     _packing,
     _layout,
-    _mixture,
+    _streaming,
     _evaluation,
+    _patience,
     _length,
     _names,
+    _sources,
     _targets,
+    _target_parameters,
     _resume,
+    _keep_best,
+    _rollback,
+    _spikes,
     _debug,
+    *_PLAIN,
     _quantization,
-    _fast_paths,
+    _formats,
+    _cached_dense,
+    _compiled,
+    _liger,
     _degrees,
     _replicated,
-    _added_tokens,
     *ADAPTER_RULES,
     _plan,
+    _added_tokens,
     _prompts,
 )
 
 
-def _export_needs(config: RunConfig) -> Iterator[str]:
-    yield from combination_needs(config)
-    if config.what == "base-4bit":
-        if not config.model.name and not config.adapter:
-            yield "model.name: not set. what=base-4bit stores this model in 4 bits."
-        if not config.export.to:
-            yield "export.to: not set. Give the folder that what=base-4bit writes."
-        if config.quant.name not in ("nf4", "fp4") or config.quant.overrides:
-            yield "quant: what=base-4bit stores all linears in one 4-bit format; choose nf4 or fp4, without overrides."
-        if config.export.checkpoint:
-            yield "export.checkpoint: holds an adapter; leave it out, or set what=adapter."
-        if config.export.plain_lora:
-            yield "export.plain_lora: converts an adapter; set what=adapter."
-    if config.export.plain_lora and not config.export.to:
-        yield "export.to: not set. Give the folder that export.plain_lora=true writes."
-    if config.what == "adapter" and isinstance(config.adapter, str) and not config.export.to:
-        yield "export.to: not set. Give the folder for a copy of the adapter."
-    if config.what == "merged":
-        yield from _merge_needs(config)
-
-
-def _merge_needs(config: RunConfig) -> Iterator[str]:
-    if not config.export.to:
-        yield "export.to: not set. Give the folder that what=merged writes."
-    if config.adapter and config.export.checkpoint:
-        yield "export.checkpoint: adapter names the adapter to fold in; give one of them."
-    for key in ("for_vllm", "plain_lora"):
-        if getattr(config.export, key):
-            yield f"export.{key}: is about adapters, and what=merged writes none; leave it out."
-
-
-def _needs(verb: str, config: RunConfig) -> Iterator[str]:
-    if verb in ("train", "plan", "prepare", "evaluate") and not config.model.name and not config.adapter:
-        yield "model.name: not set. Give a hub name (Qwen/Qwen3-8B), a folder, or experiment=quickstart."
-    if verb == "train" and config.data.train is None:
-        yield "data.train: not set. Give a file, a folder, a hub data set, or a list of them."
-    if verb == "evaluate" and isinstance(config.adapter, dict):
-        yield "adapter: evaluate measures one adapter; give its folder."
-    if verb == "evaluate" and config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
-        yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
-    if verb == "export":
-        yield from _export_needs(config)
-    if verb == "generate":
-        if config.prompt is None and config.prompt_file is None and config.generate.prompts is None:
-            yield 'prompt: not set. Give prompt="..." or prompt_file=FILE, or generate.prompts=FILE.jsonl.'
-        if not config.model.name and not config.adapter:
-            yield "model.name: not set. Give a model, or adapter=FOLDER, which names its base."
-
-
-def check_verb(verb: str, config: RunConfig) -> RunConfig:
-    """Return ``config`` if it has everything that ``verb`` needs.
-
-    Raises:
-        ConfigError: naming everything that is missing.
-    """
-    if problems := list(_needs(verb, config)):
-        raise ConfigError("\n".join(problems))
-    return config
-
-
-def failures(config: RunConfig) -> list[str]:
-    """Return the message of every rule that ``config`` breaks."""
-    return [message for rule in RULES for message in rule(config)]
+def failures(config: RunConfig, unknown: Collection[str] = ()) -> list[str]:
+    """Return the message of every rule that ``config`` breaks, except those that need an ``unknown`` key."""
+    return messages(RULES, config, unknown)
 
 
 def check(config: RunConfig) -> RunConfig:

@@ -176,8 +176,8 @@ class FsdpSettings:
     layer once per step and holds all of them."""
     offload: Literal["none", "params", "activations", "all"] = "none"
     """Keep parameters, activations or both in host memory. ``params`` includes gradients and optimizer states;
-    ``activations`` are the tensors that decoder layers save for backward. Host memory is pinned on an accelerator; on a
-    CPU there is nothing to gain."""
+    ``activations`` are the tensors of 1 MiB and more that decoder layers save for backward. Host memory is pinned on an
+    accelerator; on a CPU there is nothing to gain."""
     offload_modules: list[str] = field(default_factory=list)
     """Keep unquantized weights of these modules in host memory: ``head``, ``embeddings``, ``norms`` or name patterns.
     They are stored sharded in float32 and copied to the device when needed. A pattern is like ``model.layers.0.*``.
@@ -329,8 +329,8 @@ class DebugSettings:
     """``anomaly`` (find the source of a NaN), ``plain`` (no optimizations) or ``profile`` (record some steps).
     ``anomaly`` runs autograd's anomaly detection (slow), which names the operation that produced the NaN. ``plain``
     turns off fused products, blockwise attention, compiled layers and whatever ``auto`` keeps in memory for speed; the
-    results agree within rounding. ``profile`` records some steps with torch's profiler and reports where their time
-    went and what share of it the matrix products need."""
+    results agree within rounding. It is refused beside a setting that asks for one of them. ``profile`` records some
+    steps with torch's profiler and reports where their time went and what share of it the matrix products need."""
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 2
     """``profile``: steps to skip after this start before recording."""
     record_steps: Annotated[int, POSITIVE] = 3

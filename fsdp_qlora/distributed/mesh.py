@@ -100,9 +100,12 @@ def degrees(shard_degree: int, replicate_degree: int, world_size: int) -> tuple[
         )
     shard = shard_degree or world_size // replicate_degree
     if shard * replicate_degree != world_size:
+        copies = (
+            f"fsdp.replicate_degree={world_size // shard} for as many copies, or " if world_size % shard == 0 else ""
+        )
         raise ConfigError(
             f"fsdp.shard_degree: {shard} x fsdp.replicate_degree {replicate_degree} is not the number of ranks, "
-            f"{world_size}; set fsdp.shard_degree=0 to derive it."
+            f"{world_size}; set {copies}fsdp.shard_degree=0 to derive it."
         )
     return replicate_degree, shard
 

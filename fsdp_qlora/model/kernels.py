@@ -18,7 +18,7 @@ from fsdp_qlora.config.choices import Table
 from fsdp_qlora.heads.logprobs import CrossEntropy, block_cross_entropy_, cross_entropy_, in_blocks
 from fsdp_qlora.model import liger
 from fsdp_qlora.model.formulas import Formula
-from fsdp_qlora.parallel.compile import CompiledRegion, can_compile, settle_compiler
+from fsdp_qlora.parallel.compile import CompiledRegion, can_compile, settle_compiler, waiting_for_compiler
 from fsdp_qlora.parallel.compile_cache import settle_compile_caches
 
 
@@ -121,6 +121,16 @@ class LigerKernels(Kernels):
     def cross_entropy(self) -> CrossEntropy:
         """Liger's kernel for the loss and its gradient."""
         return liger.cross_entropy_
+
+
+def kernels_to_compile(name: str, device: torch.device) -> str | None:
+    """Return a line that says what ``train.kernels`` will compile and how long that takes, or None.
+
+    The check at the start compiles, too, so it is to be shown before anything else.
+    """
+    if name != CompiledKernels.name:
+        return None
+    return f"train.kernels=compile: {waiting_for_compiler('norms, gated activations and the loss', device)}"
 
 
 KERNELS: Table[Callable[[], Kernels]] = Table(

@@ -163,6 +163,15 @@ class CompiledRegion:
             raise ConfigError(f"train.kernels: cannot be compiled here ({_reason(error)}). Set it to torch.") from error
 
 
+def waiting_for_compiler(what: str, device: torch.device) -> str:
+    """Return a line to show before ``what`` is compiled: nothing else appears until that is done."""
+    seconds = COMPILATION["cpu" if device.type == "cpu" else "accelerator"][-1]
+    return (
+        f"each rank compiles {what} when they first run, and is quiet meanwhile: some {seconds:.0f} s if the cores are "
+        "idle, and a few seconds where an earlier run has compiled them."
+    )
+
+
 def settle_compiler() -> None:
     """Set the compiler's options, and forget what it compiled for an earlier model in this process."""
     from torch._dynamo import config as dynamo_config  # here: it imports the whole compiler

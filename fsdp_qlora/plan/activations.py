@@ -28,8 +28,8 @@ from fsdp_qlora.shapes.linears import FLOAT32, LinearShape, ModelShapes
 class LayerActivations:
     """Bytes per token that one decoder layer needs."""
 
-    saved: int
-    """Kept from the (re)computed forward until backward."""
+    tensors: tuple[int, ...]
+    """Each tensor kept from the (re)computed forward until backward."""
     transient: int
     """Needed on top of ``saved`` at the peak of backward: the gradients of the widest intermediate."""
     attention_saved: int
@@ -42,8 +42,15 @@ class LayerActivations:
     """The part of ``saved`` that selective checkpointing keeps: the outputs of products and attention."""
     blocks: int
     """For each position of a row, not each token: a block of blockwise attention's scores, gradient and copy."""
+    output_again: int
+    """Attention's output, if a kernel and the adapter after it save it in two shapes: two copies in host memory."""
     kept_positions: int
     """For each position of the row: sdpa's mask, or its scores where it has no kernel."""
+
+    @property
+    def saved(self) -> int:
+        """Sum of ``tensors``."""
+        return sum(self.tensors)
 
 
 def is_attention(parent: str) -> bool:
@@ -75,25 +82,29 @@ def layer_activations(
     groups: dict[str, list[LinearShape]] = {}
     for x in inside:
         groups.setdefault(x.name.rpartition(".")[0], []).append(x)
-    elements = transient = width = attending = 0
+    tensors: list[int] = []
+    in_kernel = on_accelerator and not (eager or by_operations)
+    output_again = transient = width = attending = 0
     for parent, group in groups.items():
         times = shapes.experts_per_token if group[0].count > 1 else 1
-        saved, repeated = _group(parent, group, adapted, dropout), _repeated(parent, group) if repeats else 0
-        saved, keeps_scores = saved + repeated, keeps_scores or (by_operations and repeated > 0)
-        elements += times * saved
+        repeated = _repeated(parent, group) if repeats else 0
+        saved, keeps_scores = _group(parent, group, adapted, dropout), keeps_scores or (by_operations and repeated > 0)
+        if repeated:
+            saved[1:3] = saved[1] + repeated, saved[2] + repeated
+        tensors += [times * elements * itemsize for elements in saved]
         # experts: three more tensors as wide as the output: the sorted copy, the outputs and the weighted outputs
         transient = max(transient, times * (3 * group[-1].out_features if times > 1 else group[-1].in_features))
         if is_attention(parent):
             width = max(width, group[-1].in_features)
-            attending += saved
-    extra = 0
+            attending += sum(saved)
+            output_again += group[-1].in_features if in_kernel and group[-1].name in adapted and not dropout else 0
     if dropout:  # the dropped input and a mask, which CPUs keep in the input's dtype
         mask = 1 if on_accelerator else itemsize
-        extra = sum(x.in_features for x in inside if x.name in adapted) * (itemsize + mask)
+        tensors += [x.in_features * size for x in inside if x.name in adapted for size in (itemsize, mask)]
     heads = shapes.num_attention_heads if keeps_scores else 0
     attention_mask = itemsize if attention == "sdpa" and masked and width else 0
     return LayerActivations(
-        saved=elements * itemsize + _norms(shapes, layer, inside) + extra,
+        tensors=(*tensors, *_norms(shapes, layer, inside)),
         transient=(transient + shapes.hidden_size) * itemsize,
         attention_saved=(attending + shapes.hidden_size) * itemsize + shapes.hidden_size * FLOAT32,
         attention_scores=heads * 3 * FLOAT32,
@@ -103,48 +114,49 @@ def layer_activations(
             sum(shapes.experts_per_token * x.out_features if x.count > 1 else x.out_features for x in inside) + width
         )
         * itemsize,
+        output_again=output_again * itemsize,
         blocks=3 * shapes.num_attention_heads * QUERY_BLOCK * itemsize if blocks else 0,
         kept_positions=attention_mask if eager or not keeps_scores else heads * FLOAT32,
     )
 
 
-def _group(parent: str, group: list[LinearShape], adapted: frozenset[str], dropout: bool) -> int:
-    """Return the elements per token that the linears of one module keep."""
+def _group(parent: str, group: list[LinearShape], adapted: frozenset[str], dropout: bool) -> list[int]:
+    """Return the elements per token of each tensor that the linears of one module keep, the outputs first."""
     *front, last = group
     if last.count > 1:  # outputs are kept because each is weighted; inputs only for adapters
-        inputs = sum(x.in_features for x in group if x.name in adapted)
-        return sum(x.out_features for x in group) + last.in_features + inputs
-    elements = sum(x.out_features for x in front)
+        inputs = [x.in_features for x in group if x.name in adapted]
+        return [*(x.out_features for x in group), last.in_features, *inputs]
+    elements = [x.out_features for x in front]
     if dropout:  # adapters save dropped copies, which are counted elsewhere
         adapted = frozenset()
     if front and any(x.name in adapted for x in front):
-        elements += front[0].in_features
+        elements.append(front[0].in_features)
     attention = is_attention(parent)
     # The last linear's input: attention saves it as its own output, elsewhere only an adapter needs it. An MLP also
     # saves the activation function's output, which is as wide.
     if attention or last.name in adapted:
-        elements += last.in_features
-    return elements + (0 if attention else last.in_features)
+        elements.append(last.in_features)
+    return elements if attention else [*elements, last.in_features]
 
 
 def _repeated(parent: str, group: list[LinearShape]) -> int:
-    """Return the elements per token by which keys and values grow if they are repeated to the queries' width."""
+    """Return the elements per token by which keys, and values, grow if they are repeated to the queries' width."""
     *front, _ = group
     if not is_attention(parent) or len(front) != 3:  # q, k, v
         return 0
     widths = [x.out_features for x in front]
-    return 2 * (max(widths) - min(widths))
+    return max(widths) - min(widths)
 
 
-def _norms(shapes: ModelShapes, layer: str, inside: Iterable[LinearShape]) -> int:
-    """Return the bytes per token of the norms' float32 inputs."""
+def _norms(shapes: ModelShapes, layer: str, inside: Iterable[LinearShape]) -> list[int]:
+    """Return the bytes per token of each norm's float32 input."""
     inputs = {x.name.rpartition(".")[2]: x.out_features for x in inside}
-    total = 0
+    widths = []
     for name, shape in shapes.parameters.items():
         if not name.startswith(layer + ".") or len(shape) != 1 or not name.endswith("norm.weight"):
             continue
         if shape[0] == shapes.hidden_size:
-            total += shape[0]
+            widths.append(shape[0])
         else:  # a norm over the queries or keys of each head
-            total += inputs.get(name.split(".")[-2].replace("_norm", "_proj"), shape[0])
-    return total * FLOAT32
+            widths.append(inputs.get(name.split(".")[-2].replace("_norm", "_proj"), shape[0]))
+    return [width * FLOAT32 for width in widths]

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from fsdp_qlora.config.auto import Choice, as_word, asked, switch
 from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
+from fsdp_qlora.plan.memory import MemoryModel
 from fsdp_qlora.plan.sizes import reserve_bytes
+from fsdp_qlora.plan.storage import StorageSettings
 
 KERNELS_KEY = "train.kernels"
 
@@ -63,7 +64,8 @@ def choose(
         budget: bytes available for tensors; if None, ``auto`` means no checkpointing, resharding after forward and no
             cached dense weights.
     """
-    wanted = _wanted(config)
+    asked_for = _asked_for(config)
+    wanted = _wanted(config, asked_for)
     candidates = list(_candidates(wanted, memory, settings))
     if budget is None:
         chosen, why = (
@@ -75,12 +77,14 @@ def choose(
         chosen = fitting[0] if fitting else candidates[-1]
         why = f"fits in {budget / 1e9:.1f} GB" if fitting else f"nothing fits in {budget / 1e9:.1f} GB"
     made = {
-        "train.activation_checkpointing": (wanted.checkpointing, chosen.checkpointing),
-        "fsdp.reshard_after_forward": (wanted.reshard_after_forward, as_word(chosen.reshard_after_forward)),
-        "quant.cache_dequantized": (wanted.cache_dequantized, as_word(chosen.cache_dequantized)),
+        "train.activation_checkpointing": (asked_for.checkpointing, chosen.checkpointing),
+        "fsdp.reshard_after_forward": (asked_for.reshard_after_forward, as_word(chosen.reshard_after_forward)),
+        "quant.cache_dequantized": (asked_for.cache_dequantized, as_word(chosen.cache_dequantized)),
     }
-    reasons = dict.fromkeys(made, why)
-    if not (chosen.cache_dequantized or _worth_keeping(settings)):
+    reasons = dict.fromkeys(made, why if wanted == asked_for else "debug=plain")
+    if not memory.dense.kept:
+        reasons["quant.cache_dequantized"] = "nothing is dequantized in forward"
+    elif wanted == asked_for and not (chosen.cache_dequantized or _worth_keeping(settings)):
         reasons["quant.cache_dequantized"] = "dequantizing again takes a CPU 2 % of a step"
     if settings.keeps_whole:  # nothing is gathered
         del made["fsdp.reshard_after_forward"]
@@ -88,12 +92,16 @@ def choose(
     return chosen, choices | {KERNELS_KEY: _kernels(config)}
 
 
-def _wanted(config: RunConfig) -> _Asked:
-    given = _Asked(
+def _asked_for(config: RunConfig) -> _Asked:
+    return _Asked(
         asked(config.train.activation_checkpointing),
         switch(config.fsdp.reshard_after_forward),
         switch(config.quant.cache_dequantized),
     )
+
+
+def _wanted(config: RunConfig, given: _Asked) -> _Asked:
+    """Return what is asked for, with the values of ``debug=plain`` in place of ``auto``."""
     if config.debug.name != "plain":
         return given
     return _Asked(**(vars(_PLAIN) | {name: value for name, value in vars(given).items() if value is not None}))

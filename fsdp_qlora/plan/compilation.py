@@ -29,9 +29,14 @@ def choose_compilation(config: RunConfig, plan: Work, num_steps: int, device_typ
     """
     if (wanted := switch(config.train.compile)) is not None:
         return Compilation(wanted, "as asked")
+    if config.debug.name == "plain":
+        return Compilation(False, "debug=plain")
     if config.train.kernels == "liger":
         return Compilation(False, "train.kernels=liger")
-    if not possible or config.fsdp.offloads_activations or config.fsdp.offload_modules:
+    if config.fsdp.offloads_activations or config.fsdp.offload_modules:
+        which = f"offload={config.fsdp.offload}" if config.fsdp.offloads_activations else "offload_modules"
+        return Compilation(False, f"not possible with fsdp.{which}")
+    if not possible:
         return Compilation(False, "not possible here")
     rate, gain, cost = COMPILATION["cpu" if device_type == "cpu" else "accelerator"]
     tokens = num_steps * plan.turns * plan.tokens

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 
+from fsdp_qlora.adapters.saved import Kept
+
 
 @dataclass(frozen=True)
 class AdapterCost:
@@ -13,8 +15,10 @@ class AdapterCost:
 
     fixed: int = 0
     """Bytes of tensors that are never trained; every rank holds them whole."""
-    kept: int = 0
-    """Numbers that the adapters of one decoder layer keep from forward to backward (the largest layer's)."""
+    kept: tuple[Kept, ...] = ()
+    """What each adapter of a decoder layer keeps from forward to backward (the largest layer's)."""
+    no_input: frozenset[str] = frozenset()
+    """Linears whose adapters do not keep the linear's input."""
     loading: int = 0
     """Bytes on a rank's device, while the model is loaded, for finding where adapters start."""
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)

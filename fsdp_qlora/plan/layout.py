@@ -94,16 +94,19 @@ def _cost(plan: TrainPlan, shapes: ModelShapes, config: RunConfig, cluster: Clus
 
 def _reason(best: int, plans: dict[int, TrainPlan], costs: dict[int, float], cluster: Cluster) -> str:
     what = "each rank keeps a whole copy, so nothing is gathered" if best == 1 else f"{best} ranks share one copy"
-    parts = [f"{what}: {plans[best].peak / 1e9:.1f} of {cluster.budget / 1e9:.1f} GB"]
+    used = max(0.1, plans[best].peak / 1e9)
+    parts = [f"{what}, using {used:.1f} of {cluster.budget / 1e9:.1f} GB"]
     for size, plan in plans.items():
         if size == best:
             continue
         if size not in costs:
-            parts.append(f"{_ranks(size)}: {plan.peak / 1e9:.1f} GB do not fit with room")
+            parts.append(f"with {_ranks(size)}, {plan.peak / 1e9:.1f} GB would not fit with room")
         elif cluster.device is not None:
-            parts.append(f"{_ranks(size)}: {costs[size] / costs[best]:.2f} times its estimated step")
+            parts.append(
+                f"with {_ranks(size)} a step is estimated to take {costs[size] / costs[best]:.2f} times as long"
+            )
         elif costs[size] > costs[best]:
-            parts.append(f"{_ranks(size)}: checkpointing {plan.settings.checkpointing}")
+            parts.append(f"{_ranks(size)} would need checkpointing {plan.settings.checkpointing}")
     return "; ".join(parts)
 
 

@@ -14,91 +14,23 @@ to the reserve. The kinds do not peak at the same time, so the planned peak is t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 
-from fsdp_qlora.attention.blocks import kept_scores
-from fsdp_qlora.config.schema import LoraSettings, OptimSettings
 from fsdp_qlora.distributed.shards import fullest_share
 from fsdp_qlora.heads.costs import chunked_bytes, sliced_bytes
 from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
-from fsdp_qlora.parallel.offload import LAYERS_ON_DEVICE
 from fsdp_qlora.plan.activations import LayerActivations, layer_activations
 from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes, MemoryPlan, Unit
 from fsdp_qlora.plan.dense import DenseWeights
+from fsdp_qlora.plan.kept import KeptActivations
 from fsdp_qlora.plan.offloaded import most_inside
+from fsdp_qlora.plan.storage import StorageSettings
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS
 from fsdp_qlora.shapes.linears import FLOAT32, ModelShapes
 
 FILE_ITEMSIZE = 2
 """Bytes per element in the model's files (bf16)."""
-
-
-@dataclass(frozen=True)
-class StorageSettings:
-    """The settings that determine memory."""
-
-    shard_size: int
-    itemsize: int
-    """Bytes per unquantized base element and per activation element: 2 (bf16) or 4 (fp32)."""
-    lora: LoraSettings
-    optim: OptimSettings
-    micro_batch_size: int
-    max_length: int
-    checkpointing: str
-    """``none``, ``selective`` or ``full``."""
-    attention: str
-    """The attention implementation: ``eager`` and ``blockwise`` keep scores, the others do not."""
-    logits_chunk: int
-    restarting: bool = False
-    """Positions restart within a row (packed rows), so that sdpa needs a mask."""
-    quantized_embeddings: bool = False
-    offload_parameters: bool = False
-    """Shards, their gradients and optimizer states live in host memory."""
-    offload_activations: bool = False
-    """Activations kept for backward live in host memory."""
-    prefetch: int = 1
-    """Number of units gathered ahead."""
-    reshard_after_forward: bool = True
-    cache_dequantized: bool = False
-    """Dense weights are kept from forward to backward, or for good (`keeps_dense`)."""
-    accumulation_steps: int = 1
-    adapter_copies: int = 0
-    """Ranks that each hold the adapters whole (``fsdp.adapters=replicated``); 0 if they are sharded."""
-    on_accelerator: bool = False
-    keeps_whole: bool = False
-    """Each rank keeps all parameters on its device, so that nothing is gathered."""
-
-    @property
-    def keeps_dense(self) -> bool:
-        """Whether dense weights are kept from step to step: the base never changes, and no one reshards it."""
-        return self.cache_dequantized and self.keeps_whole
-
-    @property
-    def adapter_shards(self) -> int:
-        """Ranks that share one copy of the adapters, their gradients and their optimizer states."""
-        return 1 if self.adapter_copies else self.shard_size
-
-    @property
-    def layers_stay(self) -> bool:
-        """Whether layers stay gathered from forward to backward, and from one micro-batch to the next."""
-        return self.shard_size > 1 and not self.reshard_after_forward
-
-    @property
-    def copied_ahead(self) -> int:
-        """Layers that a rank which shards with no other copies ahead from host memory (`parallel/copy_ahead.py`)."""
-        return self.prefetch if self.offload_parameters and self.shard_size == 1 else 0
-
-    @property
-    def edges_stay(self) -> bool:
-        """Whether the embedding and the head stay gathered for the whole step; in one micro-batch no one needs it."""
-        return self.layers_stay and self.accumulation_steps > 1
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in a micro-batch."""
-        return self.micro_batch_size * self.max_length
 
 
 class MemoryModel:
@@ -141,20 +73,22 @@ class MemoryModel:
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
         self.layers = tuple(self._unit(name) for name in shapes.layers)
         self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
-        adapted = frozenset(trained)
+        adapted = frozenset(trained) - self.adapters.no_input
         more = (settings.lora.dropout > 0, settings.attention, settings.restarting, settings.on_accelerator)
         self.activations: tuple[LayerActivations, ...] = tuple(
             layer_activations(shapes, layer, adapted, settings.itemsize, *more) for layer in shapes.layers
         )
+        self.kept = KeptActivations(shapes, self.activations, adapters.kept, self._most_trained())
 
     def plan(self, settings: StorageSettings) -> MemoryPlan:
         """Return the memory of the rank that holds most, with these settings."""
         fixed = self.fixed
-        kept = self._kept_for_backward(settings)
-        layer = self._layer(settings)
-        whole = settings.checkpointing == "none" and not settings.offload_activations
-        # `kept` leaves out the last layer's activations: `layer` counts them in backward, and `last` at the head
-        last = self._saved(self.activations[-1], settings) if whole else 0
+        until_backward = settings.cache_dequantized and not settings.keeps_dense
+        kept = self.kept.on_device(settings) + (self.dense.kept * settings.itemsize if until_backward else 0)
+        layer = self.kept.in_backward(settings)
+        # `kept` leaves out the last layer's activations: `layer` counts them in backward, and `last` at the head. Those
+        # that are moved to the host are on the device for two layers at a time, which `kept` counts.
+        last = self.kept.last(settings).stays
         logits = self._logits(settings)
         # five tensors [tokens, hidden] around the head: the final norm, its copies and the gradient
         edge = settings.tokens * (5 * self.shapes.hidden_size + self.adapters.kept_by_head) * settings.itemsize
@@ -174,8 +108,7 @@ class MemoryModel:
         # a head copied ahead has arrived before the last layer's activations are there, and is beside that layer
         arrives, before = (again + at_layer, again + arriving + at_layer) if ahead else (again + arriving, 0)
         # the layer in backward is one of those whose offloaded activations are on the device
-        moves = settings.offload_activations and settings.checkpointing == "none"
-        left = min(kept, self._saved(self.activations[-1], settings)) if moves else 0
+        left = min(kept, self.kept.last(settings).leaves)
         # gradients and the optimizer's temporaries; of adapters, at most three times their bytes (fixed[3])
         updated = fixed[3] + temporary_bytes(settings.optim, fixed[3], settings.on_accelerator)
         moments = {
@@ -233,6 +166,14 @@ class MemoryModel:
             )
             + sum(state_bytes(settings.optim, name, shape, num_ranks=1) for name, shape in self.adapters.rows.items()),
         )
+
+    def _most_trained(self) -> list[int]:
+        """Return the number of elements of each trained tensor in the layer that has most of them."""
+        inside = [
+            [prod(shape) for name, shapes in self.trained.items() if name.startswith(f"{layer}.") for shape in
+             shapes.values()] for layer in self.shapes.layers
+        ]  # fmt: skip
+        return max(inside, key=sum, default=[])
 
     def held(self, settings: StorageSettings) -> int:
         """Return the number of adapter elements that this rank holds."""
@@ -318,49 +259,6 @@ class MemoryModel:
         stays = self.shapes.tied or settings.edges_stay
         return self.edges[0].gathered * (2 if stays else 1) + 2 * self.layers[0].gathered
 
-    def _kept_for_backward(self, settings: StorageSettings) -> int:
-        """Return the bytes that forward leaves on the device: each layer's input, or everything the layers save."""
-        edge = settings.tokens * self.shapes.hidden_size * settings.itemsize
-        if settings.checkpointing == "none":
-            each = [self._saved(layer, settings) for layer in self.activations[:-1]]  # `plan` adds the last one
-        else:
-            each = [edge + self._chosen(layer, settings) for layer in self.activations]
-        on_device = each[-LAYERS_ON_DEVICE:] if settings.offload_activations else each
-        until_backward = settings.cache_dequantized and not settings.keeps_dense
-        dense = self.dense.kept * settings.itemsize if until_backward else 0
-        # one mask for all layers, in bytes; each layer's copy of it is counted with the layer
-        mask = settings.tokens * settings.max_length if settings.attention == "sdpa" and settings.restarting else 0
-        return sum(on_device) + dense + mask + (edge if settings.checkpointing == "none" else 0)
-
-    def _chosen(self, layer: LayerActivations, settings: StorageSettings) -> int:
-        """Return the bytes of a layer's products that selective checkpointing keeps."""
-        if settings.checkpointing != "selective":
-            return 0
-        # selective checkpointing keeps blockwise attention, with its probabilities, but not eager attention
-        scores = self._scores(settings) if settings.attention != "eager" else 0
-        return settings.tokens * (layer.chosen + scores)
-
-    def _scores(self, settings: StorageSettings) -> int:
-        return kept_scores(self.shapes, settings.attention, settings.itemsize, settings.max_length)
-
-    def _layer(self, settings: StorageSettings) -> int:
-        """Return the bytes added by the layer in backward: recomputed activations and transient gradients."""
-
-        def moments(layer: LayerActivations) -> int:
-            in_attention = layer.attention_saved + layer.attention_scores * settings.max_length
-            blocks = layer.blocks * settings.max_length * settings.micro_batch_size
-            again = self._saved(layer, settings) - self._chosen(layer, settings)
-            return max(again + max(layer.transient * settings.tokens, blocks), in_attention * settings.tokens)
-
-        return max(map(moments, self.activations), default=0)
-
-    def _saved(self, layer: LayerActivations, settings: StorageSettings) -> int:
-        each = layer.saved + self._scores(settings) + layer.kept_positions * settings.max_length
-        saved = settings.tokens * each + self.adapters.kept * settings.itemsize
-        if settings.adapter_copies and settings.lora.dropout and settings.itemsize < FLOAT32:  # copies in compute dtype
-            saved += max((unit.adapters for unit in self.layers), default=0) * settings.itemsize
-        return saved
-
     def _logits(self, settings: StorageSettings) -> int:
         chunk, vocab = min(settings.logits_chunk, settings.tokens), self.shapes.vocab_size + self.adapters.added
         if settings.quantized_embeddings:
@@ -380,10 +278,7 @@ class MemoryModel:
         return largest
 
     def _host(self, settings: StorageSettings) -> HostBytes:
-        edge = settings.tokens * self.shapes.hidden_size * settings.itemsize
-        none = settings.checkpointing == "none"
-        each = [self._saved(x, settings) if none else edge + self._chosen(x, settings) for x in self.activations]
-        offloaded = sum(each) if settings.offload_activations else 0
+        offloaded = self.kept.all(settings).on_host
         parameters = sum(self.host_shards.values())
         if settings.offload_parameters:  # reduced gradients come as the activations go; an update is after both
             reduced = self.fixed[3] + temporary_bytes(settings.optim, self.fixed[3])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
+from fsdp_qlora.plan.memory import MemoryModel
+from fsdp_qlora.plan.storage import StorageSettings
 
 
 def gathered_bytes(memory: MemoryModel, settings: StorageSettings) -> int:

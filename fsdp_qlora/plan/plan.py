@@ -20,11 +20,12 @@ from fsdp_qlora.errors import PlanError
 from fsdp_qlora.optim.sizes import unmatched
 from fsdp_qlora.plan.choices import choose
 from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes
-from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
+from fsdp_qlora.plan.memory import MemoryModel
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.plan.starts import StartCost, start_cost
+from fsdp_qlora.plan.storage import StorageSettings
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 from fsdp_qlora.shapes.targets import target_linears, target_parameters
@@ -204,13 +205,13 @@ def _adapter_cost(
     method: Method, targets: Sequence[LinearShape], shapes: ModelShapes, lora: LoraSettings, itemsize: int,
     start: StartCost | None,
 ) -> AdapterCost:  # fmt: skip
-    kept = dict.fromkeys(shapes.layers, 0)
-    for linear in targets:
-        layer = next((layer for layer in kept if linear.name.startswith(layer + ".")), None)
-        if layer is not None:
-            kept[layer] += method.kept(linear, of_target(lora, linear.name))
-    loading = 0 if start is None else start.bytes
-    return AdapterCost(method.fixed_bytes(targets, lora, itemsize), max(kept.values(), default=0), loading)
+    kept = {linear.name: method.kept(linear, of_target(lora, linear.name)) for linear in targets}
+    layers = [[each for name, each in kept.items() if name.startswith(layer + ".")] for layer in shapes.layers]
+    most = max(layers, key=lambda layer: (sum(x.a_token for x in layer), sum(x.fixed for x in layer)), default=[])
+    return AdapterCost(
+        method.fixed_bytes(targets, lora, itemsize), tuple(most),
+        frozenset(name for name, each in kept.items() if not each.input), 0 if start is None else start.bytes,
+    )  # fmt: skip
 
 
 def _require_matches(config: RunConfig, trained: Mapping[str, tuple[int, ...]]) -> None:

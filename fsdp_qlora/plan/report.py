@@ -10,12 +10,12 @@ from typing import Any
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect, find_device, find_interconnect
 from fsdp_qlora.plan.layout import slowest_link
-from fsdp_qlora.plan.memory import StorageSettings
 from fsdp_qlora.plan.moved import gathered_bytes
 from fsdp_qlora.plan.parameters import fates
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.search import Found, best, fastest, search
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
+from fsdp_qlora.plan.storage import StorageSettings
 from fsdp_qlora.plan.timing import StepTime, flops_per_token, step_time
 from fsdp_qlora.shapes.linears import ModelShapes
 
@@ -33,6 +33,7 @@ def report(
     flops = flops_per_token(plan, shapes)
     values = plan.to_dict(gpu, simulated_bytes) | {
         "fates": fates(plan, shapes),
+        "kept_on_device_bytes": (plan.memory.kept.all(plan.settings).stays if plan.settings.offload_activations else 0),
         "gpu_bytes": parse_bytes(gpu) if gpu else None,
         "gathered_bytes_per_micro_batch": gathered_bytes(plan.memory, plan.settings),
         "gathered_bytes_per_step": gathered_bytes(plan.memory, plan.settings) * plan.batch.accumulation_steps,

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fsdp_qlora.data.deal import BatchPlan
-from fsdp_qlora.plan.memory import MemoryModel, StorageSettings
+from fsdp_qlora.plan.memory import MemoryModel
+from fsdp_qlora.plan.storage import StorageSettings
 
 SETTINGS = (
     ("none", "none"),

@@ -31,9 +31,10 @@ from typing import Any
 
 from fsdp_qlora.data.deal import BatchPlan
 from fsdp_qlora.plan.devices import LINK_SHARE, MFU, Device, Interconnect
-from fsdp_qlora.plan.memory import FLOAT32, StorageSettings
+from fsdp_qlora.plan.memory import FLOAT32
 from fsdp_qlora.plan.moved import copied_alone, copied_modules, gathered_bytes, received_bytes
 from fsdp_qlora.plan.plan import TrainPlan
+from fsdp_qlora.plan.storage import StorageSettings
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_linears
 
 

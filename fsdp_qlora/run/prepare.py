@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import Progress
 from fsdp_qlora.model.families import task_type
 from fsdp_qlora.model.folder import needs_hub, resolve_folder
+from fsdp_qlora.model.kernels import kernels_to_compile
 from fsdp_qlora.plan.choices import KERNELS_KEY
 from fsdp_qlora.run.build import Weights, load_model, require_adapter
 from fsdp_qlora.run.check import check_losses, open_and_check, told
@@ -27,6 +29,7 @@ from fsdp_qlora.run.starts import kept_start
 from fsdp_qlora.run.tokens import first_added, tokenize
 from fsdp_qlora.run.world import World, open_world
 
+_log = logging.getLogger(__name__)
 _EQUAL = "equal to upstream's own code"
 
 
@@ -68,6 +71,8 @@ def _prepare(
     asked, folder = config, _find_model(config.model, world)
     budget = rank_budget(world.ranks, world.placement)
     config, world, layout = settled_world(on_device(config, world.ranks.device.type), folder, world, budget)
+    if world.ranks.is_main and (line := kernels_to_compile(config.train.kernels, world.ranks.device)):
+        _log.info("%s", line)
     opened, verdict = open_and_check(config, folder, world.ranks, budget, weights)
     opened = opened.without_adapters(world.ranks, budget) if bare else opened
     tokenizer, data = tokenize(config, folder, opened, verdict, world)

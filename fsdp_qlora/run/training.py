@@ -46,6 +46,7 @@ from fsdp_qlora.load.safetensors import file_digests
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule, warmup_notice
+from fsdp_qlora.parallel.compile import waiting_for_compiler
 from fsdp_qlora.parallel.fallback import EagerFallback
 from fsdp_qlora.parallel.shard import model_dtype, release_gathered, synchronizer
 from fsdp_qlora.plan.choices import smaller
@@ -266,6 +267,8 @@ class Training:
         """Return what turns compilation off if it fails; None if no layers are compiled."""
         if (layers := self.model.compiled_layers) is None:
             return None
+        if self.ranks.is_main:
+            _log.info("train.compile: %s", waiting_for_compiler("the decoder layers", self.ranks.device))
 
         def say(step: int, reason: str) -> None:
             why = f"compilation failed at step {step}: {reason}"

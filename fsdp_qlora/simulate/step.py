@@ -200,7 +200,7 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cu
     on_cpu = ranks.device == HOST
     fake = fake_mode() if on_cpu else accelerator_mode()
     if not build_method(config.lora.method).simulates:
-        raise PlanError(f"plan.simulate: the sparse tensors of lora.variant={config.lora.variant} cannot be simulated.")
+        raise PlanError(f"plan.simulate: lora.variant={config.lora.variant} cannot be simulated; the plan counts it.")
     on_device = partial(_fake_buffers, device=ranks.device, mode=fake)
     host, moved = (NOT_COUNTED, _leave) if on_cpu else (HOST, on_device)
     model = build_sharded(config, base, shapes, plan, ranks, host, moved)

@@ -83,7 +83,18 @@ def brief(values: dict[str, Any]) -> str:
 
 def megabytes(count: float) -> str:
     """Return bytes as a short text in powers of 1000."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    if count and count < 1e5:
+        return f"{count / 1e3:.1f} kB"
+    return f"{count / 1e6:.1f} MB" if count else "0 MB"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration with two or three digits: ``123 s``, ``12.3 s``, ``0.12 s``, ``12 ms``, ``1.2 ms``."""
+    if seconds < 0.1:
+        return f"{1e3 * seconds:.2g} ms" if seconds < 0.01 else f"{1e3 * seconds:.0f} ms"
+    return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s"
 
 
 def clock(seconds: float) -> str:

@@ -21,8 +21,8 @@ from fsdp_qlora.adapters.based import fingerprint_in, require_same_base
 from fsdp_qlora.adapters.folder import read_adapter_config
 from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.cli.export import run as run_export
-from fsdp_qlora.config.rules import check_verb
 from fsdp_qlora.config.schema import from_dict
+from fsdp_qlora.config.verb_rules import check_verb
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ConfigError, FsdpQloraError, ModelError
 from fsdp_qlora.export.vllm import served_by_vllm

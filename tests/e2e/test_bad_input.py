@@ -146,6 +146,14 @@ def test_unknown_target_module_lists_the_real_ones(cli, tiny_run):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("verb", ["train", "plan"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+def test_attention_that_cannot_run_on_a_cpu(cli, tiny_run, verb, name):
+    result = cli(verb, *tiny_run, f"model.attn_implementation={name}", CUDA_VISIBLE_DEVICES="")
+    _refused(result, f"model.attn_implementation: {name} ", "and this run is on a CPU; choose blockwise, varlen")
+
+
+@pytest.mark.full
 @pytest.mark.launch
 def test_kernels_that_cannot_run_here(cli, tiny_run):
     """Before the data are read and the weights are loaded."""

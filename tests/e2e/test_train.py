@@ -212,3 +212,19 @@ def test_multirun_gives_each_job_a_folder(cli, tiny_run, tmp_path):
     assert len(summaries) == 2
     counts = [json.loads(s.read_text())["trainable_parameters"] for s in summaries]
     assert counts[1] == 2 * counts[0] or counts[0] == 2 * counts[1]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("setting", "said", "before"),
+    [
+        ("train.kernels=compile", "train.kernels=compile: each rank compiles norms", "3 rank(s) on cpu"),
+        ("train.compile=true", "train.compile: each rank compiles the decoder layers", "step 1/2"),
+    ],
+)
+def test_a_run_that_compiles_says_so_before_it_goes_quiet(cli, tiny_run, setting, said, before):
+    run = [*tiny_run, setting, "train.max_steps=2", "launcher.nproc_per_node=3"]
+    done = cli("train", *run, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.index(said) < done.stdout.index(before) < done.stdout.index("tiny: done")
+    assert said not in cli("train", *run, f"{setting.partition('=')[0]}=auto", "checkpoint.resume=never").stdout

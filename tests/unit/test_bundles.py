@@ -10,8 +10,9 @@ from fsdp_qlora.checkpoint.resume import blocking_settings, without
 from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.convert import to_dict
-from fsdp_qlora.config.rules import check_verb, failures
+from fsdp_qlora.config.rules import failures
 from fsdp_qlora.config.schema import LoraSettings, RunConfig, from_dict
+from fsdp_qlora.config.verb_rules import check_verb
 from fsdp_qlora.errors import ConfigError, PlanError
 from fsdp_qlora.run.decide import plan_for
 

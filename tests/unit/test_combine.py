@@ -17,8 +17,8 @@ from fsdp_qlora.adapters.combine import Weighted, combine, squares
 from fsdp_qlora.adapters.folder import read_adapter_config, stored_modules
 from fsdp_qlora.adapters.served import BASE
 from fsdp_qlora.cli.export import run
-from fsdp_qlora.config.rules import check_verb
 from fsdp_qlora.config.schema import from_dict
+from fsdp_qlora.config.verb_rules import check_verb
 from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.export.combined import combine_adapters
 from tests.distributed.test_many_adapters import make_adapters, stock

@@ -9,11 +9,12 @@ import sys
 import pytest
 import yaml
 
-from fsdp_qlora.cli.compose import compose_config, conf_dir, group_options, hydra_main, split, GROUPS  # isort: skip
+from fsdp_qlora.cli.compose import compose_config, hydra_main, split
 from fsdp_qlora.cli.generate import run as generate
 from fsdp_qlora.cli.help import show
+from fsdp_qlora.cli.overrides import GROUPS, conf_dir, group_options
 from fsdp_qlora.config.convert import known_keys, to_dict
-from fsdp_qlora.config.rules import check
+from fsdp_qlora.config.rules import check, failures
 from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.errors import ConfigError, SecurityError
 
@@ -115,6 +116,72 @@ def test_all_failures_at_once():
         from_dict({"optim": {"lr": "fast", "lrr": 1}, "train": 3, "quant": {"name": "nf5"}})
     for word in ("optim.lr:", "optim.lrr", "train:", "quant.name", "nf4"):
         assert word in str(refusal.value)
+
+
+WRONG = {
+    "nonsense": "nonsense: expected key=value",
+    "model.nmae=x": "model.nmae: there is no such key. Did you mean 'model.name'?",
+    "optim.lr=fast": "optim.lr: expected a number, got 'fast'.",
+    "quant=nf5": "quant: 'nf5' is not one of fp4, int8, nf4, none.",
+    "train.max_steps=many": "train.max_steps: expected a whole number",
+    "train.micro_batch_size=99": "train.micro_batch_size: 99 rows do not fit",
+    "data.length_grouped=true": "data.length_grouped: packed sequences",
+    "lora.r=0": "lora.r: must be above 0",
+    "train.kernels=liger": "train.kernels: compiled layers generate such kernels themselves",
+    "plan.gpu=24": "plan.gpu: 24 bytes are not the memory of a device",
+    "plan.device=h1000": "plan.device: 'h1000' is unknown. Did you mean 'h100'?",
+}
+"""Overrides -> what is said of each."""
+RIGHT = ["data.packing=true", "train.compile=true", "train.num_epochs=0"]
+
+
+def test_one_message_names_misspelt_keys_wrong_types_and_broken_rules():
+    with pytest.raises(ConfigError) as refusal:
+        compose_config("train", [*WRONG, *RIGHT])
+    lines = str(refusal.value).splitlines()
+    assert all(any(line.startswith(said) for line in lines) for said in WRONG.values())
+    # data.train is missing; nothing is said of max_steps and num_epochs, nor of model.name: one is not known, the other
+    # was probably meant
+    assert len(lines) == len(WRONG) + 1 and lines[-1].startswith("data.train: not set")
+
+
+def test_rules_are_checked_beside_a_wrong_experiment_and_a_sweep(monkeypatch):
+    with pytest.raises(ConfigError) as refusal:
+        compose_config("train", ["experiment=quickstrat", "train.num_epochs=0", "train.max_steps=0", "lora.alpha=-1"])
+    keys = [line.partition(":")[0] for line in str(refusal.value).splitlines()]
+    assert keys == ["experiment", "lora.alpha", "train.max_steps"]  # not model.name and data.train: it sets them
+    line = ["--multirun", "optim.lr=1e-3,1e-4", "lora.r=big", "lora.alpha=-1", "model.name=x", "data.train=y"]
+    monkeypatch.setattr(sys, "argv", ["fsdp-qlora"])
+    with pytest.raises(ConfigError) as refusal:
+        hydra_main("train", split(line), lambda config: 0)
+    assert [line.partition(":")[0] for line in str(refusal.value).splitlines()] == ["lora.r", "lora.alpha"]
+
+
+def test_wrong_values_in_a_file_and_broken_rules_are_named_together(tmp_path):
+    wrong = {"optim": {"lr": "fast"}, "lora": {"r": 0, "alhpa": 1}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(wrong))
+    with pytest.raises(ConfigError) as refusal:
+        compose_config("train", [f"run_from={tmp_path}", "train.micro_batch_size=99"])
+    strange, *others = str(refusal.value).splitlines()
+    assert strange == f"{tmp_path}: lora.alhpa: there is no such key. Did you mean 'lora.alpha'?"
+    keys = [line.partition(":")[0] for line in others]
+    assert keys == ["optim.lr", "lora.r", "train.micro_batch_size", "model.name", "data.train"]
+
+
+PLAIN = [
+    "train.compile=true", "train.kernels=compile", "train.kernels=liger", "quant.cache_dequantized=true",
+    "fsdp.reshard_after_forward=false", *(f"model.attn_implementation={name}" for name in (
+        "flash_attention_2", "flex_attention", "blockwise", "varlen")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fast", PLAIN)
+def test_debug_plain_refuses_what_it_turns_off(fast):
+    key, _, value = fast.partition("=")
+    with pytest.raises(ConfigError, match=rf"^{key}: {value} is a fast path, and debug=plain"):
+        compose_config("train", ["debug=plain", fast])
+    assert not [line for line in failures(compose_config("train", ["debug=plain"])) if key in line]
+    compose_config("train", ["debug=plain", "train.compile=false", "model.attn_implementation=sdpa"])
 
 
 def test_nothing_heavy_is_imported_by_composing():

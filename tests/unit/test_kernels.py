@@ -33,9 +33,10 @@ from fsdp_qlora.model.formulas import (
     silu_product,
 )
 from fsdp_qlora.model.fused import FusedMLP, FusedNorm, fusible, swap_fused
-from fsdp_qlora.model.kernels import KERNELS, Kernels, LigerKernels
+from fsdp_qlora.model.kernels import KERNELS, Kernels, LigerKernels, kernels_to_compile
 from fsdp_qlora.model.skeleton import build_skeleton
 from fsdp_qlora.parallel import compile as compile_module
+from fsdp_qlora.parallel.compile import waiting_for_compiler
 from fsdp_qlora.plan.compilation import Work, choose_compilation
 from fsdp_qlora.run.decide import plan_for, require_kernels
 from tests.families import write_family
@@ -220,6 +221,13 @@ def test_kernels_that_cannot_run_here_are_refused(tmp_path, monkeypatch):
     assert "LayerNorm" in none and "GPTNeoXMLP" in none
     monkeypatch.setattr(compile_module.shutil, "which", lambda name: None)
     assert "compile needs a C++ compiler" in refusal("compile", llama, CPU)
+
+
+def test_a_compilation_is_announced():
+    said = kernels_to_compile("compile", CPU)
+    assert said is not None and said.startswith("train.kernels=compile: each rank compiles norms, gated activations")
+    assert "some 20 s" in said and kernels_to_compile("torch", CPU) is kernels_to_compile("auto", CPU) is None
+    assert "the decoder layers when they first run" in waiting_for_compiler("the decoder layers", torch.device("cuda"))
 
 
 def test_liger_leaves_the_layers_uncompiled():

@@ -14,7 +14,8 @@ import torch
 from fsdp_qlora.adapters.linear import use_fused_products
 from fsdp_qlora.adapters.lora import attach_lora
 from fsdp_qlora.attention.blocks import kept_scores
-from fsdp_qlora.cli.compose import compose_config, conf_dir
+from fsdp_qlora.cli.compose import compose_config
+from fsdp_qlora.cli.overrides import conf_dir
 from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.distributed.mesh import degrees
 from fsdp_qlora.errors import ConfigError, ModelError
@@ -315,6 +316,8 @@ def test_a_group_that_spans_nodes_gathers_over_the_network(tiny_model):
 def test_no_memory_is_no_amount():
     with pytest.raises(ConfigError, match=r"plan\.gpu"):
         parse_bytes("0GiB")
+    with pytest.raises(ConfigError, match=r"plan\.gpu: 24 bytes are not the memory of a device; write it as 24GiB"):
+        parse_bytes("24")
 
 
 def test_names_of_devices_and_interconnects():

@@ -96,3 +96,28 @@ def test_host_memory_holds_gradients_and_temporaries_too() -> None:
         assert plan.host.offloaded_parameters == fixed + (1 + temporaries) * other.adapters
         both = _plan(2, fsdp={"offload": "all"}, **optim).host  # which are there once activations are not
         assert both.offloaded_parameters == fixed and both.offloaded_activations > 2 * other.adapters
+
+
+def test_small_activations_stay_on_the_device() -> None:
+    """Tensors below 1 MiB are not moved (`parallel/offload.py`): here keys and values, and with few tokens all."""
+    offload = {"fsdp": {"offload": "activations"}}
+    few = _plan(data={"max_length": 16}, **offload)
+    assert few.host.offloaded_activations == 0
+    assert few.bytes.activations == _plan(data={"max_length": 16}).bytes.activations
+    tokens = 256  # of which keys and values take 2 x 512 KiB in each layer
+    some, none = _plan(data={"max_length": tokens}, **offload), _plan(data={"max_length": tokens})
+    stays = some.memory.kept.all(some.settings).stays
+    assert stays == LAYERS * 2 * KEY_WIDTH * tokens * 2
+    once_more = LAYERS * WIDTH * tokens * 2  # attention's output, which attention and the adapter after it save
+    assert some.host.offloaded_activations == none.memory.kept.all(none.settings).stays - stays + once_more
+    recomputed = {"train": {"activation_checkpointing": "full"}, **offload}
+    assert _plan(data={"max_length": 64}, **recomputed).host.offloaded_activations == 0  # inputs of 512 KiB
+    assert _plan(data={"max_length": 128}, **recomputed).host.offloaded_activations == LAYERS * 128 * WIDTH * 2
+
+
+def test_what_selective_checkpointing_keeps_is_not_moved() -> None:
+    selective = {"activation_checkpointing": "selective"}
+    some, none = (_plan(train=selective, fsdp={"offload": where}) for where in ("activations", "none"))
+    inputs = LAYERS * LENGTH * WIDTH * 2
+    assert some.host.offloaded_activations == inputs
+    assert some.memory.kept.all(some.settings).stays == none.memory.kept.all(none.settings).stays - inputs

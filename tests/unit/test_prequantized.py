@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fsdp_qlora.config.rules import check_verb
 from fsdp_qlora.config.schema import QuantSettings, from_dict
+from fsdp_qlora.config.verb_rules import check_verb
 from fsdp_qlora.errors import ConfigError, ModelError, StorageError
 from fsdp_qlora.export import quantized_base
 from fsdp_qlora.export.quantized_base import export_base

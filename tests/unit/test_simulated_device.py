@@ -21,7 +21,7 @@ from fsdp_qlora.simulate.step import simulate
 from tests.simulated import TOKENS, VARIANTS, VOCABULARY, also_on_cpu, config_and_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
-FAST = ("1 rank", "2 ranks", "params", "activations, full", "modules")
+FAST = ("1 rank", "2 ranks", "params", "activations, full", "modules", "small, all")
 """The variants of `make test`; all others are simulated in the full tier."""
 INPUTS = 4 * 8 * TOKENS
 """Bytes of ids, labels, positions and targets, int64: on the device, and on a CPU not made by the step."""
@@ -96,7 +96,8 @@ def test_the_peak_is_the_planned_one(found: dict[str, dict[str, Any]], name: str
     simulated = _simulation(found, name)
     assert simulated.peak_bytes == pytest.approx(found[name]["peak"], rel=0.1)
     if (planned := found[name]["host"]) > 0:
-        assert simulated.host_peak_bytes == pytest.approx(planned, rel=0.02)
+        # moved activations: no gradient flows to the embedding, so the first norm of these few layers saves nothing
+        assert simulated.host_peak_bytes == pytest.approx(planned, rel=0.04 if found[name]["moved"] else 0.02)
     else:  # step counters, and zero codes of 8-bit states
         assert simulated.host_peak_bytes is not None and simulated.host_peak_bytes < 4096
 

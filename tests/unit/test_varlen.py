@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from fsdp_qlora.attention import candidates
-from fsdp_qlora.attention.candidates import why_not
+from fsdp_qlora.attention.candidates import attention_candidates, why_not
 from fsdp_qlora.attention.flatten import decoder_inputs, reads_boundaries
 from fsdp_qlora.attention.varlen import ops, varlen_forward
+from fsdp_qlora.config.convert import field_types, words_of
+from fsdp_qlora.config.schema import ModelSettings
 from fsdp_qlora.data.labels import IGNORE
 from fsdp_qlora.data.loader import MicroBatch
 from fsdp_qlora.data.pack import flat_batch, pack
@@ -127,6 +130,16 @@ def test_which_attention_reads_boundaries():
     capped = SimpleNamespace(layer_types=None, attn_logit_softcapping=50.0)
     assert why_not("varlen", cpu, torch.float32, capped) is None
     assert "not support soft caps" in str(why_not("varlen", gpu, torch.bfloat16, capped))
+
+
+def test_every_attention_runs_on_a_cpu_or_is_refused_by_name():
+    names = words_of(field_types(ModelSettings)["attn_implementation"])
+    cpu, config = torch.device("cpu"), SimpleNamespace(layer_types=None)
+    refused = {name: why for name in names if (why := why_not(name, cpu, torch.bfloat16, config))}
+    assert refused.keys() == {"flash_attention_2", "flex_attention"}
+    assert all(why.startswith(f"{name} ") and "on a CPU; choose blockwise" in why for name, why in refused.items())
+    with pytest.raises(ModelError, match=r"^model\.attn_implementation: flex_attention has no backward on CPUs"):
+        attention_candidates(cpu, "flex_attention", LlamaConfig(), torch.bfloat16)
 
 
 def _rows(*lengths):

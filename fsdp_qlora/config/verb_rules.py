@@ -1,0 +1,100 @@
+"""What each verb needs beyond valid settings, one small function each, as in `fsdp_qlora.config.rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+from fsdp_qlora.config.adapter_rules import combination_needs
+from fsdp_qlora.config.problems import messages
+from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.errors import ConfigError
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    if not config.model.name and not config.adapter:
+        yield "model.name: not set. Give a hub name (Qwen/Qwen3-8B), a folder, or experiment=quickstart."
+
+
+def _answering_model(config: RunConfig) -> Iterator[str]:
+    if not config.model.name and not config.adapter:
+        yield "model.name: not set. Give a model, or adapter=FOLDER, which names its base."
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    if config.data.train is None:
+        yield "data.train: not set. Give a file, a folder, a hub data set, or a list of them."
+
+
+def _one_adapter(config: RunConfig) -> Iterator[str]:
+    if isinstance(config.adapter, dict):
+        yield "adapter: evaluate measures one adapter; give its folder."
+
+
+def _held_out(config: RunConfig) -> Iterator[str]:
+    if config.data.eval is None and (config.data.eval_fraction == 0 or not config.data.train):
+        yield "data.eval: there is nothing to evaluate on; set it, or data.train with data.eval_fraction."
+
+
+def _prompt(config: RunConfig) -> Iterator[str]:
+    if config.prompt is None and config.prompt_file is None and config.generate.prompts is None:
+        yield 'prompt: not set. Give prompt="..." or prompt_file=FILE, or generate.prompts=FILE.jsonl.'
+
+
+def _base_4bit(config: RunConfig) -> Iterator[str]:
+    if config.what != "base-4bit":
+        return
+    if not config.model.name and not config.adapter:
+        yield "model.name: not set. what=base-4bit stores this model in 4 bits."
+    if not config.export.to:
+        yield "export.to: not set. Give the folder that what=base-4bit writes."
+    if config.quant.name not in ("nf4", "fp4") or config.quant.overrides:
+        yield "quant: what=base-4bit stores all linears in one 4-bit format; choose nf4 or fp4, without overrides."
+    if config.export.checkpoint:
+        yield "export.checkpoint: holds an adapter; leave it out, or set what=adapter."
+    if config.export.plain_lora:
+        yield "export.plain_lora: converts an adapter; set what=adapter."
+
+
+def _converted(config: RunConfig) -> Iterator[str]:
+    if config.export.plain_lora and not config.export.to:
+        yield "export.to: not set. Give the folder that export.plain_lora=true writes."
+    if config.what == "adapter" and isinstance(config.adapter, str) and not config.export.to:
+        yield "export.to: not set. Give the folder for a copy of the adapter."
+
+
+def _merged(config: RunConfig) -> Iterator[str]:
+    if config.what != "merged":
+        return
+    if not config.export.to:
+        yield "export.to: not set. Give the folder that what=merged writes."
+    if config.adapter and config.export.checkpoint:
+        yield "export.checkpoint: adapter names the adapter to fold in; give one of them."
+    for key in ("for_vllm", "plain_lora"):
+        if getattr(config.export, key):
+            yield f"export.{key}: is about adapters, and what=merged writes none; leave it out."
+
+
+NEEDS: dict[str, tuple[Callable[[RunConfig], Iterator[str]], ...]] = {
+    "train": (_model, _data),
+    "plan": (_model,),
+    "prepare": (_model,),
+    "evaluate": (_model, _one_adapter, _held_out),
+    "export": (combination_needs, _base_4bit, _converted, _merged),
+    "generate": (_prompt, _answering_model),
+}
+
+
+def missing(verb: str, config: RunConfig, unknown: Collection[str] = ()) -> list[str]:
+    """Return what ``verb`` lacks, leaving out whatever depends on one of the ``unknown`` keys."""
+    return messages(NEEDS.get(verb, ()), config, unknown)
+
+
+def check_verb(verb: str, config: RunConfig) -> RunConfig:
+    """Return ``config`` if it has everything that ``verb`` needs.
+
+    Raises:
+        ConfigError: naming everything that is missing.
+    """
+    if problems := missing(verb, config):
+        raise ConfigError("\n".join(problems))
+    return config
