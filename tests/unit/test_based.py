@@ -66,6 +66,28 @@ def test_tensors_are_those_of_the_linears_that_peft_means(tiny_model, tmp_path, 
         require_targets(more, base)
 
 
+def test_modules_trained_whole_and_tables_with_adapters_are_known(tiny_model, tmp_path):
+    base = _base(tiny_model)
+    whole = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"])
+    require_targets(_stock(tiny_model, tmp_path / "whole", whole), base)  # to PEFT, lm_head is then no target
+    stock = _stock(tiny_model, tmp_path / "stock", peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    # as PEFT saves it with save_embedding_layers=False
+    table = _changed(
+        stock, tmp_path / "table", lambda ts: {n: t for n, t in ts.items() if not n.endswith(".base_layer.weight")}
+    )
+    require_targets(table, base)
+    for ending, said in (
+        ("lora_embedding_B", r"lacks 1 tensor\(s\) \(first: .*embed_tokens\.lora_embedding_B\)"),
+        ("", r"no tensors for 1 of the 3 modules .*\(first: model\.embed_tokens\)"),
+    ):
+        less = _changed(
+            table, tmp_path / f"less{ending}",
+            lambda ts, end=ending: {n: t for n, t in ts.items() if "embed_tokens" not in n or not n.endswith(end)},
+        )  # fmt: skip
+        with pytest.raises(ModelError, match=said):
+            require_targets(less, base)
+
+
 @pytest.mark.parametrize("target_modules", ["(", 3, [["q_proj"]]])
 def test_a_config_that_selects_by_nonsense_is_refused(tiny_model, tmp_path, target_modules):
     folder = _stock(tiny_model, tmp_path, peft.LoraConfig(r=2, target_modules=["q_proj"]))
