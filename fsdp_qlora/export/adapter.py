@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -143,6 +144,7 @@ def _write_into(
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt", **header}
     )
+    _order_header(file)
     open_as_a_new_file(file)
     with safe_open(file, framework="pt") as written:
         if set(written.keys()) != tensors.keys():
@@ -151,6 +153,19 @@ def _write_into(
         tokenizer.save_pretrained(str(folder))
     if model_card is not None:
         write_text(folder / "README.md", model_card)
+
+
+def _order_header(weights: Path) -> None:
+    """Sort the texts in a safetensors header, whose order is random, so that equal adapters are equal files."""
+    with weights.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) != size:
+            raise StorageError(f"{weights}: its header cannot be written in order.")
+        file.seek(8)
+        file.write(text)
 
 
 def write_folder(
@@ -193,6 +208,7 @@ def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor], base: Facts
     """
     weights = folder / WEIGHTS_NAME
     save_file({n: t.contiguous() for n, t in tensors.items()}, weights, metadata={"format": "pt", **header_of(base)})
+    _order_header(weights)
     open_as_a_new_file(weights)
     return weights.stat().st_size
 
