@@ -134,6 +134,15 @@ def stacked_tensors(model: nn.Module) -> dict[str, StackedLora]:
     }
 
 
+def stored_shape(
+    stored: Any, name: str, shape: Sequence[int], stack: StackedLora | LinearShape | None, exchanged: bool
+) -> tuple[int, ...]:
+    """Return the shape that `stored_value` returns a tensor in, without reading it."""
+    if (other := _other_half(stored, name, shape, stack, exchanged)) is None:
+        return tuple(stored.get_slice(name).get_shape())
+    return tuple(reversed(stored.get_slice(other).get_shape()))
+
+
 def stored_value(
     stored: Any, name: str, shape: Sequence[int], stack: StackedLora | LinearShape | None, exchanged: bool
 ) -> torch.Tensor:
@@ -147,12 +156,21 @@ def stored_value(
     so that each of today's tensors is the other of then, turned. Shapes tell which it is if ``in`` and ``out`` differ;
     else the version does (``exchanged``).
     """
-    value = stored.get_tensor(name)
-    told_by_shapes = stack is not None and stack.in_features != stack.out_features
-    if stack is None or stack.transposed or not exchanged or (told_by_shapes and tuple(value.shape) == tuple(shape)):
-        return value
-    count, is_down = stack.count, ".lora_A." in name
-    other = stored.get_tensor(name.replace(".lora_A.", ".lora_B.") if is_down else name.replace(".lora_B.", ".lora_A."))
-    if is_down:  # from B_old [in, r * count]
+    if stack is None or (half := _other_half(stored, name, shape, stack, exchanged)) is None:
+        return stored.get_tensor(name)
+    other, count = stored.get_tensor(half), stack.count
+    if ".lora_A." in name:  # from B_old [in, r * count]
         return other.view(other.shape[0], -1, count).permute(2, 1, 0).reshape(-1, other.shape[0]).contiguous()
     return other.view(count, -1, other.shape[1]).permute(2, 1, 0).reshape(other.shape[1], -1).contiguous()
+
+
+def _other_half(
+    stored: Any, name: str, shape: Sequence[int], stack: StackedLora | LinearShape | None, exchanged: bool
+) -> str | None:
+    """Return the name of the tensor that ``name`` must be made of, if A and B are exchanged."""
+    if stack is None or stack.transposed or not exchanged:
+        return None
+    told_by_shapes = stack.in_features != stack.out_features
+    if told_by_shapes and tuple(stored.get_slice(name).get_shape()) == tuple(shape):
+        return None
+    return name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")

@@ -6,19 +6,26 @@ Every method that PEFT can merge is merged, in float32, by the code that defines
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from fsdp_qlora.adapters.experts import experts_parameters, peft_config, stored_value
-from fsdp_qlora.adapters.folder import WEIGHTS_NAME, opened_weights, read_adapter_config, stored_modules
-from fsdp_qlora.adapters.method import build_method, of_target, scaling_of, shared_names
+from fsdp_qlora.adapters.experts import experts_parameters, peft_config, stored_shape, stored_value
+from fsdp_qlora.adapters.folder import (
+    WEIGHTS_NAME,
+    opened_weights,
+    read_adapter_config,
+    require_shapes,
+    stored_modules,
+)
+from fsdp_qlora.adapters.method import build_method, of_target, scaling_of, shared_names, spelt_out
 from fsdp_qlora.adapters.names import IN_FILE, LORA_A, LORA_B, base_name
-from fsdp_qlora.adapters.peft_layers import CPU, adapted_alone, adapted_layers
+from fsdp_qlora.adapters.peft_layers import CPU, META, adapted_alone, adapted_layers
 from fsdp_qlora.adapters.starts import Start
 from fsdp_qlora.adapters.turns import FILE_NAME, read_start
 from fsdp_qlora.adapters.whole import within
@@ -75,6 +82,65 @@ class StoredAdapter:
             base_name(name): name for name in names if name in self.config.biases or within(name, self.config.modules)
         }
         self._tables = [name for name in self.modules if f"{IN_FILE}{name}.lora_embedding_A" in names]
+
+    def require_fits(self, sizes: Mapping[str, tuple[int, int]], stacks: Iterable[LinearShape] = ()) -> None:
+        """Check that the file has the tensors that PEFT's own layers have on such linears, and no others.
+
+        Weights of the base that were trained are not looked at.
+
+        Args:
+            sizes: as for `fold`, of every linear with an adapter.
+            stacks: as for `fold_stack`.
+
+        Raises:
+            ModelError: naming the first tensor that is missing, that PEFT would pass over, or that has another shape.
+        """
+        wanted, beside = self._of_peft(sizes), set(self._whole.values())
+        of_stacks: dict[str, tuple[LinearShape, tuple[int, ...]]] = {}
+        if stacks := list(stacks):
+            experts = experts_parameters(self._method, stacks, self._settings)
+            of_stacks = {key: (stack, shape) for stack in stacks for key, shape in experts[stack.name].items()}
+        wanted |= {key: shape for key, (_, shape) in of_stacks.items()}
+        with opened_weights(self._file) as stored:
+            stored.require_equal_copies()
+            names = {name for name in stored.keys() if not name.endswith(TOKEN_ROWS)} - beside  # noqa: SIM118
+            for odd, what in (
+                (wanted.keys() - names, "lacks {} tensor(s) that PEFT has with its settings"),
+                (names - wanted.keys(), "holds {} tensor(s) that PEFT passes over with its settings"),
+            ):
+                if odd:
+                    raise ModelError(
+                        f"adapter: {self._file} {what.format(len(odd))} (first: {min(odd)}); the file is not whole, or "
+                        "its config is of another adapter."
+                    )
+            shapes = {name: stored.get_slice(name).get_shape() for name in wanted.keys() - of_stacks.keys()}
+            for key, (stack, shape) in of_stacks.items():
+                shapes[key] = stored_shape(stored, key, shape, stack, self.config.exchanged)
+        require_shapes(self._file, wanted, shapes)
+
+    def _of_peft(self, sizes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that PEFT saves of adapters on such linears, without copies of shared ones.
+
+        Raises:
+            ModelError: if PEFT refuses the settings for these linears.
+        """
+        if not sizes:
+            return {}
+        names, settings = list(sizes), self._settings
+        settings = replace(  # patterns of stacks mean none of these
+            settings,
+            rank_pattern={name: r for name, r in settings.rank_pattern.items() if name in sizes},
+            alpha_pattern={name: alpha for name, alpha in settings.alpha_pattern.items() if name in sizes},
+        )
+        try:
+            config = self._method.peft(names, spelt_out(settings, names), None)
+            alone = adapted_alone(config, sizes, META, tables=self._tables)
+            state = get_peft_model_state_dict(alone, save_embedding_layers=False)
+        except (ValueError, TypeError, NotImplementedError, ArithmeticError) as error:
+            raise ModelError(f"adapter: {self.folder} does not fit this base model: {error}") from error
+        shared = shared_names()
+        ends = tuple(f".{name.rpartition('.')[2]}" for name in shared)
+        return {n: tuple(value.shape) for n, value in state.items() if n in shared or not n.endswith(ends)}
 
     @torch.no_grad()
     def fold(self, name: str, weight: torch.Tensor, sizes: Mapping[str, tuple[int, int]]) -> torch.Tensor:

@@ -14,12 +14,11 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
-from fsdp_qlora.adapters.experts import before_exchange, stacked_tensors, stored_value
+from fsdp_qlora.adapters.experts import before_exchange
 from fsdp_qlora.adapters.method import (
     PATTERNS,
     Method,
@@ -29,15 +28,14 @@ from fsdp_qlora.adapters.method import (
     shared_names,
     tensor_names,
 )
-from fsdp_qlora.adapters.names import ADAPTER, LORA_A, adapter_parameters, trainable_parameters
+from fsdp_qlora.adapters.names import IN_FILE, LORA_A
+from fsdp_qlora.adapters.spellings import SpeltFile
 from fsdp_qlora.adapters.turns import FILE_NAME
-from fsdp_qlora.adapters.whole import whole_in_file, within, without_copies
+from fsdp_qlora.adapters.whole import whole_in_file, within
 from fsdp_qlora.config.choices import METHODS, NONE
 from fsdp_qlora.config.schema import LoraSettings
-from fsdp_qlora.distributed.shards import fill_slice
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file, read_json
-from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 T = TypeVar("T")
@@ -249,14 +247,17 @@ def _refused(values: dict[str, Any], method: Method, has_start: bool) -> list[st
     return refused
 
 
-def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
+def adapted_modules(names: Iterable[str], file: Path, method: Method | None = None) -> list[str]:
     """Return the linears with an adapter, given the tensor names in an adapter file; rows of tokens are left out.
 
     Raises:
-        ModelError: if a tensor does not belong to plain LoRA on a linear.
+        ModelError: if a tensor does not belong to an adapter of ``method`` (None: of any method) on a linear, or a
+            linear has only one of LoRA's matrices.
     """
-    tensors = "|".join(map(re.escape, sorted(tensor_names())))
-    of_targets = {name for name in set(names) - shared_names() if not name.endswith(f".{TOKEN_ROWS}")}
+    known = tensor_names() if method is None else method.tensor_names()
+    shared = shared_names() if method is None else {f"base_model.{name}" for name in method.shared}
+    tensors = "|".join(map(re.escape, sorted(known)))
+    of_targets = {name for name in set(names) - shared if not name.endswith(f".{TOKEN_ROWS}")}
     matches = {name: re.fullmatch(rf"base_model\.model\.(.+)\.(?:{tensors})", name) for name in of_targets}
     if odd := sorted(name for name, match in matches.items() if match is None):
         raise ModelError(
@@ -265,7 +266,18 @@ def adapted_modules(names: Iterable[str], file: Path) -> list[str]:
         )
     if not matches:
         raise ModelError(f"adapter: {file} holds no tensors.")
-    return sorted({match[1] for match in matches.values() if match is not None})
+    modules = sorted({match[1] for match in matches.values() if match is not None})
+    if method is not None and method.config is LoraConfig:
+        missing = {
+            f"{IN_FILE}{module}.{tensor}" for module in modules
+            for tensor in method.tensors_with({name for name in known if f"{IN_FILE}{module}.{name}" in of_targets})
+        } - of_targets  # fmt: skip
+        if missing:
+            raise ModelError(
+                f"adapter: {file} lacks {len(missing)} tensor(s) (first: {min(missing)}), without which an adapter is "
+                "not whole; PEFT would go on with what it is initialised with. Copy the file again."
+            )
+    return modules
 
 
 def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
@@ -276,6 +288,20 @@ def blamed_on_adapter(error: FsdpQloraError, folder: Path) -> FsdpQloraError:
     said = FsdpQloraError(f"adapter: {folder} does not fit this model: {text.partition(': ')[2]}")
     said.exit_code, said.alike = error.exit_code, error.alike
     return said
+
+
+def require_shapes(file: Path, wanted: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]]) -> None:
+    """Check the shapes of an adapter file's tensors, by name.
+
+    Raises:
+        ModelError: naming the first ones that are not as wanted.
+    """
+    if other := [name for name, shape in wanted.items() if list(stored[name]) != list(shape)]:
+        shown = "; ".join(f"{name} is {list(stored[name])}, not {list(wanted[name])}" for name in other[:3])
+        raise ModelError(
+            f"adapter: {file} is not of this base, or of another rank: {len(other)} of its {len(wanted)} tensors have "
+            f"other shapes ({shown}{' ...' if len(other) > 3 else ''})."
+        )
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -290,13 +316,19 @@ def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[st
         SecurityError: if the file is a link out of the folder.
     """
     file = own_file(folder, WEIGHTS_NAME)
+    if not file.is_file() and (pickled := own_file(folder, "adapter_model.bin")).is_file():
+        raise ModelError(
+            f"adapter: {folder} has no {WEIGHTS_NAME}, only {pickled.name}: a pickle, which can run anybody's code "
+            'when it is read, so it is not read here. Convert it: python -c "import torch; from safetensors.torch '
+            f"import save_file; save_file(torch.load('{pickled}', weights_only=True), '{file}')\"."
+        )
     if not file.is_file():
         raise ModelError(f"adapter: {folder} has no {WEIGHTS_NAME}.")
     with opened_weights(file) as stored:
-        names = list(stored.keys())
+        names = stored.keys()
         if config is not None:
             names = [name for name in names if name not in config.biases and not within(name, config.modules)]
-        modules = adapted_modules(names, file)
+        modules = adapted_modules(names, file, None if config is None else build_method(config.variant))
         settings = None if config is None else config.settings(modules)
         for name in names:
             module = name.removeprefix("base_model.model.").removesuffix(LORA_A)
@@ -309,59 +341,14 @@ def stored_modules(folder: Path, config: AdapterConfig | None = None) -> list[st
 
 
 @contextmanager
-def opened_weights(file: Path) -> Iterator[Any]:
-    """Open an adapter's safetensors file.
+def opened_weights(file: Path) -> Iterator[SpeltFile]:
+    """Open an adapter's safetensors file; its tensors have PEFT's names, whatever tool spelt them.
 
     Raises:
-        ModelError: if it is damaged.
+        ModelError: if it is damaged, or of a layout that PEFT does not read.
     """
     try:
         with safe_open(file, framework="pt") as stored:
-            yield stored
+            yield SpeltFile(stored, file)
     except SafetensorError as error:
         raise ModelError(f"adapter: {file} is damaged: {error}.") from error
-
-
-@torch.no_grad()
-def load_adapter(
-    folder: Path, model: nn.Module, shard_rank: int = 0, shard_size: int = 1, lora: LoraSettings | None = None,
-    name: str | None = None,
-) -> None:  # fmt: skip
-    """Fill a model's adapters, attached with the settings ``lora``, from a PEFT adapter folder.
-
-    ``name`` is the adapter's name on the model; None = the one that is trained.
-
-    Raises:
-        ModelError: if its tensors do not match the model's by name and shape, or a value is not finite.
-    """
-    file = own_file(folder, WEIGHTS_NAME)
-    parameters = dict(trainable_parameters(model) if name is None else adapter_parameters(model, name))
-    config = read_adapter_config(folder)
-    modules = stored_modules(folder, config)
-    stacks = stacked_tensors(model)
-    with opened_weights(file) as stored:
-        names = set(stored.keys())
-        lora = lora or LoraSettings()
-        fixed = build_method(lora.method).fixed(model, lora, name or ADAPTER)
-        names = without_copies(stored, names, parameters, config.modules)
-        if odd := sorted(names ^ parameters.keys() ^ fixed.keys()):
-            ours = sorted(set(adapted_modules(dict(adapter_parameters(model, name or ADAPTER)), file)) - set(modules))
-            key = "target_parameters" if any(".experts" in name for name in ours[:1]) else "target_modules"
-            hint = f" It has no adapter for {ours[0]}: set lora.{key} to the adapter's." if ours else ""
-            if odd[0].endswith(TOKEN_ROWS):
-                hint = " One of them has rows of added tokens: set model.add_tokens to the adapter's."
-            elif beside := [key for key in odd if not key.endswith(tuple(f".{end}" for end in tensor_names()))]:
-                key, theirs = (
-                    ("bias", config.bias) if beside[0].endswith(".bias") else ("modules_to_save", config.modules)
-                )
-                hint = (
-                    f" They differ in trained weights of the base: set lora.{key} to the adapter's ({theirs}). (If "
-                    "embedding and head share a table here, the adapter must not have trained them apart.)"
-                )
-            raise ModelError(f"adapter: {file} and the model differ in {len(odd)} tensors (first: {odd[0]}).{hint}")
-        for key, target in {**parameters, **fixed}.items():
-            value = stored_value(stored, key, target.shape, stacks.get(key), config.exchanged)
-            if value.shape != target.shape:
-                raise ModelError(f"adapter: {key} is {list(value.shape)} in {file}, not {list(target.shape)}.")
-            require_finite(value, f"adapter: {key} in {file}")
-            fill_slice(target, value, shard_rank, shard_size)

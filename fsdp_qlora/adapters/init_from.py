@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
 
-from fsdp_qlora.adapters.folder import load_adapter, read_adapter_config, stored_modules
+from fsdp_qlora.adapters.folder import WEIGHTS_NAME, read_adapter_config, stored_modules
+from fsdp_qlora.adapters.loading import load_adapter
 from fsdp_qlora.adapters.method import build_method, of_target
 from fsdp_qlora.config.choices import PEFT_METHODS
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.files.read import own_file
+from fsdp_qlora.track.console import megabytes
+
+_log = logging.getLogger(__name__)
 
 
 def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks: Ranks) -> None:
@@ -51,6 +57,9 @@ def start_from_adapter(folder: Path, lora: LoraSettings, model: nn.Module, ranks
     if differ:
         raise ModelError("\n".join(differ))
     load_adapter(folder, model, ranks.shard_rank, ranks.shard_size, lora)
+    if ranks.is_main:
+        size = own_file(folder, WEIGHTS_NAME).stat().st_size
+        _log.info(f"started from {folder}: {saved.method} on {len(modules)} linears, {megabytes(size)}")
 
 
 def _differ_by_target(saved: LoraSettings, lora: LoraSettings, folder: Path) -> Iterator[str]:

@@ -7,7 +7,7 @@ through ``LoraConfig._register_custom_module`` (private; `tests/unit/test_lora.p
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,8 +50,15 @@ class LoRA(Method):
 
     def tensor_names(self) -> set[str]:
         """Return the names that tensors of a target have in PEFT's file, after the target's name."""
-        table = LinearShape("any", 1, 1, lookup=True)
-        return super().tensor_names() | self.shapes(table, LoraSettings()).keys()
+        return super().tensor_names() | self._of_table()
+
+    def tensors_with(self, names: Collection[str]) -> set[str]:
+        """Return the names of all tensors of a target that has the ones called ``names``: a linear, or an embedding."""
+        linear, table = super().tensor_names(), self._of_table()
+        return table if table.intersection(names) - linear else linear
+
+    def _of_table(self) -> set[str]:
+        return set(self.shapes(LinearShape("any", 1, 1, lookup=True), LoraSettings()))
 
     @property
     def honoured(self) -> frozenset[str]:

@@ -8,7 +8,7 @@ sliced.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from typing import Any, ClassVar
@@ -92,6 +92,10 @@ class Method(ABC):
     def tensor_names(self) -> set[str]:
         """Return the names that tensors of a target have in PEFT's file, after the target's name."""
         return set(self.shapes(LinearShape("any", 1, 1), LoraSettings()))
+
+    def tensors_with(self, names: Collection[str]) -> set[str]:
+        """Return the names of all tensors of a target that has the ones called ``names``."""
+        return self.tensor_names()
 
     def initial(self, name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor | None:
         """Return the initial value of a trained tensor, float32 of ``shape``; None for zeros.

@@ -48,10 +48,13 @@ class PeftMethod(Method):
         """Return the PEFT config."""
         given = {"r": lora.r, "alpha": plain_number(lora.alpha), "dropout": lora.dropout}
         values = {key: given[setting] for setting, key in self.keys.items()}
-        return self.config(
-            task_type=task_type,  # type: ignore[arg-type]
-            **{"target_modules": list(targets), **self.always, **values, **lora.options},
-        )
+        with warnings.catch_warnings():
+            # advice about save_projection=false, which is a choice: `shapes` takes PEFT's warnings for refusals
+            warnings.filterwarnings("ignore", message="Specified to not save")
+            return self.config(
+                task_type=task_type,  # type: ignore[arg-type]
+                **{"target_modules": list(targets), **self.always, **values, **lora.options},
+            )
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """Whether it has this method's PEFT type."""

@@ -16,7 +16,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
-from fsdp_qlora.adapters.folder import blamed_on_adapter, load_adapter
+from fsdp_qlora.adapters.folder import blamed_on_adapter
+from fsdp_qlora.adapters.loading import load_adapter
 from fsdp_qlora.adapters.lora import AdaptedModel, attach_adapters, attach_another
 from fsdp_qlora.adapters.method import build_method
 from fsdp_qlora.adapters.names import adapter_parameters, base_name

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from fsdp_qlora.adapters.based import fingerprint_in, require_same_base, require_targets
 from fsdp_qlora.checkpoint.checkpointer import open_checkpoint
 from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
@@ -24,16 +25,18 @@ from fsdp_qlora.export.adapter import copy_adapter, copy_folder
 from fsdp_qlora.export.combined import combine_adapters
 from fsdp_qlora.export.hub import require_login
 from fsdp_qlora.export.model_folder import ADAPTER, BASE, new_folder, put, require_free
-from fsdp_qlora.export.quantized_base import export_base
+from fsdp_qlora.export.quantized_base import export_base, written_in_4_bits
 from fsdp_qlora.export.served import require_fits
 from fsdp_qlora.export.starts import StartedAdapter, measure, write_for_its_base, write_plain_lora
 from fsdp_qlora.export.vllm import rewrite_for_vllm, served_by_vllm
-from fsdp_qlora.load.conversions import arrangement
+from fsdp_qlora.load.fingerprint import Base
+from fsdp_qlora.load.inventory import weights_of
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.model.folder import resolve_folder
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.plan.quantized import format_of
+from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.run.compare import compare_bases
 from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.run.gguf import MODELFILE, GgufExport, export_gguf, export_gguf_adapter
@@ -42,6 +45,7 @@ from fsdp_qlora.run.merge import Merge, merge
 from fsdp_qlora.run.push import push
 from fsdp_qlora.run.serve import export_served
 from fsdp_qlora.run.world import open_world
+from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.track.console import megabytes
 
 
@@ -78,10 +82,15 @@ def _base_4bit(config: RunConfig) -> int:
         require_fits(adapter, _base_of(config, adapter)[0])
         require_free(target, BASE, config.export.overwrite, (adapter.folder,))
     base, source, name = _base_of(config, adapter)
+    shapes = read_shapes(base)
+    if adapter is not None:
+        _require_its_base(adapter, weights_of(base, source), shapes)
 
     def complete(staging: Path) -> None:
         if adapter is not None:
-            write_for_its_base(adapter, staging / ADAPTER_FOLDER, target.absolute())
+            packed = [Packed(x, quant_format) for x in written_in_4_bits(shapes)]
+            its_base = Base(weights_of(base, staging), shapes, packed)
+            write_for_its_base(adapter, staging / ADAPTER_FOLDER, its_base, target.absolute())
 
     done = export_base(
         base, source, target, quant_format, device,
@@ -128,14 +137,28 @@ def _base_of(config: RunConfig, adapter: StartedAdapter | None) -> tuple[PreTrai
     return build_skeleton(source, model_dtype(config.precision.name), "eager", model.trust_remote_code), source, name
 
 
+def _require_its_base(adapter: StartedAdapter, files: SafetensorsFolder, shapes: ModelShapes) -> None:
+    """Check that an adapter was trained on these weights; what their format was, the conversions take into account.
+
+    Raises:
+        ModelError: if it was not, or it is not whole.
+    """
+    linears = {x.name: x for x in shapes.linears}
+    packed = [Packed(linears[n], kind) for n, kind in adapter.formats.items() if kind is not None and n in linears]
+    base = Base(files, shapes, packed)
+    if (facts := fingerprint_in(adapter.folder)) is not None:
+        require_same_base(adapter.folder, base, facts)
+    require_targets(adapter.folder, base)
+
+
 def _plain_lora(config: RunConfig, adapter: StartedAdapter) -> int:
     """Convert an adapter, and say what that changes."""
     base, source, name = _base_of(config, adapter)
     target = _target(config)
     require_free(target, ADAPTER, config.export.overwrite, (source, adapter.folder))
-    files = SafetensorsFolder(source)
-    files.arrange(arrangement(base, files.entries))
-    difference = measure(adapter, {x.name: x for x in read_shapes(base).linears}, files)
+    files, shapes = weights_of(base, source), read_shapes(base)
+    _require_its_base(adapter, files, shapes)
+    difference = measure(adapter, {x.name: x for x in shapes.linears}, files)
     size = write_plain_lora(adapter, target, config.export.overwrite)
     print(f"{adapter.folder} -> {target}: a plain LoRA of rank {2 * adapter.config.r} for {name}, {megabytes(size)}")
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from fsdp_qlora.export.model_folder import new_folder, put
 from fsdp_qlora.files.read import file_sha256, own_file
 from fsdp_qlora.files.scratch import fresh_folder, move_into
 from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_json, write_text
+from fsdp_qlora.load.fingerprint import Facts, header_of
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.shapes.modules import around
 from fsdp_qlora.shapes.patterns import endings
@@ -98,10 +100,12 @@ def export_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     model_card: str | None = None,
     beside: Sequence[Path] = (),
+    header: Mapping[str, str] | None = None,
 ) -> int:
     """Write a PEFT adapter folder and verify it; return the size of its weights in bytes. Call it on one rank.
 
-    The files ``beside`` are copied into it.
+    The files ``beside`` are copied into it. ``header`` are more texts for the header of the tensors' file, which plain
+    PEFT reads past.
 
     Raises:
         NumericsError: if a value is not finite, or the file does not hold the tensors that were written.
@@ -117,7 +121,7 @@ def export_adapter(
             setattr(config, key, sorted(names))  # a set's order differs between processes
     with fresh_folder(folder) as staging:  # PEFT and transformers would follow links in `folder`
         try:
-            _write_into(staging, tensors, config, tokenizer, model_card)
+            _write_into(staging, tensors, config, tokenizer, model_card, header or {})
             for file in beside:
                 copy_regular(file, staging / file.name)
         except SafetensorError as error:  # how it reports a full disk
@@ -133,10 +137,14 @@ def _write_into(
     config: PeftConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     model_card: str | None,
+    header: Mapping[str, str],
 ) -> None:
     config.save_pretrained(str(folder))
     file = folder / WEIGHTS_NAME
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt", **header}
+    )
+    _order_header(file)
     open_as_a_new_file(file)
     with safe_open(file, framework="pt") as written:
         if set(written.keys()) != tensors.keys():
@@ -147,24 +155,38 @@ def _write_into(
         write_text(folder / "README.md", model_card)
 
 
+def _order_header(weights: Path) -> None:
+    """Sort the texts in a safetensors header, whose order is random, so that equal adapters are equal files."""
+    with weights.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) != size:
+            raise StorageError(f"{weights}: its header cannot be written in order.")
+        file.seek(8)
+        file.write(text)
+
+
 def write_folder(
-    source: Path, target: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], overwrite: bool = False
-) -> int:
+    source: Path, target: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], base: Facts | None,
+    overwrite: bool = False,
+) -> int:  # fmt: skip
     """Write an adapter folder with what lies beside the adapter in ``source``; return the bytes of its weights.
 
     ``target`` may be ``source``; with ``overwrite`` it is replaced as a whole. What an adapter started from is not
-    copied.
+    copied. ``base`` is the fingerprint of the base that the tensors are for, for the header; None = not known.
 
     Raises:
         ModelError: if ``target`` is not empty, without ``overwrite``.
         StorageError: if it cannot be written.
     """
     with new_folder(target, partial(put, overwrite=overwrite)) as staging:
-        return fill_folder(staging, source, tensors, config)
+        return fill_folder(staging, source, tensors, config, base)
 
 
 def fill_folder(
-    folder: Path, source: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+    folder: Path, source: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], base: Facts | None
 ) -> int:  # fmt: skip
     """Write what `write_folder` writes into an existing folder; return the bytes of the weights.
 
@@ -175,8 +197,18 @@ def fill_folder(
         if file.name not in (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME) and file.is_file():
             copy_regular(file, folder / file.name)
     write_json(folder / CONFIG_NAME, config)
+    return write_weights(folder, tensors, base)
+
+
+def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor], base: Facts | None) -> int:
+    """Write an adapter's file of tensors, with the fingerprint of the base that they are for; return its bytes.
+
+    Raises:
+        OSError: if it cannot be written, or SafetensorError.
+    """
     weights = folder / WEIGHTS_NAME
-    save_file({n: t.contiguous() for n, t in tensors.items()}, weights, metadata={"format": "pt"})
+    save_file({n: t.contiguous() for n, t in tensors.items()}, weights, metadata={"format": "pt", **header_of(base)})
+    _order_header(weights)
     open_as_a_new_file(weights)
     return weights.stat().st_size
 

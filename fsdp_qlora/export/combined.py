@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import combinations
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from fsdp_qlora.adapters.based import fingerprint_in
 from fsdp_qlora.adapters.combine import Weighted, combine, squares
 from fsdp_qlora.adapters.folder import (
     CONFIG_NAME,
@@ -28,6 +30,7 @@ from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.export.adapter import write_folder
 from fsdp_qlora.files.read import own_file, read_json
+from fsdp_qlora.load.fingerprint import Facts, agreed, differences
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.quant.formats import one_thread
 
@@ -92,6 +95,7 @@ def combine_adapters(
     with ExitStack() as stack, torch.no_grad(), one_thread():
         sources = [_open(name, folder, weights[name], stack) for name, folder in folders.items()]
         _require_one_base(sources)
+        base = _base_of_all(sources)
         targets = [list(source.lora.target_modules) for source in sources]
         modules = sorted({name for names in targets for name in names})
         largest = r or max(of_target(s.lora, m).r for s, names in zip(sources, targets, strict=True) for m in names)
@@ -109,7 +113,7 @@ def combine_adapters(
             for ending, value in ((LORA_A, down), (LORA_B, up)):
                 require_finite(value, f"export.weights: {module} in {target}")
                 tensors[f"{IN_FILE}{module}{ending}"] = value
-    size = write_folder(sources[0].folder, target, tensors, _config(sources[0], ranks), overwrite)
+    size = write_folder(sources[0].folder, target, tensors, _config(sources[0], ranks), base, overwrite)
     return Combined(len(modules), max(ranks.values()), size, sqrt(off / whole) if whole else 0.0)
 
 
@@ -134,6 +138,23 @@ def _require_one_base(sources: Sequence[_Source]) -> None:
                 f"adapter: {first.name} is for {one.base_model}{_at(one)}, and {other.name} for "
                 f"{two.base_model}{_at(two)}; only adapters of one base can be combined."
             )
+
+
+def _base_of_all(sources: Sequence[_Source]) -> Facts | None:
+    """Return the fingerprint of the base of all, as far as they agree; None if one has none.
+
+    Raises:
+        ModelError: if two are of different weights.
+    """
+    prints = [fingerprint_in(source.folder) for source in sources]
+    known = [(source.name, facts) for source, facts in zip(sources, prints, strict=True) if facts is not None]
+    for (one, theirs), (other, ours) in combinations(known, 2):
+        if odd := list(differences(theirs, ours, f"for {other}")):
+            raise ModelError(
+                f"adapter: {one} and {other} were trained on different bases: for {one}, {'; '.join(odd)}. Only "
+                "adapters of one base can be combined."
+            )
+    return agreed([facts for _, facts in known]) if len(known) == len(sources) else None
 
 
 def _at(config: AdapterConfig) -> str:

@@ -79,6 +79,7 @@ class Folding:
         if missing := sorted(set(adapter.stacks) - self._stacks.keys()):
             raise ModelError(f"adapter: {adapter.folder} adapts {missing[0]}, which this base model does not stack.")
         self._sizes = {name: (names[name].out_features, names[name].in_features) for name in adapter.modules}
+        adapter.require_fits(self._sizes, self._stacks.values())
         self._adapted = {f"{name}.weight": name for name in adapter.modules}
         self._whole = self._trained_whole(shapes)
         self._shapes = shapes.parameters

@@ -100,12 +100,12 @@ def export_base(
         _write_config(base, source, staging, quant_format, shapes)
         _check(staging, shards.home)
         if kind is BASE:
-            write_json(staging / BASE.mark, {"quantized": sorted(x.name for x in _written(shapes))})
+            write_json(staging / BASE.mark, {"quantized": sorted(x.name for x in written_in_4_bits(shapes))})
         complete(staging)
-    return ExportedBase(len(_written(shapes)), shards.total)
+    return ExportedBase(len(written_in_4_bits(shapes)), shards.total)
 
 
-def _written(shapes: ModelShapes) -> list[LinearShape]:
+def written_in_4_bits(shapes: ModelShapes) -> list[LinearShape]:
     """Return the linears to write in 4 bits. bitsandbytes has no format for stacked experts, so they are left out."""
     return [x for x in quantized_linears(shapes) if not x.stacked]
 
@@ -119,7 +119,7 @@ def _stored(
     taken: Taken,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the tensors to store for each tensor of the source, by name, in file order."""
-    linears = {x.parameter: x for x in _written(shapes)}
+    linears = {x.parameter: x for x in written_in_4_bits(shapes)}
     for name, linear in linears.items():
         find_kept(files, name, linear.stored_shape)
     entries = sorted(files.entries.values(), key=lambda e: (str(e.file), e.offset))
@@ -191,7 +191,7 @@ def _size(tensors: dict[str, torch.Tensor]) -> int:
 
 def _write_config(base: PreTrainedModel, source: Path, folder: Path, quant_format: Format, shapes: ModelShapes) -> None:
     """Write config.json, including how the weights are quantized."""
-    ours = {x.name for x in _written(shapes)}
+    ours = {x.name for x in written_in_4_bits(shapes)}
     outside = [x.name for x in shapes.linears if x.name not in ours]
     stored = BitsAndBytesConfig(
         load_in_4bit=True,

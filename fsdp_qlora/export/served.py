@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 from fsdp_qlora.adapters.fold import StoredAdapter
 from fsdp_qlora.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, opened_weights
 from fsdp_qlora.errors import ModelError
+from fsdp_qlora.export.adapter import write_weights
 from fsdp_qlora.export.model_folder import SERVED, of_tokenizer
 from fsdp_qlora.export.starts import restarted
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.files.write import copy_regular, write_json
+from fsdp_qlora.load.fingerprint import Base
 from fsdp_qlora.load.finite import require_finite
 
 GENERATION = "generation_config.json"
@@ -82,8 +84,10 @@ def require_fits(adapter: StoredAdapter, base: PreTrainedModel) -> None:
             require_finite(value, f"adapter: {name} in {adapter.folder}")
 
 
-def add_adapter(folder: Path, adapter: StoredAdapter) -> None:
-    """Write the adapter and its tokenizer into the folder of a base in 4 bits.
+def add_adapter(folder: Path, adapter: StoredAdapter, base: Base) -> None:
+    """Write the adapter and its tokenizer into the folder of ``base``, which is in 4 bits.
+
+    If its start was taken off the base, its file's fingerprint becomes that of ``base``.
 
     Raises:
         SecurityError: if a file of the adapter links outside its folder.
@@ -91,9 +95,13 @@ def add_adapter(folder: Path, adapter: StoredAdapter) -> None:
     """
     for name, file in of_tokenizer(adapter.folder).items():
         copy_regular(file, folder / name)
-    copy_regular(own_file(adapter.folder, WEIGHTS_NAME), folder / WEIGHTS_NAME)
+    weights = own_file(adapter.folder, WEIGHTS_NAME)
     config = read_json(own_file(adapter.folder, CONFIG_NAME), dict[str, Any])
-    if adapter.config.start is not None:  # the base is what its start left, and nowhere but here
+    if adapter.config.start is None:
+        copy_regular(weights, folder / WEIGHTS_NAME)
+    else:  # the base is what its start left, and nowhere but here
+        with opened_weights(weights) as stored:
+            write_weights(folder, {name: stored.get_tensor(name) for name in stored.keys()}, base.fingerprint())  # noqa: SIM118
         config = restarted(config) | {"base_model_name_or_path": None, "revision": None}
     write_json(folder / CONFIG_NAME, config)
     write_json(folder / SERVED.mark, {"adapted": adapter.modules})

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.adapters.based import fingerprint_in
 from fsdp_qlora.adapters.fold import StoredAdapter
 from fsdp_qlora.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, opened_weights
 from fsdp_qlora.adapters.names import IN_FILE, LORA_A, LORA_B
@@ -22,6 +23,7 @@ from fsdp_qlora.adapters.turns import FILE_NAME, facts_of
 from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.export.adapter import fill_folder, write_folder
 from fsdp_qlora.files.read import own_file, read_json
+from fsdp_qlora.load.fingerprint import Base
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import weight_of
@@ -158,7 +160,7 @@ def write_plain_lora(adapter: StartedAdapter, target: Path, overwrite: bool = Fa
                 )
             tensors[name] = torch.cat([value.float(), other], dim=0 if first else 1).contiguous()
     config = _doubled(read_json(own_file(adapter.folder, CONFIG_NAME)))
-    return write_folder(adapter.folder, target, tensors, config, overwrite)
+    return write_folder(adapter.folder, target, tensors, config, fingerprint_in(adapter.folder), overwrite)
 
 
 def _doubled(config: dict[str, Any]) -> dict[str, Any]:
@@ -178,8 +180,10 @@ def restarted(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"init_lora_weights": True, "loftq_config": {}}
 
 
-def write_for_its_base(adapter: StartedAdapter, folder: Path, base: Path) -> None:
-    """Write the adapter into the new folder ``folder``, for the base in ``base``, which its start was taken off.
+def write_for_its_base(adapter: StartedAdapter, folder: Path, base: Base, name: Path) -> None:
+    """Write the adapter into the new folder ``folder``, for ``base``, which its start was taken off already.
+
+    Its config names ``name`` as the base, which may not be there yet; its fingerprint is of ``base``.
 
     Raises:
         OSError: if the folder cannot be written; SafetensorError, if the weights cannot.
@@ -187,7 +191,6 @@ def write_for_its_base(adapter: StartedAdapter, folder: Path, base: Path) -> Non
     with opened_weights(own_file(adapter.folder, WEIGHTS_NAME)) as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
     config = restarted(read_json(own_file(adapter.folder, CONFIG_NAME)))
+    config |= {"base_model_name_or_path": str(name), "revision": None}
     folder.mkdir()
-    fill_folder(
-        folder, adapter.folder, tensors, config | {"base_model_name_or_path": str(base), "revision": None}
-    )  # fmt: skip
+    fill_folder(folder, adapter.folder, tensors, config, base.fingerprint())

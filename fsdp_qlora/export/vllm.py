@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.adapters.based import fingerprint_in
 from fsdp_qlora.adapters.folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -151,4 +152,4 @@ def one_scaling(
         else:
             tensors[name] = torch.cat([value * scaling_of(own), value.new_zeros(value.shape[0], more)], dim=1)
     plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    write_folder(source, target, tensors, {**config, **plain}, overwrite=source == target)
+    write_folder(source, target, tensors, {**config, **plain}, fingerprint_in(source), overwrite=source == target)

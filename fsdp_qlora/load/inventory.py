@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.load.buffers import matches_any, persistent_buffers
+from fsdp_qlora.load.conversions import arrangement
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.quant.bnb_state import STATE_SUFFIX
 
@@ -40,6 +42,17 @@ class Inventory:
         if self.copies:
             parts.append(f"{len(self.copies)} second copies of tied weights ({_some(self.copies)})")
         return f"not loaded: {', '.join(parts)}" if parts else None
+
+
+def weights_of(model: PreTrainedModel, folder: Path) -> SafetensorsFolder:
+    """Return the weights in ``folder``, under the names of ``model``, which is on meta.
+
+    Raises:
+        ModelError: if the files cannot be read.
+    """
+    files = SafetensorsFolder(folder)
+    files.arrange(arrangement(model, files.entries))
+    return files
 
 
 def take_stock(model: PreTrainedModel, source: SafetensorsFolder) -> Inventory:

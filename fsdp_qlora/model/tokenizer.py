@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers it
-from fsdp_qlora.errors import ConfigError, ModelError
+from fsdp_qlora.errors import ConfigError, ModelError, typed_line
 from fsdp_qlora.files.read import own_file
 from fsdp_qlora.model.config import not_buildable, require_sane
 
@@ -76,7 +76,11 @@ def added_tokens(folder: Path, ids: Sequence[int]) -> list[str]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever it is, the tokens are not known
-        raise ModelError(f"adapter: {folder} trains rows of tokens, but has no usable tokenizer: {error}") from error
+        raise ModelError(
+            f"adapter: {folder} trains the rows of {len(ids)} tokens (trainable_token_indices), and only a tokenizer "
+            f"beside it says which they are; transformers cannot load one from there ({typed_line(error)}). Copy the "
+            "tokenizer that it was trained with into this folder."
+        ) from error
     names = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     if odd := [token_id for token_id in ids if token_id not in names]:
         raise ModelError(f"adapter: {folder} trains the row of token {odd[0]}, which its tokenizer does not have.")

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters import build_method
+from fsdp_qlora.adapters.based import require_base
 from fsdp_qlora.adapters.full import train_base
 from fsdp_qlora.adapters.init_from import start_from_adapter
 from fsdp_qlora.adapters.linear import use_fused_products
@@ -27,6 +28,7 @@ from fsdp_qlora.adapters.whole import train_parameters
 from fsdp_qlora.config.auto import as_word, asked, switch
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import on_every
 from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.heads.added import add_token_rows, start_token_rows
@@ -34,6 +36,7 @@ from fsdp_qlora.heads.quantized import quantize_edges
 from fsdp_qlora.heads.upstream import AfterHead, after_head
 from fsdp_qlora.load.buffers import persistent_buffers
 from fsdp_qlora.load.conversions import arrangement
+from fsdp_qlora.load.fingerprint import Base
 from fsdp_qlora.load.inventory import take_stock
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import LoadReport, Progress, stream_weights
@@ -90,6 +93,11 @@ class OpenedModel:
     plan: TrainPlan
     first_added: int | None = None
     """Id of the first added token; None: after all rows of the base."""
+
+    @property
+    def origin(self) -> Base:
+        """The files that the base comes from, and its formats."""
+        return Base(self.source, self.shapes, self.plan.quantized)
 
     @property
     def repairs(self) -> tuple[str, ...]:
@@ -163,6 +171,8 @@ def load_model(
     With ``served``, the adapters are these, filled from their folders and frozen.
     """
     config = opened.config
+    if config.lora.init_from is not None:
+        require_adapter(Path(config.lora.init_from).expanduser(), opened, ranks)
     model = build_sharded(
         config, opened.base, opened.shapes, opened.plan, ranks, first_added=opened.first_added, served=served
     )
@@ -186,6 +196,17 @@ def load_model(
     if opened.plan.settings.keeps_dense:
         keep_dense(opened.base, model_dtype(config.precision.name))
     return model, report
+
+
+def require_adapter(folder: Path, opened: OpenedModel, ranks: Ranks) -> None:
+    """Check that an adapter is one for this model, before weights are read, and log what is not known. A collective.
+
+    Raises:
+        ModelError: as `require_base`.
+    """
+    said = on_every(lambda: require_base(folder, opened.origin, opened.config.model.name), ranks)
+    for line in said if ranks.is_main else []:
+        _log.warning(line)
 
 
 def build_sharded(

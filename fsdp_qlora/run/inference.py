@@ -10,10 +10,10 @@ from pathlib import Path
 from fsdp_qlora.adapters.folder import (
     CHAT_TEMPLATE_NAME,
     blamed_on_adapter,
-    load_adapter,
     read_adapter_config,
     stored_modules,
 )
+from fsdp_qlora.adapters.loading import load_adapter
 from fsdp_qlora.adapters.served import ServedAdapter
 from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
@@ -53,7 +53,7 @@ def load_for_inference(
         )
     try:
         start = own_file(adapter, FILE_NAME) if adapter is not None and config.lora.start is not None else None
-        prepared = prepare(config, world, training=False, start=start, bare=adapter is None)
+        prepared = prepare(config, world, training=False, start=start, bare=adapter is None, adapter=adapter)
     except FsdpQloraError as error:
         raise (error if adapter is None else blamed_on_adapter(error, adapter)) from error
     if adapter is not None:

@@ -21,7 +21,7 @@ from fsdp_qlora.export.model_folder import MERGE, put, require_free
 from fsdp_qlora.files.scratch import fresh_folder
 from fsdp_qlora.load.stored import packed_format
 from fsdp_qlora.model.folder import resolve_folder
-from fsdp_qlora.run.build import OpenedModel, open_model
+from fsdp_qlora.run.build import OpenedModel, open_model, require_adapter
 from fsdp_qlora.run.decide import replace_attention
 from fsdp_qlora.run.held_out import (
     Logits,
@@ -157,6 +157,8 @@ def open_alone(config: RunConfig, adapter: Path, world: World) -> tuple[RunConfi
     config = replace_attention(replace(with_adapter(config, adapter), fsdp=FsdpSettings()), "eager")
     folder = resolve_folder(config.model.name, config.model.revision)
     try:
-        return config, folder, open_model(config, folder, world.ranks, None, say=False)
+        opened = open_model(config, folder, world.ranks, None, say=False)
     except FsdpQloraError as error:
         raise blamed_on_adapter(error, adapter) from error
+    require_adapter(adapter, opened, world.ranks)
+    return config, folder, opened

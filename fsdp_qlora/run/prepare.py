@@ -24,7 +24,7 @@ from fsdp_qlora.model.families import task_type
 from fsdp_qlora.model.folder import needs_hub, resolve_folder
 from fsdp_qlora.model.kernels import kernels_to_compile
 from fsdp_qlora.plan.choices import KERNELS_KEY
-from fsdp_qlora.run.build import Weights, load_model, open_model
+from fsdp_qlora.run.build import Weights, load_model, open_model, require_adapter
 from fsdp_qlora.run.check import check_losses, open_and_check, told
 from fsdp_qlora.run.decide import (
     SHARD_DEGREE,
@@ -53,6 +53,7 @@ def prepare(
     start: Path | None = None,
     served: Sequence[ServedAdapter] = (),
     bare: bool = False,
+    adapter: Path | None = None,
 ) -> Prepared:
     """Build, quantize, adapt, shard and load the model; tokenize the data if any is given.
 
@@ -60,14 +61,15 @@ def prepare(
     ``training=False``, steps that only serve training are skipped (compiled layers, the loss comparison). ``weights``
     opens the weights of the base model's folder (a benchmark draws them instead of reading them). ``start`` is the file
     of what an adapter started from, if that was the base weights; None: a run's own, or it is computed. ``served`` are
-    the adapters of `load_for_inference`; ``bare`` adds none at all.
+    the adapters of `load_for_inference`, and ``adapter`` is its only one: they are checked before weights are read.
+    ``bare`` adds none at all.
     """
     check(config)
     if world is not None:
-        return _prepare(config, world, progress, training, weights, start, served, bare)
+        return _prepare(config, world, progress, training, weights, start, served, bare, adapter)
     world = open_world(config)
     try:
-        return _prepare(config, world, progress, training, weights, start, served, bare)
+        return _prepare(config, world, progress, training, weights, start, served, bare, adapter)
     except BaseException:
         world.stack.__exit__(*sys.exc_info())  # or the next call would find a process group open
         raise
@@ -75,7 +77,7 @@ def prepare(
 
 def _prepare(
     config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights, start: Path | None,
-    served: Sequence[ServedAdapter], bare: bool,
+    served: Sequence[ServedAdapter], bare: bool, adapter: Path | None,
 ) -> Prepared:  # fmt: skip
     asked, folder = config, _find_model(config.model, world)
     budget = rank_budget(world.ranks, world.placement)
@@ -95,6 +97,8 @@ def _prepare(
     repairs = opened.repairs  # needs the model as transformers built it, before load_model changes it
     world.ranks.phases.enter("loading the model")
     opened = replace(opened.compiled(compilation.on), first_added=first)
+    for one in (x for x in (adapter, *(x.folder for x in served)) if x is not None):
+        require_adapter(one, opened, world.ranks)
     return_freed_memory()
     process_bytes = resident_bytes()
     if training and opened.config.lora.start is not None:
@@ -120,7 +124,7 @@ def _prepare(
         config=asked, settings=opened.config, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks,
         folder=folder, shapes=opened.shapes, load=report, data=data, placement=world.placement, threads=world.threads,
         adapters={adapter.name: adapter_size(model, adapter.name) for adapter in served},
-        process_bytes=process_bytes, choices=choices, repairs=repairs, _stack=world.stack,
+        origin=opened.origin, process_bytes=process_bytes, choices=choices, repairs=repairs, _stack=world.stack,
     )  # fmt: skip
 
 

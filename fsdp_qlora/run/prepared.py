@@ -17,6 +17,7 @@ from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.distributed.memory import spared_memory
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.process import Placement
+from fsdp_qlora.load.fingerprint import Base
 from fsdp_qlora.load.stream import LoadReport
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.plan.plan import TrainPlan
@@ -42,6 +43,8 @@ class Prepared:
     """The base model's folder."""
     shapes: ModelShapes
     load: LoadReport
+    origin: Base
+    """The files that the base came from."""
     data: PreparedData | None
     placement: Placement
     threads: int

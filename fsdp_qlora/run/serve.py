@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fsdp_qlora.adapters.based import require_base
 from fsdp_qlora.adapters.fold import StoredAdapter
 from fsdp_qlora.adapters.folder import read_adapter_config
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.export.model_folder import SERVED, require_free
-from fsdp_qlora.export.quantized_base import ExportedBase, export_base
+from fsdp_qlora.export.quantized_base import ExportedBase, export_base, written_in_4_bits
 from fsdp_qlora.export.served import add_adapter, end_answers, require_fits, require_servable
 from fsdp_qlora.export.starts import StartedAdapter
 from fsdp_qlora.inference.end_of_turn import end_of_turn
+from fsdp_qlora.load.fingerprint import Base
+from fsdp_qlora.load.inventory import weights_of
 from fsdp_qlora.model.folder import resolve_folder
-from fsdp_qlora.model.skeleton import build_skeleton
+from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.model.tokenizer import build_tokenizer
 from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.plan.quantized import format_of
+from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.run.inference import with_adapter
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,11 +79,15 @@ def export_served(
     dtype = model_dtype(config.precision.name)
     require_fits(adapter, build_skeleton(source, dtype, "eager", model.trust_remote_code))
     base = build_skeleton(source, dtype, "eager", model.trust_remote_code)
+    shapes = read_shapes(base)
+    packed = [Packed(x, quant_format) for x in written_in_4_bits(shapes)]
+    for line in require_base(folder, Base(weights_of(base, source), shapes, packed), name):
+        _log.warning(line)
     text: str | None = None
 
     def complete(staging: Path) -> None:
         nonlocal text
-        add_adapter(staging, adapter)
+        add_adapter(staging, adapter, Base(weights_of(base, staging), shapes, packed))
         end = end_of_turn(staging, base.config, build_tokenizer(staging, model.trust_remote_code))
         end_answers(staging, end.ids, end.text)
         text = end.text

@@ -42,6 +42,7 @@ from fsdp_qlora.export.card import model_card
 from fsdp_qlora.export.full_model import export_model, gather_base
 from fsdp_qlora.inference.end_of_turn import end_of_turn
 from fsdp_qlora.inference.generate import answer
+from fsdp_qlora.load.fingerprint import header_of
 from fsdp_qlora.load.safetensors import file_digests
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
@@ -108,6 +109,7 @@ class Training:
         self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
         base = file_digests(prepared.folder)
         self.base_files = BaseFiles(prepared)
+        self._header = header_of(prepared.origin.fingerprint())
         self.identity = identity_of(
             to_dict(self.config), base, data_key(prepared.data.key, self.config.data), prepared.repairs
         ) | ({INITIAL_ADAPTER: self.model.starts.digest} if self.model.starts.digest else {})
@@ -196,7 +198,7 @@ class Training:
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
         beside = [] if lora.start is None else [self.folder.path / FILE_NAME]
-        return export_adapter(folder, tensors, config, base, self._saved_tokenizer(), card, beside)
+        return export_adapter(folder, tensors, config, base, self._saved_tokenizer(), card, beside, self._header)
 
     def _saved_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer to save; an added end of turn is its ``eos_token``, at which plain PEFT then stops."""

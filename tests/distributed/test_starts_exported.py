@@ -14,17 +14,22 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from fsdp_qlora.adapters.based import fingerprint_in, require_same_base
 from fsdp_qlora.adapters.folder import read_adapter_config
 from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.cli.export import run as run_export
 from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.config.verb_rules import check_verb
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.errors import ConfigError, FsdpQloraError
+from fsdp_qlora.errors import ConfigError, FsdpQloraError, ModelError
 from fsdp_qlora.export.vllm import served_by_vllm
+from fsdp_qlora.load.fingerprint import Base
+from fsdp_qlora.load.safetensors import SafetensorsFolder
+from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
+from fsdp_qlora.quant.formats import Packed, build_format
 from fsdp_qlora.run.inference import load_for_inference
 from tests.build import config_of, refused_fit, run_fit, world_of
 from tests.distributed.test_peft_methods import QUANT, _ids
@@ -77,7 +82,9 @@ def test_exports_answer_as_the_trained_model(pool, even_model, chat_rows, tmp_pa
         )
     assert "rank 8" in said and "rank 8" in again
     weights = "adapter_model.safetensors"
-    assert (tmp_path / "plain" / weights).read_bytes() == (tmp_path / "again" / weights).read_bytes()
+    plain, second = (load_file(tmp_path / name / weights) for name in ("plain", "again"))
+    assert plain.keys() == second.keys() and all(torch.equal(plain[name], second[name]) for name in plain)
+    assert fingerprint_in(adapter) is not None and fingerprint_in(tmp_path / "plain") == fingerprint_in(adapter)
     if quant == "none":
         assert on_original < 1e-6 and on_quantized < 1e-6
         torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-5)
@@ -127,6 +134,12 @@ def test_exports_answer_as_the_trained_model(pool, even_model, chat_rows, tmp_pa
     torch.testing.assert_close(theirs, mine, rtol=1e-3, atol=1e-4)
 
 
+def _as_trained(folder: Path) -> Base:
+    shapes = read_shapes(build_skeleton(folder, torch.float32, "eager"))
+    packed = [Packed(x, build_format("nf4", True, 64)) for x in shapes.linears]
+    return Base(SafetensorsFolder(folder), shapes, packed)
+
+
 def test_the_base_of_an_adapter_on_some_linears(pool, even_model, chat_rows, tmp_path, capsys):
     """The others are quantized as they are."""
     groups = settings_of("pissa", "nf4", chat_rows, lora={"target_modules": ["q_proj"]})
@@ -137,6 +150,13 @@ def test_the_base_of_an_adapter_on_some_linears(pool, even_model, chat_rows, tmp
         export={"to": str(base)},
     )  # fmt: skip
     assert "14 linears" in said
+    there, here = fingerprint_in(adapter), fingerprint_in(base / "adapter")
+    assert there is not None and here is not None
+    assert {n for n, code in here["codes"].items() if code != there["codes"][n]} == {
+        n for n in here["codes"] if "q_proj" in n
+    }
+    with pytest.raises(ModelError, match=r"was trained on another base than .*: other weights in \S*q_proj"):
+        require_same_base(base / "adapter", _as_trained(even_model), here)
     mine = pool.run(1, _answers, str(even_model), str(adapter), "nf4")[0]
     torch.testing.assert_close(pool.run(1, _answers, str(base), str(base / "adapter"), "nf4")[0], mine, rtol=0, atol=0)
 

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from fsdp_qlora.adapters.based import fingerprint_in
 from tests import upstream
 from tests.build import run_fit
 from tests.distributed.test_merged import lora, write_adapter
@@ -118,6 +119,10 @@ def test_an_adapter_that_started_from_the_base_gets_the_base_it_needs(cli, pool,
     assert done.returncode == 0, done.stderr
     two = cli("export", "what=base-4bit", f"adapter={tmp_path}/run/adapter", f"export.to={tmp_path}/two", *words[2:])
     assert two.returncode == 0, two.stderr
+    there = fingerprint_in(tmp_path / "two/adapter")
+    assert there is not None and fingerprint_in(tmp_path / "served") == there != fingerprint_in(
+        tmp_path / "run/adapter"
+    )
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float32, device_map="cpu")
     theirs = logits(PeftModel.from_pretrained(base, str(tmp_path / "two/adapter")))
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "served", dtype=torch.float32, device_map="cpu")

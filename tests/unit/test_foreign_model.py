@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fsdp_qlora.adapters.folder import load_adapter, read_adapter_config
+from fsdp_qlora.adapters.folder import read_adapter_config
+from fsdp_qlora.adapters.loading import load_adapter
 from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.errors import FsdpQloraError, ModelError, SecurityError
 from fsdp_qlora.export.quantized_base import export_base
