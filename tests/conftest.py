@@ -26,6 +26,8 @@ LONG = {
     "test_goes_on_with_one_node_of_two": 60, "test_every_family": 1200, "test_two_ranks_give_the_same": 20,
     "test_a_packed_compiled_run": 120, "test_compiling_that": 90, "kimi-k2": 20,
     "test_transformers_serve": 300, "test_killed_at_several": 45, "test_a_model_is_read_back": 60, "test_serve": 40,
+    "test_a_merged_model_is_the_trained_one": 600, "test_an_adapter_alone_is_the_trained_model": 600,
+    "test_a_merge_stays_within_the_memory": 60,
     "test_every_part_at_small_size": 150, "test_a_part_stops_at_its_limit": 60,
 }  # fmt: skip
 """Seconds of tests with this in their name, roughly; others take about 4. What is longer than a sample is left to
