@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fsdp_qlora.config.schema import LauncherSettings, RunConfig
+from fsdp_qlora.config.schema import LauncherSettings, PrecisionSettings, RunConfig
 from fsdp_qlora.inference.generate import encode_conversations
 from fsdp_qlora.run.inference import load_for_inference
 
@@ -57,7 +57,10 @@ def score(tokenizer: Any, asked: Any, logits: Callable[..., Any], generate: Call
 
 
 def main(run: str, rows: str, data: str = "") -> None:
-    config = replace(RunConfig.load(run), launcher=LauncherSettings(device="cpu", nproc_per_node=1))
+    config = replace(
+        RunConfig.load(run), launcher=LauncherSettings(device="cpu", nproc_per_node=1),
+        precision=PrecisionSettings(name="fp32"),  # llama.cpp does not round to bf16 between operations
+    )  # fmt: skip
     adapter = Path(run) / "adapter"
     if data:
         prepared = load_for_inference(config, adapter)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fsdp_qlora.adapters.experts import (
     StackedLora,
@@ -188,23 +190,20 @@ def test_the_stored_wrappers_tell_which_weights_an_adapter_has():
     assert short_parameters(TARGETS[:2], [x.name for x in TARGETS]) == sorted(x.name for x in TARGETS[:2])
 
 
-class _Stored(dict):
-    get_tensor = dict.__getitem__
-
-
 @pytest.mark.parametrize("out", [64, 32])
-def test_files_from_before_the_exchange_are_converted(out):
+def test_files_from_before_the_exchange_are_converted(tmp_path, out):
     """The delta that PEFT 0.18 computed from its file is the one computed from the converted tensors."""
     target = LinearShape("layer.experts.down_proj", out, 32, count=4, stacked=True)
     wrapper = StackedLora(torch.nn.Identity(), target, LoraSettings(r=3))
     old_a, old_b = torch.randn(4 * 3, out), torch.randn(32, 3 * 4)  # 0.18: [count * r, dim 1], [dim 2, r * count]
-    stored = _Stored({"x.lora_A.weight": old_a, "x.lora_B.weight": old_b})
+    save_file({"x.lora_A.weight": old_a, "x.lora_B.weight": old_b}, tmp_path / "adapter.safetensors")
     shapes = {"x.lora_A.weight": (12, 32), "x.lora_B.weight": (out, 12)}
-    a, b = (stored_value(stored, name, shape, wrapper, True) for name, shape in shapes.items())
+    with safe_open(str(tmp_path / "adapter.safetensors"), "pt") as stored:
+        a, b = (stored_value(stored, name, shape, wrapper, True) for name, shape in shapes.items())
+        assert torch.equal(stored_value(stored, "x.lora_A.weight", (12, out), wrapper, False), old_a)
     wanted = torch.einsum("ore,eri->eio", old_b.view(32, 3, 4), old_a.view(4, 3, out))  # peft 0.18.0, ParamWrapper
     found = torch.einsum("ore,eri->eoi", b.view(out, 3, 4), a.view(4, 3, 32))
     assert a.shape == (12, 32) and b.shape == (out, 12) and torch.allclose(found, wanted, atol=1e-5)
-    assert torch.equal(stored_value(stored, "x.lora_A.weight", (12, out), wrapper, False), old_a)
 
 
 def test_the_release_of_the_exchange():
