@@ -57,7 +57,7 @@ class Terminal:
 
     def __init__(self, model: Path, env: dict[str, str], folder: Path) -> None:
         self.main, self.other = pty.openpty()
-        more = ["generate.max_new_tokens=400", "generate.temperature=3"]
+        more = ["generate.max_new_tokens=400"]  # the likeliest tokens of random weights go round in circles
         self.process: Any = subprocess.Popen(
             command(model, *more), cwd=folder, env=env, stdin=self.other, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, bufsize=0,
