@@ -109,7 +109,10 @@ def prepare_data(
         obtain(cache / "tokens" / key, _opened, make)
         return key
 
-    return _opened(cache / "tokens" / share(settle))
+    train = [shown_source(name) for name in names_of(data.train)]
+    held = [shown_source(name) for name in names_of(data.eval or [])]
+    # who made the tokens may have called the same rows by other names
+    return replace(_opened(cache / "tokens" / share(settle)), train_sources=train, eval_sources=held or train)
 
 
 def _opened(folder: Path) -> PreparedData:
@@ -122,8 +125,7 @@ def _opened(folder: Path) -> PreparedData:
     assert parts["train"] is not None
     return PreparedData(
         parts["train"], parts["eval"], Counts(**counts["train"]), Counts(**counts["eval"]), folder.name,
-        counts["train_sources"], counts["eval_sources"], folder / _BAD_ROWS if counts["bad"] else None, counts["bad"],
-        held=held,
+        bad_rows=folder / _BAD_ROWS if counts["bad"] else None, num_bad=counts["bad"], held=held,
     )  # fmt: skip
 
 
@@ -152,8 +154,7 @@ def _prepare(
     for name, indices in parts.items():
         np.save(staging / f"{name}.npy", indices)
     about = {name: asdict(tally) for name, tally in counts.items()}
-    about |= {"bad": result.bad, "train_sources": [shown_source(name) for name in train]}
-    about |= {"eval_sources": [shown_source(name) for name in held or train]}
+    about |= {"bad": result.bad}
     (staging / _COUNTS).write_text(json.dumps(about), encoding="ascii")
 
 

@@ -84,8 +84,8 @@ def test_answers_are_measured_beside_and_what_is_missing_is_said(pool, tmp_path,
         "evaluate": {"prompts": str(prompts)},
         "generate": {"max_new_tokens": 9, "batch_size": 1, "temperature": 2.0},
     }
-    one, two = (pool.run(n, measured, str(tiny_model), asked) for n in (1, 2))
-    assert one[0] == two[0] and [line.get("id") for line in one[0]["answers"]] == [1, None]
+    one, all_ranks = (pool.run(n, measured, str(tiny_model), asked) for n in (1, 4))  # answers wait for the whole world
+    assert one[0] == all_ranks[0] and [line.get("id") for line in one[0]["answers"]] == [1, None]
     assert len({line["answer"] for line in one[0]["answers"]}) == 2 and "eval_loss" not in one[0]
     prompts.write_text('{"prompt": "x", "adapter": "poet"}\n')
     said = pool.run(1, measured, str(tiny_model), asked)[0]
