@@ -50,6 +50,14 @@ def write_everywhere(ranks: Ranks, folder: Path, config: PreTrainedConfig) -> Pa
 
 
 @torch.no_grad()
+def add_noise(model: nn.Module, scale: float) -> None:
+    """Add normal noise to everything that is trained."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter) * scale)
+
+
+@torch.no_grad()
 def randomize(model: nn.Module) -> None:
     """Give matrices values of 0.08 (less in wide ones) and all else noise around what the constructor made."""
     for parameter in model.parameters():

@@ -16,7 +16,7 @@ from fsdp_qlora.adapters.method import register
 from fsdp_qlora.adapters.names import ADAPTER
 from fsdp_qlora.adapters.norms import keep_norms
 from fsdp_qlora.adapters.peft_layers import META, layers_alone
-from fsdp_qlora.adapters.saved import Kept, kept_by_layer
+from fsdp_qlora.adapters.saved import Kept, kept_by
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.gathered import gathered_units
 from fsdp_qlora.distributed.shards import fill_slice
@@ -43,9 +43,13 @@ class DoRA(LoRA):
     def kept(self, linear: LinearShape, lora: LoraSettings) -> Kept:
         """Return what PEFT's layer keeps, with norms that are constants."""
         last, size = linear.name.rpartition(".")[2], (linear.out_features, linear.in_features)
-        layer = layers_alone(self.peft([last], lora, None), {last: size}, META)[last]
-        keep_norms(layer)
-        return kept_by_layer(layer)
+
+        def build() -> Any:
+            layer = layers_alone(self.peft([last], lora, None), {last: size}, META)[last]
+            keep_norms(layer)
+            return layer
+
+        return kept_by(self.name, linear, lora, build)
 
     def fixed_bytes(self, linears: Sequence[LinearShape], lora: LoraSettings, itemsize: int) -> int:
         """Return the bytes of the norms, which every rank keeps whole."""

@@ -19,7 +19,7 @@ from torch import nn
 from fsdp_qlora.adapters.method import Method, plain_number
 from fsdp_qlora.adapters.names import adapter_key
 from fsdp_qlora.adapters.peft_layers import CPU, META, adapted_layers, layers_alone
-from fsdp_qlora.adapters.saved import Kept, kept_by_layer
+from fsdp_qlora.adapters.saved import Kept, kept_by
 from fsdp_qlora.config.choices import PEFT_METHODS
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.distributed.seeds import seed_of
@@ -29,8 +29,6 @@ from fsdp_qlora.shapes.linears import LinearShape
 
 _SHAPES: dict[tuple[str, str, int, int, str], dict[str, tuple[int, ...]]] = {}
 """Shapes by method, last part of the target's name, its size and the settings: a model has few, and many linears."""
-_KEPT: dict[tuple[str, str, int, int, str], Kept] = {}
-"""What is kept, likewise."""
 
 
 class PeftMethod(Method):
@@ -115,11 +113,8 @@ class PeftMethod(Method):
 
     def kept(self, linear: LinearShape, lora: LoraSettings) -> Kept:
         """Return what PEFT's layer keeps."""
-        last = linear.name.rpartition(".")[2]
-        key = (self.name, last, linear.out_features, linear.in_features, repr(lora))
-        if key not in _KEPT:
-            _KEPT[key] = kept_by_layer(self._alone(last, (linear.out_features, linear.in_features), lora, META))
-        return _KEPT[key]
+        last, size = linear.name.rpartition(".")[2], (linear.out_features, linear.in_features)
+        return kept_by(self.name, linear, lora, lambda: self._alone(last, size, lora, META))
 
     def _alone(self, name: str, size: tuple[int, int], lora: LoraSettings, device: torch.device) -> Any:
         config = self.peft([name], lora, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from fsdp_qlora.adapters.peft_layers import META
+from fsdp_qlora.config.schema import LoraSettings
+from fsdp_qlora.shapes.linears import LinearShape
 
 _TOKENS = 64
 """Any number will do: what is kept grows by the same for each token."""
@@ -29,6 +32,18 @@ class Kept:
     def each(self) -> tuple[tuple[int, int], ...]:
         """``(fixed, a_token)`` of each tensor."""
         return self.tensors or ((self.fixed, self.a_token),)
+
+
+_KNOWN: dict[tuple[str, str, int, int, str], Kept] = {}
+"""By method, last part of the target's name, its size and the settings: a model has few, and many linears."""
+
+
+def kept_by(method: str, linear: LinearShape, lora: LoraSettings, build: Callable[[], Any]) -> Kept:
+    """Return what the layer of PEFT's that ``build`` makes for such a linear keeps; it is run once for each kind."""
+    key = (method, linear.name.rpartition(".")[2], linear.out_features, linear.in_features, repr(lora))
+    if key not in _KNOWN:
+        _KNOWN[key] = kept_by_layer(build())
+    return _KNOWN[key]
 
 
 def kept_by_layer(layer: Any) -> Kept:

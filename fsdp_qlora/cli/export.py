@@ -44,7 +44,7 @@ from fsdp_qlora.run.held_out import Measured
 from fsdp_qlora.run.merge import Merge, merge
 from fsdp_qlora.run.push import push
 from fsdp_qlora.run.serve import export_served
-from fsdp_qlora.run.world import open_world
+from fsdp_qlora.run.world import open_world, require_one_process
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.track.console import megabytes
 
@@ -109,8 +109,7 @@ def _base_4bit(config: RunConfig) -> int:
 def _device(config: RunConfig) -> torch.device:
     """Choose the device for an export that runs in one process."""
     placement = Placement.from_env()
-    if placement.world_size > 1:
-        raise ConfigError(f"what={config.what}: runs in one process; start it without torchrun.")
+    require_one_process(config.what, placement.world_size)
     device = choose_device(config.launcher.device, placement)
     use_device(device)
     return device
@@ -228,7 +227,7 @@ def _folded(done: Merge) -> str:
 
 def _gguf(config: RunConfig) -> int:
     """Convert a run's model: that of its adapter and base, or what it trained without one."""
-    _require_one_process(config)
+    require_one_process(config.what, Placement.from_env().world_size)
     adapter, source, target = None, None, _target(config)
     if config.lora.trains_base and not config.adapter:
         source = RunFolder(config.run.output_root, config.run.name).model
@@ -246,13 +245,8 @@ def _gguf(config: RunConfig) -> int:
 
 def _gguf_adapter(config: RunConfig) -> int:
     adapter, target = _adapter_folder(config), _target(config)
-    _require_one_process(config)
+    require_one_process(config.what, Placement.from_env().world_size)
     return _converted(export_gguf_adapter(config, adapter, target, _say), adapter, target)
-
-
-def _require_one_process(config: RunConfig) -> None:
-    if Placement.from_env().world_size > 1:
-        raise ConfigError(f"what={config.what}: runs in one process; start it without torchrun.")
 
 
 def _converted(done: GgufExport, source: Path | None, target: Path) -> int:

@@ -33,7 +33,7 @@ from fsdp_qlora.run.held_out import (
     trained_model,
 )
 from fsdp_qlora.run.inference import with_adapter
-from fsdp_qlora.run.world import World
+from fsdp_qlora.run.world import World, require_one_process
 from fsdp_qlora.track.console import megabytes
 
 _log = logging.getLogger(__name__)
@@ -152,8 +152,7 @@ def open_alone(config: RunConfig, adapter: Path, world: World) -> tuple[RunConfi
         ConfigError: if there are several ranks.
         ModelError: if the adapter does not fit the base.
     """
-    if world.ranks.size > 1:
-        raise ConfigError(f"what={config.what}: runs in one process; start it without torchrun.")
+    require_one_process(config.what, world.ranks.size)
     config = replace_attention(replace(with_adapter(config, adapter), fsdp=FsdpSettings()), "eager")
     folder = resolve_folder(config.model.name, config.model.revision)
     try:

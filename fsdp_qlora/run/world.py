@@ -22,8 +22,19 @@ from fsdp_qlora.distributed.process import (
     set_threads,
     use_device,
 )
+from fsdp_qlora.errors import ConfigError
 
 _log = logging.getLogger(__name__)
+
+
+def require_one_process(what: str, num_processes: int) -> None:
+    """Check that an export (``what=``) that one process makes is not started in several.
+
+    Raises:
+        ConfigError: if it is.
+    """
+    if num_processes > 1:
+        raise ConfigError(f"what={what}: runs in one process; start it without torchrun.")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from fsdp_qlora.data.loader import Cut, Loader, MicroBatch, TokenRows
 from fsdp_qlora.data.prepare import prepare_data
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
-from fsdp_qlora.errors import FsdpQloraError
 from fsdp_qlora.load.stream import resident_bytes
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.plan.plan import make_plan
@@ -35,6 +34,7 @@ from fsdp_qlora.run.inference import load_for_inference
 from tests.build import build, config_of, essence, losses, norms, run_fit, whole, world_of
 from tests.distributed.test_families import LR
 from tests.distributed.test_peft_methods import QUANT, TARGETS, _dense_copy, _ids
+from tests.distributed.test_starts import refused
 from tests.tiers import some_in_full
 from tests.tolerances import FP32_LOSSES, FP32_NORMS, apart
 
@@ -228,14 +228,6 @@ def test_the_plan_is_a_bound_before_and_exact_after(pool, tiny_model, chat_rows,
     assert bound["adapters"] > after["adapters"] and bound["optimizer"] > after["optimizer"]
 
 
-def _refused(ranks: Ranks, folder: str, groups: dict[str, Any]) -> str:
-    try:
-        build(ranks, folder, **groups)
-    except FsdpQloraError as error:
-        return f"{error.exit_code} {error}"
-    return ""
-
-
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("rows", "more", "said"),
@@ -247,4 +239,4 @@ def _refused(ranks: Ranks, folder: str, groups: dict[str, Any]) -> str:
 )
 def test_what_cannot_start_is_refused(pool, tiny_model, chat_rows, rows, more, said):
     groups = settings_of("nf4", chat_rows if rows else None, train={"micro_batch_size": 1}, **more)
-    assert said in pool.run(2, _refused, str(tiny_model), groups)[0]
+    assert said in pool.run(2, refused, str(tiny_model), groups)[0]

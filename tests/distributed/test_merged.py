@@ -48,10 +48,7 @@ def write_adapter(base: Path, folder: Path, config: Any, num_ids: int | None = N
         dense.resize_token_embeddings(num_ids)
     model = get_peft_model(dense, config)
     torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+    upstream.add_noise(model, 0.05)
     model.save_pretrained(folder, save_embedding_layers=False)  # whole tables, where they were resized
     return folder
 

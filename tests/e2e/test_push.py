@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import hub
 from tests.tiny import make_model
+from tests.upstream import add_noise
 
 pytestmark = [pytest.mark.launch, pytest.mark.full]
 REPO = "ann/tuned"
@@ -61,10 +62,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = get_peft_model(dense, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    add_noise(model, 0.1)
     model.save_pretrained(folder)
     (folder / "README.md").write_text(CARD.format(base=base))
     (folder / "notes.log").write_text("mine alone")

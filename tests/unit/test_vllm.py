@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.export.vllm import obstacles, rewrite_for_vllm, served_by_vllm
 from tests.families import write_family
+from tests.upstream import add_noise
 
 LORA: dict[str, Any] = {"peft_type": "LORA", "r": 12, "lora_alpha": 24, "bias": "none"}
 NAMES = ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
@@ -44,10 +45,7 @@ def write(folder: Path, base: Path, **settings: Any) -> Any:
     """Save an adapter of stock PEFT with random values; return its logits on some tokens."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), peft.LoraConfig(**settings))
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    add_noise(model, 0.1)
     model.save_pretrained(folder)
     return model.eval()(input_ids=torch.arange(16)[None]).logits
 
