@@ -29,6 +29,7 @@ from fsdp_qlora.load.safetensors import SafetensorsFolder, file_digests
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.families import is_causal
 from fsdp_qlora.model.root import CausalModel
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.build import OpenedModel, Weights, load_model, open_model
 from fsdp_qlora.run.decide import attentions_for, replace_attention
 
@@ -47,7 +48,7 @@ def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
     model_config = on_every(lambda: load_config(folder, model.trust_remote_code, model.config_overrides), ranks)
     candidates = on_every(lambda: attentions_for(config, ranks.device, folder), ranks)
     _require_alike(candidates, ranks)
-    if model.check == "off" or not is_causal(model_config):
+    if model.check == "off" or not (build_objective(config.objective).of_tokens and is_causal(model_config)):
         return Verdict(candidates[0])
     kept, key, known = on_every(lambda: _remembered(config, model_config, folder, candidates, ranks), ranks)
     if not any_rank(known is None or model.check == "always", ranks) and known is not None:

@@ -27,6 +27,7 @@ from fsdp_qlora.model.fused import fusible
 from fsdp_qlora.model.kernels import KERNELS
 from fsdp_qlora.model.rope import settle_rope
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.parallel.compile import COMPILED_TYPES, can_compile
 from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.plan.choices import decided, tensor_budget
@@ -35,6 +36,7 @@ from fsdp_qlora.plan.devices import device_of_driver, find_device, find_intercon
 from fsdp_qlora.plan.layout import Cluster, settle_shard_degree
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.plan.sizes import parse_bytes
+from fsdp_qlora.run.labels import planned_labels
 from fsdp_qlora.run.world import World
 
 SHARD_DEGREE = "fsdp.shard_degree"
@@ -122,7 +124,7 @@ def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
     Raises:
         ModelError: if the model is not a folder, not in the hub cache, and not one of the shapes known by name.
     """
-    check(config)
+    config = planned_labels(check(config))
     source = config_for_plan(config.model.name, config.model.revision)
     device = planned_device(config)
     config = with_attention(on_device(config, device), torch.device(device), source)
@@ -151,7 +153,8 @@ def attentions_for(config: RunConfig, device: torch.device, source: Path) -> tup
         wanted = wanted or EAGER
     model_config = load_config(source, model.trust_remote_code, model.config_overrides)
     dtype = model_dtype(config.precision.name)
-    return attention_candidates(device, wanted, model_config, dtype, model.trust_remote_code)
+    causal = build_objective(config.objective).of_tokens
+    return attention_candidates(device, wanted, model_config, dtype, model.trust_remote_code, causal)
 
 
 def replace_attention(config: RunConfig, attention: str) -> RunConfig:
@@ -165,7 +168,7 @@ def skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
     require_readable(folder, config.quant)
     base = build_skeleton(
         folder, model_dtype(config.precision.name), model.attn_implementation, model.trust_remote_code,
-        model.config_overrides,
+        model.config_overrides, build_objective(config.objective),
     )  # fmt: skip
     settle_rope(base, config.data.max_length)
     return base
