@@ -134,7 +134,8 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     print_table(f"{folder.path.name}: done", rows)
     switches = [f"{key}=true" for key in switches_on(from_dict(read_config(str(folder.config_file))))]
     key = "model.name" if kind == "model" else kind
-    words = ["generate", f"run_from={folder.config_file}", *switches, f"{key}={result}", f"prompt={prompt}"]
+    verb, more = ("generate", [f"prompt={prompt}"]) if summary.get("answers", True) else ("evaluate", [])
+    words = [verb, f"run_from={folder.config_file}", *switches, f"{key}={result}", *more]
     print(f"try next: {command(*words)}", flush=True)  # not in the table, which wraps lines: it is meant for pasting
     if "profile" in summary:
         print_profile(summary["profile"])

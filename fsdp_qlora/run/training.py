@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.experts import peft_config, short_parameters
@@ -199,7 +199,17 @@ class Training:
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
         beside = [] if lora.start is None else [self.folder.path / FILE_NAME]
-        return export_adapter(folder, tensors, config, base, self._saved_tokenizer(), card, beside, self._header)
+        return export_adapter(
+            folder, tensors, config, base, self._saved_tokenizer(), card, beside, self._header, self._saved_config()
+        )
+
+    def _saved_config(self) -> PreTrainedConfig | None:
+        """Return the model's config if the objective has changed it, without paths of this machine."""
+        if self.objective.of_tokens:
+            return None
+        config = deepcopy(self.model.base.config)
+        config.architectures, config.name_or_path = [type(self.model.base).__name__], ""
+        return config
 
     def _saved_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer to save; an added end of turn is its ``eos_token``, at which plain PEFT then stops."""
