@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from tests.build import essence, losses, metrics, run_fit
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.model.root import CausalModel
+from tests.build import build, essence, losses, metrics, run_fit
 from tests.objectives import CASES, exported_outputs, upstream_losses
 from tests.tiers import some_in_full
 from tests.tolerances import FP32_LOSSES
@@ -44,3 +46,30 @@ def test_a_run_resumes_and_its_adapter_loads_in_plain_peft(pool, tmp_path, kind)
     assert torch.isfinite(torch.tensor(summary["eval_loss_after"]))
     loss, saved = pool.run(1, exported_outputs, model, groups, str(adapter))[0]
     assert torch.isfinite(loss).all() and saved
+
+
+def _checked(ranks, folder, groups):
+    """Return what the check against upstream says."""
+    try:
+        return build(ranks, folder, **groups, model={"check": "always"}).choices["model.check"].value
+    except ModelError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", some_in_full(CASES, FAST))
+def test_a_model_is_compared_with_upstreams_code(pool, tmp_path, kind):
+    model, groups = CASES[kind].write(tmp_path)
+    assert set(pool.run(2, _checked, model, groups)) == {"equal to upstream's own code"}
+
+
+def _with_unmasked_padding(ranks, folder, groups):
+    """Return what the check says of code that forgets the mask of padded rows."""
+    outputs = CausalModel.outputs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CausalModel, "outputs", lambda self, attention_mask, **rest: outputs(self, **rest))
+        return _checked(ranks, folder, groups)
+
+
+def test_a_forgotten_mask_is_found(pool, tmp_path):
+    model, groups = CASES["bert, pairs and numbers"].write(tmp_path)
+    assert "would not match its own code" in pool.run(1, _with_unmasked_padding, model, groups)[0]
