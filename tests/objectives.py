@@ -18,7 +18,7 @@ from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.whole import as_saved
 from fsdp_qlora.checks import reference
 from fsdp_qlora.data.columns import ColumnRows
-from fsdp_qlora.data.labels import ROWS
+from fsdp_qlora.data.labels import IGNORE, ROWS, TOKENS
 from fsdp_qlora.data.loader import Cut, Loader
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.model.config import load_config
@@ -43,6 +43,9 @@ class Case:
     groups: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     """More settings of the tiny model."""
+    weight: str = ROWS
+    count: Callable[[Tensors], int] = lambda tensors: len(next(iter(tensors.values())))
+    """What upstream's loss is a mean over, and how many of these a micro-batch has."""
 
     def write(self, folder: Path) -> tuple[str, dict[str, Any]]:
         """Write model and rows; return the model's folder and the settings of a run."""
@@ -95,7 +98,7 @@ def upstream_losses(ranks: Ranks, folder: str, groups: dict[str, Any], kind: str
     for step in range(train.max_steps):
         batch, total = loader.batch_at(step * train.global_batch_size), 0.0
         for part in batch.micro_batches:
-            share = len(part.rows) / batch.weights[ROWS]
+            share = CASES[kind].count(part.tensors) / batch.weights[CASES[kind].weight]
             loss = adapted(**CASES[kind].inputs(part.tensors)).loss * share  # type: ignore[attr-defined]
             loss.backward()
             total += float(loss.detach())
@@ -136,6 +139,16 @@ def _with_labels(tensors: Tensors, labels: torch.Tensor) -> dict[str, Any]:
     return {name: value for name, value in tensors.items() if name != "label"} | {"labels": labels}
 
 
+def _labelled(number: int) -> dict[str, Any]:
+    words = sentence(number, 4 + number % 7).split()
+    return {"tokens": words, "labels": [ENTITIES[(number + at) % 4] for at in range(len(words))]}
+
+
+def _labels_in(tensors: Tensors) -> int:
+    return int((tensors["labels"] != IGNORE).sum())
+
+
+ENTITIES = ["O", "B-SHIP", "I-SHIP", "B-SKY"]
 NAMES = ["calm", "odd", "wild"]
 CLASSIFY = {"name": "sequence_classification"}
 CASES: dict[str, Case] = {
@@ -150,6 +163,14 @@ CASES: dict[str, Case] = {
     "gpt2, several labels": Case(
         "gpt2", lambda n: {"text": sentence(n, 5 + n % 9), "label": NAMES[: n % 3]}, CLASSIFY,
         lambda t: _with_labels(t, t["label"]), {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}},
+    ),
+    "bert, words": Case(
+        "bert", _labelled, {"name": "token_classification"}, weight=TOKENS, count=_labels_in,
+    ),
+    "llama, words": Case(
+        "llama", lambda n: _labelled(n) | {"labels": [i % 4 for i in range(4 + n % 7)]},
+        {"name": "token_classification"}, dict, {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}},
+        {"classifier_dropout": 0.0}, TOKENS, _labels_in,
     ),
     "bert, a number to predict": Case(
         "bert", lambda n: {"text": sentence(n, 5 + n % 9), "label": n / 7}, CLASSIFY,

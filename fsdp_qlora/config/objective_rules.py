@@ -52,6 +52,8 @@ def _labels(config: RunConfig) -> Iterator[str]:
             if getattr(objective, key):
                 yield f"objective.{key}: objective={objective.name} has no labels; leave it out."
         return
+    if objective.name != "sequence_classification" and objective.problem_type != "auto":
+        yield f"objective.problem_type: objective={objective.name} has one label for each word; leave it out."
     if twice := sorted({name for name in objective.labels if objective.labels.count(name) > 1}):
         yield f"objective.labels: {', '.join(map(repr, twice))} is named more than once."
     if unknown := [name for name in objective.class_weights if objective.labels and name not in objective.labels]:

@@ -266,7 +266,8 @@ class ObjectiveSettings:
 
     name: Annotated[str, choices.OBJECTIVES] = "sft"
     """``sft``: cross entropy on the supervised tokens, summed and divided by their global count.
-    ``sequence_classification``: a label, several, or a number for each text or pair of texts."""
+    ``sequence_classification``: a label, several, or a number for each text or pair of texts.
+    ``token_classification``: a label for each word of a text."""
     labels: Annotated[list[str], YOUNGER] = field(default_factory=list)
     """Names of the labels, in the order of their numbers; empty = those of the training data, sorted."""
     problem_type: Annotated[ProblemType, YOUNGER] = "auto"

@@ -25,6 +25,10 @@ class Encoded:
     """int32 ``[length]``."""
     types: np.ndarray
     """int32 ``[length]``: 0 in the first text, 1 in the second, as the tokenizer has it; zeros if it has none."""
+    offsets: np.ndarray
+    """int64 ``[length, 2]``: where each token begins and ends in its text, in characters."""
+    special: np.ndarray
+    """bool ``[length]``: whether the tokenizer added the token."""
 
 
 class TextTokenizer:
@@ -56,9 +60,15 @@ class TextTokenizer:
         return results
 
     def _encode(self, texts: tuple[str, ...], **cut: object) -> Encoded:
-        encoding = self._tokenizer(*texts, return_token_type_ids=True, verbose=False, **cut)  # type: ignore[arg-type]
-        ids = np.array(encoding["input_ids"], dtype=np.int32)
-        return Encoded(ids, np.array(encoding["token_type_ids"], dtype=np.int32))
+        encoding = self._tokenizer(
+            *texts, return_token_type_ids=True, return_offsets_mapping=True, return_special_tokens_mask=True,
+            verbose=False, **cut,
+        )  # fmt: skip  # type: ignore[arg-type]
+        return Encoded(
+            np.array(encoding["input_ids"], dtype=np.int32), np.array(encoding["token_type_ids"], dtype=np.int32),
+            np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2),
+            np.array(encoding["special_tokens_mask"], dtype=bool),
+        )  # fmt: skip
 
 
 def key_of(*texts: str) -> int:

@@ -3,12 +3,14 @@
 from fsdp_qlora.objectives.objective import Objective, Sums, Totals, build_objective, loss_of, register, token_losses
 from fsdp_qlora.objectives.sequence_classification import SequenceClassification
 from fsdp_qlora.objectives.sft import SupervisedFineTuning
+from fsdp_qlora.objectives.token_classification import TokenClassification
 
 __all__ = [
     "Objective",
     "SequenceClassification",
     "Sums",
     "SupervisedFineTuning",
+    "TokenClassification",
     "Totals",
     "build_objective",
     "loss_of",

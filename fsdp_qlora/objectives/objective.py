@@ -42,6 +42,8 @@ class Objective(ABC):
     """Whether `observe` returns something for each row, which `score` makes metrics of."""
     label_column: ClassVar[str] = "label"
     """Column of raw rows that holds their labels, where there are any."""
+    label_of_each: ClassVar[bool] = False
+    """Whether that column lists a label for each part of the row (a word), rather than labels of the whole row."""
     task_type: ClassVar[str | None] = "CAUSAL_LM"
     """PEFT's name for the task, in an exported adapter; None where it has none."""
 
