@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from fsdp_qlora.config.choices import ROW_BY_ROW, WITH_LABELS
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.choices import CAN_SPLIT, ROW_BY_ROW, WITH_LABELS
+from fsdp_qlora.config.schema import ObjectiveSettings, RunConfig
 
 Rule = Callable[[RunConfig], Iterator[str]]
 
@@ -17,7 +17,7 @@ def _rows(config: RunConfig) -> Iterator[str]:
     for key in ("packing", "padding_free", "streaming", "template"):
         if getattr(data, key):
             yield f"data.{key}: objective={name} has no use for it; leave it out."
-    if data.truncation == "split":
+    if data.truncation == "split" and name not in CAN_SPLIT:
         yield f"data.truncation: a row of objective={name} cannot be split; choose right, left or drop."
     if data.train_on != "assistant":
         yield f"data.train_on: objective={name} learns labels, not answers; leave it out."
@@ -62,4 +62,18 @@ def _labels(config: RunConfig) -> Iterator[str]:
         yield f"objective.class_weights: the factor of {odd[0]!r} must be above 0."
 
 
-OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels)
+_OWN = {"masked_lm": ("mask_probability", "whole_words"), "embedding": ("temperature", "pooling")}
+"""Objectives -> settings that no other reads."""
+
+
+def _own(config: RunConfig) -> Iterator[str]:
+    objective, defaults = config.objective, ObjectiveSettings()
+    for name, keys in _OWN.items():
+        for key in keys:
+            if objective.name != name and getattr(objective, key) != getattr(defaults, key):
+                yield f"objective.{key}: only objective={name} reads it, not {objective.name}; leave it out."
+    if not objective.mask_probability:
+        yield "objective.mask_probability: must be above 0, or there is nothing to predict."
+
+
+OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels, _own)

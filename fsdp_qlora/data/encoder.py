@@ -74,6 +74,10 @@ class RowEncoder(ABC):
     def rows(self, data: Dataset) -> StoredRows:
         """Return stored items as rows to make batches of."""
 
+    def training_rows(self, data: Dataset, seed: int) -> StoredRows:
+        """Return stored items as rows to train on, with whatever is drawn anew each time from the run's ``seed``."""
+        return self.rows(data)
+
     @abstractmethod
     def segments(self, rows: Rows, number: int) -> list[Segment]:
         """Return row ``number`` as a reader should see it."""

@@ -20,7 +20,7 @@ from fsdp_qlora.data.loader import MicroBatch, NamedBatch, Rows
 from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.samples import Segment
-from fsdp_qlora.data.texts import digest_of, key_of
+from fsdp_qlora.data.texts import digest_of, key_of, within_positions
 from fsdp_qlora.data.words import WordTokenizer
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.objectives.entities import names_entities, of_entities
@@ -55,6 +55,11 @@ class TokenClassification(Objective):
         super().__init__(settings)
         self.labels = Labels(self.settings)
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What its metrics are computed by."""
+        return ("sklearn",)
+
     def configure(self, config: PreTrainedConfig) -> None:
         """Set the labels."""
         config.update({key: value for key, value in label_maps(self.labels).items() if key != "problem_type"})
@@ -63,6 +68,7 @@ class TokenClassification(Objective):
         self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     ) -> _LabelledWords:
         """Return what stores texts with the labels of their words."""
+        data = within_positions(data, tokenizer, config)
         return _LabelledWords(columns_of(data), fast(tokenizer), data, self.labels, pad_token(config))
 
     def sums(self, model: nn.Module, micro_batch: MicroBatch) -> Sums:
@@ -113,7 +119,7 @@ class _LabelledWords(EachAlone):
     ) -> None:
         self._read, self._tokenizer, self._labels, self._pad = read, tokenizer, labels, pad
         self._encode = WordTokenizer(tokenizer, data.max_length, data.truncation)
-        self.identity = ["token_classification", labels.names]
+        self.identity = ["token_classification", labels.names, data.max_length]
 
     def stored(self, row: Row) -> Stored:
         """Return the tokens and labels of a row."""
