@@ -1,8 +1,8 @@
 """The loss of pairs against all other rows of a global batch, in two passes, and what retrieval measures.
 
-A row's negatives are the rows of the same global batch, on whatever rank they are. So that not all micro-batches need to
-be in memory at once, vectors are first computed without gradients, gathered, and the loss is differentiated by them;
-then each micro-batch is computed again, and its vectors carry these derivatives on to the parameters (GradCache,
+A row's negatives are the rows of the same global batch, on whatever rank they are. So that no two micro-batches need be
+in memory at once, vectors are first computed without gradients, gathered, and the loss is differentiated by them. Then
+each micro-batch is computed again, and its vectors carry these derivatives on to the parameters (GradCache,
 https://arxiv.org/abs/2101.06983). The gradient is that of the loss over the global batch, for any number of ranks and
 any size of micro-batches.
 """
