@@ -97,7 +97,7 @@ def upstream_losses(ranks: Ranks, folder: str, groups: dict[str, Any], kind: str
         trained, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=0.0
     )
     assert prepared.data is not None and prepared.data.train is not None
-    rows = prepared.data.encoder.rows(prepared.data.train)
+    rows = prepared.data.encoder.training_rows(prepared.data.train, prepared.config.run.seed)
     assert isinstance(rows, ColumnRows)
     loader = Loader(rows, train.global_batch_size, Cut(train.micro_batch_size, 0, 1), prepared.config.run.seed)
     losses = []
