@@ -6,17 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.encoder import Counts
 from fsdp_qlora.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 LONGEST = 2**20
 """Characters that are tokenized at once; the tokenizer needs some 200 bytes for each."""
@@ -114,3 +110,13 @@ def within_positions(data: DataSettings, tokenizer: PreTrainedTokenizerBase, con
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (positions, tokenizer.model_max_length) if isinstance(limit, int) and limit > 0]
     return replace(data, max_length=min([data.max_length, *limits]))
+
+
+def pad_token(config: PreTrainedConfig) -> int:
+    """Return the id that pads rows: the model's padding token, or else the one that ends a text."""
+    text = config.get_text_config()
+    for value in (text.pad_token_id, text.eos_token_id):
+        one = value[0] if isinstance(value, list) and value else value
+        if isinstance(one, int) and one >= 0:
+            return one
+    return 0

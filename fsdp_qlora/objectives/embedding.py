@@ -23,13 +23,12 @@ from fsdp_qlora.data.loader import MicroBatch, NamedBatch, Rows
 from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.samples import Segment
-from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, within_positions
+from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, within_positions
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.objectives.contrast import ANCHOR, NEGATIVE, POSITIVE, Known, Texts, differentiate, losses, retrieval
 from fsdp_qlora.objectives.objective import Objective, Sums, register
 from fsdp_qlora.objectives.pooling import pool, pooling_of, sentence_transformers_files
-from fsdp_qlora.objectives.sequence_classification import pad_token
 
 if TYPE_CHECKING:
     from datasets import Dataset

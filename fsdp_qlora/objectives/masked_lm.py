@@ -19,10 +19,9 @@ from fsdp_qlora.data.masked import MaskedRows, Masking
 from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.samples import Segment
-from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, within_positions
+from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, within_positions
 from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.objectives.objective import Objective, Sums, register
-from fsdp_qlora.objectives.sequence_classification import pad_token
 
 if TYPE_CHECKING:
     from datasets import Dataset

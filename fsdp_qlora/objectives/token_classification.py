@@ -20,14 +20,13 @@ from fsdp_qlora.data.loader import MicroBatch, NamedBatch, Rows
 from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.samples import Segment
-from fsdp_qlora.data.texts import digest_of, key_of, within_positions
+from fsdp_qlora.data.texts import digest_of, key_of, pad_token, within_positions
 from fsdp_qlora.data.words import WordTokenizer
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.objectives.entities import names_entities, of_entities
 from fsdp_qlora.objectives.labels import Labels, is_unlabelled, label_maps
 from fsdp_qlora.objectives.objective import Objective, Sums, register
 from fsdp_qlora.objectives.scores import of_labels
-from fsdp_qlora.objectives.sequence_classification import pad_token
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,7 +61,7 @@ class TokenClassification(Objective):
 
     def configure(self, config: PreTrainedConfig) -> None:
         """Set the labels."""
-        config.update({key: value for key, value in label_maps(self.labels).items() if key != "problem_type"})
+        config.update(dict(label_maps(self.labels)))
 
     def encoder(
         self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
