@@ -26,6 +26,7 @@ from fsdp_qlora.config.facts import (
 from fsdp_qlora.config.lora import LoraSettings
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
+from fsdp_qlora.config.track import TrackSettings
 from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
 
 Switch = Literal["auto", "true", "false"]
@@ -287,18 +288,6 @@ class CheckpointSettings:
     """``auto`` (resume from the newest complete checkpoint), ``never`` (start afresh), or a checkpoint folder."""
     resume_overrides: list[str] = field(default_factory=list)
     """Settings that may differ from the checkpoint's (``[optim.lr,schedule]``); the new values apply."""
-
-
-@dataclass(frozen=True)
-class TrackSettings:
-    """Where metrics go in addition to metrics.jsonl."""
-
-    name: Annotated[str, choices.TRACKERS] = "console"
-    """``wandb`` also logs metrics to Weights & Biases (offline if there is no API key)."""
-    wandb_project: Annotated[str, VERBATIM] = "fsdp_qlora"
-    """W&B project."""
-    wandb_entity: Annotated[str | None, VERBATIM] = None
-    """W&B user or team."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fsdp_qlora.shown import visible
+from fsdp_qlora.track.sink import Sink
 
 
 def console(**settings: Any) -> Console:
@@ -17,7 +18,7 @@ def console(**settings: Any) -> Console:
     return Console(highlight=False, markup=False, emoji=False, **settings)
 
 
-class ConsoleProgress:
+class ConsoleProgress(Sink):
     """Shows loss, tokens per second, memory and time left."""
 
     def __init__(self, total_steps: int, start_step: int = 0) -> None:
