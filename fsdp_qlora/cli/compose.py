@@ -42,6 +42,7 @@ from fsdp_qlora.shown import visible
 _VERBATIM = keys_with(RunConfig, VERBATIM)
 """Keys whose values are taken as typed: no quoting, no Hydra grammar (a list may still be written ``[a,b]``)."""
 
+MULTIRUN = ("--multirun", "-m")
 _ABSENT = object()
 
 
@@ -277,6 +278,12 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
+def is_sweep(line: CommandLine) -> bool:
+    """Whether a sweep of our own was asked for: ``--multirun`` alone, without settings of Hydra's own."""
+    own = any(text.lstrip("+~").startswith("hydra") for text in line.overrides)
+    return bool(line.flags) and set(line.flags) <= set(MULTIRUN) and not own
+
+
 def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) -> int:
     """Run ``verb`` through Hydra, for its flags (--help, --cfg job, --info, --multirun); return the exit code."""
     require_right(verb, line)
@@ -302,7 +309,7 @@ def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) ->
     ]
     if swept:  # puts Hydra's own record of the sweep next to its jobs
         keep_tree_clean += ["hydra.sweep.dir=${run.output_root}/${run.name}", "hydra.sweep.subdir=."]
-    flags = [flag if flag != "-m" else "--multirun" for flag in line.flags]
+    flags = [flag if flag not in MULTIRUN else MULTIRUN[0] for flag in line.flags]
     sys.argv = [f"fsdp-qlora {verb}", *flags, *extra, *line.overrides, *shown, *keep_tree_clean]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(job)()

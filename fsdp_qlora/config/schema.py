@@ -27,7 +27,7 @@ from fsdp_qlora.config.lora import LoraSettings
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
 from fsdp_qlora.config.track import TrackSettings
-from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
+from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings, SweepSettings
 
 Switch = Literal["auto", "true", "false"]
 """``auto``: the plan decides and reports its choice."""
@@ -345,6 +345,7 @@ class RunConfig(Saved):
     track: TrackSettings = field(default_factory=TrackSettings)
     launcher: LauncherSettings = field(default_factory=LauncherSettings)
     debug: DebugSettings = field(default_factory=DebugSettings)
+    sweep: SweepSettings = field(default_factory=SweepSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     generate: GenerateSettings = field(default_factory=GenerateSettings)

@@ -5,6 +5,7 @@ Through `MlflowClient`, which names the run at each call: the fluent API has one
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import time
@@ -39,12 +40,10 @@ class MlflowSink(Sink):
         for variable, value in _LIMITS.items():
             os.environ.setdefault(variable, value)
         logging.getLogger("alembic").setLevel(logging.WARNING)  # it lists each table of a new database
-        from mlflow.entities import Metric, Param
-        from mlflow.tracking import MlflowClient
-
-        self._metric = Metric
+        entities = importlib.import_module("mlflow.entities")
+        self._metric = entities.Metric
         uri = tracking_uri(settings, config["run"]["output_root"])
-        self._client = MlflowClient(uri)
+        self._client = importlib.import_module("mlflow.tracking").MlflowClient(uri)
         id_file = folder / ID_FILE
         if id_file.is_file():
             self._run = id_file.read_text(encoding="utf-8").strip()
@@ -55,7 +54,7 @@ class MlflowSink(Sink):
         tags = {"fsdp_qlora.folder": shown_source(str(folder))}
         self._run = self._client.create_run(number, run_name=name, tags=tags).info.run_id
         id_file.write_text(self._run, encoding="utf-8")
-        params = [Param(key, text) for key, value in _flat(config) if 0 < len(text := str(value)) <= _LONGEST]
+        params = [entities.Param(key, text) for key, value in _flat(config) if 0 < len(text := str(value)) <= _LONGEST]
         for first in range(0, len(params), _PARAMS):
             self._client.log_batch(self._run, params=params[first : first + _PARAMS])
 
