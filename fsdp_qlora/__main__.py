@@ -24,6 +24,7 @@ from fsdp_qlora.distributed.signals import STOP_SIGNALS, take_signals
 from fsdp_qlora.distributed.torchrun import forget_leftovers, is_rank
 from fsdp_qlora.errors import ConfigError, StorageError
 from fsdp_qlora.run.exit import CONFIG_VARIABLE, EXIT_VARIABLE, end_by_signal, guarded, leave
+from fsdp_qlora.track.bars import show_bars
 
 VERBS = {
     "train": "fine-tune a model and write its adapter",
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code of the process."""
     withstand()
     listen()
+    show_bars()
     if arguments is None:
         leave_here()
         restart_in_utf8()

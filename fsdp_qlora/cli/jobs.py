@@ -206,6 +206,6 @@ def _outcome(job: Job, code: int, pruned: bool, started: float, seconds: float) 
         message = ended["message"]
     if code == 0:
         summary = folder.read_summary()
-        values = {key: value for key, value in summary.items() if isinstance(value, int | float)}
+        values = {key: float(value) for key, value in summary.items() if isinstance(value, int | float)}
         peak = max((rank["peak_memory_bytes"] for rank in summary["ranks"]), default=0)
     return Outcome(list(job.choices), job.settings(), code, message, seconds, values, peak, pruned)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +19,9 @@ from fsdp_qlora.model.tokenizer import add_special_tokens, build_tokenizer
 from fsdp_qlora.run.build import OpenedModel
 from fsdp_qlora.run.world import World
 from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.track.bars import Bar
+
+TOKENIZING = "tokenizing rows"
 
 
 def tokenize(
@@ -35,10 +37,18 @@ def tokenize(
     if config.data.train is None:
         return tokenizer, None
     ranks.phases.enter("preparing the data")
+    bar = Bar(TOKENIZING) if ranks.is_main else None
+
+    def tell(rows: int) -> None:
+        ranks.phases.sign()
+        if bar is not None:
+            bar(rows, 0)
+
     data = prepare_data(
-        config.data, config.run.seed, tokenizer, cache_folder(), world.share, lambda _: ranks.phases.sign(),
-        ranks.phases.by_itself,
-    )  # fmt: skip
+        config.data, config.run.seed, tokenizer, cache_folder(), world.share, tell, ranks.phases.by_itself
+    )
+    if bar is not None:
+        bar.close()
     limit = _longest_row(opened.shapes, verdict)
     num_ids = known_ids(config, opened.shapes, tokenizer)
     on_every(lambda: require_rows_fit(data, config.data, tokenizer, num_ids, limit), ranks)
@@ -73,11 +83,14 @@ def _longest_row(shapes: ModelShapes, verdict: Verdict) -> int | None:
     return shapes.max_positions - unusable if unusable is not None and shapes.max_positions else None
 
 
-def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = None) -> PreparedData:
-    """Tokenize the data without a model or process group; ``progress`` is called with the number of rows read."""
+def prepare_tokens(config: RunConfig) -> PreparedData:
+    """Tokenize the data without a model or process group."""
     check(config)
     tokenizer = _tokenizer(config, resolve_folder(config.model.name, config.model.revision))
-    return prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), progress=progress)
+    bar = Bar(TOKENIZING)
+    data = prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), progress=lambda rows: bar(rows, 0))
+    bar.close()
+    return data
 
 
 def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
