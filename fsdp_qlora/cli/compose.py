@@ -37,6 +37,7 @@ from fsdp_qlora.config.saved import read_config
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.config.verb_rules import missing
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
+from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.shown import visible
 
 _VERBATIM = keys_with(RunConfig, VERBATIM)
@@ -292,12 +293,17 @@ def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) ->
     swept = [override.key_or_group for override in parsed(line.overrides) if override.is_sweep_override()]
     ends: list[int | FsdpQloraError] = []
 
-    def job(composed: DictConfig) -> None:
+    def job(composed: DictConfig) -> float | None:
+        """Run one job; return what a plugin of Hydra's may want to make small, if there is such a number."""
         try:  # Hydra would turn our errors into a traceback and exit code 1
-            ends.append(run(_settle(verb, composed, outside, line, saved, f"/{_job_name(swept)}" if swept else "")))
+            config = _settle(verb, composed, outside, line, saved, f"/{_job_name(swept)}" if swept else "")
+            ends.append(run(config))
         except FsdpQloraError as error:
             ends.append(error)
             print(f"fsdp-qlora: {visible(str(error))}", file=sys.stderr)
+            return None
+        folder = RunFolder(config.run.output_root, config.run.name)
+        return folder.read_summary().get(config.sweep.metric) if verb == "train" and folder.finished else None
 
     shown = [f"{key}={quoted(value)}" for key, value in line.verbatim.items()]
     extra = [f"--config-dir={Path(line.config_dir).absolute()}"] if line.config_dir else []

@@ -20,6 +20,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from fsdp_qlora.cli.jobs import Job, Jobs, Outcome
 from fsdp_qlora.config.schema import SweepSettings
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, ConfigError
+from fsdp_qlora.shown import visible
 from fsdp_qlora.track.lines import read_lines
 
 JOURNAL = "optuna.log"
@@ -97,19 +98,34 @@ class Search:
         return [Outcome(**json.loads(text)) for text in told if text is not None]
 
     def train(self, jobs: Jobs, build: Callable[[Sequence[str]], Job]) -> Outcome:
-        """Train with the values that Optuna asks for, and tell it the result unless the training was stopped."""
+        """Train with the values that Optuna asks for, and tell it the result unless the training was stopped.
+
+        Raises:
+            ConfigError: if a training has finished without the number that is searched by.
+        """
         trial = self._study.ask(self._space)
-        job = build([f"{key}={_spelt(trial.params[key])}" for key in self._space])
-        prunes = self._settings.prune
-        outcome = jobs.run(job, f"[trial {trial.number + 1}]", _Pruner(trial, job) if prunes else lambda: False)
+        choices = [f"{key}={_spelt(trial.params[key])}" for key in self._space]
+        label = f"[trial {trial.number + 1}]"
+        try:
+            job = build(choices)
+        except ConfigError as error:  # these values do not go together, others may
+            print(f"{label} not run: {visible(str(error))}", flush=True)
+            outcome = Outcome(choices, "", error.exit_code, str(error))
+        else:
+            outcome = jobs.run(job, label, _Pruner(trial, job) if self._settings.prune else lambda: False)
         if outcome.code == STOPPED_EXIT_CODE and not outcome.pruned:
             return outcome  # asked again at the next start
         trial.set_user_attr(_OUTCOME, json.dumps(asdict(outcome)))
         value, states = outcome.values.get(self._settings.metric), self._optuna.trial.TrialState
         if value is not None:
             self._study.tell(trial, value)
-        else:
-            self._study.tell(trial, state=states.PRUNED if outcome.pruned else states.FAIL)
+            return outcome
+        self._study.tell(trial, state=states.PRUNED if outcome.pruned else states.FAIL)
+        if outcome.code == 0:
+            raise ConfigError(
+                f"sweep.metric: the summary.json of this training has no number {self._settings.metric}, so there is "
+                "nothing to search by. For eval_loss_after, set data.eval or data.eval_fraction."
+            )
         return outcome
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 
-from fsdp_qlora.cli.compose import MULTIRUN, CommandLine, compose_config, require_right
+from fsdp_qlora.cli.compose import MULTIRUN, CommandLine, require_right
 from fsdp_qlora.cli.jobs import Job, Jobs, Outcome, build_job, job_name
 from fsdp_qlora.cli.overrides import group_options, parsed
 from fsdp_qlora.cli.quoting import command
@@ -42,13 +42,31 @@ def run(arguments: Sequence[str], line: CommandLine) -> int:
     _require_no_ranks(arguments)
     require_right("train", line)
     swept = [override for override in parsed(line.overrides) if override.is_sweep_override()]
+    if not swept:
+        raise ConfigError("--multirun: no key has several values; leave it out, or write key=a,b.")
     keys = {override.key_or_group for override in swept}
     fixed = [a for a in arguments if a not in MULTIRUN and a.partition("=")[0].lstrip("+") not in keys]
-    settings = compose_config("train", fixed).sweep
-    if settings.trials:
+    example, name = _first_that_fits(fixed, swept, line.config_dir)
+    if example.config.sweep.trials:
         require_optuna()
-        return _search(fixed, swept, line, settings)
-    return _every_combination(fixed, swept, line, settings)
+        return _search(fixed, swept, line, example, name)
+    return _every_combination(fixed, swept, line, example, name)
+
+
+def _first_that_fits(fixed: Sequence[str], swept: Sequence[Override], config_dir: str | None) -> tuple[Job, str]:
+    """Return the first combination without an error, which tells the settings of the sweep, and the sweep's name.
+
+    Raises:
+        ConfigError: if all of them are wrong.
+    """
+    each = [[f"{o.get_key_element()}={v}" for v in _options(o, config_dir) or [_start(o)]] for o in swept]
+    refused: list[str] = []
+    for choices in itertools.product(*each):
+        try:
+            return build_job(fixed, choices, None)
+        except ConfigError as error:
+            refused.append(f"{', '.join(choices)}: {error}")
+    raise ConfigError("\n".join(refused))
 
 
 def _require_no_ranks(arguments: Sequence[str]) -> None:
@@ -77,44 +95,32 @@ def values_of(override: Override, config_dir: str | None) -> list[str]:
 
 
 def _every_combination(
-    fixed: Sequence[str], swept: Sequence[Override], line: CommandLine, settings: SweepSettings
+    fixed: Sequence[str], swept: Sequence[Override], line: CommandLine, example: Job, name: str
 ) -> int:
     each = [[f"{o.get_key_element()}={value}" for value in values_of(o, line.config_dir)] for o in swept]
     built: list[Job] = []
-    refused: list[str] = []
-    name = None
-    combinations = list(itertools.product(*each))
-    for choices in combinations:
+    refused = False
+    for choices in itertools.product(*each):
         try:
-            job, name = build_job(fixed, choices, name)
-            built.append(job)
+            built.append(build_job(fixed, choices, name)[0])
         except ConfigError as error:
-            refused.append(f"{', '.join(choices)}: {error}")
-    if not built:
-        raise ConfigError("\n".join(refused))
-    for problem in refused:
-        print(f"fsdp-qlora: not run: {visible(problem)}", file=sys.stderr, flush=True)
-    jobs = Jobs(_root(built[0]))
-    outcomes: list[Outcome] = []
-    with jobs.begun():
-        for number, job in enumerate(built, 1):
-            outcomes.append(jobs.run(job, f"[{number}/{len(built)}]"))
-            if jobs.stopped:
-                break
-    return _compare(jobs, outcomes, settings, len(built), ConfigError.exit_code if refused else 0)
-
-
-def _search(fixed: Sequence[str], swept: Sequence[Override], line: CommandLine, settings: SweepSettings) -> int:
-    if not swept:
-        raise ConfigError("sweep.trials: there is nothing to search; give a key several values, or an interval.")
-    first = [f"{o.get_key_element()}={_some_value(o, line.config_dir)}" for o in swept]
-    example, name = build_job(fixed, first, None)  # what is wrong with all jobs is found here
+            refused = True
+            print(f"fsdp-qlora: not run: {', '.join(choices)}: {visible(str(error))}", file=sys.stderr, flush=True)
     jobs = Jobs(_root(example))
     outcomes: list[Outcome] = []
     with jobs.begun():
+        for number, job in enumerate(built, 1):
+            if not jobs.stopped:
+                outcomes.append(jobs.run(job, f"[{number}/{len(built)}]"))
+    return _compare(jobs, outcomes, example.config.sweep, len(built), ConfigError.exit_code if refused else 0)
+
+
+def _search(fixed: Sequence[str], swept: Sequence[Override], line: CommandLine, example: Job, name: str) -> int:
+    jobs, settings = Jobs(_root(example)), example.config.sweep
+    with jobs.begun():
         space = {o.get_key_element(): (o, _options(o, line.config_dir)) for o in swept}
         search = Search(jobs.root.path, settings, example.config.run.seed, space)
-        outcomes += search.earlier()
+        outcomes = search.earlier()
         while len(outcomes) < settings.trials and not jobs.stopped:
             outcomes.append(search.train(jobs, lambda choices: build_job(fixed, choices, name)[0]))
     return _compare(jobs, outcomes, settings, settings.trials, 0)
@@ -126,9 +132,11 @@ def _options(override: Override, config_dir: str | None) -> list[str] | None:
     return values_of(override, config_dir) if listed else None
 
 
-def _some_value(override: Override, config_dir: str | None) -> str:
-    options = _options(override, config_dir)
-    return options[0] if options else str(override.value().start)  # type: ignore[union-attr]
+def _start(override: Override) -> str:
+    """Return the lowest value of an interval."""
+    interval = override.value()
+    assert isinstance(interval, IntervalSweep)
+    return str(interval.start)
 
 
 def _root(job: Job) -> RunFolder:
