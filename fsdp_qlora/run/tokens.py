@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.checks.twin import Verdict
+from fsdp_qlora.checks.verdict import Verdict
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.limits import require_rows_fit
@@ -14,9 +14,12 @@ from fsdp_qlora.data.prepare import PreparedData, prepare_data
 from fsdp_qlora.distributed.reduce import on_every
 from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.files.home import cache_folder
+from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.folder import resolve_folder
 from fsdp_qlora.model.tokenizer import add_special_tokens, build_tokenizer
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.build import OpenedModel
+from fsdp_qlora.run.labels import labels_of
 from fsdp_qlora.run.world import World
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.track.bars import Bar
@@ -37,6 +40,8 @@ def tokenize(
     if config.data.train is None:
         return tokenizer, None
     ranks.phases.enter("preparing the data")
+    objective, model_config = build_objective(opened.config.objective), opened.base.config
+    encoder = on_every(lambda: objective.encoder(config.data, tokenizer, model_config), ranks)
     bar = Bar(TOKENIZING) if ranks.is_main else None
 
     def tell(rows: int) -> None:
@@ -45,10 +50,12 @@ def tokenize(
             bar(rows, 0)
 
     data = prepare_data(
-        config.data, config.run.seed, tokenizer, cache_folder(), world.share, tell, ranks.phases.by_itself
+        config.data, config.run.seed, tokenizer, cache_folder(), world.share, tell, ranks.phases.by_itself, encoder
     )
     if bar is not None:
         bar.close()
+    if not objective.of_tokens:
+        return tokenizer, data
     limit = _longest_row(opened.shapes, verdict)
     num_ids = known_ids(config, opened.shapes, tokenizer)
     on_every(lambda: require_rows_fit(data, config.data, tokenizer, num_ids, limit), ranks)
@@ -86,9 +93,17 @@ def _longest_row(shapes: ModelShapes, verdict: Verdict) -> int | None:
 def prepare_tokens(config: RunConfig) -> PreparedData:
     """Tokenize the data without a model or process group."""
     check(config)
-    tokenizer = _tokenizer(config, resolve_folder(config.model.name, config.model.revision))
+    folder = resolve_folder(config.model.name, config.model.revision)
+    tokenizer, objective = _tokenizer(config, folder), build_objective(labels_of(config))
+    encoder = None
+    if not objective.of_tokens:
+        model_config = load_config(folder, config.model.trust_remote_code, config.model.config_overrides)
+        objective.configure(model_config)
+        encoder = objective.encoder(config.data, tokenizer, model_config)
     bar = Bar(TOKENIZING)
-    data = prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), progress=lambda rows: bar(rows, 0))
+    data = prepare_data(
+        config.data, config.run.seed, tokenizer, cache_folder(), progress=lambda rows: bar(rows, 0), encoder=encoder
+    )
     bar.close()
     return data
 
