@@ -16,8 +16,8 @@ _log = logging.getLogger(__name__)
 
 _LAST_SECONDS = 120.0
 """How long a finished run waits for a sink to take what is left: uploads, above all."""
-_LAST_SECONDS_OF_A_FAILURE = 5.0
-"""The same for a failed run: its other ranks, and the launcher, are waiting."""
+_SOONER = {State.STOPPED: 20.0, State.FAILED: 5.0}
+"""The same for a run that others wait for to end: a scheduler that will kill it, its other ranks, the launcher."""
 _LAG = 10_000
 """Calls that may wait; a sink that is further behind stands still."""
 
@@ -86,7 +86,7 @@ class Behind(Sink):
         """Take note of how the run ended, and wait for the sink to have taken everything."""
         self._pass(lambda sink: sink.end(ended))
         self._pass(None)
-        seconds = _LAST_SECONDS_OF_A_FAILURE if ended.state is State.FAILED else self._last_seconds
+        seconds = min(self._last_seconds, _SOONER.get(ended.state, self._last_seconds))
         until = time.monotonic() + seconds
         while not (self._failed.is_set() or self._done.wait(0.05)):
             if time.monotonic() > until:
