@@ -19,11 +19,12 @@ from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.config.verb_rules import check_verb
 from fsdp_qlora.distributed.meeting import MEETING_VARIABLE
-from fsdp_qlora.distributed.parent import die_with_parent
+from fsdp_qlora.distributed.parent import die_with_parent, die_with_sweep
 from fsdp_qlora.distributed.signals import STOP_SIGNALS, take_signals
 from fsdp_qlora.distributed.torchrun import forget_leftovers, is_rank
 from fsdp_qlora.errors import ConfigError, StorageError
 from fsdp_qlora.run.exit import CONFIG_VARIABLE, EXIT_VARIABLE, end_by_signal, guarded, leave
+from fsdp_qlora.track.bars import show_bars
 
 VERBS = {
     "train": "fine-tune a model and write its adapter",
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code of the process."""
     withstand()
     listen()
+    show_bars()
     if arguments is None:
         leave_here()
         restart_in_utf8()
@@ -64,6 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fsdp-qlora: {note}", file=sys.stderr, flush=True)
     if is_rank(os.environ):
         die_with_parent()
+    else:
+        die_with_sweep()
     if verb == "train" and arguments is None:  # until its own handlers take over; nothing is lost before
         take_signals(STOP_SIGNALS, end_by_signal)
     code = guarded(lambda: _run(verb, rest))
@@ -86,6 +90,8 @@ def _run(verb: str, arguments: list[str]) -> int:
         return _verb(verb, from_dict(json.loads(Path(composed).read_text(encoding="utf-8"))))
     compose = import_module("fsdp_qlora.cli.compose")
     line = compose.split(arguments)
+    if verb == "train" and compose.is_sweep(line):
+        return import_module("fsdp_qlora.cli.sweep").run(arguments, line)
     if line.flags:
         return compose.hydra_main(verb, line, lambda config: _verb(verb, config))
     return _verb(verb, compose.compose_config(verb, arguments))

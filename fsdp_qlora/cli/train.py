@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.cli.ranks import on_ranks
-from fsdp_qlora.cli.show import loading, print_samples, print_start, print_stopped, print_summary
+from fsdp_qlora.cli.show import print_samples, print_start, print_stopped, print_summary
 from fsdp_qlora.config.auto import Resume
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.patience import Patience
@@ -105,7 +105,7 @@ def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signal
     main = world.ranks.is_main
     if main and (restarts := restart_count()):
         print(f"restart {restarts}: {_goes_on(config, folder)}", flush=True)
-    prepared = prepare(config, world, loading() if main else None)
+    prepared = prepare(config, world)
     if main:
         print_start(prepared, note)
         print_samples(prepared, folder)

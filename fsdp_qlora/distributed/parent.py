@@ -8,6 +8,14 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+PARENT_VARIABLE = "FSDP_QLORA_SWEEP_PARENT"
+"""Environment variable with the process id of the sweep that started a job."""
+
+
+def die_with_sweep() -> None:
+    """Make a job die with the sweep that started it; do nothing in any other process."""
+    if (parent := os.environ.pop(PARENT_VARIABLE, "")).isdecimal():
+        die_with_parent(int(parent))
 
 
 def die_with_parent(parent: int | None = None) -> None:
