@@ -33,10 +33,13 @@ VERBS = {
     "generate": "answer a prompt, with or without an adapter",
     "export": "write an adapter, the quantized base (what=base-4bit), or both merged (what=merged)",
     "inspect": "show a checkpoint, or compare two: inspect PATH [PATH]",
+    "report": "write one page about a run, or several beside each other: report RUN [RUN ...]",
     "doctor": "show devices, versions and problems found",
 }
 ON_RANKS = ("train", "evaluate", "generate")
 """Verbs that can run on several ranks."""
+OF_PATHS = ("inspect", "report")
+"""Verbs that take paths instead of settings."""
 
 
 def usage() -> str:
@@ -76,12 +79,12 @@ def _run(verb: str, arguments: list[str]) -> int:
     _require_current_folder()
     if verb not in VERBS:
         raise ConfigError(f"{verb}: there is no such verb.{nearest(verb, VERBS)}\n{usage()}")
-    if arguments[:1] in (["--help"], ["-h"]) and verb != "inspect":
+    if arguments[:1] in (["--help"], ["-h"]) and verb not in OF_PATHS:
         print(import_module("fsdp_qlora.cli.help").show(verb, VERBS[verb], *arguments[1:2]))
         return 0
-    if verb == "inspect":  # paths, not settings
+    if verb in OF_PATHS:
         quieten()
-        return import_module("fsdp_qlora.cli.inspect").run(arguments)
+        return import_module(f"fsdp_qlora.cli.{verb}").run(arguments)
     if (composed := os.environ.get(CONFIG_VARIABLE)) is not None:  # our launcher has composed it for all ranks
         return _verb(verb, from_dict(json.loads(Path(composed).read_text(encoding="utf-8"))))
     compose = import_module("fsdp_qlora.cli.compose")

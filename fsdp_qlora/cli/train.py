@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.cli.ranks import on_ranks
+from fsdp_qlora.cli.report import report_beside
 from fsdp_qlora.cli.show import loading, print_samples, print_start, print_stopped, print_summary
 from fsdp_qlora.config.auto import Resume
 from fsdp_qlora.config.schema import RunConfig
@@ -118,6 +119,7 @@ def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signal
             print_summary(result.summary, folder)
         else:
             print_stopped(result.checkpoint)
+        report_beside(folder.path)
     return code
 
 

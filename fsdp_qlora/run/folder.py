@@ -142,6 +142,10 @@ class RunFolder:
         write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         write_json(self.path / "versions.json", versions())
 
+    def write_start(self, start: dict[str, Any]) -> None:
+        """Record what is known before the first step (`fsdp_qlora.run.started`)."""
+        write_json(self.path / "start.json", start)
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the summary; the run then counts as finished."""
         write_json(self.summary_file, summary)
