@@ -34,11 +34,12 @@ VERBS = {
     "export": "write an adapter, the quantized base (what=base-4bit), or both merged (what=merged)",
     "inspect": "show a checkpoint, or compare two: inspect PATH [PATH]",
     "report": "write one page about a run, or several beside each other: report RUN [RUN ...]",
+    "watch": "follow a run, or the runs of a sweep, in the terminal: watch RUN",
     "doctor": "show devices, versions and problems found",
 }
 ON_RANKS = ("train", "evaluate", "generate")
 """Verbs that can run on several ranks."""
-OF_PATHS = ("inspect", "report")
+OF_PATHS = ("inspect", "report", "watch")
 """Verbs that take paths instead of settings."""
 
 
@@ -81,6 +82,9 @@ def _run(verb: str, arguments: list[str]) -> int:
         raise ConfigError(f"{verb}: there is no such verb.{nearest(verb, VERBS)}\n{usage()}")
     if arguments[:1] in (["--help"], ["-h"]) and verb not in OF_PATHS:
         print(import_module("fsdp_qlora.cli.help").show(verb, VERBS[verb], *arguments[1:2]))
+        return 0
+    if arguments[:1] in (["--help"], ["-h"]) and verb != "inspect":
+        print(import_module(f"fsdp_qlora.cli.{verb}").USAGE)
         return 0
     if verb in OF_PATHS:
         quieten()

@@ -6,10 +6,10 @@ import shlex
 from typing import Any
 
 from fsdp_qlora.profile.phases import PHASES
-from fsdp_qlora.report import pictures
 from fsdp_qlora.report.blocks import Block, Code, Note, Picture, Sample, Table, cut
 from fsdp_qlora.report.metrics import mapping, mappings, number
 from fsdp_qlora.report.numbers import NOT_KNOWN, bytes_of, count_of, duration_of, figure, rows_of, words
+from fsdp_qlora.report.pictures import Artist
 from fsdp_qlora.report.record import Run
 from fsdp_qlora.report.settings import settings_of
 from fsdp_qlora.track.console import megabytes
@@ -18,7 +18,7 @@ _TENSORS = "max_memory_allocated"
 """``memory_kind`` where the measured bytes are those of tensors on the device."""
 
 
-def memory(run: Run, prefix: str) -> list[Block]:
+def memory(run: Run, prefix: str, artist: Artist) -> list[Block]:
     """Return the memory planned beside simulated beside measured."""
     plan, ranks = mapping(run.start.get("plan")), mappings(run.summary.get("ranks"))
     kind = run.summary.get("memory_kind")
@@ -42,9 +42,7 @@ def memory(run: Run, prefix: str) -> list[Block]:
         summary += f" The plan is {100 * whole['planned'] / measured:.0f} % of the measured peak"
         summary += f", with {megabytes(more)} for Python and its libraries." if more else "."
     table = Table("Planned, simulated and measured", ("", *values), rows)
-    svg = None
-    if pictures.can_draw():
-        svg = pictures.draw_bars(list(whole), [v / 1e9 for v in whole.values()], "GB", prefix, summary)
+    svg = artist.bars({name: value / 1e9 for name, value in whole.items()}, "GB", prefix, summary)
     blocks: list[Block] = [Picture("Planned beside simulated beside measured", summary, svg, table)]
     if simulated is None:
         blocks.append(Note("The step was not simulated. This does it and writes the page again:"))
@@ -64,7 +62,7 @@ def _bytes(counts: Any) -> list[tuple[str, str]]:
     return [(words(name), bytes_of(mapping(counts), name)) for name in mapping(counts) if number(counts, name)]
 
 
-def phases(run: Run, prefix: str) -> list[Block]:
+def phases(run: Run, prefix: str, artist: Artist) -> list[Block]:
     """Return where the time of a step went, if it was profiled."""
     blocks: list[Block] = []
     for rank in mappings(mapping(run.summary.get("profile")).get("ranks")):
@@ -77,10 +75,7 @@ def phases(run: Run, prefix: str) -> list[Block]:
         title = f"Seconds of a step on rank {rank.get('rank', '?')}"
         longest = max(seconds, key=lambda name: seconds[name])
         summary = f"{title}: {figure(step)} s, most of it {longest} ({100 * seconds[longest] / step:.0f} %)."
-        svg = None
-        if pictures.can_draw():
-            name = f"{prefix}-{len(blocks)}"
-            svg = pictures.draw_bars(list(seconds), list(seconds.values()), "s", name, summary)
+        svg = artist.bars(seconds, "s", f"{prefix}-{len(blocks)}", summary)
         blocks.append(Picture(title, summary, svg, Table(title, ("phase", "what", "seconds", "share"), rows)))
     if not blocks:
         blocks.append(Note("The steps were not profiled; debug=profile records where their time goes."))
@@ -97,7 +92,7 @@ def phases(run: Run, prefix: str) -> list[Block]:
     return [*blocks, Table("Time", ("what", "time"), rows)] if rows else blocks
 
 
-def data(run: Run, prefix: str) -> list[Block]:
+def data(run: Run, prefix: str, artist: Artist) -> list[Block]:
     """Return where the rows came from, what became of them, how long they are, and what of them is learned."""
     told = mapping(run.start.get("data"))
     train, held = mapping(told.get("training_rows")), mapping(told.get("held_out_rows"))
@@ -113,7 +108,7 @@ def data(run: Run, prefix: str) -> list[Block]:
         tokens, targets = number(train, "tokens"), number(train, "target_tokens")
         if tokens and targets is not None:
             blocks.append(Note(f"{100 * targets / tokens:.1f} % of the training tokens are learned."))
-    blocks += _lengths(mapping(told.get("lengths")), prefix, run.settings("data").get("max_length"))
+    blocks += _lengths(mapping(told.get("lengths")), prefix, run.settings("data").get("max_length"), artist)
     blocks += [
         Sample(f"Training row {at}, as the model sees it", [(cut(part.get("text", "")), part.get("learned") is True)
                                                             for part in mappings(sample)])
@@ -122,7 +117,7 @@ def data(run: Run, prefix: str) -> list[Block]:
     return blocks
 
 
-def _lengths(lengths: dict[str, Any], prefix: str, most: Any) -> list[Block]:
+def _lengths(lengths: dict[str, Any], prefix: str, most: Any, artist: Artist) -> list[Block]:
     bars = mapping(lengths.get("histogram"))
     edges, counts = bars.get("edges"), bars.get("counts")
     if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1:
@@ -135,11 +130,11 @@ def _lengths(lengths: dict[str, Any], prefix: str, most: Any) -> list[Block]:
         f"{most}."
     )
     rows = [[f"{a} to {b - 1}", f"{n:,}"] for a, b, n in zip(edges, edges[1:], counts, strict=False)]
-    svg = pictures.draw_histogram(edges, counts, "tokens", prefix, summary) if pictures.can_draw() else None
+    svg = artist.histogram(edges, counts, "tokens", prefix, summary)
     return [Picture("Lengths", summary, svg, Table("Rows by length", ("tokens", "rows"), rows, folded=True))]
 
 
-def choices(run: Run, prefix: str) -> list[Block]:
+def choices(run: Run, prefix: str, artist: Artist) -> list[Block]:
     """Return what was chosen for settings left at ``auto``, and why."""
     chosen = mapping(run.start.get("auto")) or mapping(run.summary.get("auto"))
     rows = [
@@ -149,7 +144,7 @@ def choices(run: Run, prefix: str) -> list[Block]:
     return [Table("Chosen by the plan and the device", ("setting", "choice", "why"), rows)] if rows else []
 
 
-def settings(run: Run, prefix: str) -> list[Block]:
+def settings(run: Run, prefix: str, artist: Artist) -> list[Block]:
     """Return the resolved settings, those that differ from the defaults first."""
     if not run.config:
         return []
@@ -161,13 +156,13 @@ def settings(run: Run, prefix: str) -> list[Block]:
     ]
 
 
-def versions(run: Run, prefix: str) -> list[Block]:
+def versions(run: Run, prefix: str, artist: Artist) -> list[Block]:
     """Return the versions of Python and the packages."""
     rows = rows_of(run.versions)
     return [Table("Versions", ("package", "version"), rows)] if run.versions else []
 
 
-def repeat(run: Run, prefix: str) -> list[Block]:
+def repeat(run: Run, prefix: str, artist: Artist) -> list[Block]:
     """Return the commands that repeat the run, extend it, and use its result."""
     folder = run.folder
     blocks: list[Block] = [

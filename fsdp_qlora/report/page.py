@@ -18,7 +18,7 @@ from fsdp_qlora.errors import StorageError
 from fsdp_qlora.files.write import write_text
 from fsdp_qlora.report import details, sections
 from fsdp_qlora.report.blocks import Block, Picture, Section, cut
-from fsdp_qlora.report.pictures import COLOURS
+from fsdp_qlora.report.pictures import COLOURS, Artist
 from fsdp_qlora.report.record import Run, read_run
 from fsdp_qlora.shown import visible
 
@@ -44,12 +44,12 @@ def write_report(folders: Sequence[Path], file: Path) -> int:
     return len(text.encode())
 
 
-def render(runs: Sequence[Run]) -> str:
-    """Return the page."""
-    labels = _labels(runs)
+def render(runs: Sequence[Run], artist: Artist | None = None) -> str:
+    """Return the page, with the pictures of ``artist``."""
+    labels, artist = _labels(runs), artist or Artist()
     text = ""
     for most in _POINTS:
-        text = _render(runs, labels, max(8, most // len(runs)))
+        text = _render(runs, labels, artist, max(8, most // len(runs)))
         if len(text.encode()) < MOST_BYTES:
             break
     return text
@@ -68,10 +68,10 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     return [cut(label) for label in labels]
 
 
-def _render(runs: Sequence[Run], labels: Sequence[str], most: int) -> str:
+def _render(runs: Sequence[Run], labels: Sequence[str], artist: Artist, most: int) -> str:
     parts: list[Section] = [sections.comparison(runs, labels)] if len(runs) > 1 else []
-    parts.append(sections.each_run("overview", "Overview", runs, labels, sections.overview))
-    parts.append(sections.curve_section(runs, labels, most))
+    parts.append(sections.each_run("overview", "Overview", runs, labels, artist, sections.overview))
+    parts.append(sections.curve_section(runs, labels, artist, most))
     for key, title, of in (
         ("memory", "Memory", details.memory),
         ("phases", "Phases of a step", details.phases),
@@ -82,7 +82,7 @@ def _render(runs: Sequence[Run], labels: Sequence[str], most: int) -> str:
         ("versions", "Versions", details.versions),
         ("repeat", "How to repeat it", details.repeat),
     ):
-        parts.append(sections.each_run(key, title, runs, labels, of))
+        parts.append(sections.each_run(key, title, runs, labels, artist, of))
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, finalize=_finalized,
         trim_blocks=True, lstrip_blocks=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ INSTALL = "pip install 'fsdp-qlora[report]'"
 COLOURS = 8
 """Colours of series in page.css; the next ones have the same colours with other dashes."""
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_WIDTH = 3.9
+"""Inches of a picture: in a column of the page, and on a telephone, its letters have about the size of the text's."""
 _INK, _FAINT = "#fedc00", "#fedc01"
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
@@ -42,65 +44,68 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw_curve(curve: Curve, name: str, summary: str) -> str:
-    """Return a curve over the steps as an SVG element; ``name`` is unique in the page."""
+class Artist:
+    """Draws the pictures of a page as SVG elements."""
 
-    _settle_folder()
-    from matplotlib.ticker import MaxNLocator
+    def __init__(self, draws: bool | None = None) -> None:
+        """Draw if ``draws``; None asks whether matplotlib is installed."""
+        self.draws = can_draw() if draws is None else draws
 
-    def fill(axes: Axes) -> None:
-        for series in curve.series:
-            steps, values = zip(*series.points, strict=True)
-            dashes = _DASHES[series.colour // COLOURS % len(_DASHES)]
-            marker = "o" if series.held_out or len(steps) == 1 else ""
-            style = (0, (2, 1.5)) if series.held_out else dashes
-            axes.plot(steps, values, color=_colour(series.colour), linestyle=style, marker=marker)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        if curve.unit:
-            axes.set_ylabel(curve.unit)
+    def curve(self, curve: Curve, name: str, summary: str) -> str | None:
+        """Return a curve over the steps; ``name`` is unique in the page. None where nothing can be drawn."""
 
-    return _draw(fill, name, summary)
+        def fill(axes: Axes) -> None:
+            from matplotlib.ticker import MaxNLocator
 
+            for series in curve.series:
+                steps, values = zip(*series.points, strict=True)
+                dashes = _DASHES[series.colour // COLOURS % len(_DASHES)]
+                marker = "o" if series.held_out or len(steps) == 1 else ""
+                style = (0, (2, 1.5)) if series.held_out else dashes
+                axes.plot(steps, values, color=_colour(series.colour), linestyle=style, marker=marker)
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+            if curve.unit:
+                axes.set_ylabel(curve.unit)
 
-def draw_bars(names: Sequence[str], values: Sequence[float], unit: str, name: str, summary: str) -> str:
-    """Return horizontal bars as an SVG element; ``names`` are words of ours."""
+        return _draw(fill, name, summary) if self.draws else None
 
-    def fill(axes: Axes) -> None:
-        bars = axes.barh(list(names), list(values), color=[_colour(n) for n in range(len(values))], height=0.62)
-        axes.bar_label(bars, fmt="%.3g", padding=3)
-        axes.margins(x=0.14)
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.set_xlabel(unit)
+    def bars(self, values: Mapping[str, float], unit: str, name: str, summary: str) -> str | None:
+        """Return horizontal bars, whose names are words of ours; None where nothing can be drawn."""
 
-    return _draw(fill, name, summary, height=0.62 + 0.27 * len(values))
+        def fill(axes: Axes) -> None:
+            bars = axes.barh(list(values), list(values.values()), color=[_colour(n) for n in range(len(values))])
+            axes.bar_label(bars, fmt="%.3g", padding=3)
+            axes.margins(x=0.14)
+            axes.invert_yaxis()
+            axes.grid(visible=False, axis="y")
+            axes.set_xlabel(unit)
 
+        longest = max(map(len, values), default=0)
+        return _draw(fill, name, summary, 0.62 + 0.27 * len(values), 0.15 + 0.075 * longest) if self.draws else None
 
-def draw_histogram(edges: Sequence[float], counts: Sequence[float], unit: str, name: str, summary: str) -> str:
-    """Return a histogram as an SVG element."""
+    def histogram(
+        self, edges: Sequence[float], counts: Sequence[float], unit: str, name: str, summary: str
+    ) -> str | None:
+        """Return the numbers of rows between edges; None where nothing can be drawn."""
 
-    def fill(axes: Axes) -> None:
-        widths = [b - a for a, b in pairwise(edges)]
-        axes.bar(edges[:-1], counts, width=widths, align="edge", color=_colour(0), edgecolor=_FAINT)
-        axes.grid(visible=False, axis="x")
-        axes.set_xlabel(unit)
-        axes.set_ylabel("rows")
+        def fill(axes: Axes) -> None:
+            widths = [b - a for a, b in pairwise(edges)]
+            axes.bar(edges[:-1], counts, width=widths, align="edge", color=_colour(0), edgecolor=_FAINT)
+            axes.grid(visible=False, axis="x")
+            axes.set_xlabel(unit)
+            axes.set_ylabel("rows")
 
-    return _draw(fill, name, summary)
+        return _draw(fill, name, summary) if self.draws else None
 
 
 def _colour(number: int) -> str:
     return f"#fedc{16 + number % COLOURS:02x}"
 
 
-def _settle_folder() -> None:
-    """Let matplotlib keep its list of fonts in our cache folder."""
-    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))
-
-
-def _draw(fill: Callable[[Axes], None], name: str, summary: str, height: float = 2.25) -> str:
-    _settle_folder()
+def _draw(fill: Callable[[Axes], None], name: str, summary: str, height: float = 2.25, left: float = 0.68) -> str:
+    """Return what ``fill`` draws; ``height`` of the picture and ``left`` of its axes are inches."""
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # its list of fonts
     from matplotlib import rc_context, rcdefaults
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -108,8 +113,10 @@ def _draw(fill: Callable[[Axes], None], name: str, summary: str, height: float =
     with rc_context():
         rcdefaults()  # whatever the user's matplotlibrc says
         with rc_context(_STYLE):
-            figure = Figure(figsize=(3.9, height), layout="constrained")
-            fill(figure.subplots())
+            figure = Figure(figsize=(_WIDTH, height))
+            # Set by hand: matplotlib's layout engines draw everything twice to measure it.
+            edges = (left / _WIDTH, 0.44 / height, 1 - (left + 0.12) / _WIDTH, 1 - 0.6 / height)
+            fill(figure.add_axes(edges))
             text = io.StringIO()
             FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
     return _inline(text.getvalue(), name, summary)

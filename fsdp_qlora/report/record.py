@@ -44,6 +44,8 @@ class Run:
     """Training rows as the model sees them: lists of segments."""
     answers: list[Any] = field(default_factory=list)
     """Answers to the sample prompts at evaluations."""
+    messages: list[Any] = field(default_factory=list)
+    """Warnings that the run printed, with their times."""
     remarks: list[str] = field(default_factory=list)
     """What could not be read."""
 
@@ -120,6 +122,7 @@ def read_run(folder: Path, metrics: MetricsFile | None = None) -> Run:
     run.ending = files.read_exit()
     run.samples = _lines(folder / "samples.jsonl", run.remarks)
     run.answers = _lines(files.answers_file, run.remarks)
+    run.messages = _lines(files.messages_file, run.remarks)
     try:
         run.metrics = (metrics or MetricsFile(files.metrics_file)).poll()
     except FileNotFoundError:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fsdp_qlora.report import pictures
 from fsdp_qlora.report.blocks import Block, Dialogue, Heading, Key, Note, Picture, Section, Table, cut
 from fsdp_qlora.report.curves import Curve, Points, Series, curves
 from fsdp_qlora.report.metrics import mappings, number
 from fsdp_qlora.report.numbers import NOT_KNOWN, bytes_of, count_of, duration_of, figure, figure_of, moment, rows_of
+from fsdp_qlora.report.pictures import INSTALL, Artist
 from fsdp_qlora.report.record import Run
 from fsdp_qlora.report.settings import differing
 
@@ -17,8 +17,9 @@ _SHOWN_STEPS = 16
 
 
 def each_run(
-    key: str, title: str, runs: Sequence[Run], labels: Sequence[str], of: Callable[[Run, str], list[Block]]
-) -> Section:
+    key: str, title: str, runs: Sequence[Run], labels: Sequence[str], artist: Artist,
+    of: Callable[[Run, str, Artist], list[Block]],
+) -> Section:  # fmt: skip
     """Return a section with the blocks of each run, under the run's name if there are several.
 
     ``of`` receives a run and a prefix for the names of its pictures, which are unique in the page.
@@ -27,11 +28,11 @@ def each_run(
     for at, (run, label) in enumerate(zip(runs, labels, strict=True)):
         if len(runs) > 1:
             blocks.append(Heading(label))
-        blocks += of(run, f"{key}{at}") or [Note("Nothing of this is recorded in the run's folder.")]
+        blocks += of(run, f"{key}{at}", artist) or [Note("Nothing of this is recorded in the run's folder.")]
     return Section(key, title, blocks)
 
 
-def overview(run: Run, prefix: str) -> list[Block]:
+def overview(run: Run, prefix: str, artist: Artist) -> list[Block]:
     """Return how a run ended and its main figures."""
     summary, metrics = run.summary, run.metrics
     steps = f"{metrics.last_step} of {run.total_steps}" if run.total_steps else f"{metrics.last_step}"
@@ -50,6 +51,9 @@ def overview(run: Run, prefix: str) -> list[Block]:
     if run.ending is not None and run.ending["message"]:
         blocks.insert(0, Note(f"Rank {run.ending['rank']} reported: {cut(run.ending['message'])}", warning=True))
     blocks += [Note(cut(remark), warning=True) for remark in run.remarks]
+    said = [(moment(number(each, "time")), cut(each.get("message", ""))) for each in mappings(run.messages)]
+    if said:
+        blocks.append(Table("Warnings", ("when", "message"), said[-50:]))
     if "verdict" in summary:
         blocks.append(Table("Verdict", ("what", "value"), rows_of(summary["verdict"])))
     return blocks
@@ -102,34 +106,36 @@ def _compared(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def curve_section(runs: Sequence[Run], labels: Sequence[str], most: int) -> Section:
+def curve_section(runs: Sequence[Run], labels: Sequence[str], artist: Artist, most: int) -> Section:
     """Return the pictures of all curves, with about ``most`` points in each line."""
     blocks: list[Block] = []
     for curve in curves(runs, labels):
         thinned = curve.thinned(most)
-        summary = f"{curve.title}. " + " ".join(_told(series, curve.unit) for series in curve.series)
+        summary = f"{curve.title}. " + " ".join(
+            _told(series, curve.unit, len(curve.series) > 1) for series in curve.series
+        )
         legend = [Key(cut(s.label), s.colour, s.held_out) for s in curve.series] if len(curve.series) > 1 else []
-        drawn = pictures.draw_curve(thinned, f"curve-{len(blocks)}", summary) if pictures.can_draw() else None
+        drawn = artist.curve(thinned, f"curve-{len(blocks)}", summary)
         blocks.append(Picture(curve.title + (f" ({curve.unit})" if curve.unit else ""), summary, drawn,
                               _values(curve), legend))  # fmt: skip
     if not blocks:
         return Section("curves", "Curves", [Note("No step has been logged, so there are no curves.")])
-    if not pictures.can_draw():
-        blocks.insert(0, Note(f"The values are in tables: {pictures.INSTALL} adds pictures.", warning=True))
+    if not artist.draws:
+        blocks.insert(0, Note(f"The values are in tables: {INSTALL} adds pictures.", warning=True))
     return Section("curves", "Curves", blocks)
 
 
-def _told(series: Series, unit: str) -> str:
+def _told(series: Series, unit: str, several: bool) -> str:
     """Return what a line shows, in words."""
     points = series.points
     (first, before), (last, after) = points[0], points[-1]
     low, high = min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])
-    of = f" {unit}" if unit else ""
+    of, who = f" {unit}" if unit else "", f"{cut(series.label)}: " if several else ""
     if len(points) == 1:
-        return f"{cut(series.label)}: {figure(after)}{of} at step {last}."
+        return f"{who}{figure(after)}{of} at step {last}."
     return (
-        f"{cut(series.label)}: {figure(before)}{of} at step {first}, {figure(after)} at step {last}; lowest "
-        f"{figure(low[1])} at step {low[0]}, highest {figure(high[1])} at step {high[0]}."
+        f"{who}{figure(before)}{of} at step {first}, {figure(after)} at step {last}; lowest {figure(low[1])} at step "
+        f"{low[0]}, highest {figure(high[1])} at step {high[0]}."
     )
 
 
@@ -147,7 +153,7 @@ def _lowest(points: Points) -> float:
     return min(points, key=lambda point: point[1])[0]
 
 
-def answers(run: Run, prefix: str) -> list[Block]:
+def answers(run: Run, prefix: str, artist: Artist) -> list[Block]:
     """Return the answers to the sample prompts before and after training, and at evaluations."""
     blocks: list[Block] = []
     for sample in mappings(run.summary.get("samples")):
