@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before any other import: -m has put the current fo
 import json
 import os
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from fsdp_qlora.distributed.meeting import MEETING_VARIABLE
 from fsdp_qlora.distributed.parent import die_with_parent
 from fsdp_qlora.distributed.signals import STOP_SIGNALS, take_signals
 from fsdp_qlora.distributed.torchrun import forget_leftovers, is_rank
-from fsdp_qlora.errors import ConfigError, StorageError
+from fsdp_qlora.errors import STOPPED_EXIT_CODE, ConfigError, StorageError
 from fsdp_qlora.run.exit import CONFIG_VARIABLE, EXIT_VARIABLE, end_by_signal, guarded, leave
 
 VERBS = {
@@ -110,7 +111,11 @@ def _verb(verb: str, config: RunConfig) -> int:
     check_verb(verb, config)
     quieten()
     if verb in ON_RANKS and not is_rank(os.environ) and (num_ranks := ranks_to_start(config)) > 1:
-        return launch(verb, config, num_ranks)
+        started = time.time()
+        code = launch(verb, config, num_ranks)
+        if verb == "train" and code not in (0, STOPPED_EXIT_CODE):
+            import_module("fsdp_qlora.cli.report").report_failure(config, code, started)
+        return code
     return import_module(f"fsdp_qlora.cli.{verb}").run(config)
 
 

@@ -73,6 +73,8 @@ def _rank(config: RunConfig, world: World, signals: StopSignals) -> int:
         if not ending.expected and (code := run.ended_elsewhere()) is not None:
             raise SystemExit(code) from error  # a consequence: another rank has ended and reported why
         folder.write_exit(ending.code, ending.rank, ending.message)
+        if world.ranks.size == 1 and folder.metrics_file.is_file():  # with several, the launcher does it: others wait
+            report_beside(folder.path)
         raise
 
 

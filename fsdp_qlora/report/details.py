@@ -41,7 +41,7 @@ def memory(run: Run, prefix: str, artist: Artist) -> list[Block]:
     if measured and planned is not None:
         summary += f" The plan is {100 * whole['planned'] / measured:.0f} % of the measured peak"
         summary += f", with {megabytes(more)} for Python and its libraries." if more else "."
-    table = Table("Planned, simulated and measured", ("", *values), rows)
+    table = Table("Planned, simulated and measured", ("what", *values), rows)
     svg = artist.bars({name: value / 1e9 for name, value in whole.items()}, "GB", prefix, summary)
     blocks: list[Block] = [Picture("Planned beside simulated beside measured", summary, svg, table)]
     if simulated is None:
