@@ -74,6 +74,7 @@ def _rank(config: RunConfig, world: World, signals: StopSignals) -> int:
             raise SystemExit(code) from error  # a consequence: another rank has ended and reported why
         folder.write_exit(ending.code, ending.rank, ending.message)
         if world.ranks.size == 1 and folder.metrics_file.is_file():  # with several, the launcher does it: others wait
+            watch.stop()  # else it ends this process once it sees exit.json
             report_beside(folder.path)
         raise
 

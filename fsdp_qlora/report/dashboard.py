@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
@@ -31,7 +32,7 @@ def frame(run: Run, now: float, width: int, height: int) -> RenderableType:
     progress, said = progress_of(run, now), messages(run, width)
     lines = run.metrics.steps
     ranks = _ranks(run, progress, now)
-    left = height - 12 - min(_MESSAGES, len(said)) - (0 if ranks is None else ranks.row_count + 2)
+    left = height - 9 - min(_MESSAGES, len(said)) - (0 if ranks is None else ranks.row_count + 5)
     parts: list[RenderableType] = [_title(run, progress), _bar(progress, width), _figures(run)]
     if lines:
         wide = width if width < 90 else (width - 2) // 2
@@ -51,7 +52,7 @@ def frame(run: Run, now: float, width: int, height: int) -> RenderableType:
 
 def sweep(runs: Sequence[Run], now: float, width: int) -> RenderableType:
     """Return the dashboard of several runs: a line for each."""
-    table = Table(title=f"{len(runs)} runs", title_justify="left")
+    table = Table(title=f"{len(runs)} runs", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("run", overflow="fold", min_width=8)
     for name in ("state", "steps", "loss", "held out", "tokens/s", "left"):
         table.add_column(name, justify="left" if name == "state" else "right", overflow="fold")
@@ -167,7 +168,12 @@ def _ranks(run: Run, progress: Progress, now: float) -> Table | None:
         return None
     told = number(run.ranks, "time")
     age = "" if told is None else f" ({max(0.0, now - told):.0f} s ago)"
-    table = Table(title=f"{'ranks' if progress.runs else 'the ranks before the end'}{age}", title_justify="left")
+    table = Table(
+        title=f"{'ranks' if progress.runs else 'the ranks before the end'}{age}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for name in ("rank", "doing", "for", "silent"):
         table.add_column(name, overflow="ellipsis", no_wrap=True)
     chosen = sorted(states, key=lambda state: -(state[3] or 0.0))[:_RANKS]

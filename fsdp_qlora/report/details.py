@@ -44,6 +44,8 @@ def memory(run: Run, prefix: str, artist: Artist) -> list[Block]:
     table = Table("Planned, simulated and measured", ("what", *values), rows)
     svg = artist.bars({name: value / 1e9 for name, value in whole.items()}, "GB", prefix, summary)
     blocks: list[Block] = [Picture("Planned beside simulated beside measured", summary, svg, table)]
+    if run.summary.get("profile"):
+        blocks.append(Note("The steps were profiled: what was measured has the profiler's own memory in it."))
     if simulated is None:
         blocks.append(Note("The step was not simulated. This does it and writes the page again:"))
         blocks.append(Code("", shlex.join(["fsdp-qlora", "report", str(run.folder), "simulate=true"])))

@@ -36,11 +36,13 @@ def figure_of(values: dict[str, Any], key: str) -> str:
 
 
 def duration_of(seconds: float | None) -> str:
-    """Return a duration as m:ss, or h:mm:ss."""
+    """Return a duration as seconds, m:ss or h:mm:ss."""
     if seconds is None:
         return NOT_KNOWN
+    if seconds < 60:
+        return f"{max(0.0, seconds):.0f} s"
     hours, rest = divmod(max(0, int(seconds)), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{clock(rest)} min"
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d} h" if hours else f"{clock(rest)} min"
 
 
 def moment(seconds: float | None) -> str:

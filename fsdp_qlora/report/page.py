@@ -17,7 +17,7 @@ from markupsafe import Markup
 from fsdp_qlora.errors import StorageError
 from fsdp_qlora.files.write import write_text
 from fsdp_qlora.report import details, sections
-from fsdp_qlora.report.blocks import Block, Picture, Section, cut
+from fsdp_qlora.report.blocks import Block, Picture, cut
 from fsdp_qlora.report.pictures import COLOURS, Artist
 from fsdp_qlora.report.record import Run, read_run
 from fsdp_qlora.shown import visible
@@ -69,9 +69,9 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _render(runs: Sequence[Run], labels: Sequence[str], artist: Artist, most: int) -> str:
-    parts: list[Section] = [sections.comparison(runs, labels)] if len(runs) > 1 else []
-    parts.append(sections.each_run("overview", "Overview", runs, labels, artist, sections.overview))
-    parts.append(sections.curve_section(runs, labels, artist, most))
+    overview = sections.each_run("overview", "Overview", runs, labels, artist, sections.overview)
+    curves = sections.curve_section(runs, labels, artist, most)
+    parts = [overview, curves] if len(runs) == 1 else [sections.comparison(runs, labels), curves, overview]
     for key, title, of in (
         ("memory", "Memory", details.memory),
         ("phases", "Phases of a step", details.phases),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from fsdp_qlora.distributed.parent import is_alive
 from fsdp_qlora.errors import SecurityError
 from fsdp_qlora.files.read import read_regular
 from fsdp_qlora.report.metrics import Line, mappings, number
@@ -70,7 +71,7 @@ def _living(folder: Path, quiet: float | None, pace: float | None) -> tuple[str,
     """Return the state of a run that has not said how it ended, and whether it may go on."""
     holder = _holder(folder)
     if holder is not None and holder[1] == socket.gethostname():
-        if Path(f"/proc/{holder[0]}").exists():
+        if is_alive(holder[0]):
             return "running", True
         return "killed: it ended without saying why", False
     where = "" if holder is None else f" on {holder[1]}"

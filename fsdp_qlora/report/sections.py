@@ -47,7 +47,7 @@ def overview(run: Run, prefix: str, artist: Artist) -> list[Block]:
         ("model", cut(model or NOT_KNOWN)),
         ("device", cut(summary.get("device", run.start.get("device", NOT_KNOWN)))),
     ]
-    blocks: list[Block] = [Table("Overview", ("what", "value"), rows)]
+    blocks: list[Block] = [Table("The run", ("what", "value"), rows)]
     if run.ending is not None and run.ending["message"]:
         blocks.insert(0, Note(f"Rank {run.ending['rank']} reported: {cut(run.ending['message'])}", warning=True))
     blocks += [Note(cut(remark), warning=True) for remark in run.remarks]

@@ -35,15 +35,19 @@ def settings_of(run: Run) -> list[Setting]:
     The default is what `fsdp-qlora train` takes when nothing is set.
     """
     defaults = to_dict(RunConfig())
-    keys = known_keys(RunConfig)
+    known = known_keys(RunConfig)
+    keys = [key for key in known if not any(other.startswith(f"{key}.") for other in known)]  # no whole groups
     keys += [key for key in _keys(run.config) if not any(key == k or key.startswith(f"{k}.") for k in keys)]
     return [Setting(key, _spelt(run.config, key), _spelt(defaults, key)) for key in keys]
 
 
 def differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Return the settings and versions that are not equal in all runs: key -> its value in each run."""
+    """Return the settings and versions that are not equal in all runs: key -> its value in each run.
+
+    A run whose version lacked a setting counts as one with the default.
+    """
     tables = [
-        {setting.key: setting.value for setting in settings_of(run)}
+        {each.key: each.default if each.value == MISSING else each.value for each in settings_of(run)}
         | {f"version of {name}": str(version) for name, version in run.versions.items()}
         for run in runs
     ]

@@ -45,6 +45,6 @@ def test_a_report_in_a_browser(tmp_path: Path, several: bool) -> None:
     for view, said in told.items():
         assert said["errors"] == [] and said["requests"] == [], view
         assert [each for each in said["axe"] if each["impact"] in ("serious", "critical", "moderate")] == [], view
-        assert said["sections"] == (["Comparison", *SECTIONS] if several else SECTIONS)
+        assert said["sections"] == (["Comparison", "Curves", "Overview", *SECTIONS[2:]] if several else SECTIONS)
         assert said["overflow"] == 0, f"{view}: wider than the screen"
         assert said["focused"] == 12, f"{view}: the keyboard reaches nothing"

@@ -120,6 +120,7 @@ def test_several_runs_and_damaged_lines(tmp_path: Path) -> None:
     page = Page(render([read_run(first), read_run(second)], Artist(False)))
     assert "3 lines are damaged" in page.text
     assert re.search(r"optim\.lr\s*0\.001\s*0\.002", page.text), "what differs is not there"
+    assert '{"lr": ' not in page.text, "a group is no setting"
     assert "a: training" in page.text and "b: held out" in page.text
     for section in (
         "Comparison",
