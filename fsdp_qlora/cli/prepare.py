@@ -9,7 +9,7 @@ from fsdp_qlora.cli.embedded import fetch_embedded
 from fsdp_qlora.cli.tables import print_table
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.deal import num_steps
-from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.report import histogram, packing_efficiency
 from fsdp_qlora.data.sources import names_of, not_read
@@ -74,12 +74,12 @@ def _report(config: RunConfig, data: PreparedData) -> None:
     print("\n".join(histogram(rows.lengths).lines()))
 
 
-def _quantile(rows: TokenRows, percent: int) -> float:
+def _quantile(rows: Rows, percent: int) -> float:
     ordered = sorted(rows.lengths.tolist())
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
 
-def _time(config: RunConfig, rows: TokenRows, steps: int, num_rows: int) -> str:
+def _time(config: RunConfig, rows: Rows, steps: int, num_rows: int) -> str:
     """Estimate the time from the speed of an earlier run of this name; say so if there is none."""
     summary = RunFolder(config.run.output_root, config.run.name).summary_file
     if not summary.is_file():

@@ -16,7 +16,6 @@ from fsdp_qlora.cli.quoting import command
 from fsdp_qlora.cli.tables import print_table
 from fsdp_qlora.config.saved import read_config
 from fsdp_qlora.config.schema import from_dict
-from fsdp_qlora.data.samples import segments
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.files.write import copy_regular
 from fsdp_qlora.plan.quantized import describe
@@ -91,7 +90,7 @@ def print_samples(prepared: Prepared, folder: RunFolder) -> None:
     lines = []
     screen = console(soft_wrap=True)
     for number in range(min(count, len(rows))):
-        sample = segments(rows, number, prepared.tokenizer)
+        sample = prepared.data.encoder.segments(rows, number)
         lines.append([asdict(s) for s in sample])
         text = Text(f"sample {number + 1}, learned in [brackets]: ")
         for segment in sample:
@@ -135,7 +134,8 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     print_table(f"{folder.path.name}: done", rows)
     switches = [f"{key}=true" for key in switches_on(from_dict(read_config(str(folder.config_file))))]
     key = "model.name" if kind == "model" else kind
-    words = ["generate", f"run_from={folder.config_file}", *switches, f"{key}={result}", f"prompt={prompt}"]
+    verb, more = ("generate", [f"prompt={prompt}"]) if summary.get("answers", True) else ("evaluate", [])
+    words = [verb, f"run_from={folder.config_file}", *switches, f"{key}={result}", *more]
     print(f"try next: {command(*words)}", flush=True)  # not in the table, which wraps lines: it is meant for pasting
     if "profile" in summary:
         print_profile(summary["profile"])

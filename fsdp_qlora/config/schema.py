@@ -35,6 +35,7 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 """Weights per block: bitsandbytes' sizes from 64 up. With 32, a nested block would cover only half a storage row."""
 Checkpointing = Literal["auto", "none", "selective", "full"]
 KernelsName = Literal["auto", "torch", "compile", "liger"]
+ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,15 @@ class ObjectiveSettings:
     """The training objective."""
 
     name: Annotated[str, choices.OBJECTIVES] = "sft"
-    """``sft``: cross entropy on the supervised tokens, summed and divided by their global count."""
+    """``sft``: cross entropy on the supervised tokens, summed and divided by their global count.
+    ``sequence_classification``: a label, several, or a number for each text or pair of texts."""
+    labels: Annotated[list[str], YOUNGER] = field(default_factory=list)
+    """Names of the labels, in the order of their numbers; empty = those of the training data, sorted."""
+    problem_type: Annotated[ProblemType, YOUNGER] = "auto"
+    """What the labels of ``sequence_classification`` are, as transformers calls it; ``auto`` goes by the data: lists
+    are several labels at once, fractions are numbers to predict."""
+    class_weights: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
+    """Label -> factor of its rows' loss, for labels that are rare; 1 for those left out."""
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,14 @@ from fsdp_qlora.load.inventory import take_stock
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import LoadReport, Progress, stream_weights
 from fsdp_qlora.model.experts import use_experts_forward
-from fsdp_qlora.model.families import decoder_layers, task_type
+from fsdp_qlora.model.families import decoder_layers, language_task, task_type
 from fsdp_qlora.model.fused import fusible, swap_fused
+from fsdp_qlora.model.heads import draw_new, head_modules
 from fsdp_qlora.model.kernels import KERNELS, Kernels
 from fsdp_qlora.model.replaceable import kept_linears
 from fsdp_qlora.model.root import CausalModel, install_loss_head
 from fsdp_qlora.model.skeleton import read_shapes
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.parallel.compile import compile_layers, want_input_gradient
 from fsdp_qlora.parallel.compile_cache import settle_compile_caches
 from fsdp_qlora.parallel.copy_ahead import copy_ahead, copy_modules_ahead
@@ -70,7 +72,7 @@ from fsdp_qlora.plan.choices import decided
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.swap import keep_dense, swap_linears
-from fsdp_qlora.run.decide import require_kernels, skeleton
+from fsdp_qlora.run.decide import require_kernels, skeleton, with_head
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
@@ -141,18 +143,22 @@ def open_model(
         ModelError: if the model cannot be built, or its files lack something that it needs.
         PlanError: if the settings do not suit the model.
     """
-    base = skeleton(config, folder)
+    base, objective = skeleton(config, folder), build_objective(config.objective)
     source = weights(folder)
     source.arrange(arrangement(base, source.entries))
-    stock = take_stock(base, source)
+    shapes = read_shapes(base)
+    stock = take_stock(base, source, shapes.layers, objective.trains_head)
     if (line := stock.describe()) and ranks.is_main and say:
         _log.info("%s: %s", config.model.name, line)
-    shapes = read_shapes(base)
-    if config.data.train is not None and task_type(base) != "CAUSAL_LM":
+    if config.data.train is not None and objective.of_tokens and task_type(base) != "CAUSAL_LM":
         raise ModelError(
-            f"model.name: a {type(base).__name__} is not a causal language model, and objective=sft trains only those. "
-            "It can be planned, loaded, and trained with a loop of your own (`prepare` without data)."
+            f"model.name: a {type(base).__name__} is not a causal language model, and objective="
+            f"{objective.name} trains only those. Choose another objective, or load it for a loop of your own "
+            "(`prepare` without data)."
         )
+    if objective.trains_head:
+        source.drawn = draw_new(base, stock.drawn, config.run.seed)
+        config = with_head(config, head_modules(base, stock.drawn))
     plan = make_plan(config, shapes, ranks.size, budget)
     if plan.quantized or plan.quantized_edges:
         bitsandbytes_backend(ranks.device)
@@ -226,7 +232,7 @@ def build_sharded(
     others; ``config.lora`` must be the settings of the first.
     ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
-    task = task_type(base)
+    task = language_task(base)
     after = after_head(base) if task == "CAUSAL_LM" else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
     adapted = _adapt_and_quantize(config, base, plan, shapes, task, served)
