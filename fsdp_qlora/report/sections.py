@@ -54,7 +54,7 @@ def overview(run: Run, prefix: str, artist: Artist) -> list[Block]:
     said = [(moment(number(each, "time")), cut(each.get("message", ""))) for each in mappings(run.messages)]
     if said:
         blocks.append(Table("Warnings", ("when", "message"), said[-50:]))
-    if "verdict" in summary:
+    if summary.get("verdict"):
         blocks.append(Table("Verdict", ("what", "value"), rows_of(summary["verdict"])))
     return blocks
 

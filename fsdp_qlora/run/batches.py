@@ -98,7 +98,7 @@ def _rows_alone(prepared: Prepared, cut: Cut) -> Batches:
     length = Length(train.global_batch_size, train.max_steps, last or 0)
     end = last or train.max_steps * train.global_batch_size
     ahead = _ahead(lambda position: loader.batch_at(position, last), end, prepared.ranks.device)
-    return Batches(ahead, len(rows), length)
+    return Batches(ahead, len(rows), length, rows.lengths)
 
 
 def _first_batches(loader: Loader, steps: int) -> Iterator[MicroBatch]:
