@@ -17,6 +17,7 @@ from fsdp_qlora.files.write import write_json
 from fsdp_qlora.run.claim import claim
 from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.run.started import started
 from fsdp_qlora.run.starts import keep_start
 from fsdp_qlora.run.summary import summarize
 from fsdp_qlora.run.training import FitResult, Training
@@ -60,6 +61,7 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
         resumed = training.resume()
         keep_start(prepared, folder)
         on_main(lambda: folder.begin(published(to_dict(prepared.config))), prepared.ranks)
+        on_main(lambda: folder.write_start(started(training)), prepared.ranks)
         before = _before(training, folder, resumed)
         if any_rank(signals.requested, prepared.ranks):  # stopped while loading: nothing to save yet
             return FitResult(False, {})
