@@ -85,11 +85,8 @@ def _run(verb: str, arguments: list[str]) -> int:
     _require_current_folder()
     if verb not in VERBS:
         raise ConfigError(f"{verb}: there is no such verb.{nearest(verb, VERBS)}\n{usage()}")
-    if arguments[:1] in (["--help"], ["-h"]) and verb not in OF_PATHS:
-        print(import_module("fsdp_qlora.cli.help").show(verb, VERBS[verb], *arguments[1:2]))
-        return 0
-    if arguments[:1] in (["--help"], ["-h"]) and verb != "inspect":
-        print(import_module(f"fsdp_qlora.cli.{verb}").USAGE)
+    if arguments[:1] in (["--help"], ["-h"]) and verb != "inspect":  # which prints its own
+        print(_help(verb, arguments[1:2]))
         return 0
     if verb in OF_PATHS:
         quieten()
@@ -103,6 +100,13 @@ def _run(verb: str, arguments: list[str]) -> int:
     if line.flags:
         return compose.hydra_main(verb, line, lambda config: _verb(verb, config))
     return _verb(verb, compose.compose_config(verb, arguments))
+
+
+def _help(verb: str, group: list[str]) -> str:
+    """Return what a verb does, and the settings that it reads, or those of one group."""
+    if verb in OF_PATHS:
+        return import_module(f"fsdp_qlora.cli.{verb}").USAGE
+    return import_module("fsdp_qlora.cli.help").show(verb, VERBS[verb], *group)
 
 
 def _require_current_folder() -> None:
