@@ -1,7 +1,7 @@
 """A sweep that Optuna steers, by its ask-and-tell interface. Needs the extra ``optuna``.
 
 Not Hydra's Optuna plugin: it needs Optuna 2 (of 2022), runs trainings in its own process, and cannot go on after a
-kill (docs/adr/0031). The study is a journal in the sweep's folder: JSON lines, which hold what was tried so far.
+kill (docs/adr/0032). The study is a journal in the sweep's folder: JSON lines, which hold what was tried so far.
 """
 
 from __future__ import annotations
