@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+N = TypeVar("N", int, float)
 
 
 def asked(value: str) -> str | None:
@@ -19,6 +22,11 @@ def switch(value: str) -> bool | None:
 def degree(value: int | str) -> int | None:
     """Return a number of ranks as asked for, or None for ``auto``."""
     return value if isinstance(value, int) else None
+
+
+def number(value: N | str) -> N | None:
+    """Return a number as asked for, or None for ``auto``."""
+    return None if isinstance(value, str) else value
 
 
 def as_word(value: bool) -> str:

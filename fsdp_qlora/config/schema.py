@@ -28,6 +28,7 @@ from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
 from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
 
+Auto = Literal["auto"]
 Switch = Literal["auto", "true", "false"]
 """``auto``: the plan decides and reports its choice."""
 QuantName = Annotated[str, choices.FORMATS, choices.NONE]
@@ -86,8 +87,9 @@ class DataSettings:
     ``owner/name/configuration``. A ``:split`` suffix on a folder or data set selects a split other than ``train``."""
     eval: Annotated[Any, VERBATIM] = None
     """Evaluation data, given like ``train``; ``null`` holds out ``eval_fraction`` of the training rows instead."""
-    eval_fraction: Annotated[float, BELOW_ONE] = 0.0
-    """Share of the prompts held out for evaluation when ``eval`` is null; equal prompts stay together."""
+    eval_fraction: Annotated[float | Auto, BELOW_ONE] = "auto"
+    """Share of the prompts held out for evaluation when ``eval`` is null; equal prompts stay together. ``auto``: about
+    5 % of the rows, 4 to 200 of them, without near-copies of a training row; none of fewer than 20 rows."""
     format: Literal["auto", "messages", "conversations", "alpaca", "prompt_completion", "preference", "text"] = "auto"
     """Row format; ``auto`` infers it from each row's columns. ``preference`` rows train on the chosen answer."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -215,14 +217,16 @@ class TrainSettings:
 
     max_steps: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 0
     """Optimizer steps; 0 = as many as ``num_epochs`` needs."""
-    num_epochs: Annotated[float, NOT_NEGATIVE, MAY_CHANGE] = 1.0
-    """Passes over the training rows, when ``max_steps`` is 0."""
-    global_batch_size: Annotated[int, POSITIVE] = 16
-    """Rows per optimizer step, over all ranks."""
+    num_epochs: Annotated[float | Auto, NOT_NEGATIVE, MAY_CHANGE] = "auto"
+    """Passes over the training rows, when ``max_steps`` is 0. ``auto``: whole ones that make about 200 steps, 1 to 15.
+    """
+    global_batch_size: Annotated[int | Auto, POSITIVE] = "auto"
+    """Rows per optimizer step, over all ranks. ``auto``: 16, or fewer where an epoch would have fewer than 12 steps."""
     micro_batch_size: Annotated[int, POSITIVE] = 1
     """Rows per forward and backward pass on one rank."""
-    eval_every: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 0
-    """Steps between evaluations; 0 = only before the first and after the last step."""
+    eval_every: Annotated[int | Auto, NOT_NEGATIVE, MAY_CHANGE] = "auto"
+    """Steps between evaluations; 0 = only before the first and after the last step. ``auto``: about five times between
+    them, if the run has the steps for it and evaluating takes fewer rows than training."""
     micro_batch_tokens: Annotated[int, NOT_NEGATIVE] = 0
     """Instead of ``micro_batch_size``: tokens per micro-batch, padding included; 0 = off. A longer row forms a
     micro-batch alone."""
@@ -257,6 +261,8 @@ class TrainSettings:
     """Also answer ``sample_prompts`` at every evaluation and append the answers to ``answers.jsonl``."""
     sample_tokens: Annotated[int, POSITIVE, MAY_CHANGE] = 48
     """Maximum length of these answers in tokens."""
+    sample_held_out: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 3
+    """Held-out prompts answered before and after training, and shown beside the answer wanted."""
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,11 @@ class OpenedModel:
         plan = replace(make_plan(config, self.shapes, ranks.size, budget), choices=self.plan.choices)
         return replace(self, config=config, plan=plan)
 
+    def for_run(self, config: RunConfig, ranks: Ranks, budget: int | None) -> OpenedModel:
+        """Return a copy for ``config``, the settings that it was opened with, but for the numbers of the run."""
+        plan = make_plan(config, self.shapes, ranks.size, budget)
+        return replace(self, config=decided(config, plan.settings), plan=plan)
+
     def compiled(self, on: bool) -> OpenedModel:
         """Return a copy with ``train.compile`` resolved to ``on``."""
         train = replace(self.config.train, compile=as_word(on))
