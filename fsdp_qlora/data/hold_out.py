@@ -22,11 +22,11 @@ SHARE, LEAST, MOST = 0.05, 4, 200
 """Share of the sequences that ``auto`` holds out, and the fewest and the most of them."""
 LEAST_ROWS = 20
 """Of fewer sequences, ``auto`` holds out none."""
-_RUN, _ALIKE, _COMMON = 3, 0.7, 0.5
-"""Tokens in a run; the share of runs that makes two sequences near-copies; the share of sequences from which on a run
-counts as common to all."""
-_LOOKED_AT = 4
-"""Candidates looked at, as a multiple of the sequences wanted."""
+_RUN, _ALIKE, _COMMON = 2, 0.6, 0.5
+"""Tokens in a run; the share of runs that makes two sequences near-copies (one token of ten may differ, 7 of 11 runs);
+the share of sequences from which on a run counts as common to all."""
+_LOOKED_AT = (4, 64)
+"""Sequences looked at, as multiples of those wanted: more of them where too few of the first stand alone."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,31 @@ def choose_held_out(keys: Sequence[int], seed: int, tokens: Path) -> HeldOut:
     wanted = min(MOST, max(LEAST, round(SHARE * total)))
     distinct, counts = np.unique(np.array(keys, dtype=np.uint64), return_counts=True)
     size = dict(zip(distinct.tolist(), counts.tolist(), strict=True))
-    candidates: list[int] = []
-    looked_at = 0
-    for key in in_order(set(size), seed):
-        if looked_at >= _LOOKED_AT * wanted:
+    chosen, copies = list[int](), set[int]()
+    for factor in _LOOKED_AT:
+        candidates = _first(in_order(set(size), seed), size, wanted, factor * wanted)
+        copies = _with_near_copies(candidates, keys, tokens)
+        chosen = _first([key for key in candidates if key not in copies], size, wanted, wanted)
+        if sum(size[key] for key in chosen) >= wanted:
             break
-        if size[key] <= wanted:
-            candidates.append(key)
-            looked_at += size[key]
-    copies = _with_near_copies(candidates, keys, tokens)
-    chosen, left = [], wanted
-    for key in candidates:
-        if key not in copies and size[key] <= left:
-            chosen.append(key)
-            left -= size[key]
-    if wanted - left < LEAST:
+    held_out = sum(size[key] for key in chosen)
+    if held_out < LEAST:
         why = f"too few of {total} rows stand alone: others share their prompt or nearly equal them"
         return HeldOut(frozenset(), why)
     skipped = f", {len(copies)} near-copies of others passed over" if copies else ""
-    return HeldOut(frozenset(chosen), f"{wanted - left} of {total} rows{skipped}")
+    return HeldOut(frozenset(chosen), f"{held_out} of {total} rows{skipped}")
+
+
+def _first(ordered: list[int], size: dict[int, int], largest: int, total: int) -> list[int]:
+    """Return the first prompts with at most ``total`` sequences together, without those of more than ``largest``."""
+    taken, left = [], total
+    for key in ordered:
+        if size[key] <= min(largest, left):
+            taken.append(key)
+            left -= size[key]
+        if not left:
+            break
+    return taken
 
 
 def _with_near_copies(candidates: list[int], keys: Sequence[int], tokens: Path) -> set[int]:

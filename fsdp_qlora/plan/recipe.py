@@ -21,8 +21,8 @@ ROWS, LEAST_STEPS = 16, 12
 """Rows per step, and the steps that an epoch should have at least."""
 STEPS, MOST_EPOCHS = 200, 15
 """Steps that epochs should add up to, and the most epochs: small sets of rows are learned by heart beyond."""
-EVALUATIONS, STEPS_EACH = 5, 4
-"""Evaluations between the first and the last, each after at least so many steps."""
+EVALUATIONS, EVALUATED_STEPS = 5, 20
+"""Evaluations between the first and the last, and the fewest steps of a run that has them."""
 _LR, _HIDDEN, _SCALING = 5e-4, 2000, 32
 """The law of learning rates for LoRA: ``5e-4 * (2000 / hidden size) ** p`` at alpha 32, whatever the rank. Fitted to
 sweeps over 14 models in "LoRA Without Regret" (Thinking Machines, 2025)."""
@@ -175,7 +175,9 @@ def _evaluations(config: RunConfig, recipe: Recipe, rows: Rows | None) -> Choice
         return Choice(str(given or 0), "depends on the number of rows" if given is None else "as asked")
     nothing = not rows.held_out
     steps = recipe.num_steps(config, rows.train)
-    times = 0 if nothing else min(EVALUATIONS, steps // STEPS_EACH, steps * recipe.rows_per_step // rows.held_out)
+    times = 0
+    if rows.held_out and steps >= EVALUATED_STEPS:  # evaluating takes at most as many rows as training
+        times = min(EVALUATIONS, steps * recipe.rows_per_step // rows.held_out)
     every = (ceil(steps / (times + 1)) if times else 0) if given is None else given
     _require_rows(config, every, nothing)
     if given is not None:
