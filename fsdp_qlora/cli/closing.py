@@ -35,7 +35,8 @@ def print_verdict(summary: dict[str, Any], folder: RunFolder) -> None:
     if (verdict := summary.get("verdict")) is None:
         return
     print("\n".join(textwrap.wrap(visible(f"{verdict['word']}: {verdict['text']}"), COLUMNS)))
-    if (best := verdict["best_checkpoint"]) is not None and verdict["word"] == "overfits":
+    best, answers = verdict["best_checkpoint"], summary.get("answers", True)
+    if best is not None and answers and verdict["word"] == "overfits":
         adapter = Path(best) / "adapter"
         print(f"best checkpoint: {command('generate', *_from(folder), f'adapter={adapter}', _prompt(summary))}")
     if verdict["next"]:
@@ -46,7 +47,8 @@ def print_verdict(summary: dict[str, Any], folder: RunFolder) -> None:
 def print_next(summary: dict[str, Any], folder: RunFolder, key: str, result: Path) -> None:
     """Print the command that asks the trained model, with a prompt of the data. ``key`` names the result for it."""
     # not in the table, which wraps lines: it is meant for pasting
-    print(f"try next: {command('generate', *_from(folder), f'{key}={result}', _prompt(summary))}", flush=True)
+    verb, more = ("generate", [_prompt(summary)]) if summary.get("answers", True) else ("evaluate", [])
+    print(f"try next: {command(verb, *_from(folder), f'{key}={result}', *more)}", flush=True)
 
 
 def _prompt(summary: dict[str, Any]) -> str:

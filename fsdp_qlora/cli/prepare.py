@@ -9,12 +9,12 @@ from fsdp_qlora.cli.embedded import fetch_embedded
 from fsdp_qlora.cli.tables import print_table
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.deal import num_steps
-from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.report import histogram, packing_efficiency
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.files.home import cache_folder
-from fsdp_qlora.plan.recipe import Rows, batch_for, epochs_for
+from fsdp_qlora.plan.recipe import RowCounts, batch_for, epochs_for
 from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.run.tokens import prepare_tokens
 from fsdp_qlora.track.console import clock
@@ -57,7 +57,7 @@ def _report(config: RunConfig, data: PreparedData) -> None:
     rows, counts, train = data.some_rows(0), data.train_counts, config.train
     packed, filled = packing_efficiency(rows.lengths, config.data.max_length)
     num_rows = packed if config.data.packing else len(rows)
-    counted = Rows(num_rows, data.eval_counts.kept)
+    counted = RowCounts(num_rows, data.eval_counts.kept)
     size, epochs = batch_for(train, counted), epochs_for(train, counted)
     steps = num_steps(train.max_steps, float(epochs.value), num_rows, int(size.value))
     table = [
@@ -78,12 +78,12 @@ def _report(config: RunConfig, data: PreparedData) -> None:
     print("\n".join(histogram(rows.lengths).lines()))
 
 
-def _quantile(rows: TokenRows, percent: int) -> float:
+def _quantile(rows: Rows, percent: int) -> float:
     ordered = sorted(rows.lengths.tolist())
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
 
-def _time(config: RunConfig, rows: TokenRows, trained: int, num_rows: int) -> str:
+def _time(config: RunConfig, rows: Rows, trained: int, num_rows: int) -> str:
     """Estimate the time of so many rows from the speed of an earlier run of this name; say so if there is none."""
     summary = RunFolder(config.run.output_root, config.run.name).summary_file
     if not summary.is_file():

@@ -13,7 +13,6 @@ from rich.text import Text
 
 from fsdp_qlora.cli.closing import COLUMNS, print_next, print_verdict, sample_rows
 from fsdp_qlora.cli.tables import print_table
-from fsdp_qlora.data.samples import segments
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.files.write import copy_regular
 from fsdp_qlora.plan.quantized import describe
@@ -89,7 +88,7 @@ def print_samples(prepared: Prepared, folder: RunFolder) -> None:
     lines = []
     screen = console(soft_wrap=True)
     for number in range(min(count, len(rows))):
-        sample = segments(rows, number, prepared.tokenizer)
+        sample = prepared.data.encoder.segments(rows, number)
         lines.append([asdict(s) for s in sample])
         text = Text(f"sample {number + 1}, learned in [brackets]: ")
         for segment in sample:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+Auto = Literal["auto"]
+Switch = Literal["auto", "true", "false"]
+"""``auto``: the plan decides and reports its choice."""
 N = TypeVar("N", int, float)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fsdp_qlora.config import choices
+from fsdp_qlora.config.auto import Auto
 from fsdp_qlora.config.facts import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, YOUNGER, ReadBy
 
 _ADEMAMIX = ReadBy(("ademamix_8bit",))
@@ -19,7 +20,7 @@ class OptimSettings:
     name: Annotated[str, choices.OPTIMIZERS] = "adamw"
     """AdamW, Lion, AdEMAMix, SGD with momentum, or Adafactor. ``_8bit``: bitsandbytes keeps the states in 8 bits.
     ``paged_``: states may move to host memory when the GPU is full; on a CPU there is nothing to page."""
-    lr: Annotated[float | Literal["auto"], NOT_NEGATIVE] = "auto"
+    lr: Annotated[float | Auto, NOT_NEGATIVE] = "auto"
     """Peak learning rate. ``auto``, for AdamW: by the size and the family of the model and the scaling of the adapters
     (`fsdp_qlora.plan.recipe`); for the others, as in conf/optim. For Adafactor it is relative to each tensor: the step
     size is ``lr`` times the root mean square of the tensor's values, or times 0.001 if that is larger."""

@@ -17,6 +17,7 @@ from fsdp_qlora.config.auto import degree, number
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.convert import known_keys
 from fsdp_qlora.config.facts import Range, facts, value_of
+from fsdp_qlora.config.objective_rules import OBJECTIVE_RULES
 from fsdp_qlora.config.problems import messages
 from fsdp_qlora.config.schema import BLOCK_SIZES, RunConfig
 from fsdp_qlora.errors import ConfigError
@@ -358,6 +359,7 @@ RULES: tuple[Rule, ...] = (
     _plan,
     _added_tokens,
     *ANSWER_RULES,
+    *OBJECTIVE_RULES,
 )
 
 

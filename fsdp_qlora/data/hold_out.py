@@ -49,7 +49,7 @@ def choose_held_out(keys: Sequence[int], seed: int, tokens: Path) -> HeldOut:
     Args:
         keys: for each sequence, the hash of its prompt.
         seed: the run's seed.
-        tokens: the Arrow stream of the sequences, in the same order, with a column ``input_ids``.
+        tokens: the Arrow stream of the sequences, in the same order; its first column of lists holds their tokens.
     """
     total = len(keys)
     if total < LEAST_ROWS:
@@ -132,8 +132,9 @@ def _runs(tokens: Path) -> Iterator[tuple[int, np.ndarray]]:
 
     index = 0
     with pa.memory_map(str(tokens)) as source, pa.ipc.open_stream(source) as stream:
+        place = next(i for i, kind in enumerate(stream.schema.types) if pa.types.is_list(kind))
         for batch in stream:
-            column: pa.ListArray = batch.column("input_ids")  # type: ignore[assignment]
+            column: pa.ListArray = batch.column(place)  # type: ignore[assignment]
             ends, ids = column.offsets.to_numpy(), column.values.to_numpy()
             for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
                 yield index, _hashes(ids[start:end])

@@ -18,7 +18,7 @@ from fsdp_qlora.data.deal import num_steps
 from fsdp_qlora.errors import DataError
 
 ROWS, LEAST_STEPS = 16, 12
-"""Rows per step, and the steps that an epoch should have at least."""
+"""RowCounts per step, and the steps that an epoch should have at least."""
 STEPS, MOST_EPOCHS = 200, 15
 """Steps that epochs should add up to, and the most epochs: small sets of rows are learned by heart beyond."""
 EVALUATIONS, EVALUATED_STEPS = 5, 20
@@ -48,7 +48,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowCounts:
     """How many sequences there are to learn from and to evaluate on; packed ones if they are packed."""
 
     train: int
@@ -78,7 +78,7 @@ class Recipe:
         return num_steps(config.train.max_steps, self.num_epochs, rows, self.rows_per_step)
 
 
-def choose_recipe(config: RunConfig, shape: Shape, rows: Rows | None) -> Recipe:
+def choose_recipe(config: RunConfig, shape: Shape, rows: RowCounts | None) -> Recipe:
     """Return the numbers as asked for, and those chosen where they are ``auto``.
 
     Args:
@@ -100,7 +100,7 @@ def choose_recipe(config: RunConfig, shape: Shape, rows: Rows | None) -> Recipe:
     return replace(recipe, eval_every=int(every.value), choices=choices)
 
 
-def batch_for(train: TrainSettings, rows: Rows | None) -> Choice:
+def batch_for(train: TrainSettings, rows: RowCounts | None) -> Choice:
     """Return the rows per step: 16, or the most that give an epoch 12 steps; at least one micro-batch."""
     if (given := number(train.global_batch_size)) is not None:
         return Choice(str(given), "as asked")
@@ -113,7 +113,7 @@ def batch_for(train: TrainSettings, rows: Rows | None) -> Choice:
     return Choice(str(size), f"an epoch of {rows.train} rows has {ceil(rows.train / size)} steps")
 
 
-def epochs_for(train: TrainSettings, rows: Rows | None) -> Choice:
+def epochs_for(train: TrainSettings, rows: RowCounts | None) -> Choice:
     """Return the epochs: whole ones that make about 200 steps, from 1 to 15."""
     if (given := number(train.num_epochs)) is not None:
         return Choice(f"{given:g}", "as asked")
@@ -169,7 +169,7 @@ def _rate(value: float, why: str) -> Choice:
     return Choice(repr(float(f"{value:.1e}")), why)
 
 
-def _evaluations(config: RunConfig, recipe: Recipe, rows: Rows | None) -> Choice:
+def _evaluations(config: RunConfig, recipe: Recipe, rows: RowCounts | None) -> Choice:
     given = number(config.train.eval_every)
     if rows is None:
         return Choice(str(given or 0), "depends on the number of rows" if given is None else "as asked")

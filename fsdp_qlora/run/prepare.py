@@ -39,6 +39,7 @@ from fsdp_qlora.run.decide import (
     shape_of,
 )
 from fsdp_qlora.run.eva import settle
+from fsdp_qlora.run.labels import settle_labels
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.starts import kept_start
 from fsdp_qlora.run.tokens import first_added, tokenize
@@ -84,6 +85,7 @@ def _prepare(
     served: Sequence[ServedAdapter], bare: bool, adapter: Path | None,
 ) -> Prepared:  # fmt: skip
     asked, folder = config, _find_model(config.model, world)
+    config = settle_labels(config, world.ranks, adapter)
     budget = rank_budget(world.ranks, world.placement)
     config, world, layout = settled_world(on_device(config, world.ranks.device.type), folder, world, budget)
     if world.ranks.is_main and (line := kernels_to_compile(config.train.kernels, world.ranks.device)):

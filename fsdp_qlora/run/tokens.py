@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.checks.twin import Verdict
+from fsdp_qlora.checks.verdict import Verdict
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.limits import require_rows_fit
@@ -15,9 +15,12 @@ from fsdp_qlora.data.prepare import PreparedData, prepare_data
 from fsdp_qlora.distributed.reduce import on_every
 from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.files.home import cache_folder
+from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.folder import resolve_folder
 from fsdp_qlora.model.tokenizer import add_special_tokens, build_tokenizer
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.build import OpenedModel
+from fsdp_qlora.run.labels import labels_of
 from fsdp_qlora.run.world import World
 from fsdp_qlora.shapes.linears import ModelShapes
 
@@ -35,10 +38,14 @@ def tokenize(
     if config.data.train is None:
         return tokenizer, None
     ranks.phases.enter("preparing the data")
+    objective, model_config = build_objective(opened.config.objective), opened.base.config
+    encoder = on_every(lambda: objective.encoder(config.data, tokenizer, model_config), ranks)
     data = prepare_data(
         config.data, config.run.seed, tokenizer, cache_folder(), world.share, lambda _: ranks.phases.sign(),
-        ranks.phases.by_itself,
+        ranks.phases.by_itself, encoder,
     )  # fmt: skip
+    if not objective.of_tokens:
+        return tokenizer, data
     limit = _longest_row(opened.shapes, verdict)
     num_ids = known_ids(config, opened.shapes, tokenizer)
     on_every(lambda: require_rows_fit(data, config.data, tokenizer, num_ids, limit), ranks)
@@ -76,8 +83,14 @@ def _longest_row(shapes: ModelShapes, verdict: Verdict) -> int | None:
 def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = None) -> PreparedData:
     """Tokenize the data without a model or process group; ``progress`` is called with the number of rows read."""
     check(config)
-    tokenizer = _tokenizer(config, resolve_folder(config.model.name, config.model.revision))
-    return prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), progress=progress)
+    folder = resolve_folder(config.model.name, config.model.revision)
+    tokenizer, objective = _tokenizer(config, folder), build_objective(labels_of(config))
+    encoder = None
+    if not objective.of_tokens:
+        model_config = load_config(folder, config.model.trust_remote_code, config.model.config_overrides)
+        objective.configure(model_config)
+        encoder = objective.encoder(config.data, tokenizer, model_config)
+    return prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), progress=progress, encoder=encoder)
 
 
 def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:

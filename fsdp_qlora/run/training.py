@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.experts import peft_config, short_parameters
@@ -94,8 +94,7 @@ class Training:
         self.prepared, self.folder, self.recipe = prepared, folder, prepared.recipe
         self.config = prepared.recipe.settled(prepared.config)
         self.model, self.ranks = prepared.model, prepared.ranks
-        self.eval_rows = TokenRows(prepared.data.eval) if prepared.data.eval is not None else None
-        self.prompts = self._prompts()
+        self.eval_rows = prepared.data.held_out
         self.unwritten = Unwritten()
         self.batches = build_batches(prepared, folder.bad_rows, self.unwritten)
         trained = dict(trainable_parameters(self.model))
@@ -107,7 +106,8 @@ class Training:
                 _log.warning("%s", notice)
         self.reduce_replicated = ReplicatedGradients(self.optimizer.parameters.items(), self.ranks)
         self.schedule = build_schedule(self.config.schedule, num_steps)
-        self.objective = build_objective(self.config.objective.name)
+        self.objective = build_objective(prepared.settings.objective)
+        self.prompts = self._prompts()
         self.checkpointer = self._checkpointer()
         self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
         base = file_digests(prepared.folder)
@@ -191,7 +191,8 @@ class Training:
         targets = short_targets(plan.targets, self.model.base)
         parameters = short_parameters(plan.parameters, plan.memory.shapes.parameters)
         card = model_card(published(to_dict(self.config)), self._facts(progress))
-        config, method = as_started(peft_config(targets, parameters, lora), self.config.lora), build_method(lora.method)
+        config = as_started(peft_config(targets, parameters, lora, self.objective.task_type), self.config.lora)
+        method = build_method(lora.method)
         config = as_saved(config, plan.modules, self.prepared.shapes, self.model.base)
         if count := len(self.config.model.add_tokens):
             first = len(self.prepared.tokenizer) - count
@@ -201,7 +202,19 @@ class Training:
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
         beside = [] if lora.start is None else [self.folder.path / FILE_NAME]
-        return export_adapter(folder, tensors, config, base, self._saved_tokenizer(), card, beside, self._header)
+        more = self.objective.files(self.config.data, self.model.base.config)
+        return export_adapter(
+            folder, tensors, config, base, self._saved_tokenizer(), card, beside, self._header, self._saved_config(),
+            more,
+        )  # fmt: skip
+
+    def _saved_config(self) -> PreTrainedConfig | None:
+        """Return the model's config if the objective has changed it, without paths of this machine."""
+        if not self.objective.trains_head:
+            return None
+        config = deepcopy(self.model.base.config)
+        config.architectures, config.name_or_path = [type(self.model.base).__name__], ""
+        return config
 
     def _saved_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer to save; an added end of turn is its ``eos_token``, at which plain PEFT then stops."""
@@ -244,9 +257,11 @@ class Training:
     def _prompts(self) -> list[SamplePrompt]:
         """Return the prompts that are answered before and after training."""
         count, rows = self.config.train.sample_held_out, self.eval_rows
-        read: list[list[Any]] = [] if rows is None or not count else on_main(
-            lambda: [list(astuple(p)) for p in held_out_prompts(rows, self.prepared.tokenizer, count)], self.ranks
-        )  # fmt: skip
+        read: list[list[Any]] = []
+        if isinstance(rows, TokenRows) and count and self.objective.of_tokens:
+            read = on_main(
+                lambda: [list(astuple(p)) for p in held_out_prompts(rows, self.prepared.tokenizer, count)], self.ranks
+            )
         asked = self.config.train.sample_prompts
         return [*map(SamplePrompt, asked), *(SamplePrompt(*each) for each in read if each[0] not in asked)]
 

@@ -29,9 +29,26 @@ def tokenizer(tiny_model):
 
 
 def _pairs(count: int) -> list[dict[str, object]]:
-    words = (
-        "amber birch cedar dune ember frost grove heath inlet jade kelp loam moss north ochre pine quartz reed".split()
-    )
+    words = [
+        "amber",
+        "birch",
+        "cedar",
+        "dune",
+        "ember",
+        "frost",
+        "grove",
+        "heath",
+        "inlet",
+        "jade",
+        "kelp",
+        "loam",
+        "moss",
+        "north",
+        "ochre",
+        "pine",
+        "quartz",
+        "reed",
+    ]
     return [
         {"prompt": f"{words[n % 18]} {n * 7919 % 10007} {words[n // 18 % 18]}?", "completion": f" {n * 104729 % 99991}"}
         for n in range(count)

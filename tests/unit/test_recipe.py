@@ -8,12 +8,12 @@ import pytest
 
 from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.errors import DataError
-from fsdp_qlora.plan.recipe import Recipe, Rows, Shape, choose_recipe, usual_rate
+from fsdp_qlora.plan.recipe import Recipe, RowCounts, Shape, choose_recipe, usual_rate
 
 SMALL, LARGE, QWEN = Shape(576, "llama"), Shape(4096, "llama"), Shape(4096, "qwen3")
 
 
-def _recipe(rows: Rows | None, shape: Shape = SMALL, **groups: Any) -> Recipe:
+def _recipe(rows: RowCounts | None, shape: Shape = SMALL, **groups: Any) -> Recipe:
     return choose_recipe(from_dict(groups), shape, rows)
 
 
@@ -28,7 +28,7 @@ def test_numbers_follow_the_formulas():
         (5, 0): (1, 15, 0),
     }
     for (train, held_out), (size, epochs, every) in expected.items():
-        made = _recipe(Rows(train, held_out))
+        made = _recipe(RowCounts(train, held_out))
         assert (made.rows_per_step, made.num_epochs, made.eval_every) == (size, epochs, every), train
         assert set(made.choices) == {"train.global_batch_size", "train.num_epochs", "optim.lr", "train.eval_every"}
     # 5e-4 * (2000 / hidden) ** p
@@ -40,14 +40,14 @@ def test_numbers_follow_the_formulas():
 @pytest.mark.full
 def test_numbers_typed_by_hand_win():
     made = _recipe(
-        Rows(91, 5), train={"num_epochs": 2.5, "global_batch_size": 4, "eval_every": 7}, optim={"lr": 1e-4}
+        RowCounts(91, 5), train={"num_epochs": 2.5, "global_batch_size": 4, "eval_every": 7}, optim={"lr": 1e-4}
     )  # fmt: skip
     assert (made.rows_per_step, made.num_epochs, made.lr, made.eval_every) == (4, 2.5, 1e-4, 7) and not made.choices
-    by_steps = _recipe(Rows(91, 5), train={"max_steps": 600})
+    by_steps = _recipe(RowCounts(91, 5), train={"max_steps": 600})
     assert "train.num_epochs" not in by_steps.choices and by_steps.eval_every == 100
     assert by_steps.num_steps(from_dict({"train": {"max_steps": 600}}), 91) == 600
-    assert _recipe(Rows(91, 5), train={"max_steps": 8}).eval_every == 0  # too short
-    assert _recipe(Rows(91, 5), train={"micro_batch_size": 32}).rows_per_step == 32  # one micro-batch at least
+    assert _recipe(RowCounts(91, 5), train={"max_steps": 8}).eval_every == 0  # too short
+    assert _recipe(RowCounts(91, 5), train={"micro_batch_size": 32}).rows_per_step == 32  # one micro-batch at least
     settled = made.settled(RunConfig())
     assert (settled.train.global_batch_size, settled.optim.peak_lr, settled.train.num_epochs) == (4, 1e-4, 2.5)
 
@@ -76,4 +76,4 @@ def test_evaluations_without_rows_are_refused():
         ({"train": {"early_stopping_patience": 2}}, "train.early_stopping_patience"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=key):
-            _recipe(Rows(10, 0), **groups)
+            _recipe(RowCounts(10, 0), **groups)
