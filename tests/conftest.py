@@ -143,5 +143,5 @@ def tiny_run(tiny_model: Path, chat_rows: Path) -> list[str]:
     return [
         f"model.name={tiny_model}", f"data.train={chat_rows}", "data.eval_fraction=0.1", "data.max_length=64",
         "train.max_steps=4", "train.global_batch_size=6", "train.micro_batch_size=2", "lora.r=4",
-        "run.name=tiny", "launcher.device=cpu",
+        "run.name=tiny", "launcher.device=cpu", "optim.lr=2e-4", "train.sample_held_out=0",
     ]  # fmt: skip
