@@ -49,7 +49,8 @@ def choose_held_out(keys: Sequence[int], seed: int, tokens: Path) -> HeldOut:
     Args:
         keys: for each sequence, the hash of its prompt.
         seed: the run's seed.
-        tokens: the Arrow stream of the sequences, in the same order; its first column of lists holds their tokens.
+        tokens: the Arrow stream of the sequences, in the same order; its first column of lists of integers holds their
+            tokens, and without one near-copies are not looked for.
     """
     total = len(keys)
     if total < LEAST_ROWS:
@@ -132,8 +133,9 @@ def _runs(tokens: Path) -> Iterator[tuple[int, np.ndarray]]:
 
     index = 0
     with pa.memory_map(str(tokens)) as source, pa.ipc.open_stream(source) as stream:
-        place = next(i for i, kind in enumerate(stream.schema.types) if pa.types.is_list(kind))
-        for batch in stream:
+        kinds = enumerate(stream.schema.types)
+        place = next((i for i, kind in kinds if pa.types.is_list(kind) and pa.types.is_integer(kind.value_type)), None)
+        for batch in stream if place is not None else ():  # rows of images have no tokens to compare
             column: pa.ListArray = batch.column(place)  # type: ignore[assignment]
             ends, ids = column.offsets.to_numpy(), column.values.to_numpy()
             for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
