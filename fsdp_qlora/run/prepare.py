@@ -86,6 +86,7 @@ def _prepare(
         _log.info("%s", line)
     opened, verdict = open_and_check(config, folder, world.ranks, budget, weights)
     opened = opened.without_adapters(world.ranks, budget) if bare else opened
+    opened = opened if training else opened.to_answer()
     tokenizer, data = tokenize(config, folder, opened, verdict, world)
     first, starts = on_every(lambda: first_added(config, opened.shapes, tokenizer), world.ranks), Starts()
     if training and config.lora.starts_from_rows:

@@ -31,7 +31,7 @@ def tokenize(
         DataError: if the rows cannot be read or do not suit the model.
     """
     ranks = world.ranks
-    tokenizer = on_every(lambda: _tokenizer(config, folder), ranks)
+    tokenizer = on_every(lambda: open_tokenizer(config, folder), ranks)
     if config.data.train is None:
         return tokenizer, None
     ranks.phases.enter("preparing the data")
@@ -76,11 +76,16 @@ def _longest_row(shapes: ModelShapes, verdict: Verdict) -> int | None:
 def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = None) -> PreparedData:
     """Tokenize the data without a model or process group; ``progress`` is called with the number of rows read."""
     check(config)
-    tokenizer = _tokenizer(config, resolve_folder(config.model.name, config.model.revision))
+    tokenizer = open_tokenizer(config, resolve_folder(config.model.name, config.model.revision))
     return prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), progress=progress)
 
 
-def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
+def open_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
+    """Load a model folder's tokenizer, with the added tokens and the chat template of the settings.
+
+    Raises:
+        DataError: if the template cannot be read.
+    """
     tokenizer = build_tokenizer(folder, config.model.trust_remote_code)
     add_special_tokens(tokenizer, config.model.add_tokens)
     if config.data.template is not None:
