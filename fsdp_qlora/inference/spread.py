@@ -118,7 +118,10 @@ def placed(model: PreTrainedModel, device: torch.device) -> dict[str, str]:
 def main_device(places: Mapping[str, str]) -> torch.device:
     """Return the device that inputs go to, and that computes what is in host memory or on disk, as accelerate does."""
     first = next((place for place in places.values() if place not in AWAY), "cpu")
-    return torch.device(int(first)) if first.isdigit() else torch.device(first)
+    if not first.isdigit():
+        return torch.device(first)
+    kind = torch.accelerator.current_accelerator()
+    return torch.device("cuda" if kind is None else kind.type, int(first))
 
 
 def describe(model: PreTrainedModel, places: Mapping[str, str]) -> str:

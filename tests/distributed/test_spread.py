@@ -6,7 +6,9 @@ layers beside unquantized ones in host memory.
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def _answer(
     ranks: Ranks, folder: str, quant: str, adapters: Any, generate: dict[str, Any]
 ) -> tuple[dict[str, str], list[str]] | str:  # fmt: skip
     """Answer a file of prompts as the command does; return where the model's parts are, and which are not in memory."""
-    config = settings(folder, quant, **generate)
+    config = replace(settings(folder, quant, **generate), adapter=adapters)
     named = {name: Path(place) for name, place in adapters.items()} if isinstance(adapters, dict) else adapters
     try:
         spread = load_over_devices(config, Path(named) if isinstance(named, str) else named, world_of(ranks))
@@ -82,8 +84,6 @@ def judged(loaded: Any, tokenizer: Any, texts: list[Any], adapter: str | None) -
 
 
 def _asked(file: Path) -> list[Any]:
-    import json
-
     lines = [json.loads(line) for line in file.read_text("utf-8-sig").splitlines()]
     return [line.get("messages") or [{"role": "user", "content": line["prompt"]}] for line in lines]
 
