@@ -72,7 +72,7 @@ def ours(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
 def loop(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper, Known]]:
     """Train our layers on one rank in a plain loop: their forward, backward, clipping and torch's AdamW."""
     from fsdp_qlora.adapters.names import trainable_parameters
-    from fsdp_qlora.data.loader import MicroBatch
+    from fsdp_qlora.data.loader import TokenBatch
     from fsdp_qlora.objectives.objective import token_losses
     from fsdp_qlora.run.prepare import prepare
 
@@ -81,7 +81,7 @@ def loop(spec: Spec, rows: Rows, placement: Placement) -> Iterator[tuple[Stepper
     trained = [parameter for _, parameter in trainable_parameters(model)]
 
     def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        micro_batch = MicroBatch(0, ids, labels)
+        micro_batch = TokenBatch(0, ids, labels)
         return token_losses(model, micro_batch).sum() / micro_batch.supervised.numel()
 
     try:
@@ -119,7 +119,7 @@ def _batches(spec: Spec, rows: Rows, prepared: Any) -> Callable[[int], Any]:
     """
     from fsdp_qlora.attention.layout import Layout
     from fsdp_qlora.data.labels import ROWS, TOKENS
-    from fsdp_qlora.data.loader import Batch, MicroBatch
+    from fsdp_qlora.data.loader import Batch, TokenBatch
 
     ranks, config = prepared.ranks, prepared.config
     compiled = prepared.model.compiled_layers is not None
@@ -129,7 +129,7 @@ def _batches(spec: Spec, rows: Rows, prepared: Any) -> Callable[[int], Any]:
     def build(number: int) -> Batch:
         targets = sum(rows.targets(number, rank, ranks.size, spec.batch) for rank in range(ranks.size))
         if (documents := rows.documents(number, ranks.rank, ranks.size, spec.batch)) is None:
-            micro_batch = MicroBatch(ranks.rank, *rows.of(number, ranks.rank, ranks.size, spec.batch))
+            micro_batch = TokenBatch(ranks.rank, *rows.of(number, ranks.rank, ranks.size, spec.batch))
         else:
             micro_batch = replace(layout.micro_batch(documents), number=ranks.rank)
         if ranks.device.type != "cpu":

@@ -21,7 +21,7 @@ from fsdp_qlora.adapters.method import of_target
 from fsdp_qlora.adapters.names import IN_FILE, LORA_A
 from fsdp_qlora.config.schema import LoraSettings
 from fsdp_qlora.data.labels import IGNORE
-from fsdp_qlora.data.loader import MicroBatch
+from fsdp_qlora.data.loader import MicroBatch, TokenBatch
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import gather_json, on_main
 from fsdp_qlora.distributed.shards import HOST
@@ -49,6 +49,7 @@ class Inputs:
 
     def of(self, micro_batch: MicroBatch, run: Run) -> dict[str, torch.Tensor]:
         """Return target -> ``[tokens, features]`` for a micro-batch, in the order of the tokens."""
+        assert isinstance(micro_batch, TokenBatch)
         self._mask, self._kept, self._last = micro_batch.labels != IGNORE, {}, None
         handles = [self.base.get_submodule(name).register_forward_pre_hook(self._keep(name)) for name in self.targets]
         try:

@@ -30,18 +30,20 @@ _CAPS, _DROPOUTS = ("attn_logit_softcapping", "attention_logit_cap"), ("attentio
 
 
 def attention_candidates(
-    device: torch.device, asked: str | None, model_config: Any, dtype: torch.dtype, trust_remote_code: bool = False
-) -> tuple[str, ...]:
+    device: torch.device, asked: str | None, model_config: Any, dtype: torch.dtype, trust_remote_code: bool = False,
+    causal: bool = True,
+) -> tuple[str, ...]:  # fmt: skip
     """Return the attention implementations to try, in order, or only ``asked`` if it is given.
 
     These are flash attention (in 16 bits, if the package is installed) and sdpa on an accelerator, and `blockwise` on a
-    CPU, each only if the class claims to support it and it supports the config. Eager always comes last.
+    CPU, each only if the class claims to support it and it supports the config. Eager always comes last. Models that
+    are not ``causal`` get eager on a CPU, and sdpa before it on an accelerator.
 
     Raises:
         ModelError: if ``asked`` is not available on this device or in this dtype, or would download compiled code that
             is not trusted.
     """
-    text, kind = model_config.get_text_config(), _model_class(model_config)
+    text, kind = model_config.get_text_config(), _model_class(model_config) if causal else None
     if asked is not None:
         if (why := why_not(asked, device, dtype, text)) is not None:
             raise ModelError(f"model.attn_implementation: {why}.")

@@ -12,7 +12,7 @@ from fsdp_qlora.attention.flatten import reads_boundaries
 from fsdp_qlora.attention.varlen import VARLEN
 from fsdp_qlora.config.schema import DataSettings, TrainSettings
 from fsdp_qlora.data.forms import Form, width_step
-from fsdp_qlora.data.loader import MicroBatch, Piece, Rows, TokenRows
+from fsdp_qlora.data.loader import Piece, Rows, TokenBatch, TokenRows
 from fsdp_qlora.data.pack import FlatRows, PackedRows, flat_batch, pack
 
 _log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Layout:
         laid: Rows = _packed(rows, self.data.max_length, self.step, self.is_main) if self.data.packing else rows
         return FlatRows(laid, self.data.max_length, self.step, self.varlen) if self.flat else laid
 
-    def micro_batch(self, sequences: list[list[Piece]]) -> MicroBatch:
+    def micro_batch(self, sequences: list[list[Piece]]) -> TokenBatch:
         """Lay out the given sequences of rows as the data's are."""
         if self.flat:
             return flat_batch(sequences, self.data.max_length, self.step, self.varlen)

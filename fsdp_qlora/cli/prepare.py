@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 from fsdp_qlora.cli.embedded import fetch_embedded
 from fsdp_qlora.cli.tables import print_table
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.deal import num_steps
-from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.report import histogram, packing_efficiency
 from fsdp_qlora.data.sources import names_of, not_read
@@ -27,7 +26,7 @@ def run(config: RunConfig) -> int:
     if config.data.train is None:
         print("data.train is not set: there is nothing to tokenize.")
         return 0
-    data = prepare_tokens(config, _show if sys.stderr.isatty() else None)
+    data = prepare_tokens(config)
     if data.stream is not None:
         print(
             f"data.streaming: the training rows are read during training; {data.eval_counts.kept} held-out sequences "
@@ -46,10 +45,6 @@ def run(config: RunConfig) -> int:
     if config.data.report:
         _report(config, data)
     return 0
-
-
-def _show(rows: int) -> None:
-    print(f"\rtokenizing: {rows} rows", end="", file=sys.stderr, flush=True)
 
 
 def _report(config: RunConfig, data: PreparedData) -> None:
@@ -74,12 +69,12 @@ def _report(config: RunConfig, data: PreparedData) -> None:
     print("\n".join(histogram(rows.lengths).lines()))
 
 
-def _quantile(rows: TokenRows, percent: int) -> float:
+def _quantile(rows: Rows, percent: int) -> float:
     ordered = sorted(rows.lengths.tolist())
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
 
-def _time(config: RunConfig, rows: TokenRows, steps: int, num_rows: int) -> str:
+def _time(config: RunConfig, rows: Rows, steps: int, num_rows: int) -> str:
     """Estimate the time from the speed of an earlier run of this name; say so if there is none."""
     summary = RunFolder(config.run.output_root, config.run.name).summary_file
     if not summary.is_file():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from fsdp_qlora.cli.quoting import command
 from fsdp_qlora.cli.tables import print_table
 from fsdp_qlora.config.saved import read_config
 from fsdp_qlora.config.schema import from_dict
-from fsdp_qlora.data.samples import segments
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.files.write import copy_regular
 from fsdp_qlora.plan.quantized import describe
@@ -29,17 +26,6 @@ from fsdp_qlora.track.console import console, megabytes
 from fsdp_qlora.track.lines import write_lines
 
 _SHOWN = 160
-
-
-def loading(doing: str = "loading and quantizing") -> Callable[[int, int], None]:
-    """Return a progress callback for loading, which rewrites one line on a terminal and prints nothing elsewhere."""
-
-    def show(done: int, total: int) -> None:
-        if sys.stdout.isatty():
-            end = "\n" if done == total else "\r"
-            print(f"{doing} {done}/{total}", end=end, flush=True)
-
-    return show
 
 
 def print_start(prepared: Prepared, note: str) -> None:
@@ -91,7 +77,7 @@ def print_samples(prepared: Prepared, folder: RunFolder) -> None:
     lines = []
     screen = console(soft_wrap=True)
     for number in range(min(count, len(rows))):
-        sample = segments(rows, number, prepared.tokenizer)
+        sample = prepared.data.encoder.segments(rows, number)
         lines.append([asdict(s) for s in sample])
         text = Text(f"sample {number + 1}, learned in [brackets]: ")
         for segment in sample:
@@ -135,7 +121,8 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     print_table(f"{folder.path.name}: done", rows)
     switches = [f"{key}=true" for key in switches_on(from_dict(read_config(str(folder.config_file))))]
     key = "model.name" if kind == "model" else kind
-    words = ["generate", f"run_from={folder.config_file}", *switches, f"{key}={result}", f"prompt={prompt}"]
+    verb, more = ("generate", [f"prompt={prompt}"]) if summary.get("answers", True) else ("evaluate", [])
+    words = [verb, f"run_from={folder.config_file}", *switches, f"{key}={result}", *more]
     print(f"try next: {command(*words)}", flush=True)  # not in the table, which wraps lines: it is meant for pasting
     if "profile" in summary:
         print_profile(summary["profile"])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fsdp_qlora.data.loader import Batch, MicroBatch
+from fsdp_qlora.data.loader import Batch, MicroBatch, TokenBatch
 
 _MOST_PADDING = 20
 """Rounding up a width adds at most this fraction (one in so many) of ``data.max_length``."""
@@ -33,7 +33,7 @@ class Form:
     """Number of turning points (see `form_of`) that the width exceeds; 0 if positions restart."""
 
 
-def form_of(micro_batch: MicroBatch, turning_points: Sequence[int]) -> Form:
+def form_of(micro_batch: TokenBatch, turning_points: Sequence[int]) -> Form:
     """Return the form of ``micro_batch``.
 
     Args:
@@ -52,6 +52,7 @@ def usual_forms(micro_batches: Iterable[MicroBatch], turning_points: Sequence[in
     """Return the forms, at most ``limit``, that cover the most tokens of ``micro_batches``."""
     tokens: Counter[Form] = Counter()
     for micro_batch in micro_batches:
+        assert isinstance(micro_batch, TokenBatch)
         tokens[form_of(micro_batch, turning_points)] += micro_batch.input_ids.numel()
     ordered = sorted(tokens, key=lambda form: (-tokens[form], form))
     return frozenset(ordered[:limit])
@@ -64,8 +65,11 @@ def mark_rare(
 
     def marked(position: int) -> Batch:
         batch = batch_at(position)
-        parts = [replace(m, rare=m.rare or form_of(m, turning_points) not in usual) for m in batch.micro_batches]
-        return replace(batch, micro_batches=parts)
+        return replace(batch, micro_batches=[told(part) for part in batch.micro_batches])
+
+    def told(part: MicroBatch) -> TokenBatch:
+        assert isinstance(part, TokenBatch)
+        return replace(part, rare=part.rare or form_of(part, turning_points) not in usual)
 
     return marked
 

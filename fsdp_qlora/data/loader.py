@@ -6,11 +6,12 @@ The position counts rows since the start over all ranks. Position ``p`` is entry
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,24 +28,42 @@ _WINDOW_BATCHES = 50
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(ABC):
     """Rows that go through the model together."""
 
     number: int
     """Index within the global batch, independent of the number of ranks; seeds dropout."""
+    weight: float = field(default=1.0, kw_only=True)
+    """0 for a micro-batch that only keeps this rank in step with the others."""
+    rows: tuple[int, ...] = field(default=(), kw_only=True)
+    """Indices of the rows in the prepared data."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return the micro-batch on a device; copies from pinned memory are asynchronous."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Self:
+        """Return the micro-batch in pinned host memory."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    @abstractmethod
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Return a copy with ``change`` applied to all tensors."""
+
+
+@dataclass(frozen=True)
+class TokenBatch(MicroBatch):
+    """Rows of a causal language model, which learns supervised tokens from those before them."""
+
     input_ids: torch.Tensor
     """int64 ``[rows, length]``, padded on the right."""
     labels: torch.Tensor
     """int64 ``[rows, length]``, -100 where not learned."""
-    weight: float = 1.0
-    """0 for a micro-batch that only keeps this rank in step with the others."""
-    rows: tuple[int, ...] = ()
-    """Indices of the rows in the prepared data."""
-    position_ids: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = field(default=None, kw_only=True)
     """int64 ``[rows, length]``, restarting at each packed row; None if each sequence is a single row."""
-    sequences: Sequences | None = None
+    sequences: Sequences | None = field(default=None, kw_only=True)
     """With varlen attention (`FlatRows`), where each original row begins and ends in the single flat row; else None."""
-    rare: bool = False
+    rare: bool = field(default=False, kw_only=True)
     """Whether its form is too rare to compile layers for it (`fsdp_qlora.data.forms`)."""
     supervised: torch.Tensor = field(init=False)
     """int64 ``[targets]``: positions in the flattened labels whose next token is learned."""
@@ -52,15 +71,7 @@ class MicroBatch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "supervised", supervised_positions(self.labels))
 
-    def to(self, device: torch.device) -> MicroBatch:
-        """Return the micro-batch on a device; copies from pinned memory are asynchronous."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pinned(self) -> MicroBatch:
-        """Return the micro-batch in pinned host memory."""
-        return self._with(lambda tensor: tensor.pin_memory())
-
-    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         changed = copy(self)  # not `replace`, which would look for the supervised positions again
         for name in ("input_ids", "labels", "position_ids", "supervised"):
             if (tensor := getattr(self, name)) is not None:
@@ -69,6 +80,16 @@ class MicroBatch:
             moved = replace(self.sequences, boundaries=change(self.sequences.boundaries))
             object.__setattr__(changed, "sequences", moved)
         return changed
+
+
+@dataclass(frozen=True)
+class NamedBatch(MicroBatch):
+    """Rows of any other model: its inputs and what the objective compares its outputs with, by name."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        return replace(self, tensors={name: change(tensor) for name, tensor in self.tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -109,8 +130,28 @@ class Rows(Protocol):
         """Return the indices in the prepared data of the rows in the chosen items."""
         ...
 
-    def collate(self, rows: list[int], number: int) -> MicroBatch:
-        """Return the chosen items as micro-batch ``number``."""
+    def collate(self, rows: list[int], number: int, position: int = 0) -> MicroBatch:
+        """Return the chosen items as micro-batch ``number`` of the global batch at ``position``."""
+        ...
+
+    def idle(self) -> MicroBatch:
+        """Return a minimal micro-batch of weight zero: its rank must join collectives, but has nothing to add."""
+        ...
+
+
+class StoredRows(Rows, Protocol):
+    """Rows as they are stored, each alone."""
+
+    sources: np.ndarray
+    """int64, index of each row's source."""
+
+
+@runtime_checkable
+class DrawnTargets(Protocol):
+    """Rows whose number of supervised tokens is drawn anew each time that they are read."""
+
+    def drawn_targets(self, rows: list[int], position: int) -> int:
+        """Return the supervised tokens of the chosen rows in the global batch at ``position``."""
         ...
 
 
@@ -153,7 +194,7 @@ class TokenRows:
         """Return ``rows``."""
         return tuple(rows)
 
-    def collate(self, rows: list[int], number: int) -> MicroBatch:
+    def collate(self, rows: list[int], number: int, position: int = 0) -> TokenBatch:
         """Pad ``rows`` to the longest of them."""
         width = max(2, int(self.lengths[rows].max()))
         input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -162,13 +203,17 @@ class TokenRows:
             ids, learned = self.row(row)
             input_ids[line, : len(ids)] = ids
             labels[line, : len(ids)] = torch.where(learned, ids, IGNORE)
-        return MicroBatch(number, input_ids, labels, rows=tuple(rows))
+        return TokenBatch(number, input_ids, labels, rows=tuple(rows))
+
+    def idle(self) -> TokenBatch:
+        """Return a micro-batch of weight zero."""
+        return idle_tokens()
 
 
-def idle_micro_batch() -> MicroBatch:
-    """Return a minimal micro-batch of weight zero, for a rank that must join collectives but has nothing to add."""
+def idle_tokens() -> TokenBatch:
+    """Return a minimal micro-batch of tokens, of weight zero."""
     nothing = torch.zeros(1, 2, dtype=torch.int64)
-    return MicroBatch(-1, nothing, nothing.clone(), weight=0.0, rare=True)
+    return TokenBatch(-1, nothing, nothing.clone(), weight=0.0, rare=True)
 
 
 @dataclass(frozen=True)
@@ -231,22 +276,25 @@ class Loader:
         """Return this rank's part of the global batch at ``position``; the batch ends before ``limit``, if given."""
         count = self.global_batch_size if limit is None else min(self.global_batch_size, limit - position)
         chosen = self.indices(position, count)
-        return build_batch(self.rows, chosen, self.cut)
+        return build_batch(self.rows, chosen, self.cut, position)
 
 
-def build_batch(rows: Rows, chosen: list[int], cut: Cut) -> Batch:
-    """Cut rows into micro-batches and collate this rank's."""
-    micro_batches = list(cut_rows(rows, chosen, cut))
-    return Batch(micro_batches, len(chosen), int(rows.lengths[chosen].sum()), weights_of(rows, chosen))
+def build_batch(rows: Rows, chosen: list[int], cut: Cut, position: int = 0) -> Batch:
+    """Cut the rows of the global batch at ``position`` into micro-batches and collate this rank's."""
+    micro_batches = list(cut_rows(rows, chosen, cut, position))
+    return Batch(micro_batches, len(chosen), int(rows.lengths[chosen].sum()), weights_of(rows, chosen, position))
 
 
-def cut_rows(rows: Rows, chosen: list[int], cut: Cut) -> Iterator[MicroBatch]:
+def cut_rows(rows: Rows, chosen: list[int], cut: Cut, position: int = 0) -> Iterator[MicroBatch]:
     """Cut rows into micro-batches and yield this rank's, one by one."""
     pieces = cut.pieces(rows, chosen)
     for number in deal(len(pieces), cut.rank, cut.num_ranks):
-        yield idle_micro_batch() if number is None else rows.collate(pieces[number], number)
+        yield rows.idle() if number is None else rows.collate(pieces[number], number, position)
 
 
-def weights_of(rows: Rows, chosen: list[int]) -> dict[str, int]:
+def weights_of(rows: Rows, chosen: list[int], position: int = 0) -> dict[str, int]:
     """Return the denominators of the loss over the chosen rows, which are those of all ranks."""
-    return {TOKENS: int(rows.targets[chosen].sum()), ROWS: len(chosen)}
+    drawn = isinstance(rows, DrawnTargets)
+    return {
+        TOKENS: rows.drawn_targets(chosen, position) if drawn else int(rows.targets[chosen].sum()), ROWS: len(chosen)
+    }  # fmt: skip

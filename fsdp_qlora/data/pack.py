@@ -17,7 +17,7 @@ import torch
 
 from fsdp_qlora.data.forms import repeat_last, rounded
 from fsdp_qlora.data.labels import IGNORE, Sequences
-from fsdp_qlora.data.loader import MicroBatch, Piece, Rows, TokenRows
+from fsdp_qlora.data.loader import Piece, Rows, TokenBatch, TokenRows, idle_tokens
 
 
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
@@ -83,10 +83,14 @@ class PackedRows:
         """Return the indices of the rows in the chosen sequences."""
         return tuple(row for b in rows for row in self.bins[b])
 
-    def collate(self, rows: list[int], number: int) -> MicroBatch:
+    def collate(self, rows: list[int], number: int, position: int = 0) -> TokenBatch:
         """Concatenate the rows of each chosen sequence and pad to the longest sequence, rounded up."""
         width = rounded(int(self.lengths[rows].max()), self.capacity, self.step)
         return pack(self.pieces(rows), number, self.numbers(rows), width)
+
+    def idle(self) -> TokenBatch:
+        """Return a micro-batch of weight zero."""
+        return idle_tokens()
 
 
 class FlatRows:
@@ -116,15 +120,19 @@ class FlatRows:
         """Return the indices in the prepared data of these rows."""
         return self.rows.numbers(rows)
 
-    def collate(self, rows: list[int], number: int) -> MicroBatch:
+    def collate(self, rows: list[int], number: int, position: int = 0) -> TokenBatch:
         """Concatenate the chosen rows."""
         return flat_batch(self.pieces(rows), self.max_length, self.step, self.varlen, number, self.numbers(rows))
+
+    def idle(self) -> TokenBatch:
+        """Return a micro-batch of weight zero."""
+        return idle_tokens()
 
 
 def flat_batch(
     sequences: Iterable[Iterable[Piece]], max_length: int, step: int, varlen: bool, number: int = 0,
     rows: tuple[int, ...] = (),
-) -> MicroBatch:  # fmt: skip
+) -> TokenBatch:  # fmt: skip
     """Concatenate the rows of ``sequences``; see `FlatRows`."""
     pieces = [piece for pieces in sequences for piece in pieces]
     tokens = sum(len(ids) for ids, _ in pieces)
@@ -132,7 +140,7 @@ def flat_batch(
     return with_boundaries(flat, max_length) if varlen else flat
 
 
-def with_boundaries(flat: MicroBatch, max_length: int) -> MicroBatch:
+def with_boundaries(flat: TokenBatch, max_length: int) -> TokenBatch:
     """Add the boundaries of the rows in a micro-batch of one flat row; padding counts as further rows at the end.
 
     Compiled layers treat `Sequences.max_length` as a constant, so it is always ``max_length`` unless a row is longer.
@@ -147,7 +155,7 @@ def with_boundaries(flat: MicroBatch, max_length: int) -> MicroBatch:
 
 def pack(
     sequences: Iterable[Iterable[Piece]], number: int = 0, rows: tuple[int, ...] = (), width: int = 2
-) -> MicroBatch:
+) -> TokenBatch:
     """Return a micro-batch of sequences made of rows, ``width`` tokens wide or as wide as the longest if that is more.
 
     Padding forms separate pieces at the end, so that it attends to no row. No such piece is longer than the longest
@@ -169,4 +177,4 @@ def pack(
             position_ids[line, start:stop] = torch.arange(len(ids))
             start = stop
         position_ids[line, start:] = torch.arange(width - start) % longest
-    return MicroBatch(number, input_ids, labels, rows=rows, position_ids=position_ids)
+    return TokenBatch(number, input_ids, labels, rows=rows, position_ids=position_ids)

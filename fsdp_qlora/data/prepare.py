@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -21,13 +22,14 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.cache import hold, obtain
+from fsdp_qlora.data.encoder import Counts, Read, RowEncoder
 from fsdp_qlora.data.identity import code_digest, tokenizer_digest
 from fsdp_qlora.data.lines import Row
-from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.data.loader import Rows, StoredRows
 from fsdp_qlora.data.mix import draw, mixture_counts
 from fsdp_qlora.data.sources import fingerprint, names_of, read_source, stated
 from fsdp_qlora.data.stream import Stream
-from fsdp_qlora.data.tokens import Counts, Fit, ReadRow, Tokenized, reader, tokenize
+from fsdp_qlora.data.tokens import ChatEncoder, Fit, ReadRow, Tokenized, column_reader, reader, tokenize
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.files.module_path import look_here_last
 from fsdp_qlora.shown import shown_source
@@ -49,8 +51,9 @@ Share = Callable[[Callable[[], str]], str]
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenized rows (columns ``input_ids`` int32, ``learned`` bool, ``source`` int32), memory-mapped."""
+    """Stored rows (the encoder's columns and ``source`` int32), memory-mapped."""
 
+    encoder: RowEncoder
     train: Dataset | None
     """None if the training rows are streamed."""
     eval: Dataset | None
@@ -70,12 +73,17 @@ class PreparedData:
     held: BinaryIO | None = None
     """Kept open while the tokens are used, so that other processes do not remove them."""
 
-    def some_rows(self, count: int) -> TokenRows:
+    def some_rows(self, count: int) -> Rows:
         """Return training rows to look at: those of the first ``count`` rows of a stream, otherwise all."""
         if self.stream is not None:
             return self.stream.tokenize(list(islice(self.stream.rows(), count)))
         assert self.train is not None
-        return TokenRows(self.train)
+        return self.encoder.rows(self.train)
+
+    @property
+    def held_out(self) -> StoredRows | None:
+        """The evaluation rows, if there are any."""
+        return None if self.eval is None else self.encoder.rows(self.eval)
 
 
 def prepare_data(
@@ -86,36 +94,40 @@ def prepare_data(
     share: Share = lambda work: work(),
     progress: Progress | None = None,
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    encoder: RowEncoder | None = None,
 ) -> PreparedData:
-    """Return the tokenized data; if they are not cached, one process per node, chosen by ``share``, makes them.
+    """Return the stored rows; if they are not cached, one process per node, chosen by ``share``, makes them.
 
     Tokenizing runs inside the context ``around``; each call of ``progress`` shows that it is still making progress.
+    ``encoder`` is the objective's; None is that of chats and texts.
 
     Raises:
-        DataError: if a source is missing or malformed, or there are no supervised tokens.
+        DataError: if a source is missing or malformed, there is nothing to learn, or the tokenizer is not fast.
     """
     if data.train is None:
         raise DataError("data.train: not set. Give a file, a folder, a hub data set, or a list of them.")
     _require_allowed(data)
+    if encoder is None:
+        encoder = ChatEncoder(_reader(data), fast(tokenizer), _fit(data))
     if data.streaming:
-        return _streamed(data, seed, tokenizer, cache, share, progress)
+        return _streamed(data, seed, tokenizer, encoder, cache, share, progress)
 
     def make(staging: Path) -> None:
         with around():
-            _prepare(data, seed, tokenizer, staging, progress)
+            _prepare(data, seed, encoder, staging, progress)
 
     def settle() -> str:
-        key = _key(data, seed, tokenizer)
-        obtain(cache / "tokens" / key, _opened, make)
+        key = _key(data, seed, tokenizer, encoder)
+        obtain(cache / "tokens" / key, partial(_opened, encoder), make)
         return key
 
     train = [shown_source(name) for name in names_of(data.train)]
     held = [shown_source(name) for name in names_of(data.eval or [])]
     # who made the tokens may have called the same rows by other names
-    return replace(_opened(cache / "tokens" / share(settle)), train_sources=train, eval_sources=held or train)
+    return replace(_opened(encoder, cache / "tokens" / share(settle)), train_sources=train, eval_sources=held or train)
 
 
-def _opened(folder: Path) -> PreparedData:
+def _opened(encoder: RowEncoder, folder: Path) -> PreparedData:
     from datasets import Dataset  # imported here so that code without data does not need `datasets`
 
     held = hold(folder)
@@ -124,30 +136,27 @@ def _opened(folder: Path) -> PreparedData:
     parts = {n: rows.select(np.load(folder / f"{n}.npy")) if counts[n]["kept"] else None for n in ("train", "eval")}
     assert parts["train"] is not None
     return PreparedData(
-        parts["train"], parts["eval"], Counts(**counts["train"]), Counts(**counts["eval"]), folder.name,
+        encoder, parts["train"], parts["eval"], Counts(**counts["train"]), Counts(**counts["eval"]), folder.name,
         bad_rows=folder / _BAD_ROWS if counts["bad"] else None, num_bad=counts["bad"], held=held,
     )  # fmt: skip
 
 
-def _key(data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
+def _key(data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder) -> str:
     sources = [fingerprint(name) for name in (*names_of(data.train), *names_of(data.eval or []))]
     settings = {key: value for key, value in asdict(data).items() if key not in _NOT_IN_KEY}
     parts = [
         _VERSION, settings, seed, len(names_of(data.train)), sources, tokenizer_digest(tokenizer),
         code_digest(_function(data), *([data.row_function.partition(":")[0]] if data.row_function else [])),
+        *([encoder.identity] if encoder.identity else []),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _prepare(
-    data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, staging: Path, progress: Progress | None
-) -> None:
+def _prepare(data: DataSettings, seed: int, encoder: RowEncoder, staging: Path, progress: Progress | None) -> None:
     """Write the tokens and their metadata into an empty folder."""
     train, held = names_of(data.train), names_of(data.eval or [])
-    result = tokenize(
-        _numbered(train, held, data.max_rows), _reader(data), tokenizer, _fit(data), staging / _TOKENS,
-        staging / _BAD_ROWS, data.on_bad_row == "skip", progress,
-    )  # fmt: skip
+    rows = _numbered(train, held, data.max_rows)
+    result = tokenize(rows, encoder, staging / _TOKENS, staging / _BAD_ROWS, data.on_bad_row == "skip", progress)
     parts, counts = _split(result, data, seed, len(train))
     if counts["train"].kept == 0:
         raise _nothing_to_learn(counts["train"], data.max_length, result)
@@ -159,14 +168,14 @@ def _prepare(
 
 
 def _streamed(
-    data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, cache: Path, share: Share,
+    data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder, cache: Path, share: Share,
     progress: Progress | None,
 ) -> PreparedData:  # fmt: skip
     """Prepare evaluation rows as usual, but for training rows only the stream that reads them."""
     sources = names_of(data.train)
     files = [line for name in sources for line in stated(name)]
     parts = [
-        _key(replace(data, train=[]), seed, tokenizer),
+        _key(replace(data, train=[]), seed, tokenizer, encoder),
         [shown_source(name) for name in sources],
         files,
         data.shuffle_window,  # it decides the order
@@ -176,7 +185,7 @@ def _streamed(
         sources, data.weights, data.shuffle_window, seed, _reader(data), tokenizer, _fit(data),
         data.on_bad_row == "skip",
     )  # fmt: skip
-    made = PreparedData(None, None, Counts(), Counts(), key.hexdigest()[:24], stream=stream)
+    made = PreparedData(encoder, None, None, Counts(), Counts(), key.hexdigest()[:24], stream=stream)
     if data.eval is None:
         return made
     own = replace(data, train=data.eval, eval=None, eval_fraction=0.0, streaming=False, weights=None, max_rows=None)
@@ -189,6 +198,27 @@ def _streamed(
 
 def _reader(data: DataSettings) -> ReadRow:
     return reader(data.format, data.columns, _function(data), frozenset(data.ignore_keys))
+
+
+def columns_of(data: DataSettings) -> Read:
+    """Return what reads the columns of a raw row, for an objective's encoder.
+
+    Raises:
+        DataError: if ``data.row_function`` is not allowed or cannot be imported.
+    """
+    _require_allowed(data)
+    return column_reader(data.columns, _function(data))
+
+
+def fast(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer if it can map tokens back to the text.
+
+    Raises:
+        DataError: if it cannot.
+    """
+    if not tokenizer.is_fast:
+        raise DataError("model.name: its tokenizer is not a fast one, so tokens cannot be mapped back to the text.")
+    return tokenizer
 
 
 def _fit(data: DataSettings) -> Fit:

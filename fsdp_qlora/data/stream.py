@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fsdp_qlora.data.encoder import Counts
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import Batch, Cut, Rows, TokenRows, build_batch
 from fsdp_qlora.data.sources import read_source
-from fsdp_qlora.data.tokens import Counts, Fit, ReadRow, encoded_rows, fit_row
+from fsdp_qlora.data.tokens import Fit, ReadRow, encoded_rows, fit_row
 from fsdp_qlora.errors import DataError
 
 if TYPE_CHECKING:

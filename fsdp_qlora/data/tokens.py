@@ -7,16 +7,22 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.data.chat import Example, read_row
 from fsdp_qlora.data.encode import Encoded, StuckTemplateError, TrainOn, encode_batch
+from fsdp_qlora.data.encoder import Counts, Outcome, Read, RowEncoder, Stored
 from fsdp_qlora.data.lines import Row
+from fsdp_qlora.data.loader import Rows, TokenRows
+from fsdp_qlora.data.samples import Segment, segments
 from fsdp_qlora.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _BATCH, _BATCH_BYTES = 512, 2**24
 """A batch to tokenize is complete when it has this many rows, or at least this many bytes."""
@@ -24,28 +30,6 @@ MOST_LISTED = 100_000
 """Maximum number of bad rows to list; a compressed file of a few megabytes can contain billions."""
 _LONGEST_PROBLEM = 2000
 ReadRow = Callable[[Row], Example]
-
-
-@dataclass
-class Counts:
-    """What happened to the rows of one part (training or evaluation)."""
-
-    rows: int = 0
-    """Rows read, excluding bad ones."""
-    kept: int = 0
-    """Sequences kept for training or evaluation."""
-    truncated: int = 0
-    dropped_long: int = 0
-    dropped_unsupervised: int = 0
-    duplicates: int = 0
-    """Rows with the same tokens as an earlier row; they are kept."""
-    tokens: int = 0
-    target_tokens: int = 0
-
-    def add(self, other: Counts) -> None:
-        """Add the counts of ``other``."""
-        for f in fields(self):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
 
 @dataclass(frozen=True)
@@ -71,29 +55,55 @@ class Tokenized:
     """Number of skipped bad rows."""
 
 
+class ChatEncoder(RowEncoder):
+    """Stores chats and texts as tokens, with which of them are learned."""
+
+    columns: ClassVar = {"input_ids": "int32[]", "learned": "bool[]"}
+
+    def __init__(self, read: ReadRow, tokenizer: PreTrainedTokenizerBase, fit: Fit) -> None:
+        self._read, self._tokenizer, self._fit = read, tokenizer, fit
+
+    def encode(self, batch: list[tuple[int, Row]]) -> Iterator[tuple[int, str, Outcome]]:
+        """Yield the source, the place and the sequences of each row."""
+        for number, where, key, outcome in encoded_rows(batch, self._read, self._tokenizer, self._fit.train_on):
+            if isinstance(outcome, DataError):
+                yield number, where, outcome
+                continue
+            stored = Stored(key, hashlib.blake2b(outcome[0].tobytes(), digest_size=16).digest())
+            for ids, learned in fit_row(outcome, self._fit, stored.counts):
+                stored.items.append({"input_ids": ids, "learned": learned})
+            yield number, where, stored
+
+    def rows(self, data: Dataset) -> TokenRows:
+        """Return stored sequences as rows."""
+        return TokenRows(data)
+
+    def segments(self, rows: Rows, number: int) -> list[Segment]:
+        """Return row ``number`` with its learned parts."""
+        assert isinstance(rows, TokenRows)
+        return segments(rows, number, self._tokenizer)
+
+
 def tokenize(
     sources: Iterable[tuple[int, Row]],
-    read: ReadRow,
-    tokenizer: PreTrainedTokenizerBase,
-    fit: Fit,
+    encoder: RowEncoder,
     file: Path,
     bad_rows: Path,
     skip_bad: bool,
     progress: Callable[[int], None] | None = None,
 ) -> Tokenized:
-    """Write an Arrow stream with ``input_ids`` (int32), ``learned`` (bool) and ``source`` (int32).
+    """Write an Arrow stream with the encoder's columns and ``source`` (int32).
 
     For each skipped row, up to `MOST_LISTED`, a line of JSON with ``where`` and ``problem`` is written to ``bad_rows``.
 
     Raises:
-        DataError: for the first bad row unless ``skip_bad``, naming its file and line; or if the tokenizer is not fast.
+        DataError: for the first bad row unless ``skip_bad``, naming its file and line.
     """
     import pyarrow as pa
 
-    if not tokenizer.is_fast:
-        raise DataError("model.name: its tokenizer is not a fast one, so tokens cannot be mapped back to the text.")
     result, seen = Tokenized([], [], {}), set[bytes]()
-    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.bool_())), ("source", pa.int32())])
+    kinds = {name: _arrow_type(kind) for name, kind in encoder.columns.items()} | {"source": pa.int32()}
+    schema = pa.schema(list(kinds.items()))
     rows = iter(sources)
     done = 0
     with (
@@ -101,32 +111,32 @@ def tokenize(
         bad_rows.open("w", encoding="ascii") as listed,  # independent of the locale
     ):  # fmt: skip
         while batch := _next_batch(rows):
-            pieces: list[tuple[Encoded, int]] = []
-            for number, where, key, outcome in encoded_rows(batch, read, tokenizer, fit.train_on):
+            items: list[dict[str, Any]] = []
+            for number, where, outcome in encoder.encode(batch):
                 if isinstance(outcome, DataError):
                     _pass_over(where, outcome, skip_bad, listed if result.bad < MOST_LISTED else None)
                     result.bad += 1
                     continue
-                tally = Counts(rows=1)
-                digest = hashlib.blake2b(outcome[0].tobytes(), digest_size=16).digest()
-                tally.duplicates = int(digest in seen)
-                seen.add(digest)
-                for piece in fit_row(outcome, fit, tally):
-                    pieces.append((piece, number))
-                    result.keys.append(key)
-                    result.sources.append(number)
-                result.tallies.setdefault((key, number), Counts()).add(tally)
-            if pieces:
-                columns = [
-                    pa.array([ids for (ids, _), _ in pieces], pa.list_(pa.int32())),
-                    pa.array([learned for (_, learned), _ in pieces], pa.list_(pa.bool_())),
-                    pa.array([number for _, number in pieces], pa.int32()),
-                ]
+                outcome.counts.duplicates = int(outcome.digest in seen)
+                seen.add(outcome.digest)
+                items += [item | {"source": number} for item in outcome.items]
+                result.keys += [outcome.key] * len(outcome.items)
+                result.sources += [number] * len(outcome.items)
+                result.tallies.setdefault((outcome.key, number), Counts()).add(outcome.counts)
+            if items:
+                columns = [pa.array([item[name] for item in items], kind) for name, kind in kinds.items()]
                 writer.write_batch(pa.record_batch(columns, schema))
             done += len(batch)
             if progress is not None:
                 progress(done)
     return result
+
+
+def _arrow_type(kind: str) -> Any:
+    import pyarrow as pa
+
+    one = pa.type_for_alias(kind.removesuffix("[]"))
+    return pa.list_(one) if kind.endswith("[]") else one
 
 
 def encoded_rows(
@@ -202,8 +212,17 @@ def reader(
 
     ``ignored`` are message keys to drop.
     """
+    values_of = column_reader(columns, convert)
+    return lambda row: read_row(values_of(row), row_format, ignored)
 
-    def read(row: Row) -> Example:
+
+def column_reader(columns: dict[str, str], convert: Callable[[dict], dict] | None) -> Read:
+    """Return a function that renames a row's columns and runs the user's function on it.
+
+    The function raises DataError if the row cannot be read, or lacks a column that is to be renamed.
+    """
+
+    def read(row: Row) -> Mapping[str, Any]:
         if row.values is None:
             raise DataError(row.problem)
         values = row.values
@@ -218,7 +237,7 @@ def reader(
                 values = convert(values)
             except Exception as error:  # the user's code may raise anything; blame the row
                 raise DataError(f"data.row_function: {type(error).__name__}: {error}") from error
-        return read_row(values, row_format, ignored)
+        return values
 
     return read
 

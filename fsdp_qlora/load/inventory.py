@@ -6,7 +6,7 @@ or be a buffer that upstream initializes itself. Otherwise the run is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,8 @@ class Inventory:
     """Second copies of tied weights."""
     made: frozenset[str]
     """Buffers that are not in the files; upstream's constructor initializes them."""
+    drawn: tuple[str, ...] = ()
+    """Parameters of a new head, which no file holds."""
 
     def describe(self) -> str | None:
         """Return one line about the tensors in the files that are not used; None if all are."""
@@ -41,7 +43,10 @@ class Inventory:
             parts.append(f"{len(self.left_out)} tensors that this model's code does not use ({_some(self.left_out)})")
         if self.copies:
             parts.append(f"{len(self.copies)} second copies of tied weights ({_some(self.copies)})")
-        return f"not loaded: {', '.join(parts)}" if parts else None
+        lines = [f"not loaded: {', '.join(parts)}"] if parts else []
+        if self.drawn:
+            lines.append(f"a new head, which is trained: {_some(self.drawn)} (in no file)")
+        return "; ".join(lines) or None
 
 
 def weights_of(model: PreTrainedModel, folder: Path) -> SafetensorsFolder:
@@ -55,10 +60,21 @@ def weights_of(model: PreTrainedModel, folder: Path) -> SafetensorsFolder:
     return files
 
 
-def take_stock(model: PreTrainedModel, source: SafetensorsFolder) -> Inventory:
+def take_stock(
+    model: PreTrainedModel, source: SafetensorsFolder, layers: Sequence[str] = (), new_head: bool = False,
+    other_head: bool = False,
+) -> Inventory:  # fmt: skip
     """Compare the names in the files with those of ``model``, as transformers built it, before any module is swapped.
 
     Also makes ``source`` find a tied weight under all of its names if the files hold it under any of them.
+
+    Args:
+        model: the model on meta.
+        source: its files.
+        layers: names of the model's repeated layers.
+        new_head: whether the model may have another head than the files: then what lies outside the layers and the
+            embedding may be in no file, or be left over.
+        other_head: whether the files may hold a head that the model lacks: what lies outside may be left over.
 
     Raises:
         ModelError: if tensors would be left over, parameters or buffers are in no file, or the files hold a tied
@@ -82,7 +98,8 @@ def take_stock(model: PreTrainedModel, source: SafetensorsFolder) -> Inventory:
             copies += [other for other in group if other != name]
     lacking = [n for n in (*first_names, *buffers) if n not in there]
     made = frozenset(n for n in lacking if n in buffers and matches_any(n, model._keys_to_ignore_on_load_missing))
-    if refused := [n for n in lacking if n not in made]:
+    drawn = tuple(n for n in lacking if new_head and n in first_names and _is_outside(n, model, layers))
+    if refused := [n for n in lacking if n not in made and n not in drawn]:
         raise ModelError(
             f"{source.folder}: no tensor {_some(refused)} among its {len(source.entries)} tensors"
             f"{f' ({len(refused)} are missing)' if len(refused) > 1 else ''}; {type(model).__name__} needs "
@@ -90,14 +107,32 @@ def take_stock(model: PreTrainedModel, source: SafetensorsFolder) -> Inventory:
         )
     used = source.used() | names
     left = [n for n in source.entries if n not in used and not _is_statistic(n, used)]
-    left_out = tuple(n for n in left if _upstream_leaves_out(model, n))
+    places = _places(layers, model.base_model_prefix) if new_head or other_head else set()
+    left_out = tuple(
+        n
+        for n in left
+        if _upstream_leaves_out(model, n)
+        or ((new_head or other_head) and not any(place in f".{n}" for place in places))
+    )
     if odd := [n for n in left if n not in left_out]:
         raise ModelError(
             f"{source.folder}: {len(odd)} tensors are not used by {type(model).__name__}: {_some(odd)}. Either the "
             "weights and config.json do not match, or an option in the config (a bias, a tie) leaves them out; "
             "training would silently ignore them."
         )
-    return Inventory(left_out, tuple(copies), made)
+    return Inventory(left_out, tuple(copies), made, drawn)
+
+
+def _is_outside(name: str, model: PreTrainedModel, layers: Sequence[str]) -> bool:
+    """Whether a parameter lies in no layer, and not in the embedding."""
+    table = model.get_input_embeddings()
+    embedding = {f"{path}." for path, module in model.named_modules() if module is table}
+    return not name.startswith((*(f"{layer}." for layer in layers), *embedding))
+
+
+def _places(layers: Sequence[str], prefix: str) -> set[str]:
+    """Return the parts of names that say that a stored tensor lies in a layer: ``.encoder.layer.``."""
+    return {f".{layer.removeprefix(prefix + '.').rpartition('.')[0]}." for layer in layers}
 
 
 def _tied_groups(model: PreTrainedModel) -> dict[str, list[str]]:

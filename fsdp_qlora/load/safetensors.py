@@ -108,6 +108,8 @@ class SafetensorsFolder:
         """Tensors of the model that are stored under other names or in parts."""
         self.converted: Mapping[str, Conversion] = {}
         """Tensors of the model that upstream's code converts from stored ones."""
+        self.drawn: dict[str, torch.Tensor] = {}
+        """Tensors of the model that no file holds, with their values."""
         self._same_as: dict[str, str] = {}
         self._last: tuple[Conversion | None, dict[str, torch.Tensor]] = (None, {})
         self.total_bytes = self._tensor_bytes = 0
@@ -280,6 +282,9 @@ class SafetensorsFolder:
         """
         if name in self.converted:
             return self._find_converted(name, shape)
+        if (value := self.drawn.get(name)) is not None:
+            place = TensorEntry(name, self.folder, "F32", tuple(value.shape), 0, 0)
+            return StoredTensor(name, shape, (place,), lambda: value)
         parts = self.arranged.get(name)
         if parts is None and name in self.entries:
             parts = (self.entries[name],)

@@ -74,12 +74,22 @@ def make_buffers(model: PreTrainedModel) -> None:
     The constructor ran with the model's dtype as torch's default dtype, so its own values are rounded.
     """
     with guard_torch_init_functions():
-        for owner, module in _with_owners(model):
+        for owner, module in with_owners(model):
             if in_no_file(module) and next(module.buffers(recurse=False), None) is not None:
                 owner._init_weights(module)
 
 
-def _with_owners(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
+@torch.no_grad()
+def initialize(owner: PreTrainedModel, module: nn.Module) -> None:
+    """Let upstream's ``_init_weights`` draw a module's own parameters from torch's generator.
+
+    ``owner`` is the innermost transformers model around it, which knows how.
+    """
+    with guard_torch_init_functions():
+        owner._init_weights(module)
+
+
+def with_owners(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
     """Yield each module with its innermost enclosing transformers model, which knows how to initialise it."""
     pending: list[tuple[PreTrainedModel, nn.Module]] = [(model, model)]
     while pending:

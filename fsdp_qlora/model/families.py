@@ -29,10 +29,28 @@ def is_causal(model_config: Any) -> bool:
     return auto_class(model_config) is AutoModelForCausalLM
 
 
+_HEADS = {
+    "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS", "ForImageClassification": None,
+    "ForMaskedLM": None,
+}  # fmt: skip
+"""Ends of class names -> PEFT's names for their tasks; None where it has none."""
+
+
 def task_type(model: PreTrainedModel) -> str | None:
-    """Return PEFT's name for the model's task: ``CAUSAL_LM``, ``SEQ_2_SEQ_LM``, or None for a masked model."""
+    """Return PEFT's name for the model's task, such as ``CAUSAL_LM``; None if it has none."""
+    for end, task in _HEADS.items():
+        if type(model).__name__.endswith(end):
+            return task
+    if model.get_output_embeddings() is None and type(model).__name__.endswith("Model"):
+        return "FEATURE_EXTRACTION"
     kind = auto_class(model.config)
     return {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSeq2SeqLM: "SEQ_2_SEQ_LM"}.get(kind)
+
+
+def language_task(model: PreTrainedModel) -> str | None:
+    """Return `task_type` of a language model; None for others, whose heads PEFT would wrap if it knew the task."""
+    task = task_type(model)
+    return task if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else None
 
 
 def _longest_list(model: nn.Module) -> list[nn.Module]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters.names import names_taken_for_experts, renamed_by_peft
 from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers it
@@ -25,7 +24,8 @@ from fsdp_qlora.model.construct import (
 )
 from fsdp_qlora.model.families import auto_class, decoder_layers, task_type
 from fsdp_qlora.model.replaceable import is_plain_linear, replaceable_linears
-from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.objectives import Objective
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 
 
 def build_skeleton(
@@ -34,10 +34,12 @@ def build_skeleton(
     attn_implementation: str,
     trust_remote_code: bool = False,
     config_overrides: Mapping[str, Any] | None = None,
+    objective: Objective | None = None,
 ) -> PreTrainedModel:
-    """Build the language model in ``folder`` on meta: shapes and code, no memory.
+    """Build the model in ``folder`` on meta, as ``objective`` needs it: shapes and code, no memory.
 
-    The result is an encoder-decoder or a masked language model if its config says so, else a causal one.
+    Without an objective, or with one of tokens, it is a language model: an encoder-decoder or a masked one if its
+    config says so, else a causal one.
 
     Raises:
         ModelError: if the architecture is unknown, needs code that is not trusted, or an override does not fit it.
@@ -54,9 +56,13 @@ def build_skeleton(
                 f"{folder}: {key} in config.json drops whole layers at random, different ones on each rank. Set "
                 f"model.config_overrides.{key}=0 to train without it."
             )
+    kind = auto_class(config)
+    if objective is not None and objective.auto_class is not None:
+        kind = getattr(transformers, objective.auto_class)
+        objective.configure(config)
     try:
         with parameters_on_meta():
-            model = auto_class(config).from_config(
+            model = kind.from_config(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             )
     except FsdpQloraError:
@@ -68,6 +74,8 @@ def build_skeleton(
                 "use eager."
             ) from error
         raise not_buildable(folder, error) from error
+    if objective is not None:
+        objective.prune(model)
     if unmade := unmade_buffers(model):
         raise ModelError(f"{type(model).__name__}: buffer {unmade[0]} is not in any file, and no code creates it.")
     make_buffers(model)
@@ -84,6 +92,8 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     layers = decoder_layers(model)
+    if head is None and task_type(model) not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        return _headless_shapes(model, embedding, layers)
     if not isinstance(head, nn.Linear) or not is_plain_linear(head) or not hasattr(embedding, "weight") or not layers:
         raise ModelError(
             f"{type(model).__name__}: without an embedding, a linear head and repeated layers, this is not a language "
@@ -93,8 +103,6 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
     names = {module: name for name, module in model.named_modules()}
     config = model.config.get_text_config()
     linears = tuple(x for x in replaceable_linears(model) if x.name != names[head])
-    taken, whole = names_taken_for_experts(model.config), [x.name for x in linears if not x.stacked]
-    misnamed = renamed_by_peft(model, whole) | {name for name in whole if name.rpartition(".")[2] in taken}
     return ModelShapes(
         parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
         linears=linears,
@@ -108,10 +116,42 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         edges_apart=task_type(model) == "CAUSAL_LM",
         max_positions=_number(config, "max_position_embeddings"),
         experts_per_token=_number(config, "num_experts_per_tok"),
-        not_adapted=frozenset(misnamed),
+        not_adapted=_not_adapted(model, linears),
         float32=frozenset(float32_parameters(model)),
         capped=bool(getattr(config, "final_logit_softcapping", None)),
     )
+
+
+def _headless_shapes(model: PreTrainedModel, embedding: nn.Module, layers: list[nn.Module]) -> ModelShapes:
+    """Return the shapes of a model whose head, if it has one, is no table of tokens: a classifier, an encoder."""
+    if not layers:
+        raise ModelError(f"{type(model).__name__}: it has no repeated layers, so it cannot be sharded here.")
+    _refuse_shared(model, layers)
+    names = {module: name for name, module in model.named_modules()}
+    config, linears = model.config.get_text_config(), tuple(replaceable_linears(model))
+    table = getattr(embedding, "weight", None)
+    return ModelShapes(
+        parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
+        linears=linears,
+        layers=tuple(names[layer] for layer in layers),
+        embedding=names[embedding] if table is not None else "",
+        head="",
+        tied=False,
+        hidden_size=_number(config, "hidden_size"),
+        vocab_size=_number(config, "num_labels") or 1,
+        num_attention_heads=_number(config, "num_attention_heads"),
+        edges_apart=False,
+        max_positions=_number(config, "max_position_embeddings"),
+        experts_per_token=_number(config, "num_experts_per_tok"),
+        not_adapted=_not_adapted(model, linears),
+        float32=frozenset(float32_parameters(model)),
+    )
+
+
+def _not_adapted(model: PreTrainedModel, linears: Sequence[LinearShape]) -> frozenset[str]:
+    """Return the linears onto which plain PEFT could not load an adapter."""
+    taken, whole = names_taken_for_experts(model.config), [x.name for x in linears if not x.stacked]
+    return frozenset(renamed_by_peft(model, whole) | {name for name in whole if name.rpartition(".")[2] in taken})
 
 
 def _refuse_shared(model: PreTrainedModel, layers: list[nn.Module]) -> None:

@@ -7,24 +7,71 @@ unequal numbers of targets, a mean of means over micro-batches and ranks would b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from fsdp_qlora.config import choices
-from fsdp_qlora.data.loader import MicroBatch
+from fsdp_qlora.config.schema import DataSettings, ObjectiveSettings
+from fsdp_qlora.data.encoder import RowEncoder
+from fsdp_qlora.data.loader import MicroBatch, TokenBatch
+from fsdp_qlora.distributed.mesh import Ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Sums = dict[str, tuple[torch.Tensor, str]]
 """Name -> a sum over a micro-batch, float32 ``[]``, and the name of the weight it is divided by (`Batch.weights`)."""
 
 
+PROBED = (24, 17, 9)
+"""Lengths of the rows of a check."""
+
+
 class Objective(ABC):
-    """A loss. Stateless; the model is an `nn.Module` that returns the losses of supervised tokens."""
+    """A loss. It holds its settings and nothing else.
+
+    The model is the FSDP root (`fsdp_qlora.model.root.CausalModel`): called, it returns the losses of supervised
+    tokens; its ``outputs`` are those of the transformers model.
+    """
 
     name: ClassVar[str]
     """Its name in ``objective=``."""
+    auto_class: ClassVar[str | None] = None
+    """transformers' auto class that builds its model; None: the language model that a config.json describes."""
+    trains_head: ClassVar[bool] = False
+    """Whether its model has a head of its own, which may be in no file and is trained whole."""
+    uses_head: ClassVar[bool] = False
+    """Whether its losses are those of an encoder-decoder's output head, a chunk of logits at a time
+    (`CausalModel.losses`)."""
+    may_lack_head: ClassVar[bool] = False
+    """Whether the files may lack its head; then what they lack is drawn and trained whole, as with ``trains_head``."""
+    ignores_head: ClassVar[bool] = False
+    """Whether the files may hold a head, which its model does without."""
+    scores_rows: ClassVar[bool] = False
+    """Whether `observe` returns something for each row, which `score` makes metrics of."""
+    label_column: ClassVar[str] = "label"
+    """Column of raw rows that holds their labels, where there are any."""
+    label_of_each: ClassVar[bool] = False
+    """Whether that column lists a label for each part of the row (a word), rather than labels of the whole row."""
+    task_type: ClassVar[str | None] = "CAUSAL_LM"
+    """PEFT's name for the task, in an exported adapter; None where it has none."""
+
+    def __init__(self, settings: ObjectiveSettings | None = None) -> None:
+        self.settings = settings or ObjectiveSettings(name=self.name)
+
+    def before(
+        self, model: nn.Module, micro_batches: Sequence[MicroBatch], ranks: Ranks, draw: Callable[[MicroBatch], None]
+    ) -> Objective:
+        """Return what computes the sums of a global batch: itself, or one that knows what its rows have in common.
+
+        Called before each global batch that is trained on, on every rank with its micro-batches. ``draw`` seeds dropout
+        as in the micro-batch's own forward.
+        """
+        return self
 
     @abstractmethod
     def sums(self, model: nn.Module, micro_batch: MicroBatch) -> Sums:
@@ -33,6 +80,10 @@ class Objective(ABC):
         The loss is the total of all sums, each divided by its weight, and so are gradients. Every rank must call it the
         same number of times, because the model's forward contains collectives.
         """
+
+    def observe(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Sums, list[Any]]:
+        """Return the sums of held-out rows, and for each row what `score` needs of it, as JSON."""
+        return self.sums(model, micro_batch), []
 
     def metrics(self, loss: float, means: Mapping[str, float]) -> dict[str, float]:
         """Return further metrics that an evaluation reports besides the loss.
@@ -43,9 +94,50 @@ class Objective(ABC):
         """
         return {}
 
+    def score(self, observed: Sequence[Any]) -> dict[str, float]:
+        """Return metrics that are no means, from what `observe` returned for all held-out rows of all ranks."""
+        return {}
+
+    def encoder(
+        self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+    ) -> RowEncoder | None:
+        """Return what stores its rows for a model of this config; None: chats and texts of a causal language model."""
+        return None
+
+    def configure(self, config: PreTrainedConfig) -> None:  # noqa: B027 - most need nothing
+        """Change a model's config as the objective needs it: the number and names of labels."""
+
+    def settled(self, folder: Path, config: PreTrainedConfig) -> ObjectiveSettings:
+        """Return its settings with what the model's folder and config decide."""
+        return self.settings
+
+    def prune(self, model: PreTrainedModel) -> None:  # noqa: B027 - most need nothing
+        """Take out of a model, which is on meta, what its loss does not use."""
+
+    def files(self, data: DataSettings, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return further files of an exported adapter: name -> JSON."""
+        return {}
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Names of the modules, of the extra ``tasks``, that `score` imports."""
+        return ()
+
+    def probe(self, config: PreTrainedConfig, draw: torch.Generator) -> list[dict[str, torch.Tensor]]:
+        """Return rows of a small model of this config, each alone, ``[1, ...]``, for the check against upstream."""
+        most = min(96, config.get_text_config().vocab_size)
+        ids = [torch.randint(4, most, (1, length), generator=draw) for length in PROBED]
+        return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether it trains a causal language model on tokens, which may be packed."""
+        return self.auto_class is None
+
 
 def token_losses(model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
     """Return the cross entropy of each supervised token, float32 ``[targets]``, for a micro-batch on the device."""
+    assert isinstance(micro_batch, TokenBatch)
     return model(
         micro_batch.input_ids, micro_batch.labels, micro_batch.position_ids, micro_batch.supervised,
         sequences=micro_batch.sequences, rare=micro_batch.rare,
@@ -87,10 +179,12 @@ _OBJECTIVES: choices.Registry[Objective] = choices.Registry("objective", choices
 register = _OBJECTIVES.register
 
 
-def build_objective(name: str) -> Objective:
-    """Return the objective called ``name``.
+def build_objective(settings: ObjectiveSettings | str) -> Objective:
+    """Return the objective of these settings, or the one of a name with default settings.
 
     Raises:
         ConfigError: if there is none.
     """
-    return _OBJECTIVES[name]()
+    if isinstance(settings, str):
+        return _OBJECTIVES[settings]()
+    return _OBJECTIVES[settings.name](settings)

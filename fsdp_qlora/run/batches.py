@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fsdp_qlora.attention.layout import Layout
@@ -17,6 +18,7 @@ from fsdp_qlora.data.limits import tokens_known
 from fsdp_qlora.data.loader import Batch, Cut, Loader, MicroBatch, TokenRows
 from fsdp_qlora.data.stream import StreamLoader
 from fsdp_qlora.errors import DataError
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.tokens import known_ids
 from fsdp_qlora.track.lines import Appended, read_lines, to_line, write_lines
@@ -35,6 +37,8 @@ class Batches:
     num_rows: int
     """Rows per epoch (sequences if packed); for a stream, all rows that the run reads."""
     length: Length
+    lengths: np.ndarray | None = None
+    """int64: tokens of each training row before packing; None for a stream."""
 
 
 def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> Batches:
@@ -51,6 +55,8 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
     assert prepared.data is not None
     train, data, seed = prepared.config.train, prepared.config.data, prepared.config.run.seed
     cut = Cut(train.micro_batch_size, prepared.ranks.data_rank, prepared.ranks.data_size, train.micro_batch_tokens)
+    if not build_objective(prepared.settings.objective).of_tokens:
+        return _rows_alone(prepared, cut)
     attention = prepared.settings.model.attn_implementation
     compiled = prepared.model.compiled_layers is not None
     layout = Layout.of(prepared.config.data, prepared.config.train, attention, compiled, prepared.ranks.is_main)
@@ -69,7 +75,8 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
             _ahead(marked(streamed.batch_at, prepared, layout, []), read, prepared.ranks.device), read, length
         )
     assert prepared.data.train is not None
-    rows = layout(TokenRows(prepared.data.train))
+    stored = TokenRows(prepared.data.train)
+    rows = layout(stored)
     loader = Loader(rows, train.global_batch_size, cut, seed, data.length_grouped)
     last = None if train.max_steps else max(1, round(train.num_epochs * len(rows)))
     length = Length(train.global_batch_size, train.max_steps, last or 0)
@@ -78,7 +85,21 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
         lambda position: loader.batch_at(position, last), prepared, layout, _first_batches(first, length.planned_steps)
     )
     end = last or train.max_steps * train.global_batch_size
-    return Batches(_ahead(batch_at, end, prepared.ranks.device), len(rows), length)
+    return Batches(_ahead(batch_at, end, prepared.ranks.device), len(rows), length, stored.lengths)
+
+
+def _rows_alone(prepared: Prepared, cut: Cut) -> Batches:
+    """Build the loader of an objective whose rows share no sequence."""
+    train, data = prepared.config.train, prepared.data
+    assert data is not None and data.train is not None
+    seed = prepared.config.run.seed
+    rows = data.encoder.training_rows(data.train, seed)
+    loader = Loader(rows, train.global_batch_size, cut, seed, prepared.config.data.length_grouped)
+    last = None if train.max_steps else max(1, round(train.num_epochs * len(rows)))
+    length = Length(train.global_batch_size, train.max_steps, last or 0)
+    end = last or train.max_steps * train.global_batch_size
+    ahead = _ahead(lambda position: loader.batch_at(position, last), end, prepared.ranks.device)
+    return Batches(ahead, len(rows), length, rows.lengths)
 
 
 def _first_batches(loader: Loader, steps: int) -> Iterator[MicroBatch]:

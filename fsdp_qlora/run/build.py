@@ -41,12 +41,14 @@ from fsdp_qlora.load.inventory import take_stock
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import LoadReport, Progress, stream_weights
 from fsdp_qlora.model.experts import use_experts_forward
-from fsdp_qlora.model.families import decoder_layers, task_type
+from fsdp_qlora.model.families import decoder_layers, language_task, task_type
 from fsdp_qlora.model.fused import fusible, swap_fused
+from fsdp_qlora.model.heads import draw_new, drawn_modules, head_modules
 from fsdp_qlora.model.kernels import KERNELS, Kernels
 from fsdp_qlora.model.replaceable import kept_linears
 from fsdp_qlora.model.root import CausalModel, install_loss_head
 from fsdp_qlora.model.skeleton import read_shapes
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.parallel.compile import compile_layers, want_input_gradient
 from fsdp_qlora.parallel.compile_cache import settle_compile_caches
 from fsdp_qlora.parallel.copy_ahead import copy_ahead, copy_modules_ahead
@@ -70,7 +72,7 @@ from fsdp_qlora.plan.choices import decided
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.swap import keep_dense, swap_linears
-from fsdp_qlora.run.decide import require_kernels, skeleton
+from fsdp_qlora.run.decide import require_kernels, skeleton, with_head
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
@@ -152,18 +154,25 @@ def open_model(
         ModelError: if the model cannot be built, or its files lack something that it needs.
         PlanError: if the settings do not suit the model.
     """
-    base = skeleton(config, folder)
+    base, objective = skeleton(config, folder), build_objective(config.objective)
+    config = replace(config, objective=objective.settled(folder, base.config))
     source = weights(folder)
     source.arrange(arrangement(base, source.entries))
-    stock = take_stock(base, source)
+    shapes = read_shapes(base)
+    new_head = objective.trains_head or objective.may_lack_head
+    stock = take_stock(base, source, shapes.layers, new_head, objective.ignores_head)
     if (line := stock.describe()) and ranks.is_main and say:
         _log.info("%s: %s", config.model.name, line)
-    shapes = read_shapes(base)
-    if config.data.train is not None and task_type(base) != "CAUSAL_LM":
+    if config.data.train is not None and objective.of_tokens and task_type(base) != "CAUSAL_LM":
         raise ModelError(
-            f"model.name: a {type(base).__name__} is not a causal language model, and objective=sft trains only those. "
-            "It can be planned, loaded, and trained with a loop of your own (`prepare` without data)."
+            f"model.name: a {type(base).__name__} is not a causal language model, and objective="
+            f"{objective.name} trains only those. Choose another objective, or load it for a loop of your own "
+            "(`prepare` without data)."
         )
+    if objective.trains_head or stock.drawn:
+        source.drawn = draw_new(base, stock.drawn, config.run.seed)
+        whole = head_modules(base, stock.drawn) if objective.trains_head else drawn_modules(base, source.drawn)
+        config = with_head(config, whole)
     plan = make_plan(config, shapes, ranks.size, budget)
     if plan.quantized or plan.quantized_edges:
         bitsandbytes_backend(ranks.device)
@@ -237,8 +246,9 @@ def build_sharded(
     others; ``config.lora`` must be the settings of the first.
     ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
-    task = task_type(base)
-    after = after_head(base) if task == "CAUSAL_LM" else None
+    task = language_task(base)
+    by_head = task == "CAUSAL_LM" or build_objective(config.objective).uses_head
+    after = after_head(base) if by_head else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
     adapted = _adapt_and_quantize(config, base, plan, shapes, task, served)
     train_parameters(base, plan.memory.masters)
@@ -276,7 +286,7 @@ def build_sharded(
     _settle_gathers(config, base, plan, ranks)
     if model.compiled:
         want_input_gradient(base.get_input_embeddings())
-    for method in ("generate", "logits", "outputs"):
+    for method in ("generate", "logits", "losses", "outputs"):
         register_fsdp_forward_method(model, method)
     require_sharded(model, ranks, replicated)
     return model
@@ -294,7 +304,8 @@ def _settle_gathers(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, r
         copy_ahead(layers, fsdp.prefetch, ranks.device)
     elif ranks.shard_size == 1:
         copy_modules_ahead(layers, host_modules(base, plan.offloaded), edges[0], fsdp.prefetch, ranks.device)
-    skip_gather_in_backward(*edges)
+    there = [edge for edge in edges if edge is not None]
+    skip_gather_in_backward([there] if plan.memory.shapes.tied else [[edge] for edge in there])
 
 
 def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from fsdp_qlora.load.stored import require_readable
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.folder import config_for_plan
 from fsdp_qlora.model.fused import fusible
+from fsdp_qlora.model.heads import head_modules
 from fsdp_qlora.model.kernels import KERNELS
 from fsdp_qlora.model.rope import settle_rope
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.parallel.compile import COMPILED_TYPES, can_compile
 from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.plan.choices import decided, tensor_budget
@@ -35,6 +38,7 @@ from fsdp_qlora.plan.devices import device_of_driver, find_device, find_intercon
 from fsdp_qlora.plan.layout import Cluster, settle_shard_degree
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.plan.sizes import parse_bytes
+from fsdp_qlora.run.labels import planned_labels
 from fsdp_qlora.run.world import World
 
 SHARD_DEGREE = "fsdp.shard_degree"
@@ -48,6 +52,8 @@ def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
 def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedModel, TrainPlan]:
     """Return the settings with every ``auto`` resolved, the meta model and the plan, from the model's config alone."""
     config, base = planned_skeleton(config)
+    if build_objective(config.objective).trains_head:
+        config = with_head(config, head_modules(base))
     shapes, budget = read_shapes(base), planned_budget(config, world_size)
     config, choice = settle_shard_degree(config, shapes, _planned_cluster(config, world_size, budget))
     plan = make_plan(config, shapes, world_size, budget)
@@ -122,7 +128,7 @@ def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
     Raises:
         ModelError: if the model is not a folder, not in the hub cache, and not one of the shapes known by name.
     """
-    check(config)
+    config = planned_labels(check(config))
     source = config_for_plan(config.model.name, config.model.revision)
     device = planned_device(config)
     config = with_attention(on_device(config, device), torch.device(device), source)
@@ -151,7 +157,8 @@ def attentions_for(config: RunConfig, device: torch.device, source: Path) -> tup
         wanted = wanted or EAGER
     model_config = load_config(source, model.trust_remote_code, model.config_overrides)
     dtype = model_dtype(config.precision.name)
-    return attention_candidates(device, wanted, model_config, dtype, model.trust_remote_code)
+    causal = build_objective(config.objective).of_tokens
+    return attention_candidates(device, wanted, model_config, dtype, model.trust_remote_code, causal)
 
 
 def replace_attention(config: RunConfig, attention: str) -> RunConfig:
@@ -165,10 +172,18 @@ def skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
     require_readable(folder, config.quant)
     base = build_skeleton(
         folder, model_dtype(config.precision.name), model.attn_implementation, model.trust_remote_code,
-        model.config_overrides,
+        model.config_overrides, build_objective(config.objective),
     )  # fmt: skip
     settle_rope(base, config.data.max_length)
     return base
+
+
+def with_head(config: RunConfig, modules: Sequence[str]) -> RunConfig:
+    """Return the settings with a head's modules trained whole; with ``lora=none`` they are trained anyway."""
+    if config.lora.trains_base:
+        return config
+    whole = dict.fromkeys((*config.lora.modules_to_save, *modules))
+    return replace(config, lora=replace(config.lora, modules_to_save=list(whole)))
 
 
 def rank_budget(ranks: Ranks, placement: Placement) -> int:

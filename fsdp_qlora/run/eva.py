@@ -96,7 +96,7 @@ def _search(opened: OpenedModel, data: PreparedData, ranks: Ranks, lora: LoraSet
     )  # fmt: skip
     model, _ = load_model(bare, ranks)
     model.eval()
-    objective = build_objective(opened.config.objective.name)
+    objective = build_objective(opened.config.objective)
     search, run = Search(model.base, features, lora, ranks), partial(objective.sums, model)
     number = search.run(_micro_batches(opened.config, data, ranks), run)
     tensors = search.collect()

@@ -35,10 +35,12 @@ from fsdp_qlora.run.decide import (
     settled_world,
 )
 from fsdp_qlora.run.eva import settle
+from fsdp_qlora.run.labels import settle_labels
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.starts import kept_start
 from fsdp_qlora.run.tokens import first_added, tokenize
 from fsdp_qlora.run.world import World, open_world
+from fsdp_qlora.track.bars import Bar
 
 _log = logging.getLogger(__name__)
 _EQUAL = "equal to upstream's own code"
@@ -80,6 +82,7 @@ def _prepare(
     served: Sequence[ServedAdapter], bare: bool, adapter: Path | None,
 ) -> Prepared:  # fmt: skip
     asked, folder = config, _find_model(config.model, world)
+    config = settle_labels(config, world.ranks, adapter)
     budget = rank_budget(world.ranks, world.placement)
     config, world, layout = settled_world(on_device(config, world.ranks.device.type), folder, world, budget)
     if world.ranks.is_main and (line := kernels_to_compile(config.train.kernels, world.ranks.device)):
@@ -104,7 +107,8 @@ def _prepare(
     process_bytes = resident_bytes()
     if training and opened.config.lora.start is not None:
         start = start or kept_start(opened, folder, world.ranks)
-    model, report = load_model(opened, world.ranks, progress, start, served)
+    bar = progress or (Bar("loading and quantizing") if world.ranks.is_main else None)
+    model, report = load_model(opened, world.ranks, bar, start, served)
     if starts.digest:
         model.starts = starts
         fill_directions(model, starts, world.ranks)

@@ -8,6 +8,7 @@ from typing import Any
 from fsdp_qlora.data.sources import names_of
 from fsdp_qlora.distributed.memory import memory_peak
 from fsdp_qlora.distributed.reduce import gather_json
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.shown import shown_source
 from fsdp_qlora.track.meter import Meter
@@ -49,6 +50,7 @@ def summarize(
         "auto": {key: str(choice) for key, choice in prepared.choices.items()},
         "planned_bytes_per_rank": prepared.plan.peak,
         "process_bytes": max(each["process_bytes"] for each in all_ranks),
+        "answers": build_objective(prepared.settings.objective).of_tokens,
         "device": str(ranks.device),
         "threads_per_rank": prepared.threads,
         "load_seconds": prepared.load.seconds,

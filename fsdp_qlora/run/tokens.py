@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.checks.twin import Verdict
+from fsdp_qlora.checks.verdict import Verdict
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.limits import require_rows_fit
@@ -15,11 +14,17 @@ from fsdp_qlora.data.prepare import PreparedData, prepare_data
 from fsdp_qlora.distributed.reduce import on_every
 from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.files.home import cache_folder
+from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.folder import resolve_folder
 from fsdp_qlora.model.tokenizer import add_special_tokens, build_tokenizer
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.build import OpenedModel
+from fsdp_qlora.run.labels import labels_of
 from fsdp_qlora.run.world import World
 from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.track.bars import Bar
+
+TOKENIZING = "tokenizing rows"
 
 
 def tokenize(
@@ -35,10 +40,22 @@ def tokenize(
     if config.data.train is None:
         return tokenizer, None
     ranks.phases.enter("preparing the data")
+    objective, model_config = build_objective(opened.config.objective), opened.base.config
+    encoder = on_every(lambda: objective.encoder(config.data, tokenizer, model_config), ranks)
+    bar = Bar(TOKENIZING) if ranks.is_main else None
+
+    def tell(rows: int) -> None:
+        ranks.phases.sign()
+        if bar is not None:
+            bar(rows, 0)
+
     data = prepare_data(
-        config.data, config.run.seed, tokenizer, cache_folder(), world.share, lambda _: ranks.phases.sign(),
-        ranks.phases.by_itself,
-    )  # fmt: skip
+        config.data, config.run.seed, tokenizer, cache_folder(), world.share, tell, ranks.phases.by_itself, encoder
+    )
+    if bar is not None:
+        bar.close()
+    if not objective.of_tokens:
+        return tokenizer, data
     limit = _longest_row(opened.shapes, verdict)
     num_ids = known_ids(config, opened.shapes, tokenizer)
     on_every(lambda: require_rows_fit(data, config.data, tokenizer, num_ids, limit), ranks)
@@ -73,11 +90,22 @@ def _longest_row(shapes: ModelShapes, verdict: Verdict) -> int | None:
     return shapes.max_positions - unusable if unusable is not None and shapes.max_positions else None
 
 
-def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = None) -> PreparedData:
-    """Tokenize the data without a model or process group; ``progress`` is called with the number of rows read."""
+def prepare_tokens(config: RunConfig) -> PreparedData:
+    """Tokenize the data without a model or process group."""
     check(config)
-    tokenizer = open_tokenizer(config, resolve_folder(config.model.name, config.model.revision))
-    return prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), progress=progress)
+    folder = resolve_folder(config.model.name, config.model.revision)
+    tokenizer, objective = open_tokenizer(config, folder), build_objective(labels_of(config))
+    encoder = None
+    if not objective.of_tokens:
+        model_config = load_config(folder, config.model.trust_remote_code, config.model.config_overrides)
+        objective.configure(model_config)
+        encoder = objective.encoder(config.data, tokenizer, model_config)
+    bar = Bar(TOKENIZING)
+    data = prepare_data(
+        config.data, config.run.seed, tokenizer, cache_folder(), progress=lambda rows: bar(rows, 0), encoder=encoder
+    )
+    bar.close()
+    return data
 
 
 def open_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:

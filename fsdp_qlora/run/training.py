@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.experts import peft_config, short_parameters
@@ -31,7 +31,7 @@ from fsdp_qlora.checks.nonfinite import locate_nonfinite
 from fsdp_qlora.config.auto import Choice, Resume, switch
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import GenerateSettings, RunConfig
-from fsdp_qlora.data.loader import MicroBatch, TokenRows
+from fsdp_qlora.data.loader import MicroBatch
 from fsdp_qlora.distributed.memory import memory_peak
 from fsdp_qlora.distributed.reduce import on_main
 from fsdp_qlora.distributed.seeds import seed_of
@@ -92,7 +92,7 @@ class Training:
             raise DataError("data.train: not set. Give a file, a folder, a hub data set, or a list of them.")
         self.prepared, self.folder, self.config = prepared, folder, prepared.config
         self.model, self.ranks = prepared.model, prepared.ranks
-        self.eval_rows = TokenRows(prepared.data.eval) if prepared.data.eval is not None else None
+        self.eval_rows = prepared.data.held_out
         self.unwritten = Unwritten()
         self.batches = build_batches(prepared, folder.bad_rows, self.unwritten)
         trained = dict(trainable_parameters(self.model))
@@ -104,7 +104,7 @@ class Training:
                 _log.warning("%s", notice)
         self.reduce_replicated = ReplicatedGradients(self.optimizer.parameters.items(), self.ranks)
         self.schedule = build_schedule(self.config.schedule, num_steps)
-        self.objective = build_objective(self.config.objective.name)
+        self.objective = build_objective(prepared.settings.objective)
         self.checkpointer = self._checkpointer()
         self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
         base = file_digests(prepared.folder)
@@ -188,7 +188,8 @@ class Training:
         targets = short_targets(plan.targets, self.model.base)
         parameters = short_parameters(plan.parameters, plan.memory.shapes.parameters)
         card = model_card(published(to_dict(self.config)), self._facts(progress))
-        config, method = as_started(peft_config(targets, parameters, lora), self.config.lora), build_method(lora.method)
+        config = as_started(peft_config(targets, parameters, lora, self.objective.task_type), self.config.lora)
+        method = build_method(lora.method)
         config = as_saved(config, plan.modules, self.prepared.shapes, self.model.base)
         if count := len(self.config.model.add_tokens):
             first = len(self.prepared.tokenizer) - count
@@ -198,7 +199,19 @@ class Training:
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
         beside = [] if lora.start is None else [self.folder.path / FILE_NAME]
-        return export_adapter(folder, tensors, config, base, self._saved_tokenizer(), card, beside, self._header)
+        more = self.objective.files(self.config.data, self.model.base.config)
+        return export_adapter(
+            folder, tensors, config, base, self._saved_tokenizer(), card, beside, self._header, self._saved_config(),
+            more,
+        )  # fmt: skip
+
+    def _saved_config(self) -> PreTrainedConfig | None:
+        """Return the model's config if the objective has changed it, without paths of this machine."""
+        if not self.objective.trains_head:
+            return None
+        config = deepcopy(self.model.base.config)
+        config.architectures, config.name_or_path = [type(self.model.base).__name__], ""
+        return config
 
     def _saved_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer to save; an added end of turn is its ``eos_token``, at which plain PEFT then stops."""

@@ -24,7 +24,7 @@ from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.choices import NONE
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.labels import ROWS, TOKENS
-from fsdp_qlora.data.loader import Batch, MicroBatch
+from fsdp_qlora.data.loader import Batch, TokenBatch
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.errors import PlanError
@@ -253,7 +253,7 @@ def step_runner(
 
     def run(before_each: Callable[[], None]) -> object:
         settings = StepSettings(
-            objective=build_objective(config.objective.name), ranks=ranks, seed=config.run.seed,
+            objective=build_objective(config.objective), ranks=ranks, seed=config.run.seed,
             max_grad_norm=config.train.max_grad_norm, synchronize=synchronize,
             around=nullcontext, enter=lambda _: before_each(),
         )  # fmt: skip
@@ -276,7 +276,7 @@ def worst_batch(plan: TrainPlan, max_length: int, shapes: ModelShapes, packed: b
     for number in range(count):
         ids = torch.arange(rows * max_length).remainder(shapes.vocab_size).view(rows, max_length)
         positions = torch.arange(max_length).expand(rows, -1).contiguous() if packed else None
-        micro_batches.append(MicroBatch(number, ids, ids.clone(), rows=tuple(range(rows)), position_ids=positions))
+        micro_batches.append(TokenBatch(number, ids, ids.clone(), rows=tuple(range(rows)), position_ids=positions))
     all_rows = count * rows * plan.world_size
     tokens = all_rows * max_length
     return Batch(micro_batches, all_rows, tokens, {TOKENS: tokens - all_rows, ROWS: all_rows})

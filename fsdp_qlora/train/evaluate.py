@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from fsdp_qlora.data.labels import TOKENS
 from fsdp_qlora.data.loader import MicroBatch
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.distributed.reduce import all_sum
+from fsdp_qlora.distributed.reduce import all_sum, gather_json
 from fsdp_qlora.objectives import Objective, Totals
 
 
@@ -28,6 +29,8 @@ class Evaluation:
     weights: Mapping[str, int]
     metrics: dict[str, float]
     """What the objective reports besides the loss."""
+    observed: Sequence[Any] = ()
+    """What the objective scores of each row, over all ranks."""
     sources: dict[str, Evaluation] = field(default_factory=dict)
     """The same for the rows of each source."""
 
@@ -56,7 +59,9 @@ def together(parts: dict[str, Evaluation], objective: Objective) -> Evaluation:
         for name, weight in divided_by.items()
     }
     loss = sum(means.values())
-    return Evaluation(loss, means, divided_by, weights, objective.metrics(loss, means), parts)
+    observed = [row for part in evaluations for row in part.observed]
+    metrics = objective.metrics(loss, means) | (objective.score(observed) if observed else {})
+    return Evaluation(loss, means, divided_by, weights, metrics, observed, parts)
 
 
 def evaluate(
@@ -69,11 +74,15 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    totals = Totals()
+    totals, own = Totals(), list[Any]()
     with torch.no_grad():
         for micro_batch in micro_batches:
-            totals.add(objective.sums(model, micro_batch.to(ranks.device)), micro_batch.weight)
+            sums, rows = objective.observe(model, micro_batch.to(ranks.device))
+            totals.add(sums, micro_batch.weight)
+            own += rows if micro_batch.weight else []
     model.train(was_training)
     means = totals.means(all_sum(totals.values, ranks), weights)
     loss = sum(means.values())
-    return Evaluation(loss, means, totals.divided_by, weights, objective.metrics(loss, means))
+    observed = [row for rows in gather_json(own, ranks) for row in rows] if objective.scores_rows else []
+    metrics = objective.metrics(loss, means) | (objective.score(observed) if observed else {})
+    return Evaluation(loss, means, totals.divided_by, weights, metrics, observed)

@@ -50,7 +50,7 @@ def test_no_prompt_is_lost_or_answered_twice(tiny_model, cli_env, tmp_path, rank
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"{len(kept)} of {NUM} prompts are answered already" in done.stderr
-    assert f"answered {NUM}/{NUM}" in done.stderr and f"{NUM} answers -> {to}" in done.stdout
+    assert f"{NUM} answers -> {to}" in done.stdout
     lines = read(to)
     assert [line["index"] for line in lines] == list(range(NUM)) and not part.exists()
     assert [line["id"] for line in lines] == [f"row {number}" for number in range(NUM)]

@@ -26,7 +26,7 @@ from fsdp_qlora.checkpoint.contents import checkpoint_tensors
 from fsdp_qlora.checks.gradients import FirstGradients
 from fsdp_qlora.config.schema import GenerateSettings, RunConfig
 from fsdp_qlora.data.labels import ROWS, TOKENS
-from fsdp_qlora.data.loader import Batch, MicroBatch, Piece
+from fsdp_qlora.data.loader import Batch, Piece, TokenBatch
 from fsdp_qlora.data.pack import flat_batch, pack
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ConfigError, StorageError
@@ -48,7 +48,7 @@ NEW_TOKENS = 2
 """Tokens of an answer: the first from the prompt, the second from the cache."""
 
 
-def _micro_batch(variant: Variant, number: int, vocabulary: int) -> MicroBatch:
+def _micro_batch(variant: Variant, number: int, vocabulary: int) -> TokenBatch:
     generator = torch.Generator().manual_seed(number)
 
     def row(length: int) -> Piece:
@@ -57,7 +57,7 @@ def _micro_batch(variant: Variant, number: int, vocabulary: int) -> MicroBatch:
     numbers = tuple(range(variant.rows))
     if variant.batch == "padded":
         ids = torch.stack([row(LENGTH)[0] for _ in numbers])
-        return MicroBatch(number, ids, ids.clone(), rows=numbers)
+        return TokenBatch(number, ids, ids.clone(), rows=numbers)
     third = LENGTH // 3
     sequences = [[row(third), row(third), row(LENGTH - 2 * third)] for _ in numbers]
     if variant.batch == "packed":

@@ -24,7 +24,7 @@ from fsdp_qlora.checks.gradients import FirstGradients
 from fsdp_qlora.cli.quiet import quieten
 from fsdp_qlora.config.schema import DataSettings, LoraSettings, OptimSettings, PrecisionSettings, RunConfig
 from fsdp_qlora.data.labels import IGNORE, ROWS, TOKENS
-from fsdp_qlora.data.loader import Batch, MicroBatch
+from fsdp_qlora.data.loader import Batch, TokenBatch
 from fsdp_qlora.distributed.memory import memory_peak
 from fsdp_qlora.distributed.mesh import Ranks, build_ranks
 from fsdp_qlora.distributed.process import Placement, choose_device, process_group, use_device
@@ -161,7 +161,7 @@ def test_every_bit_pattern_survives_the_gather(precision):
             assert torch.equal(raw_bytes(local_tensor(layer.packed)).cpu(), raw_bytes(patterns))
 
 
-def batch_of(micro_batches: list[MicroBatch]) -> Batch:
+def batch_of(micro_batches: list[TokenBatch]) -> Batch:
     """Return one rank's global batch of these."""
     targets = sum(int((x.labels[:, 1:] != IGNORE).sum()) for x in micro_batches)
     tokens = sum(x.input_ids.numel() for x in micro_batches)
@@ -178,7 +178,7 @@ def draw_batch(vocabulary: int) -> Batch:
         labels = input_ids.clone()
         labels[:, :6] = IGNORE
         labels[1, length - 7 :] = IGNORE
-        micro_batches.append(MicroBatch(number, input_ids, labels))
+        micro_batches.append(TokenBatch(number, input_ids, labels))
     return batch_of(micro_batches)
 
 

@@ -27,7 +27,7 @@ from fsdp_qlora.config.schema import (
     RunConfig,
     TrainSettings,
 )
-from fsdp_qlora.data.loader import Batch, MicroBatch
+from fsdp_qlora.data.loader import Batch, TokenBatch
 from fsdp_qlora.distributed.memory import memory_peak
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.export.adapter import gather_adapter
@@ -67,7 +67,7 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draw() -> Batch:
     generator = torch.Generator().manual_seed(8)
     ids = [torch.randint(3, VOCABULARY, (2, LENGTH), generator=generator) for _ in range(2)]
-    return batch_of([MicroBatch(number, x, x.clone()) for number, x in enumerate(ids)])
+    return batch_of([TokenBatch(number, x, x.clone()) for number, x in enumerate(ids)])
 
 
 def train(folder: Path, offload: str, checkpointing: str, prefetch: int = 1) -> dict[str, object]:

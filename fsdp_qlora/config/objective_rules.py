@@ -1,0 +1,80 @@
+"""Rules on objectives that train other than causal language models. See `fsdp_qlora.config.rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from fsdp_qlora.config.auto import asked
+from fsdp_qlora.config.choices import CAN_SPLIT, ROW_BY_ROW, WITH_LABELS
+from fsdp_qlora.config.schema import ObjectiveSettings, RunConfig
+
+Rule = Callable[[RunConfig], Iterator[str]]
+
+
+def _rows(config: RunConfig) -> Iterator[str]:
+    name, data = config.objective.name, config.data
+    if name not in ROW_BY_ROW:
+        return
+    for key in ("packing", "padding_free", "streaming", "template"):
+        if getattr(data, key):
+            yield f"data.{key}: objective={name} has no use for it; leave it out."
+    if data.truncation == "split" and name not in CAN_SPLIT:
+        yield f"data.truncation: a row of objective={name} cannot be split; choose right, left or drop."
+    if data.train_on != "assistant":
+        yield f"data.train_on: objective={name} learns labels, not answers; leave it out."
+    if asked(data.format) is not None:
+        yield f"data.format: objective={name} has columns of its own; leave it out (data.columns renames them)."
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    name, train = config.objective.name, config.train
+    if name not in ROW_BY_ROW:
+        return
+    if config.model.add_tokens:
+        yield f"model.add_tokens: objective={name} trains no rows of embedding or head; leave it out."
+    if config.quant.embeddings != "none":
+        yield f"quant.embeddings: only those of causal language models can be quantized, not with objective={name}."
+    if train.compile == "true":
+        yield f"train.compile: objective={name} runs uncompiled; set it to false or auto."
+    if asked(train.kernels) not in (None, "torch"):
+        yield f"train.kernels: objective={name} runs upstream's modules; set it to torch or auto."
+    if train.sample_prompts:
+        yield f"train.sample_prompts: a model of objective={name} writes no answers; leave it out."
+    if config.lora.starts_from_rows:
+        yield f"lora.init_lora_weights: EVA searches causal language models, not with objective={name}."
+    if config.plan.simulate:
+        yield f"plan.simulate: a step of objective={name} cannot be simulated yet; set it to false."
+
+
+def _labels(config: RunConfig) -> Iterator[str]:
+    objective = config.objective
+    if objective.name not in WITH_LABELS:
+        for key in ("labels", "class_weights"):
+            if getattr(objective, key):
+                yield f"objective.{key}: objective={objective.name} has no labels; leave it out."
+        return
+    if objective.name != "sequence_classification" and objective.problem_type != "auto":
+        yield f"objective.problem_type: objective={objective.name} has one label for each word; leave it out."
+    if twice := sorted({name for name in objective.labels if objective.labels.count(name) > 1}):
+        yield f"objective.labels: {', '.join(map(repr, twice))} is named more than once."
+    if unknown := [name for name in objective.class_weights if objective.labels and name not in objective.labels]:
+        yield f"objective.class_weights: {unknown[0]!r} is not one of objective.labels."
+    if odd := [name for name, value in objective.class_weights.items() if not value > 0]:
+        yield f"objective.class_weights: the factor of {odd[0]!r} must be above 0."
+
+
+_OWN = {"masked_lm": ("mask_probability", "whole_words"), "embedding": ("temperature", "pooling")}
+"""Objectives -> settings that no other reads."""
+
+
+def _own(config: RunConfig) -> Iterator[str]:
+    objective, defaults = config.objective, ObjectiveSettings()
+    for name, keys in _OWN.items():
+        for key in keys:
+            if objective.name != name and getattr(objective, key) != getattr(defaults, key):
+                yield f"objective.{key}: only objective={name} reads it, not {objective.name}; leave it out."
+    if not objective.mask_probability:
+        yield "objective.mask_probability: must be above 0, or there is nothing to predict."
+
+
+OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels, _own)

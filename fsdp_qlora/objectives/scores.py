@@ -1,0 +1,35 @@
+"""Metrics of predictions, by kept libraries: scikit-learn's. They are imported where they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def of_labels(predicted: Sequence[Sequence[int]], wanted: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Return accuracy and macro-averaged F1 of one label for each row."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    ours, theirs = [int(row[0]) for row in predicted], [int(row[0]) for row in wanted]
+    return {
+        "accuracy": float(accuracy_score(theirs, ours)),
+        "f1": float(f1_score(theirs, ours, average="macro", zero_division=0)),  # type: ignore[arg-type]
+    }
+
+
+def of_sets(predicted: Sequence[Sequence[int]], wanted: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Return the share of rows with exactly the right labels, and micro-averaged F1 of all labels."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    theirs = [[int(value) for value in row] for row in wanted]
+    return {
+        "accuracy": float(accuracy_score(theirs, list(predicted))),
+        "f1": float(f1_score(theirs, list(predicted), average="micro", zero_division=0)),  # type: ignore[arg-type]
+    }
+
+
+def of_numbers(predicted: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Return the mean squared error and R squared."""
+    from sklearn.metrics import mean_squared_error, r2_score
+
+    ours, theirs = [row[0] for row in predicted], [row[0] for row in wanted]
+    return {"mse": float(mean_squared_error(theirs, ours)), "r2": float(r2_score(theirs, ours))}

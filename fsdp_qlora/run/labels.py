@@ -1,0 +1,103 @@
+"""Settles what an objective's labels are before the model is built, because its head has an output for each."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.config.auto import asked
+from fsdp_qlora.config.choices import WITH_LABELS
+from fsdp_qlora.config.schema import ObjectiveSettings, RunConfig
+from fsdp_qlora.data.prepare import columns_of
+from fsdp_qlora.data.sources import names_of, read_source
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import on_main
+from fsdp_qlora.errors import ConfigError, ModelError
+from fsdp_qlora.files.read import own_file, read_json
+from fsdp_qlora.objectives import build_objective
+from fsdp_qlora.objectives.labels import REGRESSION, SINGLE, find_labels
+
+_PLANNED = 2
+"""Labels to plan for where neither settings nor data say how many there are."""
+
+
+def settle_labels(config: RunConfig, ranks: Ranks, adapter: Path | None = None) -> RunConfig:
+    """Return the settings with the labels of the training data. Every rank calls it; rank 0 reads the rows.
+
+    ``adapter`` is one that was trained on labels: then they are those in its config.json.
+
+    Raises:
+        DataError: if rows cannot be read, or their labels are of several kinds.
+        ConfigError: if there are no rows to read them from.
+    """
+    if not _is_open(config.objective):
+        return config
+
+    def settle() -> dict[str, Any]:
+        return asdict(labels_of(config) if adapter is None else trained_labels(config.objective, adapter))
+
+    return _with(config, ObjectiveSettings(**on_main(settle, ranks)))
+
+
+def trained_labels(objective: ObjectiveSettings, adapter: Path) -> ObjectiveSettings:
+    """Return the objective's settings with the labels of an adapter.
+
+    Raises:
+        ModelError: if its folder does not say what they are.
+    """
+    file = adapter / "config.json"
+    try:
+        config = read_json(own_file(adapter, file.name), dict[str, Any])
+        named = {int(number): str(name) for number, name in config["id2label"].items()}
+        problem = config["problem_type"]
+        labels = [] if problem == REGRESSION else [named[number] for number in range(len(named))]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{file} does not say what the labels are ({type(error).__name__}: {error}). Set objective.labels and "
+            "objective.problem_type as they were in training."
+        ) from error
+    return replace(objective, labels=labels, problem_type=problem)
+
+
+def labels_of(config: RunConfig) -> ObjectiveSettings:
+    """Return the objective's settings with the labels of the training data.
+
+    Raises:
+        ConfigError: if there are no rows to read them from.
+        DataError: as `find_labels`.
+    """
+    objective, data = config.objective, config.data
+    if not _is_open(objective):
+        return objective
+    if data.train is None:
+        if objective.labels:
+            return replace(objective, problem_type=SINGLE)
+        raise ConfigError(
+            "objective.labels: not set, and there is no data.train to read them from; list them in the order of their "
+            "numbers."
+        )
+    rows = (row for name in names_of(data.train) for row in read_source(name))
+    kind = build_objective(objective)
+    rows = islice(rows, data.max_rows or None)
+    return find_labels(rows, columns_of(data), objective, kind.label_column, kind.label_of_each)
+
+
+def planned_labels(config: RunConfig) -> RunConfig:
+    """Return the settings to plan with: with the data's labels, or two of them if there is no data."""
+    if not _is_open(config.objective):
+        return config
+    if config.data.train is None and not config.objective.labels:
+        names = [str(number) for number in range(_PLANNED)]
+        return _with(config, replace(config.objective, labels=names, problem_type=SINGLE))
+    return _with(config, labels_of(config))
+
+
+def _is_open(objective: ObjectiveSettings) -> bool:
+    known = objective.labels and asked(objective.problem_type) is not None
+    return objective.name in WITH_LABELS and not known and objective.problem_type != REGRESSION
+
+
+def _with(config: RunConfig, objective: ObjectiveSettings) -> RunConfig:
+    return replace(config, objective=objective)
