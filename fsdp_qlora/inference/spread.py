@@ -12,7 +12,7 @@ from accelerate.utils import get_max_memory
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from fsdp_qlora.config.schema import GenerateSettings, QuantSettings
+from fsdp_qlora.config.schema import GenerateSettings
 from fsdp_qlora.errors import ConfigError, ModelError, typed_line
 from fsdp_qlora.model.root import CausalModel
 
@@ -30,19 +30,6 @@ class SpreadModel(CausalModel):
     def device(self) -> torch.device:
         """The device that inputs go to."""
         return self._first
-
-
-def quantization(quant: QuantSettings, dtype: torch.dtype, offload_fp32: bool) -> BitsAndBytesConfig | None:
-    """Return how bitsandbytes stores the linears; None: as they are."""
-    if quant.name == "none":
-        return None
-    common: dict[str, Any] = {"llm_int8_enable_fp32_cpu_offload": offload_fp32}
-    if quant.name == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quant.llm_int8_threshold, **common)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=quant.name, bnb_4bit_use_double_quant=quant.double_quant,
-        bnb_4bit_compute_dtype=dtype, **common,
-    )  # fmt: skip
 
 
 def memory_limits(limits: Mapping[str, int], device: torch.device) -> dict[int | str, int]:
@@ -65,7 +52,7 @@ def load_spread(
         folder: a model folder of transformers.
         dtype: what is not quantized gets this dtype.
         settings: the way, and what may be left in host memory and on disk.
-        packed: `quantization`; None also for a folder that is quantized already.
+        packed: `bitsandbytes_config`; None also for a folder that is quantized already.
         limits: `memory_limits`.
         attention: transformers' name of the attention implementation; None: its own choice.
         trust_remote_code: whether code in the folder may run.
@@ -93,7 +80,7 @@ def load_spread(
 
 def _explained(error: Exception, folder: Path, settings: GenerateSettings) -> ConfigError | ModelError:
     text = str(error)
-    if "llm_int8_enable_fp32_cpu_offload" in text:
+    if "dispatched on the CPU or the disk" in text:
         return ConfigError(
             "generate.offload_fp32: the devices cannot hold the whole quantized model. Set it to true, so that layers "
             "in host memory and on disk are not quantized; raise generate.max_memory; or set quant=none."

@@ -22,12 +22,12 @@ from fsdp_qlora.inference.spread import (
     main_device,
     memory_limits,
     placed,
-    quantization,
 )
 from fsdp_qlora.load.stored import quantization_of
 from fsdp_qlora.model.folder import resolve_folder
 from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.plan.sizes import parse_bytes
+from fsdp_qlora.quant.formats.plain import bitsandbytes_config
 from fsdp_qlora.run.build import open_model, require_adapter
 from fsdp_qlora.run.inference import require_alike, require_plain, with_adapter
 from fsdp_qlora.run.tokens import open_tokenizer
@@ -88,7 +88,7 @@ def load_over_devices(config: RunConfig, adapter: Path | Mapping[str, Path] | No
         require_adapter(one, opened, world.ranks)
     dtype, device = model_dtype(first.precision.name), world.ranks.device
     limits = {name: parse_bytes(size, "generate.max_memory") for name, size in first.generate.max_memory.items()}
-    packed = None if quantization_of(folder) else quantization(first.quant, dtype, first.generate.offload_fp32)
+    packed = None if quantization_of(folder) else bitsandbytes_config(first.quant, dtype, first.generate.offload_fp32)
     tokenizer = open_tokenizer(first, folder)
     loaded = load_spread(
         folder, dtype, first.generate, packed, memory_limits(limits, device), attention, first.model.trust_remote_code

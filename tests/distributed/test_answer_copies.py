@@ -40,7 +40,9 @@ def _generate(ranks: Ranks, folder: str, adapter: str | None) -> tuple[torch.Ten
     prepared = load_for_inference(config, Path(adapter) if adapter else None, world_of(ranks))
     settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     with torch.no_grad(), _Copied() as copied:
-        out = prepared.model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), pad_token_id=0, **settings)
+        out = prepared.model.generate(
+            input_ids=IDS, attention_mask=torch.ones_like(IDS), pad_token_id=0, synced_gpus=False, **settings
+        )  # fmt: skip
         logits = prepared.model.logits(IDS)
     layers = sum(p.nbytes for name, p in prepared.model.named_parameters() if ".layers." in name)
     return out, logits, copied.bytes, layers

@@ -73,16 +73,16 @@ def _wanted(folder: Path, adapters: dict[str, str]) -> tuple[list[str], list[int
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("attention", ["blockwise", "sdpa", "eager"])
-def test_each_turn_feeds_what_is_new(pool, tmp_path, tiny_model, num_ranks, attention):
+def test_each_turn_feeds_what_is_new(pool, tmp_path, tiny_model, attention):
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     configs: Any = {
         "poet": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
         "coder": lambda: peft.LoraConfig(r=2, lora_alpha=8, target_modules=["k_proj", "down_proj"]),
     }
     adapters = make_adapters(base, tmp_path / "adapters", configs)
-    answers, fed = pool.run(num_ranks, _talk, str(tiny_model), adapters, attention)[0]
+    # all four ranks: transformers' `generate` asks the whole world whether an answer is unfinished
+    answers, fed = pool.run(4, _talk, str(tiny_model), adapters, attention)[0]
     wanted, lengths = _wanted(tiny_model, adapters)
     assert answers == wanted
     prompts = [count for count in fed if count > 1]

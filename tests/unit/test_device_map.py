@@ -13,7 +13,8 @@ import torch
 from fsdp_qlora.cli.launcher import ranks_to_start
 from fsdp_qlora.config.rules import failures
 from fsdp_qlora.config.schema import from_dict
-from fsdp_qlora.inference.spread import describe, main_device, memory_limits, quantization
+from fsdp_qlora.inference.spread import describe, main_device, memory_limits
+from fsdp_qlora.quant.formats.plain import bitsandbytes_config
 from tests.conftest import ROOT
 
 WRONG: dict[str, dict[str, Any]] = {
@@ -41,7 +42,7 @@ def test_what_does_not_go_together_is_said():
     assert limits == {0: 5, "cpu": 7} and memory_limits({"0": 5, "cpu": 7}, torch.device("cpu")) == {"cpu": 7}
     assert main_device({"a": "1", "b": "disk"}) == torch.device("cuda", 1)
     assert main_device({"a": "cpu", "b": "disk"}) == torch.device("cpu")
-    packed = quantization(from_dict({}).quant, torch.bfloat16, True)
+    packed = bitsandbytes_config(from_dict({}).quant, torch.bfloat16, True)
     assert packed is not None and packed.load_in_4bit and packed.llm_int8_enable_fp32_cpu_offload
     model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(4, 4, bias=False))
     assert describe(model, {"0": "cpu", "1": "disk"}) == "0.0 MB on the CPU, 0.0 MB on disk"
