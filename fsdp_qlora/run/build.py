@@ -126,6 +126,17 @@ class OpenedModel:
         plan = make_plan(config, self.shapes, ranks.size, budget)
         return replace(self, config=decided(config, plan.settings), plan=plan)
 
+    def to_answer(self) -> OpenedModel:
+        """Return a copy that trains nothing: on one rank the base is kept whole, whatever adapts it.
+
+        In training, PEFT's own layers in bf16 need FSDP's cast of their float32 adapters, and with it FSDP copies every
+        weight in every forward (ADR 0015). To answer, `cast_adapters` makes the cast once.
+        """
+        plan, fsdp = self.plan, self.config.fsdp
+        if plan.shard_size > 1 or fsdp.offloads_parameters or fsdp.offload_modules:
+            return self
+        return replace(self, plan=replace(plan, settings=replace(plan.settings, keeps_whole=True), units=()))
+
     def compiled(self, on: bool) -> OpenedModel:
         """Return a copy with ``train.compile`` resolved to ``on``."""
         train = replace(self.config.train, compile=as_word(on))
