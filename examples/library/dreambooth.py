@@ -5,9 +5,11 @@
 
 The model is diffusers', the loop is this file's, and between them are calls of the library: each rank reads and
 quantizes its own rows of the weights, adapters go on every quantized linear, and checkpoints resume on any number of
-ranks. ROWS.safetensors holds what the model sees: `instance` and `prior`, latents `[images, channels, height, width]` of
-the subject and of other members of its class, and `instance_prompt` and `prior_prompt`, embeddings `[tokens, width]` of
-"a photo of sks dog" and "a photo of a dog". The same command goes on from its last checkpoint.
+ranks. The same command goes on from the newest one.
+
+ROWS.safetensors holds `instance` and `prior`, latents `[images, channels, height, width]` of the subject and of other
+members of its class, and `instance_prompt` and `prior_prompt`, embeddings `[tokens, width]` of "a photo of sks dog" and
+"a photo of a dog"; `encode_images.py` writes it.
 """
 
 import argparse
@@ -61,10 +63,13 @@ def load(asked: argparse.Namespace, ranks: Ranks) -> tuple[nn.Module, list[str]]
     """Return the model, 4-bit, adapted, sharded and filled, and the names of the linears with adapters."""
     with parameters_on_meta():
         base = diffusers.AutoModel.from_config(asked.model).requires_grad_(False)
+    if asked.precision == "bf16" and getattr(base, "_keep_in_fp32_modules", None):
+        raise SystemExit(f"{asked.model}: diffusers keeps some of its modules in float32; add --precision fp32.")
     for parameter in base.parameters():
         parameter.data = parameter.data.to(torch.bfloat16 if asked.precision == "bf16" else torch.float32)
-    inside = [child for child in base.children() if isinstance(child, nn.ModuleList)]  # down_blocks, transformer_blocks
-    blocks = [block for blocks in inside for block in blocks] + [m for m in [getattr(base, "mid_block", None)] if m]
+    lists = [child for child in base.children() if isinstance(child, nn.ModuleList)]  # down_blocks, transformer_blocks
+    blocks = [block for each in lists for block in each]
+    blocks += [base.mid_block] if getattr(base, "mid_block", None) is not None else []
     names = tuple(f"{name}." for name, module in base.named_modules() if module in blocks)
     linears = [linear for linear in replaceable_linears(base) if linear.name.startswith(names)]
     targets = [linear.name for linear in linears]
