@@ -74,7 +74,7 @@ def load(asked: argparse.Namespace, ranks: Ranks) -> tuple[nn.Module, list[str]]
     linears = [linear for linear in replaceable_linears(base) if linear.name.startswith(names)]
     targets = [linear.name for linear in linears]
     swap_linears(base, linears, build_format("nf4"))
-    model = attach_lora(base, targets, asked.r, asked.alpha, task_type=None)
+    model = attach_lora(base, targets, asked.lora_r, asked.lora_alpha, task_type=None)
     shard_model(model, [[block] for block in blocks], ranks, mixed_precision(asked.precision))
     report = stream_weights(model, base, SafetensorsFolder(Path(asked.model)), ranks)
     initialize_adapters(model, asked.seed, ranks.shard_rank, ranks.shard_size)
@@ -150,7 +150,7 @@ def export(asked: argparse.Namespace, model: nn.Module, targets: list[str], rank
     config.target_modules = short_targets(targets, base)
     export_adapter(Path(asked.out) / "adapter", adapter, config, str(asked.model))
     part = "unet" if isinstance(base, diffusers.UNet2DConditionModel) else "transformer"
-    facts = {"r": asked.r, "lora_alpha": asked.alpha, "target_modules": config.target_modules}
+    facts = {"r": asked.lora_r, "lora_alpha": asked.lora_alpha, "target_modules": config.target_modules}
     header = json.dumps({f"{part}.{key}": value for key, value in facts.items()})
     save_file(
         {f"{part}.{name.removeprefix('base_model.model.')}": tensor for name, tensor in adapter.items()},
@@ -167,8 +167,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2, help="pairs a step, over all ranks")
     parser.add_argument("--prior-weight", type=float, default=1.0)
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--r", type=int, default=8)
-    parser.add_argument("--alpha", type=int, default=16)
+    parser.add_argument("--lora-r", type=int, default=8)
+    parser.add_argument("--lora-alpha", type=int, default=16)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=100)

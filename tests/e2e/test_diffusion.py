@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.full, pytest.mark.timeout(1800)]
 
 STEPS, PAIRS, WEIGHT, LR, R, ALPHA = 20, 3, 0.7, 2e-3, 4, 6
 BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.", "transformer_blocks.")
-SETTINGS = [f"--batch-size={PAIRS}", f"--prior-weight={WEIGHT}", f"--lr={LR}", f"--r={R}", f"--alpha={ALPHA}"]
+SETTINGS = [f"--batch-size={PAIRS}", f"--prior-weight={WEIGHT}", f"--lr={LR}", f"--lora-r={R}", f"--lora-alpha={ALPHA}"]
 SETTINGS += ["--precision=fp32", "--save-every=10"]
 PARTS: dict[str, Any] = {
     "unet": lambda: diffusers.UNet2DConditionModel(
