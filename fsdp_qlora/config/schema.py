@@ -1,8 +1,7 @@
 """`RunConfig` and its groups: every setting of a run, with type, default and meaning.
 
-Frozen dataclasses of plain values; nothing here imports torch, hydra or omegaconf. Each group is one folder of
-``conf/``; groups that belong to a single verb are in `fsdp_qlora.config.verbs`. The string under a field is its
-documentation, which `fsdp-qlora VERB --help` prints together with the default.
+Frozen dataclasses of plain values, without torch, hydra or omegaconf. Each group is a folder of ``conf/``; those of a
+single verb are in `fsdp_qlora.config.verbs`. `fsdp-qlora VERB --help` prints the string under a field and its default.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from fsdp_qlora.config.facts import (
     NOT_NEGATIVE,
     POSITIVE,
     RUNS_CODE,
+    SHARE,
     VERBATIM,
     YOUNGER,
     FormatOption,
@@ -26,7 +26,8 @@ from fsdp_qlora.config.facts import (
 from fsdp_qlora.config.lora import LoraSettings
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
-from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
+from fsdp_qlora.config.track import TrackSettings
+from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings, SweepSettings
 
 Switch = Literal["auto", "true", "false"]
 """``auto``: the plan decides and reports its choice."""
@@ -35,6 +36,7 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 """Weights per block: bitsandbytes' sizes from 64 up. With 32, a nested block would cover only half a storage row."""
 Checkpointing = Literal["auto", "none", "selective", "full"]
 KernelsName = Literal["auto", "torch", "compile", "liger"]
+Pooling = Literal["auto", "mean", "cls", "lasttoken"]
 ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
 
 
@@ -266,7 +268,10 @@ class ObjectiveSettings:
 
     name: Annotated[str, choices.OBJECTIVES] = "sft"
     """``sft``: cross entropy on the supervised tokens, summed and divided by their global count.
-    ``sequence_classification``: a label, several, or a number for each text or pair of texts."""
+    ``sequence_classification``: a label, several, or a number for each text or pair of texts.
+    ``token_classification``: a label for each word of a text.
+    ``masked_lm``: words of a text that are masked (BERT).
+    ``embedding``: a vector for each text; those of a pair lie close together."""
     labels: Annotated[list[str], YOUNGER] = field(default_factory=list)
     """Names of the labels, in the order of their numbers; empty = those of the training data, sorted."""
     problem_type: Annotated[ProblemType, YOUNGER] = "auto"
@@ -274,6 +279,15 @@ class ObjectiveSettings:
     are several labels at once, fractions are numbers to predict."""
     class_weights: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
     """Label -> factor of its rows' loss, for labels that are rare; 1 for those left out."""
+    mask_probability: Annotated[float, SHARE, YOUNGER] = 0.15
+    """Of ``masked_lm``: share of a row's tokens that are to be predicted."""
+    whole_words: Annotated[bool, YOUNGER] = False
+    """Of ``masked_lm``: choose whole words rather than single tokens."""
+    temperature: Annotated[float, POSITIVE, YOUNGER] = 0.05
+    """Of ``embedding``: what cosine similarities are divided by."""
+    pooling: Annotated[Pooling, YOUNGER] = "auto"
+    """Of ``embedding``: what makes a vector of a text's hidden states; ``auto`` = as the model's ``1_Pooling`` says,
+    else the mean of an encoder's, and a decoder's last."""
 
 
 @dataclass(frozen=True)
@@ -296,18 +310,6 @@ class CheckpointSettings:
     """``auto`` (resume from the newest complete checkpoint), ``never`` (start afresh), or a checkpoint folder."""
     resume_overrides: list[str] = field(default_factory=list)
     """Settings that may differ from the checkpoint's (``[optim.lr,schedule]``); the new values apply."""
-
-
-@dataclass(frozen=True)
-class TrackSettings:
-    """Where metrics go in addition to metrics.jsonl."""
-
-    name: Annotated[str, choices.TRACKERS] = "console"
-    """``wandb`` also logs metrics to Weights & Biases (offline if there is no API key)."""
-    wandb_project: Annotated[str, VERBATIM] = "fsdp_qlora"
-    """W&B project."""
-    wandb_entity: Annotated[str | None, VERBATIM] = None
-    """W&B user or team."""
 
 
 @dataclass(frozen=True)
@@ -365,6 +367,7 @@ class RunConfig(Saved):
     track: TrackSettings = field(default_factory=TrackSettings)
     launcher: LauncherSettings = field(default_factory=LauncherSettings)
     debug: DebugSettings = field(default_factory=DebugSettings)
+    sweep: SweepSettings = field(default_factory=SweepSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     generate: GenerateSettings = field(default_factory=GenerateSettings)

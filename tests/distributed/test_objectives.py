@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.distributed.shards import local_tensor
@@ -44,12 +44,15 @@ def test_a_run_resumes_and_its_adapter_loads_in_plain_peft(pool, tmp_path, kind)
     assert summary["metrics_after"].keys() == summary["metrics_before"].keys() != set()
     adapter = tmp_path / "whole/adapter"
     config = json.loads((Path(adapter) / "adapter_config.json").read_text())
-    assert config["modules_to_save"]
-    named = AutoConfig.from_pretrained(adapter)
-    assert named.num_labels == len(named.id2label) and named.architectures[0].endswith("ForSequenceClassification")
+    trains_head = build_objective(groups["objective"]["name"]).trains_head
+    assert bool(config["modules_to_save"]) == trains_head
+    if trains_head:
+        named = AutoConfig.from_pretrained(adapter)
+        assert named.num_labels == len(named.id2label)
+        assert named.architectures[0].endswith(("ForSequenceClassification", "ForTokenClassification"))
     assert torch.isfinite(torch.tensor(summary["eval_loss_after"]))
     loss, saved = pool.run(1, exported_outputs, model, groups, str(adapter))[0]
-    assert torch.isfinite(loss).all() and saved
+    assert torch.isfinite(loss).all() and bool(saved) == trains_head
 
 
 def _checked(ranks, folder, groups):
@@ -106,3 +109,42 @@ def test_planned_bytes_are_held(pool, tmp_path, kind, num_ranks):
     results = pool.run(num_ranks, _held, model, groups)
     planned = results[0][1]
     assert {key: max(held[key] for held, _ in results) for key in planned} == planned
+
+
+SPREAD = {
+    "adapters on every rank": {"fsdp": {"adapters": "replicated"}},
+    "a copy on every rank": {"fsdp": {"shard_degree": 1, "replicate_degree": 2}},
+    "layers recomputed": {"train": {"activation_checkpointing": "full"}},
+    "layers kept gathered": {"fsdp": {"reshard_after_forward": "false"}},
+    "parameters on the host": {"fsdp": {"offload": "params"}},
+    "paged optimizer": {"optim": {"name": "paged_adamw_32bit"}},
+    "micro-batches by tokens": {"train": {"micro_batch_tokens": 48}},
+    "rows grouped by length": {"data": {"length_grouped": True}, "compare": False},
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", SPREAD)
+@pytest.mark.parametrize("kind", ["llama, names", "bert, pairs and numbers"])
+def test_how_it_is_spread_changes_no_loss(pool, tmp_path, kind, how):
+    model, groups = CASES[kind].write(tmp_path)
+    plain = losses(pool.run(2, run_fit, model, str(tmp_path), "plain", groups)[0]["metrics"])
+    asked = {name: settings for name, settings in SPREAD[how].items() if name != "compare"}
+    merged = {name: {**groups.get(name, {}), **asked.get(name, {})} for name in {*groups, *asked}}
+    layout = "copies" if how == "a copy on every rank" else "shard"
+    other = losses(pool.run(2, run_fit, model, str(tmp_path), "other", merged, layout=layout)[0]["metrics"])
+    assert len(other) == len(plain)
+    if SPREAD[how].get("compare", True):
+        assert other == pytest.approx(plain, rel=FP32_LOSSES)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["llama, names", "bert, pairs and numbers"])
+def test_the_whole_base_is_trained_too(pool, tmp_path, kind):
+    model, groups = CASES[kind].write(tmp_path)
+    groups |= {"quant": {"name": "none", "double_quant": False}, "lora": {"variant": "none"}, "optim": {"lr": 2e-4}}
+    one = pool.run(1, run_fit, model, str(tmp_path), "one", groups)[0]
+    two = pool.run(2, run_fit, model, str(tmp_path), "two", groups)[0]
+    assert losses(two["metrics"]) == pytest.approx(losses(one["metrics"]), rel=FP32_LOSSES)
+    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "two/model")
+    assert trained.config.num_labels == len(trained.config.id2label)
