@@ -87,14 +87,14 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
 
 def _rows_alone(prepared: Prepared, cut: Cut) -> Batches:
     """Build the loader of an objective whose rows share no sequence."""
-    train, data = prepared.config.train, prepared.data
+    train, data, size = prepared.config.train, prepared.data, prepared.recipe.rows_per_step
     assert data is not None and data.train is not None
     seed = prepared.config.run.seed
     rows = data.encoder.training_rows(data.train, seed)
-    loader = Loader(rows, train.global_batch_size, cut, seed, prepared.config.data.length_grouped)
-    last = None if train.max_steps else max(1, round(train.num_epochs * len(rows)))
-    length = Length(train.global_batch_size, train.max_steps, last or 0)
-    end = last or train.max_steps * train.global_batch_size
+    loader = Loader(rows, size, cut, seed, prepared.config.data.length_grouped)
+    last = None if train.max_steps else max(1, round(prepared.recipe.num_epochs * len(rows)))
+    length = Length(size, train.max_steps, last or 0)
+    end = last or train.max_steps * size
     ahead = _ahead(lambda position: loader.batch_at(position, last), end, prepared.ranks.device)
     return Batches(ahead, len(rows), length)
 
