@@ -1,8 +1,7 @@
 """`RunConfig` and its groups: every setting of a run, with type, default and meaning.
 
-Frozen dataclasses of plain values; nothing here imports torch, hydra or omegaconf. Each group is one folder of
-``conf/``; groups that belong to a single verb are in `fsdp_qlora.config.verbs`. The string under a field is its
-documentation, which `fsdp-qlora VERB --help` prints together with the default.
+Frozen dataclasses of plain values, without torch, hydra or omegaconf. Each group is a folder of ``conf/``; those of a
+single verb are in `fsdp_qlora.config.verbs`. `fsdp-qlora VERB --help` prints the string under a field and its default.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ from fsdp_qlora.config.facts import (
 from fsdp_qlora.config.lora import LoraSettings
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
+from fsdp_qlora.config.track import TrackSettings
 from fsdp_qlora.config.train_settings import TrainSettings
-from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
+from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings, SweepSettings
 
 QuantName = Annotated[str, choices.FORMATS, choices.NONE]
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -262,18 +262,6 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
-class TrackSettings:
-    """Where metrics go in addition to metrics.jsonl."""
-
-    name: Annotated[str, choices.TRACKERS] = "console"
-    """``wandb`` also logs metrics to Weights & Biases (offline if there is no API key)."""
-    wandb_project: Annotated[str, VERBATIM] = "fsdp_qlora"
-    """W&B project."""
-    wandb_entity: Annotated[str | None, VERBATIM] = None
-    """W&B user or team."""
-
-
-@dataclass(frozen=True)
 class LauncherSettings:
     """Launching the ranks and their communication."""
 
@@ -328,6 +316,7 @@ class RunConfig(Saved):
     track: TrackSettings = field(default_factory=TrackSettings)
     launcher: LauncherSettings = field(default_factory=LauncherSettings)
     debug: DebugSettings = field(default_factory=DebugSettings)
+    sweep: SweepSettings = field(default_factory=SweepSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     generate: GenerateSettings = field(default_factory=GenerateSettings)
