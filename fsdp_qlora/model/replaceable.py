@@ -23,6 +23,11 @@ _METHODS = "_init_weights|reset_parameters|init_weights|fuse_projections"
 _NOT_IN_FORWARD = re.compile(rf"^( *)def (?:{_METHODS})\b.*?(?=^\1(?:def |@)|\Z)", re.M | re.S)
 """Methods that no forward calls: upstream's initialisation, and what makes one linear of several in diffusers."""
 
+_NOT_MODELS = (
+    "torch.", "builtins", "transformers.modeling_utils", "diffusers.models.modeling_utils", "fsdp_qlora.", "peft.",
+)  # fmt: skip
+"""Modules whose classes compute no model; upstream's base classes name the weights of old checkpoints."""
+
 
 def is_plain_linear(module: nn.Module | None) -> bool:
     """Whether ``module`` is a linear layer with upstream's own forward."""
@@ -104,7 +109,7 @@ def _children_read(kind: type[nn.Module]) -> frozenset[str]:
     """Return the names of the submodules whose ``.weight`` or ``.bias`` a class's methods read."""
     names: set[str] = set()
     for each in kind.__mro__:
-        if each.__module__.startswith(("torch.", "builtins", "transformers.modeling_utils", "fsdp_qlora.", "peft.")):
+        if each.__module__.startswith(_NOT_MODELS):
             continue
         try:
             source = inspect.getsource(each)

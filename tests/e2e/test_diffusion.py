@@ -81,7 +81,7 @@ def alone(part: Path, cli_env: dict[str, str]) -> tuple[Path, str]:
 
 def rounded(part: Path) -> nn.Module:
     """Return diffusers' own model, its linears in the blocks rounded by bitsandbytes."""
-    model = diffusers.AutoModel.from_pretrained(part).requires_grad_(False).eval()
+    model = diffusers.AutoModel.from_pretrained(str(part)).requires_grad_(False).eval()
     round_to_nf4(model, [f"{name}.weight" for name in linears(model)])
     return model
 
@@ -167,7 +167,7 @@ def write_pipeline(part: Path) -> Any:
             up_block_types=["UpDecoderBlock2D"] * 2,
         ),
         text_encoder=CLIPTextModel(config).eval(), tokenizer=CLIPTokenizer(vocab, [], model_max_length=24),
-        unet=diffusers.AutoModel.from_pretrained(part), scheduler=diffusers.DDPMScheduler(),
+        unet=diffusers.AutoModel.from_pretrained(str(part)), scheduler=diffusers.DDPMScheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.save_pretrained(part.parent / "whole")
