@@ -293,7 +293,8 @@ def _settle_gathers(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, r
         copy_ahead(layers, fsdp.prefetch, ranks.device)
     elif ranks.shard_size == 1:
         copy_modules_ahead(layers, host_modules(base, plan.offloaded), edges[0], fsdp.prefetch, ranks.device)
-    skip_gather_in_backward(*edges)
+    there = [edge for edge in edges if edge is not None]
+    skip_gather_in_backward([there] if plan.memory.shapes.tied else [[edge] for edge in there])
 
 
 def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | None) -> str:
