@@ -148,8 +148,10 @@ OPTIMIZERS = Names(
     "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "ademamix_8bit", "sgd", "adafactor"
 )
 """``optim=``: optimizers (`fsdp_qlora.optim.optimizers`)."""
-TRACKERS = Names("console", "wandb")
+TRACKERS = Names("console", "wandb", "tensorboard", "mlflow")
 """``track=``: where metrics go in addition to metrics.jsonl (`fsdp_qlora.track.sinks`)."""
+TRACKER_PACKAGES = {"tensorboard": ("tensorboard",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
+"""Trackers that come as an extra of the same name -> the packages they import."""
 EXPORTS = Names("adapter", "base-4bit", "merged", "served", "gguf", "gguf-adapter")
 """``export what=``: what is exported (`fsdp_qlora.cli.export`)."""
 NONE = "none"
