@@ -236,8 +236,7 @@ def build_sharded(
     ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
     task = language_task(base)
-    by_head = task == "CAUSAL_LM" or build_objective(config.objective).uses_head
-    after = after_head(base) if by_head else None
+    after = after_head(base) if task == "CAUSAL_LM" or build_objective(config.objective).uses_head else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
     adapted = _adapt_and_quantize(config, base, plan, shapes, task, served)
     train_parameters(base, plan.memory.masters)
