@@ -71,8 +71,8 @@ class Embedding(Objective):
 
     def prune(self, model: PreTrainedModel) -> None:
         """Take out BERT's pooler, whose output is not used."""
-        if isinstance(getattr(model, "pooler", None), nn.Module):
-            model.pooler = None  # type: ignore[assignment]
+        if isinstance(pooler := getattr(model, "pooler", None), nn.Module):
+            model.pooler = _Unused(pooler)
 
     def encoder(self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> _Pairs:
         """Return what stores pairs of texts."""
@@ -132,6 +132,18 @@ class Embedding(Objective):
         role = inputs.pop(_ROLE)
         hidden = model.outputs(**inputs).last_hidden_state  # type: ignore[operator]
         return Texts(pool(hidden, inputs["attention_mask"], self.settings.pooling), role)
+
+
+class _Unused(nn.Module):
+    """Stands where a pooler was, under the names of its modules: in plain PEFT an adapter's patterns must not match them."""
+
+    def __init__(self, like: nn.Module) -> None:
+        super().__init__()
+        for name, child in like.named_children():
+            self.add_module(name, _Unused(child))
+
+    def forward(self, hidden: torch.Tensor) -> None:
+        """Return nothing."""
 
 
 def _packed(vector: np.ndarray) -> str:
