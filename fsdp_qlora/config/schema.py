@@ -1,8 +1,7 @@
 """`RunConfig` and its groups: every setting of a run, with type, default and meaning.
 
-Frozen dataclasses of plain values; nothing here imports torch, hydra or omegaconf. Each group is one folder of
-``conf/``; groups that belong to a single verb are in `fsdp_qlora.config.verbs`. The string under a field is its
-documentation, which `fsdp-qlora VERB --help` prints together with the default.
+Frozen dataclasses of plain values, without torch, hydra or omegaconf. Each group is a folder of ``conf/``; those of a
+single verb are in `fsdp_qlora.config.verbs`. `fsdp-qlora VERB --help` prints the string under a field and its default.
 """
 
 from __future__ import annotations
