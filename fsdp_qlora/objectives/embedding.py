@@ -135,7 +135,7 @@ class Embedding(Objective):
 
 
 class _Unused(nn.Module):
-    """Stands where a pooler was, under the names of its modules: in plain PEFT an adapter's patterns must not match them."""
+    """Stands where a pooler was, under the names of its modules, which an adapter's patterns must not match."""
 
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
