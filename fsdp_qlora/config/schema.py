@@ -19,12 +19,12 @@ from fsdp_qlora.config.facts import (
     NOT_NEGATIVE,
     POSITIVE,
     RUNS_CODE,
-    SHARE,
     VERBATIM,
     YOUNGER,
     FormatOption,
 )
 from fsdp_qlora.config.lora import LoraSettings
+from fsdp_qlora.config.objective import ObjectiveSettings
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
 from fsdp_qlora.config.track import TrackSettings
@@ -34,8 +34,6 @@ from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSe
 QuantName = Annotated[str, choices.FORMATS, choices.NONE]
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 """Weights per block: bitsandbytes' sizes from 64 up. With 32, a nested block would cover only half a storage row."""
-Pooling = Literal["auto", "mean", "cls", "lasttoken"]
-ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -209,34 +207,6 @@ class PrecisionSettings:
 
     name: Literal["bf16", "fp32"] = "bf16"
     """``bf16``: compute in bfloat16, adapters and reductions in float32. ``fp32``: everything in float32."""
-
-
-@dataclass(frozen=True)
-class ObjectiveSettings:
-    """The training objective."""
-
-    name: Annotated[str, choices.OBJECTIVES] = "sft"
-    """``sft``: cross entropy on the supervised tokens, summed and divided by their global count.
-    ``sequence_classification``: a label, several, or a number for each text or pair of texts.
-    ``token_classification``: a label for each word of a text.
-    ``masked_lm``: words of a text that are masked (BERT).
-    ``embedding``: a vector for each text; those of a pair lie close together."""
-    labels: Annotated[list[str], YOUNGER] = field(default_factory=list)
-    """Names of the labels, in the order of their numbers; empty = those of the training data, sorted."""
-    problem_type: Annotated[ProblemType, YOUNGER] = "auto"
-    """What the labels of ``sequence_classification`` are, as transformers calls it; ``auto`` goes by the data: lists
-    are several labels at once, fractions are numbers to predict."""
-    class_weights: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
-    """Label -> factor of its rows' loss, for labels that are rare; 1 for those left out."""
-    mask_probability: Annotated[float, SHARE, YOUNGER] = 0.15
-    """Of ``masked_lm``: share of a row's tokens that are to be predicted."""
-    whole_words: Annotated[bool, YOUNGER] = False
-    """Of ``masked_lm``: choose whole words rather than single tokens."""
-    temperature: Annotated[float, POSITIVE, YOUNGER] = 0.05
-    """Of ``embedding``: what cosine similarities are divided by."""
-    pooling: Annotated[Pooling, YOUNGER] = "auto"
-    """Of ``embedding``: what makes a vector of a text's hidden states; ``auto`` = as the model's ``1_Pooling`` says,
-    else the mean of an encoder's, and a decoder's last."""
 
 
 @dataclass(frozen=True)

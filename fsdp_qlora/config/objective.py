@@ -1,0 +1,40 @@
+"""Settings of the objective. See `fsdp_qlora.config.schema`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from fsdp_qlora.config import choices
+from fsdp_qlora.config.facts import POSITIVE, SHARE, YOUNGER
+
+ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
+Pooling = Literal["auto", "mean", "cls", "lasttoken"]
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """The training objective."""
+
+    name: Annotated[str, choices.OBJECTIVES] = "sft"
+    """``sft``: cross entropy on the supervised tokens, summed and divided by their global count.
+    ``sequence_classification``: a label, several, or a number for each text or pair of texts.
+    ``token_classification``: a label for each word of a text.
+    ``masked_lm``: words of a text that are masked (BERT).
+    ``embedding``: a vector for each text; those of a pair lie close together."""
+    labels: Annotated[list[str], YOUNGER] = field(default_factory=list)
+    """Names of the labels, in the order of their numbers; empty = those of the training data, sorted."""
+    problem_type: Annotated[ProblemType, YOUNGER] = "auto"
+    """What the labels of ``sequence_classification`` are, as transformers calls it; ``auto`` goes by the data: lists
+    are several labels at once, fractions are numbers to predict."""
+    class_weights: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
+    """Label -> factor of its rows' loss, for labels that are rare; 1 for those left out."""
+    mask_probability: Annotated[float, SHARE, YOUNGER] = 0.15
+    """Of ``masked_lm``: share of a row's tokens that are to be predicted."""
+    whole_words: Annotated[bool, YOUNGER] = False
+    """Of ``masked_lm``: choose whole words rather than single tokens."""
+    temperature: Annotated[float, POSITIVE, YOUNGER] = 0.05
+    """Of ``embedding``: what cosine similarities are divided by."""
+    pooling: Annotated[Pooling, YOUNGER] = "auto"
+    """Of ``embedding``: what makes a vector of a text's hidden states; ``auto`` = as the model's ``1_Pooling`` says,
+    else the mean of an encoder's, and a decoder's last."""
