@@ -18,8 +18,8 @@ from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.whole import as_saved
 from fsdp_qlora.checks import reference
 from fsdp_qlora.data.columns import ColumnRows
-from fsdp_qlora.data.labels import ROWS
-from fsdp_qlora.data.loader import Cut, Loader
+from fsdp_qlora.data.labels import IGNORE, ROWS, TOKENS
+from fsdp_qlora.data.loader import Cut, Loader, MicroBatch, NamedBatch
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.objectives import build_objective
@@ -43,6 +43,8 @@ class Case:
     groups: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     """More settings of the tiny model."""
+    divided_by: str = ROWS
+    """What upstream's loss of a micro-batch is a mean over."""
 
     def write(self, folder: Path) -> tuple[str, dict[str, Any]]:
         """Write model and rows; return the model's folder and the settings of a run."""
@@ -95,7 +97,7 @@ def upstream_losses(ranks: Ranks, folder: str, groups: dict[str, Any], kind: str
     for step in range(train.max_steps):
         batch, total = loader.batch_at(step * train.global_batch_size), 0.0
         for part in batch.micro_batches:
-            share = len(part.rows) / batch.weights[ROWS]
+            share = _weight(part, CASES[kind].divided_by) / batch.weights[CASES[kind].divided_by]
             loss = adapted(**CASES[kind].inputs(part.tensors)).loss * share  # type: ignore[attr-defined]
             loss.backward()
             total += float(loss.detach())
@@ -105,6 +107,11 @@ def upstream_losses(ranks: Ranks, folder: str, groups: dict[str, Any], kind: str
         losses.append(total)
     prepared.close()
     return losses
+
+
+def _weight(part: MicroBatch, name: str) -> int:
+    assert isinstance(part, NamedBatch)
+    return len(part.rows) if name == ROWS else int((part.tensors["labels"] != IGNORE).sum())
 
 
 def exported_outputs(ranks: Ranks, folder: str, groups: dict[str, Any], adapter: str) -> tuple[torch.Tensor, list[str]]:
@@ -131,14 +138,41 @@ class _AsOurs(nn.Module):
     def outputs(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 
+    def losses(self, labels: torch.Tensor, supervised: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        logits = self.model(**inputs, labels=labels).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")[supervised]
+
 
 def _with_labels(tensors: Tensors, labels: torch.Tensor) -> dict[str, Any]:
     return {name: value for name, value in tensors.items() if name != "label"} | {"labels": labels}
 
 
+def _pair(number: int) -> dict[str, Any]:
+    return {"source": sentence(number, 4 + number % 7), "target": sentence(number + 1, 2 + number % 5)}
+
+
+def _without_positions(tensors: Tensors) -> dict[str, Any]:
+    return {name: value for name, value in tensors.items() if name != "supervised"}
+
+
 NAMES = ["calm", "odd", "wild"]
 CLASSIFY = {"name": "sequence_classification"}
+PAIRS = {"name": "seq2seq", "generate_rows": 0}
+"""Without generation, in which transformers asks all ranks of the pool whether they are done."""
 CASES: dict[str, Case] = {
+    "t5": Case("t5", _pair, PAIRS, _without_positions, divided_by=TOKENS),
+    "bart, int8": Case(
+        "bart", _pair, PAIRS, _without_positions,
+        {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}}, divided_by=TOKENS,
+    ),
+    "marian, not quantized": Case(
+        "marian", _pair, PAIRS, _without_positions, {"quant": {"name": "none", "double_quant": False}},
+        divided_by=TOKENS,
+    ),
+    "t5, heads apart": Case(
+        "t5", _pair, PAIRS, _without_positions,
+        more={"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}, divided_by=TOKENS,
+    ),
     "llama, names": Case(
         "llama", lambda n: {"text": sentence(n, 5 + n % 9), "label": NAMES[n % 3]}, CLASSIFY,
         lambda t: _with_labels(t, t["label"][:, 0].long()),

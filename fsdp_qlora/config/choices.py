@@ -136,11 +136,13 @@ WITH_EXPERTS = ("lora", "rslora")
 """The adapter methods that train stacked experts (``lora.target_parameters``)."""
 WITH_TABLES = ("lora", "rslora")
 """The adapter methods that adapt embedding and head."""
-OBJECTIVES = Names("sft", "sequence_classification")
+OBJECTIVES = Names("sft", "sequence_classification", "seq2seq")
 """``objective=``: losses (`fsdp_qlora.objectives`)."""
 WITH_LABELS = ("sequence_classification",)
 """The objectives whose rows have labels, each of which is an output of the model's head."""
-ROW_BY_ROW = ("sequence_classification",)
+WITH_TARGETS = ("seq2seq",)
+"""The objectives whose rows have a target that the model writes."""
+ROW_BY_ROW = ("sequence_classification", "seq2seq")
 """The objectives whose rows cannot share a sequence, and whose model is no causal language model."""
 OPTIMIZERS = Names(
     "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "ademamix_8bit", "sgd", "adafactor"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from fsdp_qlora.config.choices import ROW_BY_ROW, WITH_LABELS
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.choices import ROW_BY_ROW, WITH_LABELS, WITH_TARGETS
+from fsdp_qlora.config.schema import ObjectiveSettings, RunConfig
 
 Rule = Callable[[RunConfig], Iterator[str]]
 
@@ -60,4 +60,11 @@ def _labels(config: RunConfig) -> Iterator[str]:
         yield f"objective.class_weights: the factor of {odd[0]!r} must be above 0."
 
 
-OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels)
+def _pairs(config: RunConfig) -> Iterator[str]:
+    objective, defaults = config.objective, ObjectiveSettings()
+    for key in ("max_target_length", "source_prefix", "generate_rows"):
+        if objective.name not in WITH_TARGETS and getattr(objective, key) != getattr(defaults, key):
+            yield f"objective.{key}: objective={objective.name} writes no targets; leave it out."
+
+
+OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels, _pairs)

@@ -266,7 +266,8 @@ class ObjectiveSettings:
 
     name: Annotated[str, choices.OBJECTIVES] = "sft"
     """``sft``: cross entropy on the supervised tokens, summed and divided by their global count.
-    ``sequence_classification``: a label, several, or a number for each text or pair of texts."""
+    ``sequence_classification``: a label, several, or a number for each text or pair of texts.
+    ``seq2seq``: an encoder-decoder reads a source and writes a target."""
     labels: Annotated[list[str], YOUNGER] = field(default_factory=list)
     """Names of the labels, in the order of their numbers; empty = those of the training data, sorted."""
     problem_type: Annotated[ProblemType, YOUNGER] = "auto"
@@ -274,6 +275,14 @@ class ObjectiveSettings:
     are several labels at once, fractions are numbers to predict."""
     class_weights: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
     """Label -> factor of its rows' loss, for labels that are rare; 1 for those left out."""
+    max_target_length: Annotated[int, POSITIVE, YOUNGER] = 128
+    """Of ``seq2seq``: the longest target in tokens, to learn and to write; ``data.truncation`` says what becomes of
+    longer ones, and ``data.max_length`` is that of sources."""
+    source_prefix: Annotated[str, VERBATIM, YOUNGER] = ""
+    """Of ``seq2seq``: put before each source (``'summarize: '``, for T5's)."""
+    generate_rows: Annotated[int, NOT_NEGATIVE, YOUNGER] = 64
+    """Of ``seq2seq``: held-out rows, spread evenly, whose targets each evaluation writes, for ROUGE and BLEU; 0 = none,
+    only the loss."""
 
 
 @dataclass(frozen=True)

@@ -36,19 +36,32 @@ def replaceable_linears(model: PreTrainedModel) -> Iterator[LinearShape]:
         yield from _shapes(name, module)
 
 
+def left_dense(model: PreTrainedModel) -> frozenset[str]:
+    """Return the parameters that transformers' own quantization leaves dense, whatever the format.
+
+    These are convolutions, and modules that transformers keeps in float32 where the others are float16.
+    """
+    kept = [f".{name}." for name in {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}]
+    names = (name for name, _ in model.named_parameters() if any(key in f".{name}." for key in kept))
+    convolutions = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d))
+    return frozenset(names) | {f"{n}.{key}" for n, m in convolutions for key, _ in m.named_parameters(recurse=False)}
+
+
 def kept_linears(model: PreTrainedModel, inside: tuple[str, ...]) -> dict[str, str]:
     """Return the linears within the modules ``inside`` that are not replaced: name -> reason."""
-    read = _read_by_others(model)
+    read, dense = _read_by_others(model), left_dense(model)
     kept: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or not name.startswith(tuple(f"{x}." for x in inside)):
             continue
         if not is_plain_linear(module):
             kept[name] = f"a {type(module).__name__} has its own forward"
-        elif name in read:
-            kept[name] = f"{read[name]} reads its weight"
         elif _in_float32(module, model):
             kept[name] = "upstream keeps it in float32"
+        elif name in read and f"{name}.weight" in dense:
+            kept[name] = "upstream's own quantization leaves it dense"
+        elif name in read:
+            kept[name] = f"{read[name]} reads its weight"
     return kept
 
 

@@ -23,7 +23,7 @@ from fsdp_qlora.model.construct import (
     unmade_buffers,
 )
 from fsdp_qlora.model.families import auto_class, decoder_layers, task_type
-from fsdp_qlora.model.replaceable import is_plain_linear, replaceable_linears
+from fsdp_qlora.model.replaceable import is_plain_linear, left_dense, replaceable_linears
 from fsdp_qlora.objectives import Objective
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 
@@ -116,6 +116,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         experts_per_token=_number(config, "num_experts_per_tok"),
         not_adapted=_not_adapted(model, linears),
         float32=frozenset(float32_parameters(model)),
+        left_dense=left_dense(model),
         capped=bool(getattr(config, "final_logit_softcapping", None)),
     )
 
@@ -143,6 +144,7 @@ def _headless_shapes(model: PreTrainedModel, embedding: nn.Module, layers: list[
         experts_per_token=_number(config, "num_experts_per_tok"),
         not_adapted=_not_adapted(model, linears),
         float32=frozenset(float32_parameters(model)),
+        left_dense=left_dense(model),
     )
 
 

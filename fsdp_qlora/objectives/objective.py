@@ -38,6 +38,11 @@ class Objective(ABC):
     """transformers' auto class that builds its model; None: the language model that a config.json describes."""
     trains_head: ClassVar[bool] = False
     """Whether its model has a head of its own, which may be in no file and is trained whole."""
+    uses_head: ClassVar[bool] = False
+    """Whether its losses are those of an encoder-decoder's output head, a chunk of logits at a time
+    (`CausalModel.losses`)."""
+    writes: ClassVar[bool] = False
+    """Whether its model writes texts of its own from held-out rows, which `score` compares with those wanted."""
     scores_rows: ClassVar[bool] = False
     """Whether `observe` returns something for each row, which `score` makes metrics of."""
     label_column: ClassVar[str] = "label"
@@ -70,7 +75,10 @@ class Objective(ABC):
         return {}
 
     def score(self, observed: Sequence[Any]) -> dict[str, float]:
-        """Return metrics that are no means, from what `observe` returned for all held-out rows of all ranks."""
+        """Return metrics that are no means, from what `observe` returned for all held-out rows of all ranks.
+
+        If the objective `writes`, each is a pair instead: the text that the model wrote, and the one that was wanted.
+        """
         return {}
 
     def encoder(
@@ -81,6 +89,11 @@ class Objective(ABC):
 
     def configure(self, config: PreTrainedConfig) -> None:  # noqa: B027 - most need nothing
         """Change a model's config as the objective needs it: the number and names of labels."""
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Names of the modules, of the extra ``tasks``, that `score` imports."""
+        return ()
 
     @property
     def of_tokens(self) -> bool:

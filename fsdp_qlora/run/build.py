@@ -241,7 +241,8 @@ def build_sharded(
     ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
     task = language_task(base)
-    after = after_head(base) if task == "CAUSAL_LM" else None
+    by_head = task == "CAUSAL_LM" or build_objective(config.objective).uses_head
+    after = after_head(base) if by_head else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
     adapted = _adapt_and_quantize(config, base, plan, shapes, task, served)
     train_parameters(base, plan.memory.masters)
@@ -279,7 +280,7 @@ def build_sharded(
     _settle_gathers(config, base, plan, ranks)
     if model.compiled:
         want_input_gradient(base.get_input_embeddings())
-    for method in ("generate", "logits", "outputs"):
+    for method in ("generate", "logits", "losses", "outputs"):
         register_fsdp_forward_method(model, method)
     require_sharded(model, ranks, replicated)
     return model

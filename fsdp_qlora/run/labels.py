@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from itertools import islice
 
 from fsdp_qlora.config.auto import asked
@@ -62,6 +63,21 @@ def planned_labels(config: RunConfig) -> RunConfig:
         names = [str(number) for number in range(_PLANNED)]
         return _with(config, replace(config.objective, labels=names, problem_type=SINGLE))
     return _with(config, labels_of(config))
+
+
+def require_metrics(config: RunConfig) -> None:
+    """Check that what computes the metrics of held-out rows is installed.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    held_out = config.data.eval is not None or config.data.eval_fraction > 0
+    names = build_objective(config.objective).packages if held_out else ()
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise ConfigError(
+            f"objective={config.objective.name}: its metrics need {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            "pip install 'fsdp-qlora[tasks]'."
+        )
 
 
 def _is_open(objective: ObjectiveSettings) -> bool:

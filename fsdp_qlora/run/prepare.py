@@ -35,7 +35,7 @@ from fsdp_qlora.run.decide import (
     settled_world,
 )
 from fsdp_qlora.run.eva import settle
-from fsdp_qlora.run.labels import settle_labels
+from fsdp_qlora.run.labels import require_metrics, settle_labels
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.starts import kept_start
 from fsdp_qlora.run.tokens import first_added, tokenize
@@ -80,6 +80,7 @@ def _prepare(
     config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights, start: Path | None,
     served: Sequence[ServedAdapter], bare: bool, adapter: Path | None,
 ) -> Prepared:  # fmt: skip
+    on_every(lambda: require_metrics(config), world.ranks)
     asked, folder = config, _find_model(config.model, world)
     config = settle_labels(config, world.ranks)
     budget = rank_budget(world.ranks, world.placement)

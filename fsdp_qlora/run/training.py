@@ -205,7 +205,7 @@ class Training:
 
     def _saved_config(self) -> PreTrainedConfig | None:
         """Return the model's config if the objective has changed it, without paths of this machine."""
-        if self.objective.of_tokens:
+        if not self.objective.trains_head:
             return None
         config = deepcopy(self.model.base.config)
         config.architectures, config.name_or_path = [type(self.model.base).__name__], ""
