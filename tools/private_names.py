@@ -28,6 +28,7 @@ PRIVATE: dict[str, tuple[str, str, str]] = {
     ),
     "_keys_to_ignore_on_load_missing": ("load/inventory.py", "transformers.PreTrainedModel", "test_upstream_code.py"),
     "_keep_in_fp32_modules_strict": ("model/construct.py", "transformers.PreTrainedModel", "test_upstream_code.py"),
+    "_keep_in_fp32_modules": ("model/construct.py", "transformers.PreTrainedModel", "test_upstream_code.py"),
     "_init_weights": ("model/construct.py", "transformers.PreTrainedModel", "test_upstream_code.py"),
     "_experts_implementation": ("model/experts.py", "transformers.LlamaConfig()", "test_formats.py"),
     "_no_split_modules": ("model/families.py", "transformers.PreTrainedModel", "test_upstream_code.py"),

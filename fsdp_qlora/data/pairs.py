@@ -58,9 +58,7 @@ class Side:
             DataError: if it is far longer than any model reads.
         """
         if len(text) > LONGEST:
-            raise DataError(
-                f"a text has {len(text)} characters, and at most {LONGEST} are tokenized; shorten the row"
-            )
+            raise DataError(f"a text has {len(text)} characters, and at most {LONGEST} are tokenized; shorten the row")
         ids = self._ids(text) + self._end
         if len(ids) > self._max_length:
             if self._truncation == "drop":
@@ -127,9 +125,7 @@ class PairEncoder(RowEncoder):
             )
         size = len(read) + len(written)
         counts.add(Counts(kept=1, tokens=size, target_tokens=len(written)))
-        stored.items.append(
-            {"input_ids": read, LABELS: written, TARGET: target, LENGTH: size, TARGETS: len(written)}
-        )
+        stored.items.append({"input_ids": read, LABELS: written, TARGET: target, LENGTH: size, TARGETS: len(written)})
         return stored
 
     def rows(self, data: Dataset) -> ColumnRows:

@@ -79,6 +79,16 @@ def make_buffers(model: PreTrainedModel) -> None:
                 owner._init_weights(module)
 
 
+@torch.no_grad()
+def initialize(owner: PreTrainedModel, module: nn.Module) -> None:
+    """Let upstream's ``_init_weights`` draw a module's own parameters from torch's generator.
+
+    ``owner`` is the innermost transformers model around it, which knows how.
+    """
+    with guard_torch_init_functions():
+        owner._init_weights(module)
+
+
 def with_owners(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
     """Yield each module with its innermost enclosing transformers model, which knows how to initialise it."""
     pending: list[tuple[PreTrainedModel, nn.Module]] = [(model, model)]
@@ -120,6 +130,17 @@ def float32_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     if all(p.dtype == torch.float32 for p in floating.values()):
         return {}
     return {n: p for n, p in floating.items() if p.dtype == torch.float32}
+
+
+def left_dense(model: PreTrainedModel) -> frozenset[str]:
+    """Return the parameters that transformers' own quantization leaves dense, whatever the format.
+
+    These are convolutions, and modules that transformers keeps in float32 where the others are float16.
+    """
+    kept = [f".{name}." for name in {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}]
+    names = (name for name, _ in model.named_parameters() if any(key in f".{name}." for key in kept))
+    convolutions = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d))
+    return frozenset(names) | {f"{n}.{key}" for n, m in convolutions for key, _ in m.named_parameters(recurse=False)}
 
 
 def unmade_buffers(model: nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fsdp_qlora.model.construct import left_dense
 from fsdp_qlora.shapes.linears import LinearShape
 
 _READS = re.compile(r"\.(\w+)\.(?:weight|bias)\b")
@@ -34,17 +35,6 @@ def replaceable_linears(model: PreTrainedModel) -> Iterator[LinearShape]:
         if name in read:
             continue
         yield from _shapes(name, module)
-
-
-def left_dense(model: PreTrainedModel) -> frozenset[str]:
-    """Return the parameters that transformers' own quantization leaves dense, whatever the format.
-
-    These are convolutions, and modules that transformers keeps in float32 where the others are float16.
-    """
-    kept = [f".{name}." for name in {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}]
-    names = (name for name, _ in model.named_parameters() if any(key in f".{name}." for key in kept))
-    convolutions = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d))
-    return frozenset(names) | {f"{n}.{key}" for n, m in convolutions for key, _ in m.named_parameters(recurse=False)}
 
 
 def kept_linears(model: PreTrainedModel, inside: tuple[str, ...]) -> dict[str, str]:

@@ -18,12 +18,13 @@ from fsdp_qlora.model.config import load_config, not_buildable
 from fsdp_qlora.model.construct import (
     float32_parameters,
     keep_in_float32,
+    left_dense,
     make_buffers,
     parameters_on_meta,
     unmade_buffers,
 )
 from fsdp_qlora.model.families import auto_class, decoder_layers, task_type
-from fsdp_qlora.model.replaceable import is_plain_linear, left_dense, replaceable_linears
+from fsdp_qlora.model.replaceable import is_plain_linear, replaceable_linears
 from fsdp_qlora.objectives import Objective
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 

@@ -1,4 +1,4 @@
-"""Metrics of predictions, by kept libraries: scikit-learn, rouge-score, sacrebleu. They are imported where they are used."""
+"""Metrics of predictions, by kept libraries (scikit-learn, rouge-score, sacrebleu), imported where they are used."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fsdp_qlora.config.schema import DataSettings
@@ -13,10 +14,10 @@ from fsdp_qlora.data.labels import TOKENS
 from fsdp_qlora.data.loader import MicroBatch, NamedBatch
 from fsdp_qlora.data.pairs import PairEncoder, Side
 from fsdp_qlora.data.prepare import columns_of
+from fsdp_qlora.data.texts import pad_token
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.objectives.objective import Objective, Sums, register
 from fsdp_qlora.objectives.scores import of_texts
-from fsdp_qlora.objectives.sequence_classification import pad_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -54,6 +55,13 @@ class SequenceToSequence(Objective):
                     f"model.name: config.json has no {key}, which labels are shifted with; set "
                     f"model.config_overrides.{key}."
                 )
+
+    def probe(self, config: PreTrainedConfig, draw: torch.Generator) -> list[dict[str, torch.Tensor]]:
+        """Return sources with targets of other lengths."""
+        rows, most = super().probe(config, draw), min(96, config.get_text_config().vocab_size)
+        lengths = reversed([row["input_ids"].shape[1] for row in rows])
+        written = [torch.randint(4, most, (1, length), generator=draw) for length in lengths]
+        return [row | {"decoder_input_ids": ids} for row, ids in zip(rows, written, strict=True)]
 
     def encoder(self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> PairEncoder:
         """Return what stores pairs of texts."""

@@ -19,7 +19,7 @@ from fsdp_qlora.data.loader import MicroBatch, NamedBatch, Rows
 from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.samples import Segment
-from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of
+from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.objectives.labels import MULTI, REGRESSION, SINGLE, Labels, label_maps
 from fsdp_qlora.objectives.objective import Objective, Sums, register
@@ -168,13 +168,3 @@ class _ClassifiedTexts(RowEncoder):
         return (
             names[int(label[0])] if problem == SINGLE else ", ".join(n for n, y in zip(names, label, strict=True) if y)
         )
-
-
-def pad_token(config: PreTrainedConfig) -> int:
-    """Return the id that pads rows: the model's padding token, or else the one that ends a text."""
-    text = config.get_text_config()
-    for value in (text.pad_token_id, text.eos_token_id):
-        one = value[0] if isinstance(value, list) and value else value
-        if isinstance(one, int) and one >= 0:
-            return one
-    return 0

@@ -72,7 +72,7 @@ from fsdp_qlora.plan.choices import decided
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.swap import keep_dense, swap_linears
-from fsdp_qlora.run.decide import require_kernels, skeleton
+from fsdp_qlora.run.decide import require_kernels, skeleton, with_head
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
@@ -167,14 +167,6 @@ def open_model(
     return OpenedModel(resolved, base, source, shapes, plan)
 
 
-def with_head(config: RunConfig, modules: Sequence[str]) -> RunConfig:
-    """Return the settings with a head's modules trained whole; with ``lora=none`` they are trained anyway."""
-    if config.lora.trains_base:
-        return config
-    whole = dict.fromkeys((*config.lora.modules_to_save, *modules))
-    return replace(config, lora=replace(config.lora, modules_to_save=list(whole)))
-
-
 def load_model(
     opened: OpenedModel, ranks: Ranks, progress: Progress | None = None, kept: Path | None = None,
     served: Sequence[ServedAdapter] = (),
@@ -241,8 +233,7 @@ def build_sharded(
     ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
     task = language_task(base)
-    by_head = task == "CAUSAL_LM" or build_objective(config.objective).uses_head
-    after = after_head(base) if by_head else None
+    after = after_head(base) if task == "CAUSAL_LM" or build_objective(config.objective).uses_head else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
     adapted = _adapt_and_quantize(config, base, plan, shapes, task, served)
     train_parameters(base, plan.memory.masters)

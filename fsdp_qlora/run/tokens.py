@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.checks.twin import Verdict
+from fsdp_qlora.checks.verdict import Verdict
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.limits import require_rows_fit
