@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-<<<<<<< HEAD
+from fsdp_qlora.config.auto import asked
 from fsdp_qlora.config.choices import ROW_BY_ROW, WITH_LABELS, WITH_TARGETS
 from fsdp_qlora.config.schema import ObjectiveSettings, RunConfig
-=======
-from fsdp_qlora.config.auto import asked
-from fsdp_qlora.config.choices import ROW_BY_ROW, WITH_LABELS
-from fsdp_qlora.config.schema import RunConfig
->>>>>>> origin/main
 
 Rule = Callable[[RunConfig], Iterator[str]]
 

@@ -21,7 +21,7 @@ _TOKENS = (
     "decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id",
     "forced_eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
 )  # fmt: skip
-"""What greedy decoding takes over from a model's own settings: which tokens begin and end a text, and which it lacks."""
+"""What greedy decoding takes over from a model's own settings: tokens that begin or end a text, or never occur."""
 
 
 def greedy_config(folder: Path, model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
