@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fsdp_qlora.config import choices
-from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, VERBATIM, YOUNGER
+from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, SHARE, VERBATIM, YOUNGER
 
+Pooling = Literal["auto", "mean", "cls", "lasttoken"]
 ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
 
 
@@ -18,6 +19,9 @@ class ObjectiveSettings:
     name: Annotated[str, choices.OBJECTIVES] = "sft"
     """``sft``: cross entropy on the supervised tokens, summed and divided by their global count.
     ``sequence_classification``: a label, several, or a number for each text or pair of texts.
+    ``token_classification``: a label for each word of a text.
+    ``masked_lm``: words of a text that are masked (BERT).
+    ``embedding``: a vector for each text; those of a pair lie close together.
     ``seq2seq``: an encoder-decoder reads a source and writes a target."""
     labels: Annotated[list[str], YOUNGER] = field(default_factory=list)
     """Names of the labels, in the order of their numbers; empty = those of the training data, sorted."""
@@ -26,6 +30,15 @@ class ObjectiveSettings:
     are several labels at once, fractions are numbers to predict."""
     class_weights: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
     """Label -> factor of its rows' loss, for labels that are rare; 1 for those left out."""
+    mask_probability: Annotated[float, SHARE, YOUNGER] = 0.15
+    """Of ``masked_lm``: share of a row's tokens that are to be predicted."""
+    whole_words: Annotated[bool, YOUNGER] = False
+    """Of ``masked_lm``: choose whole words rather than single tokens."""
+    temperature: Annotated[float, POSITIVE, YOUNGER] = 0.05
+    """Of ``embedding``: what cosine similarities are divided by."""
+    pooling: Annotated[Pooling, YOUNGER] = "auto"
+    """Of ``embedding``: what makes a vector of a text's hidden states; ``auto`` = as the model's ``1_Pooling`` says,
+    else the mean of an encoder's, and a decoder's last."""
     max_target_length: Annotated[int, POSITIVE, YOUNGER] = 128
     """Of ``seq2seq``: the longest target in tokens, to learn and to write; ``data.truncation`` says what becomes of
     longer ones, and ``data.max_length`` is that of sources."""

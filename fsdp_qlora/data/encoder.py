@@ -74,6 +74,30 @@ class RowEncoder(ABC):
     def rows(self, data: Dataset) -> StoredRows:
         """Return stored items as rows to make batches of."""
 
+    def training_rows(self, data: Dataset, seed: int) -> StoredRows:
+        """Return stored items as rows to train on, with whatever is drawn anew each time from the run's ``seed``."""
+        return self.rows(data)
+
     @abstractmethod
     def segments(self, rows: Rows, number: int) -> list[Segment]:
         """Return row ``number`` as a reader should see it."""
+
+
+class EachAlone(RowEncoder):
+    """An encoder that needs nothing but the row itself."""
+
+    def encode(self, batch: list[tuple[int, Row]]) -> Iterator[tuple[int, str, Outcome]]:
+        """Yield the source, the place and what is stored of each row."""
+        for number, row in batch:
+            try:
+                yield number, row.where, self.stored(row)
+            except DataError as error:
+                yield number, row.where, error
+
+    @abstractmethod
+    def stored(self, row: Row) -> Stored:
+        """Return what is stored of a row.
+
+        Raises:
+            DataError: saying what is wrong with it; the caller names the row.
+        """

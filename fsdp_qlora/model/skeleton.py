@@ -75,6 +75,8 @@ def build_skeleton(
                 "use eager."
             ) from error
         raise not_buildable(folder, error) from error
+    if objective is not None:
+        objective.prune(model)
     if unmade := unmade_buffers(model):
         raise ModelError(f"{type(model).__name__}: buffer {unmade[0]} is not in any file, and no code creates it.")
     make_buffers(model)

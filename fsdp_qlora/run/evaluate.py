@@ -15,6 +15,7 @@ from fsdp_qlora.inference.targets import greedy_config, write_targets
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.shown import shown_source
+from fsdp_qlora.track.bars import counted
 from fsdp_qlora.train.evaluate import Evaluation, evaluate, together
 
 
@@ -36,8 +37,10 @@ def evaluate_rows(prepared: Prepared, rows: StoredRows) -> Evaluation:
     written = _spread(len(rows), prepared.settings.objective.generate_rows) if objective.writes else set()
     for source in sorted(set(rows.sources.tolist())):
         chosen = np.flatnonzero(rows.sources == source).tolist()
-        micro_batches = cut_rows(rows, chosen, Cut(config.train.eval_batch_size, ranks.data_rank, ranks.data_size))
-        part = evaluate(prepared.model, micro_batches, objective, weights_of(rows, chosen), ranks)
+        cut = Cut(config.train.eval_batch_size, ranks.data_rank, ranks.data_size)
+        total = -(-len(cut.pieces(rows, chosen)) // ranks.data_size)
+        batches = counted(cut_rows(rows, chosen, cut), "evaluating", total, ranks.is_main)
+        part = evaluate(prepared.model, batches, objective, weights_of(rows, chosen), ranks)
         if own := [row for row in chosen if row in written]:
             texts = _written(prepared, rows, own)
             part = replace(part, observed=texts, metrics=part.metrics | objective.score(texts))

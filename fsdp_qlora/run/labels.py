@@ -80,8 +80,9 @@ def labels_of(config: RunConfig) -> ObjectiveSettings:
             "numbers."
         )
     rows = (row for name in names_of(data.train) for row in read_source(name))
-    column = build_objective(objective).label_column
-    return find_labels(islice(rows, data.max_rows or None), columns_of(data), objective, column)
+    kind = build_objective(objective)
+    rows = islice(rows, data.max_rows or None)
+    return find_labels(rows, columns_of(data), objective, kind.label_column, kind.label_of_each)
 
 
 def planned_labels(config: RunConfig) -> RunConfig:

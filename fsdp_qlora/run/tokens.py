@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +22,9 @@ from fsdp_qlora.run.build import OpenedModel
 from fsdp_qlora.run.labels import labels_of
 from fsdp_qlora.run.world import World
 from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.track.bars import Bar
+
+TOKENIZING = "tokenizing rows"
 
 
 def tokenize(
@@ -40,10 +42,18 @@ def tokenize(
     ranks.phases.enter("preparing the data")
     objective, model_config = build_objective(opened.config.objective), opened.base.config
     encoder = on_every(lambda: objective.encoder(config.data, tokenizer, model_config), ranks)
+    bar = Bar(TOKENIZING) if ranks.is_main else None
+
+    def tell(rows: int) -> None:
+        ranks.phases.sign()
+        if bar is not None:
+            bar(rows, 0)
+
     data = prepare_data(
-        config.data, config.run.seed, tokenizer, cache_folder(), world.share, lambda _: ranks.phases.sign(),
-        ranks.phases.by_itself, encoder,
-    )  # fmt: skip
+        config.data, config.run.seed, tokenizer, cache_folder(), world.share, tell, ranks.phases.by_itself, encoder
+    )
+    if bar is not None:
+        bar.close()
     if not objective.of_tokens:
         return tokenizer, data
     limit = _longest_row(opened.shapes, verdict)
@@ -80,8 +90,8 @@ def _longest_row(shapes: ModelShapes, verdict: Verdict) -> int | None:
     return shapes.max_positions - unusable if unusable is not None and shapes.max_positions else None
 
 
-def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = None) -> PreparedData:
-    """Tokenize the data without a model or process group; ``progress`` is called with the number of rows read."""
+def prepare_tokens(config: RunConfig) -> PreparedData:
+    """Tokenize the data without a model or process group."""
     check(config)
     folder = resolve_folder(config.model.name, config.model.revision)
     tokenizer, objective = _tokenizer(config, folder), build_objective(labels_of(config))
@@ -90,7 +100,12 @@ def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = N
         model_config = load_config(folder, config.model.trust_remote_code, config.model.config_overrides)
         objective.configure(model_config)
         encoder = objective.encoder(config.data, tokenizer, model_config)
-    return prepare_data(config.data, config.run.seed, tokenizer, cache_folder(), progress=progress, encoder=encoder)
+    bar = Bar(TOKENIZING)
+    data = prepare_data(
+        config.data, config.run.seed, tokenizer, cache_folder(), progress=lambda rows: bar(rows, 0), encoder=encoder
+    )
+    bar.close()
+    return data
 
 
 def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,7 @@ def test_what_encoder_decoders_leave_dense_does_not_count_as_unquantized():
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in shapes.left_dense} == {"wo"}
     chosen = chosen_linears(QuantSettings(name="nf4"), shapes)
     assert {x.linear.name.rpartition(".")[2] for x in chosen} == {"q", "k", "v", "o", "wi"}
-    from dataclasses import replace
-
-    with pytest.raises(PlanError, match="wo.weight"):  # without upstream's word for it, they would
+    with pytest.raises(PlanError, match=r"wo\.weight"):  # without upstream's word for it, they would
         chosen_linears(QuantSettings(name="nf4"), replace(shapes, left_dense=frozenset()))
 
 
