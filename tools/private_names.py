@@ -27,6 +27,7 @@ PRIVATE: dict[str, tuple[str, str, str]] = {
         "load/inventory.py", "transformers.PreTrainedModel", "test_upstream_code.py",
     ),
     "_keys_to_ignore_on_load_missing": ("load/inventory.py", "transformers.PreTrainedModel", "test_upstream_code.py"),
+    "_keys_to_ignore_on_save": ("load/inventory.py", "transformers.PreTrainedModel", "test_upstream_code.py"),
     "_keep_in_fp32_modules_strict": ("model/construct.py", "transformers.PreTrainedModel", "test_upstream_code.py"),
     "_keep_in_fp32_modules": ("model/construct.py", "transformers.PreTrainedModel", "test_upstream_code.py"),
     "_init_weights": ("model/construct.py", "transformers.PreTrainedModel", "test_upstream_code.py"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import AutoModelForSeq2SeqLM
 
 from fsdp_qlora.data.columns import ColumnRows
 from fsdp_qlora.data.labels import TOKENS
@@ -66,7 +67,7 @@ def _upstream(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[list[s
     rows = prepared.data.held_out
     assert isinstance(rows, ColumnRows)
     texts, total = [], 0.0
-    greedy = GenerationConfig.from_model_config(model.config)
+    greedy = deepcopy(model.generation_config)
     greedy.update(max_new_tokens=LENGTH, do_sample=False, num_beams=1)
     for number in range(len(rows)):
         inputs = dict(rows.collate([number], 0).tensors)
