@@ -136,11 +136,11 @@ WITH_EXPERTS = ("lora", "rslora")
 """The adapter methods that train stacked experts (``lora.target_parameters``)."""
 WITH_TABLES = ("lora", "rslora")
 """The adapter methods that adapt embedding and head."""
-OBJECTIVES = Names("sft", "sequence_classification", "token_classification", "masked_lm", "embedding")
+OBJECTIVES = Names("sft", "sequence_classification", "token_classification", "masked_lm", "embedding", "seq2seq")
 """``objective=``: losses (`fsdp_qlora.objectives`)."""
 WITH_LABELS = ("sequence_classification", "token_classification")
 """The objectives whose rows have labels, each of which is an output of the model's head."""
-ROW_BY_ROW = ("sequence_classification", "token_classification", "masked_lm", "embedding")
+ROW_BY_ROW = ("sequence_classification", "token_classification", "masked_lm", "embedding", "seq2seq")
 """The objectives whose rows cannot share a sequence, and whose model is no causal language model."""
 CAN_SPLIT = ("masked_lm",)
 """The objectives among them that can split a long row (``data.truncation=split``)."""

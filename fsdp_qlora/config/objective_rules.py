@@ -63,7 +63,11 @@ def _labels(config: RunConfig) -> Iterator[str]:
         yield f"objective.class_weights: the factor of {odd[0]!r} must be above 0."
 
 
-_OWN = {"masked_lm": ("mask_probability", "whole_words"), "embedding": ("temperature", "pooling")}
+_OWN = {
+    "masked_lm": ("mask_probability", "whole_words"),
+    "embedding": ("temperature", "pooling"),
+    "seq2seq": ("max_target_length", "source_prefix", "generate_rows"),
+}
 """Objectives -> settings that no other reads."""
 
 

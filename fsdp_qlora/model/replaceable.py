@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fsdp_qlora.model.construct import left_dense
 from fsdp_qlora.shapes.linears import LinearShape
 
 _READS = re.compile(r"\.(\w+)\.(?:weight|bias)\b")
@@ -45,17 +46,19 @@ def replaceable_linears(model: nn.Module) -> Iterator[LinearShape]:
 
 def kept_linears(model: nn.Module, inside: tuple[str, ...]) -> dict[str, str]:
     """Return the linears within the modules ``inside`` that are not replaced: name -> reason."""
-    read = _read_by_others(model)
+    read, dense = _read_by_others(model), left_dense(model)
     kept: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or not name.startswith(tuple(f"{x}." for x in inside)):
             continue
         if not is_plain_linear(module):
             kept[name] = f"a {type(module).__name__} has its own forward"
-        elif name in read:
-            kept[name] = f"{read[name]} reads its weight"
         elif _in_float32(module, model):
             kept[name] = "upstream keeps it in float32"
+        elif name in read and f"{name}.weight" in dense:
+            kept[name] = "upstream's own quantization leaves it dense"
+        elif name in read:
+            kept[name] = f"{read[name]} reads its weight"
     return kept
 
 

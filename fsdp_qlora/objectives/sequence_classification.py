@@ -46,6 +46,11 @@ class SequenceClassification(Objective):
         super().__init__(settings)
         self.labels = Labels(self.settings)
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What its metrics are computed by."""
+        return ("sklearn",)
+
     def configure(self, config: PreTrainedConfig) -> None:
         """Set labels and problem type, and which token is padding: decoders look for the last token before it."""
         config.update(dict(label_maps(self.labels)))

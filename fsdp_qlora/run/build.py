@@ -43,7 +43,7 @@ from fsdp_qlora.load.stream import LoadReport, Progress, stream_weights
 from fsdp_qlora.model.experts import use_experts_forward
 from fsdp_qlora.model.families import decoder_layers, language_task, task_type
 from fsdp_qlora.model.fused import fusible, swap_fused
-from fsdp_qlora.model.heads import draw_new, drawn_modules, head_modules
+from fsdp_qlora.model.heads import compute, draw_new, drawn_modules, head_modules
 from fsdp_qlora.model.kernels import KERNELS, Kernels
 from fsdp_qlora.model.replaceable import kept_linears
 from fsdp_qlora.model.root import CausalModel, install_loss_head
@@ -176,9 +176,11 @@ def open_model(
             f"{objective.name} trains only those. Choose another objective, or load it for a loop of your own "
             "(`prepare` without data)."
         )
+    source.drawn = compute(base, stock.computed)
     if objective.trains_head or stock.drawn:
-        source.drawn = draw_new(base, stock.drawn, config.run.seed)
-        whole = head_modules(base, stock.drawn) if objective.trains_head else drawn_modules(base, source.drawn)
+        drawn = draw_new(base, stock.drawn, config.run.seed)
+        source.drawn |= drawn
+        whole = head_modules(base, stock.drawn) if objective.trains_head else drawn_modules(base, drawn)
         config = with_head(config, whole)
     plan = make_plan(config, shapes, ranks.size, budget)
     if plan.quantized or plan.quantized_edges:

@@ -40,7 +40,7 @@ from fsdp_qlora.run.decide import (
     shape_of,
 )
 from fsdp_qlora.run.eva import settle
-from fsdp_qlora.run.labels import settle_labels
+from fsdp_qlora.run.labels import require_metrics, settle_labels
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.starts import kept_start
 from fsdp_qlora.run.tokens import first_added, tokenize
@@ -86,6 +86,7 @@ def _prepare(
     config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights, start: Path | None,
     served: Sequence[ServedAdapter], bare: bool, adapter: Path | None,
 ) -> Prepared:  # fmt: skip
+    on_every(lambda: require_metrics(config), world.ranks)
     asked, folder = config, _find_model(config.model, world)
     config = settle_labels(config, world.ranks, adapter)
     budget = rank_budget(world.ranks, world.placement)
