@@ -22,7 +22,7 @@ from fsdp_qlora.run.answers import answer_file
 from fsdp_qlora.run.inference import load_for_inference
 from tests.build import build, config_of, world_of
 from tests.distributed.test_many_adapters import CONFIGS, make_adapters, stock
-from tests.tiny import sentence
+from tests.tiny import make_model, sentence
 
 SAMPLED = {"temperature": 1.0, "top_p": 0.9}
 
@@ -110,19 +110,20 @@ def _weigh(ranks: Ranks, folder: str) -> float:
 
 
 @pytest.mark.full
-def test_500_prompts_on_one_rank_and_sharded(pool, tmp_path, tiny_model):
+def test_500_prompts_on_one_rank_and_sharded(pool, tmp_path):
     """Two ranks answer as a user starts them in tests/e2e/test_prompt_files.py; here `generate` asks the whole pool."""
-    file, generate = write_prompts(tmp_path, 500), {"max_new_tokens": 4, "batch_size": 16}
-    wanted = one_by_one(tiny_model, file, 4)
+    model = make_model(tmp_path / "model", initializer_range=0.4)  # with the usual one, all answers are empty
+    file, generate = write_prompts(tmp_path, 500), {"max_new_tokens": 12, "batch_size": 16}
+    wanted = one_by_one(model, file, 12)
     assert len(set(wanted)) > 50
     for num_ranks in (1, 4):
         to = tmp_path / f"answers{num_ranks}.jsonl"
-        counts = pool.run(num_ranks, answer, str(tiny_model), str(file), str(to), None, generate)
+        counts = pool.run(num_ranks, answer, str(model), str(file), str(to), None, generate)
         assert {count for count, _ in counts} == {500}
         assert [line["index"] for line in read(to)] == list(range(500))
         assert [line["answer"] for line in read(to)] == wanted
     for num_ranks in (2, 4):
-        assert all(abs(share * num_ranks - 1) < 0.02 for share in pool.run(num_ranks, _weigh, str(tiny_model)))
+        assert all(abs(share * num_ranks - 1) < 0.02 for share in pool.run(num_ranks, _weigh, str(model)))
 
 
 def test_what_was_answered_before_a_kill_is_kept_on_another_number_of_ranks(pool, tmp_path, tiny_model):
