@@ -26,6 +26,7 @@ from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.prepared import Prepared
 from tests.build import build, whole
 from tests.families import write_family
+from tests.images import write_classes, write_vision
 from tests.tiny import sentence
 
 Tensors = Mapping[str, torch.Tensor]
@@ -36,7 +37,8 @@ class Case:
     """A task: its model, its rows, its settings, and how upstream is asked for the same loss."""
 
     family: str
-    row: Callable[[int], dict[str, Any]]
+    row: Callable[[int], dict[str, Any]] | None
+    """None: the rows are images in class folders."""
     objective: dict[str, Any]
     inputs: Callable[[Tensors], dict[str, Any]] = dict
     """The micro-batch's tensors -> upstream's arguments, labels included."""
@@ -46,9 +48,12 @@ class Case:
 
     def write(self, folder: Path) -> tuple[str, dict[str, Any]]:
         """Write model and rows; return the model's folder and the settings of a run."""
-        model = write_family(folder / "base", self.family, **self.more)
-        rows = folder / "rows.jsonl"
-        rows.write_text("".join(json.dumps(self.row(number)) + "\n" for number in range(40)))
+        if self.row is None:
+            model, rows = write_vision(folder / "base", self.family, **self.more), folder / "pictures"
+            write_classes(rows, NAMES, 40)
+        else:
+            model, rows = write_family(folder / "base", self.family, **self.more), folder / "rows.jsonl"
+            rows.write_text("".join(json.dumps(self.row(number)) + "\n" for number in range(40)))
         groups = {
             "data": {"train": str(rows), "eval_fraction": 0.2},
             "objective": self.objective,
@@ -88,7 +93,7 @@ def upstream_losses(ranks: Ranks, folder: str, groups: dict[str, Any], kind: str
         trained, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=0.0
     )
     assert prepared.data is not None and prepared.data.train is not None
-    rows = prepared.data.encoder.rows(prepared.data.train)
+    rows = prepared.data.encoder.training_rows(prepared.data.train, prepared.config.run.seed)
     assert isinstance(rows, ColumnRows)
     loader = Loader(rows, train.global_batch_size, Cut(train.micro_batch_size, 0, 1), prepared.config.run.seed)
     losses = []
@@ -137,7 +142,7 @@ def _with_labels(tensors: Tensors, labels: torch.Tensor) -> dict[str, Any]:
 
 
 NAMES = ["calm", "odd", "wild"]
-CLASSIFY = {"name": "sequence_classification"}
+CLASSIFY, IMAGES = {"name": "sequence_classification"}, {"name": "image_classification"}
 CASES: dict[str, Case] = {
     "llama, names": Case(
         "llama", lambda n: {"text": sentence(n, 5 + n % 9), "label": NAMES[n % 3]}, CLASSIFY,
@@ -154,5 +159,18 @@ CASES: dict[str, Case] = {
     "bert, a number to predict": Case(
         "bert", lambda n: {"text": sentence(n, 5 + n % 9), "label": n / 7}, CLASSIFY,
         lambda t: _with_labels(t, t["label"]), {"quant": {"name": "none", "double_quant": False}},
+    ),
+    "vit": Case("vit", None, IMAGES, lambda t: _with_labels(t, t["label"][:, 0].long())),
+    "dinov2, none quantized": Case(
+        "dinov2", None, {**IMAGES, "augmentation": "crop"}, lambda t: _with_labels(t, t["label"][:, 0].long()),
+        {"quant": {"name": "none", "double_quant": False}},
+    ),
+    "swin, int8": Case(
+        "swin", None, {**IMAGES, "augmentation": "none"}, lambda t: _with_labels(t, t["label"][:, 0].long()),
+        {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}},
+    ),
+    "vit, a resized table": Case(
+        "vit", None, {**IMAGES, "image_size": 48},
+        lambda t: _with_labels(t, t["label"][:, 0].long()) | {"interpolate_pos_encoding": True},
     ),
 }  # fmt: skip

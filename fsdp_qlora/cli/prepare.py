@@ -12,7 +12,7 @@ from fsdp_qlora.data.deal import num_steps
 from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.report import histogram, packing_efficiency
-from fsdp_qlora.data.sources import names_of, not_read
+from fsdp_qlora.data.sources import names_of
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.run.tokens import prepare_tokens
@@ -41,7 +41,7 @@ def run(config: RunConfig) -> int:
     )
     if data.bad_rows is not None:
         print(f"{data.num_bad} bad row(s) were skipped; see {data.bad_rows}")
-    for line in not_read(names_of(config.data.train) + names_of(config.data.eval or [])):
+    for line in data.encoder.not_read(names_of(config.data.train) + names_of(config.data.eval or [])):
         print(line)
     if config.data.report:
         _report(config, data)

@@ -136,12 +136,14 @@ WITH_EXPERTS = ("lora", "rslora")
 """The adapter methods that train stacked experts (``lora.target_parameters``)."""
 WITH_TABLES = ("lora", "rslora")
 """The adapter methods that adapt embedding and head."""
-OBJECTIVES = Names("sft", "sequence_classification")
+OBJECTIVES = Names("sft", "sequence_classification", "image_classification")
 """``objective=``: losses (`fsdp_qlora.objectives`)."""
-WITH_LABELS = ("sequence_classification",)
+WITH_LABELS = ("sequence_classification", "image_classification")
 """The objectives whose rows have labels, each of which is an output of the model's head."""
-ROW_BY_ROW = ("sequence_classification",)
+ROW_BY_ROW = ("sequence_classification", "image_classification")
 """The objectives whose rows cannot share a sequence, and whose model is no causal language model."""
+OF_IMAGES = ("image_classification",)
+"""The objectives whose rows are images; their models have no tokenizer."""
 OPTIMIZERS = Names(
     "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "ademamix_8bit", "sgd", "adafactor"
 )

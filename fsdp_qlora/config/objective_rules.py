@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from fsdp_qlora.config.choices import ROW_BY_ROW, WITH_LABELS
+from fsdp_qlora.config.choices import OF_IMAGES, ROW_BY_ROW, WITH_LABELS
 from fsdp_qlora.config.schema import RunConfig
 
 Rule = Callable[[RunConfig], Iterator[str]]
@@ -60,4 +60,13 @@ def _labels(config: RunConfig) -> Iterator[str]:
         yield f"objective.class_weights: the factor of {odd[0]!r} must be above 0."
 
 
-OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels)
+def _images(config: RunConfig) -> Iterator[str]:
+    objective = config.objective
+    if objective.name in OF_IMAGES:
+        return
+    for key, value in (("image_size", objective.image_size), ("augmentation", objective.augmentation != "flip_crop")):
+        if value:
+            yield f"objective.{key}: objective={objective.name} has no images; leave it out."
+
+
+OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels, _images)

@@ -24,6 +24,7 @@ from fsdp_qlora.config.facts import (
     FormatOption,
 )
 from fsdp_qlora.config.lora import LoraSettings
+from fsdp_qlora.config.objective import ObjectiveSettings
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
 from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
@@ -35,7 +36,6 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 """Weights per block: bitsandbytes' sizes from 64 up. With 32, a nested block would cover only half a storage row."""
 Checkpointing = Literal["auto", "none", "selective", "full"]
 KernelsName = Literal["auto", "torch", "compile", "liger"]
-ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -258,22 +258,6 @@ class TrainSettings:
     """Also answer ``sample_prompts`` at every evaluation and append the answers to ``answers.jsonl``."""
     sample_tokens: Annotated[int, POSITIVE, MAY_CHANGE] = 48
     """Maximum length of these answers in tokens."""
-
-
-@dataclass(frozen=True)
-class ObjectiveSettings:
-    """The training objective."""
-
-    name: Annotated[str, choices.OBJECTIVES] = "sft"
-    """``sft``: cross entropy on the supervised tokens, summed and divided by their global count.
-    ``sequence_classification``: a label, several, or a number for each text or pair of texts."""
-    labels: Annotated[list[str], YOUNGER] = field(default_factory=list)
-    """Names of the labels, in the order of their numbers; empty = those of the training data, sorted."""
-    problem_type: Annotated[ProblemType, YOUNGER] = "auto"
-    """What the labels of ``sequence_classification`` are, as transformers calls it; ``auto`` goes by the data: lists
-    are several labels at once, fractions are numbers to predict."""
-    class_weights: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
-    """Label -> factor of its rows' loss, for labels that are rare; 1 for those left out."""
 
 
 @dataclass(frozen=True)

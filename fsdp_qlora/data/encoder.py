@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import Rows, StoredRows
 from fsdp_qlora.data.samples import Segment
+from fsdp_qlora.data.sources import fingerprint, not_read, read_source
 from fsdp_qlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -66,6 +67,18 @@ class RowEncoder(ABC):
     identity: Any = None
     """Whatever changes the stored items, besides the settings of `data`, the tokenizer and the seed; JSON."""
 
+    def raw_rows(self, name: str) -> Iterator[Row]:
+        """Yield the raw rows of a source."""
+        return read_source(name)
+
+    def fingerprint(self, name: str) -> str:
+        """Return a text that changes with the content of a source, and of the files that its rows name."""
+        return fingerprint(name)
+
+    def not_read(self, names: Iterable[str]) -> list[str]:
+        """Return a line for each source with files that could be data, but are not read."""
+        return not_read(names)
+
     @abstractmethod
     def encode(self, batch: list[tuple[int, Row]]) -> Iterator[tuple[int, str, Outcome]]:
         """Yield (source, place, what is stored or the error) for each raw row, in order."""
@@ -73,6 +86,10 @@ class RowEncoder(ABC):
     @abstractmethod
     def rows(self, data: Dataset) -> StoredRows:
         """Return stored items as rows to make batches of."""
+
+    def training_rows(self, data: Dataset, seed: int) -> StoredRows:
+        """Return stored items as rows to train on, with whatever is drawn anew each time from the run's ``seed``."""
+        return self.rows(data)
 
     @abstractmethod
     def segments(self, rows: Rows, number: int) -> list[Segment]:

@@ -88,8 +88,9 @@ def _rows_alone(prepared: Prepared, cut: Cut) -> Batches:
     """Build the loader of an objective whose rows share no sequence."""
     train, data = prepared.config.train, prepared.data
     assert data is not None and data.train is not None
-    rows = data.encoder.rows(data.train)
-    loader = Loader(rows, train.global_batch_size, cut, prepared.config.run.seed, prepared.config.data.length_grouped)
+    seed = prepared.config.run.seed
+    rows = data.encoder.training_rows(data.train, seed)
+    loader = Loader(rows, train.global_batch_size, cut, seed, prepared.config.data.length_grouped)
     last = None if train.max_steps else max(1, round(train.num_epochs * len(rows)))
     length = Length(train.global_batch_size, train.max_steps, last or 0)
     end = last or train.max_steps * train.global_batch_size

@@ -88,8 +88,8 @@ def _prepare(
         _log.info("%s", line)
     opened, verdict = open_and_check(config, folder, world.ranks, budget, weights)
     opened = opened.without_adapters(world.ranks, budget) if bare else opened
-    tokenizer, data = tokenize(config, folder, opened, verdict, world)
-    first, starts = on_every(lambda: first_added(config, opened.shapes, tokenizer), world.ranks), Starts()
+    processor, data = tokenize(config, folder, opened, verdict, world)
+    first, starts = on_every(lambda: first_added(config, opened.shapes, processor), world.ranks), Starts()
     if training and config.lora.starts_from_rows:
         lora, starts = settle(replace(opened, first_added=first), folder, data, world.ranks, config)
         config = replace_attention(replace(config, lora=lora), verdict.attention)
@@ -123,7 +123,7 @@ def _prepare(
         KERNELS_KEY: replace(kernels := opened.plan.choices[KERNELS_KEY], why=kernels.why + model.fused),
     }
     return Prepared(
-        config=asked, settings=opened.config, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks,
+        config=asked, settings=opened.config, plan=opened.plan, model=model, processor=processor, ranks=world.ranks,
         folder=folder, shapes=opened.shapes, load=report, data=data, placement=world.placement, threads=world.threads,
         adapters={adapter.name: adapter_size(model, adapter.name) for adapter in served},
         origin=opened.origin, process_bytes=process_bytes, choices=choices, repairs=repairs, _stack=world.stack,

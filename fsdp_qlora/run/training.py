@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -68,6 +68,9 @@ from fsdp_qlora.train.loop import Due, LoopHooks, train_loop
 from fsdp_qlora.train.progress import Progress
 from fsdp_qlora.train.recovery import Recovery
 from fsdp_qlora.train.step import StepSettings
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 _log = logging.getLogger(__name__)
 
@@ -181,7 +184,7 @@ class Training:
 
     def _write_model(self, tensors: Mapping[str, torch.Tensor]) -> int:
         fresh = skeleton(self.prepared.settings, self.prepared.folder)  # ours has float32 masters, and is sharded
-        return export_model(self.folder.model, fresh, tensors, self.prepared.tokenizer, self.prepared.folder)
+        return export_model(self.folder.model, fresh, tensors, self.prepared.processor, self.prepared.folder)
 
     def _write_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], progress: dict[str, Any]) -> int:
         plan, lora = self.prepared.plan, self.prepared.settings.lora  # with whole names
@@ -200,7 +203,7 @@ class Training:
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
         beside = [] if lora.start is None else [self.folder.path / FILE_NAME]
         return export_adapter(
-            folder, tensors, config, base, self._saved_tokenizer(), card, beside, self._header, self._saved_config()
+            folder, tensors, config, base, self._saved_processor(), card, beside, self._header, self._saved_config()
         )
 
     def _saved_config(self) -> PreTrainedConfig | None:
@@ -211,15 +214,16 @@ class Training:
         config.architectures, config.name_or_path = [type(self.model.base).__name__], ""
         return config
 
-    def _saved_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the tokenizer to save; an added end of turn is its ``eos_token``, at which plain PEFT then stops."""
-        tokenizer, added = self.prepared.tokenizer, self.config.model.add_tokens
-        if added:
-            end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
-            for token in tokenizer.convert_ids_to_tokens(end.ids[:1]):
-                if token in added:
-                    tokenizer = deepcopy(tokenizer)
-                    tokenizer.eos_token = token
+    def _saved_processor(self) -> PreTrainedTokenizerBase | BaseImageProcessor:
+        """Return what reads rows, to save; an added end of turn is its ``eos_token``, where plain PEFT then stops."""
+        if not (added := self.config.model.add_tokens):
+            return self.prepared.processor
+        tokenizer = self.prepared.tokenizer
+        end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
+        for token in tokenizer.convert_ids_to_tokens(end.ids[:1]):
+            if token in added:
+                tokenizer = deepcopy(tokenizer)
+                tokenizer.eos_token = token
         return tokenizer
 
     def _facts(self, progress: dict[str, Any]) -> dict[str, Any]:
@@ -252,6 +256,8 @@ class Training:
     def answers(self) -> list[str]:
         """Answer the sample prompts by greedy decoding on all ranks."""
         self.prepared.ranks.phases.enter(f"answers after step {self.progress.step}")
+        if not self.config.train.sample_prompts:
+            return []
         settings = GenerateSettings(max_new_tokens=self.config.train.sample_tokens)
         tokenizer = self.prepared.tokenizer
         end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
