@@ -7,6 +7,7 @@ import sys
 
 from fsdp_qlora.cli.embedded import fetch_embedded
 from fsdp_qlora.cli.tables import print_table
+from fsdp_qlora.config.choices import ROW_BY_ROW
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.deal import num_steps
 from fsdp_qlora.data.loader import Rows
@@ -54,7 +55,8 @@ def _show(rows: int) -> None:
 
 def _report(config: RunConfig, data: PreparedData) -> None:
     rows, counts, train = data.some_rows(0), data.train_counts, config.train
-    packed, filled = packing_efficiency(rows.lengths, config.data.max_length)
+    alone = config.objective.name in ROW_BY_ROW
+    packed, filled = (len(rows), 1.0) if alone else packing_efficiency(rows.lengths, config.data.max_length)
     num_rows = packed if config.data.packing else len(rows)
     steps = num_steps(train.max_steps, train.num_epochs, num_rows, train.global_batch_size)
     table = [
@@ -66,7 +68,9 @@ def _report(config: RunConfig, data: PreparedData) -> None:
         ("truncated", f"{counts.truncated} (data.max_length={config.data.max_length}, {config.data.truncation})"),
         ("dropped", f"{counts.dropped_long} too long, {counts.dropped_unsupervised} without a supervised token"),
         ("duplicate rows", f"{counts.duplicates} (kept)"),
-        ("packed", f"{packed} sequences of {config.data.max_length} tokens, {100 * filled:.1f} % filled"),
+        *([] if alone else [
+            ("packed", f"{packed} sequences of {config.data.max_length} tokens, {100 * filled:.1f} % filled")
+        ]),
         ("steps", f"{steps} of {train.global_batch_size} " + ("packed sequences" if config.data.packing else "rows")),
         ("time", _time(config, rows, steps, num_rows)),
     ]  # fmt: skip

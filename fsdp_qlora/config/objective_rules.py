@@ -63,6 +63,9 @@ def _labels(config: RunConfig) -> Iterator[str]:
 def _images(config: RunConfig) -> Iterator[str]:
     objective = config.objective
     if objective.name in OF_IMAGES:
+        for key, value in (("tasks", config.evaluate.tasks), ("prompts", config.evaluate.prompts)):
+            if value:
+                yield f"evaluate.{key}: a model of objective={objective.name} writes no texts; leave it out."
         return
     for key, value in (("image_size", objective.image_size), ("augmentation", objective.augmentation != "flip_crop")):
         if value:

@@ -109,7 +109,8 @@ def export_adapter(
     """Write a PEFT adapter folder and verify it; return the size of its weights in bytes. Call it on one rank.
 
     ``tokenizer`` may be an image processor. The files ``beside`` are copied into it. ``header`` are more texts for the
-    header of the tensors' file, which plain PEFT reads past. ``model_config`` is written where the base needs another config than its own: names of labels.
+    header of the tensors' file, which plain PEFT reads past. ``model_config`` is written where the base needs another
+    config than its own: names of labels.
 
     Raises:
         NumericsError: if a value is not finite, or the file does not hold the tensors that were written.
