@@ -10,7 +10,7 @@ BENCH_READY := $(VENV)/.ready-bench
 NPROC ?= 2
 ARGS ?=
 
-.PHONY: help setup assets train test test-full test-full-report soak bench bench-gpu lint check plan gpu-bundle wheel clean
+.PHONY: help setup assets train test test-full test-full-report soak bench bench-gpu studies lint check plan gpu-bundle wheel clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ bench: assets $(BENCH_READY) ## the benchmarks, beside peers in the same run; wr
 
 bench-gpu: $(BENCH_READY) ## the table of a GPU, in parts of at most 9 minutes; writes benchmarks/results/gpu.md
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+studies: assets $(BENCH_READY) ## what the method promises, measured nine minutes at a time; writes docs/studies/
+	$(BIN)/python -m benchmarks.studies $(ARGS)
 
 lint: $(DEV_READY) ## ruff, pyright, the layer contract, the size rules
 	$(BIN)/ruff format --check .

@@ -133,6 +133,10 @@ class _AsOurs(nn.Module):
         super().__init__()
         self.model = model
 
+    @property
+    def base(self) -> nn.Module:
+        return self.model.get_base_model()  # type: ignore[operator]
+
     def outputs(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 

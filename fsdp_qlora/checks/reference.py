@@ -16,6 +16,7 @@ from typing import Any
 
 import bitsandbytes.functional
 import torch
+import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -40,17 +41,25 @@ class Computed:
     """Gradients of the adapter parameters, by their names in PEFT's file; empty if not requested."""
 
 
-def write_model(folder: Path, config: PreTrainedConfig, code: Path | None = None) -> PreTrainedModel:
+def auto_class(name: str | None) -> Any:
+    """Return transformers' auto class of this name; None means that of causal language models."""
+    return AutoModelForCausalLM if name is None else getattr(transformers, name)
+
+
+def write_model(
+    folder: Path, config: PreTrainedConfig, code: Path | None = None, kind: str | None = None
+) -> PreTrainedModel:
     """Save and return a float32 model of ``config`` in which every parameter and saved buffer matters.
 
     Args:
         folder: the folder to write.
         config: config of a model small enough to build in an instant.
         code: folder with the model's own trusted code, if it has any.
+        kind: see `auto_class`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(kind).from_config(
             config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=code is not None
         )
         _randomize(model)
@@ -106,10 +115,12 @@ def _randomize(model: nn.Module) -> None:
             buffer.add_(torch.randn_like(buffer), alpha=2 * NOISE)
 
 
-def load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
-    """Load upstream's model from ``folder`` with eager attention, frozen."""
+def load(
+    folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool, kind: str | None = None
+) -> PreTrainedModel:
+    """Load upstream's model from ``folder`` with eager attention, frozen; ``kind``: see `auto_class`."""
     with _without_bars():
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(kind).from_pretrained(
             folder, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
         )
     model.requires_grad_(False)
@@ -177,8 +188,12 @@ def compute(model: nn.Module, rows: Sequence[torch.Tensor], gradients: bool = Tr
             if gradients:
                 row_losses.sum().backward()
         losses.append(row_losses.detach())
-    made = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in _adapters(model).items()}
-    return Computed(losses, made if gradients else {})
+    return Computed(losses, gradients_of(model) if gradients else {})
+
+
+def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the gradients of the adapter parameters, by their names in PEFT's file; zeros where there are none."""
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in _adapters(model).items()}
 
 
 @torch.no_grad()

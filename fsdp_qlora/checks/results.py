@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from fsdp_qlora.checks.settings import twin_settings
 from fsdp_qlora.checks.small import config_digest
-from fsdp_qlora.checks.twin import Verdict
+from fsdp_qlora.checks.verdict import Verdict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.process import device_name
 from fsdp_qlora.files.own_source import own_source
@@ -61,6 +61,7 @@ def twin_key(
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         own.pop(key, None)
     depends = {
+        "objective": config.objective.name,
         "settings": _settings(twin_settings(config, Path("twin"), "", device), "compile"),
         "data": [config.data.packing, config.data.padding_free],
         "config": own,

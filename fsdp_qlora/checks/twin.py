@@ -12,25 +12,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from peft import PeftConfig
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.experts import peft_config, short_parameters
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
+from fsdp_qlora.adapters.whole import as_saved
 from fsdp_qlora.attention.layout import Layout
 from fsdp_qlora.checks import reference
 from fsdp_qlora.checks.reference import Computed
 from fsdp_qlora.checks.settings import LENGTHS, twin_settings
 from fsdp_qlora.checks.small import write_small
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.checks.verdict import Verdict, is_about_attention
+from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import all_max, any_rank, gather_json
 from fsdp_qlora.distributed.shards import local_tensor, row_range
@@ -39,7 +42,7 @@ from fsdp_qlora.export.adapter import export_adapter, short_targets
 from fsdp_qlora.files.scratch import scratch_folder
 from fsdp_qlora.heads.quantized import QuantLossHead
 from fsdp_qlora.model.root import CausalModel
-from fsdp_qlora.objectives import token_losses
+from fsdp_qlora.objectives import build_objective, token_losses
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.quant.formats import one_thread
 
@@ -73,28 +76,9 @@ Build = Callable[[RunConfig, Path], tuple[CausalModel, Opened]]
 """Builds and loads our model from a folder with these settings, as a run does. Every rank calls it."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The result of the check."""
-
-    attention: str
-    """The attention implementation that matches upstream."""
-    fell: dict[str, str] = field(default_factory=dict)
-    """Implementations tried before it -> how they differ from upstream."""
-    unusable_positions: int | None = None
-    """See `reference.unusable_positions`."""
-    layers_of: str | None = None
-    """`config_digest` of the model if its real layers were compared because no small ones could be built."""
-
-
-def is_about_attention(error: FsdpQloraError) -> bool:
-    """Whether ``error`` concerns one attention implementation, so that the model may work with another."""
-    return error.exit_code == ModelError.exit_code and str(error).startswith("model.attn_implementation")
-
-
 def check_twin(
     config: RunConfig, model_config: PreTrainedConfig, code: Path | None, candidates: Sequence[str], ranks: Ranks,
-    build: Build,
+    build: Build, kind: Callable[[RunConfig, Path, Ranks, Build], Twin] | None = None,
 ) -> Verdict:  # fmt: skip
     """Return the first of the attention ``candidates`` that matches upstream. Every rank calls it.
 
@@ -105,20 +89,23 @@ def check_twin(
         candidates: attention implementations in order of preference.
         ranks: the ranks of the run.
         build: builds our side.
+        kind: what compares them, if it is no causal language model.
 
     Raises:
         ModelError: identically on every rank, if none matches; it says what differs, where first, by how much, and
             what to set.
     """
     fell: dict[str, str] = {}
+    kind = kind or Twin
     with scratch_folder("fsdp-qlora-twin-") as folder:
-        small = write_small(folder, model_config, config.data.max_length, code, ranks)
+        objective = build_objective(config.objective)
+        small = write_small(folder, model_config, config.data.max_length, code, ranks, objective)
         for attention in candidates:
             settings = twin_settings(config, folder, attention, ranks.device)
-            problem = _Twin(settings, folder, ranks, build).problem()
+            problem = kind(settings, folder, ranks, build).problem()
             if problem is None and small.float32 and config.precision.name == "bf16":  # mixed: some stay in float32
                 rounded = replace(settings, precision=replace(settings.precision, name="bf16"))
-                problem = _Twin(rounded, folder, ranks, build).problem()
+                problem = kind(rounded, folder, ranks, build).problem()
             if problem is None:
                 return Verdict(attention, fell, small.unusable_positions, small.layers_of)
             fell[attention] = problem
@@ -139,7 +126,7 @@ def _message(config: RunConfig, model_config: PreTrainedConfig, fell: dict[str, 
     )
 
 
-class _Twin:
+class Twin:
     """Compares our small model with upstream's."""
 
     def __init__(self, config: RunConfig, folder: Path, ranks: Ranks, build: Build) -> None:
@@ -191,8 +178,8 @@ class _Twin:
         method = build_method(lora.method)
         parameters = short_parameters(self.plan.parameters, self.plan.memory.shapes.parameters)
         tensors = {**values, **method.fixed(self.model, lora)}
-        export_adapter(folder, tensors, peft_config(targets, parameters, lora), "twin")
-        model = reference.load(self.folder, torch.float32, torch.device("cpu"), self.config.model.trust_remote_code)
+        export_adapter(folder, tensors, self._peft_config(targets, parameters, lora), "twin")
+        model = self._load(torch.float32, torch.device("cpu"))
         return reference.read_adapter(model, folder)
 
     def _compare_rows(self, values: dict[str, torch.Tensor], rows: list[torch.Tensor]) -> str | None:
@@ -202,7 +189,7 @@ class _Twin:
         mine = self._ours(rows, train=not random)
         if self.config.precision.name == "bf16":
             theirs, _ = self._reference(torch.bfloat16, values, rows)
-            return _bf16_problem(mine, theirs, wanted, self.ranks) or self._bf16_gradients_differ(mine, theirs, wanted)
+            return self._bf16_differs(mine, theirs, wanted)
         return self._losses_differ(mine, wanted) or self._gradients_differ(mine, wanted)
 
     @property
@@ -233,6 +220,25 @@ class _Twin:
             drawn[name] = value
         return drawn
 
+    def _load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """Return upstream's model."""
+        objective = build_objective(self.config.objective)
+        return reference.load(self.folder, dtype, device, self.config.model.trust_remote_code, objective.auto_class)
+
+    def _peft_config(self, targets: Sequence[str], parameters: Sequence[str], lora: LoraSettings) -> PeftConfig:
+        """Return the config of the adapter, with the modules that are trained whole."""
+        config = peft_config(targets, parameters, lora, build_objective(self.config.objective).task_type)
+        return as_saved(config, self.plan.modules, self.plan.memory.shapes, self.model.base)
+
+    def _reference_model(self, dtype: torch.dtype, values: dict[str, torch.Tensor]) -> nn.Module:
+        """Return upstream's model with PEFT's adapters, its weights rounded as ours."""
+        model = self._load(dtype, self.ranks.device)
+        with one_thread():
+            reference.round_weights(model, (*self.plan.quantized, *self.plan.quantized_edges))
+        plain = replace(self.plan.settings.lora, dropout=0.0)
+        parameters = [target.name for target in self.plan.parameters]
+        return reference.adapt(model, self._peft_config(self.plan.targets, parameters, plain), values)
+
     def _reference(
         self, dtype: torch.dtype, values: dict[str, torch.Tensor], rows: list[torch.Tensor]
     ) -> tuple[Computed, bool]:
@@ -240,17 +246,15 @@ class _Twin:
 
         If it is random, the results are those of evaluation mode.
         """
-        model = reference.load(self.folder, dtype, self.ranks.device, self.config.model.trust_remote_code)
-        with one_thread():
-            reference.round_weights(model, (*self.plan.quantized, *self.plan.quantized_edges))
-        plain = replace(self.plan.settings.lora, dropout=0.0)
-        parameters = [target.name for target in self.plan.parameters]
-        adapted = reference.adapt(model, peft_config(self.plan.targets, parameters, plain), values)
+        adapted = self._reference_model(dtype, values)
         random = any_rank(reference.is_random(adapted, rows[0]), self.ranks)
         return reference.compute(adapted.train(not random), rows), random
 
     def _ours(self, rows: list[torch.Tensor], train: bool) -> Computed:
-        losses = self._losses(rows, gradients=True, train=train)
+        return Computed(self._losses(rows, gradients=True, train=train), self._own_gradients())
+
+    def _own_gradients(self) -> dict[str, torch.Tensor]:
+        """Return this rank's part of the gradients of one backward, and free them."""
         ReplicatedGradients(trainable_parameters(self.model), self.ranks)()
         gradients = {}
         for name, parameter in trainable_parameters(self.model):
@@ -258,7 +262,7 @@ class _Twin:
             local = local_tensor(parameter)
             gradients[name] = torch.zeros_like(local) if own is None else local_tensor(own) / self.ranks.size
             parameter.grad = None
-        return Computed(losses, gradients)
+        return gradients
 
     def _losses(self, rows: list[torch.Tensor], gradients: bool = False, train: bool = False) -> list[torch.Tensor]:
         """Return our losses for each row's tokens, run as one micro-batch in the run's own layout."""
@@ -284,6 +288,9 @@ class _Twin:
         if self.config.fsdp.adapters == "replicated":
             return whole
         return whole[slice(*row_range(whole.shape[0], self.ranks.shard_rank, self.ranks.shard_size))]
+
+    def _bf16_differs(self, mine: Computed, theirs: Computed, wanted: Computed) -> str | None:
+        return _bf16_problem(mine, theirs, wanted, self.ranks) or self._bf16_gradients_differ(mine, theirs, wanted)
 
     def _bf16_gradients_differ(self, mine: Computed, theirs: Computed, wanted: Computed) -> str | None:
         squares = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
@@ -337,7 +344,7 @@ class _Twin:
     def _first_difference(self) -> str:
         """Return part of a sentence that names the first module, in forward order, whose output differs, or ''."""
         row = self._rows()[0]
-        theirs = reference.load(self.folder, torch.float32, self.ranks.device, self.config.model.trust_remote_code)
+        theirs = self._load(torch.float32, self.ranks.device)
         with one_thread():
             reference.round_weights(theirs, (*self.plan.quantized, *self.plan.quantized_edges))
         ours = self.model.base

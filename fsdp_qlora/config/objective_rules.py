@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from fsdp_qlora.config.auto import asked
 from fsdp_qlora.config.choices import OF_IMAGES, ROW_BY_ROW, WITH_LABELS
 from fsdp_qlora.config.schema import RunConfig
 
@@ -21,7 +22,7 @@ def _rows(config: RunConfig) -> Iterator[str]:
         yield f"data.truncation: a row of objective={name} cannot be split; choose right, left or drop."
     if data.train_on != "assistant":
         yield f"data.train_on: objective={name} learns labels, not answers; leave it out."
-    if data.format != "auto":
+    if asked(data.format) is not None:
         yield f"data.format: objective={name} has columns of its own; leave it out (data.columns renames them)."
 
 
@@ -35,7 +36,7 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield f"quant.embeddings: only those of causal language models can be quantized, not with objective={name}."
     if train.compile == "true":
         yield f"train.compile: objective={name} runs uncompiled; set it to false or auto."
-    if train.kernels not in ("auto", "torch"):
+    if asked(train.kernels) not in (None, "torch"):
         yield f"train.kernels: objective={name} runs upstream's modules; set it to torch or auto."
     if train.sample_prompts:
         yield f"train.sample_prompts: a model of objective={name} writes no answers; leave it out."

@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fsdp_qlora.data.encoder import Counts
 from fsdp_qlora.errors import DataError
@@ -70,3 +70,13 @@ def key_of(*texts: str) -> int:
 def digest_of(*parts: bytes) -> bytes:
     """Return a digest of a row's content."""
     return hashlib.blake2b(b"\0".join(parts), digest_size=16).digest()
+
+
+def pad_token(config: PreTrainedConfig) -> int:
+    """Return the id that pads rows: the model's padding token, or else the one that ends a text."""
+    text = config.get_text_config()
+    for value in (text.pad_token_id, text.eos_token_id):
+        one = value[0] if isinstance(value, list) and value else value
+        if isinstance(one, int) and one >= 0:
+            return one
+    return 0

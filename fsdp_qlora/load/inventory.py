@@ -45,7 +45,7 @@ class Inventory:
             parts.append(f"{len(self.copies)} second copies of tied weights ({_some(self.copies)})")
         lines = [f"not loaded: {', '.join(parts)}"] if parts else []
         if self.drawn:
-            lines.append(f"drawn anew and trained, because no file holds them: {_some(self.drawn)}")
+            lines.append(f"a new head, which is trained: {_some(self.drawn)} (in no file)")
         return "; ".join(lines) or None
 
 

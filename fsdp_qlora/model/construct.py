@@ -79,6 +79,16 @@ def make_buffers(model: PreTrainedModel) -> None:
                 owner._init_weights(module)
 
 
+@torch.no_grad()
+def initialize(owner: PreTrainedModel, module: nn.Module) -> None:
+    """Let upstream's ``_init_weights`` draw a module's own parameters from torch's generator.
+
+    ``owner`` is the innermost transformers model around it, which knows how.
+    """
+    with guard_torch_init_functions():
+        owner._init_weights(module)
+
+
 def with_owners(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
     """Yield each module with its innermost enclosing transformers model, which knows how to initialise it."""
     pending: list[tuple[PreTrainedModel, nn.Module]] = [(model, model)]

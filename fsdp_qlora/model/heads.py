@@ -12,11 +12,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.initialization import guard_torch_init_functions
 
 from fsdp_qlora.distributed.seeds import seed_of
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.model.construct import with_owners
+from fsdp_qlora.model.construct import initialize, with_owners
 
 
 def head_modules(model: PreTrainedModel, drawn: Iterable[str] = ()) -> tuple[str, ...]:
@@ -47,9 +46,9 @@ def draw_new(model: PreTrainedModel, names: Iterable[str], seed: int) -> dict[st
         if not wanted.intersection(own.values()):
             continue
         real = _real(module)
-        with guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, path))
-            owners[module]._init_weights(real)
+            initialize(owners[module], real)
         for child, name in own.items():
             if name in wanted:
                 values[name] = real.get_parameter(child).detach()

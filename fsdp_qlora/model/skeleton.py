@@ -74,6 +74,13 @@ def build_skeleton(
                 "use eager."
             ) from error
         raise not_buildable(folder, error) from error
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise ModelError(
+            f"{type(model).__name__}: its class does not say where its input embedding is, as those of convolutional "
+            "networks; it cannot be sharded here."
+        ) from error
     if unmade := unmade_buffers(model):
         raise ModelError(f"{type(model).__name__}: buffer {unmade[0]} is not in any file, and no code creates it.")
     make_buffers(model)

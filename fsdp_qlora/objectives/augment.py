@@ -12,10 +12,10 @@ from fsdp_qlora.config.objective import Augmentation
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_AREA = (0.5, 1.0)
-"""Share of an image's area that a crop keeps."""
-_RATIO = (3 / 4, 4 / 3)
-"""Width by height of a crop, relative to the image's; drawn evenly on a logarithmic scale."""
+_LEAST_AREA = 0.5
+"""Share of an image's area that a crop keeps, at least."""
+_RATIO = math.log(4 / 3)
+"""Logarithm of the largest ratio of width to height of a crop, relative to the image's; the smallest is its inverse."""
 _TRIES = 10
 
 
@@ -37,7 +37,7 @@ def augmented(image: Image, kind: Augmentation, draw: np.random.Generator) -> Im
 def _box(width: int, height: int, draw: np.random.Generator) -> tuple[int, int, int, int]:
     """Return left, top, right and bottom of a crop; the whole image if none of a few tries lies within it."""
     for _ in range(_TRIES):
-        area, ratio = draw.uniform(*_AREA), math.exp(draw.uniform(*map(math.log, _RATIO)))
+        area, ratio = draw.uniform(_LEAST_AREA, 1.0), math.exp(draw.uniform(-_RATIO, _RATIO))
         wide, high = round(width * math.sqrt(area * ratio)), round(height * math.sqrt(area / ratio))
         if 0 < wide <= width and 0 < high <= height:
             left, top = int(draw.integers(0, width - wide + 1)), int(draw.integers(0, height - high + 1))

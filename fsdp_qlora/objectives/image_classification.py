@@ -27,7 +27,7 @@ from fsdp_qlora.errors import DataError, ModelError, first_line
 from fsdp_qlora.objectives.augment import augmented
 from fsdp_qlora.objectives.classifier import LABEL, Classifier, label_rows
 from fsdp_qlora.objectives.labels import Labels
-from fsdp_qlora.objectives.objective import register
+from fsdp_qlora.objectives.objective import PROBED, register
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from fsdp_qlora.config.objective import Augmentation
 
 _FOLDER, _PIXELS, _RESIZES = "folder", "pixel_values", "interpolate_pos_encoding"
+_PROBED_SIZE = 64
+"""Height and width of images for the check, in pixels, where a model's config names none."""
 
 
 @register
@@ -57,6 +59,13 @@ class ImageClassification(Classifier):
         """Return what stores the paths of images with their labels, and reads the images for a batch."""
         return ClassifiedImages(data, tokenizer, config, self.labels, self.settings.augmentation)
 
+    def probe(self, config: PreTrainedConfig, draw: torch.Generator) -> list[dict[str, torch.Tensor]]:
+        """Return images of the size that a small model of this config is built for, each alone, for the check."""
+        size = getattr(config, "image_size", None) or _PROBED_SIZE
+        sides = size if isinstance(size, list | tuple) else (size, size)
+        shape = (1, getattr(config, "num_channels", 3), *sides)
+        return [{_PIXELS: torch.randn(shape, generator=draw)} for _ in PROBED]
+
     def require_fit(self, encoder: RowEncoder, model: PreTrainedModel) -> None:
         """Check with upstream's own forward, without weights, that the model takes images of the processor's size.
 
@@ -64,6 +73,11 @@ class ImageClassification(Classifier):
             ModelError: if it does not.
         """
         assert isinstance(encoder, ClassifiedImages)
+        if any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for module in model.modules()):
+            raise ModelError(
+                f"model.name: {type(model).__name__} has batch norms, whose running statistics change in training and "
+                "would be in no adapter, so it cannot be trained here. Choose a model like ViT, DINOv2 or Swin."
+            )
         height, width = encoder.size
         pixels = torch.empty(1, encoder.channels, height, width, device="meta", dtype=model.dtype)
         try:
@@ -159,7 +173,8 @@ class ClassifiedImages(RowEncoder):
 
     def rows(self, data: Dataset) -> ColumnRows:
         """Return stored images as rows, which are not augmented."""
-        return ColumnRows(data, partial(self._collate, "none", 0))
+        unchanged: Augmentation = "none"
+        return ColumnRows(data, partial(self._collate, unchanged, 0))
 
     def training_rows(self, data: Dataset, seed: int) -> ColumnRows:
         """Return stored images as rows to train on, each augmented anew whenever it is read."""

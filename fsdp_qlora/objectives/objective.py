@@ -27,6 +27,10 @@ Sums = dict[str, tuple[torch.Tensor, str]]
 """Name -> a sum over a micro-batch, float32 ``[]``, and the name of the weight it is divided by (`Batch.weights`)."""
 
 
+PROBED = (24, 17, 9)
+"""Lengths of the rows of a check."""
+
+
 class Objective(ABC):
     """A loss. It holds its settings and nothing else.
 
@@ -97,6 +101,12 @@ class Objective(ABC):
 
     def configure(self, config: PreTrainedConfig) -> None:  # noqa: B027 - most need nothing
         """Change a model's config as the objective needs it: the number and names of labels."""
+
+    def probe(self, config: PreTrainedConfig, draw: torch.Generator) -> list[dict[str, torch.Tensor]]:
+        """Return rows of a small model of this config, each alone, ``[1, ...]``, for the check against upstream."""
+        most = min(96, config.get_text_config().vocab_size)
+        ids = [torch.randint(4, most, (1, length), generator=draw) for length in PROBED]
+        return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
 
     @property
     def of_tokens(self) -> bool:

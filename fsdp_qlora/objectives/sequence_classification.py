@@ -15,7 +15,7 @@ from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.samples import Segment
-from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of
+from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.objectives.classifier import LABEL, Classifier, label_rows
 from fsdp_qlora.objectives.labels import Labels
@@ -106,13 +106,3 @@ class _ClassifiedTexts(RowEncoder):
         row = rows.row(number)
         text = str(self._tokenizer.decode(row["input_ids"]))
         return [Segment(text, False, len(row["input_ids"])), Segment(self._labels.shown(row[LABEL]), True, 1)]
-
-
-def pad_token(config: PreTrainedConfig) -> int:
-    """Return the id that pads rows: the model's padding token, or else the one that ends a text."""
-    text = config.get_text_config()
-    for value in (text.pad_token_id, text.eos_token_id):
-        one = value[0] if isinstance(value, list) and value else value
-        if isinstance(one, int) and one >= 0:
-            return one
-    return 0

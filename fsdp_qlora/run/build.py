@@ -72,7 +72,7 @@ from fsdp_qlora.plan.choices import decided
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.swap import keep_dense, swap_linears
-from fsdp_qlora.run.decide import require_kernels, skeleton
+from fsdp_qlora.run.decide import require_kernels, skeleton, with_head
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
@@ -165,14 +165,6 @@ def open_model(
     resolved = decided(config, plan.settings)
     require_kernels(resolved, base, ranks.device)
     return OpenedModel(resolved, base, source, shapes, plan)
-
-
-def with_head(config: RunConfig, modules: Sequence[str]) -> RunConfig:
-    """Return the settings with a head's modules trained whole; with ``lora=none`` they are trained anyway."""
-    if config.lora.trains_base:
-        return config
-    whole = dict.fromkeys((*config.lora.modules_to_save, *modules))
-    return replace(config, lora=replace(config.lora, modules_to_save=list(whole)))
 
 
 def load_model(

@@ -18,7 +18,9 @@ from fsdp_qlora.checks.results import (
     remember_agreement,
     twin_key,
 )
-from fsdp_qlora.checks.twin import Verdict, check_twin, is_about_attention
+from fsdp_qlora.checks.task_twin import TaskTwin
+from fsdp_qlora.checks.twin import Twin, check_twin
+from fsdp_qlora.checks.verdict import Verdict, is_about_attention
 from fsdp_qlora.config.auto import Choice
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
@@ -48,8 +50,10 @@ def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
     model_config = on_every(lambda: load_config(folder, model.trust_remote_code, model.config_overrides), ranks)
     candidates = on_every(lambda: attentions_for(config, ranks.device, folder), ranks)
     _require_alike(candidates, ranks)
-    if model.check == "off" or not (build_objective(config.objective).of_tokens and is_causal(model_config)):
+    objective = build_objective(config.objective)
+    if model.check == "off" or (objective.of_tokens and not is_causal(model_config)):
         return Verdict(candidates[0])
+    objective.configure(model_config)
     kept, key, known = on_every(lambda: _remembered(config, model_config, folder, candidates, ranks), ranks)
     if not any_rank(known is None or model.check == "always", ranks) and known is not None:
         _require_alike([known.attention], ranks)
@@ -60,7 +64,8 @@ def check_model(config: RunConfig, folder: Path, ranks: Ranks) -> Verdict:
         return load_model(opened.compiled(False), ranks)[0], opened
 
     own_code = folder if model.trust_remote_code and any(folder.glob("*.py")) else None
-    verdict = check_twin(config, model_config, own_code, candidates, ranks, build)
+    kind = Twin if objective.of_tokens else TaskTwin
+    verdict = check_twin(config, model_config, own_code, candidates, ranks, build, kind)
     remember(kept, key, verdict)
     return verdict
 

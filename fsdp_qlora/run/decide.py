@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from fsdp_qlora.load.stored import require_readable
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.folder import config_for_plan
 from fsdp_qlora.model.fused import fusible
+from fsdp_qlora.model.heads import head_modules
 from fsdp_qlora.model.kernels import KERNELS
 from fsdp_qlora.model.rope import settle_rope
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
@@ -50,6 +52,8 @@ def plan_for(config: RunConfig, world_size: int) -> TrainPlan:
 def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedModel, TrainPlan]:
     """Return the settings with every ``auto`` resolved, the meta model and the plan, from the model's config alone."""
     config, base = planned_skeleton(config)
+    if build_objective(config.objective).trains_head:
+        config = with_head(config, head_modules(base))
     shapes, budget = read_shapes(base), planned_budget(config, world_size)
     config, choice = settle_shard_degree(config, shapes, _planned_cluster(config, world_size, budget))
     plan = make_plan(config, shapes, world_size, budget)
@@ -172,6 +176,14 @@ def skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
     )  # fmt: skip
     settle_rope(base, config.data.max_length)
     return base
+
+
+def with_head(config: RunConfig, modules: Sequence[str]) -> RunConfig:
+    """Return the settings with a head's modules trained whole; with ``lora=none`` they are trained anyway."""
+    if config.lora.trains_base:
+        return config
+    whole = dict.fromkeys((*config.lora.modules_to_save, *modules))
+    return replace(config, lora=replace(config.lora, modules_to_save=list(whole)))
 
 
 def rank_budget(ranks: Ranks, placement: Placement) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from fsdp_qlora.checks.twin import Verdict
+from fsdp_qlora.checks.verdict import Verdict
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.loader import Piece, TokenRows
 from fsdp_qlora.distributed.memory import host_memory

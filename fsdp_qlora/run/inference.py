@@ -16,6 +16,7 @@ from fsdp_qlora.adapters.folder import (
 from fsdp_qlora.adapters.loading import load_adapter
 from fsdp_qlora.adapters.served import ServedAdapter
 from fsdp_qlora.adapters.turns import FILE_NAME
+from fsdp_qlora.config.choices import ROW_BY_ROW
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file
@@ -143,7 +144,8 @@ def with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
     model = replace(model, add_tokens=added_tokens(adapter, saved.token_ids) if saved.token_ids else [])
     if not model.name and saved.base_model:
         model = replace(model, name=saved.base_model, revision=model.revision or saved.revision)
-    if data.template is None and (adapter / CHAT_TEMPLATE_NAME).is_file():
+    chats = config.objective.name not in ROW_BY_ROW
+    if chats and data.template is None and (adapter / CHAT_TEMPLATE_NAME).is_file():
         data = replace(data, template=str(own_file(adapter, CHAT_TEMPLATE_NAME)))
     return replace(config, model=model, data=data, lora=saved.settings(stored_modules(adapter, saved)))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 from fsdp_qlora.config.auto import asked
 from fsdp_qlora.config.choices import WITH_LABELS
@@ -12,16 +14,19 @@ from fsdp_qlora.data.prepare import columns_of
 from fsdp_qlora.data.sources import names_of
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import on_main
-from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.errors import ConfigError, ModelError
+from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.objectives import build_objective
-from fsdp_qlora.objectives.labels import SINGLE, find_labels
+from fsdp_qlora.objectives.labels import REGRESSION, SINGLE, find_labels
 
 _PLANNED = 2
 """Labels to plan for where neither settings nor data say how many there are."""
 
 
-def settle_labels(config: RunConfig, ranks: Ranks) -> RunConfig:
+def settle_labels(config: RunConfig, ranks: Ranks, adapter: Path | None = None) -> RunConfig:
     """Return the settings with the labels of the training data. Every rank calls it; rank 0 reads the rows.
+
+    ``adapter`` is one that was trained on labels: then they are those in its config.json.
 
     Raises:
         DataError: if rows cannot be read, or their labels are of several kinds.
@@ -29,7 +34,31 @@ def settle_labels(config: RunConfig, ranks: Ranks) -> RunConfig:
     """
     if not _is_open(config.objective):
         return config
-    return _with(config, ObjectiveSettings(**on_main(lambda: asdict(labels_of(config)), ranks)))
+
+    def settle() -> dict[str, Any]:
+        return asdict(labels_of(config) if adapter is None else trained_labels(config.objective, adapter))
+
+    return _with(config, ObjectiveSettings(**on_main(settle, ranks)))
+
+
+def trained_labels(objective: ObjectiveSettings, adapter: Path) -> ObjectiveSettings:
+    """Return the objective's settings with the labels of an adapter.
+
+    Raises:
+        ModelError: if its folder does not say what they are.
+    """
+    file = adapter / "config.json"
+    try:
+        config = read_json(own_file(adapter, file.name), dict[str, Any])
+        named = {int(number): str(name) for number, name in config["id2label"].items()}
+        problem = config["problem_type"]
+        labels = [] if problem == REGRESSION else [named[number] for number in range(len(named))]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{file} does not say what the labels are ({type(error).__name__}: {error}). Set objective.labels and "
+            "objective.problem_type as they were in training."
+        ) from error
+    return replace(objective, labels=labels, problem_type=problem)
 
 
 def labels_of(config: RunConfig) -> ObjectiveSettings:
@@ -67,7 +96,7 @@ def planned_labels(config: RunConfig) -> RunConfig:
 
 def _is_open(objective: ObjectiveSettings) -> bool:
     known = objective.labels and asked(objective.problem_type) is not None
-    return objective.name in WITH_LABELS and not known and objective.problem_type != "regression"
+    return objective.name in WITH_LABELS and not known and objective.problem_type != REGRESSION
 
 
 def _with(config: RunConfig, objective: ObjectiveSettings) -> RunConfig:

@@ -81,7 +81,7 @@ def _prepare(
     served: Sequence[ServedAdapter], bare: bool, adapter: Path | None,
 ) -> Prepared:  # fmt: skip
     asked, folder = config, _find_model(config.model, world)
-    config = settle_labels(config, world.ranks)
+    config = settle_labels(config, world.ranks, adapter)
     budget = rank_budget(world.ranks, world.placement)
     config, world, layout = settled_world(on_device(config, world.ranks.device.type), folder, world, budget)
     if world.ranks.is_main and (line := kernels_to_compile(config.train.kernels, world.ranks.device)):

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from tests.build import essence, losses, metrics, run_fit
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.distributed.shards import local_tensor
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.model.root import CausalModel
+from fsdp_qlora.objectives import build_objective
+from fsdp_qlora.optim.optimizers import ShardedOptimizer
+from tests.build import build, essence, losses, metrics, run_fit
 from tests.objectives import CASES, exported_outputs, upstream_losses
 from tests.tiers import some_in_full
 from tests.tolerances import FP32_LOSSES
@@ -44,3 +50,98 @@ def test_a_run_resumes_and_its_adapter_loads_in_plain_peft(pool, tmp_path, kind)
     assert torch.isfinite(torch.tensor(summary["eval_loss_after"]))
     loss, saved = pool.run(1, exported_outputs, model, groups, str(adapter))[0]
     assert torch.isfinite(loss).all() and saved
+
+
+def _checked(ranks, folder, groups):
+    """Return what the check against upstream says."""
+    try:
+        return build(ranks, folder, **groups, model={"check": "always"}).choices["model.check"].value
+    except ModelError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", some_in_full(CASES, FAST))
+def test_a_model_is_compared_with_upstreams_code(pool, tmp_path, kind):
+    model, groups = CASES[kind].write(tmp_path)
+    assert set(pool.run(2, _checked, model, groups)) == {"equal to upstream's own code"}
+
+
+def _with_unmasked_padding(ranks, folder, groups):
+    """Return what the check says of code that forgets the mask of padded rows."""
+    outputs = CausalModel.outputs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CausalModel, "outputs", lambda self, attention_mask, **rest: outputs(self, **rest))
+        return _checked(ranks, folder, groups)
+
+
+def test_a_forgotten_mask_is_found(pool, tmp_path):
+    model, groups = CASES["bert, pairs and numbers"].write(tmp_path)
+    assert "would not match its own code" in pool.run(1, _with_unmasked_padding, model, groups)[0]
+
+
+def _held(ranks, folder, groups):
+    """Return the bytes that this rank holds after a backward, by kind, and those planned for the fullest."""
+    prepared = build(ranks, folder, **groups)
+    objective = build_objective(prepared.settings.objective)
+    micro_batch = prepared.data.encoder.rows(prepared.data.train).collate([0, 1], 0)
+    sum(value for value, _ in objective.sums(prepared.model.train(), micro_batch).values()).backward()
+    trained = dict(trainable_parameters(prepared.model))
+    optimizer = ShardedOptimizer(trained.items(), prepared.config.optim)
+    optimizer.prepare_state(1)
+    frozen = [(n, local_tensor(p)) for n, p in prepared.model.named_parameters() if not p.requires_grad]
+    packed = (".packed", ".absmax", ".nested")
+    held = {
+        "adapters": sum(local_tensor(p).nbytes for p in trained.values()),
+        "optimizer": optimizer.state_bytes(),
+        "base_kept": sum(tensor.nbytes for name, tensor in frozen if not name.endswith(packed)),
+    }
+    return held, {kind: getattr(prepared.plan.bytes, kind) for kind in held}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("kind", CASES)
+def test_planned_bytes_are_held(pool, tmp_path, kind, num_ranks):
+    model, groups = CASES[kind].write(tmp_path)
+    results = pool.run(num_ranks, _held, model, groups)
+    planned = results[0][1]
+    assert {key: max(held[key] for held, _ in results) for key in planned} == planned
+
+
+SPREAD = {
+    "adapters on every rank": {"fsdp": {"adapters": "replicated"}},
+    "a copy on every rank": {"fsdp": {"shard_degree": 1, "replicate_degree": 2}},
+    "layers recomputed": {"train": {"activation_checkpointing": "full"}},
+    "layers kept gathered": {"fsdp": {"reshard_after_forward": "false"}},
+    "parameters on the host": {"fsdp": {"offload": "params"}},
+    "paged optimizer": {"optim": {"name": "paged_adamw_32bit"}},
+    "micro-batches by tokens": {"train": {"micro_batch_tokens": 48}},
+    "rows grouped by length": {"data": {"length_grouped": True}, "compare": False},
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", SPREAD)
+@pytest.mark.parametrize("kind", ["llama, names", "bert, pairs and numbers"])
+def test_how_it_is_spread_changes_no_loss(pool, tmp_path, kind, how):
+    model, groups = CASES[kind].write(tmp_path)
+    plain = losses(pool.run(2, run_fit, model, str(tmp_path), "plain", groups)[0]["metrics"])
+    asked = {name: settings for name, settings in SPREAD[how].items() if name != "compare"}
+    merged = {name: {**groups.get(name, {}), **asked.get(name, {})} for name in {*groups, *asked}}
+    layout = "copies" if how == "a copy on every rank" else "shard"
+    other = losses(pool.run(2, run_fit, model, str(tmp_path), "other", merged, layout=layout)[0]["metrics"])
+    assert len(other) == len(plain)
+    if SPREAD[how].get("compare", True):
+        assert other == pytest.approx(plain, rel=FP32_LOSSES)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["llama, names", "bert, pairs and numbers"])
+def test_the_whole_base_is_trained_too(pool, tmp_path, kind):
+    model, groups = CASES[kind].write(tmp_path)
+    groups |= {"quant": {"name": "none", "double_quant": False}, "lora": {"variant": "none"}, "optim": {"lr": 2e-4}}
+    one = pool.run(1, run_fit, model, str(tmp_path), "one", groups)[0]
+    two = pool.run(2, run_fit, model, str(tmp_path), "two", groups)[0]
+    assert losses(two["metrics"]) == pytest.approx(losses(one["metrics"]), rel=FP32_LOSSES)
+    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "two/model")
+    assert trained.config.num_labels == len(trained.config.id2label)

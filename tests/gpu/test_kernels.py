@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fsdp_qlora.checks.twin import Verdict
+from fsdp_qlora.checks.verdict import Verdict
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.heads.logprobs import cross_entropy_
 from fsdp_qlora.model import liger

@@ -1,0 +1,89 @@
+"""The questions: what each study varies. A unit is one variant with one seed, trained in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+SEEDS = (0, 1, 2)
+"""Of the headline comparisons; the others have the first."""
+_FULL = ("quant=none", "lora=none", "optim.lr=3e-5")
+_NONE = ("quant=none",)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question."""
+
+    name: str
+    question: str
+    variants: dict[str, tuple[str, ...]]
+    """Name -> overrides of the command line."""
+    reference: str
+    """The variant that the others are compared with."""
+    seeds: tuple[int, ...] = SEEDS[:1]
+    always: tuple[str, ...] = ()
+    """Overrides of every variant."""
+
+
+STUDIES = (
+    Study(
+        "formats",
+        "What does the format of the base cost, before training and after equal steps?",
+        {
+            "none": _NONE, "nf4": (), "fp4": ("quant=fp4",), "int8": ("quant=int8",),
+            "nf4, no double quantization": ("quant.double_quant=false",),
+            "nf4, blocks of 256": ("quant.block_size=256",),
+        },
+        "none", SEEDS,
+    ),
+    Study(
+        "methods",
+        "Is QLoRA as good as LoRA, and either as good as full fine-tuning? What is forgotten?",
+        {"QLoRA": (), "LoRA": _NONE, "full": _FULL},
+        "LoRA", SEEDS,
+    ),
+    Study(
+        "rows",
+        "Little data: is an adapter better than full fine-tuning, and from how many rows on is it not?",
+        {
+            f"{kind}, {rows} rows": (*overrides, f"data.max_rows={rows}")
+            for rows in (50, 200, 900) for kind, overrides in (("QLoRA", ()), ("full", _FULL))
+        },
+        "QLoRA, 900 rows",
+    ),
+    Study(
+        "adapters",
+        "Which adapter learns most in equal steps, and how large is it?",
+        {
+            "LoRA, r 16": (), "LoRA, r 4": ("lora.r=4",), "LoRA, r 64": ("lora.r=64",), "rsLoRA": ("lora=rslora",),
+            "DoRA": ("lora=dora",), "PiSSA": ("lora=pissa",), "OLoRA": ("lora=olora",),
+            "LoRA+": ("optim.loraplus_lr_ratio=16",),
+        },
+        "LoRA, r 16",
+    ),
+)  # fmt: skip
+"""In the order in which they run."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One variant of a study with one seed."""
+
+    study: str
+    variant: str
+    seed: int
+    overrides: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """Its key in the results."""
+        return f"{self.study}/{self.variant}/{self.seed}"
+
+
+def units() -> Iterator[Unit]:
+    """Yield all units; equal ones of two studies are trained twice, because each study stands alone."""
+    for study in STUDIES:
+        for seed in study.seeds:
+            for variant, overrides in study.variants.items():
+                yield Unit(study.name, variant, seed, (*study.always, *overrides))

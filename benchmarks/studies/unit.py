@@ -1,0 +1,70 @@
+"""Trains one unit and prints its result as JSON: `python -m benchmarks.studies.unit FOLDER OVERRIDE ...`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.studies.rows import ELSEWHERE, HELD_OUT, TRAIN, UNRELATED
+from fsdp_qlora.cli.compose import compose_config
+from fsdp_qlora.config.schema import DataSettings
+from fsdp_qlora.data.prepare import prepare_data
+from fsdp_qlora.files.home import cache_folder
+from fsdp_qlora.objectives import build_objective
+from fsdp_qlora.run.fit import fit
+from fsdp_qlora.run.prepare import prepare
+from fsdp_qlora.run.prepared import Prepared
+
+SETTINGS = (
+    "model.name=${embedded:smollm2-135m-instruct}", "data.max_length=192", "train.max_steps=24",
+    "train.global_batch_size=8", "train.micro_batch_size=4", "train.eval_every=0", "optim.lr=5e-4",
+    "schedule.warmup_steps=3", "lora.r=16", "lora.alpha=32", "checkpoint.resume=never", "launcher.device=cpu",
+    "data.eval_fraction=0",
+)  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    """Train; print one line of JSON."""
+    folder, *overrides = arguments
+    rows = Path(folder)
+    fixed = [*SETTINGS, f"data.train={rows / TRAIN}", f"run.output_root={rows / 'runs'}", "run.name=unit"]
+    config = compose_config("train", [*fixed, *overrides])
+    started = time.perf_counter()
+    prepared = prepare(config)
+    sets = {file.removesuffix(".jsonl"): rows / file for file in (HELD_OUT, UNRELATED, ELSEWHERE)}
+    before = {name: row_losses(prepared, file) for name, file in sets.items()}
+    summary = fit(prepared).summary
+    after = {name: row_losses(prepared, file) for name, file in sets.items()}
+    kept = ("trainable_parameters", "base_parameters", "adapter_bytes", "steps", "tokens", "planned_bytes_per_rank")
+    checkpoints = rows / "runs" / "unit" / "checkpoints"
+    print(json.dumps({
+        **{key: summary[key] for key in kept},
+        "quantized_bytes": sum(rank["quantized_bytes"] for rank in summary["ranks"]),
+        "checkpoint_bytes": sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file()),
+        "seconds": time.perf_counter() - started, "before": before, "after": after,
+    }))  # fmt: skip
+    prepared.close()
+    return 0
+
+
+@torch.no_grad()
+def row_losses(prepared: Prepared, file: Path) -> list[tuple[float, int]]:
+    """Return for each row the sum of its tokens' losses and their number."""
+    settings = DataSettings(train=str(file), max_length=prepared.config.data.max_length)
+    data = prepare_data(settings, 0, prepared.tokenizer, cache_folder())
+    rows, objective = data.some_rows(0), build_objective("sft")
+    prepared.model.eval()
+    losses: list[tuple[float, int]] = []
+    for number in range(len(rows)):
+        sums: dict[str, Any] = objective.sums(prepared.model, rows.collate([number], 0))
+        losses.append((float(sums["loss"][0]), int(rows.targets[number])))
+    return losses
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
