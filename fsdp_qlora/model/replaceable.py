@@ -21,6 +21,8 @@ from fsdp_qlora.shapes.linears import LinearShape
 _READS = re.compile(r"\.(\w+)\.(?:weight|bias)\b")
 _INIT = re.compile(r"^( *)def (_init_weights|reset_parameters|init_weights)\b.*?(?=^\1(?:def |@)|\Z)", re.M | re.S)
 
+_SHOWN = 3
+
 
 def is_plain_linear(module: nn.Module | None) -> bool:
     """Whether ``module`` is a linear layer with upstream's own forward."""
@@ -34,6 +36,12 @@ def replaceable_linears(model: PreTrainedModel) -> Iterator[LinearShape]:
         if name in read:
             continue
         yield from _shapes(name, module)
+
+
+def convolutions(model: PreTrainedModel) -> str:
+    """Return the names of a model's first convolutions, which no format stores quantized; empty if it has none."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def kept_linears(model: PreTrainedModel, inside: tuple[str, ...]) -> dict[str, str]:

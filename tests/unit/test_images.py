@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fsdp_qlora.config.rules import check
+from fsdp_qlora.config.schema import from_dict
+from fsdp_qlora.config.verb_rules import check_verb
 from fsdp_qlora.data.image_rows import image_rows, images_fingerprint, images_not_read, is_class_folder
 from fsdp_qlora.data.images import check_images, read_image
 from fsdp_qlora.data.tokens import column_reader
-from fsdp_qlora.errors import DataError
+from fsdp_qlora.errors import ConfigError, DataError
 from fsdp_qlora.objectives.augment import augmented
 from tests.images import picture, write_classes
 
@@ -128,3 +131,19 @@ def test_augmentation_depends_on_its_seed_alone(kind):
         assert all((one == plain).all() or (one == mirrored).all() for one in several)
     if kind == "none":
         assert all((one == np.asarray(image)).all() for one in several)
+
+
+REFUSED = {
+    "generate": ({"prompt": "a cat"}, "writes no texts"),
+    "export": ({"what": "merged", "export": {"to": "merged"}}, "is for language models"),
+    "evaluate": ({"data": {"eval": "x"}, "evaluate": {"tasks": ["arc_easy"]}}, "evaluate.tasks"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("verb", REFUSED)
+def test_what_needs_a_tokenizer_is_refused(verb):
+    settings, word = REFUSED[verb]
+    config = from_dict({"model": {"name": "x"}, "objective": {"name": "image_classification"}, **settings})
+    with pytest.raises(ConfigError, match=word):
+        check_verb(verb, check(config))
