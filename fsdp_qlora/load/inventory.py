@@ -34,7 +34,7 @@ class Inventory:
     made: frozenset[str]
     """Buffers that are not in the files; upstream's constructor initializes them."""
     drawn: tuple[str, ...] = ()
-    """Parameters of a new head, which no file holds."""
+    """Parameters of a new head, which no file holds in this shape."""
 
     def describe(self) -> str | None:
         """Return one line about the tensors in the files that are not used; None if all are."""
@@ -45,7 +45,7 @@ class Inventory:
             parts.append(f"{len(self.copies)} second copies of tied weights ({_some(self.copies)})")
         lines = [f"not loaded: {', '.join(parts)}"] if parts else []
         if self.drawn:
-            lines.append(f"a new head, which is trained: {_some(self.drawn)} (in no file)")
+            lines.append(f"a new head, which is trained: {_some(self.drawn)} (in no file of this shape)")
         return "; ".join(lines) or None
 
 
@@ -72,7 +72,7 @@ def take_stock(
         source: its files.
         layers: names of the model's repeated layers.
         new_head: whether the model may have another head than the files: then what lies outside the layers and the
-            embedding may be in no file, or be left over.
+            embedding may be in no file, or be left over, and what lies outside the base model may have another shape.
 
     Raises:
         ModelError: if tensors would be left over, parameters or buffers are in no file, or the files hold a tied
@@ -83,6 +83,8 @@ def take_stock(
     names = dict(model.named_parameters(remove_duplicate=False)).keys() | buffers.keys()
     groups = _tied_groups(model)
     there = {name for name in names if source.has(name)}
+    if new_head:  # a head for other labels, as a classifier's file has
+        there -= {n for n, p in first_names.items() if _is_of_head(n, model) and _differs(source, n, p.shape)}
     copies: list[str] = []
     for name in first_names:
         names_of_it = groups.get(name, [name])
@@ -118,6 +120,14 @@ def take_stock(
             "training would silently ignore them."
         )
     return Inventory(left_out, tuple(copies), made, drawn)
+
+
+def _is_of_head(name: str, model: PreTrainedModel) -> bool:
+    return not name.startswith(f"{model.base_model_prefix}.")
+
+
+def _differs(source: SafetensorsFolder, name: str, shape: Sequence[int]) -> bool:
+    return name in source.entries and tuple(source.entries[name].shape) != tuple(shape)
 
 
 def _is_outside(name: str, model: PreTrainedModel, layers: Sequence[str]) -> bool:

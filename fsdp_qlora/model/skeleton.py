@@ -78,8 +78,8 @@ def build_skeleton(
         model.get_input_embeddings()
     except NotImplementedError as error:
         raise ModelError(
-            f"{type(model).__name__}: its class does not say where its input embedding is, as those of convolutional "
-            "networks; it cannot be sharded here."
+            f"{type(model).__name__}: its class does not say where its input embedding is (those of many convolutional "
+            "networks do not), so it cannot be sharded here."
         ) from error
     if unmade := unmade_buffers(model):
         raise ModelError(f"{type(model).__name__}: buffer {unmade[0]} is not in any file, and no code creates it.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -80,9 +81,10 @@ class ImageClassification(Classifier):
             )
         height, width = encoder.size
         pixels = torch.empty(1, encoder.channels, height, width, device="meta", dtype=model.dtype)
+        whole = deepcopy(model).to("meta")  # its buffers, too
         try:
             with torch.no_grad():
-                model(pixel_values=pixels, **self.options(model))
+                whole(pixel_values=pixels, **self.options(model))
         except Exception as error:  # each family has a check of its own, or an operator fails
             raise ModelError(
                 f"model.name: {type(model).__name__} cannot take the {height} x {width} images of its image processor: "
