@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before any other import: -m has put the current fo
 import json
 import os
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.config.verb_rules import check_verb
 from fsdp_qlora.distributed.meeting import MEETING_VARIABLE
-from fsdp_qlora.distributed.parent import die_with_parent
+from fsdp_qlora.distributed.parent import die_with_parent, die_with_sweep
 from fsdp_qlora.distributed.signals import STOP_SIGNALS, take_signals
 from fsdp_qlora.distributed.torchrun import forget_leftovers, is_rank
-from fsdp_qlora.errors import ConfigError, StorageError
+from fsdp_qlora.errors import STOPPED_EXIT_CODE, ConfigError, StorageError
 from fsdp_qlora.run.exit import CONFIG_VARIABLE, EXIT_VARIABLE, end_by_signal, guarded, leave
+from fsdp_qlora.track.bars import show_bars
 
 VERBS = {
     "train": "fine-tune a model and write its adapter",
@@ -33,10 +35,14 @@ VERBS = {
     "generate": "answer a prompt, with or without an adapter",
     "export": "write an adapter, the quantized base (what=base-4bit), or both merged (what=merged)",
     "inspect": "show a checkpoint, or compare two: inspect PATH [PATH]",
+    "report": "write one page about a run, or several beside each other: report RUN [RUN ...]",
+    "watch": "follow a run, or the runs of a sweep, in the terminal: watch RUN",
     "doctor": "show devices, versions and problems found",
 }
 ON_RANKS = ("train", "evaluate", "generate")
 """Verbs that can run on several ranks."""
+OF_PATHS = ("inspect", "report", "watch")
+"""Verbs that take paths instead of settings."""
 
 
 def usage() -> str:
@@ -52,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code of the process."""
     withstand()
     listen()
+    show_bars()
     if arguments is None:
         leave_here()
         restart_in_utf8()
@@ -64,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fsdp-qlora: {note}", file=sys.stderr, flush=True)
     if is_rank(os.environ):
         die_with_parent()
+    else:
+        die_with_sweep()
     if verb == "train" and arguments is None:  # until its own handlers take over; nothing is lost before
         take_signals(STOP_SIGNALS, end_by_signal)
     code = guarded(lambda: _run(verb, rest))
@@ -76,19 +85,28 @@ def _run(verb: str, arguments: list[str]) -> int:
     _require_current_folder()
     if verb not in VERBS:
         raise ConfigError(f"{verb}: there is no such verb.{nearest(verb, VERBS)}\n{usage()}")
-    if arguments[:1] in (["--help"], ["-h"]) and verb != "inspect":
-        print(import_module("fsdp_qlora.cli.help").show(verb, VERBS[verb], *arguments[1:2]))
+    if arguments[:1] in (["--help"], ["-h"]) and verb != "inspect":  # which prints its own
+        print(_help(verb, arguments[1:2]))
         return 0
-    if verb == "inspect":  # paths, not settings
+    if verb in OF_PATHS:
         quieten()
-        return import_module("fsdp_qlora.cli.inspect").run(arguments)
+        return import_module(f"fsdp_qlora.cli.{verb}").run(arguments)
     if (composed := os.environ.get(CONFIG_VARIABLE)) is not None:  # our launcher has composed it for all ranks
         return _verb(verb, from_dict(json.loads(Path(composed).read_text(encoding="utf-8"))))
     compose = import_module("fsdp_qlora.cli.compose")
     line = compose.split(arguments)
+    if verb == "train" and compose.is_sweep(line):
+        return import_module("fsdp_qlora.cli.sweep").run(arguments, line)
     if line.flags:
         return compose.hydra_main(verb, line, lambda config: _verb(verb, config))
     return _verb(verb, compose.compose_config(verb, arguments))
+
+
+def _help(verb: str, group: list[str]) -> str:
+    """Return what a verb does, and the settings that it reads, or those of one group."""
+    if verb in OF_PATHS:
+        return import_module(f"fsdp_qlora.cli.{verb}").USAGE
+    return import_module("fsdp_qlora.cli.help").show(verb, VERBS[verb], *group)
 
 
 def _require_current_folder() -> None:
@@ -103,7 +121,11 @@ def _verb(verb: str, config: RunConfig) -> int:
     check_verb(verb, config)
     quieten()
     if verb in ON_RANKS and not is_rank(os.environ) and (num_ranks := ranks_to_start(config)) > 1:
-        return launch(verb, config, num_ranks)
+        started = time.time()
+        code = launch(verb, config, num_ranks)
+        if verb == "train" and code not in (0, STOPPED_EXIT_CODE):
+            import_module("fsdp_qlora.cli.report").report_failure(config, code, started)
+        return code
     return import_module(f"fsdp_qlora.cli.{verb}").run(config)
 
 

@@ -12,14 +12,15 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import nn
+from transformers import AutoTokenizer
 
 from fsdp_qlora.adapters.experts import peft_config
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.adapters.whole import as_saved
 from fsdp_qlora.checks import reference
 from fsdp_qlora.data.columns import ColumnRows
-from fsdp_qlora.data.labels import ROWS
-from fsdp_qlora.data.loader import Cut, Loader
+from fsdp_qlora.data.labels import IGNORE, ROWS, TOKENS
+from fsdp_qlora.data.loader import Cut, Loader, MicroBatch, NamedBatch
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.objectives import build_objective
@@ -45,6 +46,10 @@ class Case:
     groups: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     """More settings of the tiny model."""
+    divided_by: str = ROWS
+    """What upstream's loss of a micro-batch is a mean over."""
+    together: Callable[[nn.Module, list[Tensors]], torch.Tensor] | None = None
+    """Computes the loss of a whole global batch, where it is no sum over micro-batches."""
 
     def write(self, folder: Path) -> tuple[str, dict[str, Any]]:
         """Write model and rows; return the model's folder and the settings of a run."""
@@ -54,6 +59,10 @@ class Case:
         else:
             model, rows = write_family(folder / "base", self.family, **self.more), folder / "rows.jsonl"
             rows.write_text("".join(json.dumps(self.row(number)) + "\n" for number in range(40)))
+        if self.objective["name"] == "masked_lm":
+            tokenizer: Any = AutoTokenizer.from_pretrained(model)
+            tokenizer.mask_token = "<|endoftext|>"
+            tokenizer.save_pretrained(model)
         groups = {
             "data": {"train": str(rows), "eval_fraction": 0.2},
             "objective": self.objective,
@@ -99,8 +108,12 @@ def upstream_losses(ranks: Ranks, folder: str, groups: dict[str, Any], kind: str
     losses = []
     for step in range(train.max_steps):
         batch, total = loader.batch_at(step * train.global_batch_size), 0.0
-        for part in batch.micro_batches:
-            share = len(part.rows) / batch.weights[ROWS]
+        if (together := CASES[kind].together) is not None:
+            loss = together(adapted, [part.tensors for part in batch.micro_batches])  # type: ignore[attr-defined]
+            loss.backward()
+            total = float(loss.detach())
+        for part in batch.micro_batches if together is None else ():
+            share = _weight(part, CASES[kind].divided_by) / batch.weights[CASES[kind].divided_by]
             loss = adapted(**CASES[kind].inputs(part.tensors)).loss * share  # type: ignore[attr-defined]
             loss.backward()
             total += float(loss.detach())
@@ -110,6 +123,11 @@ def upstream_losses(ranks: Ranks, folder: str, groups: dict[str, Any], kind: str
         losses.append(total)
     prepared.close()
     return losses
+
+
+def _weight(part: MicroBatch, name: str) -> int:
+    assert isinstance(part, NamedBatch)
+    return len(part.rows) if name == ROWS else int((part.tensors["labels"] != IGNORE).sum())
 
 
 def exported_outputs(ranks: Ranks, folder: str, groups: dict[str, Any], adapter: str) -> tuple[torch.Tensor, list[str]]:
@@ -140,11 +158,45 @@ class _AsOurs(nn.Module):
     def outputs(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 
+    def losses(self, labels: torch.Tensor, supervised: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        logits = self.model(**inputs, labels=labels).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")[supervised]
+
 
 def _with_labels(tensors: Tensors, labels: torch.Tensor) -> dict[str, Any]:
     return {name: value for name, value in tensors.items() if name != "label"} | {"labels": labels}
 
 
+def _labelled(number: int) -> dict[str, Any]:
+    words = sentence(number, 4 + number % 7).split()
+    return {"tokens": words, "labels": [ENTITIES[(number + at) % 4] for at in range(len(words))]}
+
+
+def _pair(number: int) -> dict[str, Any]:
+    pair = {"anchor": sentence(number, 4 + number % 5), "positive": sentence(number + 2, 3 + number % 4)}
+    return pair | ({"negative": sentence(number + 5, 4)} if number % 3 else {})
+
+
+def _against_all(pooling: str) -> Callable[[nn.Module, list[Tensors]], torch.Tensor]:
+    def loss(model: nn.Module, parts: list[Tensors]) -> torch.Tensor:
+        texts: tuple[list[torch.Tensor], ...] = ([], [], [])
+        for part in parts:
+            mask = part["attention_mask"]
+            hidden = model(input_ids=part["input_ids"], attention_mask=mask).last_hidden_state
+            for role, states, own in zip(part["role"].tolist(), hidden, mask.bool(), strict=True):
+                vector = states[own].mean(0) if pooling == "mean" else states[own][-1]
+                texts[role].append(vector / vector.norm())
+        anchors, candidates = torch.stack(texts[0]), torch.stack(texts[1] + texts[2])
+        return -(anchors @ candidates.T / 0.05).log_softmax(1).diagonal().mean()
+
+    return loss
+
+
+def _without_positions(tensors: Tensors) -> dict[str, Any]:
+    return {name: value for name, value in tensors.items() if name != "supervised"}
+
+
+ENTITIES = ["O", "B-SHIP", "I-SHIP", "B-SKY"]
 NAMES = ["calm", "odd", "wild"]
 CLASSIFY, IMAGES = {"name": "sequence_classification"}, {"name": "image_classification"}
 CASES: dict[str, Case] = {
@@ -159,6 +211,31 @@ CASES: dict[str, Case] = {
     "gpt2, several labels": Case(
         "gpt2", lambda n: {"text": sentence(n, 5 + n % 9), "label": NAMES[: n % 3]}, CLASSIFY,
         lambda t: _with_labels(t, t["label"]), {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}},
+    ),
+    "bert, words": Case(
+        "bert", _labelled, {"name": "token_classification"}, divided_by=TOKENS),
+    "llama, words": Case(
+        "llama", lambda n: _labelled(n) | {"labels": [i % 4 for i in range(4 + n % 7)]},
+        {"name": "token_classification"}, dict, {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}},
+        {"classifier_dropout": 0.0}, TOKENS,
+    ),
+    "bert, masked": Case(
+        "bert", lambda n: {"text": sentence(n, 9 + n % 9)}, {"name": "masked_lm"}, _without_positions,
+        divided_by=TOKENS,
+    ),
+    "bert, masked words": Case(
+        "bert", lambda n: {"text": sentence(n, 9 + n % 90)},
+        {"name": "masked_lm", "whole_words": True, "mask_probability": 0.3}, _without_positions,
+        {"data": {"truncation": "split"}, "quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}},
+        divided_by=TOKENS,
+    ),
+    "bert, pairs": Case(
+        "bert", lambda n: {k: v for k, v in _pair(n).items() if k != "negative"}, {"name": "embedding"},
+        together=_against_all("mean"),
+    ),
+    "llama, pairs": Case(
+        "llama", _pair, {"name": "embedding"}, groups={"quant": {"name": "none", "double_quant": False}},
+        together=_against_all("last"),
     ),
     "bert, a number to predict": Case(
         "bert", lambda n: {"text": sentence(n, 5 + n % 9), "label": n / 7}, CLASSIFY,

@@ -37,11 +37,13 @@ from fsdp_qlora.config.saved import read_config
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.config.verb_rules import missing
 from fsdp_qlora.errors import ConfigError, FsdpQloraError
+from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.shown import visible
 
 _VERBATIM = keys_with(RunConfig, VERBATIM)
 """Keys whose values are taken as typed: no quoting, no Hydra grammar (a list may still be written ``[a,b]``)."""
 
+MULTIRUN = ("--multirun", "-m")
 _ABSENT = object()
 
 
@@ -277,6 +279,12 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
+def is_sweep(line: CommandLine) -> bool:
+    """Whether a sweep of our own was asked for: ``--multirun`` alone, without settings of Hydra's own."""
+    own = any(text.lstrip("+~").startswith("hydra") for text in line.overrides)
+    return bool(line.flags) and set(line.flags) <= set(MULTIRUN) and not own
+
+
 def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) -> int:
     """Run ``verb`` through Hydra, for its flags (--help, --cfg job, --info, --multirun); return the exit code."""
     require_right(verb, line)
@@ -285,12 +293,17 @@ def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) ->
     swept = [override.key_or_group for override in parsed(line.overrides) if override.is_sweep_override()]
     ends: list[int | FsdpQloraError] = []
 
-    def job(composed: DictConfig) -> None:
+    def job(composed: DictConfig) -> float | None:
+        """Run one job; return what a plugin of Hydra's may want to make small, if there is such a number."""
         try:  # Hydra would turn our errors into a traceback and exit code 1
-            ends.append(run(_settle(verb, composed, outside, line, saved, f"/{_job_name(swept)}" if swept else "")))
+            config = _settle(verb, composed, outside, line, saved, f"/{_job_name(swept)}" if swept else "")
+            ends.append(run(config))
         except FsdpQloraError as error:
             ends.append(error)
             print(f"fsdp-qlora: {visible(str(error))}", file=sys.stderr)
+            return None
+        folder = RunFolder(config.run.output_root, config.run.name)
+        return folder.read_summary().get(config.sweep.metric) if verb == "train" and folder.finished else None
 
     shown = [f"{key}={quoted(value)}" for key, value in line.verbatim.items()]
     extra = [f"--config-dir={Path(line.config_dir).absolute()}"] if line.config_dir else []
@@ -302,7 +315,7 @@ def hydra_main(verb: str, line: CommandLine, run: Callable[[RunConfig], int]) ->
     ]
     if swept:  # puts Hydra's own record of the sweep next to its jobs
         keep_tree_clean += ["hydra.sweep.dir=${run.output_root}/${run.name}", "hydra.sweep.subdir=."]
-    flags = [flag if flag != "-m" else "--multirun" for flag in line.flags]
+    flags = [flag if flag not in MULTIRUN else MULTIRUN[0] for flag in line.flags]
     sys.argv = [f"fsdp-qlora {verb}", *flags, *extra, *line.overrides, *shown, *keep_tree_clean]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(job)()

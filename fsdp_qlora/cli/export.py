@@ -16,7 +16,6 @@ from fsdp_qlora.checkpoint.manifest import Manifest
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
 from fsdp_qlora.checkpoint.verify import ADAPTER_FOLDER
 from fsdp_qlora.cli.quoting import command
-from fsdp_qlora.cli.show import loading
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.process import Placement, choose_device, use_device
@@ -46,6 +45,7 @@ from fsdp_qlora.run.push import push
 from fsdp_qlora.run.serve import export_served
 from fsdp_qlora.run.world import open_world, require_one_process
 from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.track.bars import Bar
 from fsdp_qlora.track.console import megabytes
 
 
@@ -94,7 +94,7 @@ def _base_4bit(config: RunConfig) -> int:
 
     done = export_base(
         base, source, target, quant_format, device,
-        loading("quantizing and writing"),
+        Bar("quantizing and writing"),
         taken=adapter.taken if adapter else lambda _: None, complete=complete,
         overwrite=config.export.overwrite,
     )  # fmt: skip
@@ -170,7 +170,7 @@ def _plain_lora(config: RunConfig, adapter: StartedAdapter) -> int:
 
 def _served(config: RunConfig) -> int:
     adapter, target = _adapter_folder(config), _target(config)
-    done = export_served(config, adapter, target, _device(config), loading("quantizing and writing"))
+    done = export_served(config, adapter, target, _device(config), Bar("quantizing and writing"))
     size = f"{done.written.quantized} linears in {config.quant.name}, {megabytes(done.written.num_bytes)}"
     print(f"{done.base} + {adapter} -> {target}: {size}")
     if done.end is not None:
@@ -194,7 +194,7 @@ def _merged(config: RunConfig) -> int:
     adapter, target = _adapter_folder(config), _target(config)
     world = open_world(config)
     with world.stack:
-        done = merge(config, adapter, target, world, loading("folding and writing"))
+        done = merge(config, adapter, target, world, Bar("folding and writing"))
     stacks = f" and {done.written.stacks} stacks of experts" if done.written.stacks else ""
     written = f"{done.written.folded} linears{stacks} folded, {megabytes(done.written.num_bytes)}"
     written += f" ({done.rounded} in the base's files, rounded to {done.dtype})" if done.rounded else ""

@@ -16,7 +16,7 @@ from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
 
 _WIDTH = 100
-_OF_VERBS = {"plan": "plan", "evaluate": "evaluate", "generate": "generate", "export": "export"}
+_OF_VERBS = {"sweep": "train", "plan": "plan", "evaluate": "evaluate", "generate": "generate", "export": "export"}
 """Group -> the only verb that reads it."""
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.distributed.parent import is_alive
 from fsdp_qlora.distributed.patience import Since
 from fsdp_qlora.run.exit import Ending
 
@@ -56,15 +57,6 @@ class LifeSigns:
         """Return the ranks that still exist after being killed, because a driver or storage holds them."""
         waiting = {rank: note["process"] for rank, note in self._notes().items()}
         deadline = time.monotonic() + _LEAVE_SECONDS
-        while (waiting := {r: pid for r, pid in waiting.items() if _runs(pid)}) and time.monotonic() < deadline:
+        while (waiting := {r: pid for r, pid in waiting.items() if is_alive(pid)}) and time.monotonic() < deadline:
             time.sleep(0.1)
         return [f"rank {rank} (process {pid})" for rank, pid in sorted(waiting.items())]
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process exists and is not a zombie."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"

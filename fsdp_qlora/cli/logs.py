@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fsdp_qlora.errors import SecurityError
+from fsdp_qlora.files.write import append_to
+from fsdp_qlora.track.lines import to_line
 
 
 class _Printed(logging.Handler):
@@ -24,3 +31,27 @@ def listen() -> None:
         logger.addHandler(_Printed())
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+class _Kept(logging.Handler):
+    """Appends warnings to a file, as JSON lines."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(logging.WARNING)
+        self._file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append a line; if the disk is full, the message has at least been printed."""
+        with suppress(OSError, SecurityError), append_to(self._file) as stream:
+            stream.write(to_line({"time": record.created, "message": record.getMessage()}).encode())
+
+
+@contextmanager
+def keeping(file: Path) -> Iterator[None]:
+    """Also keep the warnings of `fsdp_qlora` in ``file``, for `fsdp-qlora watch` and the report."""
+    logger, handler = logging.getLogger("fsdp_qlora"), _Kept(file)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -24,6 +24,8 @@ _MAPPINGS = tuple(mappings(RunConfig))
 """Settings that are mappings with arbitrary keys."""
 GROUPS = [name for name, kind in field_types(RunConfig).items() if dataclasses.is_dataclass(kind)]
 EXPERIMENT = "experiment"
+SEVERAL = ("track",)
+"""Groups of which several options can be chosen at once: their files set different keys."""
 _FP16 = (
     " float16 overflows above 65504, which activations of many models trained in bfloat16 exceed, and it would also "
     "need loss scaling. Set precision=bf16, or fp32 on GPUs without bfloat16."
@@ -78,7 +80,7 @@ def override_problem(text: str, typed: Sequence[str], config_dir: str | None, fl
         message = f"{key}: not accepted; Hydra's own settings are limited to {', '.join(TAKEN)}."
         return None if is_taken(key) else Problem(message)
     if key in GROUPS or key == EXPERIMENT:
-        return _wrong_option(override, typed, config_dir)
+        return _wrong_option(override, typed, config_dir, flags)
     if key not in known_keys(RunConfig) and not mapping_of(key):
         return _no_such_override(key, typed)
     message = _wrong_value(override, flags)
@@ -91,13 +93,20 @@ def _no_such_override(key: str, typed: Sequence[str]) -> Problem:
     return dataclasses.replace(problem, unknown=frozenset().union(*left_open))
 
 
-def _wrong_option(override: Override, typed: Sequence[str], config_dir: str | None) -> Problem | None:
+def _wrong_option(
+    override: Override, typed: Sequence[str], config_dir: str | None, flags: Sequence[str]
+) -> Problem | None:
     key = override.key_or_group
-    choice = None if override.is_sweep_override() else override.value()
+    if override.is_sweep_override():
+        hint = sweep_hint(key, override.input_line or "", key in SEVERAL, flags)
+        return None if hint is None else Problem(hint, frozenset(_others(key, typed)))
+    choice = override.value()
     options = group_options(key, config_dir)
-    if choice is None or choice in options:
+    chosen = choice if isinstance(choice, list) and key in SEVERAL else [] if choice is None else [choice]
+    wrong = [str(option) for option in chosen if option not in options]
+    if not wrong:
         return None
-    word = str(choice)
+    word = wrong[0]
     why = REFUSED.get((key, word)) or nearest(word, options)
     return Problem(f"{key}: {word!r} is not one of {', '.join(options)}.{why}", frozenset(_others(key, typed)))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 from fsdp_qlora.cli.embedded import fetch_embedded
 from fsdp_qlora.cli.tables import print_table
@@ -28,7 +27,7 @@ def run(config: RunConfig) -> int:
     if config.data.train is None:
         print("data.train is not set: there is nothing to tokenize.")
         return 0
-    data = prepare_tokens(config, _show if sys.stderr.isatty() else None)
+    data = prepare_tokens(config)
     if data.stream is not None:
         print(
             f"data.streaming: the training rows are read during training; {data.eval_counts.kept} held-out sequences "
@@ -47,10 +46,6 @@ def run(config: RunConfig) -> int:
     if config.data.report:
         _report(config, data)
     return 0
-
-
-def _show(rows: int) -> None:
-    print(f"\rtokenizing: {rows} rows", end="", file=sys.stderr, flush=True)
 
 
 def _report(config: RunConfig, data: PreparedData) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,17 +26,6 @@ from fsdp_qlora.track.console import console, megabytes
 from fsdp_qlora.track.lines import write_lines
 
 _SHOWN = 160
-
-
-def loading(doing: str = "loading and quantizing") -> Callable[[int, int], None]:
-    """Return a progress callback for loading, which rewrites one line on a terminal and prints nothing elsewhere."""
-
-    def show(done: int, total: int) -> None:
-        if sys.stdout.isatty():
-            end = "\n" if done == total else "\r"
-            print(f"{doing} {done}/{total}", end=end, flush=True)
-
-    return show
 
 
 def print_start(prepared: Prepared, note: str) -> None:

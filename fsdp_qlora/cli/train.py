@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from typing import Any
 
 from fsdp_qlora.checkpoint.publish import complete_checkpoints
+from fsdp_qlora.cli.logs import keeping
 from fsdp_qlora.cli.ranks import on_ranks
-from fsdp_qlora.cli.show import loading, print_samples, print_start, print_stopped, print_summary
+from fsdp_qlora.cli.report import report_beside
+from fsdp_qlora.cli.show import print_samples, print_start, print_stopped, print_summary
 from fsdp_qlora.config.auto import Resume
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.patience import Patience
@@ -54,7 +57,7 @@ def _rank(config: RunConfig, world: World, signals: StopSignals) -> int:
     folder = RunFolder(config.run.output_root, config.run.name)
     run = _Run(folder, world.ranks.rank, signals)
     watch = Watch(world.ranks, config.launcher.timeout_seconds)
-    watch.start(Outside(run.ended_elsewhere, run.stopped, run.leave))
+    watch.start(Outside(run.ended_elsewhere, run.stopped, run.leave, run.tell))
     world.ranks.phases.enter("claiming the run folder")
     decision = claim(folder, config, world.ranks)
     run.claimed = True
@@ -63,12 +66,16 @@ def _rank(config: RunConfig, world: World, signals: StopSignals) -> int:
         _show(config, folder, world.ranks.is_main, decision.note)
         return 0
     try:
-        return _train(config, folder, world, decision.note, signals, watch)
+        with keeping(folder.messages_file) if world.ranks.is_main else nullcontext():
+            return _train(config, folder, world, decision.note, signals, watch)
     except Exception as error:
         ending = ending_of(error)
         if not ending.expected and (code := run.ended_elsewhere()) is not None:
             raise SystemExit(code) from error  # a consequence: another rank has ended and reported why
         folder.write_exit(ending.code, ending.rank, ending.message)
+        if world.ranks.size == 1 and folder.metrics_file.is_file():  # with several, the launcher does it: others wait
+            watch.stop()  # else it ends this process once it sees exit.json
+            report_beside(folder.path)
         raise
 
 
@@ -90,6 +97,11 @@ class _Run:
         at_once = self._signals.requested and not self._signals.something_to_save
         return Leave(STOPPED_EXIT_CODE, NOTHING_TO_SAVE) if at_once else None
 
+    def tell(self, states: list[dict[str, Any]]) -> None:
+        """Record what the ranks are doing, for `fsdp-qlora watch`."""
+        if self.claimed:
+            self._folder.write_ranks(states)
+
     def leave(self, last: Leave) -> None:
         """Report why this rank leaves, to the launcher first, since the run folder's storage may be what hangs."""
         tell_launcher(Ending(last.code, self._rank, last.message))
@@ -105,7 +117,7 @@ def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signal
     main = world.ranks.is_main
     if main and (restarts := restart_count()):
         print(f"restart {restarts}: {_goes_on(config, folder)}", flush=True)
-    prepared = prepare(config, world, loading() if main else None)
+    prepared = prepare(config, world)
     if main:
         print_start(prepared, note)
         print_samples(prepared, folder)
@@ -118,6 +130,7 @@ def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signal
             print_summary(result.summary, folder)
         else:
             print_stopped(result.checkpoint)
+        report_beside(folder.path)
     return code
 
 

@@ -136,20 +136,26 @@ WITH_EXPERTS = ("lora", "rslora")
 """The adapter methods that train stacked experts (``lora.target_parameters``)."""
 WITH_TABLES = ("lora", "rslora")
 """The adapter methods that adapt embedding and head."""
-OBJECTIVES = Names("sft", "sequence_classification", "image_classification")
+OBJECTIVES = Names(
+    "sft", "sequence_classification", "token_classification", "masked_lm", "embedding", "image_classification"
+)
 """``objective=``: losses (`fsdp_qlora.objectives`)."""
-WITH_LABELS = ("sequence_classification", "image_classification")
+WITH_LABELS = ("sequence_classification", "token_classification", "image_classification")
 """The objectives whose rows have labels, each of which is an output of the model's head."""
-ROW_BY_ROW = ("sequence_classification", "image_classification")
+ROW_BY_ROW = ("sequence_classification", "token_classification", "masked_lm", "embedding", "image_classification")
 """The objectives whose rows cannot share a sequence, and whose model is no causal language model."""
+CAN_SPLIT = ("masked_lm",)
+"""The objectives among them that can split a long row (``data.truncation=split``)."""
 OF_IMAGES = ("image_classification",)
 """The objectives whose rows are images; their models have no tokenizer."""
 OPTIMIZERS = Names(
     "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "ademamix_8bit", "sgd", "adafactor"
 )
 """``optim=``: optimizers (`fsdp_qlora.optim.optimizers`)."""
-TRACKERS = Names("console", "wandb")
+TRACKERS = Names("console", "wandb", "tensorboard", "mlflow")
 """``track=``: where metrics go in addition to metrics.jsonl (`fsdp_qlora.track.sinks`)."""
+TRACKER_PACKAGES = {"tensorboard": ("tensorboard",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
+"""Trackers that come as an extra of the same name -> the packages they import."""
 EXPORTS = Names("adapter", "base-4bit", "merged", "served", "gguf", "gguf-adapter")
 """``export what=``: what is exported (`fsdp_qlora.cli.export`)."""
 NONE = "none"

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fsdp_qlora.config import choices
-from fsdp_qlora.config.facts import NOT_NEGATIVE, YOUNGER
+from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, SHARE, YOUNGER
 
 ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
+Pooling = Literal["auto", "mean", "cls", "lasttoken"]
 Augmentation = Literal["flip_crop", "flip", "crop", "none"]
 
 
@@ -19,7 +20,10 @@ class ObjectiveSettings:
     name: Annotated[str, choices.OBJECTIVES] = "sft"
     """``sft``: cross entropy on the supervised tokens, summed and divided by their global count.
     ``sequence_classification``: a label, several, or a number for each text or pair of texts.
-    ``image_classification``: the same for each image."""
+    ``token_classification``: a label for each word of a text.
+    ``masked_lm``: words of a text that are masked (BERT).
+    ``embedding``: a vector for each text; those of a pair lie close together.
+    ``image_classification``: a label, several, or a number for each image."""
     labels: Annotated[list[str], YOUNGER] = field(default_factory=list)
     """Names of the labels, in the order of their numbers; empty = those of the training data, sorted."""
     problem_type: Annotated[ProblemType, YOUNGER] = "auto"
@@ -27,9 +31,18 @@ class ObjectiveSettings:
     labels at once, fractions are numbers to predict."""
     class_weights: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
     """Label -> factor of its rows' loss, for labels that are rare; 1 for those left out."""
+    mask_probability: Annotated[float, SHARE, YOUNGER] = 0.15
+    """Of ``masked_lm``: share of a row's tokens that are to be predicted."""
+    whole_words: Annotated[bool, YOUNGER] = False
+    """Of ``masked_lm``: choose whole words rather than single tokens."""
+    temperature: Annotated[float, POSITIVE, YOUNGER] = 0.05
+    """Of ``embedding``: what cosine similarities are divided by."""
+    pooling: Annotated[Pooling, YOUNGER] = "auto"
+    """Of ``embedding``: what makes a vector of a text's hidden states; ``auto`` = as the model's ``1_Pooling`` says,
+    else the mean of an encoder's, and a decoder's last."""
     image_size: Annotated[int, NOT_NEGATIVE, YOUNGER] = 0
-    """Height and width of the images that the model gets, in pixels; 0 = as its image processor has it. If the model's
-    table of positions is for another size, upstream's code interpolates it."""
+    """Of ``image_classification``: height and width of the images that the model gets, in pixels; 0 = as its image
+    processor has it. If the model's table of positions is for another size, upstream's code interpolates it."""
     augmentation: Annotated[Augmentation, YOUNGER] = "flip_crop"
-    """What changes images at random in training: half of them are mirrored (``flip``), and a part of each, at least
-    half its area, is enlarged (``crop``)."""
+    """Of ``image_classification``: what changes images at random in training: half of them are mirrored (``flip``),
+    and a part of each, at least half its area, is enlarged (``crop``)."""

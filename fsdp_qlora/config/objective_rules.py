@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from fsdp_qlora.config.auto import asked
-from fsdp_qlora.config.choices import OF_IMAGES, ROW_BY_ROW, WITH_LABELS
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.choices import CAN_SPLIT, OF_IMAGES, ROW_BY_ROW, WITH_LABELS
+from fsdp_qlora.config.schema import ObjectiveSettings, RunConfig
 
 Rule = Callable[[RunConfig], Iterator[str]]
 
@@ -18,7 +18,7 @@ def _rows(config: RunConfig) -> Iterator[str]:
     for key in ("packing", "padding_free", "streaming", "template"):
         if getattr(data, key):
             yield f"data.{key}: objective={name} has no use for it; leave it out."
-    if data.truncation == "split":
+    if data.truncation == "split" and name not in CAN_SPLIT:
         yield f"data.truncation: a row of objective={name} cannot be split; choose right, left or drop."
     if data.train_on != "assistant":
         yield f"data.train_on: objective={name} learns labels, not answers; leave it out."
@@ -53,6 +53,8 @@ def _labels(config: RunConfig) -> Iterator[str]:
             if getattr(objective, key):
                 yield f"objective.{key}: objective={objective.name} has no labels; leave it out."
         return
+    if objective.name != "sequence_classification" and objective.problem_type != "auto":
+        yield f"objective.problem_type: objective={objective.name} has one label for each word; leave it out."
     if twice := sorted({name for name in objective.labels if objective.labels.count(name) > 1}):
         yield f"objective.labels: {', '.join(map(repr, twice))} is named more than once."
     if unknown := [name for name in objective.class_weights if objective.labels and name not in objective.labels]:
@@ -61,16 +63,29 @@ def _labels(config: RunConfig) -> Iterator[str]:
         yield f"objective.class_weights: the factor of {odd[0]!r} must be above 0."
 
 
+_OWN = {
+    "masked_lm": ("mask_probability", "whole_words"), "embedding": ("temperature", "pooling"),
+    "image_classification": ("image_size", "augmentation"),
+}  # fmt: skip
+"""Objectives -> settings that no other reads."""
+
+
+def _own(config: RunConfig) -> Iterator[str]:
+    objective, defaults = config.objective, ObjectiveSettings()
+    for name, keys in _OWN.items():
+        for key in keys:
+            if objective.name != name and getattr(objective, key) != getattr(defaults, key):
+                yield f"objective.{key}: only objective={name} reads it, not {objective.name}; leave it out."
+    if not objective.mask_probability:
+        yield "objective.mask_probability: must be above 0, or there is nothing to predict."
+
+
 def _images(config: RunConfig) -> Iterator[str]:
-    objective = config.objective
-    if objective.name in OF_IMAGES:
-        for key, value in (("tasks", config.evaluate.tasks), ("prompts", config.evaluate.prompts)):
-            if value:
-                yield f"evaluate.{key}: a model of objective={objective.name} writes no texts; leave it out."
+    if config.objective.name not in OF_IMAGES:
         return
-    for key, value in (("image_size", objective.image_size), ("augmentation", objective.augmentation != "flip_crop")):
+    for key, value in (("tasks", config.evaluate.tasks), ("prompts", config.evaluate.prompts)):
         if value:
-            yield f"objective.{key}: objective={objective.name} has no images; leave it out."
+            yield f"evaluate.{key}: a model of objective={config.objective.name} writes no texts; leave it out."
 
 
-OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels, _images)
+OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels, _own, _images)

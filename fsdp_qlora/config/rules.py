@@ -20,6 +20,7 @@ from fsdp_qlora.config.facts import Range, facts, value_of
 from fsdp_qlora.config.objective_rules import OBJECTIVE_RULES
 from fsdp_qlora.config.problems import messages
 from fsdp_qlora.config.schema import BLOCK_SIZES, RunConfig
+from fsdp_qlora.config.track_rules import TRACK_RULES
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.shown import has_password, shown_source
 
@@ -356,6 +357,7 @@ RULES: tuple[Rule, ...] = (
     _degrees,
     _replicated,
     *ADAPTER_RULES,
+    *TRACK_RULES,
     _plan,
     _added_tokens,
     *ANSWER_RULES,

@@ -34,6 +34,14 @@ def read_config(file: str, what: str = "run_from") -> dict[str, Any]:
         raise ConfigError(f"{what}: {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{what}: {path} holds no settings.")
+    return _renamed(values)
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the names that keys have now: a run had one tracker, ``track.name``."""
+    track = values.get("track")
+    if isinstance(track, dict) and isinstance(name := track.get("name"), str):
+        values["track"] = {"to": {name: True}, **{key: value for key, value in track.items() if key != "name"}}
     return values
 
 

@@ -27,7 +27,8 @@ from fsdp_qlora.config.lora import LoraSettings
 from fsdp_qlora.config.objective import ObjectiveSettings
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
-from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings
+from fsdp_qlora.config.track import TrackSettings
+from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings, SweepSettings
 
 Switch = Literal["auto", "true", "false"]
 """``auto``: the plan decides and reports its choice."""
@@ -283,18 +284,6 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
-class TrackSettings:
-    """Where metrics go in addition to metrics.jsonl."""
-
-    name: Annotated[str, choices.TRACKERS] = "console"
-    """``wandb`` also logs metrics to Weights & Biases (offline if there is no API key)."""
-    wandb_project: Annotated[str, VERBATIM] = "fsdp_qlora"
-    """W&B project."""
-    wandb_entity: Annotated[str | None, VERBATIM] = None
-    """W&B user or team."""
-
-
-@dataclass(frozen=True)
 class LauncherSettings:
     """Launching the ranks and their communication."""
 
@@ -349,6 +338,7 @@ class RunConfig(Saved):
     track: TrackSettings = field(default_factory=TrackSettings)
     launcher: LauncherSettings = field(default_factory=LauncherSettings)
     debug: DebugSettings = field(default_factory=DebugSettings)
+    sweep: SweepSettings = field(default_factory=SweepSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     generate: GenerateSettings = field(default_factory=GenerateSettings)

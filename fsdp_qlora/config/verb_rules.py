@@ -11,6 +11,7 @@ from fsdp_qlora.config.choices import OF_IMAGES
 from fsdp_qlora.config.gguf_rules import gguf_needs
 from fsdp_qlora.config.problems import messages
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.track_rules import trackers_needs
 from fsdp_qlora.errors import ConfigError
 
 
@@ -125,7 +126,7 @@ def _compared(config: RunConfig) -> Iterator[str]:
 
 
 NEEDS: dict[str, tuple[Callable[[RunConfig], Iterator[str]], ...]] = {
-    "train": (_model, _data),
+    "train": (_model, _data, trackers_needs),
     "plan": (_model,),
     "prepare": (_model,),
     "evaluate": (_model, _one_adapter, _with_its_base, _measured),

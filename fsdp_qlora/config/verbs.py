@@ -1,4 +1,4 @@
-"""Settings of single verbs (`plan`, `evaluate`, `generate`, `export`), which are part of `schema.RunConfig`."""
+"""Settings of single verbs, and of sweeps, which are part of `schema.RunConfig`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, RUNS_CODE, SHARE, VERBATIM
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Sweeps: `train --multirun`."""
+
+    trials: Annotated[int, NOT_NEGATIVE] = 0
+    """Search with so many trainings instead of every combination: Optuna chooses the values; needs the extra
+    ``optuna``. Ranges are then possible, too: ``optim.lr=tag(log,interval(1e-5,1e-3))``."""
+    metric: str = "eval_loss_after"
+    """What to compare: a number of summary.json."""
+    maximize: bool = False
+    """Whether larger is better."""
+    prune: bool = False
+    """Stop a training of a search whose held-out loss is above the median of the others at the same step."""
 
 
 @dataclass(frozen=True)

@@ -94,3 +94,23 @@ class RowEncoder(ABC):
     @abstractmethod
     def segments(self, rows: Rows, number: int) -> list[Segment]:
         """Return row ``number`` as a reader should see it."""
+
+
+class EachAlone(RowEncoder):
+    """An encoder that needs nothing but the row itself."""
+
+    def encode(self, batch: list[tuple[int, Row]]) -> Iterator[tuple[int, str, Outcome]]:
+        """Yield the source, the place and what is stored of each row."""
+        for number, row in batch:
+            try:
+                yield number, row.where, self.stored(row)
+            except DataError as error:
+                yield number, row.where, error
+
+    @abstractmethod
+    def stored(self, row: Row) -> Stored:
+        """Return what is stored of a row.
+
+        Raises:
+            DataError: saying what is wrong with it; the caller names the row.
+        """

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -146,6 +146,15 @@ class StoredRows(Rows, Protocol):
     """int64, index of each row's source."""
 
 
+@runtime_checkable
+class DrawnTargets(Protocol):
+    """Rows whose number of supervised tokens is drawn anew each time that they are read."""
+
+    def drawn_targets(self, rows: list[int], position: int) -> int:
+        """Return the supervised tokens of the chosen rows in the global batch at ``position``."""
+        ...
+
+
 class TokenRows:
     """Tokenized rows with their lengths and target counts."""
 
@@ -273,7 +282,7 @@ class Loader:
 def build_batch(rows: Rows, chosen: list[int], cut: Cut, position: int = 0) -> Batch:
     """Cut the rows of the global batch at ``position`` into micro-batches and collate this rank's."""
     micro_batches = list(cut_rows(rows, chosen, cut, position))
-    return Batch(micro_batches, len(chosen), int(rows.lengths[chosen].sum()), weights_of(rows, chosen))
+    return Batch(micro_batches, len(chosen), int(rows.lengths[chosen].sum()), weights_of(rows, chosen, position))
 
 
 def cut_rows(rows: Rows, chosen: list[int], cut: Cut, position: int = 0) -> Iterator[MicroBatch]:
@@ -283,6 +292,9 @@ def cut_rows(rows: Rows, chosen: list[int], cut: Cut, position: int = 0) -> Iter
         yield rows.idle() if number is None else rows.collate(pieces[number], number, position)
 
 
-def weights_of(rows: Rows, chosen: list[int]) -> dict[str, int]:
+def weights_of(rows: Rows, chosen: list[int], position: int = 0) -> dict[str, int]:
     """Return the denominators of the loss over the chosen rows, which are those of all ranks."""
-    return {TOKENS: int(rows.targets[chosen].sum()), ROWS: len(chosen)}
+    drawn = isinstance(rows, DrawnTargets)
+    return {
+        TOKENS: rows.drawn_targets(chosen, position) if drawn else int(rows.targets[chosen].sum()), ROWS: len(chosen)
+    }  # fmt: skip

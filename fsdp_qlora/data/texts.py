@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.encoder import Counts
 from fsdp_qlora.errors import DataError
 
@@ -25,6 +26,13 @@ class Encoded:
     """int32 ``[length]``."""
     types: np.ndarray
     """int32 ``[length]``: 0 in the first text, 1 in the second, as the tokenizer has it; zeros if it has none."""
+    offsets: np.ndarray
+    """int64 ``[length, 2]``: where each token begins and ends in its text, in characters."""
+    special: np.ndarray
+    """bool ``[length]``: whether the tokenizer added the token."""
+    word: np.ndarray
+    """int32 ``[length]``: the tokenizer's own word (what it splits texts into before all else) of each token; -1 of one
+    that it added."""
 
 
 class TextTokenizer:
@@ -55,10 +63,32 @@ class TextTokenizer:
             results.append(made)
         return results
 
+    def pieces(self, text: str, count: Counts) -> list[Encoded]:
+        """Return the tokens of a text; with ``data.truncation=split`` in as many pieces as it needs.
+
+        Raises:
+            DataError: as `__call__`, but for texts that are split.
+        """
+        if self._truncation != "split":
+            (one,) = self([(text,)], [count])
+            return [] if one is None else [one]
+        made = self._encodings((text,), truncation=True, max_length=self._max_length, return_overflowing_tokens=True)
+        count.truncated += len(made) > 1
+        return made
+
     def _encode(self, texts: tuple[str, ...], **cut: object) -> Encoded:
-        encoding = self._tokenizer(*texts, return_token_type_ids=True, verbose=False, **cut)  # type: ignore[arg-type]
-        ids = np.array(encoding["input_ids"], dtype=np.int32)
-        return Encoded(ids, np.array(encoding["token_type_ids"], dtype=np.int32))
+        return self._encodings(texts, **cut)[0]
+
+    def _encodings(self, texts: tuple[str, ...], **cut: object) -> list[Encoded]:
+        made = self._tokenizer(*([text] for text in texts), verbose=False, **cut)  # type: ignore[arg-type]
+        return [
+            Encoded(
+                np.array(one.ids, dtype=np.int32), np.array(one.type_ids, dtype=np.int32),
+                np.array(one.offsets, dtype=np.int64).reshape(-1, 2), np.array(one.special_tokens_mask, dtype=bool),
+                np.array([-1 if word is None else word for word in one.word_ids], dtype=np.int32),
+            )
+            for one in made.encodings or ()
+        ]  # fmt: skip
 
 
 def key_of(*texts: str) -> int:
@@ -70,6 +100,16 @@ def key_of(*texts: str) -> int:
 def digest_of(*parts: bytes) -> bytes:
     """Return a digest of a row's content."""
     return hashlib.blake2b(b"\0".join(parts), digest_size=16).digest()
+
+
+def within_positions(data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> DataSettings:
+    """Return the settings with ``data.max_length`` at most what the model has positions for.
+
+    The tokenizer's own limit counts too: it leaves out positions that a model keeps for padding (RoBERTa).
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [limit for limit in (positions, tokenizer.model_max_length) if isinstance(limit, int) and limit > 0]
+    return replace(data, max_length=min([data.max_length, *limits]))
 
 
 def pad_token(config: PreTrainedConfig) -> int:

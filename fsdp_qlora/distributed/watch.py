@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.notes import STORE_SECONDS, Board, open_board
 from fsdp_qlora.distributed.patience import Patience, Since
 from fsdp_qlora.distributed.phases import AT_REST
-from fsdp_qlora.errors import StorageError
+from fsdp_qlora.errors import FsdpQloraError, StorageError
 
 _INTERVAL_SECONDS = 0.5
 _BEAT_SECONDS = 1.0
@@ -35,6 +36,10 @@ _SILENT_SHARE = 0.25
 """Share of a waiting rank's limit after which a rank without heartbeats counts as stuck."""
 _SILENT_BEATS = 5
 """But never sooner than after so many missed heartbeats."""
+_TELL_SECONDS = 10.0
+"""Interval at which rank 0 records what all ranks are doing, for people who look on."""
+_MOST_TOLD = 256
+"""Ranks that are recorded; asking for more would keep rank 0's board busy."""
 _ANSWER_SECONDS = 2.0
 """How long to wait for the run folder: its storage may be what hangs."""
 
@@ -56,6 +61,8 @@ class Outside:
     """Returns how to exit if this rank was asked to stop and there is nothing to save, else None."""
     leave: Callable[[Leave], None]
     """Reports the reason; the process exits afterwards."""
+    tell: Callable[[list[dict[str, Any]]], None] | None = None
+    """Records what each rank is doing (`Watch.states`), on rank 0; its failures are ignored."""
 
 
 class Watch:
@@ -73,12 +80,14 @@ class Watch:
         self._beat, self._beaten = 0, 0.0
         self._since = Since(STORE_SECONDS + _ANSWER_SECONDS + 1.0)
         self._storage = Patience(_ANSWER_SECONDS, "the storage")
+        self._told, self._telling = time.monotonic(), Patience(_ANSWER_SECONDS, "the storage")
 
     def start(self, outside: Outside) -> None:
         """Start watching."""
 
         def watch() -> None:
             while not self._stop.wait(_INTERVAL_SECONDS):
+                self._tell(outside)
                 if (reason := self._reason(outside)) is not None and not self._stop.is_set():
                     if reason.message:
                         outside.leave(reason)
@@ -89,6 +98,33 @@ class Watch:
     def stop(self) -> None:
         """Stop watching."""
         self._stop.set()
+
+    def states(self) -> list[dict[str, Any]]:
+        """Return what each rank is doing: its phase, since when (seconds since 1970), and how long it has been silent.
+
+        Raises:
+            OSError: if the board cannot be read; so do `TimeoutError` and `ValueError`.
+        """
+        own = {thread: [p.number, p.name, p.entered] for thread, p in self._threads.items()}
+        notes = {self._rank: (own, 0.0)}
+        if self._board is not None:
+            notes |= self._others(self._board, _MOST_TOLD)
+        return [
+            {
+                "rank": rank, "doing": note["main"][1], "since": note["main"][2], "saving": note["saving"][1],
+                "silent_seconds": round(silent, 1),
+            }
+            for rank, (note, silent) in sorted(notes.items())
+        ]  # fmt: skip
+
+    def _tell(self, outside: Outside) -> None:
+        tell = outside.tell
+        if tell is None or self._rank != 0 or time.monotonic() - self._told < _TELL_SECONDS:
+            return
+        self._told = time.monotonic()
+        with suppress(OSError, ValueError, FsdpQloraError):  # a slow disk or board must not hold up the watch
+            states = self.states()
+            self._telling.ask(lambda: tell(states))
 
     def _reason(self, outside: Outside) -> Leave | None:
         """Return why this rank must exit, or None."""
@@ -151,10 +187,10 @@ class Watch:
         doing = {thread: [p.number, p.name, p.entered] for thread, p in self._threads.items()}
         board.write(str(self._rank), json.dumps({**doing, "beat": self._beat, "process": os.getpid()}))
 
-    def _others(self, board: Board) -> dict[int, tuple[dict[str, Any], float]]:
+    def _others(self, board: Board, most: int | None = None) -> dict[int, tuple[dict[str, Any], float]]:
         """Return the other ranks' posted states, and the seconds since each one's last heartbeat."""
         others = {}
-        for rank in range(self._size):
+        for rank in range(self._size if most is None else min(self._size, most)):
             if rank != self._rank and (note := board.read(str(rank))) is not None:
                 shown = json.loads(note)
                 others[rank] = shown, self._since.unchanged(f"rank {rank}", shown["beat"])

@@ -105,12 +105,13 @@ def export_adapter(
     beside: Sequence[Path] = (),
     header: Mapping[str, str] | None = None,
     model_config: PreTrainedConfig | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> int:
     """Write a PEFT adapter folder and verify it; return the size of its weights in bytes. Call it on one rank.
 
     ``tokenizer`` may be an image processor. The files ``beside`` are copied into it. ``header`` are more texts for the
     header of the tensors' file, which plain PEFT reads past. ``model_config`` is written where the base needs another
-    config than its own: names of labels.
+    config than its own: names of labels. ``more`` are further files: name -> JSON.
 
     Raises:
         NumericsError: if a value is not finite, or the file does not hold the tensors that were written.
@@ -131,6 +132,9 @@ def export_adapter(
                 copy_regular(file, staging / file.name)
             if model_config is not None:
                 model_config.save_pretrained(str(staging))
+            for name, value in (more or {}).items():
+                (staging / name).parent.mkdir(exist_ok=True)
+                write_json(staging / name, value)
         except SafetensorError as error:  # how it reports a full disk
             raise StorageError(f"{folder / WEIGHTS_NAME} cannot be written: {error}.") from error
         size = (staging / WEIGHTS_NAME).stat().st_size

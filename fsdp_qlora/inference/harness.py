@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from fsdp_qlora.inference.end_of_turn import EndOfTurn
 from fsdp_qlora.inference.rendering import render_apart
 from fsdp_qlora.inference.scores import Pair, Score, cut_pair, score_all
 from fsdp_qlora.model.root import CausalModel
+from fsdp_qlora.track.bars import Bar
 
 _NEW_TOKENS = 256
 """Tokens of an answer where a task does not say: the harness's own default (`HFLM.max_gen_toks`)."""
@@ -39,7 +39,6 @@ _DRAWS = 1000
 """Draws for the standard error of metrics that have no formula for it."""
 _SEED = 1234
 """For the choice of examples in a prompt: the harness's own default."""
-_SAY_SECONDS = 10.0
 _NAMES = {"sample_len": "documents"}
 """What is not a metric in the harness's results, and what to call it."""
 _KNOWN = {"do_sample", "temperature", "top_p", "top_k", "until", "max_gen_toks"}
@@ -82,13 +81,13 @@ class Work:
     def run(self, order: Mapping[str, Any]) -> list[Any]:
         """Do what rank 0 ordered; return the scores, or the answers, in the order of the requests."""
         if "pairs" in order:
-            scored = Progress("scored texts") if self.ranks.is_main else None
+            scored = Bar("scoring texts", keep=False) if self.ranks.is_main else None
             return score_all(self.model, order["pairs"], self.score_batch_size, self.ranks, scored)
         settings = GenerateSettings(**order["settings"], batch_size=self.batch_size)
         end = EndOfTurn(self.end.ids, stops=tuple(settings.stop), keeps_space=True)
         rows = [Row(number, ids) for number, ids in enumerate(order["prompts"])]
         answers: dict[int, str] = {}
-        say = Progress("answered prompts")
+        say = Bar("answering prompts", keep=False)
 
         def write(texts: dict[int, str]) -> None:
             answers.update(texts)
@@ -96,19 +95,6 @@ class Work:
 
         answer_all(self.model, self.tokenizer, end, rows, settings, self.seed, self.ranks, write)
         return [answers[row.index] for row in rows] if self.ranks.is_main else []
-
-
-class Progress:
-    """Says on stderr how far a task is, now and then."""
-
-    def __init__(self, what: str) -> None:
-        self._what, self._said = what, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Take note that ``done`` of ``total`` are done."""
-        if time.monotonic() - self._said > _SAY_SECONDS:
-            self._said = time.monotonic()
-            print(f"{self._what}: {done}/{total}", file=sys.stderr, flush=True)
 
 
 def run_tasks(work: Work, settings: EvaluateSettings) -> dict[str, dict[str, float]]:

@@ -61,8 +61,9 @@ def weights_of(model: PreTrainedModel, folder: Path) -> SafetensorsFolder:
 
 
 def take_stock(
-    model: PreTrainedModel, source: SafetensorsFolder, layers: Sequence[str] = (), new_head: bool = False
-) -> Inventory:
+    model: PreTrainedModel, source: SafetensorsFolder, layers: Sequence[str] = (), new_head: bool = False,
+    other_head: bool = False,
+) -> Inventory:  # fmt: skip
     """Compare the names in the files with those of ``model``, as transformers built it, before any module is swapped.
 
     Also makes ``source`` find a tied weight under all of its names if the files hold it under any of them.
@@ -73,6 +74,7 @@ def take_stock(
         layers: names of the model's repeated layers.
         new_head: whether the model may have another head than the files: then what lies outside the layers and the
             embedding may be in no file, or be left over, and what lies outside the base model may have another shape.
+        other_head: whether the files may hold a head that the model lacks: what lies outside may be left over.
 
     Raises:
         ModelError: if tensors would be left over, parameters or buffers are in no file, or the files hold a tied
@@ -107,11 +109,12 @@ def take_stock(
         )
     used = source.used() | names
     left = [n for n in source.entries if n not in used and not _is_statistic(n, used)]
-    places = _places(layers, model.base_model_prefix) if new_head else set()
+    places = _places(layers, model.base_model_prefix) if new_head or other_head else set()
     left_out = tuple(
         n
         for n in left
-        if _upstream_leaves_out(model, n) or (new_head and not any(place in f".{n}" for place in places))
+        if _upstream_leaves_out(model, n)
+        or ((new_head or other_head) and not any(place in f".{n}" for place in places))
     )
     if odd := [n for n in left if n not in left_out]:
         raise ModelError(

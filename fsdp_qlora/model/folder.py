@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers i
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.errors import ModelError, typed_line
 from fsdp_qlora.shapes.known import closest, known_config
+from fsdp_qlora.track.bars import LINE_SECONDS
 
 _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -50,11 +52,24 @@ def _embedded_hint(name: str) -> str:
     return ""
 
 
-class _TerminalBar(tqdm):
-    """The hub's progress bar, shown only in a terminal."""
+class _Lines:
+    """Takes what tqdm draws and prints it as lines."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n "):
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Do nothing: every line is written at once."""
+
+
+class _HubBar(tqdm):
+    """The hub's progress bar on a terminal; elsewhere a line now and then, and none for short downloads."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "disable": None})
+        if not sys.stderr.isatty():
+            kwargs |= {"file": _Lines(), "delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "ncols": 80}
+        super().__init__(*args, **{**kwargs, "disable": False})
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -62,9 +77,7 @@ def _download(name: str, revision: str | None) -> Path:
 
     folder = Path(name).absolute()
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=_DOWNLOAD_PATTERNS, tqdm_class=_TerminalBar)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOAD_PATTERNS, tqdm_class=_HubBar))
     except Exception as error:  # the hub's errors, or those of whichever HTTP library it uses
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
         raise ModelError(

@@ -7,7 +7,7 @@ is drawn is always trained: an adapter without it would be worth nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -25,6 +25,24 @@ def head_modules(model: PreTrainedModel, drawn: Iterable[str] = ()) -> tuple[str
     if "" in owners:
         raise ModelError(f"{type(model).__name__}: its head is a parameter of the model itself, which is not trained.")
     return tuple(dict.fromkeys(owners))
+
+
+def drawn_modules(model: PreTrainedModel, drawn: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """Return the modules that own ``drawn`` parameters and not the table of tokens, which the files hold.
+
+    Beside that table, upstream starts a masked language model's bias at zero, where it stays.
+
+    Raises:
+        ModelError: if something else is drawn beside the table.
+    """
+    head = model.get_output_embeddings()
+    table = next((name for name, module in model.named_modules() if module is head), "")
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in drawn)
+    beside = {owner for owner in owners if f"{table}.".startswith(f"{owner}.")}
+    for name, value in drawn.items():
+        if name.rpartition(".")[0] in beside and bool(value.any()):
+            raise ModelError(f"{type(model).__name__}: {name} is in no file, and cannot be trained beside {table}.")
+    return tuple(owner for owner in owners if owner not in beside)
 
 
 @torch.no_grad()

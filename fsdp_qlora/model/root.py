@@ -102,6 +102,23 @@ class CausalModel(nn.Module):
         targets = labels.flatten().index_select(0, supervised + 1)
         return head(hidden.flatten(0, 1).index_select(0, supervised), labels=targets)
 
+    def losses(self, labels: torch.Tensor, supervised: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Return the float32 losses ``[targets]`` of an encoder-decoder's supervised tokens, in row-major order.
+
+        Upstream's own forward shifts the labels, runs encoder and decoder, and is stopped at the head. Under FSDP, a
+        collective.
+
+        Args:
+            labels: int64 ``[rows, length]``, -100 where not learned.
+            supervised: int64 ``[targets]``, where the others are in the flattened labels.
+            inputs: what the encoder reads.
+        """
+        base = self.base
+        hidden = head_input(base, **inputs, labels=labels, use_cache=False).flatten(0, 1)
+        head = base.get_output_embeddings()
+        assert head is not None
+        return head(hidden.index_select(0, supervised), labels=labels.flatten().index_select(0, supervised))
+
     def use_adapter(self, name: str | None) -> None:
         """Compute with the adapter ``name`` from now on; None: with the base alone.
 

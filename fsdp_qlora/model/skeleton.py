@@ -81,6 +81,8 @@ def build_skeleton(
             f"{type(model).__name__}: its class does not say where its input embedding is (those of many convolutional "
             "networks do not), so it cannot be sharded here."
         ) from error
+    if objective is not None:
+        objective.prune(model)
     if unmade := unmade_buffers(model):
         raise ModelError(f"{type(model).__name__}: buffer {unmade[0]} is not in any file, and no code creates it.")
     make_buffers(model)

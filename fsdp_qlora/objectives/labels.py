@@ -12,6 +12,7 @@ import numpy as np
 from fsdp_qlora.config.auto import asked
 from fsdp_qlora.config.schema import ObjectiveSettings
 from fsdp_qlora.data.encoder import Read
+from fsdp_qlora.data.labels import IGNORE
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.errors import DataError
@@ -46,10 +47,13 @@ class _Seen:
             self.names.add(_name(value))
 
 
-def find_labels(rows: Iterable[Row], read: Read, settings: ObjectiveSettings, column: str) -> ObjectiveSettings:
+def find_labels(
+    rows: Iterable[Row], read: Read, settings: ObjectiveSettings, column: str, of_each: bool = False
+) -> ObjectiveSettings:
     """Return the settings with the labels, and what they are, as the training rows have them.
 
-    Rows that cannot be read are passed over; encoding them says why.
+    Rows that cannot be read are passed over; encoding them says why. With ``of_each``, the column lists a label for
+    each part of a row (null or -100 where a part has none).
 
     Raises:
         DataError: if the labels are of different kinds, or there are none.
@@ -60,7 +64,8 @@ def find_labels(rows: Iterable[Row], read: Read, settings: ObjectiveSettings, co
             value = read(row).get(column)
             if value is None:
                 continue
-            seen.add(value)
+            for one in labels_of_parts(value) if of_each else (value,):
+                seen.add(one)
         except DataError:
             continue
         any_row = True
@@ -68,7 +73,9 @@ def find_labels(rows: Iterable[Row], read: Read, settings: ObjectiveSettings, co
             raise DataError(f"data: {row.where}: there are more than {MOST} labels; is {column!r} the right column?")
     if not any_row:
         raise DataError(f"data.train: no row has a {column!r}; data.columns can rename another column to it.")
-    problem = asked(settings.problem_type) or (MULTI if seen.several else REGRESSION if seen.fractions else SINGLE)
+    problem = asked(settings.problem_type) or (
+        SINGLE if of_each else MULTI if seen.several else REGRESSION if seen.fractions else SINGLE
+    )
     if settings.labels or problem == REGRESSION:
         return replace(settings, problem_type=problem)  # type: ignore[arg-type]
     if seen.fractions:
@@ -79,9 +86,25 @@ def find_labels(rows: Iterable[Row], read: Read, settings: ObjectiveSettings, co
             "of them, or list the names in objective.labels in the order of their numbers."
         )
     labels = sorted(seen.names) or [str(number) for number in range(seen.largest + 1)]
+    if not labels:
+        raise DataError(
+            f"data.train: the rows' {column!r} hold no labels; data.columns can rename another column to it."
+        )
     if len(labels) < 2 and problem == SINGLE:
         raise DataError(f"data.train: all rows have the same label, {labels[0]!r}; there is nothing to learn.")
     return replace(settings, labels=labels, problem_type=problem)  # type: ignore[arg-type]
+
+
+def labels_of_parts(value: Any) -> list[Any]:
+    """Return the labels in a list of them, without those of parts that have none."""
+    if not isinstance(value, list | tuple | np.ndarray):
+        raise DataError(f"expected a list of labels, got {value!r}")
+    return [one for one in value if not is_unlabelled(one)]
+
+
+def is_unlabelled(value: Any) -> bool:
+    """Whether a part of a row has no label: null, or torch's number for what is to be ignored."""
+    return value is None or (isinstance(value, int | np.integer) and value == IGNORE)
 
 
 class Labels:

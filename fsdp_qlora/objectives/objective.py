@@ -7,7 +7,8 @@ unequal numbers of targets, a mean of means over micro-batches and ranks would b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from fsdp_qlora.data.encoder import RowEncoder
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import MicroBatch, TokenBatch
 from fsdp_qlora.data.sources import read_source
+from fsdp_qlora.distributed.mesh import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -44,17 +46,36 @@ class Objective(ABC):
     """transformers' auto class that builds its model; None: the language model that a config.json describes."""
     trains_head: ClassVar[bool] = False
     """Whether its model has a head of its own, which may be in no file and is trained whole."""
+    uses_head: ClassVar[bool] = False
+    """Whether its losses are those of an encoder-decoder's output head, a chunk of logits at a time
+    (`CausalModel.losses`)."""
+    may_lack_head: ClassVar[bool] = False
+    """Whether the files may lack its head; then what they lack is drawn and trained whole, as with ``trains_head``."""
+    ignores_head: ClassVar[bool] = False
+    """Whether the files may hold a head, which its model does without."""
     scores_rows: ClassVar[bool] = False
     """Whether `observe` returns something for each row, which `score` makes metrics of."""
     of_images: ClassVar[bool] = False
     """Whether its rows are images, which the model's image processor reads: such a model has no tokenizer."""
     label_column: ClassVar[str] = "label"
     """Column of raw rows that holds their labels, where there are any."""
+    label_of_each: ClassVar[bool] = False
+    """Whether that column lists a label for each part of the row (a word), rather than labels of the whole row."""
     task_type: ClassVar[str | None] = "CAUSAL_LM"
     """PEFT's name for the task, in an exported adapter; None where it has none."""
 
     def __init__(self, settings: ObjectiveSettings | None = None) -> None:
         self.settings = settings or ObjectiveSettings(name=self.name)
+
+    def before(
+        self, model: nn.Module, micro_batches: Sequence[MicroBatch], ranks: Ranks, draw: Callable[[MicroBatch], None]
+    ) -> Objective:
+        """Return what computes the sums of a global batch: itself, or one that knows what its rows have in common.
+
+        Called before each global batch that is trained on, on every rank with its micro-batches. ``draw`` seeds dropout
+        as in the micro-batch's own forward.
+        """
+        return self
 
     @abstractmethod
     def sums(self, model: nn.Module, micro_batch: MicroBatch) -> Sums:
@@ -101,6 +122,22 @@ class Objective(ABC):
 
     def configure(self, config: PreTrainedConfig) -> None:  # noqa: B027 - most need nothing
         """Change a model's config as the objective needs it: the number and names of labels."""
+
+    def settled(self, folder: Path, config: PreTrainedConfig) -> ObjectiveSettings:
+        """Return its settings with what the model's folder and config decide."""
+        return self.settings
+
+    def prune(self, model: PreTrainedModel) -> None:  # noqa: B027 - most need nothing
+        """Take out of a model, which is on meta, what its loss does not use."""
+
+    def files(self, data: DataSettings, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return further files of an exported adapter: name -> JSON."""
+        return {}
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Names of the modules, of the extra ``tasks``, that `score` imports."""
+        return ()
 
     def probe(self, config: PreTrainedConfig, draw: torch.Generator) -> list[dict[str, torch.Tensor]]:
         """Return rows of a small model of this config, each alone, ``[1, ...]``, for the check against upstream."""

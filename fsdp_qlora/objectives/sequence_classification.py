@@ -15,7 +15,7 @@ from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.samples import Segment
-from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token
+from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, within_positions
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.objectives.classifier import LABEL, Classifier, label_rows
 from fsdp_qlora.objectives.labels import Labels
@@ -44,6 +44,7 @@ class SequenceClassification(Classifier):
         self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     ) -> _ClassifiedTexts:
         """Return what stores texts with their labels."""
+        data = within_positions(data, tokenizer, config)
         return _ClassifiedTexts(columns_of(data), fast(tokenizer), data, self.labels, pad_token(config))
 
 
@@ -60,7 +61,7 @@ class _ClassifiedTexts(RowEncoder):
         self._read, self._tokenizer, self._labels, self._pad = read, tokenizer, labels, pad
         self._encode = TextTokenizer(tokenizer, data.max_length, data.truncation)
         self._typed = "token_type_ids" in tokenizer.model_input_names
-        self.identity = ["sequence_classification", labels.names, labels.problem]
+        self.identity = ["sequence_classification", labels.names, labels.problem, data.max_length]
 
     def encode(self, batch: list[tuple[int, Row]]) -> Iterator[tuple[int, str, Outcome]]:
         """Yield the source, the place and the tokens of each row."""

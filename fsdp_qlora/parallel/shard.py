@@ -179,17 +179,18 @@ def set_prefetch(layers: Sequence[nn.Module], depth: int) -> None:
         unit.set_modules_to_backward_prefetch(units[max(0, place - depth) : place][::-1])
 
 
-def skip_gather_in_backward(*modules: nn.Module | None) -> None:
+def skip_gather_in_backward(units: Iterable[Sequence[nn.Module]]) -> None:
     """Gather the units of a frozen embedding and of the loss head for forward only; unsharded rows may be trained.
 
     Nothing before a frozen embedding needs a gradient, and the head computes the gradient of its input in forward.
-    FSDP cannot know this: it would gather both again and hold them while the layers compute.
+    FSDP cannot know this: it would gather both again and hold them while the layers compute. Tied modules are one unit:
+    what is trained in one of them is needed in backward, and it is the whole unit that is gathered or not.
     """
-    for module in modules:
-        if isinstance(module, FSDPModule) and not any(
-            p.requires_grad and isinstance(p, DTensor) for p in module.parameters()
-        ):
-            module.set_unshard_in_backward(False)
+    for unit in units:
+        if not any(p.requires_grad and isinstance(p, DTensor) for module in unit for p in module.parameters()):
+            for module in unit:
+                if isinstance(module, FSDPModule):
+                    module.set_unshard_in_backward(False)
 
 
 def _refuse_casting(model: nn.Module, policy: MixedPrecisionPolicy) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from fsdp_qlora.inference.end_of_turn import EndOfTurn, end_of_turn
 from fsdp_qlora.inference.generate import encode_conversations
 from fsdp_qlora.inference.prompts import ANSWER, Answers, Prompt, read_prompts
 from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.track.bars import Bar
 
 
 def answer_file(config: RunConfig, prepared: Prepared) -> int:
@@ -42,7 +42,7 @@ def answer_file(config: RunConfig, prepared: Prepared) -> int:
     rows = on_every(lambda: _rows(prepared, [prompt for prompt in prompts if prompt.index in left]), ranks)
     on_every(lambda: _require_fit(rows, settings, prepared.shapes.max_positions, f"generate.prompts: {file}"), ranks)
     end = ending(prepared, settings)
-    started = time.perf_counter()
+    bar = Bar("answering")
     done = len(prompts) - len(rows)
     if done and ranks.is_main:
         print(f"{done} of {len(prompts)} prompts are answered already; going on with the others", file=sys.stderr)
@@ -51,8 +51,7 @@ def answer_file(config: RunConfig, prepared: Prepared) -> int:
         nonlocal done
         answers[0].add(texts)
         done += len(texts)
-        seconds = time.perf_counter() - started
-        print(f"answered {done}/{len(prompts)}, {seconds:.0f} s", file=sys.stderr, flush=True)
+        bar(done, len(prompts))
 
     answer_all(prepared.model, prepared.tokenizer, end, rows, settings, sampling_seed(config), ranks, write)
 

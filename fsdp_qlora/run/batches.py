@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fsdp_qlora.attention.layout import Layout
@@ -36,6 +37,8 @@ class Batches:
     num_rows: int
     """Rows per epoch (sequences if packed); for a stream, all rows that the run reads."""
     length: Length
+    lengths: np.ndarray | None = None
+    """int64: tokens of each training row before packing; None for a stream."""
 
 
 def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> Batches:
@@ -72,7 +75,8 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
             _ahead(marked(streamed.batch_at, prepared, layout, []), read, prepared.ranks.device), read, length
         )
     assert prepared.data.train is not None
-    rows = layout(TokenRows(prepared.data.train))
+    stored = TokenRows(prepared.data.train)
+    rows = layout(stored)
     loader = Loader(rows, train.global_batch_size, cut, seed, data.length_grouped)
     last = None if train.max_steps else max(1, round(train.num_epochs * len(rows)))
     length = Length(train.global_batch_size, train.max_steps, last or 0)
@@ -81,7 +85,7 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
         lambda position: loader.batch_at(position, last), prepared, layout, _first_batches(first, length.planned_steps)
     )
     end = last or train.max_steps * train.global_batch_size
-    return Batches(_ahead(batch_at, end, prepared.ranks.device), len(rows), length)
+    return Batches(_ahead(batch_at, end, prepared.ranks.device), len(rows), length, stored.lengths)
 
 
 def _rows_alone(prepared: Prepared, cut: Cut) -> Batches:
@@ -95,7 +99,7 @@ def _rows_alone(prepared: Prepared, cut: Cut) -> Batches:
     length = Length(train.global_batch_size, train.max_steps, last or 0)
     end = last or train.max_steps * train.global_batch_size
     ahead = _ahead(lambda position: loader.batch_at(position, last), end, prepared.ranks.device)
-    return Batches(ahead, len(rows), length)
+    return Batches(ahead, len(rows), length, rows.lengths)
 
 
 def _first_batches(loader: Loader, steps: int) -> Iterator[MicroBatch]:

@@ -43,7 +43,7 @@ from fsdp_qlora.load.stream import LoadReport, Progress, stream_weights
 from fsdp_qlora.model.experts import use_experts_forward
 from fsdp_qlora.model.families import decoder_layers, language_task, task_type
 from fsdp_qlora.model.fused import fusible, swap_fused
-from fsdp_qlora.model.heads import draw_new, head_modules
+from fsdp_qlora.model.heads import draw_new, drawn_modules, head_modules
 from fsdp_qlora.model.kernels import KERNELS, Kernels
 from fsdp_qlora.model.replaceable import convolutions, kept_linears
 from fsdp_qlora.model.root import CausalModel, install_loss_head
@@ -144,10 +144,12 @@ def open_model(
         PlanError: if the settings do not suit the model.
     """
     base, objective = skeleton(config, folder), build_objective(config.objective)
+    config = replace(config, objective=objective.settled(folder, base.config))
     source = weights(folder)
     source.arrange(arrangement(base, source.entries))
     shapes = read_shapes(base)
-    stock = take_stock(base, source, shapes.layers, objective.trains_head)
+    new_head = objective.trains_head or objective.may_lack_head
+    stock = take_stock(base, source, shapes.layers, new_head, objective.ignores_head)
     if (line := stock.describe()) and ranks.is_main and say:
         _log.info("%s: %s", config.model.name, line)
     if config.quant.name != "none" and (kept := convolutions(base)) and ranks.is_main and say:
@@ -158,9 +160,10 @@ def open_model(
             f"{objective.name} trains only those. Choose another objective, or load it for a loop of your own "
             "(`prepare` without data)."
         )
-    if objective.trains_head:
+    if objective.trains_head or stock.drawn:
         source.drawn = draw_new(base, stock.drawn, config.run.seed)
-        config = with_head(config, head_modules(base, stock.drawn))
+        whole = head_modules(base, stock.drawn) if objective.trains_head else drawn_modules(base, source.drawn)
+        config = with_head(config, whole)
     plan = make_plan(config, shapes, ranks.size, budget)
     if plan.quantized or plan.quantized_edges:
         bitsandbytes_backend(ranks.device)
@@ -235,7 +238,8 @@ def build_sharded(
     ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
     task = language_task(base)
-    after = after_head(base) if task == "CAUSAL_LM" else None
+    by_head = task == "CAUSAL_LM" or build_objective(config.objective).uses_head
+    after = after_head(base) if by_head else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
     adapted = _adapt_and_quantize(config, base, plan, shapes, task, served)
     train_parameters(base, plan.memory.masters)
@@ -273,7 +277,7 @@ def build_sharded(
     _settle_gathers(config, base, plan, ranks)
     if model.compiled:
         want_input_gradient(base.get_input_embeddings())
-    for method in ("generate", "logits", "outputs"):
+    for method in ("generate", "logits", "losses", "outputs"):
         register_fsdp_forward_method(model, method)
     require_sharded(model, ranks, replicated)
     return model
@@ -291,7 +295,8 @@ def _settle_gathers(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, r
         copy_ahead(layers, fsdp.prefetch, ranks.device)
     elif ranks.shard_size == 1:
         copy_modules_ahead(layers, host_modules(base, plan.offloaded), edges[0], fsdp.prefetch, ranks.device)
-    skip_gather_in_backward(*edges)
+    there = [edge for edge in edges if edge is not None]
+    skip_gather_in_backward([there] if plan.memory.shapes.tied else [[edge] for edge in there])
 
 
 def _use_kernels(config: RunConfig, base: PreTrainedModel, after: AfterHead | None) -> str:

@@ -9,6 +9,7 @@ from fsdp_qlora.errors import DataError
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.shown import shown_source
+from fsdp_qlora.track.bars import counted
 from fsdp_qlora.train.evaluate import Evaluation, evaluate, together
 
 
@@ -29,8 +30,10 @@ def evaluate_rows(prepared: Prepared, rows: StoredRows) -> Evaluation:
     objective, parts = build_objective(prepared.settings.objective), {}
     for source in sorted(set(rows.sources.tolist())):
         chosen = np.flatnonzero(rows.sources == source).tolist()
-        micro_batches = cut_rows(rows, chosen, Cut(config.train.eval_batch_size, ranks.data_rank, ranks.data_size))
-        part = evaluate(prepared.model, micro_batches, objective, weights_of(rows, chosen), ranks)
+        cut = Cut(config.train.eval_batch_size, ranks.data_rank, ranks.data_size)
+        total = -(-len(cut.pieces(rows, chosen)) // ranks.data_size)
+        batches = counted(cut_rows(rows, chosen, cut), "evaluating", total, ranks.is_main)
+        part = evaluate(prepared.model, batches, objective, weights_of(rows, chosen), ranks)
         parts[_source_name(prepared, source)] = part
     return together(parts, objective)
 

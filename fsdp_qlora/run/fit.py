@@ -11,19 +11,20 @@ from fsdp_qlora.checkpoint.publish import step_folder
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.distributed.reduce import any_rank, on_main
 from fsdp_qlora.distributed.signals import StopSignals
-from fsdp_qlora.errors import STOPPED_EXIT_CODE
+from fsdp_qlora.errors import STOPPED_EXIT_CODE, typed_line
 from fsdp_qlora.files.read import read_json
 from fsdp_qlora.files.write import write_json
 from fsdp_qlora.run.claim import claim
 from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.run.started import started
 from fsdp_qlora.run.starts import keep_start
 from fsdp_qlora.run.summary import summarize
 from fsdp_qlora.run.training import FitResult, Training
 from fsdp_qlora.shown import published
-from fsdp_qlora.track.console import ConsoleProgress
-from fsdp_qlora.track.sinks import TRACKERS
-from fsdp_qlora.track.tracker import Beside, JsonLines, Sink, Tracker
+from fsdp_qlora.track.sink import Ended, Sink, State
+from fsdp_qlora.track.sinks import Tracked, open_sinks
+from fsdp_qlora.track.tracker import JsonLines, Tracker
 
 _log = logging.getLogger(__name__)
 
@@ -60,22 +61,27 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
         resumed = training.resume()
         keep_start(prepared, folder)
         on_main(lambda: folder.begin(published(to_dict(prepared.config))), prepared.ranks)
+        on_main(lambda: folder.write_start(started(training)), prepared.ranks)
         before = _before(training, folder, resumed)
         if any_rank(signals.requested, prepared.ranks):  # stopped while loading: nothing to save yet
             return FitResult(False, {})
         with _tracker(training, folder) as tracker:
             finished = training.run(tracker, signals)
-        on_main(training.unwritten.require_none, prepared.ranks)
-        training.close()
-        profile = training.profiling.finish()
-        if not finished:
-            return FitResult(False, {}, step_folder(folder.checkpoints, training.progress.step))
-        size = training.export()
-        summary = summarize(
-            prepared, training.progress, training.profiling.meter, training.batches.num_rows, before,
-            training.answers(), size,
-        ) | ({"profile": profile} if profile else {})  # fmt: skip
-    on_main(lambda: folder.write_summary(summary), prepared.ranks)
+            tracker.close()
+            on_main(training.unwritten.require_none, prepared.ranks)
+            training.close()
+            profile = training.profiling.finish()
+            if not finished:
+                tracker.end(Ended(State.STOPPED))
+                return FitResult(False, {}, step_folder(folder.checkpoints, training.progress.step))
+            size = training.export()
+            summary = summarize(
+                prepared, training.progress, training.profiling.meter, training.batches.num_rows, before,
+                training.answers(), size,
+            ) | ({"profile": profile} if profile else {})  # fmt: skip
+            on_main(lambda: folder.write_summary(summary), prepared.ranks)
+            given = folder.model if prepared.config.lora.trains_base else folder.adapter
+            tracker.end(Ended(State.FINISHED, summary=summary, adapter=given))
     return FitResult(True, summary)
 
 
@@ -114,25 +120,22 @@ def _stored_answers(file: Path, prompts: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def _tracker(training: Training, folder: RunFolder) -> Iterator[Tracker]:
+    """Open the sinks on rank 0; tell them how the run ended if that is by a failure, and close them in any case."""
     sinks: list[Sink] = []
 
-    def open_sinks() -> None:
-        sinks.extend(_sinks(training, folder))
+    def opened() -> None:
+        config, step = training.config, training.progress.step
+        sinks.append(JsonLines(folder.metrics_file, step, training.unwritten))
+        total = training.batches.length.total_steps(training.progress)
+        run = Tracked(folder.path, config.run.name, config.track, published(to_dict(config)), step, total)
+        sinks.extend(open_sinks(run))
 
-    on_main(open_sinks, training.ranks)
+    on_main(opened, training.ranks)
     tracker = Tracker(sinks, training.ranks.phases.by_itself)
     try:
         yield tracker
+    except BaseException as error:
+        tracker.end(Ended(State.FAILED, typed_line(error)))
+        raise
     finally:
         tracker.close()
-
-
-def _sinks(training: Training, folder: RunFolder) -> list[Sink]:
-    config, total = training.config, training.batches.length.total_steps(training.progress)
-    sinks: list[Sink] = [
-        JsonLines(folder.metrics_file, training.progress.step, training.unwritten),
-        Beside(ConsoleProgress(total, training.progress.step), "the progress display"),
-    ]
-    open_sink = TRACKERS[config.track.name]
-    sink = open_sink(folder.path, config.run.name, config.track, published(to_dict(config)))
-    return sinks if sink is None else [*sinks, Beside(sink, f"track={config.track.name}")]

@@ -41,6 +41,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
         self.answers_file = self.path / "answers.jsonl"
+        self.messages_file = self.path / "messages.jsonl"
         self.exit_file = self.path / "exit.json"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
@@ -141,6 +142,14 @@ class RunFolder:
         self.summary_file.unlink(missing_ok=True)
         write_text(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         write_json(self.path / "versions.json", versions())
+
+    def write_start(self, start: dict[str, Any]) -> None:
+        """Record what is known before the first step (`fsdp_qlora.run.started`)."""
+        write_json(self.path / "start.json", start)
+
+    def write_ranks(self, states: list[dict[str, Any]]) -> None:
+        """Record what each rank is doing (`fsdp_qlora.distributed.watch.Watch.states`)."""
+        write_json(self.path / "ranks.json", {"time": time.time(), "ranks": states})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the summary; the run then counts as finished."""

@@ -80,8 +80,8 @@ def labels_of(config: RunConfig) -> ObjectiveSettings:
         )
     kind = build_objective(objective)
     rows = (row for name in names_of(data.train) for row in kind.raw_rows(name))
-    column = kind.label_column
-    return find_labels(islice(rows, data.max_rows or None), columns_of(data), objective, column)
+    rows = islice(rows, data.max_rows or None)
+    return find_labels(rows, columns_of(data), objective, kind.label_column, kind.label_of_each)
 
 
 def planned_labels(config: RunConfig) -> RunConfig:

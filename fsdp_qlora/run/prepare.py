@@ -40,6 +40,7 @@ from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.starts import kept_start
 from fsdp_qlora.run.tokens import first_added, tokenize
 from fsdp_qlora.run.world import World, open_world
+from fsdp_qlora.track.bars import Bar
 
 _log = logging.getLogger(__name__)
 _EQUAL = "equal to upstream's own code"
@@ -105,7 +106,8 @@ def _prepare(
     process_bytes = resident_bytes()
     if training and opened.config.lora.start is not None:
         start = start or kept_start(opened, folder, world.ranks)
-    model, report = load_model(opened, world.ranks, progress, start, served)
+    bar = progress or (Bar("loading and quantizing") if world.ranks.is_main else None)
+    model, report = load_model(opened, world.ranks, bar, start, served)
     if starts.digest:
         model.starts = starts
         fill_directions(model, starts, world.ranks)

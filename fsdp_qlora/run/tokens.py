@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,9 @@ from fsdp_qlora.run.build import OpenedModel
 from fsdp_qlora.run.labels import labels_of
 from fsdp_qlora.run.world import World
 from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.track.bars import Bar
+
+TOKENIZING = "tokenizing rows"
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -50,10 +52,19 @@ def tokenize(
         return processor, None
     ranks.phases.enter("preparing the data")
     encoder = on_every(lambda: _encoder(objective, config, processor, opened.base, model_config), ranks)
+    bar = Bar(TOKENIZING) if ranks.is_main else None
+
+    def tell(rows: int) -> None:
+        ranks.phases.sign()
+        if bar is not None:
+            bar(rows, 0)
+
     data = prepare_data(
-        config.data, config.run.seed, _of_texts(processor), cache_folder(), world.share,
-        lambda _: ranks.phases.sign(), ranks.phases.by_itself, encoder,
+        config.data, config.run.seed, _of_texts(processor), cache_folder(), world.share, tell,
+        ranks.phases.by_itself, encoder,
     )  # fmt: skip
+    if bar is not None:
+        bar.close()
     if not objective.of_tokens:
         return processor, data
     assert isinstance(processor, PreTrainedTokenizerBase)
@@ -105,8 +116,8 @@ def _longest_row(shapes: ModelShapes, verdict: Verdict) -> int | None:
     return shapes.max_positions - unusable if unusable is not None and shapes.max_positions else None
 
 
-def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = None) -> PreparedData:
-    """Tokenize the data without a model or process group; ``progress`` is called with the number of rows read."""
+def prepare_tokens(config: RunConfig) -> PreparedData:
+    """Tokenize the data without a model or process group."""
     check(config)
     folder = resolve_folder(config.model.name, config.model.revision)
     objective = build_objective(labels_of(config))
@@ -115,9 +126,13 @@ def prepare_tokens(config: RunConfig, progress: Callable[[int], None] | None = N
         model_config = load_config(folder, config.model.trust_remote_code, config.model.config_overrides)
         objective.configure(model_config)
         encoder = objective.encoder(config.data, processor, model_config)
-    return prepare_data(
-        config.data, config.run.seed, _of_texts(processor), cache_folder(), progress=progress, encoder=encoder
-    )
+    bar = Bar(TOKENIZING)
+    data = prepare_data(
+        config.data, config.run.seed, _of_texts(processor), cache_folder(), progress=lambda rows: bar(rows, 0),
+        encoder=encoder,
+    )  # fmt: skip
+    bar.close()
+    return data
 
 
 def _processor(config: RunConfig, folder: Path, objective: Objective) -> Processor:

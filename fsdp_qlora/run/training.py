@@ -202,13 +202,15 @@ class Training:
         base = self.config.model.name
         base = str(self.prepared.folder) if Path(base).expanduser().is_dir() else base
         beside = [] if lora.start is None else [self.folder.path / FILE_NAME]
+        more = self.objective.files(self.config.data, self.model.base.config)
         return export_adapter(
-            folder, tensors, config, base, self._saved_processor(), card, beside, self._header, self._saved_config()
-        )
+            folder, tensors, config, base, self._saved_processor(), card, beside, self._header, self._saved_config(),
+            more,
+        )  # fmt: skip
 
     def _saved_config(self) -> PreTrainedConfig | None:
         """Return the model's config if the objective has changed it, without paths of this machine."""
-        if self.objective.of_tokens:
+        if not self.objective.trains_head:
             return None
         config = deepcopy(self.model.base.config)
         config.architectures, config.name_or_path = [type(self.model.base).__name__], ""

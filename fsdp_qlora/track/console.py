@@ -6,32 +6,20 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from fsdp_qlora.shown import visible
+from fsdp_qlora.track.bars import SCREEN, Screen, clock, console
+from fsdp_qlora.track.sink import Sink
 
 
-def console(**settings: Any) -> Console:
-    """Return a console that prints text verbatim: ``[INST]`` is not markup and ``:ok:`` not an emoji."""
-    return Console(highlight=False, markup=False, emoji=False, **settings)
-
-
-class ConsoleProgress:
+class ConsoleProgress(Sink):
     """Shows loss, tokens per second, memory and time left."""
 
-    def __init__(self, total_steps: int, start_step: int = 0) -> None:
+    def __init__(self, total_steps: int, start_step: int = 0, screen: Screen = SCREEN) -> None:
         self.console = console()
         self._total, self._started, self._first = total_steps, time.monotonic(), start_step
-        self._bar: Progress | None = None
-        if sys.stdout.isatty():
-            self._bar = Progress(
-                TextColumn("step"), BarColumn(bar_width=20), MofNCompleteColumn(),
-                TextColumn("{task.fields[values]}", markup=False),
-                TimeRemainingColumn(), console=self.console,
-            )  # fmt: skip
-            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, values="")
-            self._bar.start()
+        self._screen = screen
+        # Not on stderr alone: the lines of a run that is written to a file are its log.
+        self._bar = screen.add("step", total_steps, start_step) if sys.stdout.isatty() else None
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Show a step's values."""
@@ -40,9 +28,9 @@ class ConsoleProgress:
             left = self._left(step) if "loss" in values else ""
             print(visible(f"step {step}/{self._total} {text}{left}"), flush=True)
         elif "loss" not in values:
-            self._bar.print(f"step {step}/{self._total} {text}")
+            self._screen.print(f"step {step}/{self._total} {text}")
         else:
-            self._bar.update(self._task, completed=step, values=brief(values))
+            self._screen.update(self._bar, completed=step, values=brief(values))
 
     def rewind(self, step: int) -> None:
         """Do nothing: the next line shows the current step."""
@@ -56,7 +44,8 @@ class ConsoleProgress:
     def close(self) -> None:
         """Stop the bar."""
         if self._bar is not None:
-            self._bar.stop()
+            self._screen.remove(self._bar, keep=True)
+        self._bar = None
 
 
 def describe(values: dict[str, Any]) -> str:
@@ -95,8 +84,3 @@ def duration(seconds: float) -> str:
     if seconds < 0.1:
         return f"{1e3 * seconds:.2g} ms" if seconds < 0.01 else f"{1e3 * seconds:.0f} ms"
     return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s"
-
-
-def clock(seconds: float) -> str:
-    """Return seconds as m:ss."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

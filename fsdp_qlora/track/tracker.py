@@ -1,4 +1,4 @@
-"""metrics.jsonl (the authoritative record), the console and W&B. Only rank 0's tracker has sinks."""
+"""metrics.jsonl (the authoritative record) and the sinks beside it. Only rank 0's tracker has sinks."""
 
 from __future__ import annotations
 
@@ -8,31 +8,19 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fsdp_qlora.errors import typed_line
 from fsdp_qlora.files.read import read_regular
 from fsdp_qlora.files.write import append_to, replacing
 from fsdp_qlora.track.lines import Appended
+from fsdp_qlora.track.sink import Ended, Sink
 from fsdp_qlora.track.unwritten import Unwritten
 
 _log = logging.getLogger(__name__)
 
 
-class Sink(Protocol):
-    """A destination for metrics."""
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Log the values of a step."""
-
-    def rewind(self, step: int) -> None:
-        """Discard what was logged for later steps, if the sink can."""
-
-    def close(self) -> None:
-        """Write out what is pending."""
-
-
-class JsonLines:
+class JsonLines(Sink):
     """metrics.jsonl: one JSON object per line, written immediately."""
 
     def __init__(self, file: Path, resume_step: int, unwritten: Unwritten) -> None:
@@ -54,7 +42,7 @@ class JsonLines:
         self._lines.forget()
         self._unwritten.attempt(self._file, lambda: self._cut(step))
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, Any]) -> None:
         """Append a line."""
         self._lines.add(json.dumps({"time": round(time.time(), 3), "step": step, **values}) + "\n")
 
@@ -70,7 +58,7 @@ def _step_of(line: bytes) -> float:
         return float("inf")  # a partial line from a killed run
 
 
-class Beside:
+class Beside(Sink):
     """An optional sink: its first failure is reported, and it receives nothing more."""
 
     def __init__(self, sink: Sink, name: str) -> None:
@@ -87,7 +75,7 @@ class Beside:
             failed = "%s failed and receives no more values (%s); metrics.jsonl has everything."
             _log.warning(failed, self._name, typed_line(error))
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, Any]) -> None:
         """Log the values of a step."""
         self._try(lambda sink: sink.log(step, values))
 
@@ -99,13 +87,17 @@ class Beside:
         """Write out what is pending."""
         self._try(lambda sink: sink.close())
 
+    def end(self, ended: Ended) -> None:
+        """Take note of how the run ended."""
+        self._try(lambda sink: sink.end(ended))
+
 
 class Tracker:
     """Several sinks as one."""
 
     def __init__(self, sinks: list[Sink], around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Log to ``sinks`` in order, inside the context ``around``, which tells the watch that files are written."""
-        self._sinks, self._around = sinks, around
+        self._sinks, self._around, self._closed = sinks, around, False
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Log the values of a step to every sink."""
@@ -119,6 +111,14 @@ class Tracker:
             sink.rewind(step)
 
     def close(self) -> None:
-        """Close every sink."""
-        for sink in self._sinks:
+        """Close every sink, once."""
+        for sink in self._sinks if not self._closed else ():
             sink.close()
+        self._closed = True
+
+    def end(self, ended: Ended) -> None:
+        """Tell every sink how the run ended."""
+        self.close()
+        with self._around():
+            for sink in self._sinks:
+                sink.end(ended)

@@ -10,11 +10,11 @@ from contextlib import chdir, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.config.schema import TrackSettings
+from fsdp_qlora.config.track import TrackSettings
 from fsdp_qlora.errors import first_line
 from fsdp_qlora.files.home import home_folder
 from fsdp_qlora.shown import shown_source
-from fsdp_qlora.track.tracker import Sink
+from fsdp_qlora.track.sink import Ended, Sink, State, numbers
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def _without_key() -> Iterator[None]:
             os.environ[_KEY] = key
 
 
-class WandbSink:
+class WandbSink(Sink):
     """Sends metrics to one W&B run, whose id is kept in the run folder."""
 
     def __init__(
@@ -117,6 +117,9 @@ class WandbSink:
             entity=settings.wandb_entity,
             id=id_file.read_text(encoding="utf-8").strip(),
             name=name,
+            group=settings.wandb_group,
+            tags=settings.wandb_tags or None,
+            notes=settings.wandb_notes,
             resume="allow",
             mode=mode,  # type: ignore[arg-type]
             dir=str(folder),
@@ -125,8 +128,9 @@ class WandbSink:
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        self._sends_adapter = settings.wandb_adapter
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, Any]) -> None:
         """Send the values of a step."""
         self._run.log({"step": step, **values})
 
@@ -134,8 +138,20 @@ class WandbSink:
         """W&B cannot delete logged steps; repeated ones appear twice, with the same ``step``."""
 
     def close(self) -> None:
-        """End the run."""
-        self._run.finish()
+        """Do nothing: W&B sends what is pending by itself, and `end` waits for it."""
+
+    def end(self, ended: Ended) -> None:
+        """Send the summary and, if asked to, the adapter; raise an alert if the run failed; end the run."""
+        import wandb
+
+        self._run.summary.update({f"final/{name}": value for name, value in numbers(ended.summary).items()})
+        if self._sends_adapter and ended.adapter is not None:
+            artifact = wandb.Artifact(f"adapter-{self._run.id}", type="model", metadata=numbers(ended.summary))
+            artifact.add_dir(str(ended.adapter))
+            self._run.log_artifact(artifact)
+        if ended.state is State.FAILED:
+            self._run.alert(f"{self._run.name} failed", ended.message, level="ERROR")
+        self._run.finish(exit_code=1 if ended.state is State.FAILED else 0)
 
 
 def _has_key() -> bool:

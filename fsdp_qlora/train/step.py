@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-from fsdp_qlora.data.loader import Batch
+from fsdp_qlora.data.loader import Batch, MicroBatch
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import all_sum
 from fsdp_qlora.distributed.seeds import seed_of
@@ -98,13 +98,19 @@ def forward_backward(model: nn.Module, batch: Batch, number: int, settings: Step
     """
     last = len(batch.micro_batches) - 1
     totals = Totals()
+
+    def draw(micro_batch: MicroBatch) -> None:
+        # Dropout masks depend on the micro-batch, not on the rank that happens to run it.
+        torch.manual_seed(seed_of(settings.seed, number, micro_batch.number))
+
+    settings.enter(f"step {number}, before its micro-batches")
+    objective = settings.objective.before(model, batch.micro_batches, settings.ranks, draw)
     for turn, micro_batch in enumerate(batch.micro_batches):
         settings.enter(f"step {number}, micro-batch {turn + 1} of {last + 1}")
         settings.synchronize(model, turn == last)
-        # Dropout masks depend on the micro-batch, not on the rank that happens to run it.
-        torch.manual_seed(seed_of(settings.seed, number, micro_batch.number))
+        draw(micro_batch)
         with settings.around():
-            sums = settings.objective.sums(model, micro_batch.to(settings.ranks.device))
+            sums = objective.sums(model, micro_batch.to(settings.ranks.device))
             loss_of(sums, micro_batch.weight, batch.weights).backward()
         totals.add(sums, micro_batch.weight)
     return totals

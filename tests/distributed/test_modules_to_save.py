@@ -62,6 +62,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "adapters on a scaled embedding": ("gemma3_text", {"lora": {"target_modules": ["v_proj", "embed_tokens"]}}),
     "an adapter on a capped head": ("gemma2", {"lora": {"target_modules": ["v_proj", "lm_head"]}}),
+    "an adapter on one end of a shared table that is freed after the forward": (
+        "tied", {"lora": {"target_modules": ["v_proj", "lm_head"]}, "fsdp": {"reshard_after_forward": "true"}},
+    ),
     "adapters on an unquantized base's head": (
         "untied", {"lora": {"target_modules": ["v_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}, "quant": NONE},
     ),

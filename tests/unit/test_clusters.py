@@ -154,9 +154,10 @@ _WANDB = """
 import sys
 from pathlib import Path
 from fsdp_qlora.config.schema import TrackSettings
+from fsdp_qlora.track.sink import Ended, State
 from fsdp_qlora.track.wandb import open_wandb
-sink = open_wandb(Path(sys.path.pop()), "r", TrackSettings("wandb"), {})
-sink.log(1, {"loss": 1.0}); sink.close()
+sink = open_wandb(Path(sys.path.pop()), "r", TrackSettings({"wandb": True}), {})
+sink.log(1, {"loss": 1.0}); sink.end(Ended(State.FINISHED))
 print(sink._run.settings.mode)
 """
 KEYS = {

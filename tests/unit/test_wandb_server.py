@@ -13,9 +13,10 @@ _SINK = """
 import sys
 from pathlib import Path
 from fsdp_qlora.config.schema import TrackSettings
+from fsdp_qlora.track.sink import Ended, State
 from fsdp_qlora.track.wandb import open_wandb
-sink = open_wandb(Path(sys.argv[1]), "r", TrackSettings("wandb"), {})
-sink.log(1, {"loss": 1.0}); sink.close()
+sink = open_wandb(Path(sys.argv[1]), "r", TrackSettings({"wandb": True}), {})
+sink.log(1, {"loss": 1.0}); sink.end(Ended(State.FINISHED))
 """
 
 

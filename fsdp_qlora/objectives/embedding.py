@@ -1,0 +1,198 @@
+"""embedding: a vector for each text, such that those of a pair lie close together."""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from fsdp_qlora.config.auto import asked
+from fsdp_qlora.config.schema import DataSettings, ObjectiveSettings
+from fsdp_qlora.data.columns import LENGTH, TARGETS, ColumnRows, mask_of, padded
+from fsdp_qlora.data.encoder import EachAlone, Read, Stored
+from fsdp_qlora.data.labels import ROWS
+from fsdp_qlora.data.lines import Row
+from fsdp_qlora.data.loader import MicroBatch, NamedBatch, Rows
+from fsdp_qlora.data.messages import text_of
+from fsdp_qlora.data.prepare import columns_of, fast
+from fsdp_qlora.data.samples import Segment
+from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, within_positions
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.errors import DataError, ModelError
+from fsdp_qlora.objectives.contrast import ANCHOR, NEGATIVE, POSITIVE, Known, Texts, differentiate, losses, retrieval
+from fsdp_qlora.objectives.objective import Objective, Sums, register
+from fsdp_qlora.objectives.pooling import pool, pooling_of, sentence_transformers_files
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_ROLE = "role"
+_COLUMNS = {"anchor": ANCHOR, "positive": POSITIVE, "negative": NEGATIVE}
+
+
+@register
+class Embedding(Objective):
+    """The cross entropy of each row's positive among those of all rows, by cosine similarity; a mean over rows."""
+
+    name = "embedding"
+    auto_class = "AutoModel"
+    ignores_head = True
+    scores_rows = True
+    task_type = "FEATURE_EXTRACTION"
+
+    def __init__(self, settings: ObjectiveSettings | None = None) -> None:
+        super().__init__(settings)
+        self._known: Mapping[int, Known] | None = None
+
+    def settled(self, folder: Path, config: PreTrainedConfig) -> ObjectiveSettings:
+        """Return the settings with the model's own pooling, unless another is asked for."""
+        return replace(self.settings, pooling=asked(self.settings.pooling) or pooling_of(folder, config))  # type: ignore[arg-type]
+
+    def configure(self, config: PreTrainedConfig) -> None:
+        """Keep no keys and values for further tokens.
+
+        Raises:
+            ModelError: if it describes an encoder-decoder.
+        """
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"model.name: a {config.model_type} has an encoder and a decoder; objective=embedding trains models "
+                "with one of them."
+            )
+        config.get_text_config().use_cache = False
+
+    def prune(self, model: PreTrainedModel) -> None:
+        """Take out BERT's pooler, whose output is not used."""
+        if isinstance(getattr(model, "pooler", None), nn.Module):
+            model.pooler = None  # type: ignore[assignment]
+
+    def encoder(self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> _Pairs:
+        """Return what stores pairs of texts."""
+        return _Pairs(columns_of(data), fast(tokenizer), within_positions(data, tokenizer, config), pad_token(config))
+
+    def files(self, data: DataSettings, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return the files by which sentence-transformers load the adapter."""
+        text = config.get_text_config()
+        longest = min(data.max_length, getattr(text, "max_position_embeddings", None) or data.max_length)
+        return sentence_transformers_files(self.settings.pooling, int(text.hidden_size), longest)
+
+    @torch.no_grad()
+    def before(
+        self, model: nn.Module, micro_batches: Sequence[MicroBatch], ranks: Ranks, draw: Callable[[MicroBatch], None]
+    ) -> Embedding:
+        """Return the objective that knows the vectors of all rows of a global batch; see `contrast`."""
+        own: dict[int, Texts] = {}
+        for micro_batch in micro_batches:
+            draw(micro_batch)
+            texts = self._texts(model, micro_batch.to(ranks.device))
+            if micro_batch.weight:
+                own[micro_batch.number] = texts
+        knowing = copy(self)
+        knowing._known = differentiate(own, self.settings.temperature, ranks)
+        return knowing
+
+    def sums(self, model: nn.Module, micro_batch: MicroBatch) -> Sums:
+        """Return the loss of the rows, among those of the global batch after `before`, else of the micro-batch alone.
+
+        After `before`, the gradient is the micro-batch's share of that of the global batch's loss, to which all its
+        vectors contribute: as negatives of other rows, too.
+        """
+        texts = self._texts(model, micro_batch)
+        if self._known is None:
+            return {"loss": (losses(texts, self.settings.temperature).sum(), ROWS)}
+        if (known := self._known.get(micro_batch.number)) is None:  # it is there for the collectives only
+            return {"loss": (texts.vectors.sum() * 0.0, ROWS)}
+        carried = (texts.vectors * known.slopes).sum()
+        return {"loss": (carried - carried.detach() + known.loss, ROWS)}
+
+    def observe(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Sums, list[Any]]:
+        """Return the sums, with the negatives of the micro-batch alone, and each row's two vectors."""
+        texts = self._texts(model, micro_batch)
+        sums: Sums = {"loss": (losses(texts, self.settings.temperature).sum(), ROWS)}
+        anchors, positives = (texts.vectors[texts.role == role].cpu().numpy() for role in (ANCHOR, POSITIVE))
+        return sums, [[_packed(a), _packed(b)] for a, b in zip(anchors, positives, strict=True)]
+
+    def score(self, observed: Sequence[Any]) -> dict[str, float]:
+        """Return how often a row's positive is the most similar of all held-out ones, and the mean of 1 / its rank."""
+        anchors, positives = (torch.from_numpy(np.stack([_unpacked(row[i]) for row in observed])) for i in (0, 1))
+        first, reciprocal = retrieval(anchors, positives)
+        return {"accuracy": sum(first) / len(first), "mrr": sum(reciprocal) / len(reciprocal)}
+
+    def _texts(self, model: nn.Module, micro_batch: MicroBatch) -> Texts:
+        assert isinstance(micro_batch, NamedBatch)
+        inputs = dict(micro_batch.tensors)
+        role = inputs.pop(_ROLE)
+        hidden = model.outputs(**inputs).last_hidden_state  # type: ignore[operator]
+        return Texts(pool(hidden, inputs["attention_mask"], self.settings.pooling), role)
+
+
+def _packed(vector: np.ndarray) -> str:
+    return b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def _unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(b64decode(text), dtype="<f4").astype(np.float32)
+
+
+class _Pairs(EachAlone):
+    """Stores the tokens of two texts, or three with a negative."""
+
+    columns: ClassVar = {**dict.fromkeys(_COLUMNS, "int32[]"), LENGTH: "int32", TARGETS: "int32"}
+
+    def __init__(self, read: Read, tokenizer: PreTrainedTokenizerBase, data: DataSettings, pad: int) -> None:
+        self._read, self._tokenizer, self._pad = read, tokenizer, pad
+        self.identity = ["embedding", data.max_length]
+        self._encode = TextTokenizer(tokenizer, data.max_length, data.truncation)
+
+    def stored(self, row: Row) -> Stored:
+        """Return the tokens of a row's texts."""
+        values = self._read(row)
+        texts = {name: values[name] for name in _COLUMNS if values.get(name) is not None}
+        for name in _COLUMNS:
+            if name not in texts and name != "negative":
+                raise DataError(f"the row has no {name!r} (data.columns can rename another column to it)")
+            if name in texts and not text_of(texts[name]).strip():
+                raise DataError(f"the {name} is empty")
+        stored = Stored(key_of(texts["anchor"]), digest_of(*(text.encode() for text in texts.values())))
+        counts = [stored.counts.__class__() for _ in texts]
+        made = self._encode([(text,) for text in texts.values()], counts)
+        stored.counts.truncated += any(count.truncated for count in counts)
+        if any(tokens is None for tokens in made):
+            stored.counts.dropped_long += 1
+            return stored
+        ids = {name: tokens.ids for name, tokens in zip(texts, made, strict=True) if tokens is not None}
+        tokens = sum(map(len, ids.values()))
+        stored.counts.add(stored.counts.__class__(kept=1, tokens=tokens, target_tokens=1))
+        item = {name: ids.get(name, np.zeros(0, dtype=np.int32)) for name in _COLUMNS}
+        stored.items.append({**item, LENGTH: tokens, TARGETS: 1})
+        return stored
+
+    def rows(self, data: Dataset) -> ColumnRows:
+        """Return stored pairs as rows."""
+        return ColumnRows(data, self._collate)
+
+    def _collate(self, rows: Sequence[Mapping[str, Any]], numbers: tuple[int, ...], at: int) -> dict[str, torch.Tensor]:
+        texts = [(role, row[name]) for name, role in _COLUMNS.items() for row in rows if len(row[name])]
+        ids = [text for _, text in texts]
+        return {
+            "input_ids": padded(ids, self._pad), "attention_mask": mask_of(ids),
+            _ROLE: torch.tensor([role for role, _ in texts]),
+        }  # fmt: skip
+
+    def segments(self, rows: Rows, number: int) -> list[Segment]:
+        """Return a row's texts; what comes after the anchor is what is learned."""
+        assert isinstance(rows, ColumnRows)
+        row = rows.row(number)
+        return [
+            Segment(f"{' ' if role else ''}{self._tokenizer.decode(row[name])}", role == POSITIVE, len(row[name]))
+            for name, role in _COLUMNS.items()
+            if len(row[name])
+        ]
