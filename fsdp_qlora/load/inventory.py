@@ -84,9 +84,7 @@ def take_stock(
     buffers = persistent_buffers(model)
     names = dict(model.named_parameters(remove_duplicate=False)).keys() | buffers.keys()
     groups = _tied_groups(model)
-    there = {name for name in names if source.has(name)}
-    if new_head:  # a head for other labels, as a classifier's file has
-        there -= {n for n, p in first_names.items() if _is_of_head(n, model) and _differs(source, n, p.shape)}
+    there = {name for name in names if source.has(name)} - (_of_other_heads(model, source) if new_head else set())
     copies: list[str] = []
     for name in first_names:
         names_of_it = groups.get(name, [name])
@@ -125,12 +123,11 @@ def take_stock(
     return Inventory(left_out, tuple(copies), made, drawn)
 
 
-def _is_of_head(name: str, model: PreTrainedModel) -> bool:
-    return not name.startswith(f"{model.base_model_prefix}.")
-
-
-def _differs(source: SafetensorsFolder, name: str, shape: Sequence[int]) -> bool:
-    return name in source.entries and tuple(source.entries[name].shape) != tuple(shape)
+def _of_other_heads(model: PreTrainedModel, source: SafetensorsFolder) -> set[str]:
+    """Return the parameters outside the base model that the files hold in another shape: a head for other labels."""
+    inside, stored = f"{model.base_model_prefix}.", source.entries
+    own = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith(inside)}
+    return {name for name, shape in own.items() if name in stored and tuple(stored[name].shape) != shape}
 
 
 def _is_outside(name: str, model: PreTrainedModel, layers: Sequence[str]) -> bool:
