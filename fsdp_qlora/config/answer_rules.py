@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.config.auto import number
+from fsdp_qlora.config.schema import DataSettings, RunConfig
 
 
 def _prompts(config: RunConfig) -> Iterator[str]:
@@ -49,4 +50,9 @@ ANSWER_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_prompts, _cha
 
 def has_rows(config: RunConfig) -> bool:
     """Whether the settings name held-out rows."""
-    return config.data.eval is not None or (config.data.eval_fraction > 0 and bool(config.data.train))
+    return may_hold_out(config.data) and bool(config.data.eval or config.data.train)
+
+
+def may_hold_out(data: DataSettings) -> bool:
+    """Whether there may be held-out rows: they are named, or taken off the training rows if there are enough."""
+    return data.eval is not None or (not data.streaming and number(data.eval_fraction) != 0)

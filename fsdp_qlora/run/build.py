@@ -119,6 +119,13 @@ class OpenedModel:
         plan = replace(make_plan(config, self.shapes, ranks.size, budget), choices=self.plan.choices)
         return replace(self, config=config, plan=plan)
 
+    def for_run(self, config: RunConfig, ranks: Ranks, budget: int | None) -> OpenedModel:
+        """Return a copy for ``config``, the settings that it was opened with, but for the numbers of the run."""
+        lora = replace(config.lora, modules_to_save=self.config.lora.modules_to_save)  # with a new head
+        config = replace(config, lora=lora, objective=self.config.objective)
+        plan = make_plan(config, self.shapes, ranks.size, budget)
+        return replace(self, config=decided(config, plan.settings), plan=plan)
+
     def compiled(self, on: bool) -> OpenedModel:
         """Return a copy with ``train.compile`` resolved to ``on``."""
         train = replace(self.config.train, compile=as_word(on))
@@ -238,8 +245,7 @@ def build_sharded(
     ``config`` must have every ``auto`` resolved (`decided`, `prepare`); options still at ``auto`` are not applied.
     """
     task = language_task(base)
-    by_head = task == "CAUSAL_LM" or build_objective(config.objective).uses_head
-    after = after_head(base) if by_head else None
+    after = after_head(base) if task == "CAUSAL_LM" or build_objective(config.objective).uses_head else None
     float32 = [parameter for name, parameter in base.named_parameters() if name in shapes.float32]
     adapted = _adapt_and_quantize(config, base, plan, shapes, task, served)
     train_parameters(base, plan.memory.masters)

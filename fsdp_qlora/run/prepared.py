@@ -22,6 +22,7 @@ from fsdp_qlora.load.fingerprint import Base
 from fsdp_qlora.load.stream import LoadReport
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.plan.plan import TrainPlan
+from fsdp_qlora.plan.recipe import Recipe
 from fsdp_qlora.shapes.linears import ModelShapes
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Prepared:
     data: PreparedData | None
     placement: Placement
     threads: int
+    recipe: Recipe
+    """The numbers of the run, where `config` may say ``auto``."""
     adapters: dict[str, AdapterSize] = field(default_factory=dict)
     """What each adapter of `load_for_inference` takes, by name, if they were given names."""
     process_bytes: int = 0

@@ -73,7 +73,7 @@ def test_run_from_repeats_a_run_and_the_command_line_wins(tmp_path):
     of_folder = compose_config("train", [f"run_from={tmp_path}"])
     assert dataclasses.replace(of_folder, run_from=None) == first
     other = compose_config("train", [f"run_from={file}", "lora.r=5", "optim=adamw"])
-    assert (other.lora.r, other.optim.name, other.optim.lr, other.quant.name) == (5, "adamw", 2e-4, "fp4")
+    assert (other.lora.r, other.optim.name, other.optim.lr, other.quant.name) == (5, "adamw", "auto", "fp4")
 
 
 def test_a_folder_without_a_run_is_no_start(tmp_path):
@@ -122,7 +122,7 @@ def test_all_failures_at_once():
 WRONG = {
     "nonsense": "nonsense: expected key=value",
     "model.nmae=x": "model.nmae: there is no such key. Did you mean 'model.name'?",
-    "optim.lr=fast": "optim.lr: expected a number, got 'fast'.",
+    "optim.lr=fast": "optim.lr: expected a number, got 'fast'. It may also be auto.",
     "quant=nf5": "quant: 'nf5' is not one of fp4, int8, nf4, none.",
     "train.max_steps=many": "train.max_steps: expected a whole number",
     "train.micro_batch_size=99": "train.micro_batch_size: 99 rows do not fit",
