@@ -9,7 +9,7 @@ from tests.image_families import FAMILIES, verdicts
 pytestmark = pytest.mark.full
 EQUAL = {
     "vit", "dinov2", "swin", "swin, absolute positions", "deit", "dinov2_with_registers", "beit",
-    "data2vec-vision", "vit_msn", "ijepa", "swinv2",
+    "beit, relative positions", "data2vec-vision", "vit_msn", "ijepa", "swinv2", "hiera",
 }  # fmt: skip
 
 
