@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +51,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Name -> settings of a small model; what precedes a comma is the model type."""
 
 
-def verdict(ranks: Ranks, name: str) -> str:
-    """Return ``equal``, or the refusal with its exit code; anything else is a difference, in words."""
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        folder = Path(scratch)
+def write_families(folder: Path) -> Path:
+    """Write each family's model, under its number, and images; return the folder."""
+    write_classes(folder / "train", ["calm", "odd", "wild"], 6)
+    for number, name in enumerate(FAMILIES):
+        _write(folder / str(number), name)
+    return folder
+
+
+def verdicts(ranks: Ranks, folder: str) -> dict[str, str]:
+    """Return for each family ``equal``, or the refusal with its exit code; anything else is a difference, in words."""
+    said = {}
+    for number, name in enumerate(FAMILIES):
         try:
-            _write(folder / "base", name)
-        except Exception as error:  # upstream's constructors raise anything: then the settings here are wrong
-            return f"not small: {type(error).__name__}: {error}"
-        images = write_classes(folder / "train", ["calm", "odd", "wild"], 6)
-        try:
-            return _compared(ranks, folder / "base", str(images))
+            said[name] = _compared(ranks, Path(folder, str(number)), str(Path(folder, "train")))
         except FsdpQloraError as error:
-            return f"refused ({error.exit_code}): {error}"
+            said[name] = f"refused ({error.exit_code}): {error}"
+    return said
 
 
 def _write(folder: Path, name: str) -> None:
@@ -111,8 +112,3 @@ def _compared(ranks: Ranks, base: Path, images: str) -> str:
         return f"gradients of {min(own.keys() ^ theirs.keys())} on one side only"
     off = max(float((own[n] - theirs[n]).norm() / theirs[n].norm().clamp_min(1e-12)) for n in own)
     return "equal" if off < 1e-4 else f"gradients are off by {off:.1e}"
-
-
-def verdicts(ranks: Ranks, names: list[str]) -> dict[str, str]:
-    """Return the verdict of each family."""
-    return {name: verdict(ranks, name) for name in names}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.image_families import FAMILIES, verdicts
+from tests.image_families import verdicts, write_families
 
 pytestmark = pytest.mark.full
 EQUAL = {
@@ -14,8 +14,8 @@ EQUAL = {
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_family_is_equal_or_refused(pool, num_ranks):
-    said = pool.run(num_ranks, verdicts, list(FAMILIES))[0]
+def test_a_family_is_equal_or_refused(pool, tmp_path, num_ranks):
+    said = pool.run(num_ranks, verdicts, str(write_families(tmp_path)))[0]
     print("\n".join(f"{name}: {what}" for name, what in said.items()))
     odd = {name: what for name, what in said.items() if what != "equal" and not what.startswith("refused (2): ")}
     assert not odd
