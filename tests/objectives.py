@@ -27,6 +27,7 @@ from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.prepared import Prepared
 from tests.build import build, whole
 from tests.families import write_family
+from tests.images import write_classes, write_vision
 from tests.tiny import sentence
 
 Tensors = Mapping[str, torch.Tensor]
@@ -37,7 +38,8 @@ class Case:
     """A task: its model, its rows, its settings, and how upstream is asked for the same loss."""
 
     family: str
-    row: Callable[[int], dict[str, Any]]
+    row: Callable[[int], dict[str, Any]] | None
+    """None: the rows are images in class folders."""
     objective: dict[str, Any]
     inputs: Callable[[Tensors], dict[str, Any]] = dict
     """The micro-batch's tensors -> upstream's arguments, labels included."""
@@ -51,13 +53,16 @@ class Case:
 
     def write(self, folder: Path) -> tuple[str, dict[str, Any]]:
         """Write model and rows; return the model's folder and the settings of a run."""
-        model = write_family(folder / "base", self.family, **self.more)
+        if self.row is None:
+            model, rows = write_vision(folder / "base", self.family, **self.more), folder / "pictures"
+            write_classes(rows, NAMES, 40)
+        else:
+            model, rows = write_family(folder / "base", self.family, **self.more), folder / "rows.jsonl"
+            rows.write_text("".join(json.dumps(self.row(number)) + "\n" for number in range(40)))
         if self.objective["name"] == "masked_lm":
             tokenizer: Any = AutoTokenizer.from_pretrained(model)
             tokenizer.mask_token = "<|endoftext|>"
             tokenizer.save_pretrained(model)
-        rows = folder / "rows.jsonl"
-        rows.write_text("".join(json.dumps(self.row(number)) + "\n" for number in range(40)))
         groups = {
             "data": {"train": str(rows), "eval_fraction": 0.2},
             "objective": self.objective,
@@ -77,7 +82,7 @@ def upstream_model(prepared: Prepared) -> nn.Module:
     config = load_config(prepared.folder, False, {})
     objective.configure(config)
     model = getattr(transformers, objective.auto_class).from_pretrained(
-        prepared.folder, config=config, dtype=torch.float32, attn_implementation="eager"
+        prepared.folder, config=config, dtype=torch.float32, attn_implementation="eager", ignore_mismatched_sizes=True
     )
     reference.round_weights(model, prepared.plan.quantized)
     return model.requires_grad_(False)
@@ -146,6 +151,10 @@ class _AsOurs(nn.Module):
         super().__init__()
         self.model = model
 
+    @property
+    def base(self) -> nn.Module:
+        return self.model.get_base_model()  # type: ignore[operator]
+
     def outputs(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 
@@ -193,7 +202,7 @@ def _without_positions(tensors: Tensors) -> dict[str, Any]:
 
 ENTITIES = ["O", "B-SHIP", "I-SHIP", "B-SKY"]
 NAMES = ["calm", "odd", "wild"]
-CLASSIFY = {"name": "sequence_classification"}
+CLASSIFY, IMAGES = {"name": "sequence_classification"}, {"name": "image_classification"}
 PAIRS = {"name": "seq2seq", "generate_rows": 0}
 """Without generation, in which transformers asks all ranks of the pool whether they are done."""
 CASES: dict[str, Case] = {
@@ -250,5 +259,18 @@ CASES: dict[str, Case] = {
     "bert, a number to predict": Case(
         "bert", lambda n: {"text": sentence(n, 5 + n % 9), "label": n / 7}, CLASSIFY,
         lambda t: _with_labels(t, t["label"]), {"quant": {"name": "none", "double_quant": False}},
+    ),
+    "vit": Case("vit", None, IMAGES, lambda t: _with_labels(t, t["label"][:, 0].long())),
+    "dinov2, none quantized": Case(
+        "dinov2", None, {**IMAGES, "augmentation": "crop"}, lambda t: _with_labels(t, t["label"][:, 0].long()),
+        {"quant": {"name": "none", "double_quant": False}},
+    ),
+    "swin, int8": Case(
+        "swin", None, {**IMAGES, "augmentation": "none"}, lambda t: _with_labels(t, t["label"][:, 0].long()),
+        {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}},
+    ),
+    "vit, a resized table": Case(
+        "vit", None, {**IMAGES, "image_size": 48},
+        lambda t: _with_labels(t, t["label"][:, 0].long()) | {"interpolate_pos_encoding": True},
     ),
 }  # fmt: skip

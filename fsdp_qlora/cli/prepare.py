@@ -6,12 +6,13 @@ import json
 
 from fsdp_qlora.cli.embedded import fetch_embedded
 from fsdp_qlora.cli.tables import print_table
+from fsdp_qlora.config.choices import ROW_BY_ROW
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.deal import num_steps
 from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.report import histogram, packing_efficiency
-from fsdp_qlora.data.sources import names_of, not_read
+from fsdp_qlora.data.sources import names_of
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.plan.recipe import RowCounts, batch_for, epochs_for
 from fsdp_qlora.run.folder import RunFolder
@@ -41,7 +42,7 @@ def run(config: RunConfig) -> int:
     )
     if data.bad_rows is not None:
         print(f"{data.num_bad} bad row(s) were skipped; see {data.bad_rows}")
-    for line in not_read(names_of(config.data.train) + names_of(config.data.eval or [])):
+    for line in data.encoder.not_read(names_of(config.data.train) + names_of(config.data.eval or [])):
         print(line)
     if config.data.report:
         _report(config, data)
@@ -50,7 +51,8 @@ def run(config: RunConfig) -> int:
 
 def _report(config: RunConfig, data: PreparedData) -> None:
     rows, counts, train = data.some_rows(0), data.train_counts, config.train
-    packed, filled = packing_efficiency(rows.lengths, config.data.max_length)
+    alone = config.objective.name in ROW_BY_ROW
+    packed, filled = (len(rows), 1.0) if alone else packing_efficiency(rows.lengths, config.data.max_length)
     num_rows = packed if config.data.packing else len(rows)
     counted = RowCounts(num_rows, data.eval_counts.kept)
     size, epochs = batch_for(train, counted), epochs_for(train, counted)
@@ -64,7 +66,9 @@ def _report(config: RunConfig, data: PreparedData) -> None:
         ("truncated", f"{counts.truncated} (data.max_length={config.data.max_length}, {config.data.truncation})"),
         ("dropped", f"{counts.dropped_long} too long, {counts.dropped_unsupervised} without a supervised token"),
         ("duplicate rows", f"{counts.duplicates} (kept)"),
-        ("packed", f"{packed} sequences of {config.data.max_length} tokens, {100 * filled:.1f} % filled"),
+        *([] if alone else [
+            ("packed", f"{packed} sequences of {config.data.max_length} tokens, {100 * filled:.1f} % filled")
+        ]),
         ("steps", f"{steps} of {size.value} " + ("packed sequences" if config.data.packing else "rows")
                   + ("" if train.max_steps else f": {epochs.value} epochs")),
         ("time", _time(config, rows, steps * int(size.value), num_rows)),

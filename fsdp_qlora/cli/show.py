@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fsdp_qlora.cli.closing import COLUMNS, print_next, print_verdict, sample_rows
 from fsdp_qlora.cli.tables import print_table
-from fsdp_qlora.data.sources import names_of, not_read
+from fsdp_qlora.data.sources import names_of
 from fsdp_qlora.files.write import copy_regular
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.profile.phases import PHASES, WAITING
@@ -66,7 +66,7 @@ def print_start(prepared: Prepared, note: str) -> None:
             flush=True,
         )
     if data is not None:
-        for line in not_read(names_of(config.data.train) + names_of(config.data.eval or [])):
+        for line in data.encoder.not_read(names_of(config.data.train) + names_of(config.data.eval or [])):
             print(line, flush=True)
 
 

@@ -136,14 +136,26 @@ WITH_EXPERTS = ("lora", "rslora")
 """The adapter methods that train stacked experts (``lora.target_parameters``)."""
 WITH_TABLES = ("lora", "rslora")
 """The adapter methods that adapt embedding and head."""
-OBJECTIVES = Names("sft", "sequence_classification", "token_classification", "masked_lm", "embedding", "seq2seq")
+OBJECTIVES = Names(
+    "sft",
+    "sequence_classification",
+    "token_classification",
+    "masked_lm",
+    "embedding",
+    "seq2seq",
+    "image_classification",
+)
 """``objective=``: losses (`fsdp_qlora.objectives`)."""
-WITH_LABELS = ("sequence_classification", "token_classification")
+WITH_LABELS = ("sequence_classification", "token_classification", "image_classification")
 """The objectives whose rows have labels, each of which is an output of the model's head."""
-ROW_BY_ROW = ("sequence_classification", "token_classification", "masked_lm", "embedding", "seq2seq")
+ROW_BY_ROW = (
+    "sequence_classification", "token_classification", "masked_lm", "embedding", "seq2seq", "image_classification",
+)  # fmt: skip
 """The objectives whose rows cannot share a sequence, and whose model is no causal language model."""
 CAN_SPLIT = ("masked_lm",)
 """The objectives among them that can split a long row (``data.truncation=split``)."""
+OF_IMAGES = ("image_classification",)
+"""The objectives whose rows are images; their models have no tokenizer."""
 OPTIMIZERS = Names(
     "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "ademamix_8bit", "sgd", "adafactor"
 )

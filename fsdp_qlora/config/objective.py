@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, SHARE, VERBATIM, YOUNGER
 
+Augmentation = Literal["flip_crop", "flip", "crop", "none"]
 Pooling = Literal["auto", "mean", "cls", "lasttoken"]
 ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
 
@@ -22,12 +23,13 @@ class ObjectiveSettings:
     ``token_classification``: a label for each word of a text.
     ``masked_lm``: words of a text that are masked (BERT).
     ``embedding``: a vector for each text; those of a pair lie close together.
-    ``seq2seq``: an encoder-decoder reads a source and writes a target."""
+    ``seq2seq``: an encoder-decoder reads a source and writes a target.
+    ``image_classification``: a label, several, or a number for each image."""
     labels: Annotated[list[str], YOUNGER] = field(default_factory=list)
     """Names of the labels, in the order of their numbers; empty = those of the training data, sorted."""
     problem_type: Annotated[ProblemType, YOUNGER] = "auto"
-    """What the labels of ``sequence_classification`` are, as transformers calls it; ``auto`` goes by the data: lists
-    are several labels at once, fractions are numbers to predict."""
+    """What the labels of texts and images are, as transformers calls it; ``auto`` goes by the data: lists are several
+    labels at once, fractions are numbers to predict."""
     class_weights: Annotated[dict[str, float], YOUNGER] = field(default_factory=dict)
     """Label -> factor of its rows' loss, for labels that are rare; 1 for those left out."""
     mask_probability: Annotated[float, SHARE, YOUNGER] = 0.15
@@ -47,3 +49,9 @@ class ObjectiveSettings:
     generate_rows: Annotated[int, NOT_NEGATIVE, YOUNGER] = 64
     """Of ``seq2seq``: held-out rows, spread evenly, whose targets each evaluation writes, for ROUGE and BLEU; 0 = none,
     only the loss."""
+    image_size: Annotated[int, NOT_NEGATIVE, YOUNGER] = 0
+    """Of ``image_classification``: height and width of the images that the model gets, in pixels; 0 = as its image
+    processor has it. If the model's table of positions is for another size, upstream's code interpolates it."""
+    augmentation: Annotated[Augmentation, YOUNGER] = "flip_crop"
+    """Of ``image_classification``: what changes images at random in training: half of them are mirrored (``flip``),
+    and a part of each, at least half its area, is enlarged (``crop``)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from fsdp_qlora.config.auto import asked
-from fsdp_qlora.config.choices import CAN_SPLIT, ROW_BY_ROW, WITH_LABELS
+from fsdp_qlora.config.choices import CAN_SPLIT, OF_IMAGES, ROW_BY_ROW, WITH_LABELS
 from fsdp_qlora.config.schema import ObjectiveSettings, RunConfig
 
 Rule = Callable[[RunConfig], Iterator[str]]
@@ -53,7 +53,7 @@ def _labels(config: RunConfig) -> Iterator[str]:
             if getattr(objective, key):
                 yield f"objective.{key}: objective={objective.name} has no labels; leave it out."
         return
-    if objective.name != "sequence_classification" and asked(objective.problem_type) is not None:
+    if objective.name == "token_classification" and asked(objective.problem_type) is not None:
         yield f"objective.problem_type: objective={objective.name} has one label for each word; leave it out."
     if twice := sorted({name for name in objective.labels if objective.labels.count(name) > 1}):
         yield f"objective.labels: {', '.join(map(repr, twice))} is named more than once."
@@ -67,6 +67,7 @@ _OWN = {
     "masked_lm": ("mask_probability", "whole_words"),
     "embedding": ("temperature", "pooling"),
     "seq2seq": ("max_target_length", "source_prefix", "generate_rows"),
+    "image_classification": ("image_size", "augmentation"),
 }
 """Objectives -> settings that no other reads."""
 
@@ -81,4 +82,12 @@ def _own(config: RunConfig) -> Iterator[str]:
         yield "objective.mask_probability: must be above 0, or there is nothing to predict."
 
 
-OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels, _own)
+def _images(config: RunConfig) -> Iterator[str]:
+    if config.objective.name not in OF_IMAGES:
+        return
+    for key, value in (("tasks", config.evaluate.tasks), ("prompts", config.evaluate.prompts)):
+        if value:
+            yield f"evaluate.{key}: a model of objective={config.objective.name} writes no texts; leave it out."
+
+
+OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels, _own, _images)

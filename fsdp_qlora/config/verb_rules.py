@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from fsdp_qlora.config.adapter_rules import combination_needs
 from fsdp_qlora.config.answer_rules import has_rows
+from fsdp_qlora.config.choices import OF_IMAGES
 from fsdp_qlora.config.gguf_rules import gguf_needs
 from fsdp_qlora.config.problems import messages
 from fsdp_qlora.config.schema import RunConfig
@@ -53,6 +54,20 @@ def _prompt(config: RunConfig) -> Iterator[str]:
         yield (
             'prompt: not set. Give prompt="..." or prompt_file=FILE, or generate.prompts=FILE.jsonl, or '
             "generate.chat=true."
+        )
+
+
+def _writes(config: RunConfig) -> Iterator[str]:
+    if config.objective.name in OF_IMAGES:
+        yield f"objective: a model of objective={config.objective.name} reads images and writes no texts; use evaluate."
+
+
+def _of_texts(config: RunConfig) -> Iterator[str]:
+    if config.objective.name in OF_IMAGES and (config.what != "adapter" or config.export.compare):
+        key = f"what={config.what}" if config.what != "adapter" else "export.compare"
+        yield (
+            f"{key.partition('=')[0]}: {key} is for language models; the adapter of objective={config.objective.name} "
+            "loads in plain PEFT, whose merge_and_unload makes one model of both."
         )
 
 
@@ -115,8 +130,18 @@ NEEDS: dict[str, tuple[Callable[[RunConfig], Iterator[str]], ...]] = {
     "plan": (_model,),
     "prepare": (_model,),
     "evaluate": (_model, _one_adapter, _with_its_base, _measured),
-    "export": (combination_needs, _base_4bit, _converted, _model_of_both, _served, _push, _compared, gguf_needs),
-    "generate": (_prompt, _answering_model),
+    "export": (
+        _of_texts,
+        combination_needs,
+        _base_4bit,
+        _converted,
+        _model_of_both,
+        _served,
+        _push,
+        _compared,
+        gguf_needs,
+    ),
+    "generate": (_prompt, _writes, _answering_model),
 }
 
 

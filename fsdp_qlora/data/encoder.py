@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import Rows, StoredRows
 from fsdp_qlora.data.samples import Segment
+from fsdp_qlora.data.sources import fingerprint, not_read, read_source
 from fsdp_qlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -65,6 +66,18 @@ class RowEncoder(ABC):
     """Name -> type of each stored column: a pyarrow alias (``int32``), with ``[]`` for a list of any length."""
     identity: Any = None
     """Whatever changes the stored items, besides the settings of `data`, the tokenizer and the seed; JSON."""
+
+    def raw_rows(self, name: str) -> Iterator[Row]:
+        """Yield the raw rows of a source."""
+        return read_source(name)
+
+    def fingerprint(self, name: str) -> str:
+        """Return a text that changes with the content of a source, and of the files that its rows name."""
+        return fingerprint(name)
+
+    def not_read(self, names: Iterable[str]) -> list[str]:
+        """Return a line for each source with files that could be data, but are not read."""
+        return not_read(names)
 
     @abstractmethod
     def encode(self, batch: list[tuple[int, Row]]) -> Iterator[tuple[int, str, Outcome]]:

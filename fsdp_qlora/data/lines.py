@@ -28,6 +28,8 @@ class Row:
     """What is wrong with the row, if ``values`` is None."""
     size: int = 0
     """Approximate size in memory in bytes; 0 if unknown."""
+    folder: str = ""
+    """Folder from which relative paths in the row start; empty if the row is in no local file."""
 
 
 def text_lines(name: str, stream: BinaryIO, limit: int = MAX_ROW) -> Iterator[Row]:

@@ -30,7 +30,7 @@ from fsdp_qlora.data.identity import code_digest, tokenizer_digest
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import Rows, StoredRows
 from fsdp_qlora.data.mix import draw, mixture_counts
-from fsdp_qlora.data.sources import fingerprint, names_of, read_source, stated
+from fsdp_qlora.data.sources import names_of, stated
 from fsdp_qlora.data.stream import Stream
 from fsdp_qlora.data.tokens import ChatEncoder, Fit, ReadRow, Tokenized, column_reader, reader, tokenize
 from fsdp_qlora.errors import DataError
@@ -94,7 +94,7 @@ class PreparedData:
 def prepare_data(
     data: DataSettings,
     seed: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     cache: Path,
     share: Share = lambda work: work(),
     progress: Progress | None = None,
@@ -104,7 +104,7 @@ def prepare_data(
     """Return the stored rows; if they are not cached, one process per node, chosen by ``share``, makes them.
 
     Tokenizing runs inside the context ``around``; each call of ``progress`` shows that it is still making progress.
-    ``encoder`` is the objective's; None is that of chats and texts.
+    ``encoder`` is the objective's; None is that of chats and texts. ``tokenizer`` is None if the rows are no texts.
 
     Raises:
         DataError: if a source is missing or malformed, there is nothing to learn, or the tokenizer is not fast.
@@ -113,8 +113,10 @@ def prepare_data(
         raise DataError("data.train: not set. Give a file, a folder, a hub data set, or a list of them.")
     _require_allowed(data)
     if encoder is None:
+        assert tokenizer is not None
         encoder = ChatEncoder(_reader(data), fast(tokenizer), _fit(data))
     if data.streaming:
+        assert tokenizer is not None
         return _streamed(data, seed, tokenizer, encoder, cache, share, progress)
 
     def make(staging: Path) -> None:
@@ -147,11 +149,12 @@ def _opened(encoder: RowEncoder, folder: Path) -> PreparedData:
     )  # fmt: skip
 
 
-def _key(data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder) -> str:
-    sources = [fingerprint(name) for name in (*names_of(data.train), *names_of(data.eval or []))]
+def _key(data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase | None, encoder: RowEncoder) -> str:
+    sources = [encoder.fingerprint(name) for name in (*names_of(data.train), *names_of(data.eval or []))]
     settings = {key: value for key, value in asdict(data).items() if key not in _NOT_IN_KEY}
     parts = [
-        _VERSION, settings, seed, len(names_of(data.train)), sources, tokenizer_digest(tokenizer),
+        _VERSION, settings, seed, len(names_of(data.train)), sources,
+        None if tokenizer is None else tokenizer_digest(tokenizer),
         code_digest(_function(data), *([data.row_function.partition(":")[0]] if data.row_function else [])),
         *([encoder.identity] if encoder.identity else []),
     ]  # fmt: skip
@@ -161,7 +164,7 @@ def _key(data: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, enco
 def _prepare(data: DataSettings, seed: int, encoder: RowEncoder, staging: Path, progress: Progress | None) -> None:
     """Write the tokens and their metadata into an empty folder."""
     train, held = names_of(data.train), names_of(data.eval or [])
-    rows = _numbered(train, held, data.max_rows)
+    rows = _numbered(train, held, data.max_rows, encoder)
     result = tokenize(rows, encoder, staging / _TOKENS, staging / _BAD_ROWS, data.on_bad_row == "skip", progress)
     chosen = _held_out(result, data, seed, staging / _TOKENS)
     parts, counts = _split(result, data, seed, len(train), set(chosen.keys))
@@ -232,12 +235,14 @@ def _fit(data: DataSettings) -> Fit:
     return Fit(data.max_length, data.truncation, data.train_on)
 
 
-def _numbered(train: list[str], held: list[str], max_rows: int | None) -> Iterator[tuple[int, Row]]:
+def _numbered(
+    train: list[str], held: list[str], max_rows: int | None, encoder: RowEncoder
+) -> Iterator[tuple[int, Row]]:
     """Yield (source index, row); evaluation sources follow the training sources."""
-    rows = ((number, row) for number, name in enumerate(train) for row in read_source(name))
+    rows = ((number, row) for number, name in enumerate(train) for row in encoder.raw_rows(name))
     yield from islice(rows, max_rows) if max_rows else rows
     for number, name in enumerate(held, start=len(train)):
-        for row in read_source(name):
+        for row in encoder.raw_rows(name):
             yield number, row
 
 

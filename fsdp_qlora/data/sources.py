@@ -192,10 +192,10 @@ def read_source(name: str) -> Iterator[Row]:
         if not is_file(file):
             yield from _hub(file)
             continue
-        number = 0
+        number, folder = 0, "" if "://" in file else str(Path(file).parent)
         for row in read_file(file):
             number += 1
-            yield row
+            yield replace(row, folder=folder)
         if number == 0:
             raise DataError(f"data: {shown_source(file)} is empty.")
 

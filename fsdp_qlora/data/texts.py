@@ -120,7 +120,7 @@ def within_positions(data: DataSettings, tokenizer: PreTrainedTokenizerBase, con
 def pad_token(config: PreTrainedConfig) -> int:
     """Return the id that pads rows: the model's padding token, or else the one that ends a text."""
     text = config.get_text_config()
-    for value in (text.pad_token_id, text.eos_token_id):
+    for value in (getattr(text, key, None) for key in ("pad_token_id", "eos_token_id")):  # images have none
         one = value[0] if isinstance(value, list) and value else value
         if isinstance(one, int) and one >= 0:
             return one

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import EvaConfig, PeftConfig
@@ -38,6 +38,9 @@ from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.objectives.pooling import POOLING_FILE
 from fsdp_qlora.shapes.modules import around
 from fsdp_qlora.shapes.patterns import endings
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 _BESIDE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
 """The files of an adapter's folder."""
@@ -98,7 +101,7 @@ def export_adapter(
     tensors: Mapping[str, torch.Tensor],
     config: PeftConfig,
     base_model: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None = None,
     model_card: str | None = None,
     beside: Sequence[Path] = (),
     header: Mapping[str, str] | None = None,
@@ -107,9 +110,9 @@ def export_adapter(
 ) -> int:
     """Write a PEFT adapter folder and verify it; return the size of its weights in bytes. Call it on one rank.
 
-    The files ``beside`` are copied into it. ``header`` are more texts for the header of the tensors' file, which plain
-    PEFT reads past. ``model_config`` is written where the base needs another config than its own: names of labels.
-    ``more`` are further files: name -> JSON.
+    ``tokenizer`` may be an image processor. The files ``beside`` are copied into it. ``header`` are more texts for the
+    header of the tensors' file, which plain PEFT reads past. ``model_config`` is written where the base needs another
+    config than its own: names of labels. ``more`` are further files: name -> JSON.
 
     Raises:
         NumericsError: if a value is not finite, or the file does not hold the tensors that were written.
@@ -144,7 +147,7 @@ def _write_into(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
     config: PeftConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None,
     model_card: str | None,
     header: Mapping[str, str],
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from fsdp_qlora.export.adapter import whole_tensor
 from fsdp_qlora.files.read import own_file
 from fsdp_qlora.files.scratch import fresh_folder, move_into
 from fsdp_qlora.files.write import copy_regular
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 _GENERATION = "generation_config.json"
 
@@ -36,16 +40,16 @@ def export_model(
     folder: Path,
     skeleton: PreTrainedModel,
     tensors: Mapping[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor,
     base: Path,
 ) -> int:
-    """Write model and tokenizer; return the bytes of the weights' files. Call it on one rank.
+    """Write model and tokenizer or image processor; return the bytes of the weights' files. Call it on one rank.
 
     Args:
         folder: the folder to write.
         skeleton: the model on meta, as transformers builds it: it knows its names and config in the files.
         tensors: the parameters by name.
-        tokenizer: the tokenizer.
+        tokenizer: the tokenizer, or the image processor.
         base: the base model's folder, for its generation_config.json.
 
     Raises:

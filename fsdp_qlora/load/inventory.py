@@ -34,7 +34,7 @@ class Inventory:
     made: frozenset[str]
     """Buffers that are not in the files; upstream's constructor initializes them."""
     drawn: tuple[str, ...] = ()
-    """Parameters of a new head, which no file holds."""
+    """Parameters of a new head, which no file holds in this shape."""
     computed: tuple[str, ...] = ()
     """Parameters that upstream neither saves nor misses: its code computes them (Marian's sinusoidal positions)."""
 
@@ -47,7 +47,7 @@ class Inventory:
             parts.append(f"{len(self.copies)} second copies of tied weights ({_some(self.copies)})")
         lines = [f"not loaded: {', '.join(parts)}"] if parts else []
         if self.drawn:
-            lines.append(f"a new head, which is trained: {_some(self.drawn)} (in no file)")
+            lines.append(f"a new head, which is trained: {_some(self.drawn)} (in no file of this shape)")
         return "; ".join(lines) or None
 
 
@@ -75,7 +75,7 @@ def take_stock(
         source: its files.
         layers: names of the model's repeated layers.
         new_head: whether the model may have another head than the files: then what lies outside the layers and the
-            embedding may be in no file, or be left over.
+            embedding may be in no file, or be left over, and what lies outside the base model may have another shape.
         other_head: whether the files may hold a head that the model lacks: what lies outside may be left over.
 
     Raises:
@@ -86,7 +86,7 @@ def take_stock(
     buffers = persistent_buffers(model)
     names = dict(model.named_parameters(remove_duplicate=False)).keys() | buffers.keys()
     groups = _tied_groups(model)
-    there = {name for name in names if source.has(name)}
+    there = {name for name in names if source.has(name)} - (_of_other_heads(model, source) if new_head else set())
     copies: list[str] = []
     for name in first_names:
         names_of_it = groups.get(name, [name])
@@ -150,6 +150,13 @@ def _upstream_computes(model: PreTrainedModel, name: str) -> bool:
     return all(
         matches_any(name, keys) for keys in (model._keys_to_ignore_on_load_missing, model._keys_to_ignore_on_save)
     )
+
+
+def _of_other_heads(model: PreTrainedModel, source: SafetensorsFolder) -> set[str]:
+    """Return the parameters outside the base model that the files hold in another shape: a head for other labels."""
+    inside, stored = f"{model.base_model_prefix}.", source.entries
+    own = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith(inside)}
+    return {name for name, shape in own.items() if name in stored and tuple(stored[name].shape) != shape}
 
 
 def _is_outside(name: str, model: PreTrainedModel, layers: Sequence[str]) -> bool:

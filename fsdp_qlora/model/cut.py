@@ -73,7 +73,7 @@ def cut_config(config: PreTrainedConfig, max_length: int = 0, num_layers: int = 
     Raises:
         ValueError: or whatever else upstream's config class raises if it rejects the small sizes.
     """
-    values = config.to_dict()
+    values = _without_stages(config)
     _cut(values, max_length, num_layers)
     return type(config).from_dict(values)
 
@@ -86,9 +86,14 @@ def shallow_config(config: PreTrainedConfig, max_length: int = 0, num_layers: in
     Raises:
         ValueError: or whatever else upstream's config class raises if it rejects the values.
     """
-    values = config.to_dict()
+    values = _without_stages(config)
     _cut_depth(values, max_length, num_layers)
     return type(config).from_dict(values)
+
+
+def _without_stages(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return a config's values without the names of layers that an image model shows as a backbone (DINOv2, BEiT)."""
+    return {key: v for key, v in config.to_dict().items() if key not in ("out_features", "out_indices", "stage_names")}
 
 
 def _cut_depth(values: dict[str, Any], max_length: int, num_layers: int) -> None:

@@ -75,6 +75,7 @@ def build_skeleton(
                 "use eager."
             ) from error
         raise not_buildable(folder, error) from error
+    _require_embedding(model)
     if objective is not None:
         objective.prune(model)
     if unmade := unmade_buffers(model):
@@ -83,6 +84,16 @@ def build_skeleton(
     keep_in_float32(model, dtype)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _require_embedding(model: PreTrainedModel) -> None:
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise ModelError(
+            f"{type(model).__name__}: its class does not say where its input embedding is (those of many convolutional "
+            "networks do not), so it cannot be sharded here."
+        ) from error
 
 
 def read_shapes(model: PreTrainedModel) -> ModelShapes:

@@ -1,6 +1,7 @@
 """Training objectives, one file each. `build_objective` builds one by name, `register` adds another."""
 
 from fsdp_qlora.objectives.embedding import Embedding
+from fsdp_qlora.objectives.image_classification import ImageClassification
 from fsdp_qlora.objectives.masked_lm import MaskedLanguageModel
 from fsdp_qlora.objectives.objective import Objective, Sums, Totals, build_objective, loss_of, register, token_losses
 from fsdp_qlora.objectives.seq2seq import SequenceToSequence
@@ -10,6 +11,7 @@ from fsdp_qlora.objectives.token_classification import TokenClassification
 
 __all__ = [
     "Embedding",
+    "ImageClassification",
     "MaskedLanguageModel",
     "Objective",
     "SequenceClassification",

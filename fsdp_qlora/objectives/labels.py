@@ -136,6 +136,14 @@ class Labels:
             return [float(number in chosen) for number in range(len(self.names))]
         return [float(self.number(value))]
 
+    def shown(self, vector: np.ndarray) -> str:
+        """Return what `vector` has made of a label, for a reader."""
+        if self.problem == REGRESSION:
+            return f"{vector[0]:g}"
+        if self.problem == SINGLE:
+            return self.names[int(vector[0])]
+        return ", ".join(name for name, there in zip(self.names, vector, strict=True) if there)
+
     def number(self, value: Any) -> int:
         """Return the number of one label.
 

@@ -7,7 +7,7 @@ unequal numbers of targets, a mean of means over micro-batches and ranks would b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,11 +17,13 @@ from torch import nn
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import DataSettings, ObjectiveSettings
 from fsdp_qlora.data.encoder import RowEncoder
+from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import MicroBatch, TokenBatch
+from fsdp_qlora.data.sources import read_source
 from fsdp_qlora.distributed.mesh import Ranks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Sums = dict[str, tuple[torch.Tensor, str]]
 """Name -> a sum over a micro-batch, float32 ``[]``, and the name of the weight it is divided by (`Batch.weights`)."""
@@ -55,6 +57,8 @@ class Objective(ABC):
     """Whether the files may hold a head, which its model does without."""
     scores_rows: ClassVar[bool] = False
     """Whether `observe` returns something for each row, which `score` makes metrics of."""
+    of_images: ClassVar[bool] = False
+    """Whether its rows are images, which the model's image processor reads: such a model has no tokenizer."""
     label_column: ClassVar[str] = "label"
     """Column of raw rows that holds their labels, where there are any."""
     label_of_each: ClassVar[bool] = False
@@ -103,11 +107,23 @@ class Objective(ABC):
         """
         return {}
 
-    def encoder(
-        self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
-    ) -> RowEncoder | None:
-        """Return what stores its rows for a model of this config; None: chats and texts of a causal language model."""
+    def raw_rows(self, name: str) -> Iterator[Row]:
+        """Yield the raw rows of a source."""
+        return read_source(name)
+
+    def encoder(self, data: DataSettings, tokenizer: Any, config: PreTrainedConfig) -> RowEncoder | None:
+        """Return what stores its rows for a model of this config; None: chats and texts of a causal language model.
+
+        ``tokenizer`` is the model's; its image processor if the rows are images.
+        """
         return None
+
+    def require_fit(self, encoder: RowEncoder, model: PreTrainedModel) -> None:  # noqa: B027 - most need nothing
+        """Check that a model, which is on meta, takes what ``encoder`` makes of rows.
+
+        Raises:
+            ModelError: if it does not.
+        """
 
     def configure(self, config: PreTrainedConfig) -> None:  # noqa: B027 - most need nothing
         """Change a model's config as the objective needs it: the number and names of labels."""

@@ -12,7 +12,7 @@ from fsdp_qlora.config.auto import asked, number
 from fsdp_qlora.config.choices import WITH_LABELS
 from fsdp_qlora.config.schema import ObjectiveSettings, RunConfig
 from fsdp_qlora.data.prepare import columns_of
-from fsdp_qlora.data.sources import names_of, read_source
+from fsdp_qlora.data.sources import names_of
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import on_main
 from fsdp_qlora.errors import ConfigError, ModelError
@@ -79,8 +79,8 @@ def labels_of(config: RunConfig) -> ObjectiveSettings:
             "objective.labels: not set, and there is no data.train to read them from; list them in the order of their "
             "numbers."
         )
-    rows = (row for name in names_of(data.train) for row in read_source(name))
     kind = build_objective(objective)
+    rows = (row for name in names_of(data.train) for row in kind.raw_rows(name))
     rows = islice(rows, data.max_rows or None)
     return find_labels(rows, columns_of(data), objective, kind.label_column, kind.label_of_each)
 

@@ -94,12 +94,12 @@ def _prepare(
     _say(kernels_to_compile(config.train.kernels, world.ranks.device), world.ranks)
     opened, verdict = open_and_check(config, folder, world.ranks, budget, weights)
     opened = opened.without_adapters(world.ranks, budget) if bare else opened
-    tokenizer, data = tokenize(config, folder, opened, verdict, world)
+    processor, data = tokenize(config, folder, opened, verdict, world)
     recipe = on_every(lambda: _recipe(config, opened, data, training), world.ranks)
     config = replace_attention(recipe.settled(config), verdict.attention)
     opened = opened if bare else opened.for_run(config, world.ranks, budget)
     opened = opened if training else opened.to_answer()
-    first, starts = on_every(lambda: first_added(config, opened.shapes, tokenizer), world.ranks), Starts()
+    first, starts = on_every(lambda: first_added(config, opened.shapes, processor), world.ranks), Starts()
     if training and config.lora.starts_from_rows:
         lora, starts = settle(replace(opened, first_added=first), folder, data, world.ranks, config)
         config = replace(config, lora=lora)
@@ -136,7 +136,7 @@ def _prepare(
         KERNELS_KEY: replace(kernels := opened.plan.choices[KERNELS_KEY], why=kernels.why + model.fused),
     }
     return Prepared(
-        config=asked, settings=opened.config, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks,
+        config=asked, settings=opened.config, plan=opened.plan, model=model, processor=processor, ranks=world.ranks,
         folder=folder, shapes=opened.shapes, load=report, data=data, placement=world.placement, threads=world.threads,
         adapters={adapter.name: adapter_size(model, adapter.name) for adapter in served},
         origin=opened.origin, process_bytes=process_bytes, choices=choices, repairs=repairs, recipe=recipe,

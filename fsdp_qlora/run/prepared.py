@@ -1,4 +1,4 @@
-"""`Prepared`: a sharded model with its weights loaded, its tokenizer, plan and data."""
+"""`Prepared`: a sharded model with its weights loaded, its tokenizer or image processor, plan and data."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.distributed.memory import spared_memory
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.process import Placement
+from fsdp_qlora.errors import ModelError
 from fsdp_qlora.load.fingerprint import Base
 from fsdp_qlora.load.stream import LoadReport
 from fsdp_qlora.model.root import CausalModel
@@ -26,6 +27,7 @@ from fsdp_qlora.shapes.linears import ModelShapes
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import BaseImageProcessor
 
 
 @dataclass
@@ -38,7 +40,8 @@ class Prepared:
     """The settings with every ``auto`` resolved."""
     plan: TrainPlan
     model: CausalModel
-    tokenizer: PreTrainedTokenizerBase
+    processor: PreTrainedTokenizerBase | BaseImageProcessor
+    """What reads the model's rows: its tokenizer, or its image processor."""
     ranks: Ranks
     folder: Path
     """The base model's folder."""
@@ -60,6 +63,18 @@ class Prepared:
     repairs: tuple[str, ...] = ()
     """Fixes that change this model's losses: see `fsdp_qlora.run.build.OpenedModel.repairs`."""
     _stack: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            ModelError: if it has none.
+        """
+        if not isinstance(self.processor, PreTrainedTokenizerBase):
+            name = type(self.model.base).__name__
+            raise ModelError(f"model.name: a {name} reads images, so it has no tokenizer and writes no texts.")
+        return self.processor
 
     @property
     def mesh(self) -> DeviceMesh:

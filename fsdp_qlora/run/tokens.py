@@ -1,14 +1,16 @@
-"""Tokenizes the rows of a run, once per node."""
+"""Tokenizes the rows of a run, or checks its images, once per node."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fsdp_qlora.checks.verdict import Verdict
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.data.encoder import RowEncoder
 from fsdp_qlora.data.limits import require_rows_fit
 from fsdp_qlora.data.prepare import PreparedData, prepare_data
 from fsdp_qlora.distributed.reduce import on_every
@@ -16,8 +18,9 @@ from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.folder import resolve_folder
+from fsdp_qlora.model.processor import build_image_processor
 from fsdp_qlora.model.tokenizer import add_special_tokens, build_tokenizer
-from fsdp_qlora.objectives import build_objective
+from fsdp_qlora.objectives import Objective, build_objective
 from fsdp_qlora.run.build import OpenedModel
 from fsdp_qlora.run.labels import labels_of
 from fsdp_qlora.run.world import World
@@ -26,22 +29,29 @@ from fsdp_qlora.track.bars import Bar
 
 TOKENIZING = "tokenizing rows"
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+    Processor = PreTrainedTokenizerBase | BaseImageProcessor
+    """What reads a model's rows."""
+
 
 def tokenize(
     config: RunConfig, folder: Path, opened: OpenedModel, verdict: Verdict, world: World
-) -> tuple[PreTrainedTokenizerBase, PreparedData | None]:  # fmt: skip
-    """Return the tokenizer, and the tokenized rows if data is given; one process per node tokenizes them.
+) -> tuple[Processor, PreparedData | None]:  # fmt: skip
+    """Return the tokenizer or image processor, and the stored rows if data is given; one process per node makes them.
 
     Raises:
         DataError: if the rows cannot be read or do not suit the model.
+        ModelError: if the model has no such processor, or cannot take what it makes.
     """
     ranks = world.ranks
-    tokenizer = on_every(lambda: open_tokenizer(config, folder), ranks)
-    if config.data.train is None:
-        return tokenizer, None
-    ranks.phases.enter("preparing the data")
     objective, model_config = build_objective(opened.config.objective), opened.base.config
-    encoder = on_every(lambda: objective.encoder(config.data, tokenizer, model_config), ranks)
+    processor = on_every(lambda: _processor(config, folder, objective), ranks)
+    if config.data.train is None:
+        return processor, None
+    ranks.phases.enter("preparing the data")
+    encoder = on_every(lambda: _encoder(objective, config, processor, opened.base, model_config), ranks)
     bar = Bar(TOKENIZING) if ranks.is_main else None
 
     def tell(rows: int) -> None:
@@ -50,16 +60,31 @@ def tokenize(
             bar(rows, 0)
 
     data = prepare_data(
-        config.data, config.run.seed, tokenizer, cache_folder(), world.share, tell, ranks.phases.by_itself, encoder
-    )
+        config.data, config.run.seed, _of_texts(processor), cache_folder(), world.share, tell,
+        ranks.phases.by_itself, encoder,
+    )  # fmt: skip
     if bar is not None:
         bar.close()
     if not objective.of_tokens:
-        return tokenizer, data
+        return processor, data
+    assert isinstance(processor, PreTrainedTokenizerBase)
     limit = _longest_row(opened.shapes, verdict)
-    num_ids = known_ids(config, opened.shapes, tokenizer)
-    on_every(lambda: require_rows_fit(data, config.data, tokenizer, num_ids, limit), ranks)
-    return tokenizer, data
+    num_ids = known_ids(config, opened.shapes, processor)
+    on_every(lambda: require_rows_fit(data, config.data, processor, num_ids, limit), ranks)
+    return processor, data
+
+
+def _encoder(
+    objective: Objective, config: RunConfig, processor: Processor, base: PreTrainedModel, model_config: PreTrainedConfig
+) -> RowEncoder | None:
+    encoder = objective.encoder(config.data, processor, model_config)
+    if encoder is not None:
+        objective.require_fit(encoder, base)
+    return encoder
+
+
+def _of_texts(processor: Processor) -> PreTrainedTokenizerBase | None:
+    return processor if isinstance(processor, PreTrainedTokenizerBase) else None
 
 
 def known_ids(config: RunConfig, shapes: ModelShapes, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -67,7 +92,7 @@ def known_ids(config: RunConfig, shapes: ModelShapes, tokenizer: PreTrainedToken
     return len(tokenizer) if config.model.add_tokens else shapes.embedding_rows
 
 
-def first_added(config: RunConfig, shapes: ModelShapes, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def first_added(config: RunConfig, shapes: ModelShapes, tokenizer: Processor) -> int | None:
     """Return the id of the first added token, or None if none was added.
 
     Raises:
@@ -75,6 +100,7 @@ def first_added(config: RunConfig, shapes: ModelShapes, tokenizer: PreTrainedTok
     """
     if not config.model.add_tokens:
         return None
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
     first = len(tokenizer) - len(config.model.add_tokens)
     if first > shapes.embedding_rows:
         raise ModelError(
@@ -94,18 +120,25 @@ def prepare_tokens(config: RunConfig) -> PreparedData:
     """Tokenize the data without a model or process group."""
     check(config)
     folder = resolve_folder(config.model.name, config.model.revision)
-    tokenizer, objective = open_tokenizer(config, folder), build_objective(labels_of(config))
-    encoder = None
+    objective = build_objective(labels_of(config))
+    processor, encoder = _processor(config, folder, objective), None
     if not objective.of_tokens:
         model_config = load_config(folder, config.model.trust_remote_code, config.model.config_overrides)
         objective.configure(model_config)
-        encoder = objective.encoder(config.data, tokenizer, model_config)
+        encoder = objective.encoder(config.data, processor, model_config)
     bar = Bar(TOKENIZING)
     data = prepare_data(
-        config.data, config.run.seed, tokenizer, cache_folder(), progress=lambda rows: bar(rows, 0), encoder=encoder
-    )
+        config.data, config.run.seed, _of_texts(processor), cache_folder(), progress=lambda rows: bar(rows, 0),
+        encoder=encoder,
+    )  # fmt: skip
     bar.close()
     return data
+
+
+def _processor(config: RunConfig, folder: Path, objective: Objective) -> Processor:
+    if objective.of_images:
+        return build_image_processor(folder, config.objective.image_size, config.model.trust_remote_code)
+    return open_tokenizer(config, folder)
 
 
 def open_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -69,6 +69,9 @@ from fsdp_qlora.train.loop import Due, LoopHooks, train_loop
 from fsdp_qlora.train.progress import Progress
 from fsdp_qlora.train.recovery import Recovery
 from fsdp_qlora.train.step import StepSettings
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 _log = logging.getLogger(__name__)
 
@@ -184,7 +187,7 @@ class Training:
 
     def _write_model(self, tensors: Mapping[str, torch.Tensor]) -> int:
         fresh = skeleton(self.prepared.settings, self.prepared.folder)  # ours has float32 masters, and is sharded
-        return export_model(self.folder.model, fresh, tensors, self.prepared.tokenizer, self.prepared.folder)
+        return export_model(self.folder.model, fresh, tensors, self.prepared.processor, self.prepared.folder)
 
     def _write_adapter(self, folder: Path, tensors: Mapping[str, torch.Tensor], progress: dict[str, Any]) -> int:
         plan, lora = self.prepared.plan, self.prepared.settings.lora  # with whole names
@@ -204,7 +207,7 @@ class Training:
         beside = [] if lora.start is None else [self.folder.path / FILE_NAME]
         more = self.objective.files(self.config.data, self.model.base.config)
         return export_adapter(
-            folder, tensors, config, base, self._saved_tokenizer(), card, beside, self._header, self._saved_config(),
+            folder, tensors, config, base, self._saved_processor(), card, beside, self._header, self._saved_config(),
             more,
         )  # fmt: skip
 
@@ -216,15 +219,16 @@ class Training:
         config.architectures, config.name_or_path = [type(self.model.base).__name__], ""
         return config
 
-    def _saved_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the tokenizer to save; an added end of turn is its ``eos_token``, at which plain PEFT then stops."""
-        tokenizer, added = self.prepared.tokenizer, self.config.model.add_tokens
-        if added:
-            end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
-            for token in tokenizer.convert_ids_to_tokens(end.ids[:1]):
-                if token in added:
-                    tokenizer = deepcopy(tokenizer)
-                    tokenizer.eos_token = token
+    def _saved_processor(self) -> PreTrainedTokenizerBase | BaseImageProcessor:
+        """Return what reads rows, to save; an added end of turn is its ``eos_token``, where plain PEFT then stops."""
+        if not (added := self.config.model.add_tokens):
+            return self.prepared.processor
+        tokenizer = self.prepared.tokenizer
+        end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
+        for token in tokenizer.convert_ids_to_tokens(end.ids[:1]):
+            if token in added:
+                tokenizer = deepcopy(tokenizer)
+                tokenizer.eos_token = token
         return tokenizer
 
     def _facts(self, progress: dict[str, Any]) -> dict[str, Any]:

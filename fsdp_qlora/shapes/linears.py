@@ -61,7 +61,7 @@ class ModelShapes:
     layers: tuple[str, ...]
     """Names of the decoder layers, in order."""
     embedding: str
-    """Name of the input embedding module."""
+    """Name of the input embedding module; empty if it is no table."""
     head: str
     """Name of the output head module."""
     tied: bool
@@ -88,8 +88,8 @@ class ModelShapes:
 
     @property
     def embedding_rows(self) -> int:
-        """Number of rows of the embedding; token ids must be below it."""
-        return self.parameters[f"{self.embedding}.weight"][0]
+        """Number of rows of the embedding; token ids must be below it. 0 without one: images have no tokens' ids."""
+        return self.parameters[f"{self.embedding}.weight"][0] if self.embedding else 0
 
     @property
     def float32_bytes(self) -> int:

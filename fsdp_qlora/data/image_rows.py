@@ -1,0 +1,102 @@
+"""Where rows with images come from: folders of class folders, and the usual files of rows, which name image files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from fsdp_qlora.data.encoder import Read
+from fsdp_qlora.data.folders import is_data, is_inside
+from fsdp_qlora.data.images import stamp_of
+from fsdp_qlora.data.lines import Row
+from fsdp_qlora.data.readers import kind_of
+from fsdp_qlora.data.sources import expand, fingerprint, is_file, not_read, read_source
+from fsdp_qlora.errors import DataError
+
+IMAGE, LABEL = "image", "label"
+"""Columns of a row: the path of an image, and its label."""
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+"""Ends of the names of files in class folders that are images."""
+
+
+def is_class_folder(name: str) -> bool:
+    """Whether a source is a folder of class folders: it has folders, and no file of rows beside them."""
+    folder = Path(name).expanduser()
+    if "://" in name or not folder.is_dir():
+        return False
+    inside = list(folder.iterdir())
+    rows = (kind_of(x.name) not in (None, "text") and is_data(x, folder) and x.is_file() for x in inside)
+    return any(x.is_dir() and is_data(x, folder) for x in inside) and not any(rows)
+
+
+def image_rows(name: str) -> Iterator[Row]:
+    """Yield the rows of a source, each with the folder that its image's path starts from.
+
+    Raises:
+        DataError: if the source is missing, empty or unreadable, or a class folder holds no image.
+    """
+    if not is_class_folder(name):
+        yield from read_source(name)
+        return
+    folder = Path(name).expanduser()
+    for label, files in _classes(folder).items():
+        for file in files:
+            yield Row(str(file), {IMAGE: str(file.relative_to(folder)), LABEL: label}, folder=str(folder))
+
+
+def folders_of(name: str) -> list[str]:
+    """Return the folders that images' paths in a source start from, as its rows have them."""
+    if is_class_folder(name):
+        return [str(Path(name).expanduser())]
+    return [str(Path(file).parent) if "://" not in file and is_file(file) else "" for file in expand(name)]
+
+
+def images_fingerprint(name: str, read: Read) -> str:
+    """Return a text that changes with a source's rows and with the images that they name (`stamp_of`).
+
+    Raises:
+        DataError: as `image_rows`.
+    """
+    digest = hashlib.sha256()
+    for row in image_rows(name):
+        try:
+            named = str(read(row).get(IMAGE))
+        except DataError:
+            named = ""  # a bad row, which encoding it names
+        digest.update(f"{named}\0".encode("utf-8", "surrogatepass") + stamp_of(Path(row.folder, named)))
+    rows = "" if is_class_folder(name) else fingerprint(name)
+    return f"images {digest.hexdigest()}\n{rows}"
+
+
+def images_not_read(names: Iterable[str]) -> list[str]:
+    """Return a line for each folder with files that could be data but that none of ``names`` reads."""
+    lines, others = [], []
+    for name in names:
+        if not is_class_folder(name):
+            others.append(name)
+            continue
+        folder = Path(name).expanduser()
+        read = {file for files in _classes(folder).values() for file in files}
+        left = [x for x in sorted(folder.rglob("*")) if x.is_file() and x not in read and is_data(x, folder)]
+        if left:
+            some = ", ".join(str(file.relative_to(folder)) for file in left[:3])
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            lines.append(f"data: {folder}: skipped {some}{more} (no images by their names, or links to files outside)")
+    return [*lines, *not_read(others)]
+
+
+def _classes(folder: Path) -> dict[str, list[Path]]:
+    """Return each class folder's images, also those in folders inside it, both sorted by name."""
+    classes: dict[str, list[Path]] = {}
+    for inside in sorted(x for x in folder.iterdir() if x.is_dir() and is_data(x, folder)):
+        files = sorted(x for x in inside.rglob("*") if x.suffix.lower() in SUFFIXES and is_data(x, folder))
+        own = [file for file in files if file.is_file() and is_inside(file, folder)]
+        if not own:
+            links = f"; links to files outside it, such as {files[0].name}, are not followed" if files else ""
+            raise DataError(
+                f"data: the class folder {inside} holds no image{links}. Remove it, or name the folder whose folders "
+                "are the classes."
+            )
+        classes[inside.name] = own
+    return classes

@@ -1,0 +1,125 @@
+"""Images: checked when rows are prepared, read when a batch is built. Needs Pillow (the extra ``images``)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fsdp_qlora.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LARGEST = 256 * 2**20
+"""Bytes of a file that is read as an image."""
+_EDGE = 2**16
+"""Bytes at each end of a file that tell it from others of its size."""
+_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+"""Pillow's modes of more than 8 bits, which it would cut off rather than scale."""
+
+
+def stamp_of(file: Path) -> bytes:
+    """Return a digest of a file's size and of its first and last 64 KiB; for a missing file, of nothing.
+
+    An image that is changed changes there: most are no longer, and compressed ones end with a checksum, or elsewhere.
+    It does not depend on when the file was written, so that a copy of the data is the same data.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = stream.seek(0, io.SEEK_END)
+            stream.seek(0)
+            edges = [stream.read(_EDGE)]
+            stream.seek(max(_EDGE, size - _EDGE))
+            edges.append(stream.read(_EDGE))
+    except OSError:
+        return b""
+    return hashlib.blake2b(b"\0".join([str(size).encode(), *edges]), digest_size=16).digest()
+
+
+def check_images(files: Sequence[Path]) -> list[bytes | DataError]:
+    """Check on all cores that files are images which can be read; return a digest of each, or what is wrong with it.
+
+    A PNG's checksums are verified; of a JPEG an eighth of the resolution is decoded, of others everything.
+    """
+    from PIL import Image
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error here
+        return list(pool.map(_checked, files))
+
+
+def _checked(file: Path) -> bytes | DataError:
+    try:
+        return _check(file, _content(file))
+    except DataError as error:
+        return error
+
+
+def _check(file: Path, content: bytes) -> bytes:
+    with _opened(file, content) as image:
+        if image.format == "PNG":
+            image.verify()
+        else:
+            image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))  # JPEG alone has drafts
+            image.load()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def read_image(file: Path) -> Image:
+    """Return the image in a file in RGB, turned as its EXIF data say; transparency is left out.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    from PIL import ImageOps
+
+    with _opened(file, _content(file)) as image:
+        turned = ImageOps.exif_transpose(image)
+        if turned.mode == "P" and "transparency" in turned.info:
+            turned = turned.convert("RGBA")  # as Pillow asks for
+        return turned.convert("RGB")
+
+
+def _content(file: Path) -> bytes:
+    if not file.exists():
+        raise DataError(f"there is no image {file}")
+    if not file.is_file():
+        raise DataError(f"the image {file} is no regular file")
+    try:
+        if (size := file.stat().st_size) > LARGEST:
+            raise DataError(f"the image {file} has {size} bytes, and at most {LARGEST} are read")
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"the image {file} cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def _opened(file: Path, content: bytes) -> Iterator[Image]:
+    """Open an image of which so far only the header is read; whatever goes wrong is a DataError that names the file."""
+    from PIL import Image, UnidentifiedImageError
+
+    most = Image.MAX_IMAGE_PIXELS
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if most is not None and image.width * image.height > most:
+                raise Image.DecompressionBombError
+            if image.mode in _DEEP:
+                raise DataError(
+                    f"the image {file} has more than 8 bits a channel (Pillow's mode {image.mode}); convert it to 8"
+                )
+            yield image
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"{file} is not an image of a known kind") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"the image {file} has more than {most} pixels, as a decompression bomb would have") from error
+    except Exception as error:  # each format has its own
+        raise DataError(f"the image {file} cannot be read: {first_line(error)}") from error
