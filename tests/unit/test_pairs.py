@@ -38,7 +38,7 @@ def _encoder(tokenizer: Any, truncation: str = "right", most: int = 4, positions
 
 
 def _stored(encoder: PairEncoder, **values: Any) -> Any:
-    ((_, where, outcome),) = encoder.encode([(0, Row("rows.jsonl:1", values, 1))])
+    ((_, where, outcome),) = encoder.encode([(0, Row("rows.jsonl:1", values))])
     assert where == "rows.jsonl:1"
     return outcome
 
