@@ -19,6 +19,7 @@ from fsdp_qlora.adapters.folder import (
     require_shapes,
     stored_modules,
 )
+from fsdp_qlora.adapters.linear import QuantLoraLinear
 from fsdp_qlora.adapters.method import build_method, tensor_names
 from fsdp_qlora.adapters.names import ADAPTER, adapter_parameters, base_name, trainable_parameters
 from fsdp_qlora.adapters.spellings import in_model
@@ -34,12 +35,14 @@ from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 def cast_adapters(model: nn.Module, dtype: torch.dtype, kept: Collection[str]) -> None:
     """Cast whatever is trained, in float32, to the compute dtype, once and for all: FSDP does it in each forward.
 
-    ``kept`` names the parameters of the base that are computed with in float32. Rows of added tokens stay in float32 as
-    well, as they do under FSDP: what reads them casts them.
+    ``kept`` names the parameters of the base that are computed with in float32. Rows of added tokens and adapters of
+    our own layers stay in float32, too: what reads them casts them.
     """
+    ours = {p for module in model.modules() if isinstance(module, QuantLoraLinear) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         own = base_name(name.removeprefix("model."))
-        if parameter.dtype == torch.float32 and own not in kept and not name.endswith(TOKEN_ROWS):
+        stays = own in kept or parameter in ours or name.endswith(TOKEN_ROWS)
+        if parameter.dtype == torch.float32 and not stays:
             parameter.data = parameter.data.to(dtype)
 
 

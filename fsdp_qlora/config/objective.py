@@ -1,4 +1,4 @@
-"""Settings of the objective. See `fsdp_qlora.config.schema`."""
+"""What a run learns: the group ``objective``. See `fsdp_qlora.config.schema`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, SHARE, VERBATIM, YOUNGER
 
-ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
 Pooling = Literal["auto", "mean", "cls", "lasttoken"]
+ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
 
 
 @dataclass(frozen=True)

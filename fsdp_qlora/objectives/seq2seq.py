@@ -66,9 +66,7 @@ class SequenceToSequence(Objective):
     def encoder(self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> PairEncoder:
         """Return what stores pairs of texts."""
         settings, cut = self.settings, data.truncation
-        named = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
-        first = named[0] if isinstance(named, list) and named else named
-        end = first if isinstance(first, int) else None
+        end: Any = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
         sources = Side(tokenizer, data.max_length, cut)
         targets = Side(tokenizer, settings.max_target_length, cut, learned=True, end=end)
         positions = getattr(config, "max_position_embeddings", None) or 0

@@ -22,7 +22,7 @@ from fsdp_qlora.run.answers import answer_file
 from fsdp_qlora.run.inference import load_for_inference
 from tests.build import build, config_of, world_of
 from tests.distributed.test_many_adapters import CONFIGS, make_adapters, stock
-from tests.tiny import sentence
+from tests.tiny import make_model, sentence
 
 SAMPLED = {"temperature": 1.0, "top_p": 0.9}
 
@@ -102,27 +102,28 @@ def test_a_file_is_answered_as_one_by_one(pool, tmp_path, tiny_model, num_ranks)
     assert not list(tmp_path.glob("*.part"))
 
 
-def _answer_and_weigh(ranks: Ranks, folder: str, file: str, to: str, generate: dict[str, Any]) -> list[int]:
-    """Answer as the command does; return how many were answered, and the bytes of the base here and of all of it."""
+def _weigh(ranks: Ranks, folder: str) -> float:
+    """Return this rank's share of the base's bytes."""
     prepared = build(ranks, folder, precision={"name": "fp32"}, quant={"name": "none", "double_quant": False})
-    settings = {"prompts": file, "to": to, **generate}
-    count = answer_file(from_dict({"model": {"name": folder}, "generate": settings}), prepared)
     base = list(prepared.model.base.parameters())
-    return [count, sum(local_tensor(p).nbytes for p in base), sum(p.numel() * p.itemsize for p in base)]
+    return sum(local_tensor(p).nbytes for p in base) / sum(p.numel() * p.itemsize for p in base)
 
 
 @pytest.mark.full
-def test_500_prompts_on_one_rank_and_on_two_that_hold_half_of_the_base(pool, tmp_path, tiny_model):
-    file, generate = write_prompts(tmp_path, 500), {"max_new_tokens": 4, "batch_size": 16}
-    wanted = one_by_one(tiny_model, file, 4)
-    for num_ranks in (1, 2):
+def test_500_prompts_on_one_rank_and_sharded(pool, tmp_path):
+    """Two ranks answer as a user starts them in tests/e2e/test_prompt_files.py; here `generate` asks the whole pool."""
+    model = make_model(tmp_path / "model", initializer_range=0.4)  # with the usual one, all answers are empty
+    file, generate = write_prompts(tmp_path, 500), {"max_new_tokens": 12, "batch_size": 16}
+    wanted = one_by_one(model, file, 12)
+    assert len(set(wanted)) > 50
+    for num_ranks in (1, 4):
         to = tmp_path / f"answers{num_ranks}.jsonl"
-        held = pool.run(num_ranks, _answer_and_weigh, str(tiny_model), str(file), str(to), generate)
+        counts = pool.run(num_ranks, answer, str(model), str(file), str(to), None, generate)
+        assert {count for count, _ in counts} == {500}
         assert [line["index"] for line in read(to)] == list(range(500))
         assert [line["answer"] for line in read(to)] == wanted
-        for count, here, everywhere in held:
-            assert count == 500 and abs(here * num_ranks / everywhere - 1) < 0.02
-    assert len(set(wanted)) > 50
+    for num_ranks in (2, 4):
+        assert all(abs(share * num_ranks - 1) < 0.02 for share in pool.run(num_ranks, _weigh, str(model)))
 
 
 def test_what_was_answered_before_a_kill_is_kept_on_another_number_of_ranks(pool, tmp_path, tiny_model):
