@@ -89,4 +89,4 @@ def _score(outputs: object, lengths: list[int]) -> torch.Tensor:
         count = torch.tensor(lengths, device=values.device)
         shown = torch.arange(values.shape[1], device=values.device)[None] < count[:, None]
         values = values.masked_fill(~shown[..., None], 0.0)
-    return (values * weights).flatten(1).sum(1) / weights[0].numel() ** 0.5
+    return (values * weights).flatten(1).sum(1) / values.shape[-1] ** 0.5

@@ -106,4 +106,4 @@ def test_metrics_that_cannot_be_computed_are_refused_before_anything_is_loaded(t
     config = {"model": {"name": "x"}, "objective": {"name": "lacking"}, "data": {"train": "rows", "eval_fraction": 0.1}}
     with pytest.raises(ConfigError, match=r"no_such_package_of_metrics\): pip install 'fsdp-qlora\[tasks\]'"):
         require_metrics(from_dict(config))
-    require_metrics(from_dict({**config, "data": {"train": "rows"}}))
+    require_metrics(from_dict({**config, "data": {"train": "rows", "eval_fraction": 0.0}}))
