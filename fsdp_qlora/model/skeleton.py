@@ -119,7 +119,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         parameters={name: tuple(p.shape) for name, p in model.named_parameters()},
         linears=linears,
         layers=tuple(names[layer] for layer in layers),
-        embedding=names[embedding],
+        embedding=_first_owner(model, embedding.weight),  # type: ignore[arg-type]
         head=names[head],
         tied=head.weight is embedding.weight,
         hidden_size=int(embedding.weight.shape[1]),  # type: ignore[index]
@@ -160,6 +160,11 @@ def _headless_shapes(model: PreTrainedModel, embedding: nn.Module, layers: list[
         float32=frozenset(float32_parameters(model)),
         left_dense=left_dense(model),
     )
+
+
+def _first_owner(model: PreTrainedModel, parameter: nn.Parameter) -> str:
+    """Return the first module that has a parameter: a table of tokens may be that of several (Marian's)."""
+    return next(name for name, own in model.named_parameters() if own is parameter).rpartition(".")[0]
 
 
 def _not_adapted(model: PreTrainedModel, linears: Sequence[LinearShape]) -> frozenset[str]:

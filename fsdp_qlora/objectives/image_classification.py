@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -82,7 +81,7 @@ class ImageClassification(Classifier):
         height, width = encoder.size
         pixels = torch.empty(1, encoder.channels, height, width, device="meta", dtype=model.dtype)
         whole: nn.Module = deepcopy(model)
-        whole.to(torch.device("meta"))  # its buffers, too
+        whole.to_empty(device="meta")  # its buffers, too
         try:
             with torch.no_grad():
                 whole(pixel_values=pixels, **self.options(model))
@@ -176,11 +175,12 @@ class ClassifiedImages(RowEncoder):
 
     def rows(self, data: Dataset) -> ColumnRows:
         """Return stored images as rows, which are not augmented."""
-        return ColumnRows(data, lambda *chosen: self._collate("none", 0, *chosen))
+        return ColumnRows(data, lambda rows, numbers, at: self._collate("none", 0, rows, numbers, at))
 
     def training_rows(self, data: Dataset, seed: int) -> ColumnRows:
         """Return stored images as rows to train on, each augmented anew whenever it is read."""
-        return ColumnRows(data, partial(self._collate, self._augmentation, seed))
+        kind = self._augmentation
+        return ColumnRows(data, lambda rows, numbers, at: self._collate(kind, seed, rows, numbers, at))
 
     def _collate(
         self,

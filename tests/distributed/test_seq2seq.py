@@ -86,6 +86,8 @@ def _upstream(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[list[s
 def test_what_is_written_is_what_upstream_writes(pool, tmp_path, family):
     pytest.importorskip("sacrebleu", reason="the extra tasks")
     folder = loud_family(tmp_path / "model", family)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"suppress_tokens": [0, 1, 2], "num_beams": 3}))
     groups = _settings(tmp_path, generate_rows=100)
     wanted, loss = pool.run(1, _upstream, str(folder), groups)[0]
     assert len(set(wanted)) > 1

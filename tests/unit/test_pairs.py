@@ -38,7 +38,7 @@ def _encoder(tokenizer: Any, truncation: str = "right", most: int = 4, positions
 
 
 def _stored(encoder: PairEncoder, **values: Any) -> Any:
-    ((_, where, outcome),) = encoder.encode([(0, Row("rows.jsonl:1", values, 1))])
+    ((_, where, outcome),) = encoder.encode([(0, Row("rows.jsonl:1", values))])
     assert where == "rows.jsonl:1"
     return outcome
 
@@ -106,4 +106,4 @@ def test_metrics_that_cannot_be_computed_are_refused_before_anything_is_loaded(t
     config = {"model": {"name": "x"}, "objective": {"name": "lacking"}, "data": {"train": "rows", "eval_fraction": 0.1}}
     with pytest.raises(ConfigError, match=r"no_such_package_of_metrics\): pip install 'fsdp-qlora\[tasks\]'"):
         require_metrics(from_dict(config))
-    require_metrics(from_dict({**config, "data": {"train": "rows"}}))
+    require_metrics(from_dict({**config, "data": {"train": "rows", "eval_fraction": 0.0}}))
