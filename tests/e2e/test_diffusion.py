@@ -146,10 +146,12 @@ def test_dreambooth_equals_diffusers_and_peft(
         before, after = output(rounded(part)), output(trained.eval())
         for n in (1, 2):
             in_peft = output(PeftModel.from_pretrained(rounded(part), str(outs[n] / "adapter")).eval())  # type: ignore[arg-type]
+            assert (in_peft - after).abs().max() < 1e-3 * (after - before).abs().max()
             model = rounded(part)
+            if not hasattr(model, "load_lora_adapter"):  # PixArt's: PEFT loads its adapters
+                continue
             model.load_lora_adapter(str(outs[n]), weight_name="pytorch_lora_weights.safetensors", prefix=part.name)  # type: ignore[operator]
             assert torch.equal(output(model), in_peft)
-            assert (in_peft - after).abs().max() < 1e-3 * (after - before).abs().max()
 
 
 def write_pipeline(part: Path) -> Any:
