@@ -63,7 +63,7 @@ def _ours(ranks: Ranks, folder: Path, asynchronous: bool) -> Way:
         (f"m{i}", nn.Parameter(DTensor.from_local(torch.randn(SHAPE), ranks.mesh, [Shard(0)], run_check=False)))
         for i in range(NUM_MATRICES)
     ]
-    optimizer = ShardedOptimizer(parameters, OptimSettings())
+    optimizer = ShardedOptimizer(parameters, OptimSettings(lr=1e-4))
     for _, parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step(1e-4)

@@ -33,9 +33,9 @@ def config_of(folder: str, **groups: dict[str, Any]) -> RunConfig:
     """Return settings of a short run on the model in ``folder``."""
     values: dict[str, dict[str, Any]] = {
         "model": {"name": folder},
-        "data": {"max_length": 64},
+        "data": {"max_length": 64, "eval_fraction": 0.0},
         "lora": {"r": 4, "alpha": 8},
-        "train": {"max_steps": 4, "global_batch_size": 6, "micro_batch_size": 2},
+        "train": {"max_steps": 4, "global_batch_size": 6, "micro_batch_size": 2, "sample_held_out": 0},
         "launcher": {"device": "cpu"},
         "optim": {"lr": 2e-3},
     }

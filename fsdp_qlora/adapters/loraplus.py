@@ -33,7 +33,7 @@ def learning_rates(shapes: Mapping[str, Sequence[int]], settings: OptimSettings)
 
 def _rate(name: str, shape: Sequence[int], settings: OptimSettings) -> Rate:
     if _of_embedding(name):
-        return Rate(EMBEDDING_LR / settings.lr if settings.lr else 0.0, settings.weight_decay)
+        return Rate(EMBEDDING_LR / settings.peak_lr if settings.peak_lr else 0.0, settings.weight_decay)
     if not is_faster(name, shape):
         return Rate(1.0, settings.weight_decay)
     return Rate(settings.loraplus_lr_ratio, 0.0 if "bias" in name else settings.weight_decay)

@@ -33,7 +33,7 @@ _NO_MATTER = {
     "lora": ("init_from",),
     "train": ("max_steps", "num_epochs", "global_batch_size", "log_every", "eval_every", "eval_batch_size",
               "early_stopping_patience", "on_nonfinite", "spike_factor", "max_bad_steps", "sample_prompts",
-              "sample_tokens", "sample_at_eval", "max_grad_norm"),
+              "sample_tokens", "sample_at_eval", "sample_held_out", "max_grad_norm"),
 }  # fmt: skip
 """Settings of these groups that do not affect a check."""
 _AGREES = {"agrees": True}

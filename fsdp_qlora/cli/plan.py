@@ -42,6 +42,8 @@ _ON_HOST = {
 _SMALL = "tensors below 1 MiB"
 _LEFT = {"none": _SMALL, "full": _SMALL, "selective": f"what selective checkpointing chooses, and {_SMALL}"}
 """What ``fsdp.offload=activations`` does not move, by checkpointing."""
+_NUMBERS = {"train.global_batch_size": "rows per step", "train.num_epochs": "epochs", "optim.lr": "learning rate"}
+"""Numbers that the plan assumes, or follow from the model, where they are ``auto``."""
 _LARGE_NODE = 8
 """Most devices that one usually finds in a node."""
 
@@ -167,6 +169,7 @@ def _work(figures: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
             f"{batch['micro_batch_rows']} x {batch['max_length']} tokens, {_dealt(plan)}; "
             f"{batch['tokens_per_step']:,} tokens",
         ),
+        *[(words, f"auto: {plan.choices[key]}") for key, words in _NUMBERS.items() if key in plan.choices],
         (
             "saving memory",
             f"checkpointing {plan.settings.checkpointing}, offload {config.fsdp.offload}"

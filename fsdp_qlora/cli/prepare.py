@@ -13,6 +13,7 @@ from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.report import histogram, packing_efficiency
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.files.home import cache_folder
+from fsdp_qlora.plan.recipe import RowCounts, batch_for, epochs_for
 from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.run.tokens import prepare_tokens
 from fsdp_qlora.track.console import clock
@@ -51,7 +52,9 @@ def _report(config: RunConfig, data: PreparedData) -> None:
     rows, counts, train = data.some_rows(0), data.train_counts, config.train
     packed, filled = packing_efficiency(rows.lengths, config.data.max_length)
     num_rows = packed if config.data.packing else len(rows)
-    steps = num_steps(train.max_steps, train.num_epochs, num_rows, train.global_batch_size)
+    counted = RowCounts(num_rows, data.eval_counts.kept)
+    size, epochs = batch_for(train, counted), epochs_for(train, counted)
+    steps = num_steps(train.max_steps, float(epochs.value), num_rows, int(size.value))
     table = [
         ("rows read", f"{counts.rows}"),
         ("sequences to learn from", f"{len(rows)}, {data.eval_counts.kept} held out"),
@@ -62,8 +65,9 @@ def _report(config: RunConfig, data: PreparedData) -> None:
         ("dropped", f"{counts.dropped_long} too long, {counts.dropped_unsupervised} without a supervised token"),
         ("duplicate rows", f"{counts.duplicates} (kept)"),
         ("packed", f"{packed} sequences of {config.data.max_length} tokens, {100 * filled:.1f} % filled"),
-        ("steps", f"{steps} of {train.global_batch_size} " + ("packed sequences" if config.data.packing else "rows")),
-        ("time", _time(config, rows, steps, num_rows)),
+        ("steps", f"{steps} of {size.value} " + ("packed sequences" if config.data.packing else "rows")
+                  + ("" if train.max_steps else f": {epochs.value} epochs")),
+        ("time", _time(config, rows, steps * int(size.value), num_rows)),
     ]  # fmt: skip
     print_table("the training data", table)
     print("\n".join(histogram(rows.lengths).lines()))
@@ -74,11 +78,11 @@ def _quantile(rows: Rows, percent: int) -> float:
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
 
-def _time(config: RunConfig, rows: Rows, steps: int, num_rows: int) -> str:
-    """Estimate the time from the speed of an earlier run of this name; say so if there is none."""
+def _time(config: RunConfig, rows: Rows, trained: int, num_rows: int) -> str:
+    """Estimate the time of so many rows from the speed of an earlier run of this name; say so if there is none."""
     summary = RunFolder(config.run.output_root, config.run.name).summary_file
     if not summary.is_file():
         return f"unknown: no run in {summary.parent} has measured a speed yet"
     speed = json.loads(summary.read_text(encoding="utf-8"))["tokens_per_second"]
-    tokens = float(rows.lengths.sum()) / num_rows * steps * config.train.global_batch_size
+    tokens = float(rows.lengths.sum()) / num_rows * trained
     return f"about {clock(tokens / max(speed, 1e-9))} at the {speed:.0f} tokens/s of the last run here"

@@ -9,11 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fsdp_qlora.cli.foreign import switches_on
-from fsdp_qlora.cli.quoting import command
+from fsdp_qlora.cli.closing import COLUMNS, print_next, print_verdict, sample_rows
 from fsdp_qlora.cli.tables import print_table
-from fsdp_qlora.config.saved import read_config
-from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.data.sources import names_of, not_read
 from fsdp_qlora.files.write import copy_regular
 from fsdp_qlora.plan.quantized import describe
@@ -48,7 +45,8 @@ def print_start(prepared: Prepared, note: str) -> None:
         f"global batch {plan.batch.global_batch_size} rows = micro-batches of {plan.batch.micro_batch_size} x "
         f"{plan.batch.accumulation_steps} per rank; planned peak {megabytes(plan.peak)} of tensors per rank"
     )
-    print("auto: " + "; ".join(f"{key}={value}" for key, value in prepared.choices.items()))
+    for key, value in prepared.choices.items():
+        print(f"auto: {key}={value}")
     if data is not None and data.stream is not None:
         print(
             f"data: streamed, {config.data.shuffle_window} rows shuffled at a time; {data.eval_counts.kept} held out",
@@ -105,25 +103,18 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         rows.append(("held-out loss", f"{before:.4f} -> {after:.4f}"))
         first, last = summary.get("metrics_before", {}), summary.get("metrics_after", {})
         rows += [(f"held-out {name}", f"{first[name]:.2f} -> {last[name]:.2f}") for name in first if name in last]
-    for sample in summary["samples"]:
-        if sample["before"] is not None:  # a resumed run may not know it
-            rows.append((f"{sample['prompt']} (before)", sample["before"]))
-        rows.append((f"{sample['prompt']} (after)", sample["after"]))
+    rows += sample_rows(summary["samples"])
     trainable, base = summary["trainable_parameters"], summary["base_parameters"]
     rows.append(("trainable parameters", f"{trainable:,} ({100 * trainable / base:.2f} % of the base)"))
     kind, result = ("model", folder.model) if trainable == base else ("adapter", folder.adapter)
     rows.append((f"{kind} size", f"{summary['adapter_bytes'] / 1e6:.1f} MB"))
     rows.append(("speed", f"{summary['tokens_per_second']:.0f} tokens/s over {summary['steps']} steps"))
     rows += _rank_rows(summary)
-    prompt = summary["samples"][0]["prompt"] if summary["samples"] else "..."
     rows.append(("run folder", str(folder.path)))
     rows.append((kind, str(result)))
-    print_table(f"{folder.path.name}: done", rows)
-    switches = [f"{key}=true" for key in switches_on(from_dict(read_config(str(folder.config_file))))]
-    key = "model.name" if kind == "model" else kind
-    verb, more = ("generate", [f"prompt={prompt}"]) if summary.get("answers", True) else ("evaluate", [])
-    words = [verb, f"run_from={folder.config_file}", *switches, f"{key}={result}", *more]
-    print(f"try next: {command(*words)}", flush=True)  # not in the table, which wraps lines: it is meant for pasting
+    print_table(f"{folder.path.name}: done", rows, COLUMNS)
+    print_verdict(summary, folder)
+    print_next(summary, folder, "model.name" if kind == "model" else kind, result)
     if "profile" in summary:
         print_profile(summary["profile"])
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeVar
+
+Auto = Literal["auto"]
+Switch = Literal["auto", "true", "false"]
+"""``auto``: the plan decides and reports its choice."""
+N = TypeVar("N", int, float)
 
 
 def asked(value: str) -> str | None:
@@ -19,6 +25,11 @@ def switch(value: str) -> bool | None:
 def degree(value: int | str) -> int | None:
     """Return a number of ranks as asked for, or None for ``auto``."""
     return value if isinstance(value, int) else None
+
+
+def number(value: N | str) -> N | None:
+    """Return a number as asked for, or None for ``auto``."""
+    return None if isinstance(value, str) else value
 
 
 def as_word(value: bool) -> str:

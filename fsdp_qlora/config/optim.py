@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fsdp_qlora.config import choices
+from fsdp_qlora.config.auto import Auto
 from fsdp_qlora.config.facts import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, YOUNGER, ReadBy
 
 _ADEMAMIX = ReadBy(("ademamix_8bit",))
@@ -19,9 +20,10 @@ class OptimSettings:
     name: Annotated[str, choices.OPTIMIZERS] = "adamw"
     """AdamW, Lion, AdEMAMix, SGD with momentum, or Adafactor. ``_8bit``: bitsandbytes keeps the states in 8 bits.
     ``paged_``: states may move to host memory when the GPU is full; on a CPU there is nothing to page."""
-    lr: Annotated[float, NOT_NEGATIVE] = 2e-4
-    """Peak learning rate. For Adafactor it is relative to each tensor: the step size is ``lr`` times the root mean
-    square of the tensor's values, or times 0.001 if that is larger."""
+    lr: Annotated[float | Auto, NOT_NEGATIVE] = "auto"
+    """Peak learning rate. ``auto``, for AdamW: by the size and the family of the model and the scaling of the adapters
+    (`fsdp_qlora.plan.recipe`); for the others, as in conf/optim. For Adafactor it is relative to each tensor: the step
+    size is ``lr`` times the root mean square of the tensor's values, or times 0.001 if that is larger."""
     loraplus_lr_ratio: Annotated[float, NOT_NEGATIVE, YOUNGER] = 0.0
     """LoRA+: learning rate of the matrices B (and of vectors) over that of A, which is ``lr``; above 1, the paper finds
     about 16. Adapters of embeddings learn at 1e-6, as in PEFT. 0 = one learning rate for all."""
@@ -44,6 +46,13 @@ class OptimSettings:
     override_32bit: Annotated[list[str], _IN_8_BITS] = field(default_factory=list)
     """Patterns of parameters whose states an 8-bit optimizer keeps in 32 bits. Names are those in the adapter's file
     (``["*.layers.0.*", "*.q_proj.lora_B.*"]``). Tensors with fewer than 4,096 elements always keep 32-bit states."""
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate, once ``auto`` is settled."""
+        if isinstance(self.lr, str):
+            raise ValueError("optim.lr is auto: `fsdp_qlora.plan.recipe.choose_recipe` settles it.")
+        return self.lr
 
 
 @dataclass(frozen=True)

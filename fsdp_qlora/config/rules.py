@@ -12,8 +12,8 @@ from functools import partial
 
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.adapter_rules import ADAPTER_RULES
-from fsdp_qlora.config.answer_rules import ANSWER_RULES
-from fsdp_qlora.config.auto import degree
+from fsdp_qlora.config.answer_rules import ANSWER_RULES, may_hold_out
+from fsdp_qlora.config.auto import degree, number
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.config.convert import known_keys
 from fsdp_qlora.config.facts import Range, facts, value_of
@@ -52,10 +52,11 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
 
 
 def _batches(config: RunConfig) -> Iterator[str]:
-    if config.train.micro_batch_size > config.train.global_batch_size:
+    whole = number(config.train.global_batch_size)
+    if whole is not None and config.train.micro_batch_size > whole:
         yield (
             f"train.micro_batch_size: {config.train.micro_batch_size} rows do not fit into a global batch of "
-            f"{config.train.global_batch_size}; raise train.global_batch_size or lower train.micro_batch_size."
+            f"{whole}; raise train.global_batch_size or lower train.micro_batch_size."
         )
 
 
@@ -98,7 +99,7 @@ def _streaming(config: RunConfig) -> Iterator[str]:
     if config.train.max_steps == 0:
         yield "data.streaming: a stream's length is unknown; set train.max_steps."
     for key, given in {
-        "packing": data.packing, "length_grouped": data.length_grouped, "eval_fraction": data.eval_fraction,
+        "packing": data.packing, "length_grouped": data.length_grouped, "eval_fraction": number(data.eval_fraction),
         "temperature": data.temperature, "counts": data.counts, "max_rows": data.max_rows,
     }.items():  # fmt: skip
         if given:
@@ -112,8 +113,7 @@ def _as_list(value: object) -> list[object]:
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:
-    has_eval = config.data.eval is not None or config.data.eval_fraction > 0
-    if config.train.eval_every > 0 and not has_eval:
+    if number(config.train.eval_every) and not may_hold_out(config.data):
         yield "train.eval_every: there is nothing to evaluate on; set data.eval or data.eval_fraction."
 
 
@@ -185,7 +185,7 @@ def _resume(config: RunConfig) -> Iterator[str]:
 
 
 def _keep_best(config: RunConfig) -> Iterator[str]:
-    if config.checkpoint.keep_best and not (config.data.eval is not None or config.data.eval_fraction > 0):
+    if config.checkpoint.keep_best and not may_hold_out(config.data):
         yield "checkpoint.keep_best: there is nothing to evaluate on; set data.eval or data.eval_fraction."
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from fsdp_qlora.config import choices
+from fsdp_qlora.config.auto import Auto, Switch
 from fsdp_qlora.config.convert import build
 from fsdp_qlora.config.facts import (
     BELOW_ONE,
@@ -27,15 +28,12 @@ from fsdp_qlora.config.objective import ObjectiveSettings
 from fsdp_qlora.config.optim import OptimSettings, ScheduleSettings
 from fsdp_qlora.config.saved import Saved
 from fsdp_qlora.config.track import TrackSettings
+from fsdp_qlora.config.train_settings import TrainSettings
 from fsdp_qlora.config.verbs import EvaluateSettings, ExportSettings, GenerateSettings, PlanSettings, SweepSettings
 
-Switch = Literal["auto", "true", "false"]
-"""``auto``: the plan decides and reports its choice."""
 QuantName = Annotated[str, choices.FORMATS, choices.NONE]
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 """Weights per block: bitsandbytes' sizes from 64 up. With 32, a nested block would cover only half a storage row."""
-Checkpointing = Literal["auto", "none", "selective", "full"]
-KernelsName = Literal["auto", "torch", "compile", "liger"]
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,9 @@ class DataSettings:
     ``owner/name/configuration``. A ``:split`` suffix on a folder or data set selects a split other than ``train``."""
     eval: Annotated[Any, VERBATIM] = None
     """Evaluation data, given like ``train``; ``null`` holds out ``eval_fraction`` of the training rows instead."""
-    eval_fraction: Annotated[float, BELOW_ONE] = 0.0
-    """Share of the prompts held out for evaluation when ``eval`` is null; equal prompts stay together."""
+    eval_fraction: Annotated[float | Auto, BELOW_ONE] = "auto"
+    """Share of the prompts held out for evaluation when ``eval`` is null; equal prompts stay together. ``auto``: about
+    5 % of the rows, 4 to 200 of them, without near-copies of a training row; none of fewer than 20 rows."""
     format: Literal["auto", "messages", "conversations", "alpaca", "prompt_completion", "preference", "text"] = "auto"
     """Row format; ``auto`` infers it from each row's columns. ``preference`` rows train on the chosen answer."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -208,56 +207,6 @@ class PrecisionSettings:
 
     name: Literal["bf16", "fp32"] = "bf16"
     """``bf16``: compute in bfloat16, adapters and reductions in float32. ``fp32``: everything in float32."""
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The training loop."""
-
-    max_steps: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 0
-    """Optimizer steps; 0 = as many as ``num_epochs`` needs."""
-    num_epochs: Annotated[float, NOT_NEGATIVE, MAY_CHANGE] = 1.0
-    """Passes over the training rows, when ``max_steps`` is 0."""
-    global_batch_size: Annotated[int, POSITIVE] = 16
-    """Rows per optimizer step, over all ranks."""
-    micro_batch_size: Annotated[int, POSITIVE] = 1
-    """Rows per forward and backward pass on one rank."""
-    eval_every: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 0
-    """Steps between evaluations; 0 = only before the first and after the last step."""
-    micro_batch_tokens: Annotated[int, NOT_NEGATIVE] = 0
-    """Instead of ``micro_batch_size``: tokens per micro-batch, padding included; 0 = off. A longer row forms a
-    micro-batch alone."""
-    eval_batch_size: Annotated[int, POSITIVE, MAY_CHANGE] = 8
-    """Rows per forward pass in evaluation."""
-    log_every: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 1
-    """Steps between lines in metrics.jsonl and in the progress display; 0 = never."""
-    max_grad_norm: Annotated[float, NOT_NEGATIVE] = 1.0
-    """Clip gradients to this global norm; 0 = never."""
-    early_stopping_patience: Annotated[int, NOT_NEGATIVE, MAY_CHANGE] = 0
-    """Stop after this many evaluations without improvement of the loss; 0 = never."""
-    on_nonfinite: Annotated[Literal["stop", "skip", "rollback"], MAY_CHANGE] = "stop"
-    """On a non-finite loss or gradient, or a loss spike: stop, skip the batch, or roll back. ``rollback`` returns to
-    the last checkpoint and skips the batches since then. The update is never made, and the cause is always reported."""
-    spike_factor: Annotated[float, NOT_NEGATIVE, MAY_CHANGE] = 0.0
-    """Treat a loss above this multiple of the mean of the last 16 as a spike; 0 = never."""
-    max_bad_steps: Annotated[int, POSITIVE, MAY_CHANGE] = 5
-    """Consecutive bad steps after which ``skip`` and ``rollback`` also stop."""
-    activation_checkpointing: Annotated[Checkpointing, MAY_CHANGE] = "auto"
-    """Recompute decoder layers in backward: ``none``, ``selective`` or ``full``; ``auto`` takes the first that fits.
-    ``selective`` keeps the results of matrix products and attention and recomputes the rest."""
-    compile: Annotated[Switch, MAY_CHANGE] = "auto"
-    """torch.compile the decoder layers; ``auto`` = if the run is long enough to recoup the compile time."""
-    kernels: Annotated[KernelsName, MAY_CHANGE] = "auto"
-    """Code that computes RMSNorms, gated activations and the loss: ``torch`` (upstream's modules), ``compile`` (each
-    compiled on its own) or ``liger`` (Liger-Kernel, on GPUs). ``auto`` takes ``torch``."""
-    logits_chunk: Annotated[int, POSITIVE, MAY_CHANGE] = 256
-    """Supervised tokens whose logits are in memory at a time."""
-    sample_prompts: Annotated[list[str], MAY_CHANGE] = field(default_factory=list)
-    """Prompts answered before and after training, shown in the summary."""
-    sample_at_eval: Annotated[bool, MAY_CHANGE] = False
-    """Also answer ``sample_prompts`` at every evaluation and append the answers to ``answers.jsonl``."""
-    sample_tokens: Annotated[int, POSITIVE, MAY_CHANGE] = 48
-    """Maximum length of these answers in tokens."""
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.config.auto import Choice
+from fsdp_qlora.config.auto import number as typed
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.cache import hold, obtain
 from fsdp_qlora.data.encoder import Counts, Read, RowEncoder
+from fsdp_qlora.data.hold_out import HeldOut, choose_held_out, in_order
 from fsdp_qlora.data.identity import code_digest, tokenizer_digest
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import Rows, StoredRows
@@ -70,6 +73,8 @@ class PreparedData:
     """Number of skipped bad rows."""
     stream: Stream | None = None
     """The training rows, with ``data.streaming``."""
+    held_out_why: str = ""
+    """What ``data.eval_fraction=auto`` held out, and of how many rows."""
     held: BinaryIO | None = None
     """Kept open while the tokens are used, so that other processes do not remove them."""
 
@@ -138,6 +143,7 @@ def _opened(encoder: RowEncoder, folder: Path) -> PreparedData:
     return PreparedData(
         encoder, parts["train"], parts["eval"], Counts(**counts["train"]), Counts(**counts["eval"]), folder.name,
         bad_rows=folder / _BAD_ROWS if counts["bad"] else None, num_bad=counts["bad"], held=held,
+        held_out_why=counts.get("held_out", ""),
     )  # fmt: skip
 
 
@@ -157,13 +163,14 @@ def _prepare(data: DataSettings, seed: int, encoder: RowEncoder, staging: Path, 
     train, held = names_of(data.train), names_of(data.eval or [])
     rows = _numbered(train, held, data.max_rows)
     result = tokenize(rows, encoder, staging / _TOKENS, staging / _BAD_ROWS, data.on_bad_row == "skip", progress)
-    parts, counts = _split(result, data, seed, len(train))
+    chosen = _held_out(result, data, seed, staging / _TOKENS)
+    parts, counts = _split(result, data, seed, len(train), set(chosen.keys))
     if counts["train"].kept == 0:
         raise _nothing_to_learn(counts["train"], data.max_length, result)
     for name, indices in parts.items():
         np.save(staging / f"{name}.npy", indices)
     about = {name: asdict(tally) for name, tally in counts.items()}
-    about |= {"bad": result.bad}
+    about |= {"bad": result.bad, "held_out": chosen.why}
     (staging / _COUNTS).write_text(json.dumps(about), encoding="ascii")
 
 
@@ -234,31 +241,38 @@ def _numbered(train: list[str], held: list[str], max_rows: int | None) -> Iterat
             yield number, row
 
 
+def held_out_choice(data: DataSettings, prepared: PreparedData | None) -> dict[str, Choice]:
+    """Return what ``data.eval_fraction=auto`` held out, by key, if it was asked to."""
+    if prepared is None or data.eval is not None or data.streaming or typed(data.eval_fraction) is not None:
+        return {}
+    share = prepared.eval_counts.kept / max(1, prepared.eval_counts.kept + prepared.train_counts.kept)
+    return {"data.eval_fraction": Choice(f"{share:.2g}", prepared.held_out_why)}
+
+
+def _held_out(result: Tokenized, data: DataSettings, seed: int, tokens: Path) -> HeldOut:
+    """Return the prompts that are held out of the training sources: none, ``eval_fraction`` of them, or ``auto``'s."""
+    if data.eval is not None or data.eval_fraction == 0:
+        return HeldOut(frozenset(), "")
+    if (fraction := typed(data.eval_fraction)) is None:
+        return choose_held_out(result.keys, seed, tokens)
+    distinct = in_order({key for key, _ in result.tallies}, seed)
+    chosen = distinct[: max(1, round(fraction * len(distinct)))]
+    if len(chosen) == len(distinct):
+        raise DataError(f"data.eval_fraction: with {len(distinct)} distinct prompt(s), nothing is left to train on.")
+    return HeldOut(frozenset(chosen), "")
+
+
 def _split(
-    result: Tokenized, data: DataSettings, seed: int, num_train: int
+    result: Tokenized, data: DataSettings, seed: int, num_train: int, chosen: set[int]
 ) -> tuple[dict[str, np.ndarray], dict[str, Counts]]:
     """Return the sequence indices of the training and evaluation parts, and the counts of their rows.
 
-    The evaluation part holds the sequences of the sources in ``data.eval``, or those of a share ``eval_fraction`` of
-    the distinct prompts, chosen by a hash of (seed, prompt).
+    The evaluation part holds the sequences of the sources in ``data.eval``, or those of the ``chosen`` prompts.
     """
     sources = np.array(result.sources, dtype=np.int64)
     keys = np.array(result.keys, dtype=np.uint64)
-    held_out = np.zeros(len(sources), dtype=bool)
     counts = {"train": Counts(), "eval": Counts()}
-    chosen: set[int] = set()
-    if data.eval is not None:
-        held_out = sources >= num_train
-    elif data.eval_fraction > 0:
-        distinct = sorted(
-            {key for key, _ in result.tallies}, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest()
-        )
-        chosen = set(distinct[: max(1, round(data.eval_fraction * len(distinct)))])
-        if len(chosen) == len(distinct):
-            raise DataError(
-                f"data.eval_fraction: with {len(distinct)} distinct prompt(s), nothing is left to train on."
-            )
-        held_out = np.isin(keys, np.array(sorted(chosen), dtype=np.uint64))
+    held_out = sources >= num_train if data.eval is not None else np.isin(keys, np.array(sorted(chosen), np.uint64))
     for (key, number), tally in result.tallies.items():
         counts["eval" if key in chosen or number >= num_train else "train"].add(tally)
     train, held = np.flatnonzero(~held_out), np.flatnonzero(held_out)

@@ -107,8 +107,10 @@ def take_stock(
         )
     used = source.used() | names
     left = [n for n in source.entries if n not in used and not _is_statistic(n, used)]
-    places = _places(layers, model.base_model_prefix) if new_head or other_head else {""}
-    left_out = tuple(n for n in left if _upstream_leaves_out(model, n) or not any(place in f".{n}" for place in places))
+    of_layers = _places(layers, model.base_model_prefix) if new_head or other_head else {""}  # "" is in any name
+    left_out = tuple(
+        n for n in left if _upstream_leaves_out(model, n) or not any(place in f".{n}" for place in of_layers)
+    )
     if odd := [n for n in left if n not in left_out]:
         raise ModelError(
             f"{source.folder}: {len(odd)} tensors are not used by {type(model).__name__}: {_some(odd)}. Either the "

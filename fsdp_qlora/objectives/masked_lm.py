@@ -44,14 +44,14 @@ class MaskedLanguageModel(Objective):
         Raises:
             ModelError: if the tokenizer has no mask.
         """
-        if tokenizer.mask_token_id is None:
+        if not isinstance(mask := tokenizer.mask_token_id, int):
             raise ModelError(
                 "model.name: its tokenizer has no mask token, so objective=masked_lm cannot train it; use a model such "
                 "as BERT."
             )
         settings, text = self.settings, config.get_text_config()
         masking = Masking(
-            settings.mask_probability, settings.whole_words, tokenizer.mask_token_id,
+            settings.mask_probability, settings.whole_words, mask,
             min(len(tokenizer), text.vocab_size), pad_token(config),
         )  # fmt: skip
         return _Texts(columns_of(data), fast(tokenizer), within_positions(data, tokenizer, config), masking)

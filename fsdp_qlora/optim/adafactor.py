@@ -44,7 +44,7 @@ class ShardedAdafactor(LocalOptimizer):
 
     def __init__(self, leaves: Sequence[Leaf], settings: OptimSettings) -> None:
         self._leaves = tuple(leaves)
-        super().__init__(groups_of(leaves, settings), {"lr": settings.lr})
+        super().__init__(groups_of(leaves, settings), {"lr": settings.peak_lr})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

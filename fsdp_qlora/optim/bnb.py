@@ -55,7 +55,7 @@ class BlockwiseOptimizer(LocalOptimizer):
     def __init__(self, leaves: Sequence[Leaf], settings: OptimSettings) -> None:
         self._leaves, self._settings, self._update = tuple(leaves), settings, UPDATES[settings.name]
         self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-        super().__init__(groups_of(leaves, settings), {"lr": settings.lr})
+        super().__init__(groups_of(leaves, settings), {"lr": settings.peak_lr})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -172,13 +172,13 @@ def _adamw(leaves: list[Leaf], settings: OptimSettings) -> LocalOptimizer:
     # no launch to save, the update stays the one whose bits docs/numerics.md promises.
     fused = leaves[0].local.device != HOST
     return _AdamW(
-        groups_of(leaves, settings), lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
+        groups_of(leaves, settings), lr=settings.peak_lr, betas=(settings.beta1, settings.beta2), eps=settings.eps,
         fused=fused, foreach=not fused,
     )  # fmt: skip
 
 
 def _sgd(leaves: list[Leaf], settings: OptimSettings) -> LocalOptimizer:
-    return _SGD(groups_of(leaves, settings), lr=settings.lr, momentum=settings.beta1)
+    return _SGD(groups_of(leaves, settings), lr=settings.peak_lr, momentum=settings.beta1)
 
 
 OPTIMIZERS: choices.Table[Callable[[list[Leaf], OptimSettings], LocalOptimizer]] = choices.Table(

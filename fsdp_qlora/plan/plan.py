@@ -26,6 +26,7 @@ from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes
 from fsdp_qlora.plan.memory import MemoryModel
 from fsdp_qlora.plan.offloaded import offloaded_parameters
 from fsdp_qlora.plan.quantized import chosen_edges, chosen_linears
+from fsdp_qlora.plan.recipe import batch_for
 from fsdp_qlora.plan.sizes import parse_bytes, reserve_bytes
 from fsdp_qlora.plan.starts import StartCost, rows_cost, start_cost
 from fsdp_qlora.plan.storage import StorageSettings
@@ -132,7 +133,7 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     rows = _token_rows(config, shapes, method, modules)
     _require_matches(config, dict(chain(rows.items(), *(tensors.items() for tensors in trained.values()))))
     quantized, edges = _quantized(config, shapes, modules)
-    batch = BatchPlan(config.train.global_batch_size, _micro_batch_rows(config), world_size)
+    batch = BatchPlan(int(batch_for(config.train, None).value), _micro_batch_rows(config), world_size)
     _, shard = degrees(degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree, world_size)
     settings, stored = storage_settings(config, batch, shard, casts), (*quantized, *edges)
     table = shapes.embedding if shapes.tied else shapes.head

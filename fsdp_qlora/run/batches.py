@@ -54,6 +54,7 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
     """
     assert prepared.data is not None
     train, data, seed = prepared.config.train, prepared.config.data, prepared.config.run.seed
+    size = prepared.recipe.rows_per_step
     cut = Cut(train.micro_batch_size, prepared.ranks.data_rank, prepared.ranks.data_size, train.micro_batch_tokens)
     if not build_objective(prepared.settings.objective).of_tokens:
         return _rows_alone(prepared, cut)
@@ -67,37 +68,37 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
         note = _bad_row_list(bad_rows, unwritten) if prepared.ranks.is_main else _ignore
         known = tokens_known(prepared.tokenizer, known_ids(prepared.config, prepared.shapes, prepared.tokenizer))
         streamed = StreamLoader(
-            prepared.data.stream, train.global_batch_size, cut, lambda rows: layout(known(rows)), note
+            prepared.data.stream, size, cut, lambda rows: layout(known(rows)), note
         )  # fmt: skip
-        read = train.max_steps * train.global_batch_size
-        length = Length(train.global_batch_size, train.max_steps)
+        read = train.max_steps * size
+        length = Length(size, train.max_steps)
         return Batches(
             _ahead(marked(streamed.batch_at, prepared, layout, []), read, prepared.ranks.device), read, length
         )
     assert prepared.data.train is not None
     stored = TokenRows(prepared.data.train)
     rows = layout(stored)
-    loader = Loader(rows, train.global_batch_size, cut, seed, data.length_grouped)
-    last = None if train.max_steps else max(1, round(train.num_epochs * len(rows)))
-    length = Length(train.global_batch_size, train.max_steps, last or 0)
-    first = Loader(rows, train.global_batch_size, replace(cut, rank=0, num_ranks=1), seed, data.length_grouped)
+    loader = Loader(rows, size, cut, seed, data.length_grouped)
+    last = None if train.max_steps else max(1, round(prepared.recipe.num_epochs * len(rows)))
+    length = Length(size, train.max_steps, last or 0)
+    first = Loader(rows, size, replace(cut, rank=0, num_ranks=1), seed, data.length_grouped)
     batch_at = marked(
         lambda position: loader.batch_at(position, last), prepared, layout, _first_batches(first, length.planned_steps)
     )
-    end = last or train.max_steps * train.global_batch_size
+    end = last or train.max_steps * size
     return Batches(_ahead(batch_at, end, prepared.ranks.device), len(rows), length, stored.lengths)
 
 
 def _rows_alone(prepared: Prepared, cut: Cut) -> Batches:
     """Build the loader of an objective whose rows share no sequence."""
-    train, data = prepared.config.train, prepared.data
+    train, data, size = prepared.config.train, prepared.data, prepared.recipe.rows_per_step
     assert data is not None and data.train is not None
     seed = prepared.config.run.seed
     rows = data.encoder.training_rows(data.train, seed)
-    loader = Loader(rows, train.global_batch_size, cut, seed, prepared.config.data.length_grouped)
-    last = None if train.max_steps else max(1, round(train.num_epochs * len(rows)))
-    length = Length(train.global_batch_size, train.max_steps, last or 0)
-    end = last or train.max_steps * train.global_batch_size
+    loader = Loader(rows, size, cut, seed, prepared.config.data.length_grouped)
+    last = None if train.max_steps else max(1, round(prepared.recipe.num_epochs * len(rows)))
+    length = Length(size, train.max_steps, last or 0)
+    end = last or train.max_steps * size
     ahead = _ahead(lambda position: loader.batch_at(position, last), end, prepared.ranks.device)
     return Batches(ahead, len(rows), length, rows.lengths)
 

@@ -119,6 +119,24 @@ class OpenedModel:
         plan = replace(make_plan(config, self.shapes, ranks.size, budget), choices=self.plan.choices)
         return replace(self, config=config, plan=plan)
 
+    def for_run(self, config: RunConfig, ranks: Ranks, budget: int | None) -> OpenedModel:
+        """Return a copy for ``config``, the settings that it was opened with, but for the numbers of the run."""
+        lora = replace(config.lora, modules_to_save=self.config.lora.modules_to_save)  # with a new head
+        config = replace(config, lora=lora, objective=self.config.objective)
+        plan = make_plan(config, self.shapes, ranks.size, budget)
+        return replace(self, config=decided(config, plan.settings), plan=plan)
+
+    def to_answer(self) -> OpenedModel:
+        """Return a copy that trains nothing: on one rank the base is kept whole, whatever adapts it.
+
+        In training, PEFT's own layers in bf16 need FSDP's cast of their float32 adapters, and with it FSDP copies every
+        weight in every forward (ADR 0015). To answer, `cast_adapters` makes the cast once.
+        """
+        plan, fsdp = self.plan, self.config.fsdp
+        if plan.shard_size > 1 or fsdp.offloads_parameters or fsdp.offload_modules:
+            return self
+        return replace(self, plan=replace(plan, settings=replace(plan.settings, keeps_whole=True), units=()))
+
     def compiled(self, on: bool) -> OpenedModel:
         """Return a copy with ``train.compile`` resolved to ``on``."""
         train = replace(self.config.train, compile=as_word(on))

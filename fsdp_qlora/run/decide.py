@@ -13,8 +13,8 @@ from fsdp_qlora.adapters import build_method
 from fsdp_qlora.attention.candidates import EAGER, attention_candidates
 from fsdp_qlora.config.auto import Choice, asked, degree
 from fsdp_qlora.config.rules import check
-from fsdp_qlora.config.schema import RunConfig
-from fsdp_qlora.data.deal import num_steps
+from fsdp_qlora.config.schema import DataSettings, RunConfig
+from fsdp_qlora.data.pack import best_fit_decreasing
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.distributed.memory import memory_of
 from fsdp_qlora.distributed.mesh import Ranks
@@ -37,9 +37,11 @@ from fsdp_qlora.plan.compilation import Compilation, Work, choose_compilation
 from fsdp_qlora.plan.devices import device_of_driver, find_device, find_interconnect
 from fsdp_qlora.plan.layout import Cluster, settle_shard_degree
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
+from fsdp_qlora.plan.recipe import Recipe, RowCounts, Shape, choose_recipe
 from fsdp_qlora.plan.sizes import parse_bytes
 from fsdp_qlora.run.labels import planned_labels
 from fsdp_qlora.run.world import World
+from fsdp_qlora.shapes.linears import ModelShapes
 
 SHARD_DEGREE = "fsdp.shard_degree"
 
@@ -55,14 +57,32 @@ def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedMo
     if build_objective(config.objective).trains_head:
         config = with_head(config, head_modules(base))
     shapes, budget = read_shapes(base), planned_budget(config, world_size)
+    recipe = choose_recipe(config, shape_of(base, shapes), None)
+    config = recipe.settled(config)
     config, choice = settle_shard_degree(config, shapes, _planned_cluster(config, world_size, budget))
     plan = make_plan(config, shapes, world_size, budget)
     if choice is not None:
         plan = replace(plan, choices={SHARD_DEGREE: choice, **plan.choices})
+    plan = replace(plan, choices={**recipe.choices, **plan.choices})
     resolved = decided(config, plan.settings)
     elsewhere = config.plan.gpu or config.plan.device
     require_kernels(resolved, base, None if elsewhere else torch.device(config.launcher.device))
     return resolved, base, plan
+
+
+def shape_of(base: PreTrainedModel, shapes: ModelShapes) -> Shape:
+    """Return what the learning rate depends on."""
+    return Shape(shapes.hidden_size, base.config.get_text_config().model_type)
+
+
+def rows_of(data: DataSettings, prepared: PreparedData | None) -> RowCounts | None:
+    """Return how many sequences there are; None if they were not counted (none, or a stream)."""
+    if prepared is None or prepared.train is None:
+        return None
+    train = len(prepared.train)
+    if data.packing:
+        train = len(best_fit_decreasing(prepared.encoder.rows(prepared.train).lengths, data.max_length))
+    return RowCounts(train, 0 if prepared.eval is None else len(prepared.eval))
 
 
 def require_kernels(config: RunConfig, base: PreTrainedModel, device: torch.device | None) -> None:
@@ -195,14 +215,14 @@ def rank_budget(ranks: Ranks, placement: Placement) -> int:
 
 def compilation_for(
     config: RunConfig, base: PreTrainedModel, plan: TrainPlan, data: PreparedData | None, device: torch.device,
-    training: bool,
+    training: bool, recipe: Recipe,
 ) -> Compilation:  # fmt: skip
     """Decide ``train.compile``."""
     if not training:
         return Compilation(False, "no training")
-    train, settings = config.train, plan.settings
+    settings = plan.settings
     rows = len(data.train) if data is not None and data.train is not None else 0
-    steps = num_steps(train.max_steps, train.num_epochs, rows, train.global_batch_size)
+    steps = recipe.num_steps(config, rows)
     weights = sum(x.linear.numel_each for x in plan.quantized)
     length = settings.max_length
     if data is not None and data.train is not None and not config.data.packing:

@@ -78,7 +78,7 @@ def _facts(opened: OpenedModel, folder: Path, data: PreparedData, asked: RunConf
     lora, train = asked.lora, asked.train
     return {
         "start": "eva", "seed": asked.run.seed, "rows": data_key(data.key, asked.data),
-        "batch": [train.global_batch_size, train.micro_batch_size, train.micro_batch_tokens],
+        "batch": [opened.plan.batch.global_batch_size, train.micro_batch_size, train.micro_batch_tokens],
         "ranks": [lora.method, lora.r, lora.alpha, dict(lora.rank_pattern), dict(lora.alpha_pattern)],
         "eva": [lora.eva_rho, lora.eva_tau, lora.eva_whiten, lora.eva_adjust_scaling_factors],
         "precision": asked.precision.name, "added": list(asked.model.add_tokens),
@@ -98,7 +98,8 @@ def _search(opened: OpenedModel, data: PreparedData, ranks: Ranks, lora: LoraSet
     model.eval()
     objective = build_objective(opened.config.objective)
     search, run = Search(model.base, features, lora, ranks), partial(objective.sums, model)
-    number = search.run(_micro_batches(opened.config, data, ranks), run)
+    size = opened.plan.batch.global_batch_size
+    number = search.run(_micro_batches(opened.config, size, data, ranks), run)
     tensors = search.collect()
     if ranks.is_main:
         got = sorted(search.divided.values())
@@ -106,10 +107,13 @@ def _search(opened: OpenedModel, data: PreparedData, ranks: Ranks, lora: LoraSet
     return tensors
 
 
-def _micro_batches(config: RunConfig, data: PreparedData, ranks: Ranks) -> Iterator[MicroBatch]:
-    """Yield the micro-batches of all ranks in the order of their numbers, step by step and epoch by epoch, forever."""
+def _micro_batches(config: RunConfig, size: int, data: PreparedData, ranks: Ranks) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of all ranks in the order of their numbers, step by step and epoch by epoch, forever.
+
+    ``size`` is the number of rows in a step.
+    """
     train, cut = config.train, Cut(config.train.micro_batch_size, 0, 1, config.train.micro_batch_tokens)
-    size, layout = train.global_batch_size, Layout.of(config.data, train, config.model.attn_implementation)
+    layout = Layout.of(config.data, train, config.model.attn_implementation)
     if data.stream is not None:
         streamed = StreamLoader(data.stream, size, cut, layout, lambda where, problem: None)
         for step in count():

@@ -16,6 +16,7 @@ from fsdp_qlora.files.read import read_json
 from fsdp_qlora.files.write import write_json
 from fsdp_qlora.run.claim import claim
 from fsdp_qlora.run.folder import RunFolder
+from fsdp_qlora.run.judged import verdict_on
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.started import started
 from fsdp_qlora.run.starts import keep_start
@@ -76,9 +77,10 @@ def _fit(prepared: Prepared, folder: RunFolder, stop: StopSignals) -> FitResult:
                 return FitResult(False, {}, step_folder(folder.checkpoints, training.progress.step))
             size = training.export()
             summary = summarize(
-                prepared, training.progress, training.profiling.meter, training.batches.num_rows, before,
-                training.answers(), size,
+                prepared, training.progress, training.profiling.meter, training.batches.num_rows, training.prompts,
+                before, training.answers(), size,
             ) | ({"profile": profile} if profile else {})  # fmt: skip
+            summary["verdict"] = on_main(lambda: verdict_on(training), prepared.ranks)
             on_main(lambda: folder.write_summary(summary), prepared.ranks)
             given = folder.model if prepared.config.lora.trains_base else folder.adapter
             tracker.end(Ended(State.FINISHED, summary=summary, adapter=given))
@@ -91,7 +93,7 @@ def _before(training: Training, folder: RunFolder, resumed: Path | None) -> Sequ
     A resumed run cannot generate them, because its adapter is already trained: it reads those that its first start
     stored, and has None for the others.
     """
-    file, prompts = folder.path / "answers_before.json", training.config.train.sample_prompts
+    file, prompts = folder.path / "answers_before.json", [prompt.text for prompt in training.prompts]
     if resumed is None:
         answers = training.answers()
         on_main(lambda: write_json(file, dict(zip(prompts, answers, strict=True))), training.ranks)
@@ -103,7 +105,7 @@ def _before(training: Training, folder: RunFolder, resumed: Path | None) -> Sequ
 def _stored_answers(file: Path, prompts: Sequence[str]) -> dict[str, str]:
     """Return the answers before training by prompt; warn if one is missing."""
     stored: dict[str, str] = {}
-    why = "does not answer every prompt of train.sample_prompts"
+    why = "does not answer every sample prompt"
     try:
         stored = read_json(file, dict[str, str])
     except FileNotFoundError:

@@ -16,7 +16,9 @@ from fsdp_qlora.checks.gather import verify_buffers, verify_gather
 from fsdp_qlora.config.auto import Choice, as_word
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import ModelSettings, RunConfig
+from fsdp_qlora.data.prepare import PreparedData, held_out_choice
 from fsdp_qlora.distributed.memory import resident_bytes, return_freed_memory
+from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import any_rank, on_every
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import Progress
@@ -24,7 +26,8 @@ from fsdp_qlora.model.families import task_type
 from fsdp_qlora.model.folder import needs_hub, resolve_folder
 from fsdp_qlora.model.kernels import kernels_to_compile
 from fsdp_qlora.plan.choices import KERNELS_KEY
-from fsdp_qlora.run.build import Weights, load_model, open_model, require_adapter
+from fsdp_qlora.plan.recipe import Recipe, choose_recipe
+from fsdp_qlora.run.build import OpenedModel, Weights, load_model, open_model, require_adapter
 from fsdp_qlora.run.check import check_losses, open_and_check, told
 from fsdp_qlora.run.decide import (
     SHARD_DEGREE,
@@ -32,7 +35,9 @@ from fsdp_qlora.run.decide import (
     on_device,
     rank_budget,
     replace_attention,
+    rows_of,
     settled_world,
+    shape_of,
 )
 from fsdp_qlora.run.eva import settle
 from fsdp_qlora.run.labels import settle_labels
@@ -85,22 +90,25 @@ def _prepare(
     config = settle_labels(config, world.ranks, adapter)
     budget = rank_budget(world.ranks, world.placement)
     config, world, layout = settled_world(on_device(config, world.ranks.device.type), folder, world, budget)
-    if world.ranks.is_main and (line := kernels_to_compile(config.train.kernels, world.ranks.device)):
-        _log.info("%s", line)
+    _say(kernels_to_compile(config.train.kernels, world.ranks.device), world.ranks)
     opened, verdict = open_and_check(config, folder, world.ranks, budget, weights)
     opened = opened.without_adapters(world.ranks, budget) if bare else opened
     tokenizer, data = tokenize(config, folder, opened, verdict, world)
+    recipe = on_every(lambda: _recipe(config, opened, data, training), world.ranks)
+    config = replace_attention(recipe.settled(config), verdict.attention)
+    opened = opened if bare else opened.for_run(config, world.ranks, budget)
+    opened = opened if training else opened.to_answer()
     first, starts = on_every(lambda: first_added(config, opened.shapes, tokenizer), world.ranks), Starts()
     if training and config.lora.starts_from_rows:
         lora, starts = settle(replace(opened, first_added=first), folder, data, world.ranks, config)
-        config = replace_attention(replace(config, lora=lora), verdict.attention)
+        config = replace(config, lora=lora)
         opened = on_every(lambda: open_model(config, folder, world.ranks, budget, False, weights), world.ranks)
         gc.collect()  # the base that was searched: a sharded model is full of cycles
-    compilation = compilation_for(config, opened.base, opened.plan, data, world.ranks.device, training)
+    compilation = compilation_for(config, opened.base, opened.plan, data, world.ranks.device, training, recipe)
     repairs = opened.repairs  # needs the model as transformers built it, before load_model changes it
     world.ranks.phases.enter("loading the model")
     opened = replace(opened.compiled(compilation.on), first_added=first)
-    for one in (x for x in (adapter, *(x.folder for x in served)) if x is not None):
+    for one in (*([] if adapter is None else [adapter]), *(each.folder for each in served)):
         require_adapter(one, opened, world.ranks)
     return_freed_memory()
     process_bytes = resident_bytes()
@@ -117,6 +125,8 @@ def _prepare(
     if training and config.model.check != "off" and task_type(model.base) == "CAUSAL_LM":
         check_losses(opened, model, folder, world.ranks)
     choices = {
+        **recipe.choices,
+        **held_out_choice(config.data, data),
         **({} if layout is None else {SHARD_DEGREE: layout}),
         **opened.plan.choices,
         "model.attn_implementation": told(verdict),
@@ -128,8 +138,20 @@ def _prepare(
         config=asked, settings=opened.config, plan=opened.plan, model=model, tokenizer=tokenizer, ranks=world.ranks,
         folder=folder, shapes=opened.shapes, load=report, data=data, placement=world.placement, threads=world.threads,
         adapters={adapter.name: adapter_size(model, adapter.name) for adapter in served},
-        origin=opened.origin, process_bytes=process_bytes, choices=choices, repairs=repairs, _stack=world.stack,
+        origin=opened.origin, process_bytes=process_bytes, choices=choices, repairs=repairs, recipe=recipe,
+        _stack=world.stack,
     )  # fmt: skip
+
+
+def _say(line: str | None, ranks: Ranks) -> None:
+    if line and ranks.is_main:
+        _log.info("%s", line)
+
+
+def _recipe(config: RunConfig, opened: OpenedModel, data: PreparedData | None, training: bool) -> Recipe:
+    """Choose the numbers of the run; without training, nothing asks how many rows there are."""
+    rows = rows_of(config.data, data) if training else None
+    return choose_recipe(config, shape_of(opened.base, opened.shapes), rows)
 
 
 def _find_model(model: ModelSettings, world: World) -> Path:

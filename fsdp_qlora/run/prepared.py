@@ -21,6 +21,7 @@ from fsdp_qlora.load.fingerprint import Base
 from fsdp_qlora.load.stream import LoadReport
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.plan.plan import TrainPlan
+from fsdp_qlora.plan.recipe import Recipe
 from fsdp_qlora.shapes.linears import ModelShapes
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Prepared:
     data: PreparedData | None
     placement: Placement
     threads: int
+    recipe: Recipe
+    """The numbers of the run, where `config` may say ``auto``."""
     adapters: dict[str, AdapterSize] = field(default_factory=dict)
     """What each adapter of `load_for_inference` takes, by name, if they were given names."""
     process_bytes: int = 0
@@ -62,6 +65,11 @@ class Prepared:
     def mesh(self) -> DeviceMesh:
         """The device mesh the model is sharded over."""
         return self.ranks.mesh
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the model has; 0: unknown."""
+        return self.shapes.max_positions
 
     @property
     def peft_model(self) -> PeftModel:

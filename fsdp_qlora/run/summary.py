@@ -10,14 +10,15 @@ from fsdp_qlora.distributed.memory import memory_peak
 from fsdp_qlora.distributed.reduce import gather_json
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.run.samples import SamplePrompt
 from fsdp_qlora.shown import shown_source
 from fsdp_qlora.track.meter import Meter
 from fsdp_qlora.train.progress import Progress
 
 
 def summarize(
-    prepared: Prepared, progress: Progress, meter: Meter, num_rows: int, before: Sequence[str | None],
-    after: Sequence[str], adapter_bytes: int,
+    prepared: Prepared, progress: Progress, meter: Meter, num_rows: int, prompts: Sequence[SamplePrompt],
+    before: Sequence[str | None], after: Sequence[str], adapter_bytes: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the summary; every rank calls it. ``before`` has None for an answer that is not known."""
     config, ranks = prepared.config, prepared.ranks
@@ -30,7 +31,6 @@ def summarize(
         "process_bytes": prepared.process_bytes,
     }
     speed = meter.total_tokens / max(1e-9, meter.total_seconds)
-    prompts = config.train.sample_prompts
     all_ranks = gather_json(own, ranks)
     return {
         "steps": progress.step,
@@ -56,7 +56,8 @@ def summarize(
         "load_seconds": prepared.load.seconds,
         "data": {"train": [shown_source(name) for name in names_of(config.data.train)], "rows": num_rows},
         "samples": [
-            {"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=False)
+            {"prompt": p.text, "before": b, "after": a} | ({} if p.wanted is None else {"wanted": p.wanted})
+            for p, b, a in zip(prompts, before, after, strict=True)
         ],
         "ranks": all_ranks,
     }  # fmt: skip

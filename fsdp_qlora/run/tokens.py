@@ -36,7 +36,7 @@ def tokenize(
         DataError: if the rows cannot be read or do not suit the model.
     """
     ranks = world.ranks
-    tokenizer = on_every(lambda: _tokenizer(config, folder), ranks)
+    tokenizer = on_every(lambda: open_tokenizer(config, folder), ranks)
     if config.data.train is None:
         return tokenizer, None
     ranks.phases.enter("preparing the data")
@@ -94,7 +94,7 @@ def prepare_tokens(config: RunConfig) -> PreparedData:
     """Tokenize the data without a model or process group."""
     check(config)
     folder = resolve_folder(config.model.name, config.model.revision)
-    tokenizer, objective = _tokenizer(config, folder), build_objective(labels_of(config))
+    tokenizer, objective = open_tokenizer(config, folder), build_objective(labels_of(config))
     encoder = None
     if not objective.of_tokens:
         model_config = load_config(folder, config.model.trust_remote_code, config.model.config_overrides)
@@ -108,7 +108,12 @@ def prepare_tokens(config: RunConfig) -> PreparedData:
     return data
 
 
-def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
+def open_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
+    """Load a model folder's tokenizer, with the added tokens and the chat template of the settings.
+
+    Raises:
+        DataError: if the template cannot be read.
+    """
     tokenizer = build_tokenizer(folder, config.model.trust_remote_code)
     add_special_tokens(tokenizer, config.model.add_tokens)
     if config.data.template is not None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from fsdp_qlora.checks.nonfinite import locate_nonfinite
 from fsdp_qlora.config.auto import Choice, Resume, switch
 from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import GenerateSettings, RunConfig
-from fsdp_qlora.data.loader import MicroBatch
+from fsdp_qlora.data.loader import MicroBatch, TokenRows
 from fsdp_qlora.distributed.memory import memory_peak
 from fsdp_qlora.distributed.reduce import on_main
 from fsdp_qlora.distributed.seeds import seed_of
@@ -58,6 +58,7 @@ from fsdp_qlora.run.evaluate import evaluate_rows
 from fsdp_qlora.run.folder import RunFolder, versions
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.profiling import Profiling
+from fsdp_qlora.run.samples import SamplePrompt, held_out_prompts
 from fsdp_qlora.shapes.tokens import trained_indices
 from fsdp_qlora.shown import published
 from fsdp_qlora.track.console import megabytes
@@ -90,7 +91,8 @@ class Training:
     def __init__(self, prepared: Prepared, folder: RunFolder) -> None:
         if prepared.data is None:
             raise DataError("data.train: not set. Give a file, a folder, a hub data set, or a list of them.")
-        self.prepared, self.folder, self.config = prepared, folder, prepared.config
+        self.prepared, self.folder, self.recipe = prepared, folder, prepared.recipe
+        self.config = prepared.recipe.settled(prepared.config)
         self.model, self.ranks = prepared.model, prepared.ranks
         self.eval_rows = prepared.data.held_out
         self.unwritten = Unwritten()
@@ -105,6 +107,7 @@ class Training:
         self.reduce_replicated = ReplicatedGradients(self.optimizer.parameters.items(), self.ranks)
         self.schedule = build_schedule(self.config.schedule, num_steps)
         self.objective = build_objective(prepared.settings.objective)
+        self.prompts = self._prompts()
         self.checkpointer = self._checkpointer()
         self.progress, self.profiling = Progress(), Profiling(prepared, folder.path)
         base = file_digests(prepared.folder)
@@ -243,7 +246,7 @@ class Training:
         if self.config.train.sample_at_eval and self.config.train.sample_prompts:
             answers = [
                 {"prompt": p, "answer": a}
-                for p, a in zip(self.config.train.sample_prompts, self.answers(), strict=True)
+                for p, a in zip(self.config.train.sample_prompts, self.answers(held_out=False), strict=True)
             ]
             if self.ranks.is_main:
                 self.unwritten.attempt(
@@ -251,14 +254,33 @@ class Training:
                 )
         return result
 
-    def answers(self) -> list[str]:
-        """Answer the sample prompts by greedy decoding on all ranks."""
+    def _prompts(self) -> list[SamplePrompt]:
+        """Return the prompts that are answered before and after training."""
+        count, rows = self.config.train.sample_held_out, self.eval_rows
+        read: list[list[Any]] = []
+        if isinstance(rows, TokenRows) and count and self.objective.of_tokens:
+            read = on_main(
+                lambda: [list(astuple(p)) for p in held_out_prompts(rows, self.prepared.tokenizer, count)], self.ranks
+            )
+        asked = self.config.train.sample_prompts
+        return [*map(SamplePrompt, asked), *(SamplePrompt(*each) for each in read if each[0] not in asked)]
+
+    def answers(self, held_out: bool = True) -> list[str]:
+        """Answer the sample prompts by greedy decoding on all ranks; without ``held_out``, only those asked for."""
+        prompts = [prompt for prompt in self.prompts if held_out or prompt.wanted is None]
+        if not prompts:
+            return []
         self.prepared.ranks.phases.enter(f"answers after step {self.progress.step}")
-        settings = GenerateSettings(max_new_tokens=self.config.train.sample_tokens)
-        tokenizer = self.prepared.tokenizer
+        most, tokenizer = self.config.train.sample_tokens, self.prepared.tokenizer
         end = end_of_turn(self.prepared.folder, self.model.base.config, tokenizer)
         with self.prepared.apart_from_steps():
-            return [answer(self.model, tokenizer, end, p, settings) for p in self.config.train.sample_prompts]
+            return [
+                answer(
+                    self.model, tokenizer, end, prompt.text,
+                    GenerateSettings(max_new_tokens=min(most, prompt.max_tokens or most)),
+                )
+                for prompt in prompts
+            ]  # fmt: skip
 
     def _recovery(self) -> Recovery:
         train = self.config.train
@@ -311,7 +333,7 @@ class Training:
             self.checkpointer.before_update()
 
         due = Due(
-            self.batches.length, train.log_every, train.eval_every,
+            self.batches.length, train.log_every, self.recipe.eval_every,
             self.config.checkpoint.every_steps, train.early_stopping_patience, train.spike_factor,
         )  # fmt: skip
         settings = StepSettings(
@@ -336,7 +358,7 @@ class Training:
         self.base_files.begin()
         try:
             return train_loop(
-                self.model, self.optimizer, self.schedule, self.config.optim.lr, self.progress, due, settings, hooks,
+                self.model, self.optimizer, self.schedule, self.recipe.lr, self.progress, due, settings, hooks,
                 self._recovery(), tracker, self.profiling.meter,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import FsdpQloraError
 from fsdp_qlora.inference import prompts as prompt_files
 from fsdp_qlora.run.answers import answer_file
@@ -99,6 +100,29 @@ def test_a_file_is_answered_as_one_by_one(pool, tmp_path, tiny_model, num_ranks)
     assert [line["id"] for line in lines] == [f"row {n}" for n in range(13)] and "digest" not in lines[0]
     assert [line["answer"] for line in lines] == one_by_one(tiny_model, file, 12)
     assert not list(tmp_path.glob("*.part"))
+
+
+def _answer_and_weigh(ranks: Ranks, folder: str, file: str, to: str, generate: dict[str, Any]) -> list[int]:
+    """Answer as the command does; return how many were answered, and the bytes of the base here and of all of it."""
+    prepared = build(ranks, folder, precision={"name": "fp32"}, quant={"name": "none", "double_quant": False})
+    settings = {"prompts": file, "to": to, **generate}
+    count = answer_file(from_dict({"model": {"name": folder}, "generate": settings}), prepared)
+    base = list(prepared.model.base.parameters())
+    return [count, sum(local_tensor(p).nbytes for p in base), sum(p.numel() * p.itemsize for p in base)]
+
+
+@pytest.mark.full
+def test_500_prompts_on_one_rank_and_on_two_that_hold_half_of_the_base(pool, tmp_path, tiny_model):
+    file, generate = write_prompts(tmp_path, 500), {"max_new_tokens": 4, "batch_size": 16}
+    wanted = one_by_one(tiny_model, file, 4)
+    for num_ranks in (1, 2):
+        to = tmp_path / f"answers{num_ranks}.jsonl"
+        held = pool.run(num_ranks, _answer_and_weigh, str(tiny_model), str(file), str(to), generate)
+        assert [line["index"] for line in read(to)] == list(range(500))
+        assert [line["answer"] for line in read(to)] == wanted
+        for count, here, everywhere in held:
+            assert count == 500 and abs(here * num_ranks / everywhere - 1) < 0.02
+    assert len(set(wanted)) > 50
 
 
 def test_what_was_answered_before_a_kill_is_kept_on_another_number_of_ranks(pool, tmp_path, tiny_model):

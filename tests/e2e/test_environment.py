@@ -152,7 +152,7 @@ def test_a_run_does_not_die_of_what_it_prints(cli_env, tiny_run, tmp_path, close
     assert [json.loads(line)["prompt"] for line in answers] == _SPELT * 3
     if not closed:
         out = done.stdout.decode("ascii")
-        assert "[INST] hi [/INST] (after)" in out and "\\u4f60" in out
+        assert "│ [INST] hi [/INST]" in out and "\\u4f60" in out
         (line,) = [line for line in out.splitlines() if line.startswith("try next: ")]
         words = shlex.split(line.removeprefix("try next: "))
         assert words[:2] == ["fsdp-qlora", "generate"] and words[-1] == "prompt=[INST] hi [/INST]"

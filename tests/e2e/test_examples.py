@@ -22,10 +22,10 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 pytestmark = pytest.mark.launch
 
 
-def run(command: list[str], environment: dict[str, str], folder: Path) -> str:
+def run(command: list[str], environment: dict[str, str], folder: Path, timeout: float = 400) -> str:
     """Run a command in ``folder``; return what it printed, and fail with all it said if it failed."""
     done = subprocess.run(
-        command, cwd=folder, env=environment, text=True, capture_output=True, timeout=400, check=False
+        command, cwd=folder, env=environment, text=True, capture_output=True, timeout=timeout, check=False
     )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -71,7 +71,9 @@ def test_own_data(tiny_model: Path, cli_env: dict[str, str], tmp_path: Path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["data"] == {"train": ["examples/own_data/rows.jsonl"], "rows": 36}
-    assert [sample["prompt"] for sample in summary["samples"]] == ["How warm does the Larkbox get?"]
+    asked, *held_out = summary["samples"]
+    assert asked["prompt"] == "How warm does the Larkbox get?" and len(held_out) == 3
+    assert all(sample["wanted"] for sample in held_out) and summary["verdict"]["text"] in " ".join(output.split())
     assert len(summary["ranks"]) == 2
     require_adapter(folder / "adapter", tiny_model)
 

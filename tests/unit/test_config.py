@@ -73,7 +73,7 @@ def test_run_from_repeats_a_run_and_the_command_line_wins(tmp_path):
     of_folder = compose_config("train", [f"run_from={tmp_path}"])
     assert dataclasses.replace(of_folder, run_from=None) == first
     other = compose_config("train", [f"run_from={file}", "lora.r=5", "optim=adamw"])
-    assert (other.lora.r, other.optim.name, other.optim.lr, other.quant.name) == (5, "adamw", 2e-4, "fp4")
+    assert (other.lora.r, other.optim.name, other.optim.lr, other.quant.name) == (5, "adamw", "auto", "fp4")
 
 
 def test_a_folder_without_a_run_is_no_start(tmp_path):
@@ -122,7 +122,7 @@ def test_all_failures_at_once():
 WRONG = {
     "nonsense": "nonsense: expected key=value",
     "model.nmae=x": "model.nmae: there is no such key. Did you mean 'model.name'?",
-    "optim.lr=fast": "optim.lr: expected a number, got 'fast'.",
+    "optim.lr=fast": "optim.lr: expected a number, got 'fast'. It may also be auto.",
     "quant=nf5": "quant: 'nf5' is not one of fp4, int8, nf4, none.",
     "train.max_steps=many": "train.max_steps: expected a whole number",
     "train.micro_batch_size=99": "train.micro_batch_size: 99 rows do not fit",
@@ -133,7 +133,7 @@ WRONG = {
     "plan.device=h1000": "plan.device: 'h1000' is unknown. Did you mean 'h100'?",
 }
 """Overrides -> what is said of each."""
-RIGHT = ["data.packing=true", "train.compile=true", "train.num_epochs=0"]
+RIGHT = ["data.packing=true", "train.compile=true", "train.num_epochs=0", "train.global_batch_size=16"]
 
 
 def test_one_message_names_misspelt_keys_wrong_types_and_broken_rules():
@@ -162,7 +162,7 @@ def test_wrong_values_in_a_file_and_broken_rules_are_named_together(tmp_path):
     wrong = {"optim": {"lr": "fast"}, "lora": {"r": 0, "alhpa": 1}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(wrong))
     with pytest.raises(ConfigError) as refusal:
-        compose_config("train", [f"run_from={tmp_path}", "train.micro_batch_size=99"])
+        compose_config("train", [f"run_from={tmp_path}", "train.micro_batch_size=99", "train.global_batch_size=16"])
     strange, *others = str(refusal.value).splitlines()
     assert strange == f"{tmp_path}: lora.alhpa: there is no such key. Did you mean 'lora.alpha'?"
     keys = [line.partition(":")[0] for line in others]

@@ -17,7 +17,8 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from fsdp_qlora.checks.results import twin_key
 from fsdp_qlora.config.choices import Table
 from fsdp_qlora.config.rules import failures
-from fsdp_qlora.config.schema import KernelsName, RunConfig, from_dict
+from fsdp_qlora.config.schema import RunConfig, from_dict
+from fsdp_qlora.config.train_settings import KernelsName
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.heads.logprobs import cross_entropy_
 from fsdp_qlora.model import liger

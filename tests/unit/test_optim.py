@@ -26,6 +26,7 @@ from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.sizes import keeps_8bit, state_bytes
 from fsdp_qlora.optim.state import Blocks, LocalOptimizer, parts_of
 from fsdp_qlora.plan.plan import make_plan
+from fsdp_qlora.plan.recipe import RATES
 from fsdp_qlora.run.decide import planned_skeleton
 from fsdp_qlora.simulate.step import simulate
 from tests.build import config_of
@@ -227,7 +228,8 @@ def test_blocks_of_other_ranks(shape, before, after):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_has_settings(name):
     config = compose_config("train", [f"optim={name}"])
-    assert config.optim.name == name and config.optim.lr > 0
+    assert config.optim.name == name
+    assert config.optim.lr == ("auto" if "adamw" in name else RATES[name])  # what auto takes for the others
 
 
 def test_an_unknown_optimizer_is_named_with_the_nearest():
