@@ -55,7 +55,7 @@ def _labels(config: RunConfig) -> Iterator[str]:
         if asked(objective.problem_type) is not None:
             yield f"objective.problem_type: objective={objective.name} has no labels; leave it out."
         return
-    if objective.name != "sequence_classification" and asked(objective.problem_type) is not None:
+    if objective.name == "token_classification" and asked(objective.problem_type) is not None:
         yield f"objective.problem_type: objective={objective.name} has one label for each word; leave it out."
     if twice := sorted({name for name in objective.labels if objective.labels.count(name) > 1}):
         yield f"objective.labels: {', '.join(map(repr, twice))} is named more than once."
