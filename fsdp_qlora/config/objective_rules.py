@@ -52,6 +52,8 @@ def _labels(config: RunConfig) -> Iterator[str]:
         for key in ("labels", "class_weights"):
             if getattr(objective, key):
                 yield f"objective.{key}: objective={objective.name} has no labels; leave it out."
+        if asked(objective.problem_type) is not None:
+            yield f"objective.problem_type: objective={objective.name} has no labels; leave it out."
         return
     if objective.name == "token_classification" and asked(objective.problem_type) is not None:
         yield f"objective.problem_type: objective={objective.name} has one label for each word; leave it out."

@@ -64,6 +64,7 @@ def _labelled(text):
 def test_capitals_and_punctuation_of_an_encyclopedia(pool, tmp_path):
     lines = (EMBEDDED / "wiki_demo.txt").read_text(encoding="utf-8").splitlines()
     pieces = [_labelled(line[at : at + 240]) for line in lines for at in range(0, min(len(line), 10_000), 240)]
+    pieces = [piece for piece in pieces if piece["tokens"]]  # some end in numbers or another script
     random.Random(0).shuffle(pieces)
     for name, rows in {"train": pieces[200:], "eval": pieces[:200]}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
