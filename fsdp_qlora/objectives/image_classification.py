@@ -81,7 +81,8 @@ class ImageClassification(Classifier):
             )
         height, width = encoder.size
         pixels = torch.empty(1, encoder.channels, height, width, device="meta", dtype=model.dtype)
-        whole = deepcopy(model).to("meta")  # its buffers, too
+        whole: nn.Module = deepcopy(model)
+        whole.to("meta")  # its buffers, too
         try:
             with torch.no_grad():
                 whole(pixel_values=pixels, **self.options(model))
@@ -175,8 +176,7 @@ class ClassifiedImages(RowEncoder):
 
     def rows(self, data: Dataset) -> ColumnRows:
         """Return stored images as rows, which are not augmented."""
-        unchanged: Augmentation = "none"
-        return ColumnRows(data, partial(self._collate, unchanged, 0))
+        return ColumnRows(data, lambda rows, numbers, at: self._collate("none", 0, rows, numbers, at))
 
     def training_rows(self, data: Dataset, seed: int) -> ColumnRows:
         """Return stored images as rows to train on, each augmented anew whenever it is read."""
