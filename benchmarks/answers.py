@@ -2,7 +2,8 @@
 
 Both answer the same batches of prompts greedily, padded on the left, with a KV cache, 32 new tokens each, on the same
 weights in 16, 8 and 4 bits, with the adapter on top (theirs: bitsandbytes and PEFT) and merged (`export what=merged`).
-One process, by turns: each pair of turns is one batch, and gives one ratio. Loading is not counted.
+One process, by turns: each pair of turns is one batch, and gives one ratio of seconds and one of the process's CPU
+time. On a machine with other work read the latter, with ``--threads 1``: waiting threads spin. Loading is not counted.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ def write_adapter(base: Path, folder: Path) -> Path:
     return folder
 
 
-def settings(model: Path, quant: str) -> RunConfig:
+def settings(model: Path, quant: str, threads: int = 0) -> RunConfig:
     """Return the settings of one process."""
     return from_dict({
+        "launcher": {"threads_per_rank": threads},
         "model": {"name": str(model)}, "quant": {"name": quant, "double_quant": quant == "nf4"},
         "precision": {"name": "bf16"}, "export": {"merge_base": "original"},
     })  # fmt: skip
@@ -95,20 +97,23 @@ def theirs(model: Path, quant: str, adapter: Path | None, tokenizer: Any) -> Ans
 def compare(ways: dict[str, Answer], batches: list[list[list[int]]]) -> dict[str, Any]:
     """Answer the batches by turns; return the medians of seconds and the ratio of speeds."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    busy: dict[str, list[float]] = {name: [] for name in ways}
     equal = total = 0
     for number, batch in enumerate([batches[0], *batches]):  # the first is not counted: kernels are made for it
         texts = {}
         for name in list(ways) if number % 2 else reversed(ways):
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             texts[name] = ways[name](batch)
             if number:
                 seconds[name].append(time.perf_counter() - started)
+                busy[name].append(time.process_time() - worked)
         equal += sum(a == b for a, b in zip(*texts.values(), strict=True))
         total += len(batch)
     mine, other = seconds.values()
-    ratio = Ratio.of(other, mine)
+    ratio, cpu = Ratio.of(other, mine), Ratio.of(*reversed(busy.values()))
     return {
-        "ratio": ratio.median, "low": ratio.low, "high": ratio.high, "equal": equal, "answers": total,
+        "ratio": ratio.median, "low": ratio.low, "high": ratio.high, "cpu_ratio": cpu.median, "cpu_low": cpu.low,
+        "cpu_high": cpu.high, "equal": equal, "answers": total,
         "tokens_per_second": ROWS * NEW_TOKENS / statistics.median(mine),
         "other_tokens_per_second": ROWS * NEW_TOKENS / statistics.median(other),
     }  # fmt: skip
@@ -117,14 +122,15 @@ def compare(ways: dict[str, Answer], batches: list[list[list[int]]]) -> dict[str
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the comparisons as a table."""
     lines = [
-        "| base | adapter | ours, tokens/s | transformers, tokens/s | ratio (95 % interval) | equal answers |",
-        "|---|---|---|---|---|---|",
+        "| base | adapter | ours, tokens/s | transformers, tokens/s | speeds (interval) | of CPU time | equal |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         ratio = Ratio(row["ratio"], row["low"], row["high"])
+        cpu = Ratio(row["cpu_ratio"], row["cpu_low"], row["cpu_high"])
         lines.append(
             f"| {row['quant']} | {row['adapter']} | {row['tokens_per_second']:.0f} | "
-            f"{row['other_tokens_per_second']:.0f} | {ratio} | {row['equal']} of {row['answers']} |"
+            f"{row['other_tokens_per_second']:.0f} | {ratio} | {cpu} | {row['equal']} of {row['answers']} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -134,6 +140,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")
+    parser.add_argument("--quant", nargs="*", default=list(BITS), choices=list(BITS))
     options = parser.parse_args()
     base = cache_folder() / "embedded" / "smollm2-135m-instruct"
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -143,24 +151,33 @@ def main() -> None:
     texts = [tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) for messages in asked]
     prompts = sorted(tokenizer(texts)["input_ids"], key=len)
     batches = [prompts[start : start + ROWS] for start in range(0, len(prompts), ROWS)]
-    measured: dict[str, Any] = {**machine(), "rows": []}
+    measured: dict[str, Any] = {**machine(), "pairs": options.pairs, "rows": []}
     with tempfile.TemporaryDirectory() as scratch:
         adapter, merged = write_adapter(base, Path(scratch) / "adapter"), Path(scratch) / "merged"
         world = open_world(settings(base, "none"))
         with world.stack:
             merge(settings(base, "none"), adapter, merged, world)
-        for quant in BITS:
+        for quant in options.quant:
             for model, on_top in ((base, adapter), (merged, None)):
-                prepared = load_for_inference(settings(model, quant), on_top)
+                prepared = load_for_inference(settings(model, quant, options.threads), on_top)
                 ways = {"ours": ours(prepared, tokenizer), "theirs": theirs(model, quant, on_top, tokenizer)}
                 row = {"quant": quant, "adapter": "merged" if on_top is None else "on top", **compare(ways, batches)}
                 prepared.close()
                 measured["rows"].append(row)
                 print(row, file=sys.stderr, flush=True)
+                write(measured, options.out, options.threads)
+
+
+def write(measured: dict[str, Any], out: Path, threads: int) -> None:
+    """Write what is measured so far."""
     page = f"# Answers\n\nMeasured by `python -m benchmarks.answers`; its docstring says how. {ROWS} prompts a batch, "
-    page += f"{NEW_TOKENS} new tokens each.\n\n{measured_on(measured)}\n\n{table(measured['rows'])}"
-    (options.out / "answers.json").write_text(json.dumps(measured, indent=1) + "\n")
-    (options.out / "answers.md").write_text(page)
+    pairs = f"{measured['pairs']} pairs of turns; an interval leaves out the largest and the smallest ratio"
+    page += (
+        f"{NEW_TOKENS} new tokens each{', one thread' if threads == 1 else ''}; {pairs}.\n\n{measured_on(measured)}\n\n"
+    )
+    page += table(measured["rows"])
+    (out / "answers.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (out / "answers.md").write_text(page)
     print(page)
 
 

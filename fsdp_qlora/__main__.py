@@ -22,7 +22,7 @@ from fsdp_qlora.config.verb_rules import check_verb
 from fsdp_qlora.distributed.meeting import MEETING_VARIABLE
 from fsdp_qlora.distributed.parent import die_with_parent, die_with_sweep
 from fsdp_qlora.distributed.signals import STOP_SIGNALS, take_signals
-from fsdp_qlora.distributed.torchrun import forget_leftovers, is_rank
+from fsdp_qlora.distributed.torchrun import forget_leftovers, is_rank, num_ranks_of
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, ConfigError, StorageError
 from fsdp_qlora.run.exit import CONFIG_VARIABLE, EXIT_VARIABLE, end_by_signal, guarded, leave
 from fsdp_qlora.track.bars import show_bars
@@ -119,6 +119,11 @@ def _require_current_folder() -> None:
 def _verb(verb: str, config: RunConfig) -> int:
     """Launch the ranks that the settings ask for, or run the verb in this process."""
     check_verb(verb, config)
+    if verb == "generate" and config.generate.device_map is not None and num_ranks_of(os.environ) > 1:
+        raise ConfigError(
+            "generate.device_map: one process drives all devices; start it without torchrun, or leave device_map out, "
+            "and the base is sharded over the ranks."
+        )
     quieten()
     if verb in ON_RANKS and not is_rank(os.environ) and (num_ranks := ranks_to_start(config)) > 1:
         started = time.time()

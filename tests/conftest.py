@@ -28,6 +28,7 @@ LONG = {
     "test_transformers_serve": 300, "test_killed_at_several": 45, "test_a_model_is_read_back": 60, "test_serve": 40,
     "test_a_merged_model_is_the_trained_one": 600, "test_an_adapter_alone_is_the_trained_model": 600,
     "test_a_merge_stays_within_the_memory": 60,
+    "dreambooth": 60, "test_from_images": 60,
     "test_a_sweep_killed": 100, "test_a_search_of_four": 80, "test_a_job_that_fails_ends": 60,
     "test_tensorboard_has": 30, "test_wandb_offline_and": 20, "test_mlflow_has": 20, "test_a_server_that_does_not": 15,
     "test_every_part_at_small_size": 150, "test_a_part_stops_at_its_limit": 60,

@@ -52,7 +52,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": SMALL | MOE | {"decoder_sparse_step": 1, "norm_topk_prob": True},
 }
 """Model type -> settings of a model of two layers; the same settings mean what they mean in each."""
+SIDES: dict[str, Any] = {
+    "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_position_embeddings": 256, "dropout": 0.0, "pad_token_id": 0,
+}  # fmt: skip
 OTHERS: dict[str, dict[str, Any]] = {
+    "bart": SIDES | {"decoder_start_token_id": 2, "forced_eos_token_id": 2},
+    "marian": SIDES | {"decoder_start_token_id": 0, "forced_eos_token_id": None, "scale_embedding": True},
     "t5": {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0,
            "dropout_rate": 0.0},
     "bert": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -60,7 +66,10 @@ OTHERS: dict[str, dict[str, Any]] = {
              "architectures": ["BertForMaskedLM"]},
 }  # fmt: skip
 """Encoder-decoders and encoders; an objective of their own trains them."""
-AUTO: dict[str, Any] = {"t5": AutoModelForSeq2SeqLM, "bert": AutoModelForMaskedLM}
+AUTO: dict[str, Any] = {
+    "t5": AutoModelForSeq2SeqLM, "bart": AutoModelForSeq2SeqLM, "marian": AutoModelForSeq2SeqLM,
+    "bert": AutoModelForMaskedLM,
+}  # fmt: skip
 
 
 def write_family(folder: Path, family: str, **more: Any) -> Path:
@@ -73,6 +82,9 @@ def write_family(folder: Path, family: str, **more: Any) -> Path:
     for parameter in model.parameters():  # larger than the usual 0.02, so that every part of the model matters
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.08)
+    for name, buffer in model.named_buffers():
+        if name == "final_logits_bias":  # zeros would hide that it is added
+            nn.init.normal_(buffer)
     model.save_pretrained(folder)
     return folder
 

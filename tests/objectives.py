@@ -192,6 +192,10 @@ def _against_all(pooling: str) -> Callable[[nn.Module, list[Tensors]], torch.Ten
     return loss
 
 
+def source_and_target(number: int) -> dict[str, Any]:
+    return {"source": sentence(number, 4 + number % 7), "target": sentence(number + 1, 2 + number % 5)}
+
+
 def _without_positions(tensors: Tensors) -> dict[str, Any]:
     return {name: value for name, value in tensors.items() if name != "supervised"}
 
@@ -199,7 +203,22 @@ def _without_positions(tensors: Tensors) -> dict[str, Any]:
 ENTITIES = ["O", "B-SHIP", "I-SHIP", "B-SKY"]
 NAMES = ["calm", "odd", "wild"]
 CLASSIFY, IMAGES = {"name": "sequence_classification"}, {"name": "image_classification"}
+PAIRS = {"name": "seq2seq", "generate_rows": 0}
+"""Without generation, in which transformers asks all ranks of the pool whether they are done."""
 CASES: dict[str, Case] = {
+    "t5": Case("t5", source_and_target, PAIRS, _without_positions, divided_by=TOKENS),
+    "bart, int8": Case(
+        "bart", source_and_target, PAIRS, _without_positions,
+        {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}}, divided_by=TOKENS,
+    ),
+    "marian, not quantized": Case(
+        "marian", source_and_target, PAIRS, _without_positions, {"quant": {"name": "none", "double_quant": False}},
+        divided_by=TOKENS,
+    ),
+    "t5, heads apart": Case(
+        "t5", source_and_target, PAIRS, _without_positions,
+        more={"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}, divided_by=TOKENS,
+    ),
     "llama, names": Case(
         "llama", lambda n: {"text": sentence(n, 5 + n % 9), "label": NAMES[n % 3]}, CLASSIFY,
         lambda t: _with_labels(t, t["label"][:, 0].long()),

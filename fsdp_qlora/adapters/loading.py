@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -19,8 +19,9 @@ from fsdp_qlora.adapters.folder import (
     require_shapes,
     stored_modules,
 )
+from fsdp_qlora.adapters.linear import QuantLoraLinear
 from fsdp_qlora.adapters.method import build_method, tensor_names
-from fsdp_qlora.adapters.names import ADAPTER, adapter_parameters, trainable_parameters
+from fsdp_qlora.adapters.names import ADAPTER, adapter_parameters, base_name, trainable_parameters
 from fsdp_qlora.adapters.spellings import in_model
 from fsdp_qlora.adapters.whole import without_copies
 from fsdp_qlora.config.schema import LoraSettings
@@ -29,6 +30,20 @@ from fsdp_qlora.errors import ModelError
 from fsdp_qlora.files.read import own_file
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
+
+
+def cast_adapters(model: nn.Module, dtype: torch.dtype, kept: Collection[str]) -> None:
+    """Cast whatever is trained, in float32, to the compute dtype, once and for all: FSDP does it in each forward.
+
+    ``kept`` names the parameters of the base that are computed with in float32. Rows of added tokens and adapters of
+    our own layers stay in float32, too: what reads them casts them.
+    """
+    ours = {p for module in model.modules() if isinstance(module, QuantLoraLinear) for p in module.parameters()}
+    for name, parameter in model.named_parameters():
+        own = base_name(name.removeprefix("model."))
+        stays = own in kept or parameter in ours or name.endswith(TOKEN_ROWS)
+        if parameter.dtype == torch.float32 and not stays:
+            parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()

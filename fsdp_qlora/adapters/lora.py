@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters.experts import attach_experts
 from fsdp_qlora.adapters.linear import QuantLoraLinear
@@ -124,17 +123,20 @@ def is_lora(config: Mapping[str, Any]) -> bool:
 
 
 def attach_lora(
-    model: PreTrainedModel, target_modules: Sequence[str], r: int, alpha: float, dropout: float = 0.0,
+    model: nn.Module, target_modules: Sequence[str], r: int, alpha: float, dropout: float = 0.0,
     variant: str = "lora", task_type: str | None = "CAUSAL_LM",
 ) -> PeftModel:  # fmt: skip
-    """Add LoRA adapters to the named linears; see `attach_adapters`, which takes all settings."""
+    """Add LoRA adapters to the named linears; see `attach_adapters`, which takes all settings.
+
+    ``task_type`` is PEFT's name of what the model does; None for a model that has no such name.
+    """
     return attach_adapters(
         model, target_modules, LoraSettings(variant=variant, r=r, alpha=alpha, dropout=dropout), task_type
     )
 
 
 def attach_adapters(
-    model: PreTrainedModel, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM",
+    model: nn.Module, target_modules: Sequence[str], lora: LoraSettings, task_type: str | None = "CAUSAL_LM",
     parameters: Sequence[LinearShape] = (), name: str = ADAPTER,
 ) -> AdaptedModel:  # fmt: skip
     """Add adapters (float32, on meta) to the named linears of a meta model and freeze everything else.

@@ -77,16 +77,27 @@ def blockwise_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     length = query.shape[2]
-    if length == 1 and not torch.is_grad_enabled():  # decoding: nothing to cut, and keys that are not contiguous
-        grouped = query.shape[1] != key.shape[1]
-        out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attention_mask, scale=scale, enable_gqa=grouped
-        )
-        return out.transpose(1, 2), None
+    if length == 1 and not torch.is_grad_enabled():
+        return _one_query(query, key, value, attention_mask, scale), None
     causal = bool(causal) and attention_mask is None and length > 1
     keep = causal and torch.is_grad_enabled() and length <= KEPT_SCORES_LENGTH
     out = _Attention.apply(query, key, value, attention_mask, scale, causal, keep)  # type: ignore[assignment]
     return out, None
+
+
+def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return the output ``[rows, 1, heads, value size]`` of a single query per head, which is decoding's case.
+
+    Query heads that share a key head are rows of one product, so keys and values are read once, in the KV cache's own
+    layout. On a CPU, torch's bf16 kernel behind sdpa takes 1.3 to 5 times as long for a batch of 16 rows, and 7 to 50
+    times if it is given the shared heads as such (``enable_gqa``): it reads the keys again for every query head.
+    """
+    rows, heads, _, size = query.shape
+    packed = (query * scale).reshape(rows, key.shape[1], heads // key.shape[1], size)
+    scores = matmul(packed, key.transpose(2, 3))
+    if mask is not None:
+        scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    return matmul(torch.softmax(scores, dim=-1), value).reshape(rows, 1, heads, value.shape[-1])
 
 
 def _blocks(length: int, keys: int, mask: Tensor | None, causal: bool) -> Iterator[tuple[int, int, int, int]]:

@@ -21,7 +21,7 @@ from fsdp_qlora.train.progress import Progress
 
 FORMAT = 1
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
-_SAFE_NAME = re.compile(r"(adapter/(additional_chat_templates/)?)?\w[\w.-]*")
+_SAFE_NAME = re.compile(r"(adapter/(additional_chat_templates/|1_Pooling/)?)?\w[\w.-]*")
 _SETTING = re.compile(r"[\w.]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMPLETE_BYTES, _MAX_DIMENSIONS, _MAX_VALUES = 1000, 8, 2**63

@@ -83,11 +83,10 @@ def _score(outputs: object, lengths: list[int]) -> torch.Tensor:
     values = getattr(outputs, "logits", None)
     values = (getattr(outputs, "last_hidden_state", None) if values is None else values).float()  # type: ignore[union-attr]
     draw = torch.Generator().manual_seed(0)
-    weights = torch.randn(values[0].shape, generator=draw).to(values.device)
-    if values.dim() > 2:  # drawn for the longest row: each token has the same weights in any batch
-        each = torch.randn(values.shape[2], generator=draw).to(values.device)
-        weights = each * torch.arange(1, values.shape[1] + 1, device=values.device)[:, None].cos()
+    weights = torch.randn(values.shape[-1] if values.dim() > 2 else values[0].shape, generator=draw).to(values.device)
+    if values.dim() > 2:  # drawn for one token: each has the same weights in any batch
+        weights = weights * torch.arange(1, values.shape[1] + 1, device=values.device)[:, None].cos()
         count = torch.tensor(lengths, device=values.device)
         shown = torch.arange(values.shape[1], device=values.device)[None] < count[:, None]
         values = values.masked_fill(~shown[..., None], 0.0)
-    return (values * weights).flatten(1).sum(1) / weights[0].numel() ** 0.5
+    return (values * weights).flatten(1).sum(1) / values.shape[-1] ** 0.5

@@ -13,10 +13,10 @@ from fsdp_qlora.cli.typed import is_terminal, typed_lines
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.inference.generate import answer
-from fsdp_qlora.run.answers import answer_file, ending, sampling_seed
+from fsdp_qlora.run.answers import Answering, answer_file, ending, sampling_seed
 from fsdp_qlora.run.chat import Talk
 from fsdp_qlora.run.inference import load_for_inference
-from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.run.spread import load_over_devices
 from fsdp_qlora.run.world import World
 
 
@@ -41,15 +41,16 @@ def _read(file: str) -> str:
         raise ConfigError(f"prompt_file: {file} cannot be read: {error}.") from error
 
 
-def _load(config: RunConfig, world: World, whole: bool) -> Prepared:
+def _load(config: RunConfig, world: World, whole: bool) -> Answering:
     """Load the model and its adapters without data: of several adapters, ``whole`` loads all."""
     config = replace(config, data=replace(config.data, train=None, eval=None))
+    load = load_for_inference if config.generate.device_map is None else load_over_devices
     folders = config.adapter
     if not isinstance(folders, dict):
-        return load_for_inference(config, Path(folders).expanduser() if folders else None, world)
+        return load(config, Path(folders).expanduser() if folders else None, world)
     named = {name: Path(folder).expanduser() for name, folder in folders.items()}
     chosen = None if whole else named.get(config.generate.adapter or "")
-    return load_for_inference(config, named if chosen is None else chosen, world)
+    return load(config, named if chosen is None else chosen, world)
 
 
 def _chat(config: RunConfig, world: World) -> int:

@@ -40,6 +40,8 @@ _ANSWER_SECONDS = 5.0
 
 def ranks_to_start(config: RunConfig) -> int:
     """Return the number of ranks to start: as configured, or one per accelerator of this machine."""
+    if config.generate.device_map is not None:  # one process drives all devices
+        return 1
     if config.launcher.nproc_per_node:
         return config.launcher.nproc_per_node
     has_device_files = any(any(Path("/dev").glob(name)) for name in ("nvidia[0-9]*", "dri/render*"))

@@ -18,6 +18,7 @@ from fsdp_qlora.profile.phases import PHASES, WAITING
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.shapes.patterns import endings
 from fsdp_qlora.shown import visible
 from fsdp_qlora.track.console import console, megabytes
 from fsdp_qlora.track.lines import write_lines
@@ -33,6 +34,9 @@ def print_start(prepared: Prepared, note: str) -> None:
     quant = describe(plan.quantized)
     if plan.quantized:
         quant += f" by {bitsandbytes_backend(prepared.ranks.device)}"
+    dense = [n.removesuffix(".weight") for n in prepared.shapes.left_dense if len(prepared.shapes.parameters[n]) > 1]
+    if plan.quantized and dense:
+        quant += f"; left dense, as upstream's own quantization does: {len(dense)} ({', '.join(endings(dense))})"
     if prepared.load.stored:
         quant += f" ({prepared.load.stored} of them already quantized in the files)"
     print(

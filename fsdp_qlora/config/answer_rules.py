@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 from fsdp_qlora.config.auto import number
@@ -31,6 +32,31 @@ def _stops(config: RunConfig) -> Iterator[str]:
         yield "generate.stop: an empty text would end every answer; leave it out."
 
 
+def _device_map(config: RunConfig) -> Iterator[str]:
+    generate, quant = config.generate, config.quant
+    if generate.device_map is None:
+        for key in ("max_memory", "offload_fp32", "offload_folder"):
+            if getattr(generate, key):
+                yield f"generate.{key}: is about generate.device_map; set that as well, or leave it out."
+        return
+    if config.launcher.nproc_per_node > 1:
+        yield "generate.device_map: one process drives all devices; leave out launcher.nproc_per_node."
+    if generate.offload_fp32 and quant.name == "none":
+        yield "generate.offload_fp32: is about quantized layers, and quant=none has none; leave it out."
+    own = {
+        "quant.overrides": quant.overrides, "quant.embeddings": quant.embeddings != "none",
+        "quant.block_size": quant.block_size != 64,
+        "model.config_overrides": config.model.config_overrides, "model.add_tokens": config.model.add_tokens,
+    }  # fmt: skip
+    for key in (key for key, given in own.items() if given):
+        yield f"{key}: plain transformers has no such thing; leave it out, or generate.device_map."
+    for device, size in generate.max_memory.items():
+        if not device.isdigit() and device not in ("cpu", "mps"):
+            yield f"generate.max_memory: {device!r} is no device; name the number of one, or cpu."
+        if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", size, re.IGNORECASE):
+            yield f"generate.max_memory: {size!r} is not an amount of memory; write it as 24GiB or 80GB."
+
+
 def _tasks(config: RunConfig) -> Iterator[str]:
     evaluate = config.evaluate
     if not evaluate.tasks:
@@ -45,7 +71,9 @@ def _named_twice(config: RunConfig) -> Iterator[str]:
         yield f"evaluate.tasks: {', '.join(twice)} is named more than once."
 
 
-ANSWER_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (_prompts, _chat, _stops, _tasks, _named_twice)
+ANSWER_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    _prompts, _chat, _stops, _device_map, _tasks, _named_twice,
+)  # fmt: skip
 
 
 def has_rows(config: RunConfig) -> bool:

@@ -137,12 +137,15 @@ WITH_EXPERTS = ("lora", "rslora")
 WITH_TABLES = ("lora", "rslora")
 """The adapter methods that adapt embedding and head."""
 OBJECTIVES = Names(
-    "sft", "sequence_classification", "token_classification", "masked_lm", "embedding", "image_classification"
-)
+    "sft", "sequence_classification", "token_classification", "masked_lm", "embedding", "seq2seq",
+    "image_classification",
+)  # fmt: skip
 """``objective=``: losses (`fsdp_qlora.objectives`)."""
 WITH_LABELS = ("sequence_classification", "token_classification", "image_classification")
 """The objectives whose rows have labels, each of which is an output of the model's head."""
-ROW_BY_ROW = ("sequence_classification", "token_classification", "masked_lm", "embedding", "image_classification")
+ROW_BY_ROW = (
+    "sequence_classification", "token_classification", "masked_lm", "embedding", "seq2seq", "image_classification",
+)  # fmt: skip
 """The objectives whose rows cannot share a sequence, and whose model is no causal language model."""
 CAN_SPLIT = ("masked_lm",)
 """The objectives among them that can split a long row (``data.truncation=split``)."""

@@ -1,4 +1,4 @@
-"""Settings of the objectives."""
+"""What a run learns: the group ``objective``. See `fsdp_qlora.config.schema`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fsdp_qlora.config import choices
-from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, SHARE, YOUNGER
+from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, SHARE, VERBATIM, YOUNGER
 
-ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
-Pooling = Literal["auto", "mean", "cls", "lasttoken"]
 Augmentation = Literal["flip_crop", "flip", "crop", "none"]
+Pooling = Literal["auto", "mean", "cls", "lasttoken"]
+ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class ObjectiveSettings:
     ``token_classification``: a label for each word of a text.
     ``masked_lm``: words of a text that are masked (BERT).
     ``embedding``: a vector for each text; those of a pair lie close together.
+    ``seq2seq``: an encoder-decoder reads a source and writes a target.
     ``image_classification``: a label, several, or a number for each image."""
     labels: Annotated[list[str], YOUNGER] = field(default_factory=list)
     """Names of the labels, in the order of their numbers; empty = those of the training data, sorted."""
@@ -40,6 +41,14 @@ class ObjectiveSettings:
     pooling: Annotated[Pooling, YOUNGER] = "auto"
     """Of ``embedding``: what makes a vector of a text's hidden states; ``auto`` = as the model's ``1_Pooling`` says,
     else the mean of an encoder's, and a decoder's last."""
+    max_target_length: Annotated[int, POSITIVE, YOUNGER] = 128
+    """Of ``seq2seq``: the longest target in tokens, to learn and to write; ``data.truncation`` says what becomes of
+    longer ones, and ``data.max_length`` is that of sources."""
+    source_prefix: Annotated[str, VERBATIM, YOUNGER] = ""
+    """Of ``seq2seq``: put before each source (``'summarize: '``, for T5's)."""
+    generate_rows: Annotated[int, NOT_NEGATIVE, YOUNGER] = 64
+    """Of ``seq2seq``: held-out rows, spread evenly, whose targets each evaluation writes, for ROUGE and BLEU; 0 = none,
+    only the loss."""
     image_size: Annotated[int, NOT_NEGATIVE, YOUNGER] = 0
     """Of ``image_classification``: height and width of the images that the model gets, in pixels; 0 = as its image
     processor has it. If the model's table of positions is for another size, upstream's code interpolates it."""

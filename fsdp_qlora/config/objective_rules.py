@@ -64,9 +64,11 @@ def _labels(config: RunConfig) -> Iterator[str]:
 
 
 _OWN = {
-    "masked_lm": ("mask_probability", "whole_words"), "embedding": ("temperature", "pooling"),
+    "masked_lm": ("mask_probability", "whole_words"),
+    "embedding": ("temperature", "pooling"),
+    "seq2seq": ("max_target_length", "source_prefix", "generate_rows"),
     "image_classification": ("image_size", "augmentation"),
-}  # fmt: skip
+}
 """Objectives -> settings that no other reads."""
 
 

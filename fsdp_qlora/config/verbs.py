@@ -98,6 +98,18 @@ class GenerateSettings:
     """JSONL file for the answers. A run that was killed goes on where it stopped."""
     batch_size: Annotated[int, POSITIVE] = 8
     """Prompts that a rank answers at once, with ``prompts``."""
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    """Load with plain transformers instead, in one process that puts the layers on all devices, then in host memory,
+    then on disk, in the way of this name (``auto`` = ``balanced``); null = sharded over the ranks."""
+    max_memory: dict[str, str] = field(default_factory=dict)
+    """``device_map``: most memory for weights on each device, ``{0: 20GiB, 1: 20GiB, cpu: 60GiB}``; one that is left
+    out gets none. Empty = what is free on each."""
+    offload_fp32: bool = False
+    """``device_map``: keep layers that a quantized model leaves in host memory or on disk unquantized, as bitsandbytes
+    requires; otherwise it is an error if the devices cannot hold all of them."""
+    offload_folder: Annotated[str | None, VERBATIM] = None
+    """``device_map``: folder for weights on disk that are not in the model's files as they are (converted experts);
+    the others are read from those."""
 
 
 @dataclass(frozen=True)

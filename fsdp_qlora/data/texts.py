@@ -50,8 +50,7 @@ class TextTokenizer:
         """
         results: list[Encoded | None] = []
         for given, count in zip(texts, counts, strict=True):
-            if (size := sum(map(len, given))) > LONGEST:
-                raise DataError(f"a text has {size} characters, and at most {LONGEST} are tokenized; shorten the row")
+            _require_short(given)
             made = self._encode(given)
             if len(made.ids) > self._max_length:
                 if self._truncation == "drop":
@@ -67,11 +66,12 @@ class TextTokenizer:
         """Return the tokens of a text; with ``data.truncation=split`` in as many pieces as it needs.
 
         Raises:
-            DataError: as `__call__`, but for texts that are split.
+            DataError: as `__call__`.
         """
         if self._truncation != "split":
             (one,) = self([(text,)], [count])
             return [] if one is None else [one]
+        _require_short((text,))
         made = self._encodings((text,), truncation=True, max_length=self._max_length, return_overflowing_tokens=True)
         count.truncated += len(made) > 1
         return made
@@ -89,6 +89,11 @@ class TextTokenizer:
             )
             for one in made.encodings or ()
         ]  # fmt: skip
+
+
+def _require_short(texts: tuple[str, ...]) -> None:
+    if (size := sum(map(len, texts))) > LONGEST:
+        raise DataError(f"a text has {size} characters, and at most {LONGEST} are tokenized; shorten the row")
 
 
 def key_of(*texts: str) -> int:

@@ -20,6 +20,11 @@ def is_rank(env: Mapping[str, str]) -> bool:
     return not _missing(env)
 
 
+def num_ranks_of(env: Mapping[str, str]) -> int:
+    """Return the number of ranks that torchrun has started; 1 if this process is none of them."""
+    return int(env["WORLD_SIZE"]) if is_rank(env) else 1
+
+
 def leftovers(env: Mapping[str, str]) -> str:
     """Return a note if torchrun's variables are incomplete; an empty string if all or none are set."""
     present = [name for name in (*_REQUIRED, *_OPTIONAL) if name in env]

@@ -35,6 +35,7 @@ from fsdp_qlora.files.scratch import fresh_folder, move_into
 from fsdp_qlora.files.write import copy_regular, open_as_a_new_file, write_json, write_text
 from fsdp_qlora.load.fingerprint import Facts, header_of
 from fsdp_qlora.load.finite import require_finite
+from fsdp_qlora.objectives.pooling import POOLING_FILE
 from fsdp_qlora.shapes.modules import around
 from fsdp_qlora.shapes.patterns import endings
 
@@ -207,6 +208,7 @@ def fill_folder(
     for file in sorted(source.iterdir()):
         if file.name not in (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME) and file.is_file():
             copy_regular(file, folder / file.name)
+    _copy_pooling(source, folder)
     write_json(folder / CONFIG_NAME, config)
     return write_weights(folder, tensors, base)
 
@@ -237,6 +239,14 @@ def copy_folder(adapter: Path, folder: Path) -> None:
     names = {file.name for pattern in _BESIDE for file in adapter.glob(pattern)}
     for name in sorted(names):
         copy_regular(own_file(adapter, name), folder / name)
+    _copy_pooling(adapter, folder)
+
+
+def _copy_pooling(adapter: Path, folder: Path) -> None:
+    """Copy what sentence-transformers read of an adapter's pooling, if it is there."""
+    if (file := own_file(adapter, POOLING_FILE)).is_file():
+        (folder / POOLING_FILE).parent.mkdir(exist_ok=True)
+        copy_regular(file, folder / POOLING_FILE)
 
 
 def copy_adapter(checkpoint: Path, manifest: Manifest, folder: Path) -> None:

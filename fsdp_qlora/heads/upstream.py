@@ -167,7 +167,7 @@ def _code_after(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor
                 path: _Give(model.get_submodule(path), _Output(last_hidden_state=hidden)),
             }
             try:
-                outputs = _with(model, instead).forward(input_ids=ids, use_cache=False)
+                outputs = _with(model, instead).forward(**_inputs(model, ids, hidden), use_cache=False)
             except (AttributeError, TypeError, ValueError, IndexError, KeyError) as tried:
                 error = tried
                 continue
@@ -178,6 +178,13 @@ def _code_after(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor
         )
 
     return run
+
+
+def _inputs(model: PreTrainedModel, ids: torch.Tensor, hidden: torch.Tensor) -> dict[str, Any]:
+    """Return inputs for ``forward``; of an encoder-decoder, those of the decoder, so that the encoder does not run."""
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids}
+    return {"decoder_input_ids": ids, "encoder_outputs": _Output(last_hidden_state=hidden)}
 
 
 def _backbones(model: PreTrainedModel) -> list[str]:

@@ -18,6 +18,7 @@ from transformers import (
 
 from fsdp_qlora.config.schema import GenerateSettings
 from fsdp_qlora.inference.end_of_turn import EndOfTurn
+from fsdp_qlora.inference.remembered import Remembered
 from fsdp_qlora.inference.rendering import render_all_apart
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.shown import visible
@@ -61,6 +62,7 @@ def answer(
 def answer_ids(
     model: CausalModel, tokenizer: PreTrainedTokenizerBase, end: EndOfTurn, ids: list[int],
     settings: GenerateSettings, stream: bool = False, stopped: Callable[[], bool] | None = None,
+    read: Remembered | None = None, adapter: str | None = None,
 ) -> str:  # fmt: skip
     """Return the model's answer to a tokenized prompt, without its end; with ``stream``, also print it as it comes.
 
@@ -74,21 +76,27 @@ def answer_ids(
         settings: length and sampling.
         stream: whether to print the answer token by token.
         stopped: asked after each token; if it returns True, the answer ends there. Must agree on all ranks.
+        read: what the model has read already; afterwards, also this prompt and its answer.
+        adapter: the adapter in use, if there are several: what was read with another one is of no use.
     """
     inputs = torch.tensor([ids], device=model.device)
     was_training = model.training
     model.eval()
     more: dict[str, Any] = {"streamer": _Streamer(tokenizer, *end.texts)} if stream else {}
+    if read is not None and (cache := read.take(ids, adapter)) is not None:
+        more["past_key_values"] = cache
     ends = ending(tokenizer, end)
     if stopped is not None:
         ends.append(_Stopped(stopped))
-    out = model.generate(
+    out: Any = model.generate(
         input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=generation_config(end, settings),
-        stopping_criteria=ends, **more,
+        stopping_criteria=ends, return_dict_in_generate=True, **more,
     )  # fmt: skip
     model.train(was_training)
     sys.stdout.flush()
-    return end.without(str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)))
+    if read is not None:
+        read.keep(out.sequences[0].tolist(), adapter, out.past_key_values)
+    return end.without(str(tokenizer.decode(out.sequences[0, len(ids) :], skip_special_tokens=True)))
 
 
 def generation_config(end: EndOfTurn, settings: GenerateSettings) -> GenerationConfig:

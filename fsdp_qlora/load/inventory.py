@@ -6,7 +6,7 @@ or be a buffer that upstream initializes itself. Otherwise the run is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ class Inventory:
     """Buffers that are not in the files; upstream's constructor initializes them."""
     drawn: tuple[str, ...] = ()
     """Parameters of a new head, which no file holds in this shape."""
+    computed: tuple[str, ...] = ()
+    """Parameters that upstream neither saves nor misses: its code computes them (Marian's sinusoidal positions)."""
 
     def describe(self) -> str | None:
         """Return one line about the tensors in the files that are not used; None if all are."""
@@ -98,18 +100,42 @@ def take_stock(
             copies += [other for other in group if other != name]
     lacking = [n for n in (*first_names, *buffers) if n not in there]
     made = frozenset(n for n in lacking if n in buffers and matches_any(n, model._keys_to_ignore_on_load_missing))
-    drawn = tuple(n for n in lacking if new_head and n in first_names and _is_outside(n, model, layers))
-    if refused := [n for n in lacking if n not in made and n not in drawn]:
+    computed = tuple(n for n in lacking if n in first_names and _upstream_computes(model, n))
+    drawn = tuple(
+        n for n in lacking if new_head and n in first_names and n not in computed and _is_outside(n, model, layers)
+    )
+    if refused := [n for n in lacking if n not in {*made, *drawn, *computed}]:
         raise ModelError(
             f"{source.folder}: no tensor {_some(refused)} among its {len(source.entries)} tensors"
             f"{f' ({len(refused)} are missing)' if len(refused) > 1 else ''}; {type(model).__name__} needs "
             f"{'it' if len(refused) == 1 else 'them'}. Download the model again, with its own config.json."
         )
-    used = source.used() | names
+    left_out = _left_out(
+        model, source, names, _places(layers, model.base_model_prefix) if new_head or other_head else None
+    )
+    return Inventory(left_out, tuple(copies), made, drawn, computed)
+
+
+def _left_out(
+    model: PreTrainedModel, source: SafetensorsFolder, names: Collection[str], places: set[str] | None
+) -> tuple[str, ...]:
+    """Return the tensors of the files that the model does without.
+
+    Args:
+        model: the model.
+        source: its files.
+        names: the model's parameters and buffers.
+        places: parts of names that say that a tensor lies in a layer, if what lies in none may be left out; else None.
+
+    Raises:
+        ModelError: if it should not do without them.
+    """
+    used = source.used() | set(names)
     left = [n for n in source.entries if n not in used and not _is_statistic(n, used)]
-    of_layers = _places(layers, model.base_model_prefix) if new_head or other_head else {""}  # "" is in any name
     left_out = tuple(
-        n for n in left if _upstream_leaves_out(model, n) or not any(place in f".{n}" for place in of_layers)
+        n
+        for n in left
+        if _upstream_leaves_out(model, n) or (places is not None and not any(place in f".{n}" for place in places))
     )
     if odd := [n for n in left if n not in left_out]:
         raise ModelError(
@@ -117,7 +143,13 @@ def take_stock(
             "weights and config.json do not match, or an option in the config (a bias, a tie) leaves them out; "
             "training would silently ignore them."
         )
-    return Inventory(left_out, tuple(copies), made, drawn)
+    return left_out
+
+
+def _upstream_computes(model: PreTrainedModel, name: str) -> bool:
+    return all(
+        matches_any(name, keys) for keys in (model._keys_to_ignore_on_load_missing, model._keys_to_ignore_on_save)
+    )
 
 
 def _of_other_heads(model: PreTrainedModel, source: SafetensorsFolder) -> set[str]:

@@ -27,7 +27,8 @@ _BUFFER_DTYPES = _DTYPES | {
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _SAMPLES, _SAMPLE_BYTES = 16, 65536
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_STEMS = ("model", "diffusion_pytorch_model")
+"""How the names of a model's weight files begin, in transformers and in diffusers."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,17 @@ class SafetensorsFolder:
         self._same_as: dict[str, str] = {}
         self._last: tuple[Conversion | None, dict[str, torch.Tensor]] = (None, {})
         self.total_bytes = self._tensor_bytes = 0
+        names = [(folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json") for stem in _STEMS]
+        self._single, self._index = next((pair for pair in names if any(f.is_file() for f in pair)), names[0])
         # if both exist, transformers takes the single file: the index is from an older download
-        index = None if (folder / _SINGLE).is_file() else self._read_index()
+        index = None if self._single.is_file() else self._read_index()
         for file in self._files(index):
             self._read_header(file)
         if index is not None:
             self._compare(index)
 
     def _read_index(self) -> dict[str, Any] | None:
-        file = self.folder / _INDEX
+        file = self._index
         if not file.is_file():
             return None
         try:
@@ -140,7 +143,7 @@ class SafetensorsFolder:
             if entry is None or entry.file.name != file:
                 there = "in no file" if entry is None else f"in {entry.file.name}"
                 raise ModelError(
-                    f"{self.folder / _INDEX}: says that tensor {name} is in {file}, but it is {there}: "
+                    f"{self._index}: says that tensor {name} is in {file}, but it is {there}: "
                     "the index and the files are from different downloads."
                 )
         stated = (index.get("metadata") or {}).get("total_size")
@@ -149,7 +152,7 @@ class SafetensorsFolder:
                 f"{f.name} {f.stat().st_size}" for f in dict.fromkeys(e.file for e in self.entries.values())
             )
             raise ModelError(
-                f"{self.folder / _INDEX}: says that the tensors take {stated} bytes (metadata.total_size), but the "
+                f"{self._index}: says that the tensors take {stated} bytes (metadata.total_size), but the "
                 f"files hold {self._tensor_bytes}. The files' sizes: {sizes}. Download the differing files again; if "
                 "they are right, correct or remove total_size."
             )
@@ -157,8 +160,8 @@ class SafetensorsFolder:
     def _files(self, index: dict[str, Any] | None) -> list[Path]:
         if index is not None:
             names = sorted(set(index["weight_map"].values()))
-        elif (self.folder / _SINGLE).is_file():
-            names = [_SINGLE]
+        elif self._single.is_file():
+            names = [self._single.name]
         else:
             names = [file.name for file in weight_files(self.folder)]
             if not names:

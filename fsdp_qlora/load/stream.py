@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fsdp_qlora.distributed.mesh import Ranks
@@ -59,7 +58,7 @@ class LoadReport:
 
 def stream_weights(
     model: nn.Module,
-    base: PreTrainedModel,
+    base: nn.Module,
     source: SafetensorsFolder,
     ranks: Ranks,
     progress: Progress | None = None,
@@ -70,18 +69,18 @@ def stream_weights(
 ) -> LoadReport:
     """Materialise ``model`` (sharded, on meta) and fill the base's parameters from ``source``.
 
-    ``base`` is the transformers model inside ``model``. Adapters are left to `initialize_adapters`. Shards are
-    allocated on ``shards_on`` (None: the ranks' device; the CPU if `shard_model` offloads them); shards of the modules
-    ``on_host`` are allocated on the CPU. ``lower`` may yield the weights with other values than the files have.
-    ``trained`` are the base's own parameters that are trained, by their names in the files.
+    ``base`` is the model inside ``model``. Adapters are left to `initialize_adapters`. Shards are allocated on
+    ``shards_on`` (None: the ranks' device; the CPU if `shard_model` offloads them); shards of the modules ``on_host``
+    are allocated on the CPU. ``lower`` may yield the weights with other values than the files have. ``trained`` are the
+    base's own parameters that are trained, by their names in the files.
 
     Raises:
         FsdpQloraError: identically on every rank, if on any rank a tensor is missing, has the wrong shape or holds a
             value that is not finite (code 2), or a file cannot be read (code 74).
-        NumericsError: if the tie of head and embedding was lost, or FSDP's shards differ from the expected layout.
+        NumericsError: if a tied parameter is no longer one, or FSDP's shards differ from the expected layout.
     """
     started = time.perf_counter()
-    tied = _shares_weight(base)
+    tied = _first_names(base)
     allocate(model, shards_on or ranks.device, ranks.device, on_host)
     on_every(lambda: _fill_buffers(base, source), ranks)
     quantized = [m for m in base.modules() if isinstance(m, QuantMatrices)]
@@ -99,8 +98,8 @@ def stream_weights(
                 _fill_kept(place, weight, ranks)
             if progress:
                 progress(done + 1, len(weights))
-    if tied and not _shares_weight(base):
-        raise NumericsError("head and embedding share one weight in this model, but not after loading.")
+    if lost := sorted(tied.items() - _first_names(base).items()):
+        raise NumericsError(f"{lost[0][1]} and {lost[0][0]} share one weight in this model, but not after loading.")
     size = sum(resident_bytes(module) for module in quantized)
     stored = sum(isinstance(entry, PackedWeight) for entry in entries)
     return LoadReport(source.bytes_read, source.total_bytes, size, time.perf_counter() - started, stored)
@@ -148,7 +147,7 @@ def allocate(model: nn.Module, shards_on: torch.device, device: torch.device, on
                 setattr(module, name, moved[parameter])
 
 
-def _fill_buffers(base: PreTrainedModel, source: SafetensorsFolder) -> None:
+def _fill_buffers(base: nn.Module, source: SafetensorsFolder) -> None:
     """Load the buffers in the files, whole on every rank; the others keep the values from upstream's constructor."""
     for name, buffer in persistent_buffers(base).items():
         stored = _file_name(name)
@@ -156,17 +155,17 @@ def _fill_buffers(base: PreTrainedModel, source: SafetensorsFolder) -> None:
             buffer.copy_(source.read_buffer(stored, tuple(buffer.shape)))
 
 
-def _shares_weight(base: PreTrainedModel) -> bool:
-    """Whether head and embedding are one unquantized parameter (quantized ones share a module and cannot separate)."""
-    weights = [getattr(m, "weight", None) for m in (base.get_input_embeddings(), base.get_output_embeddings())]
-    return weights[0] is not None and weights[0] is weights[1]
+def _first_names(base: nn.Module) -> dict[str, str]:
+    """Return, for the name of each parameter, the first name that it has: a tied head has the embedding's."""
+    first: dict[nn.Parameter, str] = {}
+    return {name: first.setdefault(p, name) for name, p in base.named_parameters(remove_duplicate=False)}
 
 
 def _file_name(name: str) -> str:
     return re.sub(r"(\.base_layer)+\.", ".", name)  # adapters on experts are nested
 
 
-def _is_ours(name: str, parameter: nn.Parameter, base: PreTrainedModel) -> bool:
+def _is_ours(name: str, parameter: nn.Parameter, base: nn.Module) -> bool:
     """Whether a parameter is ours and so not in the files under that name: an adapter, packed bytes or statistics."""
     owner, _, child = name.rpartition(".")
     return parameter.requires_grad or (
@@ -207,7 +206,7 @@ def weight_of(source: SafetensorsFolder, linear: LinearShape, quant_format: Form
     return _quantized_weight(module, find_weight(source, module), source).whole(HOST)
 
 
-def _kept_weight(base: PreTrainedModel, name: str, entry: StoredTensor, source: SafetensorsFolder) -> BaseWeight:
+def _kept_weight(base: nn.Module, name: str, entry: StoredTensor, source: SafetensorsFolder) -> BaseWeight:
     def read(start: int, stop: int) -> torch.Tensor:
         values = source.read(entry, start, stop)
         require_finite(values, f"{entry.file}: tensor {entry.name}")

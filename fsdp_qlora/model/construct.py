@@ -132,6 +132,19 @@ def float32_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in floating.items() if p.dtype == torch.float32}
 
 
+def left_dense(model: nn.Module) -> frozenset[str]:
+    """Return the parameters that transformers' own quantization leaves dense, whatever the format.
+
+    These are convolutions, and modules that transformers keeps in float32 where the others are float16.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return frozenset()
+    kept = [f".{name}." for name in {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}]
+    names = (name for name, _ in model.named_parameters() if any(key in f".{name}." for key in kept))
+    convolutions = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d))
+    return frozenset(names) | {f"{n}.{key}" for n, m in convolutions for key, _ in m.named_parameters(recurse=False)}
+
+
 def unmade_buffers(model: nn.Module) -> list[str]:
     """Return the names of buffers that upstream's constructor left uninitialised (``torch.empty``)."""
     return [

@@ -75,6 +75,18 @@ def draw_new(model: PreTrainedModel, names: Iterable[str], seed: int) -> dict[st
     return values
 
 
+def compute(model: PreTrainedModel, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Return the values of parameters that transformers' own code computes instead of saving, float32 on the CPU.
+
+    Raises:
+        ModelError: if they are drawn rather than computed.
+    """
+    values, again = (draw_new(model, names, seed) for seed in (0, 1))
+    if odd := [name for name, value in values.items() if not torch.equal(value, again[name])]:
+        raise ModelError(f"{type(model).__name__}: {min(odd)} is in no file, and upstream's code draws it at random.")
+    return values
+
+
 def _real(module: nn.Module) -> nn.Module:
     """Return a copy of a module's own parameters on the CPU, not a number each."""
     real = copy.copy(module)

@@ -12,16 +12,22 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fsdp_qlora.model.construct import left_dense
 from fsdp_qlora.shapes.linears import LinearShape
 
 _READS = re.compile(r"\.(\w+)\.(?:weight|bias)\b")
-_INIT = re.compile(r"^( *)def (_init_weights|reset_parameters|init_weights)\b.*?(?=^\1(?:def |@)|\Z)", re.M | re.S)
+_METHODS = "_init_weights|reset_parameters|init_weights|fuse_projections"
+_NOT_IN_FORWARD = re.compile(rf"^( *)def (?:{_METHODS})\b.*?(?=^\1(?:def |@)|\Z)", re.M | re.S)
+"""Methods that no forward calls: upstream's initialisation, and what makes one linear of several in diffusers."""
 
-_SHOWN = 3
+_NOT_MODELS = (
+    "torch.", "builtins", "transformers.modeling_utils", "diffusers.models.modeling_utils", "fsdp_qlora.", "peft.",
+)  # fmt: skip
+"""Modules whose classes compute no model; upstream's base classes name the weights of old checkpoints."""
 
 
 def is_plain_linear(module: nn.Module | None) -> bool:
@@ -29,7 +35,7 @@ def is_plain_linear(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear | Conv1D) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
-def replaceable_linears(model: PreTrainedModel) -> Iterator[LinearShape]:
+def replaceable_linears(model: nn.Module) -> Iterator[LinearShape]:
     """Yield the weights of ``model`` that can be stored quantized, in module order; they may include the head."""
     read = set(_read_by_others(model))
     for name, module in model.named_modules():
@@ -38,25 +44,21 @@ def replaceable_linears(model: PreTrainedModel) -> Iterator[LinearShape]:
         yield from _shapes(name, module)
 
 
-def convolutions(model: PreTrainedModel) -> str:
-    """Return the names of a model's first convolutions, which no format stores quantized; empty if it has none."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-
-
-def kept_linears(model: PreTrainedModel, inside: tuple[str, ...]) -> dict[str, str]:
+def kept_linears(model: nn.Module, inside: tuple[str, ...]) -> dict[str, str]:
     """Return the linears within the modules ``inside`` that are not replaced: name -> reason."""
-    read = _read_by_others(model)
+    read, dense = _read_by_others(model), left_dense(model)
     kept: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or not name.startswith(tuple(f"{x}." for x in inside)):
             continue
         if not is_plain_linear(module):
             kept[name] = f"a {type(module).__name__} has its own forward"
-        elif name in read:
-            kept[name] = f"{read[name]} reads its weight"
         elif _in_float32(module, model):
             kept[name] = "upstream keeps it in float32"
+        elif name in read and f"{name}.weight" in dense:
+            kept[name] = "upstream's own quantization leaves it dense"
+        elif name in read:
+            kept[name] = f"{read[name]} reads its weight"
     return kept
 
 
@@ -80,11 +82,16 @@ def _takes_experts_forward(module: nn.Module) -> bool:
     return getattr(module, "has_gate", None) is not None and hasattr(type(module).forward, "__wrapped__")
 
 
-def _in_float32(module: nn.Linear | Conv1D, model: PreTrainedModel) -> bool:
-    return module.weight.dtype != model.dtype and model.dtype.itemsize < module.weight.dtype.itemsize
+def _in_float32(module: nn.Linear | Conv1D, model: nn.Module) -> bool:
+    return _dtype_of(model).itemsize < module.weight.dtype.itemsize
 
 
-def _read_by_others(model: PreTrainedModel) -> dict[str, str]:
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the first parameter of floating-point numbers, which upstream calls the model's."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _read_by_others(model: nn.Module) -> dict[str, str]:
     """Return the linears whose weight or bias an enclosing module's code reads: name -> that module's class."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     readers: dict[str, str] = {
@@ -105,11 +112,11 @@ def _children_read(kind: type[nn.Module]) -> frozenset[str]:
     """Return the names of the submodules whose ``.weight`` or ``.bias`` a class's methods read."""
     names: set[str] = set()
     for each in kind.__mro__:
-        if each.__module__.startswith(("torch.", "builtins", "transformers.modeling_utils", "fsdp_qlora.", "peft.")):
+        if each.__module__.startswith(_NOT_MODELS):
             continue
         try:
             source = inspect.getsource(each)
         except (OSError, TypeError):  # created at run time: no source to read
             continue
-        names.update(_READS.findall(_INIT.sub("", source)))
+        names.update(_READS.findall(_NOT_IN_FORWARD.sub("", source)))
     return frozenset(names)

@@ -18,6 +18,7 @@ from fsdp_qlora.model.config import load_config, not_buildable
 from fsdp_qlora.model.construct import (
     float32_parameters,
     keep_in_float32,
+    left_dense,
     make_buffers,
     parameters_on_meta,
     unmade_buffers,
@@ -129,6 +130,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         experts_per_token=_number(config, "num_experts_per_tok"),
         not_adapted=_not_adapted(model, linears),
         float32=frozenset(float32_parameters(model)),
+        left_dense=left_dense(model),
         capped=bool(getattr(config, "final_logit_softcapping", None)),
     )
 
@@ -156,6 +158,7 @@ def _headless_shapes(model: PreTrainedModel, embedding: nn.Module, layers: list[
         experts_per_token=_number(config, "num_experts_per_tok"),
         not_adapted=_not_adapted(model, linears),
         float32=frozenset(float32_parameters(model)),
+        left_dense=left_dense(model),
     )
 
 

@@ -4,6 +4,7 @@ from fsdp_qlora.objectives.embedding import Embedding
 from fsdp_qlora.objectives.image_classification import ImageClassification
 from fsdp_qlora.objectives.masked_lm import MaskedLanguageModel
 from fsdp_qlora.objectives.objective import Objective, Sums, Totals, build_objective, loss_of, register, token_losses
+from fsdp_qlora.objectives.seq2seq import SequenceToSequence
 from fsdp_qlora.objectives.sequence_classification import SequenceClassification
 from fsdp_qlora.objectives.sft import SupervisedFineTuning
 from fsdp_qlora.objectives.token_classification import TokenClassification
@@ -14,6 +15,7 @@ __all__ = [
     "MaskedLanguageModel",
     "Objective",
     "SequenceClassification",
+    "SequenceToSequence",
     "Sums",
     "SupervisedFineTuning",
     "TokenClassification",

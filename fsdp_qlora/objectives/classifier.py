@@ -34,6 +34,11 @@ class Classifier(Objective):
         super().__init__(settings)
         self.labels = Labels(self.settings)
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What its metrics are computed by."""
+        return ("sklearn",)
+
     def configure(self, config: PreTrainedConfig) -> None:
         """Set labels and problem type."""
         config.update(dict(label_maps(self.labels)))

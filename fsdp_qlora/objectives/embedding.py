@@ -71,8 +71,8 @@ class Embedding(Objective):
 
     def prune(self, model: PreTrainedModel) -> None:
         """Take out BERT's pooler, whose output is not used."""
-        if isinstance(getattr(model, "pooler", None), nn.Module):
-            model.pooler = None  # type: ignore[assignment]
+        if isinstance(pooler := getattr(model, "pooler", None), nn.Module):
+            model.pooler = _Unused(pooler)
 
     def encoder(self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> _Pairs:
         """Return what stores pairs of texts."""
@@ -122,7 +122,7 @@ class Embedding(Objective):
 
     def score(self, observed: Sequence[Any]) -> dict[str, float]:
         """Return how often a row's positive is the most similar of all held-out ones, and the mean of 1 / its rank."""
-        anchors, positives = (torch.from_numpy(np.stack([_unpacked(row[i]) for row in observed])) for i in (0, 1))
+        anchors, positives = (torch.from_numpy(np.stack([unpacked(row[i]) for row in observed])) for i in (0, 1))
         first, reciprocal = retrieval(anchors, positives)
         return {"accuracy": sum(first) / len(first), "mrr": sum(reciprocal) / len(reciprocal)}
 
@@ -134,11 +134,24 @@ class Embedding(Objective):
         return Texts(pool(hidden, inputs["attention_mask"], self.settings.pooling), role)
 
 
+class _Unused(nn.Module):
+    """Stands where a pooler was, under the names of its modules, which an adapter's patterns must not match."""
+
+    def __init__(self, like: nn.Module) -> None:
+        super().__init__()
+        for name, child in like.named_children():
+            self.add_module(name, _Unused(child))
+
+    def forward(self, hidden: torch.Tensor) -> None:
+        """Return nothing."""
+
+
 def _packed(vector: np.ndarray) -> str:
     return b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-def _unpacked(text: str) -> np.ndarray:
+def unpacked(text: str) -> np.ndarray:
+    """Return a vector that `Embedding.observe` has written: float32 ``[hidden]``."""
     return np.frombuffer(b64decode(text), dtype="<f4").astype(np.float32)
 
 

@@ -49,6 +49,8 @@ class Objective(ABC):
     uses_head: ClassVar[bool] = False
     """Whether its losses are those of an encoder-decoder's output head, a chunk of logits at a time
     (`CausalModel.losses`)."""
+    writes: ClassVar[bool] = False
+    """Whether its model writes texts of its own from held-out rows, which `score` compares with those wanted."""
     may_lack_head: ClassVar[bool] = False
     """Whether the files may lack its head; then what they lack is drawn and trained whole, as with ``trains_head``."""
     ignores_head: ClassVar[bool] = False
@@ -99,7 +101,10 @@ class Objective(ABC):
         return {}
 
     def score(self, observed: Sequence[Any]) -> dict[str, float]:
-        """Return metrics that are no means, from what `observe` returned for all held-out rows of all ranks."""
+        """Return metrics that are no means, from what `observe` returned for all held-out rows of all ranks.
+
+        If the objective `writes`, each is a pair instead: the text that the model wrote, and the one that was wanted.
+        """
         return {}
 
     def raw_rows(self, name: str) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Metrics of predictions, by kept libraries: scikit-learn's. They are imported where they are used."""
+"""Metrics of predictions, by kept libraries (scikit-learn, rouge-score, sacrebleu), imported where they are used."""
 
 from __future__ import annotations
 
@@ -33,3 +33,15 @@ def of_numbers(predicted: Sequence[Sequence[float]], wanted: Sequence[Sequence[f
 
     ours, theirs = [row[0] for row in predicted], [row[0] for row in wanted]
     return {"mse": float(mean_squared_error(theirs, ours)), "r2": float(r2_score(theirs, ours))}
+
+
+def of_texts(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+    """Return the mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L (0 to 1), and BLEU of the whole corpus (0 to 100)."""
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    scores = [scorer.score(right, ours) for ours, right in zip(written, wanted, strict=True)]
+    means = {kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in kinds}
+    return means | {"bleu": float(sacrebleu.corpus_bleu(list(written), [list(wanted)]).score)}

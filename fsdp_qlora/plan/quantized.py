@@ -68,7 +68,9 @@ def _require_most(shapes: ModelShapes, can: set[str]) -> None:
     kept = {
         name: prod(shape)
         for name, shape in shapes.parameters.items()
-        if name not in can and any(name.startswith(layer + ".") for layer in shapes.layers)
+        if name not in can
+        and name not in shapes.left_dense
+        and any(name.startswith(layer + ".") for layer in shapes.layers)
     }
     share = sum(kept.values()) / max(1, sum(kept.values()) + sum(prod(shapes.parameters[name]) for name in can))
     if share > _MOST_KEPT:

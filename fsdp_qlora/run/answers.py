@@ -3,23 +3,61 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters.served import BASE
 from fsdp_qlora.config.schema import GenerateSettings, RunConfig
+from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import on_every, on_main
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.inference.batches import Row, answer_all
 from fsdp_qlora.inference.end_of_turn import EndOfTurn, end_of_turn
 from fsdp_qlora.inference.generate import encode_conversations
 from fsdp_qlora.inference.prompts import ANSWER, Answers, Prompt, read_prompts
-from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.track.bars import Bar
 
 
-def answer_file(config: RunConfig, prepared: Prepared) -> int:
+class Answering(Protocol):
+    """What answers: a `Prepared` model, or one that is `Spread` over devices."""
+
+    @property
+    def model(self) -> CausalModel:
+        """Computes the answers."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        ...
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that compute together."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """The base model's folder."""
+        ...
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the model has; 0: unknown."""
+        ...
+
+    @property
+    def adapters(self) -> Mapping[str, object]:
+        """The adapters that have names."""
+        ...
+
+
+def answer_file(config: RunConfig, prepared: Answering) -> int:
     """Answer every prompt of the file that has no answer yet; return how many there were. Every rank calls it.
 
     Raises:
@@ -40,7 +78,7 @@ def answer_file(config: RunConfig, prepared: Prepared) -> int:
 
     left = set(on_main(open_answers, ranks))
     rows = on_every(lambda: _rows(prepared, [prompt for prompt in prompts if prompt.index in left]), ranks)
-    on_every(lambda: _require_fit(rows, settings, prepared.shapes.max_positions, f"generate.prompts: {file}"), ranks)
+    on_every(lambda: _require_fit(rows, settings, prepared.max_positions, f"generate.prompts: {file}"), ranks)
     end = ending(prepared, settings)
     bar = Bar("answering")
     done = len(prompts) - len(rows)
@@ -62,7 +100,7 @@ def answer_file(config: RunConfig, prepared: Prepared) -> int:
     return len(prompts)
 
 
-def answer_again(config: RunConfig, prepared: Prepared, file: Path, key: str) -> list[dict[str, Any]]:
+def answer_again(config: RunConfig, prepared: Answering, file: Path, key: str) -> list[dict[str, Any]]:
     """Answer every prompt of a file; return its lines with their answers on rank 0, [] on the others.
 
     Every rank calls it. ``key`` is the setting that names the file.
@@ -74,14 +112,14 @@ def answer_again(config: RunConfig, prepared: Prepared, file: Path, key: str) ->
     settings, ranks = config.generate, prepared.ranks
     prompts = on_every(lambda: read_prompts(file, key=key), ranks)
     rows = on_every(lambda: _rows(prepared, prompts), ranks)
-    on_every(lambda: _require_fit(rows, settings, prepared.shapes.max_positions, f"{key}: {file}"), ranks)
+    on_every(lambda: _require_fit(rows, settings, prepared.max_positions, f"{key}: {file}"), ranks)
     texts: dict[int, str] = {}
     end = ending(prepared, settings)
     answer_all(prepared.model, prepared.tokenizer, end, rows, settings, sampling_seed(config), ranks, texts.update)
     return [{**prompt.fields, ANSWER: texts[prompt.index]} for prompt in prompts] if ranks.is_main else []
 
 
-def ending(prepared: Prepared, settings: GenerateSettings) -> EndOfTurn:
+def ending(prepared: Answering, settings: GenerateSettings) -> EndOfTurn:
     """Return what ends an answer of a prepared model: its own end of turn, and ``generate.stop``."""
     own = end_of_turn(prepared.folder, prepared.model.base.config, prepared.tokenizer)
     return replace(own, stops=tuple(settings.stop))
@@ -104,6 +142,6 @@ def _require_fit(rows: list[Row], settings: GenerateSettings, positions: int, wh
         )
 
 
-def _rows(prepared: Prepared, prompts: list[Prompt]) -> list[Row]:
+def _rows(prepared: Answering, prompts: list[Prompt]) -> list[Row]:
     encoded = encode_conversations(prepared.tokenizer, [prompt.messages for prompt in prompts])
     return [Row(prompt.index, ids, prompt.adapter) for prompt, ids in zip(prompts, encoded, strict=True)]

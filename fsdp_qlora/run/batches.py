@@ -91,11 +91,10 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
 
 def _rows_alone(prepared: Prepared, cut: Cut) -> Batches:
     """Build the loader of an objective whose rows share no sequence."""
-    train, data = prepared.config.train, prepared.data
+    train, data, size = prepared.config.train, prepared.data, prepared.recipe.rows_per_step
     assert data is not None and data.train is not None
     seed = prepared.config.run.seed
     rows = data.encoder.training_rows(data.train, seed)
-    size = prepared.recipe.rows_per_step
     loader = Loader(rows, size, cut, seed, prepared.config.data.length_grouped)
     last = None if train.max_steps else max(1, round(prepared.recipe.num_epochs * len(rows)))
     length = Length(size, train.max_steps, last or 0)

@@ -43,9 +43,9 @@ from fsdp_qlora.load.stream import LoadReport, Progress, stream_weights
 from fsdp_qlora.model.experts import use_experts_forward
 from fsdp_qlora.model.families import decoder_layers, language_task, task_type
 from fsdp_qlora.model.fused import fusible, swap_fused
-from fsdp_qlora.model.heads import draw_new, drawn_modules, head_modules
+from fsdp_qlora.model.heads import compute, draw_new, drawn_modules, head_modules
 from fsdp_qlora.model.kernels import KERNELS, Kernels
-from fsdp_qlora.model.replaceable import convolutions, kept_linears
+from fsdp_qlora.model.replaceable import kept_linears
 from fsdp_qlora.model.root import CausalModel, install_loss_head
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.objectives import build_objective
@@ -126,6 +126,17 @@ class OpenedModel:
         plan = make_plan(config, self.shapes, ranks.size, budget)
         return replace(self, config=decided(config, plan.settings), plan=plan)
 
+    def to_answer(self) -> OpenedModel:
+        """Return a copy that trains nothing: on one rank the base is kept whole, whatever adapts it.
+
+        In training, PEFT's own layers in bf16 need FSDP's cast of their float32 adapters, and with it FSDP copies every
+        weight in every forward (ADR 0015). To answer, `cast_adapters` makes the cast once.
+        """
+        plan, fsdp = self.plan, self.config.fsdp
+        if plan.shard_size > 1 or fsdp.offloads_parameters or fsdp.offload_modules:
+            return self
+        return replace(self, plan=replace(plan, settings=replace(plan.settings, keeps_whole=True), units=()))
+
     def compiled(self, on: bool) -> OpenedModel:
         """Return a copy with ``train.compile`` resolved to ``on``."""
         train = replace(self.config.train, compile=as_word(on))
@@ -159,17 +170,17 @@ def open_model(
     stock = take_stock(base, source, shapes.layers, new_head, objective.ignores_head)
     if (line := stock.describe()) and ranks.is_main and say:
         _log.info("%s: %s", config.model.name, line)
-    if config.quant.name != "none" and (kept := convolutions(base)) and ranks.is_main and say:
-        _log.info("%s: not quantized, because they are convolutions: %s", config.model.name, kept)
     if config.data.train is not None and objective.of_tokens and task_type(base) != "CAUSAL_LM":
         raise ModelError(
             f"model.name: a {type(base).__name__} is not a causal language model, and objective="
             f"{objective.name} trains only those. Choose another objective, or load it for a loop of your own "
             "(`prepare` without data)."
         )
+    source.drawn = compute(base, stock.computed)
     if objective.trains_head or stock.drawn:
-        source.drawn = draw_new(base, stock.drawn, config.run.seed)
-        whole = head_modules(base, stock.drawn) if objective.trains_head else drawn_modules(base, source.drawn)
+        drawn = draw_new(base, stock.drawn, config.run.seed)
+        source.drawn |= drawn
+        whole = head_modules(base, stock.drawn) if objective.trains_head else drawn_modules(base, drawn)
         config = with_head(config, whole)
     plan = make_plan(config, shapes, ranks.size, budget)
     if plan.quantized or plan.quantized_edges:

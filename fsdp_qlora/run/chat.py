@@ -17,14 +17,14 @@ from fsdp_qlora.distributed.signals import give_back_signals, take_signals
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.inference.chat import Chat, Reply
 from fsdp_qlora.inference.generate import answer_ids, encode_conversations
-from fsdp_qlora.run.answers import ending, sampling_seed
-from fsdp_qlora.run.prepared import Prepared
+from fsdp_qlora.inference.remembered import Remembered
+from fsdp_qlora.run.answers import Answering, ending, sampling_seed
 
 
 class Talk:
     """A conversation with a prepared model."""
 
-    def __init__(self, config: RunConfig, prepared: Prepared) -> None:
+    def __init__(self, config: RunConfig, prepared: Answering) -> None:
         """Check that the model can hold one.
 
         Raises:
@@ -37,6 +37,7 @@ class Talk:
             )
         self._prepared, self._settings, self._seed = prepared, config.generate, sampling_seed(config)
         self._ending = ending(prepared, config.generate)
+        self._read = Remembered()
 
     def run(self, lines: Iterator[str], introduce: bool) -> None:
         """Answer ``lines``, which rank 0 reads, until they end. Every rank calls it."""
@@ -59,7 +60,7 @@ class Talk:
 
     def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
         (ids,) = encode_conversations(self._prepared.tokenizer, [messages])
-        positions, answer = self._prepared.shapes.max_positions, self._settings.max_new_tokens
+        positions, answer = self._prepared.max_positions, self._settings.max_new_tokens
         if positions and len(ids) + answer > positions:
             raise ModelError(
                 f"The conversation has {len(ids)} tokens, and the answer may take {answer} (generate.max_new_tokens), "
@@ -76,7 +77,7 @@ class Talk:
         with _interrupts(prepared.ranks.size == 1) as received:
             text = answer_ids(
                 prepared.model, prepared.tokenizer, self._ending, order["ids"], self._settings, stream,
-                (lambda: bool(received)) if prepared.ranks.size == 1 else None,
+                (lambda: bool(received)) if prepared.ranks.size == 1 else None, self._read, order["adapter"],
             )  # fmt: skip
         return Reply(text, bool(received))
 

@@ -146,8 +146,10 @@ def stored_model(
     """Load the model in ``folder`` with plain transformers on the CPU, with an adapter on it if one is given.
 
     With ``offload``, the model stays on disk, and accelerate reads each module when it is needed; ``offload`` is a
-    folder for tensors that transformers converts.
+    folder for tensors that transformers converts. Not with an adapter: transformers' ``load_adapter`` leaves
+    uninitialised numbers in the adapters of layers on disk.
     """
+    assert offload is None or adapter is None
     on_disk: dict[str, Any] = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": offload}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **on_disk)
     if adapter is not None:

@@ -13,7 +13,7 @@ from fsdp_qlora.adapters.folder import (
     read_adapter_config,
     stored_modules,
 )
-from fsdp_qlora.adapters.loading import load_adapter
+from fsdp_qlora.adapters.loading import cast_adapters, load_adapter
 from fsdp_qlora.adapters.served import ServedAdapter
 from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.config.choices import ROW_BY_ROW
@@ -21,6 +21,7 @@ from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file
 from fsdp_qlora.model.tokenizer import added_tokens
+from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.run.prepare import prepare
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.world import World
@@ -60,6 +61,13 @@ def load_for_inference(
     if adapter is not None:
         _require_same_ids(adapter, prepared)
         load_adapter(adapter, prepared.model, prepared.ranks.shard_rank, prepared.ranks.shard_size, config.lora)
+    return _to_answer(prepared)
+
+
+def _to_answer(prepared: Prepared) -> Prepared:
+    """Make a loaded model ready for forwards without backward."""
+    if prepared.plan.settings.keeps_whole:
+        cast_adapters(prepared.model, model_dtype(prepared.settings.precision.name), prepared.shapes.float32)
     prepared.model.eval()
     return prepared
 
@@ -69,8 +77,8 @@ def _load_several(config: RunConfig, adapters: Mapping[str, Path], world: World 
         raise ModelError("adapter: names no adapter; give {name: folder}, or leave it out.")
     settled = {name: with_adapter(config, folder) for name, folder in adapters.items()}
     for name, own in settled.items():
-        _require_plain(name, own)
-    _require_alike(settled)
+        require_plain(name, own)
+    require_alike(settled)
     served = [ServedAdapter(name, folder, settled[name].lora) for name, folder in adapters.items()]
     first = next(iter(settled.values()))
     try:
@@ -84,37 +92,34 @@ def _load_several(config: RunConfig, adapters: Mapping[str, Path], world: World 
                 f"adapter {name}: {lora.method} on {size.modules} linears, {size.num_parameters:,} parameters, "
                 f"{megabytes(size.num_bytes)} ({megabytes(size.bytes_here)} on this rank)"
             )
-    prepared.model.eval()
-    return prepared
+    return _to_answer(prepared)
 
 
-def _require_plain(name: str, config: RunConfig) -> None:
-    """Check that an adapter leaves the base as it is, so that others can use it."""
+def require_plain(name: str, config: RunConfig, where: str = "a base with several adapters") -> None:
+    """Check that an adapter leaves the base as it is, as others need it, and PEFT's own layers.
+
+    Raises:
+        ModelError: saying what ``where`` does not take.
+    """
     if config.lora.start is not None:
         raise ModelError(
-            f"adapter: {name} started from the base weights ({config.lora.start}) and needs a base of its own; load it "
-            "alone, or convert it with export.plain_lora=true."
+            f"adapter: {name} started from the base weights ({config.lora.start}) and needs a base of its own, which "
+            f"{where} does not make; load it alone and sharded, or convert it with export.plain_lora=true."
         )
+    what = ""
     if config.model.add_tokens:
-        raise ModelError(
-            f"adapter: {name} has rows of added tokens, and a base with several adapters takes none; load it alone."
-        )
-    if config.lora.trains_masters:
-        what = ", ".join(config.lora.modules_to_save) or "biases"
-        raise ModelError(
-            f"adapter: {name} trained weights of the base ({what}), and a base with several adapters keeps its own; "
-            "load it alone."
-        )
-    if config.lora.target_parameters:
-        raise ModelError(
-            f"adapter: {name} adapts stacked experts, and a base with several adapters takes none that does; load it "
-            "alone."
-        )
+        what = "has rows of added tokens"
+    elif config.lora.trains_masters:
+        what = f"trained weights of the base ({', '.join(config.lora.modules_to_save) or 'biases'})"
+    elif config.lora.target_parameters:
+        what = "adapts stacked experts"
+    if what:
+        raise ModelError(f"adapter: {name} {what}, and {where} takes none that does; load it alone and sharded.")
 
 
-def _require_alike(settled: Mapping[str, RunConfig]) -> None:
+def require_alike(settled: Mapping[str, RunConfig]) -> None:
     """Check that the adapters name one base and one chat template."""
-    first, *others = settled
+    first, *others = settled or [""]
     for other in others:
         one, two = settled[first], settled[other]
         if (one.model.name, one.model.revision) != (two.model.name, two.model.revision):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.config.auto import asked
+from fsdp_qlora.config.auto import asked, number
 from fsdp_qlora.config.choices import WITH_LABELS
 from fsdp_qlora.config.schema import ObjectiveSettings, RunConfig
 from fsdp_qlora.data.prepare import columns_of
@@ -50,9 +51,9 @@ def trained_labels(objective: ObjectiveSettings, adapter: Path) -> ObjectiveSett
     file = adapter / "config.json"
     try:
         config = read_json(own_file(adapter, file.name), dict[str, Any])
-        named = {int(number): str(name) for number, name in config["id2label"].items()}
+        named = {int(label): str(name) for label, name in config["id2label"].items()}
         problem = config["problem_type"]
-        labels = [] if problem == REGRESSION else [named[number] for number in range(len(named))]
+        labels = [] if problem == REGRESSION else [named[label] for label in range(len(named))]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(
             f"{file} does not say what the labels are ({type(error).__name__}: {error}). Set objective.labels and "
@@ -89,9 +90,24 @@ def planned_labels(config: RunConfig) -> RunConfig:
     if not _is_open(config.objective):
         return config
     if config.data.train is None and not config.objective.labels:
-        names = [str(number) for number in range(_PLANNED)]
+        names = [str(label) for label in range(_PLANNED)]
         return _with(config, replace(config.objective, labels=names, problem_type=SINGLE))
     return _with(config, labels_of(config))
+
+
+def require_metrics(config: RunConfig) -> None:
+    """Check that what computes the metrics of held-out rows is installed.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    held_out = config.data.eval is not None or number(config.data.eval_fraction) != 0
+    names = build_objective(config.objective).packages if held_out else ()
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise ConfigError(
+            f"objective={config.objective.name}: its metrics need packages that are not installed "
+            f"({', '.join(missing)}): pip install 'fsdp-qlora[tasks]'."
+        )
 
 
 def _is_open(objective: ObjectiveSettings) -> bool:

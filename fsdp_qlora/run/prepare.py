@@ -18,6 +18,7 @@ from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import ModelSettings, RunConfig
 from fsdp_qlora.data.prepare import PreparedData, held_out_choice
 from fsdp_qlora.distributed.memory import resident_bytes, return_freed_memory
+from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import any_rank, on_every
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.load.stream import Progress
@@ -39,7 +40,7 @@ from fsdp_qlora.run.decide import (
     shape_of,
 )
 from fsdp_qlora.run.eva import settle
-from fsdp_qlora.run.labels import settle_labels
+from fsdp_qlora.run.labels import require_metrics, settle_labels
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.starts import kept_start
 from fsdp_qlora.run.tokens import first_added, tokenize
@@ -85,19 +86,19 @@ def _prepare(
     config: RunConfig, world: World, progress: Progress | None, training: bool, weights: Weights, start: Path | None,
     served: Sequence[ServedAdapter], bare: bool, adapter: Path | None,
 ) -> Prepared:  # fmt: skip
+    on_every(lambda: require_metrics(config), world.ranks)
     asked, folder = config, _find_model(config.model, world)
     config = settle_labels(config, world.ranks, adapter)
     budget = rank_budget(world.ranks, world.placement)
     config, world, layout = settled_world(on_device(config, world.ranks.device.type), folder, world, budget)
-    if world.ranks.is_main and (line := kernels_to_compile(config.train.kernels, world.ranks.device)):
-        _log.info("%s", line)
+    _say(kernels_to_compile(config.train.kernels, world.ranks.device), world.ranks)
     opened, verdict = open_and_check(config, folder, world.ranks, budget, weights)
     opened = opened.without_adapters(world.ranks, budget) if bare else opened
     processor, data = tokenize(config, folder, opened, verdict, world)
     recipe = on_every(lambda: _recipe(config, opened, data, training), world.ranks)
     config = replace_attention(recipe.settled(config), verdict.attention)
-    if not bare:
-        opened = opened.for_run(config, world.ranks, budget)
+    opened = opened if bare else opened.for_run(config, world.ranks, budget)
+    opened = opened if training else opened.to_answer()
     first, starts = on_every(lambda: first_added(config, opened.shapes, processor), world.ranks), Starts()
     if training and config.lora.starts_from_rows:
         lora, starts = settle(replace(opened, first_added=first), folder, data, world.ranks, config)
@@ -108,7 +109,7 @@ def _prepare(
     repairs = opened.repairs  # needs the model as transformers built it, before load_model changes it
     world.ranks.phases.enter("loading the model")
     opened = replace(opened.compiled(compilation.on), first_added=first)
-    for one in (x for x in (adapter, *(x.folder for x in served)) if x is not None):
+    for one in (*([] if adapter is None else [adapter]), *(each.folder for each in served)):
         require_adapter(one, opened, world.ranks)
     return_freed_memory()
     process_bytes = resident_bytes()
@@ -141,6 +142,11 @@ def _prepare(
         origin=opened.origin, process_bytes=process_bytes, choices=choices, repairs=repairs, recipe=recipe,
         _stack=world.stack,
     )  # fmt: skip
+
+
+def _say(line: str | None, ranks: Ranks) -> None:
+    if line and ranks.is_main:
+        _log.info("%s", line)
 
 
 def _recipe(config: RunConfig, opened: OpenedModel, data: PreparedData | None, training: bool) -> Recipe:

@@ -82,6 +82,11 @@ class Prepared:
         return self.ranks.mesh
 
     @property
+    def max_positions(self) -> int:
+        """Positions that the model has; 0: unknown."""
+        return self.shapes.max_positions
+
+    @property
     def peft_model(self) -> PeftModel:
         """The transformers model with its adapters."""
         assert self.model.peft is not None

@@ -138,10 +138,15 @@ def prepare_tokens(config: RunConfig) -> PreparedData:
 def _processor(config: RunConfig, folder: Path, objective: Objective) -> Processor:
     if objective.of_images:
         return build_image_processor(folder, config.objective.image_size, config.model.trust_remote_code)
-    return _tokenizer(config, folder)
+    return open_tokenizer(config, folder)
 
 
-def _tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
+def open_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
+    """Load a model folder's tokenizer, with the added tokens and the chat template of the settings.
+
+    Raises:
+        DataError: if the template cannot be read.
+    """
     tokenizer = build_tokenizer(folder, config.model.trust_remote_code)
     add_special_tokens(tokenizer, config.model.add_tokens)
     if config.data.template is not None:

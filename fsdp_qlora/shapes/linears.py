@@ -80,6 +80,9 @@ class ModelShapes:
     """Linears that get no adapter, because plain PEFT could not load one onto them."""
     float32: frozenset[str] = frozenset()
     """Parameters that upstream keeps in float32 in a 16-bit model; unsharded, because FSDP would round them."""
+    left_dense: frozenset[str] = frozenset()
+    """Parameters that upstream's own quantization leaves dense: convolutions, and what it keeps in float32 in float16
+    models (T5's ``wo``)."""
     capped: bool = False
     """Whether logits have a soft cap, whose derivative the loss keeps beside them."""
 

@@ -127,7 +127,7 @@ def _own_loop(run, parameters, inputs, labels, rows, num_targets, total):
 
 
 def _trained_otherwise(ranks: Ranks, folder: str, family: str) -> tuple[list[float], list[str]]:
-    prepared = build(ranks, folder, quant={"allow_16bit": True})
+    prepared = build(ranks, folder)
     inputs, labels = _masked_or_paired(family, prepared.shapes.vocab_size)
     parameters = [p for p in prepared.model.parameters() if p.requires_grad]
     total = lambda value: all_sum([value], ranks)[0]  # noqa: E731

@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import FsdpQloraError
 from fsdp_qlora.inference import prompts as prompt_files
 from fsdp_qlora.run.answers import answer_file
 from fsdp_qlora.run.inference import load_for_inference
 from tests.build import build, config_of, world_of
 from tests.distributed.test_many_adapters import CONFIGS, make_adapters, stock
-from tests.tiny import sentence
+from tests.tiny import make_model, sentence
 
 SAMPLED = {"temperature": 1.0, "top_p": 0.9}
 
@@ -99,6 +100,30 @@ def test_a_file_is_answered_as_one_by_one(pool, tmp_path, tiny_model, num_ranks)
     assert [line["id"] for line in lines] == [f"row {n}" for n in range(13)] and "digest" not in lines[0]
     assert [line["answer"] for line in lines] == one_by_one(tiny_model, file, 12)
     assert not list(tmp_path.glob("*.part"))
+
+
+def _weigh(ranks: Ranks, folder: str) -> float:
+    """Return this rank's share of the base's bytes."""
+    prepared = build(ranks, folder, precision={"name": "fp32"}, quant={"name": "none", "double_quant": False})
+    base = list(prepared.model.base.parameters())
+    return sum(local_tensor(p).nbytes for p in base) / sum(p.numel() * p.itemsize for p in base)
+
+
+@pytest.mark.full
+def test_500_prompts_on_one_rank_and_sharded(pool, tmp_path):
+    """Two ranks answer as a user starts them in tests/e2e/test_prompt_files.py; here `generate` asks the whole pool."""
+    model = make_model(tmp_path / "model", initializer_range=0.4)  # with the usual one, all answers are empty
+    file, generate = write_prompts(tmp_path, 500), {"max_new_tokens": 12, "batch_size": 16}
+    wanted = one_by_one(model, file, 12)
+    assert len(set(wanted)) > 50
+    for num_ranks in (1, 4):
+        to = tmp_path / f"answers{num_ranks}.jsonl"
+        counts = pool.run(num_ranks, answer, str(model), str(file), str(to), None, generate)
+        assert {count for count, _ in counts} == {500}
+        assert [line["index"] for line in read(to)] == list(range(500))
+        assert [line["answer"] for line in read(to)] == wanted
+    for num_ranks in (2, 4):
+        assert all(abs(share * num_ranks - 1) < 0.02 for share in pool.run(num_ranks, _weigh, str(model)))
 
 
 def test_what_was_answered_before_a_kill_is_kept_on_another_number_of_ranks(pool, tmp_path, tiny_model):

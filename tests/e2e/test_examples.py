@@ -22,10 +22,10 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 pytestmark = pytest.mark.launch
 
 
-def run(command: list[str], environment: dict[str, str], folder: Path) -> str:
+def run(command: list[str], environment: dict[str, str], folder: Path, timeout: float = 400) -> str:
     """Run a command in ``folder``; return what it printed, and fail with all it said if it failed."""
     done = subprocess.run(
-        command, cwd=folder, env=environment, text=True, capture_output=True, timeout=400, check=False
+        command, cwd=folder, env=environment, text=True, capture_output=True, timeout=timeout, check=False
     )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from fsdp_qlora.attention import blockwise as attention
 from fsdp_qlora.attention.blockwise import blockwise_forward, ops
 from fsdp_qlora.errors import ModelError
+from tests.unit.test_norms import Ops
 
 CASES = {
     "short, as many key heads": (2, 4, 4, 7, 16),
@@ -69,6 +71,16 @@ def test_one_query_sees_all_keys(decoding, masked):
     with torch.set_grad_enabled(not decoding):
         out = blockwise_forward(SimpleNamespace(), query, key, value, mask if masked else None)[0]
     torch.testing.assert_close(out, _eager(query, key, value, mask))
+
+
+def test_one_query_reads_the_keys_once_for_all_heads_that_share_them():
+    """What sdpa does with shared heads: a head of its own for each query head, 3 times the products here."""
+    query, key, value = (t.detach() for t in _inputs(2, 6, 2, 33, 16, torch.bfloat16))
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, Ops() as ran:
+        blockwise_forward(SimpleNamespace(), query[:, :, -1:], key, value, None)
+    assert {name for name in ran.counts if "mm" in name or "attention" in name} == {"aten::bmm"}
+    assert not {"aten::clone", "aten::copy_", "aten::repeat"} & ran.counts.keys(), "neither keys nor values are copied"
+    assert flops.get_total_flops() == 2 * 2 * 6 * 33 * (16 + 32)
 
 
 @pytest.mark.parametrize("asked", [{"softcap": 50.0}, {"s_aux": torch.ones(4)}, {"dropout": 0.1}])

@@ -133,7 +133,7 @@ WRONG = {
     "plan.device=h1000": "plan.device: 'h1000' is unknown. Did you mean 'h100'?",
 }
 """Overrides -> what is said of each."""
-RIGHT = ["data.packing=true", "train.compile=true", "train.num_epochs=0"]
+RIGHT = ["data.packing=true", "train.compile=true", "train.num_epochs=0", "train.global_batch_size=16"]
 
 
 def test_one_message_names_misspelt_keys_wrong_types_and_broken_rules():
@@ -162,7 +162,7 @@ def test_wrong_values_in_a_file_and_broken_rules_are_named_together(tmp_path):
     wrong = {"optim": {"lr": "fast"}, "lora": {"r": 0, "alhpa": 1}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(wrong))
     with pytest.raises(ConfigError) as refusal:
-        compose_config("train", [f"run_from={tmp_path}", "train.micro_batch_size=99"])
+        compose_config("train", [f"run_from={tmp_path}", "train.micro_batch_size=99", "train.global_batch_size=16"])
     strange, *others = str(refusal.value).splitlines()
     assert strange == f"{tmp_path}: lora.alhpa: there is no such key. Did you mean 'lora.alpha'?"
     keys = [line.partition(":")[0] for line in others]

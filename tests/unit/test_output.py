@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from fsdp_qlora.cli.show import print_samples
 from fsdp_qlora.cli.tables import print_columns, print_table
 from fsdp_qlora.data.loader import TokenRows
+from fsdp_qlora.data.samples import segments
 from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.shown import visible
 from fsdp_qlora.track.console import ConsoleProgress
@@ -187,7 +188,8 @@ def test_nothing_that_a_terminal_obeys_is_printed_of_rows_and_names(tmp_path, ca
     rows = TokenRows(Dataset.from_dict({
         "input_ids": [ids, ids], "learned": [[True] * len(ids), [n < half for n in range(len(ids))]], "source": [0, 0],
     }))  # fmt: skip
-    data = SimpleNamespace(some_rows=lambda count: rows, bad_rows=None)
+    encoder = SimpleNamespace(segments=lambda rows, number: segments(rows, number, tokenizer))
+    data = SimpleNamespace(some_rows=lambda count: rows, bad_rows=None, encoder=encoder)
     config = SimpleNamespace(data=SimpleNamespace(show_samples=2))
     print_samples(SimpleNamespace(data=data, config=config, tokenizer=tokenizer), SimpleNamespace(path=tmp_path))
     print_table(EVIL, [(EVIL, EVIL)])

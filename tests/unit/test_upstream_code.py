@@ -22,7 +22,7 @@ from fsdp_qlora.load.inventory import take_stock
 from fsdp_qlora.load.safetensors import SafetensorsFolder
 from fsdp_qlora.model.construct import float32_parameters
 from fsdp_qlora.model.families import decoder_layers
-from fsdp_qlora.model.replaceable import is_plain_linear, kept_linears
+from fsdp_qlora.model.replaceable import is_plain_linear, kept_linears, replaceable_linears
 from fsdp_qlora.model.rope import rope_choice, settle_rope
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.shapes.targets import target_linears
@@ -134,6 +134,15 @@ def test_the_single_file_wins_over_an_old_index(tmp_path):
     assert "model.embed_tokens.weight" in SafetensorsFolder(folder).entries
 
 
+def test_of_diffusers_files_the_one_without_a_variant_is_read(tmp_path):
+    folder = _folder(tmp_path, "llama")
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    (folder / "model.safetensors").rename(whole)
+    save_file({"model.norm.weight": torch.zeros(1)}, folder / "diffusion_pytorch_model.fp16.safetensors")
+    source = SafetensorsFolder(folder)
+    assert {entry.file for entry in source.entries.values()} == {whole}
+
+
 @pytest.mark.parametrize(
     ("model_type", "more"),
     [
@@ -175,6 +184,24 @@ def test_linears_whose_weights_others_read_are_kept(tmp_path, model_type, kept):
     assert kept not in shapes_of
     layers = tuple(n for n, m in base.named_modules() if m in decoder_layers(base))
     assert any(name.endswith(kept) for name in kept_linears(base, layers))
+
+
+class _Attention(nn.Module):
+    """As in diffusers, whose `fuse_projections` makes one linear of three if it is asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def fuse_projections(self) -> torch.Tensor:
+        return self.to_q.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.to_q(x) + x @ self.to_k.weight
+
+
+def test_linears_of_any_module_are_found_but_those_that_its_forward_reads():
+    assert [x.name for x in replaceable_linears(nn.Sequential(_Attention()))] == ["0.to_q"]
 
 
 def test_only_text_layers_of_a_model_that_sees_are_units(tmp_path):

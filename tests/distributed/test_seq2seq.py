@@ -1,0 +1,147 @@
+"""objective=seq2seq: what encoder-decoders write is what upstream's own `generate` writes, and pairs are learned."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForSeq2SeqLM
+
+from fsdp_qlora.data.columns import ColumnRows
+from fsdp_qlora.data.labels import TOKENS
+from fsdp_qlora.data.loader import weights_of
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.run.evaluate import evaluate_prepared
+from tests.build import build, refused_fit, run_fit
+from tests.families import write_family
+from tests.objectives import CASES, source_and_target, upstream_model
+from tests.tiny import make_model
+from tests.tolerances import FP32_LOSSES
+
+pytestmark = pytest.mark.full
+LENGTH = 12
+
+
+def loud_family(folder: Path, family: str) -> Path:
+    """Write a tiny model whose tokens differ enough that it can say them without a trained head."""
+    write_family(folder, family)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(12)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.zero_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def _settings(folder: Path, rows: int = 16, **objective: Any) -> dict[str, Any]:
+    """Return settings of a run on some rows, which are held out, too."""
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(source_and_target(number)) + "\n" for number in range(rows)))
+    return {
+        "data": {"train": str(file), "eval": str(file), "eval_fraction": 0.0},
+        "objective": {"name": "seq2seq", "max_target_length": LENGTH, **objective},
+        "precision": {"name": "fp32"},
+        "schedule": {"name": "constant", "warmup_ratio": 0.0},
+    }
+
+
+def _written(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[list[Any], dict[str, float], float]:
+    prepared = build(ranks, folder, **groups)
+    result = evaluate_prepared(prepared)
+    prepared.close()
+    return list(result.observed), result.metrics, result.loss
+
+
+def _upstream(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[list[str], float]:
+    """Return what plain transformers writes for each row alone, and the mean loss of all target tokens."""
+    prepared = build(ranks, folder, **groups)
+    model: Any = upstream_model(prepared).eval()
+    assert prepared.data is not None
+    rows = prepared.data.held_out
+    assert isinstance(rows, ColumnRows)
+    texts, total = [], 0.0
+    greedy = deepcopy(model.generation_config)
+    greedy.update(max_new_tokens=LENGTH, do_sample=False, num_beams=1)
+    for number in range(len(rows)):
+        inputs = dict(rows.collate([number], 0).tensors)
+        labels = inputs.pop("labels")
+        inputs.pop("supervised")
+        with torch.no_grad():
+            total += float(model(**inputs, labels=labels).loss) * labels.numel()
+            texts += prepared.tokenizer.batch_decode(
+                model.generate(**inputs, generation_config=greedy), skip_special_tokens=True
+            )
+    prepared.close()
+    return [text.strip() for text in texts], total / weights_of(rows, list(range(len(rows))))[TOKENS]
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "marian"])
+def test_what_is_written_is_what_upstream_writes(pool, tmp_path, family):
+    pytest.importorskip("sacrebleu", reason="the extra tasks")
+    folder = loud_family(tmp_path / "model", family)
+    groups = _settings(tmp_path, generate_rows=100)
+    wanted, loss = pool.run(1, _upstream, str(folder), groups)[0]
+    assert len(set(wanted)) > 1
+    for num_ranks in (1, 4):  # all of the pool: transformers asks the whole world whether it is done
+        pairs, metrics, ours = pool.run(num_ranks, _written, str(folder), groups)[0]
+        assert [written for written, _ in pairs] == wanted
+        assert [right for _, right in pairs] == [source_and_target(number)["target"] for number in range(16)]
+        assert ours == pytest.approx(loss, rel=FP32_LOSSES)
+        assert metrics.keys() == {"perplexity", "rouge1", "rouge2", "rougeL", "bleu"}
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_sixteen_pairs_are_learned_by_heart(pool, tmp_path, family):
+    pytest.importorskip("sacrebleu", reason="the extra tasks")
+    folder = loud_family(tmp_path / "model", family)
+    groups = _settings(tmp_path) | {
+        "optim": {"lr": 0.01}, "lora": {"r": 16, "alpha": 32},
+        "train": {"max_steps": 60, "global_batch_size": 16, "micro_batch_size": 16, "eval_batch_size": 16},
+    }  # fmt: skip
+    summary = pool.run(1, run_fit, str(folder), str(tmp_path), "learned", groups)[0]["summary"]
+    assert summary["metrics_before"]["rougeL"] < 0.5 and summary["metrics_after"]["rougeL"] > 0.95
+    assert summary["metrics_after"]["bleu"] > 90
+
+
+def _exported_loss(ranks: Ranks, folder: str, groups: dict[str, Any], adapter: str) -> float:
+    prepared = build(ranks, folder, **groups)
+    adapted: nn.Module = PeftModel.from_pretrained(upstream_model(prepared), adapter).eval()  # type: ignore[arg-type]
+    assert prepared.data is not None
+    rows = prepared.data.held_out
+    assert isinstance(rows, ColumnRows)
+    tensors = dict(rows.collate(list(range(len(rows))), 0).tensors)
+    tensors.pop("supervised")
+    with torch.no_grad():
+        return float(adapted(**tensors).loss)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, case in CASES.items() if case.objective["name"] == "seq2seq"])
+def test_plain_peft_gives_the_loss_of_the_last_evaluation(pool, tmp_path, kind):
+    model, groups = CASES[kind].write(tmp_path)
+    summary = pool.run(2, run_fit, model, str(tmp_path), "run", groups)[0]["summary"]
+    loss = pool.run(1, _exported_loss, model, groups, str(tmp_path / "run/adapter"))[0]
+    assert loss == pytest.approx(summary["eval_loss_after"], rel=FP32_LOSSES)
+
+
+def test_what_it_cannot_train_is_refused_in_one_message(pool, tmp_path):
+    groups = _settings(tmp_path)
+    said = pool.run(2, refused_fit, str(make_model(tmp_path / "llama")), str(tmp_path), groups)
+    assert said[0] == said[1] and said[0].startswith("2 model.name: a llama is not an encoder-decoder")
+    folder = write_family(tmp_path / "t5", "t5")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps(source_and_target(1)) + "\n" + json.dumps({"source": "fox", "target": " "}) + "\n")
+    groups["data"] = replace_sources(groups["data"], bad)
+    said = pool.run(2, refused_fit, str(folder), str(tmp_path), groups)
+    assert said[0] == said[1] and "bad.jsonl:2: the target is empty" in said[0] and said[0].startswith("2 ")
+
+
+def replace_sources(data: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return settings of data with other training rows."""
+    return {**data, "train": str(file), "eval": None}
