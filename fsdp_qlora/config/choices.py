@@ -137,14 +137,9 @@ WITH_EXPERTS = ("lora", "rslora")
 WITH_TABLES = ("lora", "rslora")
 """The adapter methods that adapt embedding and head."""
 OBJECTIVES = Names(
-    "sft",
-    "sequence_classification",
-    "token_classification",
-    "masked_lm",
-    "embedding",
-    "seq2seq",
+    "sft", "sequence_classification", "token_classification", "masked_lm", "embedding", "seq2seq",
     "image_classification",
-)
+)  # fmt: skip
 """``objective=``: losses (`fsdp_qlora.objectives`)."""
 WITH_LABELS = ("sequence_classification", "token_classification", "image_classification")
 """The objectives whose rows have labels, each of which is an output of the model's head."""

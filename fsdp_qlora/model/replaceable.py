@@ -29,8 +29,6 @@ _NOT_MODELS = (
 )  # fmt: skip
 """Modules whose classes compute no model; upstream's base classes name the weights of old checkpoints."""
 
-_SHOWN = 3
-
 
 def is_plain_linear(module: nn.Module | None) -> bool:
     """Whether ``module`` is a linear layer with upstream's own forward."""
@@ -44,12 +42,6 @@ def replaceable_linears(model: nn.Module) -> Iterator[LinearShape]:
         if name in read:
             continue
         yield from _shapes(name, module)
-
-
-def convolutions(model: nn.Module) -> str:
-    """Return the names of a model's first convolutions, which no format stores quantized; empty if it has none."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def kept_linears(model: nn.Module, inside: tuple[str, ...]) -> dict[str, str]:

@@ -81,7 +81,7 @@ class ImageClassification(Classifier):
         height, width = encoder.size
         pixels = torch.empty(1, encoder.channels, height, width, device="meta", dtype=model.dtype)
         whole: nn.Module = deepcopy(model)
-        whole.to_empty(device="meta")  # its buffers, too
+        whole.to("meta")  # its buffers, too
         try:
             with torch.no_grad():
                 whole(pixel_values=pixels, **self.options(model))

@@ -45,7 +45,7 @@ from fsdp_qlora.model.families import decoder_layers, language_task, task_type
 from fsdp_qlora.model.fused import fusible, swap_fused
 from fsdp_qlora.model.heads import compute, draw_new, drawn_modules, head_modules
 from fsdp_qlora.model.kernels import KERNELS, Kernels
-from fsdp_qlora.model.replaceable import convolutions, kept_linears
+from fsdp_qlora.model.replaceable import kept_linears
 from fsdp_qlora.model.root import CausalModel, install_loss_head
 from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.objectives import build_objective
@@ -170,8 +170,6 @@ def open_model(
     stock = take_stock(base, source, shapes.layers, new_head, objective.ignores_head)
     if (line := stock.describe()) and ranks.is_main and say:
         _log.info("%s: %s", config.model.name, line)
-    if config.quant.name != "none" and (kept := convolutions(base)) and ranks.is_main and say:
-        _log.info("%s: not quantized, because they are convolutions: %s", config.model.name, kept)
     if config.data.train is not None and objective.of_tokens and task_type(base) != "CAUSAL_LM":
         raise ModelError(
             f"model.name: a {type(base).__name__} is not a causal language model, and objective="
