@@ -81,7 +81,7 @@ class ImageClassification(Classifier):
         height, width = encoder.size
         pixels = torch.empty(1, encoder.channels, height, width, device="meta", dtype=model.dtype)
         whole: nn.Module = deepcopy(model)
-        whole.to("meta")  # its buffers, too
+        whole.to_empty(device="meta")  # its buffers, too
         try:
             with torch.no_grad():
                 whole(pixel_values=pixels, **self.options(model))
@@ -109,7 +109,8 @@ class ClassifiedImages(RowEncoder):
         augmentation: Augmentation,
     ) -> None:  # fmt: skip
         self._read: Read = columns_of(data)
-        self._processor, self._labels, self._augmentation = processor, labels, augmentation
+        self._processor, self._labels = processor, labels
+        self._augmentation: Augmentation = augmentation
         self.size, self.channels = _made(processor)
         self._tokens = _patches(config, self.size)
         names = [*names_of(data.train or []), *names_of(data.eval or [])]
