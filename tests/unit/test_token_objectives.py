@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig
 
 from fsdp_qlora.config.schema import DataSettings, ObjectiveSettings
-from fsdp_qlora.data.encoder import Counts
+from fsdp_qlora.data.encoder import Counts, Stored
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.masked import Masking
 from fsdp_qlora.data.words import NO_WORD, WordTokenizer
@@ -59,11 +59,13 @@ def tokenizer(tmp_path):
 def test_first_tokens_of_words(tokenizer):
     words = ["The", "quick", "§x", "ships"]
     made = WordTokenizer(tokenizer, 64, "right")(words, Counts())
+    assert made is not None
     text = tokenizer.convert_ids_to_tokens(made.tokens.ids.tolist())
     assert [text[at] for at in made.first] == ["T", "Ġquick", "Ġ", "Ġships"]
     assert tokenizer.decode(made.tokens.ids) == " ".join(words)
     counts = Counts()
     cut = WordTokenizer(tokenizer, 4, "right")(words, counts)
+    assert cut is not None
     assert counts.truncated == 1 and cut.word.tolist() == made.word[:4].tolist()
 
 
@@ -81,6 +83,7 @@ def test_words_have_the_tokens_that_upstream_gives_them(tokenizer, tmp_path, kin
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     for words in ([*sentence(3, 7).split(), "Straße!", "don't", "§", "naïve"], ["U.S.", "B-52s", "a"]):
         made = WordTokenizer(tokenizer, 64, "right")(words, Counts())
+        assert made is not None
         wanted = tokenizer(words, is_split_into_words=True)
         assert made.tokens.ids.tolist() == wanted["input_ids"]
         assert made.word.tolist() == [NO_WORD if word is None else word for word in wanted.word_ids()]
@@ -102,11 +105,13 @@ def test_rows_that_cannot_be_labelled_are_named(tokenizer):
         name="token_classification", labels=["O", "B-A"], problem_type="single_label_classification"
     )
     encoder = build_objective(settings).encoder(DataSettings(), tokenizer, LlamaConfig())
+    assert encoder is not None
     rows = [(0, Row(f"rows.jsonl, line {n}", row)) for n, (row, _) in enumerate(BAD.values())]
     for (_, where, problem), (_, words) in zip(encoder.encode(rows), BAD.values(), strict=True):
         assert words in str(problem), (where, problem)
     fine = Row("rows.jsonl, line 9", {"tokens": ["quick", "fox", "home"], "labels": [1, None, "O"]})
     ((_, _, stored),) = encoder.encode([(0, fine)])
+    assert isinstance(stored, Stored)
     assert [label for label in stored.items[0]["labels"] if label != -100] == [1, 0]
 
 
