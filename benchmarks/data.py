@@ -45,7 +45,7 @@ def _write_rows(folder: Path, repeats: int) -> tuple[Path, Path]:
 
 def _ours(file: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -> tuple[float, PreparedData]:
     started = time.perf_counter()
-    data = prepare_data(DataSettings(train=str(file), max_length=4096), 0, tokenizer, cache)
+    data = prepare_data(DataSettings(train=str(file), eval_fraction=0.0, max_length=4096), 0, tokenizer, cache)
     return time.perf_counter() - started, data
 
 

@@ -21,6 +21,7 @@ def config_of(spec: Spec, length: int, num_ranks: int) -> RunConfig:
         "model": {"name": spec.model},
         "data": {"max_length": length},
         "lora": {"r": spec.r, "alpha": 2 * spec.r},
+        "optim": {"lr": 2e-4},
         "train": {
             "activation_checkpointing": "full" if spec.checkpointing else "none",
             "global_batch_size": spec.batch * num_ranks, "micro_batch_size": spec.batch, "max_steps": 1000,

@@ -70,7 +70,7 @@ def write_rows(
     """
     folder = cache_folder() / "embedded"
     tokenizer = build_tokenizer(folder / "smollm2-135m-instruct", False)
-    settings = DataSettings(train=str(folder / "alpaca_en_demo.jsonl"), max_length=4096)
+    settings = DataSettings(train=str(folder / "alpaca_en_demo.jsonl"), eval_fraction=0.0, max_length=4096)
     data = prepare_data(settings, 0, tokenizer, cache_folder())
     assert data.train is not None
     rows = TokenRows(data.train)

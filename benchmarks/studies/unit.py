@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
 @torch.no_grad()
 def row_losses(prepared: Prepared, file: Path) -> list[tuple[float, int]]:
     """Return for each row the sum of its tokens' losses and their number."""
-    settings = DataSettings(train=str(file), max_length=prepared.config.data.max_length)
+    settings = DataSettings(train=str(file), eval_fraction=0.0, max_length=prepared.config.data.max_length)
     data = prepare_data(settings, 0, prepared.tokenizer, cache_folder())
     rows, objective = data.some_rows(0), build_objective("sft")
     prepared.model.eval()

@@ -12,7 +12,7 @@ from fsdp_qlora.config.facts import VERBATIM
 class TrackSettings:
     """Where metrics go in addition to metrics.jsonl."""
 
-    to: dict[str, bool] = field(default_factory=dict)
+    to: dict[str, bool] = field(default_factory=lambda: {"console": True})
     """Trackers that are on: ``track=[wandb,tensorboard]`` sets ``{wandb: true, tensorboard: true}``. ``wandb`` logs to
     Weights & Biases (offline if there is no API key); ``tensorboard`` writes event files into the run folder;
     ``mlflow`` logs to an MLflow server or a local database.

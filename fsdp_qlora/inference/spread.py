@@ -108,7 +108,8 @@ def main_device(places: Mapping[str, str]) -> torch.device:
     if not first.isdigit():
         return torch.device(first)
     kind = torch.accelerator.current_accelerator()
-    return torch.device("cuda" if kind is None else kind.type, int(first))
+    assert kind is not None, "a number is an accelerator's"
+    return torch.device(kind.type, int(first))
 
 
 def describe(model: PreTrainedModel, places: Mapping[str, str]) -> str:

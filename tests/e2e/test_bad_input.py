@@ -25,7 +25,7 @@ COMPOSED = {
     "wrong type": (["train.max_steps=many"], ["train.max_steps", "a whole number", "many"]),
     "wrong choice": (["lora.variant=loar"], ["lora.variant", "Did you mean 'lora'?"]),
     "impossible pair": (["train.global_batch_size=2", "train.micro_batch_size=4"], ["train.micro_batch_size"]),
-    "eval of nothing": (["train.eval_every=5"], ["train.eval_every", "data.eval"]),
+    "eval of nothing": (["train.eval_every=5", "data.eval_fraction=0"], ["train.eval_every", "data.eval"]),
     "excluding each other": (
         ["quant.cache_dequantized=true", "train.activation_checkpointing=full"],
         ["quant.cache_dequantized", "activation_checkpointing=full"],

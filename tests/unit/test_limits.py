@@ -21,7 +21,7 @@ from tests.matrix import small_config
 
 def _data(*rows: list[int]) -> PreparedData:
     columns = {"input_ids": rows, "learned": [[True] * len(row) for row in rows], "source": [0] * len(rows)}
-    return PreparedData(Dataset.from_dict(columns), None, Counts(), Counts(), "")
+    return PreparedData(None, Dataset.from_dict(columns), None, Counts(), Counts(), "")
 
 
 @pytest.fixture(scope="module")

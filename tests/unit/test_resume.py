@@ -39,7 +39,9 @@ def test_overrides_are_suggested_only_where_they_help(now, overrides):
 def _before(monkeypatch, folder: Path, prompts: list[str], resumed: bool) -> list[str | None]:
     monkeypatch.setattr(fit, "on_main", lambda work, _: work())
     config = from_dict({"train": {"sample_prompts": prompts}})
-    training = SimpleNamespace(config=config, ranks=None, answers=lambda: [f"to {prompt}" for prompt in prompts])
+    asked = [SimpleNamespace(text=prompt) for prompt in prompts]
+    answers = lambda: [f"to {prompt}" for prompt in prompts]  # noqa: E731
+    training = SimpleNamespace(config=config, prompts=asked, ranks=None, answers=answers)
     return list(fit._before(training, SimpleNamespace(path=folder), folder if resumed else None))
 
 
@@ -48,7 +50,7 @@ def test_a_resumed_run_has_the_answers_of_its_first_start_or_none(monkeypatch, t
     assert _before(monkeypatch, tmp_path, ["b", "a"], True) == ["to b", "to a"]
     assert capsys.readouterr().err == ""
     assert _before(monkeypatch, tmp_path, ["c", "b"], True) == [None, "to b"]
-    assert "does not answer every prompt" in capsys.readouterr().err
+    assert "does not answer every sample prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("content", "why"), [(None, "is missing"), ("{", "is damaged"), ('["to a"]', "is damaged")])

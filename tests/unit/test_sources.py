@@ -183,6 +183,7 @@ def test_mixtures_are_exact_and_the_same_every_time(tmp_path, tokenizer):
         files.append(str(file))
 
     def sizes(**settings) -> list[int]:
+        settings["eval_fraction"] = 0
         data = _prepare(files, tokenizer, tmp_path, **settings)
         again = _prepare(files, tokenizer, tmp_path / "again", **settings)
         assert data.train["input_ids"][:] == again.train["input_ids"][:]
