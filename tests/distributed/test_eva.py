@@ -55,7 +55,7 @@ def settings_of(quant: str, rows: Path | None, **more: Any) -> dict[str, Any]:
 
 def micro_batches(folder: Path, rows: Path, cache: Path) -> list[MicroBatch]:
     """Return the first micro-batches of a run, in their order."""
-    data = DataSettings(train=str(rows), max_length=64)
+    data = DataSettings(train=str(rows), max_length=64, eval_fraction=0.0)
     tokens = prepare_data(data, 0, AutoTokenizer.from_pretrained(folder), cache)
     assert tokens.train is not None
     loader = Loader(TokenRows(tokens.train), 6, Cut(2, 0, 1), 0)

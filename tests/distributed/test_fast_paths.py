@@ -148,7 +148,7 @@ def test_auto_is_said_and_done(pool: Pool, tiny_model: Path, chat_rows: Path) ->
     choices, checkpointing, compiled = pool.run(2, _choices, str(tiny_model), groups)[0]
     assert set(choices) == {
         "train.activation_checkpointing", "fsdp.reshard_after_forward", "quant.cache_dequantized",
-        "model.attn_implementation", "model.check", "train.compile", "train.kernels",
+        "model.attn_implementation", "model.check", "train.compile", "train.kernels", "train.eval_every",
     }  # fmt: skip
     assert checkpointing == "none" and choices["model.attn_implementation"] == "blockwise"
     assert choices["fsdp.reshard_after_forward"].startswith("false (fits")
