@@ -33,6 +33,8 @@ OTHERWISE = {
     "dropout": "a GPU keeps its masks as bytes, a CPU in the input's dtype",
     "1 rank, float32": "GPUs have no fused attention for float32 with grouped heads",
     "float32": "GPUs have no fused attention for float32 with grouped heads",
+    "whole base, float32": "GPUs have no fused attention for float32 with grouped heads",
+    "whole base, float32, alone": "GPUs have no fused attention for float32 with grouped heads",
     "packed, varlen": "a GPU has one kernel, a CPU computes in blocks",
 }
 """Variants whose activations on a GPU are not those on a CPU, and why."""
