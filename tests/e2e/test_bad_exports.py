@@ -82,11 +82,11 @@ def test_no_space_is_one_message_and_leaves_nothing(cli_env, world, tmp_path, ki
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
-    """A file system of 64 KiB; the test is skipped where none can be mounted."""
+    """A file system of 16 KiB, less than any export; the test is skipped where none can be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
