@@ -13,18 +13,12 @@ from fsdp_qlora.checks import reference
 from fsdp_qlora.checks.reference import Computed
 from fsdp_qlora.checks.twin import Twin
 from fsdp_qlora.data.texts import pad_token
-from fsdp_qlora.objectives import Objective, build_objective
 
 Row = dict[str, torch.Tensor]
 
 
 class TaskTwin(Twin):
     """Compares a small model of another task with upstream's."""
-
-    @property
-    def objective(self) -> Objective:
-        """The run's objective."""
-        return build_objective(self.config.objective)
 
     def _compare(self) -> str | None:
         values = self._adapter_values()

@@ -131,6 +131,7 @@ class Twin:
 
     def __init__(self, config: RunConfig, folder: Path, ranks: Ranks, build: Build) -> None:
         self.config, self.folder, self.ranks, self._build = config, folder, ranks, build
+        self.objective = build_objective(config.objective)
         self.layout = Layout.of(config.data, config.train, config.model.attn_implementation)
 
     def problem(self) -> str | None:
@@ -222,12 +223,12 @@ class Twin:
 
     def _load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """Return upstream's model."""
-        objective = build_objective(self.config.objective)
-        return reference.load(self.folder, dtype, device, self.config.model.trust_remote_code, objective.auto_class)
+        trusted = self.config.model.trust_remote_code
+        return reference.load(self.folder, dtype, device, trusted, self.objective.auto_class)
 
     def _peft_config(self, targets: Sequence[str], parameters: Sequence[str], lora: LoraSettings) -> PeftConfig:
         """Return the config of the adapter, with the modules that are trained whole."""
-        config = peft_config(targets, parameters, lora, build_objective(self.config.objective).task_type)
+        config = peft_config(targets, parameters, lora, self.objective.task_type)
         return as_saved(config, self.plan.modules, self.plan.memory.shapes, self.model.base)
 
     def _reference_model(self, dtype: torch.dtype, values: dict[str, torch.Tensor]) -> nn.Module:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fsdp_qlora.data.columns import LENGTH, TARGETS
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import Rows, StoredRows
 from fsdp_qlora.data.samples import Segment
@@ -54,6 +55,11 @@ class Stored:
     items: list[dict[str, Any]] = field(default_factory=list)
     """Column -> value, for each item."""
     counts: Counts = field(default_factory=lambda: Counts(rows=1))
+
+    def keep(self, item: Mapping[str, Any], length: int, targets: int) -> None:
+        """Store an item for `ColumnRows`, and count it: its columns, its tokens and what is learned of it."""
+        self.items.append({**item, LENGTH: length, TARGETS: targets})
+        self.counts.add(Counts(kept=1, tokens=length, target_tokens=targets))
 
 
 Outcome = Stored | DataError

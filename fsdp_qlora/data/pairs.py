@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 from fsdp_qlora.data.columns import LENGTH, TARGETS, ColumnRows, mask_of, padded
-from fsdp_qlora.data.encoder import Counts, Outcome, Read, RowEncoder, Stored
+from fsdp_qlora.data.encoder import Counts, EachAlone, Read, Stored
 from fsdp_qlora.data.labels import IGNORE
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import Rows
-from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.data.samples import Segment
-from fsdp_qlora.data.texts import LONGEST, digest_of, key_of
+from fsdp_qlora.data.texts import digest_of, key_of, require_short, text_in
 from fsdp_qlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,8 +56,7 @@ class Side:
         Raises:
             DataError: if it is far longer than any model reads.
         """
-        if len(text) > LONGEST:
-            raise DataError(f"a text has {len(text)} characters, and at most {LONGEST} are tokenized; shorten the row")
+        require_short((text,))
         ids = self._ids(text) + self._end
         if len(ids) > self._max_length:
             if self._truncation == "drop":
@@ -72,7 +70,7 @@ class Side:
         return list(self._tokenizer(**{self._as: text}, verbose=False, **more)["input_ids"])  # type: ignore[arg-type]
 
 
-class PairEncoder(RowEncoder):
+class PairEncoder(EachAlone):
     """Stores the tokens of a source and of a target, and the target's text, which what is written is compared with."""
 
     columns: ClassVar = {
@@ -98,17 +96,10 @@ class PairEncoder(RowEncoder):
         self._sources, self._targets, self._positions = sources, targets, positions
         self.identity = ["pairs", prefix, sources.identity, targets.identity, positions]
 
-    def encode(self, batch: list[tuple[int, Row]]) -> Iterator[tuple[int, str, Outcome]]:
-        """Yield the source, the place and the tokens of each row."""
-        for number, row in batch:
-            try:
-                yield number, row.where, self._stored(row)
-            except DataError as error:
-                yield number, row.where, error
-
-    def _stored(self, row: Row) -> Stored:
+    def stored(self, row: Row) -> Stored:
+        """Return the tokens of a row."""
         values = self._read(row)
-        source, target = (_text(values, name) for name in ("source", TARGET))
+        source, target = (text_in(values, name) for name in ("source", TARGET))
         stored = Stored(key_of(source), digest_of(source.encode(), target.encode()))
         of_source, of_target = Counts(), Counts()
         read, written = self._sources(self._prefix + source, of_source), self._targets(target, of_target)
@@ -123,9 +114,7 @@ class PairEncoder(RowEncoder):
                 f"the row takes {longest} tokens, and the model has {self._positions} positions; set data.max_length "
                 f"and objective.max_target_length to at most {self._positions}"
             )
-        size = len(read) + len(written)
-        counts.add(Counts(kept=1, tokens=size, target_tokens=len(written)))
-        stored.items.append({"input_ids": read, LABELS: written, TARGET: target, LENGTH: size, TARGETS: len(written)})
+        stored.keep({"input_ids": read, LABELS: written, TARGET: target}, len(read) + len(written), len(written))
         return stored
 
     def rows(self, data: Dataset) -> ColumnRows:
@@ -146,17 +135,3 @@ class PairEncoder(RowEncoder):
         row = rows.row(number)
         texts = [str(self._tokenizer.decode(row[name])) for name in ("input_ids", LABELS)]
         return [Segment(texts[0], False, len(row["input_ids"])), Segment(texts[1], True, len(row[LABELS]))]
-
-
-def _text(values: Mapping[str, Any], name: str) -> str:
-    """Return a row's text under ``name``.
-
-    Raises:
-        DataError: if there is none, or it is empty.
-    """
-    if values.get(name) is None:
-        raise DataError(f"the row has no {name!r} (data.columns can rename another column to it)")
-    text = text_of(values[name])
-    if not text.strip():
-        raise DataError(f"the {name} is empty")
-    return text

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.encoder import Counts
+from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.errors import DataError
 
 LONGEST = 2**20
@@ -50,7 +52,7 @@ class TextTokenizer:
         """
         results: list[Encoded | None] = []
         for given, count in zip(texts, counts, strict=True):
-            _require_short(given)
+            require_short(given)
             made = self._encode(given)
             if len(made.ids) > self._max_length:
                 if self._truncation == "drop":
@@ -71,7 +73,7 @@ class TextTokenizer:
         if self._truncation != "split":
             (one,) = self([(text,)], [count])
             return [] if one is None else [one]
-        _require_short((text,))
+        require_short((text,))
         made = self._encodings((text,), truncation=True, max_length=self._max_length, return_overflowing_tokens=True)
         count.truncated += len(made) > 1
         return made
@@ -91,9 +93,28 @@ class TextTokenizer:
         ]  # fmt: skip
 
 
-def _require_short(texts: tuple[str, ...]) -> None:
+def require_short(texts: tuple[str, ...]) -> None:
+    """Check that a row's texts can be tokenized at once.
+
+    Raises:
+        DataError: if they are far longer than any model reads.
+    """
     if (size := sum(map(len, texts))) > LONGEST:
         raise DataError(f"a text has {size} characters, and at most {LONGEST} are tokenized; shorten the row")
+
+
+def text_in(values: Mapping[str, Any], name: str) -> str:
+    """Return a row's text in the column ``name``.
+
+    Raises:
+        DataError: if there is none, or it is empty.
+    """
+    if values.get(name) is None:
+        raise DataError(f"the row has no {name!r} (data.columns can rename another column to it)")
+    text = text_of(values[name])
+    if not text.strip():
+        raise DataError(f"the {name} is empty")
+    return text
 
 
 def key_of(*texts: str) -> int:

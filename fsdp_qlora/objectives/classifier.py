@@ -24,8 +24,8 @@ LABEL = "label"
 """Column of stored rows, and tensor of micro-batches: what `Labels.vector` makes of a row's label."""
 
 
-class Classifier(Objective):
-    """The loss of transformers' own classifiers, as a mean over rows."""
+class Labelled(Objective):
+    """An objective whose model has an output for each label."""
 
     trains_head = True
     scores_rows = True
@@ -40,8 +40,17 @@ class Classifier(Objective):
         return ("sklearn",)
 
     def configure(self, config: PreTrainedConfig) -> None:
-        """Set labels and problem type."""
+        """Set the labels, and what they are."""
         config.update(dict(label_maps(self.labels)))
+
+    def label_factors(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Return the factor of each label's loss (``objective.class_weights``), ``[labels]``; None if all are 1."""
+        factors = self.settings.class_weights
+        return logits.new_tensor([factors.get(name, 1.0) for name in self.labels.names]) if factors else None
+
+
+class Classifier(Labelled):
+    """The loss of transformers' own classifiers, as a mean over rows."""
 
     def sums(self, model: nn.Module, micro_batch: MicroBatch) -> Sums:
         """Return the summed loss of the rows."""
@@ -80,9 +89,7 @@ class Classifier(Objective):
             return F.mse_loss(logits, wanted, reduction="sum") / wanted.shape[1]
         if self.labels.problem == MULTI:
             return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / wanted.shape[1]
-        factors = self.settings.class_weights
-        weight = logits.new_tensor([factors.get(name, 1.0) for name in self.labels.names]) if factors else None
-        return F.cross_entropy(logits, wanted[:, 0].long(), weight=weight, reduction="sum")
+        return F.cross_entropy(logits, wanted[:, 0].long(), weight=self.label_factors(logits), reduction="sum")
 
 
 def label_rows(rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:

@@ -16,16 +16,15 @@ from torch import nn
 from fsdp_qlora.config.auto import asked
 from fsdp_qlora.config.schema import DataSettings, ObjectiveSettings
 from fsdp_qlora.data.columns import LENGTH, TARGETS, ColumnRows, mask_of, padded
-from fsdp_qlora.data.encoder import EachAlone, Read, Stored
+from fsdp_qlora.data.encoder import Counts, EachAlone, Read, Stored
 from fsdp_qlora.data.labels import ROWS
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import MicroBatch, NamedBatch, Rows
-from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.samples import Segment
-from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, within_positions
+from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, text_in, within_positions
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.errors import DataError, ModelError
+from fsdp_qlora.errors import ModelError
 from fsdp_qlora.objectives.contrast import ANCHOR, NEGATIVE, POSITIVE, Known, Texts, differentiate, losses, retrieval
 from fsdp_qlora.objectives.objective import Objective, Sums, register
 from fsdp_qlora.objectives.pooling import pool, pooling_of, sentence_transformers_files
@@ -168,24 +167,18 @@ class _Pairs(EachAlone):
     def stored(self, row: Row) -> Stored:
         """Return the tokens of a row's texts."""
         values = self._read(row)
-        texts = {name: values[name] for name in _COLUMNS if values.get(name) is not None}
-        for name in _COLUMNS:
-            if name not in texts and name != "negative":
-                raise DataError(f"the row has no {name!r} (data.columns can rename another column to it)")
-            if name in texts and not text_of(texts[name]).strip():
-                raise DataError(f"the {name} is empty")
+        given = [name for name in _COLUMNS if name != "negative" or values.get(name) is not None]
+        texts = {name: text_in(values, name) for name in given}
         stored = Stored(key_of(texts["anchor"]), digest_of(*(text.encode() for text in texts.values())))
-        counts = [stored.counts.__class__() for _ in texts]
+        counts = [Counts() for _ in texts]
         made = self._encode([(text,) for text in texts.values()], counts)
         stored.counts.truncated += any(count.truncated for count in counts)
         if any(tokens is None for tokens in made):
             stored.counts.dropped_long += 1
             return stored
         ids = {name: tokens.ids for name, tokens in zip(texts, made, strict=True) if tokens is not None}
-        tokens = sum(map(len, ids.values()))
-        stored.counts.add(stored.counts.__class__(kept=1, tokens=tokens, target_tokens=1))
         item = {name: ids.get(name, np.zeros(0, dtype=np.int32)) for name in _COLUMNS}
-        stored.items.append({**item, LENGTH: tokens, TARGETS: 1})
+        stored.keep(item, sum(map(len, ids.values())), 1)
         return stored
 
     def rows(self, data: Dataset) -> ColumnRows:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.columns import LENGTH, TARGETS, ColumnRows
-from fsdp_qlora.data.encoder import Counts, Outcome, Read, RowEncoder, Stored
+from fsdp_qlora.data.encoder import Outcome, Read, RowEncoder, Stored
 from fsdp_qlora.data.image_rows import IMAGE, folders_of, image_rows, images_fingerprint, images_not_read
 from fsdp_qlora.data.images import check_images, read_image
 from fsdp_qlora.data.lines import Row
@@ -166,10 +166,9 @@ class ClassifiedImages(RowEncoder):
             return error
 
     def _stored(self, folder: int, name: str, label: list[float], content: bytes) -> Stored:
-        counts = Counts(rows=1, kept=1, tokens=self._tokens, target_tokens=1)
-        item = {IMAGE: name, _FOLDER: folder, LABEL: label, LENGTH: self._tokens, TARGETS: 1}
-        key = int.from_bytes(content[:8], "little")
-        return Stored(key, digest_of(content, repr(label).encode()), [item], counts)
+        stored = Stored(int.from_bytes(content[:8], "little"), digest_of(content, repr(label).encode()))
+        stored.keep({IMAGE: name, _FOLDER: folder, LABEL: label}, self._tokens, 1)
+        return stored
 
     def _file(self, folder: int, name: str) -> Path:
         return Path(self._folders[folder], name).expanduser()

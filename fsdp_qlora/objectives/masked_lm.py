@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,12 +15,11 @@ from fsdp_qlora.data.labels import TOKENS
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import MicroBatch, NamedBatch, Rows
 from fsdp_qlora.data.masked import MaskedRows, Masking
-from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.samples import Segment
-from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, within_positions
-from fsdp_qlora.errors import DataError, ModelError
-from fsdp_qlora.objectives.objective import Objective, Sums, register
+from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, text_in, within_positions
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.objectives.objective import Objective, Sums, perplexity, register
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +61,7 @@ class MaskedLanguageModel(Objective):
 
     def metrics(self, loss: float, means: Mapping[str, float]) -> dict[str, float]:
         """Return the perplexity of masked tokens: exp(loss), or infinity if that overflows."""
-        return {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+        return {"perplexity": perplexity(loss)}
 
 
 class _Texts(EachAlone):
@@ -78,21 +76,14 @@ class _Texts(EachAlone):
 
     def stored(self, row: Row) -> Stored:
         """Return the tokens of a row."""
-        given = self._read(row).get("text")
-        if given is None:
-            raise DataError("the row has no 'text' (data.columns can rename another column to it)")
-        if not (text := text_of(given)).strip():
-            raise DataError("the text is empty")
+        text = text_in(self._read(row), "text")
         stored = Stored(key_of(text), digest_of(text.encode()))
         for tokens in self._encode.pieces(text, stored.counts):
             targets = self._masking.count(tokens.word)
             if not targets:
                 stored.counts.dropped_unsupervised += 1
                 continue
-            stored.counts.add(stored.counts.__class__(kept=1, tokens=len(tokens.ids), target_tokens=targets))
-            stored.items.append(
-                {"input_ids": tokens.ids, "word": tokens.word, LENGTH: len(tokens.ids), TARGETS: targets}
-            )
+            stored.keep({"input_ids": tokens.ids, "word": tokens.word}, len(tokens.ids), targets)
         return stored
 
     def rows(self, data: Dataset) -> MaskedRows:

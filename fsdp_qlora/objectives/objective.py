@@ -6,6 +6,7 @@ unequal numbers of targets, a mean of means over micro-batches and ranks would b
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -163,6 +164,11 @@ def token_losses(model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         micro_batch.input_ids, micro_batch.labels, micro_batch.position_ids, micro_batch.supervised,
         sequences=micro_batch.sequences, rare=micro_batch.rare,
     )  # fmt: skip
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), or infinity if that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def loss_of(sums: Sums, share: float, weights: Mapping[str, int]) -> torch.Tensor:

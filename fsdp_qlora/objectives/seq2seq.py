@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from fsdp_qlora.data.pairs import PairEncoder, Side
 from fsdp_qlora.data.prepare import columns_of
 from fsdp_qlora.data.texts import pad_token
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.objectives.objective import Objective, Sums, register
+from fsdp_qlora.objectives.objective import Objective, Sums, perplexity, register
 from fsdp_qlora.objectives.scores import of_texts
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class SequenceToSequence(Objective):
 
     def metrics(self, loss: float, means: Mapping[str, float]) -> dict[str, float]:
         """Return the perplexity: exp(loss), or infinity if that overflows."""
-        return {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+        return {"perplexity": perplexity(loss)}
 
     def score(self, observed: Sequence[Any]) -> dict[str, float]:
         """Return ROUGE and BLEU of pairs of a text that was written and the one that was wanted."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.columns import LENGTH, TARGETS, ColumnRows, mask_of, padded
-from fsdp_qlora.data.encoder import Outcome, Read, RowEncoder, Stored
+from fsdp_qlora.data.encoder import EachAlone, Read, Stored
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.samples import Segment
-from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, within_positions
-from fsdp_qlora.errors import DataError
+from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, text_in, within_positions
 from fsdp_qlora.objectives.classifier import LABEL, Classifier, label_rows
 from fsdp_qlora.objectives.labels import Labels
 from fsdp_qlora.objectives.objective import register
@@ -48,7 +47,7 @@ class SequenceClassification(Classifier):
         return _ClassifiedTexts(columns_of(data), fast(tokenizer), data, self.labels, pad_token(config))
 
 
-class _ClassifiedTexts(RowEncoder):
+class _ClassifiedTexts(EachAlone):
     """Stores the tokens of a text or a pair of texts, and its label."""
 
     columns: ClassVar = {
@@ -63,31 +62,17 @@ class _ClassifiedTexts(RowEncoder):
         self._typed = "token_type_ids" in tokenizer.model_input_names
         self.identity = ["sequence_classification", labels.names, labels.problem, data.max_length]
 
-    def encode(self, batch: list[tuple[int, Row]]) -> Iterator[tuple[int, str, Outcome]]:
-        """Yield the source, the place and the tokens of each row."""
-        for number, row in batch:
-            try:
-                yield number, row.where, self._stored(row)
-            except DataError as error:
-                yield number, row.where, error
-
-    def _stored(self, row: Row) -> Stored:
+    def stored(self, row: Row) -> Stored:
+        """Return the tokens of a row."""
         values = self._read(row)
-        if values.get("text") is None:
-            raise DataError("the row has no 'text' (data.columns can rename another column to it)")
-        pair = values.get("text_pair")
-        texts = (text_of(values["text"]), *(() if pair is None else (text_of(pair),)))
-        if not texts[0].strip():
-            raise DataError("the text is empty")
+        text, pair = text_in(values, "text"), values.get("text_pair")
+        texts = (text, *(() if pair is None else (text_of(pair),)))
         label = self._labels.vector(values.get(LABEL))
         stored = Stored(key_of(*texts), digest_of(*(text.encode() for text in texts), repr(label).encode()))
         (tokens,) = self._encode([texts], [stored.counts])
         if tokens is not None:
-            stored.counts.add(stored.counts.__class__(kept=1, tokens=len(tokens.ids), target_tokens=1))
-            stored.items.append(
-                {"input_ids": tokens.ids, "token_type_ids": tokens.types, LABEL: label, LENGTH: len(tokens.ids),
-                 TARGETS: 1}
-            )  # fmt: skip
+            item = {"input_ids": tokens.ids, "token_type_ids": tokens.types, LABEL: label}
+            stored.keep(item, len(tokens.ids), 1)
         return stored
 
     def rows(self, data: Dataset) -> ColumnRows:

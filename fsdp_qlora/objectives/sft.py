@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from torch import nn
 
 from fsdp_qlora.data.labels import TOKENS
 from fsdp_qlora.data.loader import MicroBatch
-from fsdp_qlora.objectives.objective import Objective, Sums, register, token_losses
+from fsdp_qlora.objectives.objective import Objective, Sums, perplexity, register, token_losses
 
 
 @register
@@ -24,4 +23,4 @@ class SupervisedFineTuning(Objective):
 
     def metrics(self, loss: float, means: Mapping[str, float]) -> dict[str, float]:
         """Return the perplexity: exp(loss), or infinity if that overflows."""
-        return {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+        return {"perplexity": perplexity(loss)}

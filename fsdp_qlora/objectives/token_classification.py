@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fsdp_qlora.config.schema import DataSettings, ObjectiveSettings
+from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.columns import LENGTH, TARGETS, ColumnRows, mask_of, padded
 from fsdp_qlora.data.encoder import EachAlone, Read, Stored
 from fsdp_qlora.data.labels import IGNORE, TOKENS
@@ -23,9 +23,10 @@ from fsdp_qlora.data.samples import Segment
 from fsdp_qlora.data.texts import digest_of, key_of, pad_token, within_positions
 from fsdp_qlora.data.words import WordTokenizer
 from fsdp_qlora.errors import DataError
+from fsdp_qlora.objectives.classifier import Labelled
 from fsdp_qlora.objectives.entities import names_entities, of_entities
-from fsdp_qlora.objectives.labels import Labels, is_unlabelled, label_maps
-from fsdp_qlora.objectives.objective import Objective, Sums, register
+from fsdp_qlora.objectives.labels import Labels, is_unlabelled
+from fsdp_qlora.objectives.objective import Sums, register
 from fsdp_qlora.objectives.scores import of_labels
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _WORDS, _LABELS = "tokens", "labels"
 
 
 @register
-class TokenClassification(Objective):
+class TokenClassification(Labelled):
     """The loss of transformers' own ``For...TokenClassification``, as a mean over labelled words.
 
     The first token of a word has its label; other tokens have none.
@@ -44,24 +45,9 @@ class TokenClassification(Objective):
 
     name = "token_classification"
     auto_class = "AutoModelForTokenClassification"
-    trains_head = True
-    scores_rows = True
     label_column = _LABELS
     label_of_each = True
     task_type = "TOKEN_CLS"
-
-    def __init__(self, settings: ObjectiveSettings | None = None) -> None:
-        super().__init__(settings)
-        self.labels = Labels(self.settings)
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What its metrics are computed by."""
-        return ("sklearn",)
-
-    def configure(self, config: PreTrainedConfig) -> None:
-        """Set the labels."""
-        config.update(dict(label_maps(self.labels)))
 
     def encoder(
         self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
@@ -101,11 +87,8 @@ class TokenClassification(Objective):
         return model.outputs(**inputs).logits.float(), wanted  # type: ignore[operator]
 
     def _loss(self, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        factors = self.settings.class_weights
-        weight = logits.new_tensor([factors.get(name, 1.0) for name in self.labels.names]) if factors else None
-        return F.cross_entropy(
-            logits.flatten(0, 1), wanted.flatten(), weight=weight, ignore_index=IGNORE, reduction="sum"
-        )
+        factors, flat = self.label_factors(logits), logits.flatten(0, 1)
+        return F.cross_entropy(flat, wanted.flatten(), weight=factors, ignore_index=IGNORE, reduction="sum")
 
 
 class _LabelledWords(EachAlone):
@@ -139,8 +122,7 @@ class _LabelledWords(EachAlone):
         if not (targets := int((labels != IGNORE).sum())):
             stored.counts.dropped_unsupervised += 1
             return stored
-        stored.counts.add(stored.counts.__class__(kept=1, tokens=len(ids), target_tokens=targets))
-        stored.items.append({"input_ids": ids, _LABELS: labels, LENGTH: len(ids), TARGETS: targets})
+        stored.keep({"input_ids": ids, _LABELS: labels}, len(ids), targets)
         return stored
 
     def rows(self, data: Dataset) -> ColumnRows:

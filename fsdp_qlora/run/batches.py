@@ -79,28 +79,31 @@ def build_batches(prepared: Prepared, bad_rows: Path, unwritten: Unwritten) -> B
     stored = TokenRows(prepared.data.train)
     rows = layout(stored)
     loader = Loader(rows, size, cut, seed, data.length_grouped)
-    last = None if train.max_steps else max(1, round(prepared.recipe.num_epochs * len(rows)))
-    length = Length(size, train.max_steps, last or 0)
+    last, length, end = _extent(prepared, len(rows))
     first = Loader(rows, size, replace(cut, rank=0, num_ranks=1), seed, data.length_grouped)
     batch_at = marked(
         lambda position: loader.batch_at(position, last), prepared, layout, _first_batches(first, length.planned_steps)
     )
-    end = last or train.max_steps * size
     return Batches(_ahead(batch_at, end, prepared.ranks.device), len(rows), length, stored.lengths)
 
 
 def _rows_alone(prepared: Prepared, cut: Cut) -> Batches:
     """Build the loader of an objective whose rows share no sequence."""
-    train, data, size = prepared.config.train, prepared.data, prepared.recipe.rows_per_step
+    data, size = prepared.data, prepared.recipe.rows_per_step
     assert data is not None and data.train is not None
     seed = prepared.config.run.seed
     rows = data.encoder.training_rows(data.train, seed)
     loader = Loader(rows, size, cut, seed, prepared.config.data.length_grouped)
-    last = None if train.max_steps else max(1, round(prepared.recipe.num_epochs * len(rows)))
-    length = Length(size, train.max_steps, last or 0)
-    end = last or train.max_steps * size
+    last, length, end = _extent(prepared, len(rows))
     ahead = _ahead(lambda position: loader.batch_at(position, last), end, prepared.ranks.device)
     return Batches(ahead, len(rows), length, rows.lengths)
+
+
+def _extent(prepared: Prepared, num_rows: int) -> tuple[int | None, Length, int]:
+    """Return the last row of a run that is counted in epochs, its length in steps, and the row before which it ends."""
+    max_steps, size = prepared.config.train.max_steps, prepared.recipe.rows_per_step
+    last = None if max_steps else max(1, round(prepared.recipe.num_epochs * num_rows))
+    return last, Length(size, max_steps, last or 0), last or max_steps * size
 
 
 def _first_batches(loader: Loader, steps: int) -> Iterator[MicroBatch]:
