@@ -102,14 +102,13 @@ def placed(model: PreTrainedModel, device: torch.device) -> dict[str, str]:
     return {"": str(device)} if places is None else {name: str(place) for name, place in places.items()}
 
 
-def main_device(places: Mapping[str, str]) -> torch.device:
-    """Return the device that inputs go to, and that computes what is in host memory or on disk, as accelerate does."""
+def main_device(places: Mapping[str, str], device: torch.device) -> torch.device:
+    """Return the device that inputs go to, and that computes what is in host memory or on disk, as accelerate does.
+
+    A place that is a number is one of ``device``'s kind.
+    """
     first = next((place for place in places.values() if place not in AWAY), "cpu")
-    if not first.isdigit():
-        return torch.device(first)
-    kind = torch.accelerator.current_accelerator()
-    assert kind is not None, "a number is an accelerator's"
-    return torch.device(kind.type, int(first))
+    return torch.device(device.type, int(first)) if first.isdigit() else torch.device(first)
 
 
 def describe(model: PreTrainedModel, places: Mapping[str, str]) -> str:

@@ -95,7 +95,7 @@ def load_over_devices(config: RunConfig, adapter: Path | Mapping[str, Path] | No
     )
     places = placed(loaded, device)
     _log.info("generate.device_map=%s: %s", first.generate.device_map, describe(loaded, places))
-    computes = main_device(places)
+    computes = main_device(places, device)
     model = attach_stock(loaded, named, computes) if named else loaded
     return Spread(
         SpreadModel(model, computes), tokenizer, world.ranks, folder, opened.shapes.max_positions, places,

@@ -40,8 +40,8 @@ def test_what_does_not_go_together_is_said():
     assert ranks_to_start(right) == 1
     limits = memory_limits({"0": 5, "cpu": 7}, torch.device("cuda", 0))
     assert limits == {0: 5, "cpu": 7} and memory_limits({"0": 5, "cpu": 7}, torch.device("cpu")) == {"cpu": 7}
-    assert main_device({"a": "1", "b": "disk"}) == torch.device("cuda", 1)
-    assert main_device({"a": "cpu", "b": "disk"}) == torch.device("cpu")
+    assert main_device({"a": "1", "b": "disk"}, torch.device("cuda", 0)) == torch.device("cuda", 1)
+    assert main_device({"a": "cpu", "b": "disk"}, torch.device("cpu")) == torch.device("cpu")
     packed = bitsandbytes_config(from_dict({}).quant, torch.bfloat16, True)
     assert packed is not None and packed.load_in_4bit and packed.llm_int8_enable_fp32_cpu_offload
     model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(4, 4, bias=False))
