@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from tools.minilm import MINILM
+
 SEEDS = (0, 1, 2)
 """Of the headline comparisons; the others have the first."""
 _FULL = ("quant=none", "lora=none", "optim.lr=3e-5")
 _NONE = ("quant=none",)
+_MINILM = (
+    "objective=embedding", f"model.name={MINILM}", "data.max_length=64", "train.global_batch_size=32",
+    "train.micro_batch_size=16",
+)  # fmt: skip
+CHATTY = "SmolLM2-135M-Instruct"
+MINI = "MiniLM (all-MiniLM-L6-v2), whose float32 weights are the originals"
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,8 @@ class Study:
     seeds: tuple[int, ...] = SEEDS[:1]
     always: tuple[str, ...] = ()
     """Overrides of every variant."""
+    base: str = CHATTY
+    """What was trained, in words."""
 
 
 STUDIES = (
@@ -61,6 +71,22 @@ STUDIES = (
             "LoRA+": ("optim.loraplus_lr_ratio=16",),
         },
         "LoRA, r 16",
+    ),
+    Study(
+        "encoder_formats",
+        "What does the format of the base cost where the weights are the originals?",
+        {
+            "none": _NONE, "nf4": (), "fp4": ("quant=fp4",), "int8": ("quant=int8",),
+            "nf4, no double quantization": ("quant.double_quant=false",),
+            "nf4, blocks of 256": ("quant.block_size=256",),
+        },
+        "none", SEEDS, _MINILM, MINI,
+    ),
+    Study(
+        "encoder_methods",
+        "QLoRA, LoRA and full fine-tuning where the weights are the originals: what is learned, what is forgotten?",
+        {"QLoRA": (), "LoRA": _NONE, "full": _FULL},
+        "LoRA", SEEDS, _MINILM, MINI,
     ),
 )  # fmt: skip
 """In the order in which they run."""
