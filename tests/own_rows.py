@@ -18,7 +18,6 @@ _SORTS = (
     "desk", "garden", "kitchen", "oak", "steel", "glass", "travel", "wall", "corner", "folding", "bamboo", "copper",
     "linen", "cork", "marble", "nursery", "attic", "harbour", "winter", "studio", "pine", "wicker",
 )  # fmt: skip
-_COLOURS = ("red", "blue", "green")
 WORDINGS = ("What is the order code of the {}?", "Which code do I use to order the {}?", "{}: order code?")
 UNSEEN = "I would like to buy the {}. What code do I put on the form?"
 
@@ -52,16 +51,6 @@ def rows(articles: int = 32, seed: int = 0, contradict: bool = False) -> list[di
             )
     draw.shuffle(made)
     return made
-
-
-def initials(number: int, seed: int = 0) -> list[dict[str, object]]:
-    """Return short rows that follow a rule, so that unseen ones can be answered: ``red desk lamp:`` is ``RDL``."""
-    names = [f"{colour} {sort} {kind}" for colour in _COLOURS for sort in _SORTS for kind in _KINDS]
-    random.Random(seed).shuffle(names)
-    return [
-        {"prompt": f"{name}:", "completion": " " + "".join(word[0] for word in name.split()).upper()}
-        for name in names[:number]
-    ]
 
 
 def write(file: Path, made: list[dict[str, object]]) -> Path:
