@@ -8,13 +8,11 @@ from typing import Any
 
 from fsdp_qlora.cli.foreign import switches_on
 from fsdp_qlora.cli.quoting import command
+from fsdp_qlora.cli.tables import COLUMNS
 from fsdp_qlora.config.saved import read_config
 from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.shown import visible
-
-COLUMNS = 80
-"""Width of what a person reads at the end of a run."""
 
 
 def sample_rows(samples: list[dict[str, Any]]) -> list[tuple[str, str]]:

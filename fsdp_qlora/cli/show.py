@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fsdp_qlora.cli.closing import COLUMNS, print_next, print_verdict, sample_rows
+from fsdp_qlora.cli.closing import print_next, print_verdict, sample_rows
 from fsdp_qlora.cli.tables import print_table
 from fsdp_qlora.data.sources import names_of
 from fsdp_qlora.files.write import copy_regular
@@ -116,7 +116,7 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     rows += _rank_rows(summary)
     rows.append(("run folder", str(folder.path)))
     rows.append((kind, str(result)))
-    print_table(f"{folder.path.name}: done", rows, COLUMNS)
+    print_table(f"{folder.path.name}: done", rows)
     print_verdict(summary, folder)
     print_next(summary, folder, "model.name" if kind == "model" else kind, result)
     if "profile" in summary:

@@ -30,8 +30,8 @@ from fsdp_qlora.run.exit import (
 from fsdp_qlora.run.fit import fit
 from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.run.prepare import prepare
+from fsdp_qlora.run.troubleshooting import printed
 from fsdp_qlora.run.world import World
-from fsdp_qlora.shown import visible
 
 _ANSWER_SECONDS = 2.0
 """How long to wait for the run folder's storage when writing the last message."""
@@ -110,7 +110,7 @@ class _Run:
                 storage = Patience(_ANSWER_SECONDS, "the storage")
                 storage.ask(lambda: self._folder.write_exit(last.code, self._rank, last.message))
         if not has_launcher():
-            print(f"fsdp-qlora, rank {self._rank}: {visible(last.message)}", file=sys.stderr, flush=True)
+            print(f"fsdp-qlora, rank {self._rank}: {printed(last.message)}", file=sys.stderr, flush=True)
 
 
 def _train(config: RunConfig, folder: RunFolder, world: World, note: str, signals: StopSignals, watch: Watch) -> int:

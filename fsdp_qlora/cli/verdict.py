@@ -14,7 +14,7 @@ from typing import Any
 from fsdp_qlora.errors import STOPPED_EXIT_CODE, FsdpQloraError, RunFolderError
 from fsdp_qlora.run.exit import NOTHING_TO_SAVE, Ending, first_failure, tellings
 from fsdp_qlora.run.folder import RunFolder
-from fsdp_qlora.shown import visible
+from fsdp_qlora.run.troubleshooting import printed
 
 _LOCK_SECONDS = 3.0
 """How long killed ranks may keep the run folder locked."""
@@ -111,4 +111,4 @@ def record(ending: Ending, folder: RunFolder, since: float) -> None:
 def say(ending: Ending) -> None:
     """Print the last line."""
     if ending.message:
-        print(f"fsdp-qlora, rank {ending.rank}: {visible(ending.message)}", file=sys.stderr, flush=True)
+        print(f"fsdp-qlora, rank {ending.rank}: {printed(ending.message)}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from fsdp_qlora.errors import REMEDIES, STOPPED_EXIT_CODE, FsdpQloraError, StorageError, with_remedy
 from fsdp_qlora.files.write import write_first
-from fsdp_qlora.shown import visible
+from fsdp_qlora.run.troubleshooting import printed
 
 CONFIG_VARIABLE = "FSDP_QLORA_RESOLVED_CONFIG"
 """Environment variable with the path of the composed settings (JSON), which our launcher sets for its ranks."""
@@ -132,7 +132,7 @@ def guarded(work: Callable[[], int]) -> int:
             traceback.print_exc()
     tell_launcher(ending)
     if ending.message and not quiet and not has_launcher():
-        print(f"{_where()}{visible(ending.message)}", file=sys.stderr, flush=True)
+        print(f"{_where()}{printed(ending.message)}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         if ending.failed:
             _record_for_torchrun(ending.message)

@@ -46,6 +46,25 @@ def test_96_rows_are_learned_in_another_wording(cli, real_model, tmp_path):
     assert right >= 9, answers
 
 
+ENDINGS = {
+    "20 rows": (own_rows.rows(7)[:20], "learned"),
+    "rows that contradict each other": (own_rows.rows(8, contradict=True), "overfits"),
+}
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("case", ENDINGS)
+def test_rows_end_in_their_word(case, cli, real_model, tmp_path):
+    """By README's command: rows that can be learned, and rows of which only the form can."""
+    rows, word = ENDINGS[case]
+    file = own_rows.write(tmp_path / "rows.jsonl", rows)
+    done = cli("train", f"model.name={real_model}", f"data.train={file}", "run.name=mine", timeout=7000)
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads((tmp_path / "outputs/mine/summary.json").read_text())["verdict"]
+    assert verdict["held_out"] and verdict["word"] == word, verdict
+    assert f"\n{word}: held-out loss " in done.stdout
+
+
 @pytest.mark.parametrize("lr", ["1e-7", "1"])
 def test_a_learning_rate_far_off_learns_nothing(lr, cli, tiny_model, tmp_path):
     file = own_rows.write(tmp_path / "rows.jsonl", own_rows.rows())

@@ -67,7 +67,9 @@ def test_a_job_that_fails_ends_none_of_the_others_and_the_exit_code_says_so(cli,
     assert (folder / "lora.r=2,optim.lr=0.001/summary.json").is_file()
     codes = {name: outcome["code"] for name, outcome in record(folder).items()}
     assert codes == {"lora.r=2,optim.lr=1e+36": 1, "lora.r=2,optim.lr=0.001": 0}
-    assert "failed (1)" in done.stdout and "best: lora.r=2,optim.lr=0.001" in done.stdout
+    compared = done.stdout[done.stdout.index("tiny: 2 of 2 jobs") :]
+    assert "failed (1)" in compared and "best: lora.r=2,optim.lr=0.001" in compared
+    assert max(map(len, compared[: compared.index("└")].splitlines())) <= 80, compared
 
 
 @pytest.mark.full

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from rich.cells import cell_len
 from transformers import AutoTokenizer
 
 from fsdp_qlora.cli.show import print_samples
@@ -30,6 +32,7 @@ TEXTS = [
 
 _PRINTS = """
 import sys
+from collections import Counter
 from pathlib import Path
 from fsdp_qlora.cli.output import withstand
 withstand()
@@ -129,6 +132,38 @@ def test_tables_show_text_as_it_is(capsys):
     ):
         assert text in out
     assert "\x1b" not in out
+
+
+TABLES = {
+    "a sweep": (
+        ["optim.lr", "lora.r", "held-out loss", "tokens/s", "peak memory", "result"],
+        [["0.0001", "8", "2.1234 -> 1.2345", "1234", "12.34 GB", "done"], ["0.1", "8", "-", "-", "-", "failed (1)"]],
+    ),
+    "a sweep of long keys": (
+        ["train.global_batch_size", "train.activation_checkpointing", "lora.target_modules", "held-out loss", "tokens/s",
+         "peak memory", "result"],
+        [["16", "selective", "[q_proj,v_proj]", "2.1234 -> 1.2345", "1234", "12.34 GB", "failed (77)"]],
+    ),
+    "a search": (
+        ["checkpointing", "offload", "rows of 2048", "planned peak", "host memory", "longest row", "most tokens",
+         "tokens/s"],
+        [["selective", "activations", "does not fit", "122.52 GB", "518.11 GB", "32768", "32768", "12,493"]],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("table", TABLES)
+def test_no_column_of_a_table_is_cut_off_at_80_columns(capsys, table):
+    header, lines = TABLES[table]
+    print_columns("[title]", header, lines)
+    out = capsys.readouterr().out
+    assert max(map(cell_len, out.splitlines())) <= 80, out
+    shown = Counter(out)
+    for cell in (*header, *(cell for line in lines for cell in line)):
+        shown.subtract(cell.replace(" ", ""))
+    lost = {letter: count for letter, count in shown.items() if count < 0}
+    assert not lost, out
 
 
 def test_progress_shows_text_as_it_is(capsys):
