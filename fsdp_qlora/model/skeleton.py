@@ -23,7 +23,7 @@ from fsdp_qlora.model.construct import (
     parameters_on_meta,
     unmade_buffers,
 )
-from fsdp_qlora.model.families import auto_class, decoder_layers, task_type
+from fsdp_qlora.model.families import auto_class, decoder_layers, reads_images, task_type
 from fsdp_qlora.model.replaceable import is_plain_linear, replaceable_linears
 from fsdp_qlora.objectives import Objective
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
@@ -61,6 +61,12 @@ def build_skeleton(
     if objective is not None and objective.auto_class is not None:
         kind = getattr(transformers, objective.auto_class)
         objective.configure(config)
+    elif reads_images(config):
+        raise ModelError(
+            f"model.name: a {config.model_type} reads images. Such models are planned, trained, evaluated and exported "
+            "as adapters (objective=sft with rows); answers, and bases that are merged or converted, are not supported "
+            "for them yet. Use plain transformers and PEFT with the adapter."
+        )
     try:
         with parameters_on_meta():
             model = kind.from_config(
