@@ -102,7 +102,7 @@ class Family(ABC):
             parts = [text[:2], *(x for n in tokens for x in (torch.full((n,), token), text[2:4])), text[4:]]
             ids = torch.cat(parts)[None]
             row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
-            rows.append(row | ({self.marks: (ids == token).long()} if self.marks and count else {}))
+            rows.append(row | ({self.marks: (ids == token).long()} if self.marks else {}))
         return rows
 
 
