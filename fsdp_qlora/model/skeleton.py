@@ -138,6 +138,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         not_adapted=_not_adapted(model, linears),
         float32=frozenset(float32_parameters(model)),
         left_dense=left_dense(model),
+        beside=_beside(model, linears, layers),
         capped=bool(getattr(config, "final_logit_softcapping", None)),
     )
 
@@ -167,6 +168,14 @@ def _headless_shapes(model: PreTrainedModel, embedding: nn.Module, layers: list[
         float32=frozenset(float32_parameters(model)),
         left_dense=left_dense(model),
     )
+
+
+def _beside(model: PreTrainedModel, linears: Sequence[LinearShape], layers: Sequence[nn.Module]) -> frozenset[str]:
+    """Return the linears that only images pass through: those outside a decoder that reads them among its tokens."""
+    if not reads_images(model.config):
+        return frozenset()
+    inside = {name for name, module in model.named_modules() if any(module is layer for layer in layers)}
+    return frozenset(x.name for x in linears if not any(x.name.startswith(f"{layer}.") for layer in inside))
 
 
 def _first_owner(model: PreTrainedModel, parameter: nn.Parameter) -> str:

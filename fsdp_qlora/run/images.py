@@ -39,4 +39,4 @@ def images_choice(config: RunConfig, model_type: str) -> dict[str, Choice]:
     """Return that a run reads images, by key, if it does; ``config`` is settled."""
     if config.objective.name != "sft" or not switch(config.objective.images):
         return {}
-    return {IMAGES_KEY: Choice("true", f"a {model_type} reads images")}
+    return {IMAGES_KEY: Choice("true", f"a {model_type} reads images; what its vision tower computes is not planned")}

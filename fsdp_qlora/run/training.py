@@ -349,7 +349,7 @@ class Training:
             enter=self.prepared.ranks.phases.enter,
             before_update=before_update,
             reduce=self.reduce_replicated,
-            checks=(FirstGradients(self.model, self.ranks),), fallback=self._fallback(),
+            checks=(FirstGradients(self.model, self.ranks, self.prepared.shapes.beside),), fallback=self._fallback(),
         )  # fmt: skip
         hooks = LoopHooks(
             batch_at=self.batches.batch_at,

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 
 from fsdp_qlora.adapters.experts import peft_config
 from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.whole import as_saved
 from fsdp_qlora.checks import reference
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
@@ -71,16 +73,21 @@ def _gradients(ranks: Ranks, folder: str, groups: dict[str, Any], family: str) -
     values = {name: whole(p).detach().clone() for name, p in trained.items()}
     own = {name: whole(p.grad).detach().clone() for name, p in trained.items() if p.grad is not None}
     config = peft_config(prepared.plan.targets, [], prepared.settings.lora, objective.task_type)
-    adapted = reference.adapt(upstream_model(prepared), config, values).train()  # type: ignore[arg-type]
+    upstream: Any = upstream_model(prepared)
+    config = as_saved(config, prepared.plan.modules, prepared.shapes, upstream)
+    adapted = reference.adapt(upstream, config, values).train()
     file, total = Path(groups["data"]["train"]), 0.0
     for line in file.read_text().splitlines()[:4]:
         row = upstream_row(Path(folder), family, json.loads(line), file.parent)
         loss = adapted(**row).loss * int((row["labels"][:, 1:] != -100).sum())
         (loss * ranks.size).backward()  # each rank has computed the same rows, and ours are added up
         total += float(loss.detach())
-    theirs = {n: p.grad for n, p in trainable_parameters(adapted) if p.grad is not None}
-    assert own.keys() == theirs.keys() and all("language_model" in name for name in own)
+    # upstream's towers end before their last layer, whose adapters get no gradient there, and zeros here
+    theirs = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainable_parameters(adapted)}
+    assert own.keys() == theirs.keys()
     prepared.close()
+    if not prepared.config.lora.modules_to_save and prepared.config.lora.target_modules == "all-linear":
+        assert all("language_model" in name for name in own)
     off = max(float((own[n] - theirs[n]).norm() / theirs[n].norm().clamp_min(1e-12)) for n in own)
     return float(ours), total, off
 
@@ -120,6 +127,27 @@ def test_a_run_resumes_and_its_adapter_loads_in_plain_peft(pool, tmp_path, famil
     assert (adapter / "preprocessor_config.json").is_file() and (adapter / "tokenizer.json").is_file()
     loss = pool.run(1, _exported_loss, model, groups, str(adapter), family)[0]
     assert loss == pytest.approx(whole_run["summary"]["eval_loss_after"], rel=FP32_LOSSES)
+
+
+BOTH: dict[str, dict[str, Any]] = {
+    "llava": {"target_modules": ["q_proj", "model.vision_tower.*.q_proj", "multi_modal_projector.linear_1"]},
+    "qwen2_vl": {"target_modules": ["q_proj", "down_proj", "model.visual.*.qkv"]},
+    "llava, projector": {"modules_to_save": ["multi_modal_projector"]},
+}
+"""Settings that also train what only images pass through."""
+
+
+@pytest.mark.parametrize("how", BOTH)
+def test_the_vision_tower_is_trained_too(pool, tmp_path, how):
+    family, trained = how.partition(",")[0], "multi_modal_projector" if "projector" in how else "vis"
+    model, groups = _case(tmp_path, family, model={"check": "off"}, lora=BOTH[how])
+    ours, theirs, off = pool.run(2, _gradients, model, groups, family)[0]
+    assert ours == pytest.approx(theirs, rel=FP32_LOSSES) and off < 1e-5
+    one = pool.run(1, run_fit, model, str(tmp_path), "one", groups)[0]
+    two = pool.run(2, run_fit, model, str(tmp_path), "two", groups)[0]  # a rank may have texts alone
+    assert losses(two["metrics"]) == pytest.approx(losses(one["metrics"]), rel=FP32_LOSSES)
+    saved = load_file(tmp_path / "two/adapter/adapter_model.safetensors")
+    assert any(trained in name and bool(value.any()) for name, value in saved.items() if "lora_A" not in name)
 
 
 SPREAD = {
