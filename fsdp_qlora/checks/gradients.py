@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -14,8 +16,9 @@ from fsdp_qlora.errors import NumericsError
 class FirstGradients:
     """Called with the step number after each backward; checks the first two steps of a start, then does nothing."""
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        self._model, self._ranks, self._seen = model, ranks, 0
+    def __init__(self, model: nn.Module, ranks: Ranks, beside: Collection[str] = ()) -> None:
+        """Check a model's gradients; ``beside`` are linears that a step without images does not use."""
+        self._model, self._ranks, self._beside, self._seen = model, ranks, beside, 0
 
     def __call__(self, step: int) -> None:
         """Check that every trained parameter has a gradient (first call), and every adapter a nonzero one (second).
@@ -41,6 +44,8 @@ class FirstGradients:
             if not parameter.requires_grad:
                 continue
             pair = adapter_of(name)
+            if any(f".{linear}." in pair for linear in self._beside):
+                continue
             grad = local_tensor(parameter.grad)  # type: ignore[arg-type]
             value = grad.abs().max().float() if grad.numel() else torch.zeros((), device=grad.device)
             largest[pair] = torch.maximum(largest.get(pair, value), value)

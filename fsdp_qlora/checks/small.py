@@ -88,8 +88,12 @@ def _written(
     folder: Path, config: PreTrainedConfig, max_length: int, code: Path | None, objective: Objective
 ) -> SmallModel:
     kind = objective.auto_class
+
+    def cut(config: PreTrainedConfig, max_length: int, num_layers: int) -> PreTrainedConfig:
+        return objective.shrink(cut_config(config, max_length, num_layers))
+
     try:
-        return _write(folder, with_every_kind(cut_config, config, max_length, code, kind), code, objective)
+        return _write(folder, with_every_kind(cut, config, max_length, code, kind), code, objective)
     except Exception as error:  # upstream's constructors and forwards raise anything
         try:
             shallow = with_every_kind(shallow_config, config, max_length, code, kind)

@@ -52,8 +52,8 @@ class TaskTwin(Twin):
         """Return the rows as one batch, padded on the right."""
         pads: dict[str, int] = dict.fromkeys(("input_ids", "decoder_input_ids"), pad_token(self.model.base.config))
         together: Row = {}
-        for name in rows[0]:
-            values = [row[name] for row in rows]
+        for name in dict.fromkeys(name for row in rows for name in row):
+            values = [row[name] for row in rows if name in row]  # a row without images lacks them
             if len({value.shape for value in values}) > 1:
                 longest = max(value.shape[1] for value in values)
                 pad = pads.get(name, 0)

@@ -22,6 +22,7 @@ from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.quantized import describe
 from fsdp_qlora.plan.report import report
 from fsdp_qlora.run.decide import SHARD_DEGREE, planned
+from fsdp_qlora.run.images import IMAGES_KEY
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.simulate.step import simulate_here
 from fsdp_qlora.track.console import duration, megabytes
@@ -159,6 +160,7 @@ def _work(figures: dict[str, Any], plan: TrainPlan, config: RunConfig) -> Rows:
     gathered = figures["gathered_bytes_per_micro_batch"]
     return [
         ("ranks", _ranks(plan, config)),
+        *[("images", f"auto: {choice}") for key, choice in plan.choices.items() if key == IMAGES_KEY],
         *[("shard degree", f"auto: {choice}") for key, choice in plan.choices.items() if key == SHARD_DEGREE],
         ("FSDP units", str(figures["fsdp_units"])),
         ("quantized linears", f"{describe(plan.quantized)}; embedding and head {config.quant.embeddings}"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fsdp_qlora.config import choices
+from fsdp_qlora.config.auto import Switch
 from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, SHARE, VERBATIM, YOUNGER
 
 Augmentation = Literal["flip_crop", "flip", "crop", "none"]
@@ -25,6 +26,9 @@ class ObjectiveSettings:
     ``embedding``: a vector for each text; those of a pair lie close together.
     ``seq2seq``: an encoder-decoder reads a source and writes a target.
     ``image_classification``: a label, several, or a number for each image."""
+    images: Annotated[Switch, YOUNGER] = "auto"
+    """Of ``sft``: whether conversations may hold images, which the model reads among their tokens; ``auto`` = if its
+    config.json describes such a model (LLaVA, Qwen2-VL)."""
     labels: Annotated[list[str], YOUNGER] = field(default_factory=list)
     """Names of the labels, in the order of their numbers; empty = those of the training data, sorted."""
     problem_type: Annotated[ProblemType, YOUNGER] = "auto"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from fsdp_qlora.config.auto import asked
+from fsdp_qlora.config.auto import asked, switch
 from fsdp_qlora.config.choices import CAN_SPLIT, OF_IMAGES, ROW_BY_ROW, WITH_LABELS
 from fsdp_qlora.config.schema import ObjectiveSettings, RunConfig
 
@@ -92,4 +92,28 @@ def _images(config: RunConfig) -> Iterator[str]:
             yield f"evaluate.{key}: a model of objective={config.objective.name} writes no texts; leave it out."
 
 
-OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels, _own, _images)
+def _image_chats(config: RunConfig) -> Iterator[str]:
+    data, train, wanted = config.data, config.train, switch(config.objective.images)
+    if config.objective.name != "sft":
+        if wanted is not None:
+            yield f"objective.images: only objective=sft reads it, not {config.objective.name}; leave it out."
+        return
+    if not wanted:
+        return
+    for key in ("packing", "padding_free", "streaming"):
+        if getattr(data, key):
+            yield f"data.{key}: rows of a model that reads images do not share a sequence; leave it out."
+    if data.truncation == "split":
+        yield "data.truncation: a row of a model that reads images cannot be split; choose right, left or drop."
+    for key, what in {
+        "model.add_tokens": config.model.add_tokens, "quant.embeddings": config.quant.embeddings != "none",
+        "train.compile": train.compile == "true", "train.kernels": asked(train.kernels) not in (None, "torch"),
+        "train.sample_prompts": train.sample_prompts, "evaluate.prompts": config.evaluate.prompts,
+        "evaluate.tasks": config.evaluate.tasks, "lora.init_lora_weights": config.lora.starts_from_rows,
+        "plan.simulate": config.plan.simulate,
+    }.items():  # fmt: skip
+        if what:
+            yield f"{key}: not supported for a model that reads images; leave it out."
+
+
+OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels, _own, _images, _image_chats)

@@ -68,16 +68,17 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, train_on: Train
 
 
 def encode_batch(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "assistant"
-) -> list[Encoded | DataError]:
-    """Encode examples as a batch; the result of a bad example is its error.
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "assistant",
+    kind: type[ChatTemplate] = ChatTemplate,
+) -> list[Encoded | DataError]:  # fmt: skip
+    """Encode examples as a batch, rendered by a template of this ``kind``; the result of a bad example is its error.
 
     Raises:
         StuckTemplateError: if the chat template does not terminate, or kills its process.
     """
     texts: dict[int, _Text] = {}
     results: dict[int, Encoded | DataError] = {}
-    for number, text in _texts(examples, ChatTemplate(tokenizer), train_on):
+    for number, text in _texts(examples, kind(tokenizer), train_on):
         if isinstance(text, DataError):
             results[number] = text
         else:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from fsdp_qlora.data.encoder import Read
 from fsdp_qlora.data.folders import is_data, is_inside
 from fsdp_qlora.data.images import stamp_of
 from fsdp_qlora.data.lines import Row
@@ -52,8 +51,12 @@ def folders_of(name: str) -> list[str]:
     return [str(Path(file).parent) if "://" not in file and is_file(file) else "" for file in expand(name)]
 
 
-def images_fingerprint(name: str, read: Read) -> str:
+def images_fingerprint(name: str, named: Callable[[Row], Sequence[str]]) -> str:
     """Return a text that changes with a source's rows and with the images that they name (`stamp_of`).
+
+    Args:
+        name: the source.
+        named: returns the paths of a row's images, from the row's folder.
 
     Raises:
         DataError: as `image_rows`.
@@ -61,10 +64,11 @@ def images_fingerprint(name: str, read: Read) -> str:
     digest = hashlib.sha256()
     for row in image_rows(name):
         try:
-            named = str(read(row).get(IMAGE))
+            names = named(row)
         except DataError:
-            named = ""  # a bad row, which encoding it names
-        digest.update(f"{named}\0".encode("utf-8", "surrogatepass") + stamp_of(Path(row.folder, named)))
+            names = [""]  # a bad row, which encoding it names
+        for image in names:
+            digest.update(f"{image}\0".encode("utf-8", "surrogatepass") + stamp_of(Path(row.folder, image)))
     rows = "" if is_class_folder(name) else fingerprint(name)
     return f"images {digest.hexdigest()}\n{rows}"
 

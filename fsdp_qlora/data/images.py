@@ -6,11 +6,12 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fsdp_qlora.errors import DataError, first_line
 
@@ -23,6 +24,19 @@ _EDGE = 2**16
 """Bytes at each end of a file that tell it from others of its size."""
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's modes of more than 8 bits, which it would cut off rather than scale."""
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An image that was read whole."""
+
+    digest: bytes
+    """Of the file's content, 16 bytes."""
+    size: tuple[int, int]
+    """Width and height in pixels, as `read_image` returns it."""
 
 
 def stamp_of(file: Path) -> bytes:
@@ -48,18 +62,30 @@ def check_images(files: Sequence[Path]) -> list[bytes | DataError]:
 
     A PNG's checksums are verified; of a JPEG an eighth of the resolution is decoded, of others everything.
     """
+    return _of_each(files, _check)
+
+
+def measure_images(files: Sequence[Path]) -> list[Measured | DataError]:
+    """Read images whole on all cores; return the digest and size of each, or what is wrong with it."""
+    return _of_each(files, lambda file, content: Measured(_digest(content), _upright(file, content).size))
+
+
+def _of_each(files: Sequence[Path], work: Callable[[Path, bytes], T]) -> list[T | DataError]:
     from PIL import Image
+
+    def attempt(file: Path) -> T | DataError:
+        try:
+            return work(file, _content(file))
+        except DataError as error:
+            return error
 
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error here
-        return list(pool.map(_checked, files))
+        return list(pool.map(attempt, files))
 
 
-def _checked(file: Path) -> bytes | DataError:
-    try:
-        return _check(file, _content(file))
-    except DataError as error:
-        return error
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _check(file: Path, content: bytes) -> bytes:
@@ -69,7 +95,7 @@ def _check(file: Path, content: bytes) -> bytes:
         else:
             image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))  # JPEG alone has drafts
             image.load()
-    return hashlib.blake2b(content, digest_size=16).digest()
+    return _digest(content)
 
 
 def read_image(file: Path) -> Image:
@@ -78,9 +104,13 @@ def read_image(file: Path) -> Image:
     Raises:
         DataError: if it cannot be read.
     """
+    return _upright(file, _content(file))
+
+
+def _upright(file: Path, content: bytes) -> Image:
     from PIL import ImageOps
 
-    with _opened(file, _content(file)) as image:
+    with _opened(file, content) as image:
         turned = ImageOps.exif_transpose(image)
         if turned.mode == "P" and "transparency" in turned.info:
             turned = turned.convert("RGBA")  # as Pillow asks for

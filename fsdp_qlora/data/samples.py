@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -22,7 +23,12 @@ class Segment:
 def segments(rows: TokenRows, number: int, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
     """Return row ``number`` split into learned and other segments."""
     ids, learned = rows.row(number)
-    pairs = list(zip(learned.tolist(), ids.tolist(), strict=True))
+    return runs_of(ids.tolist(), learned.tolist(), tokenizer)
+
+
+def runs_of(ids: Sequence[int], learned: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """Return tokens split into learned and other segments."""
+    pairs = list(zip(learned, ids, strict=True))
     shown = []
     for flag, group in groupby(pairs, key=lambda pair: pair[0]):
         tokens = [token for _, token in group]

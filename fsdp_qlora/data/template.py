@@ -34,7 +34,7 @@ class ChatTemplate:
     def identity(self) -> tuple[Any, ...]:
         """A key that is equal only for the same tokenizer object with unchanged template and special tokens."""
         named = sorted((name, str(token)) for name, token in self._tokenizer.special_tokens_map.items())
-        return id(self._tokenizer), self.source, self._special_tokens, named
+        return type(self), id(self._tokenizer), self.source, self._special_tokens, named
 
     @property
     def beginning(self) -> str:
@@ -83,6 +83,10 @@ class ChatTemplate:
         printed = (str(value) for message in conversation.messages for value in _arguments(message))
         return encoded if any(value in text for value in printed) else conversation  # {'a': 1} is Python, not JSON
 
+    def given(self, message: Message) -> Message:
+        """Return a message as the template gets it."""
+        return message
+
     def render(self, messages: Sequence[Message], example: Example, prompt: bool = False) -> str:
         """Return the text of ``messages``, followed by the generation prompt if ``prompt`` is true.
 
@@ -92,7 +96,8 @@ class ChatTemplate:
         settings = {} if example.tools is None else {"tools": example.tools}
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt, **settings, **example.settings
+                [self.given(message) for message in messages], tokenize=False, add_generation_prompt=prompt,
+                **settings, **example.settings,
             )
         except Exception as error:  # a template is a program and may raise anything; blame the row
             raise DataError(f"the chat template rejects the conversation: {type(error).__name__}: {error}") from error

@@ -19,6 +19,7 @@ from fsdp_qlora.data.encoder import Counts, Outcome, Read, RowEncoder, Stored
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import Rows, TokenRows
 from fsdp_qlora.data.samples import Segment, segments
+from fsdp_qlora.data.template import ChatTemplate
 from fsdp_qlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -140,8 +141,9 @@ def _arrow_type(kind: str) -> Any:
 
 
 def encoded_rows(
-    batch: list[tuple[int, Row]], read: ReadRow, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
-) -> Iterator[tuple[int, str, int, Encoded | DataError]]:
+    batch: list[tuple[int, Row]], read: ReadRow, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn,
+    kind: type[ChatTemplate] = ChatTemplate,
+) -> Iterator[tuple[int, str, int, Encoded | DataError]]:  # fmt: skip
     """Yield (source, place, hash of the prompt, tokens or error) for each row, in order.
 
     Raises:
@@ -155,7 +157,7 @@ def encoded_rows(
             examples.append(error)
     good = [number for number, example in enumerate(examples) if isinstance(example, Example)]
     try:
-        encoded = iter(encode_batch([e for e in examples if isinstance(e, Example)], tokenizer, train_on))
+        encoded = iter(encode_batch([e for e in examples if isinstance(e, Example)], tokenizer, train_on, kind))
     except StuckTemplateError as error:
         raise DataError(f"data: {batch[good[error.number]][1].where}: {error}.") from error
     for (number, row), example in zip(batch, examples, strict=True):

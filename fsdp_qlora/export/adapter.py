@@ -42,6 +42,8 @@ from fsdp_qlora.shapes.patterns import endings
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
+    from fsdp_qlora.model.processor import ImageTextProcessor
+
 _BESIDE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
 """The files of an adapter's folder."""
 
@@ -101,7 +103,7 @@ def export_adapter(
     tensors: Mapping[str, torch.Tensor],
     config: PeftConfig,
     base_model: str,
-    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None = None,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | ImageTextProcessor | None = None,
     model_card: str | None = None,
     beside: Sequence[Path] = (),
     header: Mapping[str, str] | None = None,
@@ -147,7 +149,7 @@ def _write_into(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
     config: PeftConfig,
-    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | ImageTextProcessor | None,
     model_card: str | None,
     header: Mapping[str, str],
 ) -> None:

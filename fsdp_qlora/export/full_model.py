@@ -20,6 +20,8 @@ from fsdp_qlora.files.write import copy_regular
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
+    from fsdp_qlora.model.processor import ImageTextProcessor
+
 _GENERATION = "generation_config.json"
 
 
@@ -40,7 +42,7 @@ def export_model(
     folder: Path,
     skeleton: PreTrainedModel,
     tensors: Mapping[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | ImageTextProcessor,
     base: Path,
 ) -> int:
     """Write model and tokenizer or image processor; return the bytes of the weights' files. Call it on one rank.

@@ -193,4 +193,4 @@ def _differs(theirs: str, ours: str | None) -> bool:
 def formats_of(facts: Facts) -> str:
     """Return the formats of a fingerprint's linears in words."""
     kinds = [None if kind is None else build_format(*kind) for kind, _ in facts["codes"].values()]
-    return " and ".join(dict.fromkeys("16 or 32 bits" if kind is None else kind.describe() for kind in kinds))
+    return " and ".join(sorted({"16 or 32 bits" if kind is None else kind.describe() for kind in kinds}))

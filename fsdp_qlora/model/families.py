@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -27,6 +29,15 @@ def auto_class(config: Any) -> Any:
 def is_causal(model_config: Any) -> bool:
     """Whether a config describes a causal language model rather than an encoder-decoder or a masked one."""
     return auto_class(model_config) is AutoModelForCausalLM
+
+
+def reads_images(model_config: Any) -> bool:
+    """Whether upstream builds a config only as a model that reads images among the tokens of a text.
+
+    Some such models are causal language models, too (Gemma 3): here they read text alone.
+    """
+    kind = type(model_config)
+    return kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 _HEADS = {

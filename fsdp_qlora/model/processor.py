@@ -2,18 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora.errors import ConfigError, ModelError, typed_line
-from fsdp_qlora.files.read import own_file
+from fsdp_qlora.files.read import own_file, read_json
+from fsdp_qlora.files.write import copy_regular
 from fsdp_qlora.model.config import not_buildable, require_sane
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 FILE = "preprocessor_config.json"
+
+
+_TEMPLATE = "chat_template.json"
+_BESIDE = (FILE, "processor_config.json", "video_preprocessor_config.json")
+"""Files of a processor, besides those of its tokenizer."""
+
+
+@dataclass(frozen=True)
+class ImageTextProcessor:
+    """What reads texts with images: a tokenizer and an image processor.
+
+    Upstream's own class around both would also load a video processor, which needs torchvision.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: BaseImageProcessor
+    folder: Path
+    """The model's folder."""
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the tokenizer's files into ``folder``, and the processor's as they came with the model."""
+        self.tokenizer.save_pretrained(folder)
+        for name in _BESIDE:
+            if (self.folder / name).is_file():
+                copy_regular(own_file(self.folder, name), Path(folder, name))
+
+
+def build_image_text_processor(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, own_template: bool = True, trust_remote_code: bool = False
+) -> ImageTextProcessor:
+    """Return what reads texts with images for the model in ``folder``.
+
+    Args:
+        folder: the model's folder.
+        tokenizer: its tokenizer.
+        own_template: whether the chat template is the model's. Older folders keep the processor's in a file of its own.
+        trust_remote_code: whether code may come with the model.
+
+    Raises:
+        ConfigError, ModelError, SecurityError: as `build_image_processor`.
+    """
+    if own_template and (folder / _TEMPLATE).is_file():
+        try:
+            tokenizer.chat_template = read_json(own_file(folder, _TEMPLATE), dict[str, str])["chat_template"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"model.name: {folder / _TEMPLATE} holds no chat template: {typed_line(error)}") from error
+    return ImageTextProcessor(tokenizer, build_image_processor(folder, 0, trust_remote_code), folder)
 
 
 def build_image_processor(folder: Path, size: int = 0, trust_remote_code: bool = False) -> BaseImageProcessor:

@@ -23,7 +23,7 @@ from fsdp_qlora.model.construct import (
     parameters_on_meta,
     unmade_buffers,
 )
-from fsdp_qlora.model.families import auto_class, decoder_layers, task_type
+from fsdp_qlora.model.families import auto_class, decoder_layers, reads_images, task_type
 from fsdp_qlora.model.replaceable import is_plain_linear, replaceable_linears
 from fsdp_qlora.objectives import Objective
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
@@ -61,6 +61,12 @@ def build_skeleton(
     if objective is not None and objective.auto_class is not None:
         kind = getattr(transformers, objective.auto_class)
         objective.configure(config)
+    elif reads_images(config):
+        raise ModelError(
+            f"model.name: a {config.model_type} reads images. Such models are planned, trained, evaluated and exported "
+            "as adapters (objective=sft with rows); answers, and bases that are merged or converted, are not supported "
+            "for them yet. Use plain transformers and PEFT with the adapter."
+        )
     try:
         with parameters_on_meta():
             model = kind.from_config(
@@ -132,6 +138,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         not_adapted=_not_adapted(model, linears),
         float32=frozenset(float32_parameters(model)),
         left_dense=left_dense(model),
+        beside=_beside(model, linears, layers),
         capped=bool(getattr(config, "final_logit_softcapping", None)),
     )
 
@@ -161,6 +168,14 @@ def _headless_shapes(model: PreTrainedModel, embedding: nn.Module, layers: list[
         float32=frozenset(float32_parameters(model)),
         left_dense=left_dense(model),
     )
+
+
+def _beside(model: PreTrainedModel, linears: Sequence[LinearShape], layers: Sequence[nn.Module]) -> frozenset[str]:
+    """Return the linears that only images pass through: those outside a decoder that reads them among its tokens."""
+    if not reads_images(model.config):
+        return frozenset()
+    inside = {name for name, module in model.named_modules() if any(module is layer for layer in layers)}
+    return frozenset(x.name for x in linears if not any(x.name.startswith(f"{layer}.") for layer in inside))
 
 
 def _first_owner(model: PreTrainedModel, parameter: nn.Parameter) -> str:

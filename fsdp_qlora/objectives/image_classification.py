@@ -125,7 +125,7 @@ class ClassifiedImages(RowEncoder):
 
     def fingerprint(self, name: str) -> str:
         """Return a text that changes with the rows of a source and with their images."""
-        return images_fingerprint(name, self._read)
+        return images_fingerprint(name, lambda row: [str(self._read(row).get(IMAGE))])
 
     def not_read(self, names: Iterable[str]) -> list[str]:
         """Return a line for each source with files that could be data, but are not read."""
@@ -135,18 +135,15 @@ class ClassifiedImages(RowEncoder):
         """Yield the source, the place and what is stored of each row; images are checked all at once."""
         parsed = [self._parsed(row) for _, row in batch]
         files = [self._file(*place) for place, _ in (x for x in parsed if not isinstance(x, DataError))]
-        contents = iter(check_images(files))
+        images = iter(check_images(files))
         for (number, row), one in zip(batch, parsed, strict=True):
             if isinstance(one, DataError):
                 yield number, row.where, one
                 continue
             (folder, name), label = one
-            content = next(contents)
-            yield (
-                number,
-                row.where,
-                content if isinstance(content, DataError) else self._stored(folder, name, label, content),
-            )
+            image = next(images)
+            stored = image if isinstance(image, DataError) else self._stored(folder, name, label, image)
+            yield number, row.where, stored
 
     def _parsed(self, row: Row) -> tuple[tuple[int, str], list[float]] | DataError:
         """Return the number of the folder, the path from there, and the label; or what is wrong with the row."""

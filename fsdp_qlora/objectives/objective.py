@@ -60,6 +60,8 @@ class Objective(ABC):
     """Whether `observe` returns something for each row, which `score` makes metrics of."""
     of_images: ClassVar[bool] = False
     """Whether its rows are images, which the model's image processor reads: such a model has no tokenizer."""
+    images_in_texts: ClassVar[bool] = False
+    """Whether its rows are texts that may hold images: the model has a tokenizer and an image processor."""
     label_column: ClassVar[str] = "label"
     """Column of raw rows that holds their labels, where there are any."""
     label_of_each: ClassVar[bool] = False
@@ -69,6 +71,11 @@ class Objective(ABC):
 
     def __init__(self, settings: ObjectiveSettings | None = None) -> None:
         self.settings = settings or ObjectiveSettings(name=self.name)
+
+    @classmethod
+    def of(cls, settings: ObjectiveSettings) -> Objective:
+        """Return the objective of these settings, which may be a variant of this one."""
+        return cls(settings)
 
     def before(
         self, model: nn.Module, micro_batches: Sequence[MicroBatch], ranks: Ranks, draw: Callable[[MicroBatch], None]
@@ -128,6 +135,10 @@ class Objective(ABC):
 
     def configure(self, config: PreTrainedConfig) -> None:  # noqa: B027 - most need nothing
         """Change a model's config as the objective needs it: the number and names of labels."""
+
+    def shrink(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Return a small model's config (`fsdp_qlora.model.cut`) with what only the objective knows made small, too."""
+        return config
 
     def settled(self, folder: Path, config: PreTrainedConfig) -> ObjectiveSettings:
         """Return its settings with what the model's folder and config decide."""
@@ -214,4 +225,4 @@ def build_objective(settings: ObjectiveSettings | str) -> Objective:
     """
     if isinstance(settings, str):
         return _OBJECTIVES[settings]()
-    return _OBJECTIVES[settings.name](settings)
+    return _OBJECTIVES[settings.name].of(settings)

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from fsdp_qlora.config.auto import switch
+from fsdp_qlora.config.schema import ObjectiveSettings
 from fsdp_qlora.data.labels import TOKENS
 from fsdp_qlora.data.loader import MicroBatch
+from fsdp_qlora.objectives.image_chats import ImageChatTuning
 from fsdp_qlora.objectives.objective import Objective, Sums, perplexity, register, token_losses
 
 
@@ -16,6 +19,11 @@ class SupervisedFineTuning(Objective):
     """The mean cross entropy over all supervised tokens of the global batch."""
 
     name = "sft"
+
+    @classmethod
+    def of(cls, settings: ObjectiveSettings) -> Objective:
+        """Return the objective for conversations with images if ``objective.images`` says so."""
+        return ImageChatTuning(settings) if switch(settings.images) else cls(settings)
 
     def sums(self, model: nn.Module, micro_batch: MicroBatch) -> Sums:
         """Return the sum of the cross entropy of all supervised tokens."""

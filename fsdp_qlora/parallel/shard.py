@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import NumericsError, PlanError
@@ -139,6 +140,25 @@ def reach_all_experts(layers: Iterable[nn.Module]) -> None:
         lists = [m for m in layer.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
         if any(p.requires_grad for each in lists for p in each.parameters()):
             layer.register_forward_pre_hook(reach, with_kwargs=True)
+
+
+def reach_beside_texts(base: PreTrainedModel) -> None:
+    """Give whatever is trained outside a model's decoder a gradient in each forward, even of a text without images.
+
+    Otherwise ranks with images would reduce gradients that the others lack. Call it after `shard_model`.
+    """
+    table, head = base.get_input_embeddings(), base.get_output_embeddings()
+    inside = {module for part in (base.get_decoder(), table, head) if part is not None for module in part.modules()}
+    outside = [module for module in base.modules() if module not in inside]
+
+    def trained() -> list[nn.Parameter]:  # FSDP puts other tensors in their place while they are gathered
+        return [p for module in outside for p in module.parameters(recurse=False) if p.requires_grad]
+
+    def reach(_: nn.Module, args: tuple[Any, ...], hidden: torch.Tensor) -> torch.Tensor:
+        return _Reached.apply(hidden, *trained()) if torch.is_grad_enabled() else hidden  # type: ignore[return-value]
+
+    if trained():
+        table.register_forward_hook(reach)
 
 
 def host_modules(base: nn.Module, names: Collection[str]) -> list[nn.Module]:

@@ -217,6 +217,7 @@ def _trained(
     if method.trains_base:
         return whole_base(shapes), False
     tables = [name for name in targets if name in (shapes.embedding, shapes.head)]
+    dense = tables or [name for name in targets if name in shapes.beside]
     _require_adaptable(config, method, tables)
     by_name, lora = _by_name(shapes, targets), config.lora
     trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
@@ -225,7 +226,7 @@ def _trained(
     trained |= {name: trained.get(name, {}) | tensors for name, tensors in beside.items()}
     if config.quant.embeddings != NONE and shapes.head in beside and shapes.head not in modules:
         raise PlanError("lora.bias: the bias of a quantized head is not trained; set quant.embeddings=none.")
-    return trained, bool(tables or beside)
+    return trained, bool(dense or beside)
 
 
 def _quantized(

@@ -61,6 +61,7 @@ from fsdp_qlora.parallel.shard import (
     mixed_precision,
     model_dtype,
     reach_all_experts,
+    reach_beside_texts,
     require_sharded,
     set_prefetch,
     shard_model,
@@ -291,6 +292,8 @@ def build_sharded(
         model.compiled_layers = compile_layers(layers, kinds)
     if ranks.size > 1:
         reach_all_experts(layers)
+    if build_objective(config.objective).images_in_texts:
+        reach_beside_texts(base)
     _settle_gathers(config, base, plan, ranks)
     if model.compiled:
         want_input_gradient(base.get_input_embeddings())

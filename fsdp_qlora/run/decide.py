@@ -39,6 +39,7 @@ from fsdp_qlora.plan.layout import Cluster, settle_shard_degree
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.plan.recipe import Recipe, RowCounts, Shape, choose_recipe
 from fsdp_qlora.plan.sizes import parse_bytes
+from fsdp_qlora.run.images import images_choice, settle_images
 from fsdp_qlora.run.labels import planned_labels
 from fsdp_qlora.run.world import World
 from fsdp_qlora.shapes.linears import ModelShapes
@@ -63,7 +64,8 @@ def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedMo
     plan = make_plan(config, shapes, world_size, budget)
     if choice is not None:
         plan = replace(plan, choices={SHARD_DEGREE: choice, **plan.choices})
-    plan = replace(plan, choices={**recipe.choices, **plan.choices})
+    images = images_choice(config, base.config.model_type)
+    plan = replace(plan, choices={**images, **recipe.choices, **plan.choices})
     resolved = decided(config, plan.settings)
     elsewhere = config.plan.gpu or config.plan.device
     require_kernels(resolved, base, None if elsewhere else torch.device(config.launcher.device))
@@ -150,6 +152,7 @@ def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
     """
     config = planned_labels(check(config))
     source = config_for_plan(config.model.name, config.model.revision)
+    config = settle_images(config, source)
     device = planned_device(config)
     config = with_attention(on_device(config, device), torch.device(device), source)
     return config, skeleton(config, source)

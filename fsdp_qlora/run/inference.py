@@ -162,6 +162,8 @@ def _require_same_ids(adapter: Path, prepared: Prepared) -> None:
         ModelError: if they get others.
     """
     there = list(read_adapter_config(adapter).token_ids)
+    if not (there or prepared.config.model.add_tokens):
+        return
     here = prepared.tokenizer.convert_tokens_to_ids(prepared.config.model.add_tokens)
     if there != here:
         raise ModelError(

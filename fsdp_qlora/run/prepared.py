@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import BaseImageProcessor
 
+    from fsdp_qlora.model.processor import ImageTextProcessor
+
 
 @dataclass
 class Prepared:
@@ -40,8 +42,8 @@ class Prepared:
     """The settings with every ``auto`` resolved."""
     plan: TrainPlan
     model: CausalModel
-    processor: PreTrainedTokenizerBase | BaseImageProcessor
-    """What reads the model's rows: its tokenizer, or its image processor."""
+    processor: PreTrainedTokenizerBase | BaseImageProcessor | ImageTextProcessor
+    """What reads the model's rows: its tokenizer, its image processor, or both."""
     ranks: Ranks
     folder: Path
     """The base model's folder."""
@@ -73,7 +75,7 @@ class Prepared:
         """
         if not isinstance(self.processor, PreTrainedTokenizerBase):
             name = type(self.model.base).__name__
-            raise ModelError(f"model.name: a {name} reads images, so it has no tokenizer and writes no texts.")
+            raise ModelError(f"model.name: a {name} reads images, so it writes no texts here.")
         return self.processor
 
     @property

@@ -18,10 +18,11 @@ from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.folder import resolve_folder
-from fsdp_qlora.model.processor import build_image_processor
+from fsdp_qlora.model.processor import ImageTextProcessor, build_image_processor, build_image_text_processor
 from fsdp_qlora.model.tokenizer import add_special_tokens, build_tokenizer
 from fsdp_qlora.objectives import Objective, build_objective
 from fsdp_qlora.run.build import OpenedModel
+from fsdp_qlora.run.images import settle_images
 from fsdp_qlora.run.labels import labels_of
 from fsdp_qlora.run.world import World
 from fsdp_qlora.shapes.linears import ModelShapes
@@ -32,7 +33,7 @@ TOKENIZING = "tokenizing rows"
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
-    Processor = PreTrainedTokenizerBase | BaseImageProcessor
+    Processor = PreTrainedTokenizerBase | BaseImageProcessor | ImageTextProcessor
     """What reads a model's rows."""
 
 
@@ -84,6 +85,8 @@ def _encoder(
 
 
 def _of_texts(processor: Processor) -> PreTrainedTokenizerBase | None:
+    if isinstance(processor, ImageTextProcessor):
+        return processor.tokenizer
     return processor if isinstance(processor, PreTrainedTokenizerBase) else None
 
 
@@ -120,6 +123,7 @@ def prepare_tokens(config: RunConfig) -> PreparedData:
     """Tokenize the data without a model or process group."""
     check(config)
     folder = resolve_folder(config.model.name, config.model.revision)
+    config = settle_images(config, folder)
     objective = build_objective(labels_of(config))
     processor, encoder = _processor(config, folder, objective), None
     if not objective.of_tokens:
@@ -138,7 +142,12 @@ def prepare_tokens(config: RunConfig) -> PreparedData:
 def _processor(config: RunConfig, folder: Path, objective: Objective) -> Processor:
     if objective.of_images:
         return build_image_processor(folder, config.objective.image_size, config.model.trust_remote_code)
-    return open_tokenizer(config, folder)
+    tokenizer = open_tokenizer(config, folder)
+    if objective.images_in_texts:
+        return build_image_text_processor(
+            folder, tokenizer, config.data.template is None, config.model.trust_remote_code
+        )
+    return tokenizer
 
 
 def open_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:

@@ -73,6 +73,8 @@ from fsdp_qlora.train.step import StepSettings
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
+    from fsdp_qlora.model.processor import ImageTextProcessor
+
 _log = logging.getLogger(__name__)
 
 
@@ -219,7 +221,7 @@ class Training:
         config.architectures, config.name_or_path = [type(self.model.base).__name__], ""
         return config
 
-    def _saved_processor(self) -> PreTrainedTokenizerBase | BaseImageProcessor:
+    def _saved_processor(self) -> PreTrainedTokenizerBase | BaseImageProcessor | ImageTextProcessor:
         """Return what reads rows, to save; an added end of turn is its ``eos_token``, where plain PEFT then stops."""
         if not (added := self.config.model.add_tokens):
             return self.prepared.processor
@@ -347,7 +349,7 @@ class Training:
             enter=self.prepared.ranks.phases.enter,
             before_update=before_update,
             reduce=self.reduce_replicated,
-            checks=(FirstGradients(self.model, self.ranks),), fallback=self._fallback(),
+            checks=(FirstGradients(self.model, self.ranks, self.prepared.shapes.beside),), fallback=self._fallback(),
         )  # fmt: skip
         hooks = LoopHooks(
             batch_at=self.batches.batch_at,

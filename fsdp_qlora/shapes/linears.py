@@ -83,6 +83,8 @@ class ModelShapes:
     left_dense: frozenset[str] = frozenset()
     """Parameters that upstream's own quantization leaves dense: convolutions, and what it keeps in float32 in float16
     models (T5's ``wo``)."""
+    beside: frozenset[str] = frozenset()
+    """Linears outside the decoder layers that get an adapter if a pattern names them: those of a vision tower."""
     capped: bool = False
     """Whether logits have a soft cap, whose derivative the loss keeps beside them."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_linears
@@ -21,7 +21,8 @@ def target_linears(
     Args:
         shapes: the model.
         target_modules: ``all-linear``, every linear inside the decoder layers, or patterns (`matches`). Embedding and
-            head are meant by their names or the last parts of these, never by a glob.
+            head are meant by their names or the last parts of these, never by a glob; linears of a vision tower by
+            patterns that mean none of the decoder layers'.
         exclude_modules: patterns of those that get none.
         layers_to_transform: numbers of the decoder layers whose linears get one; empty = all layers.
 
@@ -37,12 +38,14 @@ def target_linears(
             "adapter in plain PEFT, which looks for it elsewhere."
         )
     edges = [name for name in (shapes.embedding, shapes.head) if shapes.edges_apart and _is_named(name, target_modules)]
-    chosen = _meant("lora.target_modules", target_modules, [*candidates, *edges], linears)
+    chosen = _meant("lora.target_modules", target_modules, [*candidates, *edges], linears, shapes.beside)
+    order = {x.name: place for place, x in enumerate(shapes.linears)}
+    chosen = sorted(chosen, key=lambda name: order.get(name, -1)) if shapes.beside else chosen
     if exclude_modules:
         stacked = [x.name for x in _stacked(shapes)]
         of_linears = [item for item in exclude_modules if not any(matches(name, item) for name in stacked)]
-        excluded = {name for name in [*candidates, *edges] if any(matches(name, item) for item in exclude_modules)}
-        _meant("lora.exclude_modules", of_linears, [*candidates, *edges], linears)
+        excluded = {name for name in chosen if any(matches(name, item) for item in exclude_modules)}
+        _meant("lora.exclude_modules", of_linears, [*candidates, *edges], linears, shapes.beside)
         chosen = [name for name in chosen if name not in excluded]
     if layers_to_transform:
         chosen = _in_layers(chosen, shapes, layers_to_transform)
@@ -56,13 +59,22 @@ def _is_named(name: str, target_modules: str | Sequence[str]) -> bool:
     return any(matches(name, item) for item in items if not {"*", "?"} & set(item))
 
 
-def _meant(key: str, target_modules: str | Sequence[str], candidates: list[str], linears: list[str]) -> list[str]:
-    """Return the candidates that ``target_modules``, the value of the setting ``key``, names."""
+def _meant(
+    key: str, target_modules: str | Sequence[str], candidates: list[str], linears: list[str], beside: Iterable[str] = ()
+) -> list[str]:  # fmt: skip
+    """Return the candidates that ``target_modules``, the value of the setting ``key``, names.
+
+    A pattern that means none of them may mean some of those ``beside``.
+    """
     if target_modules == "all-linear":
         return candidates
     items = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    others: list[str] = []
     for item in items:
         if any(matches(name, item) for name in candidates):
+            continue
+        if meant := [name for name in beside if matches(name, item)]:
+            others += meant
             continue
         if any(matches(name, item) for name in linears):
             raise PlanError(
@@ -73,7 +85,7 @@ def _meant(key: str, target_modules: str | Sequence[str], candidates: list[str],
             f"{key}: {item!r} matches none of the model's {len(candidates)} linears; this model has "
             f"{', '.join(endings(candidates))} (or all-linear)."
         )
-    return [name for name in candidates if any(matches(name, item) for item in items)]
+    return [*(name for name in candidates if any(matches(name, item) for item in items)), *dict.fromkeys(others)]
 
 
 def _in_layers(names: list[str], shapes: ModelShapes, layers: Sequence[int]) -> list[str]:

@@ -1,0 +1,205 @@
+"""Families of models that read images among the tokens of a text: what each needs of its processor and its config.
+
+Upstream's processors repeat an image's token in the text. They load video processors too, which need torchvision; so
+only the image processor is used here, and the tokens of an image are counted by the same formulas.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from fsdp_qlora.errors import DataError, ModelError, first_line
+from fsdp_qlora.objectives.objective import PROBED
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import BaseImageProcessor, PreTrainedConfig
+
+Row = dict[str, torch.Tensor]
+IMAGES_OF_A_PROBE = (2, 1, 0)
+"""Images in the rows of a check: several, one, none."""
+_SIDE = 4
+"""Patches along a side of a small model's image, or groups of patches of its window."""
+
+
+class Family(ABC):
+    """A kind of models: how many tokens an image takes, and which inputs it becomes."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    """What the image processor makes that the model reads."""
+    marks: ClassVar[str] = ""
+    """The model's input that says of each token whether it is of an image; empty if there is none."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config: Any = config
+        self.vision: Any = config.vision_config
+
+    def require_fit(self, processor: BaseImageProcessor) -> None:
+        """Check that the model takes what its image processor makes.
+
+        Raises:
+            ModelError: if it does not.
+        """
+        for key, wanted in self._agreed().items():
+            if getattr(processor, key, None) != wanted:
+                raise ModelError(
+                    f"model.name: its image processor ({type(processor).__name__}) has {key}="
+                    f"{getattr(processor, key, None)}, and its config.json asks for {wanted}. Use the "
+                    "preprocessor_config.json that came with the model."
+                )
+
+    def _agreed(self) -> dict[str, Any]:
+        """Return settings that the image processor must share with the model."""
+        return {}
+
+    @abstractmethod
+    def tokens(self, made: Mapping[str, torch.Tensor]) -> int:
+        """Return the tokens that the model reads for one image, given what the processor made of it."""
+
+    @abstractmethod
+    def drawn(self, count: int, draw: torch.Generator) -> tuple[Row, list[int]]:
+        """Return inputs for ``count`` random images of a small model, and the tokens of each."""
+
+    def measure(self, processor: BaseImageProcessor, size: tuple[int, int]) -> int:
+        """Return the tokens of an image of this size (width, height).
+
+        Raises:
+            DataError: if the processor takes none of that size.
+        """
+        from PIL import Image
+
+        return self.tokens(self.pixels(processor, [Image.new("RGB", size)]))
+
+    def pixels(self, processor: BaseImageProcessor, images: Sequence[Image]) -> Row:
+        """Return the model's inputs for images.
+
+        Raises:
+            DataError: if the processor does not take them.
+        """
+        try:
+            made = processor(images=list(images), return_tensors="pt")
+        except Exception as error:  # an image that is 200 times as wide as high, and whatever else upstream refuses
+            raise DataError(f"the model's image processor does not take the image: {first_line(error)}") from error
+        return {name: made[name] for name in self.inputs}
+
+    @abstractmethod
+    def shrink(self) -> None:
+        """Make the vision tower of a small model's config small, too, and what must agree with it."""
+
+    def probe(self, draw: torch.Generator) -> list[Row]:
+        """Return rows of a small model, each alone, ``[1, length]``, with two images, one, and none."""
+        token = self.config.image_token_id
+        most = min(96, self.config.get_text_config().vocab_size)
+        rows: list[Row] = []
+        for length, count in zip(PROBED, IMAGES_OF_A_PROBE, strict=True):
+            images, tokens = self.drawn(count, draw) if count else ({}, [])
+            text = torch.randint(4, most, (length,), generator=draw)
+            text[text == token] = 3
+            parts = [text[:2], *(x for n in tokens for x in (torch.full((n,), token), text[2:4])), text[4:]]
+            ids = torch.cat(parts)[None]
+            row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
+            rows.append(row | ({self.marks: (ids == token).long()} if self.marks else {}))
+        return rows
+
+
+class Llava(Family):
+    """LLaVA 1.5: each image has one size, and a token for each patch of the vision tower."""
+
+    def require_fit(self, processor: BaseImageProcessor) -> None:
+        """Check that all images get the size of the vision tower.
+
+        Raises:
+            ModelError: if they do not.
+        """
+        if self.vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+            raise ModelError(
+                f"model.name: a LLaVA with a {self.vision.model_type} as its vision tower is not supported; those "
+                "with CLIP or SigLIP are."
+            )
+        wanted = (self.vision.image_size, self.vision.image_size)
+        for size in ((80, 50), (50, 90)):
+            from PIL import Image
+
+            made = tuple(self.pixels(processor, [Image.new("RGB", size)])["pixel_values"].shape[2:])
+            if made != wanted:
+                raise ModelError(
+                    f"model.name: its image processor ({type(processor).__name__}) makes images of {made[0]} x {made[1]} "
+                    f"pixels, and its vision tower takes {wanted[0]} x {wanted[1]}. Use the preprocessor_config.json "
+                    "that came with the model."
+                )
+
+    def tokens(self, made: Mapping[str, torch.Tensor]) -> int:
+        """Return the patches; CLIP's class token counts unless ``vision_feature_select_strategy`` leaves it out."""
+        height, width = made["pixel_values"].shape[-2:]
+        patches = (height // self.vision.patch_size) * (width // self.vision.patch_size)
+        classes = int(self.vision.model_type == "clip_vision_model")
+        return patches + classes - int(self.config.vision_feature_select_strategy == "default")
+
+    def shrink(self) -> None:
+        """Make images of four by four patches."""
+        self.vision.image_size = _SIDE * self.vision.patch_size
+
+    def drawn(self, count: int, draw: torch.Generator) -> tuple[Row, list[int]]:
+        """Return images of the size that the vision tower is built for."""
+        size = self.vision.image_size
+        made = {"pixel_values": torch.randn(count, self.vision.num_channels, size, size, generator=draw)}
+        return made, [self.tokens(made)] * count
+
+
+class Qwen2VL(Family):
+    """Qwen2-VL: images of any size, a token for each group of patches, positions along height and width."""
+
+    inputs = ("pixel_values", "image_grid_thw")
+    marks = "mm_token_type_ids"
+
+    def _agreed(self) -> dict[str, Any]:
+        vision = self.vision
+        return {
+            "patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+        }  # fmt: skip
+
+    def tokens(self, made: Mapping[str, torch.Tensor]) -> int:
+        """Return the patches divided by those of a group."""
+        return int(made["image_grid_thw"][0].prod()) // self.vision.spatial_merge_size**2
+
+    def shrink(self) -> None:
+        """Keep two blocks of a small width, whose output is as wide as the small decoder."""
+        vision, width = self.vision, self.config.get_text_config().hidden_size
+        vision.depth, vision.num_heads = min(2, vision.depth), 4
+        if hasattr(vision, "embed_dim"):  # Qwen2-VL: the blocks' width is this, and hidden_size is the decoder's
+            vision.embed_dim, vision.hidden_size = 64, width
+        else:  # Qwen2.5-VL: windows must hold a group of patches, and one block must see all
+            vision.hidden_size, vision.out_hidden_size = 64, width
+            vision.window_size = _SIDE * vision.spatial_merge_size * vision.patch_size
+            vision.fullatt_block_indexes = [vision.depth - 1]
+
+    def drawn(self, count: int, draw: torch.Generator) -> tuple[Row, list[int]]:
+        """Return patches of images of several sizes."""
+        vision, merge = self.vision, self.vision.spatial_merge_size
+        grids = torch.tensor([[1, (2 + number) * merge, (3 - number % 2) * merge] for number in range(count)])
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        patches = torch.randn(int(grids.prod(1).sum()), width, generator=draw)
+        return {"pixel_values": patches, "image_grid_thw": grids}, (grids.prod(1) // merge**2).tolist()
+
+
+FAMILIES: dict[str, type[Family]] = {"llava": Llava, "qwen2_vl": Qwen2VL, "qwen2_5_vl": Qwen2VL}
+"""``model_type`` in config.json -> its family: those whose losses and gradients are compared with upstream's."""
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """Return the family of a model's config.
+
+    Raises:
+        ModelError: if it is not one of `FAMILIES`.
+    """
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"model.name: a {config.model_type} reads images, and of such models objective=sft trains "
+            f"{', '.join(FAMILIES)} so far. Choose one of these, or a model of text alone."
+        )
+    return FAMILIES[config.model_type](config)

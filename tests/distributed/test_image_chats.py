@@ -1,0 +1,171 @@
+"""objective=sft on models that read images: losses and gradients are upstream's, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+
+from fsdp_qlora.adapters.experts import peft_config
+from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.whole import as_saved
+from fsdp_qlora.checks import reference
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import local_tensor
+from fsdp_qlora.objectives import build_objective
+from tests.build import build, essence, losses, metrics, refused_fit, run_fit, whole
+from tests.image_chats import (
+    VISION,
+    mean_loss,
+    upstream_losses,
+    upstream_row,
+    write_conversations,
+    write_image_chat_model,
+)
+from tests.objectives import upstream_model
+from tests.tolerances import FP32_LOSSES
+
+pytestmark = pytest.mark.full
+
+
+def _case(folder: Path, family: str, **groups: Any) -> tuple[str, dict[str, Any]]:
+    """Write a model and conversations; return its folder and the settings of a run."""
+    model = write_image_chat_model(folder / "base", family)
+    settings: dict[str, Any] = {
+        "data": {"train": str(write_conversations(folder / "data")), "max_length": 256},
+        "precision": {"name": "fp32"},
+        "schedule": {"name": "constant", "warmup_ratio": 0.0},
+        "train": {"max_steps": 6},
+    }
+    for name, values in groups.items():
+        settings[name] = {**settings.get(name, {}), **values}
+    return str(model), settings
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("family", VISION)
+def test_losses_are_upstreams_row_by_row(pool, tmp_path, family, num_ranks):
+    model, groups = _case(tmp_path, family)
+    ours = losses(pool.run(num_ranks, run_fit, model, str(tmp_path), "run", groups)[0]["metrics"])
+    wanted, _ = pool.run(1, upstream_losses, model, groups, family)[0]
+    assert len(ours) == 6 and ours == pytest.approx(wanted, rel=FP32_LOSSES)
+
+
+def _gradients(ranks: Ranks, folder: str, groups: dict[str, Any], family: str) -> tuple[float, float, float]:
+    """Return our loss of rows with two images, one and none, upstream's, and how far our gradients are off."""
+    prepared = build(ranks, folder, **groups)
+    data = prepared.data
+    assert data is not None and data.train is not None
+    objective = build_objective(prepared.settings.objective)
+    with torch.no_grad():
+        for parameter in dict(trainable_parameters(prepared.model)).values():
+            local_tensor(parameter).normal_(std=0.1)  # B starts at zero, and A would get no gradient
+    batch = data.encoder.rows(data.train).collate([0, 1, 2, 3], 0)
+    (ours, _), *_ = objective.sums(prepared.model.train(), batch.to(ranks.device)).values()
+    ours.backward()
+    trained = dict(trainable_parameters(prepared.model))
+    values = {name: whole(p).detach().clone() for name, p in trained.items()}
+    own = {name: whole(p.grad).detach().clone() for name, p in trained.items() if p.grad is not None}
+    config = peft_config(prepared.plan.targets, [], prepared.settings.lora, objective.task_type)
+    upstream: Any = upstream_model(prepared)
+    config = as_saved(config, prepared.plan.modules, prepared.shapes, upstream)
+    adapted = reference.adapt(upstream, config, values).train()
+    file, total = Path(groups["data"]["train"]), 0.0
+    for line in file.read_text().splitlines()[:4]:
+        row = upstream_row(Path(folder), family, json.loads(line), file.parent)
+        loss = adapted(**row).loss * int((row["labels"][:, 1:] != -100).sum())
+        (loss * ranks.size).backward()  # each rank has computed the same rows, and ours are added up
+        total += float(loss.detach())
+    # upstream's towers end before their last layer, whose adapters get no gradient there, and zeros here
+    theirs = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainable_parameters(adapted)}
+    assert own.keys() == theirs.keys()
+    prepared.close()
+    if not prepared.config.lora.modules_to_save and prepared.config.lora.target_modules == "all-linear":
+        assert all("language_model" in name for name in own)
+    off = max(float((own[n] - theirs[n]).norm() / theirs[n].norm().clamp_min(1e-12)) for n in own)
+    return float(ours), total, off
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_gradients_are_upstreams(pool, tmp_path, family):
+    model, groups = _case(tmp_path, family, model={"check": "off"})
+    ours, theirs, off = pool.run(2, _gradients, model, groups, family)[0]
+    assert ours == pytest.approx(theirs, rel=FP32_LOSSES) and off < 1e-5
+
+
+def _exported_loss(ranks: Ranks, folder: str, groups: dict[str, Any], adapter: str, family: str) -> float:
+    """Return the mean loss of all rows in plain transformers and PEFT, with our rounded weights and the adapter."""
+    prepared = build(ranks, folder, **groups)
+    adapted: nn.Module = PeftModel.from_pretrained(upstream_model(prepared), adapter).eval()  # type: ignore[arg-type]
+    prepared.close()
+    file = Path(groups["data"]["train"])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return mean_loss(adapted, [upstream_row(Path(folder), family, row, file.parent) for row in rows])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_a_run_resumes_and_its_adapter_loads_in_plain_peft(pool, tmp_path, family):
+    model, groups = _case(tmp_path, family, checkpoint={"every_steps": 3})
+    groups["data"] |= {"eval": groups["data"]["train"]}
+    whole_run = pool.run(2, run_fit, model, str(tmp_path), "whole", groups)[0]
+    pool.run(2, run_fit, model, str(tmp_path), "split", {**groups, "train": {"max_steps": 3}})
+    pool.run(2, run_fit, model, str(tmp_path), "split", groups)
+    assert essence(metrics(tmp_path / "split"))[-1] == essence(metrics(tmp_path / "whole"))[-1]
+    one, two = (tmp_path / name / "adapter/adapter_model.safetensors" for name in ("split", "whole"))
+    assert one.read_bytes() == two.read_bytes()
+    pool.run(1, run_fit, model, str(tmp_path), "elastic", {**groups, "train": {"max_steps": 3}})
+    elastic = losses(pool.run(2, run_fit, model, str(tmp_path), "elastic", groups)[0]["metrics"])
+    assert elastic == pytest.approx(losses(whole_run["metrics"]), rel=FP32_LOSSES)
+    adapter = tmp_path / "whole/adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    assert (adapter / "preprocessor_config.json").is_file() and (adapter / "tokenizer.json").is_file()
+    loss = pool.run(1, _exported_loss, model, groups, str(adapter), family)[0]
+    assert loss == pytest.approx(whole_run["summary"]["eval_loss_after"], rel=FP32_LOSSES)
+
+
+BOTH: dict[str, dict[str, Any]] = {
+    "llava": {"target_modules": ["q_proj", "model.vision_tower.*.q_proj", "multi_modal_projector.linear_1"]},
+    "qwen2_vl": {"target_modules": ["q_proj", "down_proj", "model.visual.*.qkv"]},
+    "llava, projector": {"modules_to_save": ["multi_modal_projector"]},
+}
+"""Settings that also train what only images pass through."""
+
+
+@pytest.mark.parametrize("how", BOTH)
+def test_the_vision_tower_is_trained_too(pool, tmp_path, how):
+    family, trained = how.partition(",")[0], "multi_modal_projector" if "projector" in how else "vis"
+    model, groups = _case(tmp_path, family, model={"check": "off"}, lora=BOTH[how])
+    ours, theirs, off = pool.run(2, _gradients, model, groups, family)[0]
+    assert ours == pytest.approx(theirs, rel=FP32_LOSSES) and off < 1e-5
+    one = pool.run(1, run_fit, model, str(tmp_path), "one", groups)[0]
+    two = pool.run(2, run_fit, model, str(tmp_path), "two", groups)[0]  # a rank may have texts alone
+    assert losses(two["metrics"]) == pytest.approx(losses(one["metrics"]), rel=FP32_LOSSES)
+    saved = load_file(tmp_path / "two/adapter/adapter_model.safetensors")
+    assert any(trained in name and bool(value.any()) for name, value in saved.items() if "lora_A" not in name)
+
+
+SPREAD = {
+    "a copy on every rank": {"fsdp": {"shard_degree": 1, "replicate_degree": 2}},
+    "layers recomputed": {"train": {"activation_checkpointing": "full"}},
+    "layers kept gathered": {"fsdp": {"reshard_after_forward": "false"}},
+    "parameters on the host": {"fsdp": {"offload": "params"}},
+    "paged optimizer": {"optim": {"name": "paged_adamw_32bit"}},
+    "micro-batches by tokens": {"train": {"micro_batch_tokens": 96}},
+    "adapters on every rank": {"fsdp": {"adapters": "replicated"}},
+}
+
+
+@pytest.mark.parametrize("how", SPREAD)
+def test_how_it_is_spread_changes_no_loss(pool, tmp_path, how):
+    model, groups = _case(tmp_path, "qwen2_vl")
+    plain = losses(pool.run(2, run_fit, model, str(tmp_path), "plain", groups)[0]["metrics"])
+    merged = {name: {**groups.get(name, {}), **SPREAD[how].get(name, {})} for name in {*groups, *SPREAD[how]}}
+    layout = "copies" if how == "a copy on every rank" else "shard"
+    other = losses(pool.run(2, run_fit, model, str(tmp_path), "other", merged, layout=layout)[0]["metrics"])
+    assert len(other) == 6 and other == pytest.approx(plain, rel=FP32_LOSSES)
