@@ -28,6 +28,7 @@ from fsdp_qlora.run.prepared import Prepared
 from tests.build import build, whole
 from tests.families import write_family
 from tests.images import write_classes, write_vision
+from tests.speech import write_recordings, write_whisper
 from tests.tiny import sentence
 
 Tensors = Mapping[str, torch.Tensor]
@@ -39,7 +40,7 @@ class Case:
 
     family: str
     row: Callable[[int], dict[str, Any]] | None
-    """None: the rows are images in class folders."""
+    """None: the rows are images in class folders, or recordings."""
     objective: dict[str, Any]
     inputs: Callable[[Tensors], dict[str, Any]] = dict
     """The micro-batch's tensors -> upstream's arguments, labels included."""
@@ -53,7 +54,9 @@ class Case:
 
     def write(self, folder: Path) -> tuple[str, dict[str, Any]]:
         """Write model and rows; return the model's folder and the settings of a run."""
-        if self.row is None:
+        if self.family == "whisper":
+            model, rows = write_whisper(folder / "base", **self.more), write_recordings(folder / "heard", 40)
+        elif self.row is None:
             model, rows = write_vision(folder / "base", self.family, **self.more), folder / "pictures"
             write_classes(rows, NAMES, 40)
         else:
@@ -218,6 +221,11 @@ CASES: dict[str, Case] = {
     "t5, heads apart": Case(
         "t5", source_and_target, PAIRS, _without_positions,
         more={"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}, divided_by=TOKENS,
+    ),
+    "whisper": Case("whisper", None, PAIRS | {"language": "en"}, _without_positions, more={"several": True}, divided_by=TOKENS),
+    "whisper of English, int8": Case(
+        "whisper", None, PAIRS, _without_positions,
+        {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}}, divided_by=TOKENS,
     ),
     "llama, names": Case(
         "llama", lambda n: {"text": sentence(n, 5 + n % 9), "label": NAMES[n % 3]}, CLASSIFY,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fsdp_qlora.data.encoder import Read
 from fsdp_qlora.data.folders import is_data, is_inside
-from fsdp_qlora.data.images import stamp_of
 from fsdp_qlora.data.lines import Row
+from fsdp_qlora.data.named_files import stamp_of_named
 from fsdp_qlora.data.readers import kind_of
 from fsdp_qlora.data.sources import expand, fingerprint, is_file, not_read, read_source
 from fsdp_qlora.errors import DataError
@@ -53,20 +52,13 @@ def folders_of(name: str) -> list[str]:
 
 
 def images_fingerprint(name: str, read: Read) -> str:
-    """Return a text that changes with a source's rows and with the images that they name (`stamp_of`).
+    """Return a text that changes with a source's rows and with the images that they name (`named_files.stamp_of`).
 
     Raises:
         DataError: as `image_rows`.
     """
-    digest = hashlib.sha256()
-    for row in image_rows(name):
-        try:
-            named = str(read(row).get(IMAGE))
-        except DataError:
-            named = ""  # a bad row, which encoding it names
-        digest.update(f"{named}\0".encode("utf-8", "surrogatepass") + stamp_of(Path(row.folder, named)))
     rows = "" if is_class_folder(name) else fingerprint(name)
-    return f"images {digest.hexdigest()}\n{rows}"
+    return f"images {stamp_of_named(image_rows(name), IMAGE, read)}\n{rows}"
 
 
 def images_not_read(names: Iterable[str]) -> list[str]:

@@ -40,7 +40,7 @@ from fsdp_qlora.shapes.modules import around
 from fsdp_qlora.shapes.patterns import endings
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
+    from transformers import BaseImageProcessor, WhisperProcessor
 
 _BESIDE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
 """The files of an adapter's folder."""
@@ -101,7 +101,7 @@ def export_adapter(
     tensors: Mapping[str, torch.Tensor],
     config: PeftConfig,
     base_model: str,
-    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None = None,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | WhisperProcessor | None = None,
     model_card: str | None = None,
     beside: Sequence[Path] = (),
     header: Mapping[str, str] | None = None,
@@ -110,7 +110,7 @@ def export_adapter(
 ) -> int:
     """Write a PEFT adapter folder and verify it; return the size of its weights in bytes. Call it on one rank.
 
-    ``tokenizer`` may be an image processor. The files ``beside`` are copied into it. ``header`` are more texts for the
+    ``tokenizer`` may be another processor. The files ``beside`` are copied into it. ``header`` are more texts for the
     header of the tensors' file, which plain PEFT reads past. ``model_config`` is written where the base needs another
     config than its own: names of labels. ``more`` are further files: name -> JSON.
 
@@ -147,7 +147,7 @@ def _write_into(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
     config: PeftConfig,
-    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | WhisperProcessor | None,
     model_card: str | None,
     header: Mapping[str, str],
 ) -> None:

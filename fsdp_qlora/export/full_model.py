@@ -18,7 +18,7 @@ from fsdp_qlora.files.scratch import fresh_folder, move_into
 from fsdp_qlora.files.write import copy_regular
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
+    from transformers import BaseImageProcessor, WhisperProcessor
 
 _GENERATION = "generation_config.json"
 
@@ -40,7 +40,7 @@ def export_model(
     folder: Path,
     skeleton: PreTrainedModel,
     tensors: Mapping[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | WhisperProcessor,
     base: Path,
 ) -> int:
     """Write model and tokenizer or image processor; return the bytes of the weights' files. Call it on one rank.

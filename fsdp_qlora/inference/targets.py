@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ _TOKENS = (
 """What greedy decoding takes over from a model's own settings: tokens that begin or end a text, or never occur."""
 
 
-def greedy_config(folder: Path, model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
-    """Return settings to write greedily with the model in ``folder``: of its own, only those about tokens.
+def greedy_config(folder: Path, model: PreTrainedModel, more: Mapping[str, Any]) -> GenerationConfig:
+    """Return settings to write greedily with the model in ``folder``: of its own, only those about tokens; and ``more``.
 
     Raises:
         ModelError: if its generation_config.json cannot be read.
@@ -37,7 +37,7 @@ def greedy_config(folder: Path, model: PreTrainedModel, max_new_tokens: int) -> 
         except Exception as error:  # odd values can raise anything in upstream's code
             raise ModelError(f"model.name: {folder / _FILE} cannot be read: {typed_line(error)}") from error
     tokens = {name: value for name in _TOKENS if (value := getattr(own, name, None)) is not None}
-    return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True, **tokens)
+    return GenerationConfig(do_sample=False, num_beams=1, use_cache=True, **tokens, **more)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from fsdp_qlora.model.construct import (
 )
 from fsdp_qlora.model.families import auto_class, decoder_layers, task_type
 from fsdp_qlora.model.replaceable import is_plain_linear, replaceable_linears
-from fsdp_qlora.objectives import Objective
+from fsdp_qlora.objectives import Objective, build_objective
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 
 
@@ -59,8 +59,9 @@ def build_skeleton(
             )
     kind = auto_class(config)
     if objective is not None and objective.auto_class is not None:
-        kind = getattr(transformers, objective.auto_class)
+        objective = build_objective(objective.settled(folder, config))
         objective.configure(config)
+        kind = getattr(transformers, str(objective.auto_class))
     try:
         with parameters_on_meta():
             model = kind.from_config(

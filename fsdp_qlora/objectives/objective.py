@@ -60,6 +60,8 @@ class Objective(ABC):
     """Whether `observe` returns something for each row, which `score` makes metrics of."""
     of_images: ClassVar[bool] = False
     """Whether its rows are images, which the model's image processor reads: such a model has no tokenizer."""
+    of_audio: ClassVar[bool] = False
+    """Whether its rows are recordings, which the model's feature extractor reads; its tokenizer reads their texts."""
     label_column: ClassVar[str] = "label"
     """Column of raw rows that holds their labels, where there are any."""
     label_of_each: ClassVar[bool] = False
@@ -69,6 +71,11 @@ class Objective(ABC):
 
     def __init__(self, settings: ObjectiveSettings | None = None) -> None:
         self.settings = settings or ObjectiveSettings(name=self.name)
+
+    @classmethod
+    def of(cls, settings: ObjectiveSettings) -> Objective:
+        """Return the objective of these settings: it may have several forms."""
+        return cls(settings)
 
     def before(
         self, model: nn.Module, micro_batches: Sequence[MicroBatch], ranks: Ranks, draw: Callable[[MicroBatch], None]
@@ -115,7 +122,7 @@ class Objective(ABC):
     def encoder(self, data: DataSettings, tokenizer: Any, config: PreTrainedConfig) -> RowEncoder | None:
         """Return what stores its rows for a model of this config; None: chats and texts of a causal language model.
 
-        ``tokenizer`` is the model's; its image processor if the rows are images.
+        ``tokenizer`` is the model's; its image processor if the rows are images, both if they are recordings.
         """
         return None
 
@@ -138,6 +145,13 @@ class Objective(ABC):
 
     def files(self, data: DataSettings, config: PreTrainedConfig) -> dict[str, Any]:
         """Return further files of an exported adapter: name -> JSON."""
+        return {}
+
+    def writing(self, tokenizer: Any, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return settings of generation for held-out rows, beside those of the model's tokens, if it `writes`.
+
+        ``max_new_tokens`` is the most that it writes.
+        """
         return {}
 
     @property
@@ -214,4 +228,4 @@ def build_objective(settings: ObjectiveSettings | str) -> Objective:
     """
     if isinstance(settings, str):
         return _OBJECTIVES[settings]()
-    return _OBJECTIVES[settings.name](settings)
+    return _OBJECTIVES[settings.name].of(settings)

@@ -27,7 +27,7 @@ from fsdp_qlora.shapes.linears import ModelShapes
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import BaseImageProcessor
+    from transformers import BaseImageProcessor, WhisperProcessor
 
 
 @dataclass
@@ -40,8 +40,8 @@ class Prepared:
     """The settings with every ``auto`` resolved."""
     plan: TrainPlan
     model: CausalModel
-    processor: PreTrainedTokenizerBase | BaseImageProcessor
-    """What reads the model's rows: its tokenizer, or its image processor."""
+    processor: PreTrainedTokenizerBase | BaseImageProcessor | WhisperProcessor
+    """What reads the model's rows: its tokenizer, its image processor, or its tokenizer and feature extractor."""
     ranks: Ranks
     folder: Path
     """The base model's folder."""
@@ -71,10 +71,11 @@ class Prepared:
         Raises:
             ModelError: if it has none.
         """
-        if not isinstance(self.processor, PreTrainedTokenizerBase):
+        texts = getattr(self.processor, "tokenizer", self.processor)
+        if not isinstance(texts, PreTrainedTokenizerBase):
             name = type(self.model.base).__name__
             raise ModelError(f"model.name: a {name} reads images, so it has no tokenizer and writes no texts.")
-        return self.processor
+        return texts
 
     @property
     def mesh(self) -> DeviceMesh:

@@ -18,7 +18,7 @@ from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.folder import resolve_folder
-from fsdp_qlora.model.processor import build_image_processor
+from fsdp_qlora.model.processor import build_image_processor, build_speech_processor
 from fsdp_qlora.model.tokenizer import add_special_tokens, build_tokenizer
 from fsdp_qlora.objectives import Objective, build_objective
 from fsdp_qlora.run.build import OpenedModel
@@ -30,9 +30,9 @@ from fsdp_qlora.track.bars import Bar
 TOKENIZING = "tokenizing rows"
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
+    from transformers import BaseImageProcessor, WhisperProcessor
 
-    Processor = PreTrainedTokenizerBase | BaseImageProcessor
+    Processor = PreTrainedTokenizerBase | BaseImageProcessor | WhisperProcessor
     """What reads a model's rows."""
 
 
@@ -84,7 +84,9 @@ def _encoder(
 
 
 def _of_texts(processor: Processor) -> PreTrainedTokenizerBase | None:
-    return processor if isinstance(processor, PreTrainedTokenizerBase) else None
+    """Return the tokenizer among what reads rows, if there is one."""
+    texts = getattr(processor, "tokenizer", processor)
+    return texts if isinstance(texts, PreTrainedTokenizerBase) else None
 
 
 def known_ids(config: RunConfig, shapes: ModelShapes, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -121,10 +123,13 @@ def prepare_tokens(config: RunConfig) -> PreparedData:
     check(config)
     folder = resolve_folder(config.model.name, config.model.revision)
     objective = build_objective(labels_of(config))
-    processor, encoder = _processor(config, folder, objective), None
-    if not objective.of_tokens:
+    if objective.of_tokens:
+        processor, encoder = _processor(config, folder, objective), None
+    else:
         model_config = load_config(folder, config.model.trust_remote_code, config.model.config_overrides)
+        objective = build_objective(objective.settled(folder, model_config))
         objective.configure(model_config)
+        processor = _processor(config, folder, objective)
         encoder = objective.encoder(config.data, processor, model_config)
     bar = Bar(TOKENIZING)
     data = prepare_data(
@@ -136,8 +141,11 @@ def prepare_tokens(config: RunConfig) -> PreparedData:
 
 
 def _processor(config: RunConfig, folder: Path, objective: Objective) -> Processor:
+    trusted = config.model.trust_remote_code
     if objective.of_images:
-        return build_image_processor(folder, config.objective.image_size, config.model.trust_remote_code)
+        return build_image_processor(folder, config.objective.image_size, trusted)
+    if objective.of_audio:
+        return build_speech_processor(folder, config.objective.language, config.objective.task, trusted)
     return open_tokenizer(config, folder)
 
 

@@ -71,7 +71,7 @@ from fsdp_qlora.train.recovery import Recovery
 from fsdp_qlora.train.step import StepSettings
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
+    from transformers import BaseImageProcessor, WhisperProcessor
 
 _log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class Training:
         config.architectures, config.name_or_path = [type(self.model.base).__name__], ""
         return config
 
-    def _saved_processor(self) -> PreTrainedTokenizerBase | BaseImageProcessor:
+    def _saved_processor(self) -> PreTrainedTokenizerBase | BaseImageProcessor | WhisperProcessor:
         """Return what reads rows, to save; an added end of turn is its ``eos_token``, where plain PEFT then stops."""
         if not (added := self.config.model.add_tokens):
             return self.prepared.processor
