@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from fsdp_qlora.adapters.whole import as_saved
 from fsdp_qlora.checks import reference
 from fsdp_qlora.data.columns import ColumnRows
 from fsdp_qlora.data.labels import IGNORE, ROWS, TOKENS
-from fsdp_qlora.data.loader import Cut, Loader, MicroBatch, NamedBatch
+from fsdp_qlora.data.loader import Cut, Loader, MicroBatch, NamedBatch, weights_of
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.objectives import build_objective
+from fsdp_qlora.run.evaluate import evaluate_prepared
 from fsdp_qlora.run.prepared import Prepared
 from tests.build import build, whole
 from tests.families import write_family
@@ -145,6 +147,50 @@ def exported_outputs(ranks: Ranks, folder: str, groups: dict[str, Any], adapter:
         sums = objective.sums(_AsOurs(adapted), rows.collate([0, 1, 2], 0))
     names = [name for name, _ in adapted.named_parameters() if "modules_to_save" in name]
     return torch.stack([value for value, _ in sums.values()]), names
+
+
+def written_texts(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[list[Any], dict[str, float], float]:
+    """Return what our model writes for each held-out row beside what was wanted, the metrics, and the loss."""
+    prepared = build(ranks, folder, **groups)
+    result = evaluate_prepared(prepared)
+    prepared.close()
+    return list(result.observed), result.metrics, result.loss
+
+
+def upstream_texts(ranks: Ranks, folder: str, groups: dict[str, Any], **asked: Any) -> tuple[list[str], float]:
+    """Return what plain transformers writes for each row alone, and the mean loss of all target tokens."""
+    prepared = build(ranks, folder, **groups)
+    model: Any = upstream_model(prepared).eval()
+    assert prepared.data is not None
+    rows = prepared.data.held_out
+    assert isinstance(rows, ColumnRows)
+    texts, total = [], 0.0
+    greedy = deepcopy(model.generation_config)
+    length = prepared.settings.objective.max_target_length
+    greedy.update(max_new_tokens=length, do_sample=False, num_beams=1)
+    for number in range(len(rows)):
+        inputs = dict(rows.collate([number], 0).tensors)
+        labels = inputs.pop("labels")
+        inputs.pop("supervised")
+        with torch.no_grad():
+            total += float(model(**inputs, labels=labels).loss) * labels.numel()
+            ids = model.generate(**inputs, generation_config=deepcopy(greedy), **asked)
+        texts += prepared.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    prepared.close()
+    return [text.strip() for text in texts], total / weights_of(rows, list(range(len(rows))))[TOKENS]
+
+
+def exported_loss(ranks: Ranks, folder: str, groups: dict[str, Any], adapter: str) -> float:
+    """Return the loss of plain transformers and PEFT with an exported adapter for all held-out rows in one batch."""
+    prepared = build(ranks, folder, **groups)
+    adapted: nn.Module = PeftModel.from_pretrained(upstream_model(prepared), adapter).eval()  # type: ignore[arg-type]
+    assert prepared.data is not None
+    rows = prepared.data.held_out
+    assert isinstance(rows, ColumnRows)
+    tensors = dict(rows.collate(list(range(len(rows))), 0).tensors)
+    tensors.pop("supervised")
+    with torch.no_grad():
+        return float(adapted(**tensors).loss)
 
 
 class _AsOurs(nn.Module):

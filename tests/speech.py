@@ -72,8 +72,11 @@ def make_whisper_tokenizer() -> WhisperTokenizer:
     return tokenizer
 
 
-def write_whisper(folder: Path, several: bool = False, **more: Any) -> Path:
-    """Write a tiny Whisper with random bf16 weights and its processor; ``several``: it knows several languages."""
+def write_whisper(folder: Path, several: bool = False, std: float = 0.08, **more: Any) -> Path:
+    """Write a tiny Whisper with random bf16 weights and its processor.
+
+    ``several``: it knows several languages. ``std``: that of its weights; with large ones it says many things.
+    """
     tokenizer = make_whisper_tokenizer()
     known: dict[str, int] = tokenizer.get_vocab()
     start, end = known["<|startoftranscript|>"], known["<|endoftext|>"]
@@ -89,13 +92,13 @@ def write_whisper(folder: Path, several: bool = False, **more: Any) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # so that every part of the model matters
             if parameter.dim() > 1 and "encoder.embed_positions" not in name:
-                nn.init.normal_(parameter, std=0.08)
-        model.get_input_embeddings().weight.mul_(6)  # it can then say its tokens without a trained head
+                nn.init.normal_(parameter, std=std)
     languages = {f"<|{code}|>": known[f"<|{code}|>"] for code in LANGUAGES}
     model.generation_config = GenerationConfig(
         decoder_start_token_id=start, bos_token_id=end, eos_token_id=end, pad_token_id=end, return_timestamps=False,
         no_timestamps_token_id=known["<|notimestamps|>"], is_multilingual=several, max_length=48,
-        suppress_tokens=[known["<|nospeech|>"], known["<|startofprev|>"]], begin_suppress_tokens=[known["Ġ"], end],
+        suppress_tokens=[number for token, number in known.items() if token.startswith("<|") and number != end],
+        begin_suppress_tokens=[known["Ġ"], end],
         **({"lang_to_id": languages, "task_to_id": {t: known[f"<|{t}|>"] for t in ("translate", "transcribe")}}
            if several else {}),
     )  # fmt: skip

@@ -52,7 +52,7 @@ class ObjectiveSettings:
     """Of ``seq2seq``: held-out rows, spread evenly, whose targets each evaluation writes, for ROUGE and BLEU, or the
     word error rate; 0 = none, only the loss."""
     source: Annotated[Source, YOUNGER] = "auto"
-    """Of ``seq2seq``: what the encoder reads; ``auto`` goes by the model: ``audio`` for Whisper, ``text`` for others."""
+    """Of ``seq2seq``: what the encoder reads; ``auto`` goes by the model: ``audio`` for Whisper, else ``text``."""
     language: Annotated[str | None, YOUNGER] = None
     """Of ``seq2seq`` with audio: the language that is spoken (``en`` or ``english``), as a Whisper of several languages
     is told it; null for one that only knows English."""

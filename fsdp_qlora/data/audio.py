@@ -1,4 +1,4 @@
-"""Recordings: WAV files, checked when rows are prepared, read when a batch is built. Needs scipy (the extra ``audio``)."""
+"""WAV files: checked when rows are prepared, read when a batch is built. Needs scipy (the extra ``audio``)."""
 
 from __future__ import annotations
 

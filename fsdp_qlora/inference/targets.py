@@ -25,7 +25,7 @@ _TOKENS = (
 
 
 def greedy_config(folder: Path, model: PreTrainedModel, more: Mapping[str, Any]) -> GenerationConfig:
-    """Return settings to write greedily with the model in ``folder``: of its own, only those about tokens; and ``more``.
+    """Return settings to write greedily with the model in ``folder``: of its own, only those about tokens; and `more`.
 
     Raises:
         ModelError: if its generation_config.json cannot be read.

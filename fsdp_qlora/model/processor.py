@@ -115,7 +115,7 @@ def build_speech_processor(
 
 def _begin(tokenizer: WhisperTokenizer, folder: Path, language: str | None, task: str) -> None:
     """Set the tokens that a Whisper's targets begin with."""
-    several = _knows_several(folder, tokenizer)
+    several = _knows_several(folder)
     if several and language is None:
         raise ConfigError(
             "objective.language: this Whisper knows several languages and is told which one it hears; set the one that "
@@ -133,8 +133,8 @@ def _begin(tokenizer: WhisperTokenizer, folder: Path, language: str | None, task
         raise ModelError(f"model.name: the tokenizer of {folder} lacks tokens that Whisper's targets begin with.")
 
 
-def _knows_several(folder: Path, tokenizer: WhisperTokenizer) -> bool:
-    """Whether a Whisper knows several languages: its generation_config.json says so, or the size of its vocabulary.
+def _knows_several(folder: Path) -> bool:
+    """Whether a Whisper knows several languages, by its generation_config.json, else by the size of its vocabulary.
 
     The size is OpenAI's own rule (``Whisper.is_multilingual`` in openai/whisper).
     """
@@ -143,4 +143,4 @@ def _knows_several(folder: Path, tokenizer: WhisperTokenizer) -> bool:
         said = read_json(own_file(folder, GENERATION), dict[str, Any]).get("is_multilingual")
         if isinstance(said, bool):
             return said
-    return len(tokenizer) >= _SEVERAL
+    return read_json(own_file(folder, "config.json"), dict[str, Any]).get("vocab_size", 0) >= _SEVERAL

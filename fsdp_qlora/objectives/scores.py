@@ -1,4 +1,4 @@
-"""Metrics of predictions, by kept libraries (scikit-learn, rouge-score, sacrebleu, jiwer), imported where they are used."""
+"""Metrics of predictions, by kept libraries (scikit-learn, rouge-score, sacrebleu, jiwer), imported where used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""seq2seq: an encoder-decoder reads a source, a text (T5, BART, Marian) or a recording (Whisper), and writes a target."""
+"""seq2seq: an encoder-decoder reads a text (T5, BART, Marian) or a recording (Whisper), and writes a target."""
 
 from __future__ import annotations
 
