@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +58,27 @@ def write_targets(
         mine = batches[ranks.rank]
         tensors = rows.collate(mine or batches[0][:1], 0).to(model.device).tensors
         inputs: dict[str, Any] = {name: x for name, x in tensors.items() if name not in (LABELS, SUPERVISED)}
-        ids = model.generate(**inputs, generation_config=config, synced_gpus=ranks.size > 1)
+        with _without_lengths_told():
+            ids = model.generate(**inputs, generation_config=config, synced_gpus=ranks.size > 1)
         own = dict(zip(mine, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=False))
         texts |= {int(row): str(text) for part in gather_json(list(own.items()), ranks) for row, text in part}
     model.train(was_training)
     return [(texts[row].strip(), str(rows.row(row)[TARGET]).strip()) for row in chosen]
+
+
+@contextmanager
+def _without_lengths_told() -> Iterator[None]:
+    """Hide a line that Whisper's code causes in each batch: it fills in a default length, which is then overruled."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Both `max_new_tokens`")
+
+    logger = logging.getLogger("transformers.generation.utils")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def _rounds(rows: ColumnRows, chosen: Sequence[int], batch_size: int, num_ranks: int) -> Iterator[list[list[int]]]:

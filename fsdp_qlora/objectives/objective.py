@@ -140,6 +140,10 @@ class Objective(ABC):
         """Return its settings with what the model's folder and config decide."""
         return self.settings
 
+    def row_length(self, config: PreTrainedConfig) -> int:
+        """Return the positions that every row takes, if the model decides that; 0: at most ``data.max_length``."""
+        return 0
+
     def prune(self, model: PreTrainedModel) -> None:  # noqa: B027 - most need nothing
         """Take out of a model, which is on meta, what its loss does not use."""
 

@@ -30,7 +30,6 @@ _SPEECH = "whisper"
 """The one type of speech model whose own code is compared with ours."""
 
 
-@register
 class SequenceToSequence(Objective):
     """The mean cross entropy over all target tokens of the global batch; upstream shifts them for the decoder."""
 
@@ -126,6 +125,9 @@ class SequenceToSequence(Objective):
         return {"max_new_tokens": self.settings.max_target_length}
 
 
+register(SequenceToSequence)  # as a decorator it would hide from type checkers what the next class extends
+
+
 class SpeechToText(SequenceToSequence):
     """The form of `SequenceToSequence` for Whisper: its sources are recordings of at most 30 seconds.
 
@@ -192,6 +194,10 @@ class SpeechToText(SequenceToSequence):
                 f"model.name: its feature extractor makes spectrograms of {encoder.size[0]} x {encoder.size[1]}, and "
                 f"the model takes {wanted[0]} x {wanted[1]}; use the preprocessor_config.json that came with it."
             )
+
+    def row_length(self, config: PreTrainedConfig) -> int:
+        """Return what the encoder makes of every recording: shorter ones are filled up with silence."""
+        return config.max_source_positions
 
     def score(self, observed: Sequence[Any]) -> dict[str, float]:
         """Return the error rates of pairs of a text that was written and the one that was wanted."""

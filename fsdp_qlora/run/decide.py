@@ -152,7 +152,8 @@ def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
     source = config_for_plan(config.model.name, config.model.revision)
     device = planned_device(config)
     config = with_attention(on_device(config, device), torch.device(device), source)
-    return config, skeleton(config, source)
+    base = skeleton(config, source)
+    return with_rows(config, source, base), base
 
 
 def planned_device(config: RunConfig) -> str:
@@ -196,6 +197,13 @@ def skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
     )  # fmt: skip
     settle_rope(base, config.data.max_length)
     return base
+
+
+def with_rows(config: RunConfig, folder: Path, base: PreTrainedModel) -> RunConfig:
+    """Return the settings with what the model decides of its rows: what its encoder reads, and how long each is."""
+    settled = build_objective(config.objective).settled(folder, base.config)
+    length = build_objective(settled).row_length(base.config) or config.data.max_length
+    return replace(config, objective=settled, data=replace(config.data, max_length=length))
 
 
 def with_head(config: RunConfig, modules: Sequence[str]) -> RunConfig:

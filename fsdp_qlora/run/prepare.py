@@ -93,7 +93,6 @@ def _prepare(
     config, world, layout = settled_world(on_device(config, world.ranks.device.type), folder, world, budget)
     _say(kernels_to_compile(config.train.kernels, world.ranks.device), world.ranks)
     opened, verdict = open_and_check(config, folder, world.ranks, budget, weights)
-    on_every(lambda: require_metrics(opened.config), world.ranks)  # only the model says what it reads
     opened = opened.without_adapters(world.ranks, budget) if bare else opened
     processor, data = tokenize(config, folder, opened, verdict, world)
     recipe = on_every(lambda: _recipe(config, opened, data, training), world.ranks)

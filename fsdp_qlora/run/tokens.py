@@ -22,7 +22,7 @@ from fsdp_qlora.model.processor import build_image_processor, build_speech_proce
 from fsdp_qlora.model.tokenizer import add_special_tokens, build_tokenizer
 from fsdp_qlora.objectives import Objective, build_objective
 from fsdp_qlora.run.build import OpenedModel
-from fsdp_qlora.run.labels import labels_of
+from fsdp_qlora.run.labels import labels_of, require_metrics
 from fsdp_qlora.run.world import World
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.track.bars import Bar
@@ -46,6 +46,7 @@ def tokenize(
         ModelError: if the model has no such processor, or cannot take what it makes.
     """
     ranks = world.ranks
+    on_every(lambda: require_metrics(opened.config), ranks)  # only now is it known what the model reads
     objective, model_config = build_objective(opened.config.objective), opened.base.config
     processor = on_every(lambda: _processor(config, folder, objective), ranks)
     if config.data.train is None:
