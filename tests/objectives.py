@@ -245,7 +245,7 @@ def source_and_target(number: int) -> dict[str, Any]:
     return {"source": sentence(number, 4 + number % 7), "target": sentence(number + 1, 2 + number % 5)}
 
 
-def _without_positions(tensors: Tensors) -> dict[str, Any]:
+def without_positions(tensors: Tensors) -> dict[str, Any]:
     return {name: value for name, value in tensors.items() if name != "supervised"}
 
 
@@ -255,22 +255,22 @@ CLASSIFY, IMAGES = {"name": "sequence_classification"}, {"name": "image_classifi
 PAIRS = {"name": "seq2seq", "generate_rows": 0}
 """Without generation, in which transformers asks all ranks of the pool whether they are done."""
 CASES: dict[str, Case] = {
-    "t5": Case("t5", source_and_target, PAIRS, _without_positions, divided_by=TOKENS),
+    "t5": Case("t5", source_and_target, PAIRS, without_positions, divided_by=TOKENS),
     "bart, int8": Case(
-        "bart", source_and_target, PAIRS, _without_positions,
+        "bart", source_and_target, PAIRS, without_positions,
         {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}}, divided_by=TOKENS,
     ),
     "marian, not quantized": Case(
-        "marian", source_and_target, PAIRS, _without_positions, {"quant": {"name": "none", "double_quant": False}},
+        "marian", source_and_target, PAIRS, without_positions, {"quant": {"name": "none", "double_quant": False}},
         divided_by=TOKENS,
     ),
     "t5, heads apart": Case(
-        "t5", source_and_target, PAIRS, _without_positions,
+        "t5", source_and_target, PAIRS, without_positions,
         more={"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}, divided_by=TOKENS,
     ),
-    "whisper": Case("whisper", None, PAIRS | {"language": "en"}, _without_positions, more={"several": True}, divided_by=TOKENS),
+    "whisper": Case("whisper", None, PAIRS | {"language": "en"}, without_positions, more={"several": True}, divided_by=TOKENS),
     "whisper of English, int8": Case(
-        "whisper", None, PAIRS, _without_positions,
+        "whisper", None, PAIRS, without_positions,
         {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}}, divided_by=TOKENS,
     ),
     "llama, names": Case(
@@ -293,12 +293,12 @@ CASES: dict[str, Case] = {
         {"classifier_dropout": 0.0}, TOKENS,
     ),
     "bert, masked": Case(
-        "bert", lambda n: {"text": sentence(n, 9 + n % 9)}, {"name": "masked_lm"}, _without_positions,
+        "bert", lambda n: {"text": sentence(n, 9 + n % 9)}, {"name": "masked_lm"}, without_positions,
         divided_by=TOKENS,
     ),
     "bert, masked words": Case(
         "bert", lambda n: {"text": sentence(n, 9 + n % 90)},
-        {"name": "masked_lm", "whole_words": True, "mask_probability": 0.3}, _without_positions,
+        {"name": "masked_lm", "whole_words": True, "mask_probability": 0.3}, without_positions,
         {"data": {"truncation": "split"}, "quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}},
         divided_by=TOKENS,
     ),

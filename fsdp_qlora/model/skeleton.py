@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from fsdp_qlora.adapters.names import names_taken_for_experts, renamed_by_peft
 from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers it
@@ -52,7 +52,7 @@ def build_skeleton(
             "which is not computed here. Set model.config_overrides.output_router_logits=false to train without it."
         )
     for key in ("layerdrop", "decoder_layerdrop", "encoder_layerdrop"):
-        if getattr(config.get_text_config(decoder=True), key, None):
+        if any(getattr(own, key, None) for own in _configs(config)):
             raise ModelError(
                 f"{folder}: {key} in config.json drops whole layers at random, different ones on each rank. Set "
                 f"model.config_overrides.{key}=0 to train without it."
@@ -86,6 +86,16 @@ def build_skeleton(
     model.generation_config = GenerationConfig()  # not config.json: what callers leave unset comes from here
     model.requires_grad_(False)
     return model.eval()
+
+
+def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Return the configs of what is trained: of an encoder-decoder its own, and those of both sides if it has them.
+
+    ``get_text_config(decoder=True)`` returns a copy of an encoder-decoder's in which settings of its sides are lost.
+    """
+    if not getattr(config, "is_encoder_decoder", False):
+        return [config.get_text_config(decoder=True)]
+    return [config, *(inner for inner in vars(config).values() if isinstance(inner, PreTrainedConfig))]
 
 
 def _require_embedding(model: PreTrainedModel) -> None:

@@ -123,12 +123,12 @@ def test_bad_rows_are_refused_by_file_and_row(pool, tmp_path):
     assert "long.jsonl, line 1" in refusal and "positions for 48" in refusal
 
 
-def _counted(ranks: Any, folder: str, groups: dict[str, Any]) -> tuple[int, int, int]:
+def _counted(ranks: Any, folder: str, groups: dict[str, Any]) -> tuple[int, int, int, int]:
     prepared = build(ranks, folder, **groups)
     assert prepared.data is not None
     counts = prepared.data.train_counts
     prepared.close()
-    return counts.rows, counts.kept, counts.dropped_long
+    return counts.rows, counts.kept, counts.dropped_long, prepared.plan.settings.max_length
 
 
 def test_recordings_longer_than_it_hears_are_dropped_and_counted(pool, tmp_path):
@@ -137,7 +137,8 @@ def test_recordings_longer_than_it_hears_are_dropped_and_counted(pool, tmp_path)
     wavfile.write(tmp_path / "heard/long.wav", RATE, tones("fox " * 11))
     good = [{"audio": f"recordings/{n}.wav", "text": said(n)} for n in range(6)]
     rows = _write_rows(tmp_path / "heard/some.jsonl", *good, {"audio": "long.wav", "text": "fox " * 11})
-    assert pool.run(1, _counted, str(folder), {**groups, "data": {"train": rows}})[0] == (7, 6, 1)
+    asked = {**groups, "data": {"train": rows}}
+    assert pool.run(1, _counted, str(folder), asked)[0] == (7, 6, 1, 50)  # positions of its encoder are planned
 
 
 def test_what_it_cannot_train_is_refused_in_one_message(pool, tmp_path):
