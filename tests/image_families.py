@@ -8,17 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessorPil
 
-from fsdp_qlora.adapters.experts import peft_config
-from fsdp_qlora.adapters.names import trainable_parameters
-from fsdp_qlora.adapters.whole import as_saved
-from fsdp_qlora.checks import reference
+from fsdp_qlora.data.labels import ROWS
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.errors import FsdpQloraError
-from fsdp_qlora.objectives import build_objective
-from tests.build import build, whole
+from tests import one_batch
 from tests.images import VISION, write_classes
-from tests.objectives import upstream_model
-from tests.tolerances import FP32_LOSSES
+from tests.objectives import Tensors
 
 SIZE = 32
 _BODY: dict[str, Any] = {
@@ -61,13 +55,8 @@ def write_families(folder: Path) -> Path:
 
 def verdicts(ranks: Ranks, folder: str) -> dict[str, str]:
     """Return for each family ``equal``, or the refusal with its exit code; anything else is a difference, in words."""
-    said = {}
-    for number, name in enumerate(FAMILIES):
-        try:
-            said[name] = _compared(ranks, Path(folder, str(number)), str(Path(folder, "train")))
-        except FsdpQloraError as error:
-            said[name] = f"refused ({error.exit_code}): {error}"
-    return said
+    images = str(Path(folder, "train"))
+    return {name: _compared(ranks, Path(folder, str(number)), images) for number, name in enumerate(FAMILIES)}
 
 
 def _write(folder: Path, name: str) -> None:
@@ -82,33 +71,9 @@ def _write(folder: Path, name: str) -> None:
 
 
 def _compared(ranks: Ranks, base: Path, images: str) -> str:
-    settings: dict[str, Any] = {
-        "objective": {"name": "image_classification", "augmentation": "none"},
-        "precision": {"name": "fp32"},
-        "model": {"check": "off"},
-        "data": {"train": images},
-    }
-    prepared = build(ranks, str(base), **settings)
-    data, plan = prepared.data, prepared.plan
-    assert data is not None and data.train is not None
-    objective = build_objective(prepared.settings.objective)
-    batch = data.encoder.rows(data.train).collate([0, 1, 2, 3], 0)
-    (ours, _), *_ = objective.sums(prepared.model.train(), batch).values()
-    ours.backward()
-    trained = dict(trainable_parameters(prepared.model))
-    values = {n: whole(p).detach().clone() for n, p in trained.items()}
-    own = {n: whole(p.grad).detach().clone() for n, p in trained.items() if p.grad is not None}
-    model = upstream_model(prepared)
-    config = peft_config(plan.targets, [], prepared.settings.lora, objective.task_type)
-    adapted = reference.adapt(model, as_saved(config, plan.modules, prepared.shapes, model), values).train()  # type: ignore[arg-type]
-    tensors = dict(batch.tensors)  # type: ignore[attr-defined]
-    loss = adapted(pixel_values=tensors["pixel_values"], labels=tensors["label"][:, 0].long()).loss
-    (loss * 4 * ranks.size).backward()  # each rank has computed the same rows, and ours are added up
-    theirs = {n: p.grad for n, p in trainable_parameters(adapted) if p.grad is not None}
-    prepared.close()
-    if abs(float(ours) - float(loss) * 4) > FP32_LOSSES * abs(float(ours)):
-        return f"loss {float(ours)} and not {float(loss) * 4}"
-    if own.keys() != theirs.keys():
-        return f"gradients of {min(own.keys() ^ theirs.keys())} on one side only"
-    off = max(float((own[n] - theirs[n]).norm() / theirs[n].norm().clamp_min(1e-12)) for n in own)
-    return "equal" if off < 1e-4 else f"gradients are off by {off:.1e}"
+    settings = {"objective": {"name": "image_classification", "augmentation": "none"}, "data": {"train": images}}
+    return one_batch.outcome(ranks, base, settings, _labelled, ROWS)
+
+
+def _labelled(tensors: Tensors) -> dict[str, Any]:
+    return {"pixel_values": tensors["pixel_values"], "labels": tensors["label"][:, 0].long()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from fsdp_qlora.adapters.whole import as_saved
 from fsdp_qlora.checks import reference
 from fsdp_qlora.data.columns import ColumnRows
 from fsdp_qlora.data.labels import IGNORE, ROWS, TOKENS
-from fsdp_qlora.data.loader import Cut, Loader, MicroBatch, NamedBatch
+from fsdp_qlora.data.loader import Cut, Loader, MicroBatch, NamedBatch, weights_of
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.objectives import build_objective
+from fsdp_qlora.run.evaluate import evaluate_prepared
 from fsdp_qlora.run.prepared import Prepared
 from tests.build import build, whole
 from tests.families import write_family
 from tests.images import write_classes, write_vision
+from tests.speech import write_recordings, write_whisper
 from tests.tiny import sentence
 
 Tensors = Mapping[str, torch.Tensor]
@@ -39,7 +42,7 @@ class Case:
 
     family: str
     row: Callable[[int], dict[str, Any]] | None
-    """None: the rows are images in class folders."""
+    """None: the rows are images in class folders, or recordings."""
     objective: dict[str, Any]
     inputs: Callable[[Tensors], dict[str, Any]] = dict
     """The micro-batch's tensors -> upstream's arguments, labels included."""
@@ -53,7 +56,9 @@ class Case:
 
     def write(self, folder: Path) -> tuple[str, dict[str, Any]]:
         """Write model and rows; return the model's folder and the settings of a run."""
-        if self.row is None:
+        if self.family == "whisper":
+            model, rows = write_whisper(folder / "base", **self.more), write_recordings(folder / "heard", 40)
+        elif self.row is None:
             model, rows = write_vision(folder / "base", self.family, **self.more), folder / "pictures"
             write_classes(rows, NAMES, 40)
         else:
@@ -144,6 +149,50 @@ def exported_outputs(ranks: Ranks, folder: str, groups: dict[str, Any], adapter:
     return torch.stack([value for value, _ in sums.values()]), names
 
 
+def written_texts(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[list[Any], dict[str, float], float]:
+    """Return what our model writes for each held-out row beside what was wanted, the metrics, and the loss."""
+    prepared = build(ranks, folder, **groups)
+    result = evaluate_prepared(prepared)
+    prepared.close()
+    return list(result.observed), result.metrics, result.loss
+
+
+def upstream_texts(ranks: Ranks, folder: str, groups: dict[str, Any], **asked: Any) -> tuple[list[str], float]:
+    """Return what plain transformers writes for each row alone, and the mean loss of all target tokens."""
+    prepared = build(ranks, folder, **groups)
+    model: Any = upstream_model(prepared).eval()
+    assert prepared.data is not None
+    rows = prepared.data.held_out
+    assert isinstance(rows, ColumnRows)
+    texts, total = [], 0.0
+    greedy = deepcopy(model.generation_config)
+    length = prepared.settings.objective.max_target_length
+    greedy.update(max_new_tokens=length, do_sample=False, num_beams=1)
+    for number in range(len(rows)):
+        inputs = dict(rows.collate([number], 0).tensors)
+        labels = inputs.pop("labels")
+        inputs.pop("supervised")
+        with torch.no_grad():
+            total += float(model(**inputs, labels=labels).loss) * labels.numel()
+            ids = model.generate(**inputs, generation_config=deepcopy(greedy), **asked)
+        texts += prepared.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    prepared.close()
+    return [text.strip() for text in texts], total / weights_of(rows, list(range(len(rows))))[TOKENS]
+
+
+def exported_loss(ranks: Ranks, folder: str, groups: dict[str, Any], adapter: str) -> float:
+    """Return the loss of plain transformers and PEFT with an exported adapter for all held-out rows in one batch."""
+    prepared = build(ranks, folder, **groups)
+    adapted: nn.Module = PeftModel.from_pretrained(upstream_model(prepared), adapter).eval()  # type: ignore[arg-type]
+    assert prepared.data is not None
+    rows = prepared.data.held_out
+    assert isinstance(rows, ColumnRows)
+    tensors = dict(rows.collate(list(range(len(rows))), 0).tensors)
+    tensors.pop("supervised")
+    with torch.no_grad():
+        return float(adapted(**tensors).loss)
+
+
 class _AsOurs(nn.Module):
     """A plain model under the one method that objectives call."""
 
@@ -196,7 +245,7 @@ def source_and_target(number: int) -> dict[str, Any]:
     return {"source": sentence(number, 4 + number % 7), "target": sentence(number + 1, 2 + number % 5)}
 
 
-def _without_positions(tensors: Tensors) -> dict[str, Any]:
+def without_positions(tensors: Tensors) -> dict[str, Any]:
     return {name: value for name, value in tensors.items() if name != "supervised"}
 
 
@@ -206,18 +255,23 @@ CLASSIFY, IMAGES = {"name": "sequence_classification"}, {"name": "image_classifi
 PAIRS = {"name": "seq2seq", "generate_rows": 0}
 """Without generation, in which transformers asks all ranks of the pool whether they are done."""
 CASES: dict[str, Case] = {
-    "t5": Case("t5", source_and_target, PAIRS, _without_positions, divided_by=TOKENS),
+    "t5": Case("t5", source_and_target, PAIRS, without_positions, divided_by=TOKENS),
     "bart, int8": Case(
-        "bart", source_and_target, PAIRS, _without_positions,
+        "bart", source_and_target, PAIRS, without_positions,
         {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}}, divided_by=TOKENS,
     ),
     "marian, not quantized": Case(
-        "marian", source_and_target, PAIRS, _without_positions, {"quant": {"name": "none", "double_quant": False}},
+        "marian", source_and_target, PAIRS, without_positions, {"quant": {"name": "none", "double_quant": False}},
         divided_by=TOKENS,
     ),
     "t5, heads apart": Case(
-        "t5", source_and_target, PAIRS, _without_positions,
+        "t5", source_and_target, PAIRS, without_positions,
         more={"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}, divided_by=TOKENS,
+    ),
+    "whisper": Case("whisper", None, PAIRS | {"language": "en"}, without_positions, more={"several": True}, divided_by=TOKENS),
+    "whisper of English, int8": Case(
+        "whisper", None, PAIRS, without_positions,
+        {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}}, divided_by=TOKENS,
     ),
     "llama, names": Case(
         "llama", lambda n: {"text": sentence(n, 5 + n % 9), "label": NAMES[n % 3]}, CLASSIFY,
@@ -239,12 +293,12 @@ CASES: dict[str, Case] = {
         {"classifier_dropout": 0.0}, TOKENS,
     ),
     "bert, masked": Case(
-        "bert", lambda n: {"text": sentence(n, 9 + n % 9)}, {"name": "masked_lm"}, _without_positions,
+        "bert", lambda n: {"text": sentence(n, 9 + n % 9)}, {"name": "masked_lm"}, without_positions,
         divided_by=TOKENS,
     ),
     "bert, masked words": Case(
         "bert", lambda n: {"text": sentence(n, 9 + n % 90)},
-        {"name": "masked_lm", "whole_words": True, "mask_probability": 0.3}, _without_positions,
+        {"name": "masked_lm", "whole_words": True, "mask_probability": 0.3}, without_positions,
         {"data": {"truncation": "split"}, "quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}},
         divided_by=TOKENS,
     ),

@@ -38,7 +38,7 @@ class TaskTwin(Twin):
     def _upstream(self, dtype: torch.dtype, values: dict[str, torch.Tensor], rows: list[Row]) -> Computed:
         """Return upstream's results, each row alone, in evaluation mode: a task's classes have dropout of their own."""
         adapted = self._reference_model(dtype, values).eval()
-        scores = [_score(adapted(**row), [_length(row)]) for row in rows]
+        scores = [_score(adapted(**_cast(row, dtype)), [_length(row)]) for row in rows]
         torch.cat(scores).sum().backward()
         return Computed([score.detach() for score in scores], reference.gradients_of(adapted))
 
@@ -64,6 +64,11 @@ class TaskTwin(Twin):
     def _first_difference(self) -> str:
         """Say nothing: modules see other rows here than upstream's do."""
         return ""
+
+
+def _cast(row: Row, dtype: torch.dtype) -> Row:
+    """Return a row with what is no token (a spectrogram) in the model's dtype; some classes do not cast it."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in row.items()}
 
 
 def _length(row: Row) -> int:

@@ -10,7 +10,9 @@ from fsdp_qlora.config.auto import Switch
 from fsdp_qlora.config.facts import NOT_NEGATIVE, POSITIVE, SHARE, VERBATIM, YOUNGER
 
 Augmentation = Literal["flip_crop", "flip", "crop", "none"]
+Source = Literal["auto", "text", "audio"]
 Pooling = Literal["auto", "mean", "cls", "lasttoken"]
+SpeechTask = Literal["transcribe", "translate"]
 ProblemType = Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
 
 
@@ -51,8 +53,16 @@ class ObjectiveSettings:
     source_prefix: Annotated[str, VERBATIM, YOUNGER] = ""
     """Of ``seq2seq``: put before each source (``'summarize: '``, for T5's)."""
     generate_rows: Annotated[int, NOT_NEGATIVE, YOUNGER] = 64
-    """Of ``seq2seq``: held-out rows, spread evenly, whose targets each evaluation writes, for ROUGE and BLEU; 0 = none,
-    only the loss."""
+    """Of ``seq2seq``: held-out rows, spread evenly, whose targets each evaluation writes, for ROUGE and BLEU, or the
+    word error rate; 0 = none, only the loss."""
+    source: Annotated[Source, YOUNGER] = "auto"
+    """Of ``seq2seq``: what the encoder reads; ``auto`` goes by the model: ``audio`` for Whisper, else ``text``."""
+    language: Annotated[str | None, YOUNGER] = None
+    """Of ``seq2seq`` with audio: the language that is spoken (``en`` or ``english``), as a Whisper of several languages
+    is told it; null for one that only knows English."""
+    task: Annotated[SpeechTask, YOUNGER] = "transcribe"
+    """Of ``seq2seq`` with audio: what a Whisper of several languages writes: what is said, or its translation into
+    English."""
     image_size: Annotated[int, NOT_NEGATIVE, YOUNGER] = 0
     """Of ``image_classification``: height and width of the images that the model gets, in pixels; 0 = as its image
     processor has it. If the model's table of positions is for another size, upstream's code interpolates it."""

@@ -68,7 +68,7 @@ def _labels(config: RunConfig) -> Iterator[str]:
 _OWN = {
     "masked_lm": ("mask_probability", "whole_words"),
     "embedding": ("temperature", "pooling"),
-    "seq2seq": ("max_target_length", "source_prefix", "generate_rows"),
+    "seq2seq": ("max_target_length", "source_prefix", "generate_rows", "source", "language", "task"),
     "image_classification": ("image_size", "augmentation"),
 }
 """Objectives -> settings that no other reads."""

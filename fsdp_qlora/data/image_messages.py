@@ -153,7 +153,9 @@ class PartsTemplate(ChatTemplate):
 
     def _writes(self, content: Any, text: str) -> bool:
         try:
-            return text in str(self._tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+            return text in str(
+                self._tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            )
         except Exception:  # a template is a program and may raise anything
             return False
 

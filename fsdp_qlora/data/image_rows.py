@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fsdp_qlora.data.folders import is_data, is_inside
-from fsdp_qlora.data.images import stamp_of
 from fsdp_qlora.data.lines import Row
+from fsdp_qlora.data.named_files import stamp_of_named
 from fsdp_qlora.data.readers import kind_of
 from fsdp_qlora.data.sources import expand, fingerprint, is_file, not_read, read_source
 from fsdp_qlora.errors import DataError
@@ -52,7 +51,7 @@ def folders_of(name: str) -> list[str]:
 
 
 def images_fingerprint(name: str, named: Callable[[Row], Sequence[str]]) -> str:
-    """Return a text that changes with a source's rows and with the images that they name (`stamp_of`).
+    """Return a text that changes with a source's rows and with the images that they name (`named_files.stamp_of`).
 
     Args:
         name: the source.
@@ -61,16 +60,8 @@ def images_fingerprint(name: str, named: Callable[[Row], Sequence[str]]) -> str:
     Raises:
         DataError: as `image_rows`.
     """
-    digest = hashlib.sha256()
-    for row in image_rows(name):
-        try:
-            names = named(row)
-        except DataError:
-            names = [""]  # a bad row, which encoding it names
-        for image in names:
-            digest.update(f"{image}\0".encode("utf-8", "surrogatepass") + stamp_of(Path(row.folder, image)))
     rows = "" if is_class_folder(name) else fingerprint(name)
-    return f"images {digest.hexdigest()}\n{rows}"
+    return f"images {stamp_of_named(image_rows(name), named)}\n{rows}"
 
 
 def images_not_read(names: Iterable[str]) -> list[str]:

@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from fsdp_qlora.data.named_files import content_of
 from fsdp_qlora.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LARGEST = 256 * 2**20
-"""Bytes of a file that is read as an image."""
-_EDGE = 2**16
-"""Bytes at each end of a file that tell it from others of its size."""
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's modes of more than 8 bits, which it would cut off rather than scale."""
 
@@ -37,24 +34,6 @@ class Measured:
     """Of the file's content, 16 bytes."""
     size: tuple[int, int]
     """Width and height in pixels, as `read_image` returns it."""
-
-
-def stamp_of(file: Path) -> bytes:
-    """Return a digest of a file's size and of its first and last 64 KiB; for a missing file, of nothing.
-
-    An image that is changed changes there: most are no longer, and compressed ones end with a checksum, or elsewhere.
-    It does not depend on when the file was written, so that a copy of the data is the same data.
-    """
-    try:
-        with file.open("rb") as stream:
-            size = stream.seek(0, io.SEEK_END)
-            stream.seek(0)
-            edges = [stream.read(_EDGE)]
-            stream.seek(max(_EDGE, size - _EDGE))
-            edges.append(stream.read(_EDGE))
-    except OSError:
-        return b""
-    return hashlib.blake2b(b"\0".join([str(size).encode(), *edges]), digest_size=16).digest()
 
 
 def check_images(files: Sequence[Path]) -> list[bytes | DataError]:
@@ -75,7 +54,7 @@ def _of_each(files: Sequence[Path], work: Callable[[Path, bytes], T]) -> list[T 
 
     def attempt(file: Path) -> T | DataError:
         try:
-            return work(file, _content(file))
+            return work(file, content_of(file, "image"))
         except DataError as error:
             return error
 
@@ -104,7 +83,7 @@ def read_image(file: Path) -> Image:
     Raises:
         DataError: if it cannot be read.
     """
-    return _upright(file, _content(file))
+    return _upright(file, content_of(file, "image"))
 
 
 def _upright(file: Path, content: bytes) -> Image:
@@ -115,19 +94,6 @@ def _upright(file: Path, content: bytes) -> Image:
         if turned.mode == "P" and "transparency" in turned.info:
             turned = turned.convert("RGBA")  # as Pillow asks for
         return turned.convert("RGB")
-
-
-def _content(file: Path) -> bytes:
-    if not file.exists():
-        raise DataError(f"there is no image {file}")
-    if not file.is_file():
-        raise DataError(f"the image {file} is no regular file")
-    try:
-        if (size := file.stat().st_size) > LARGEST:
-            raise DataError(f"the image {file} has {size} bytes, and at most {LARGEST} are read")
-        return file.read_bytes()
-    except OSError as error:
-        raise DataError(f"the image {file} cannot be read: {error.strerror}") from error
 
 
 @contextmanager

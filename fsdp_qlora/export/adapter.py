@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from fsdp_qlora.adapters.folder import (
     CONFIG_NAME,
@@ -40,9 +40,7 @@ from fsdp_qlora.shapes.modules import around
 from fsdp_qlora.shapes.patterns import endings
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
-
-    from fsdp_qlora.model.processor import ImageTextProcessor
+    from fsdp_qlora.model.processor import Processor
 
 _BESIDE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
 """The files of an adapter's folder."""
@@ -103,7 +101,7 @@ def export_adapter(
     tensors: Mapping[str, torch.Tensor],
     config: PeftConfig,
     base_model: str,
-    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | ImageTextProcessor | None = None,
+    tokenizer: Processor | None = None,
     model_card: str | None = None,
     beside: Sequence[Path] = (),
     header: Mapping[str, str] | None = None,
@@ -112,7 +110,7 @@ def export_adapter(
 ) -> int:
     """Write a PEFT adapter folder and verify it; return the size of its weights in bytes. Call it on one rank.
 
-    ``tokenizer`` may be an image processor. The files ``beside`` are copied into it. ``header`` are more texts for the
+    ``tokenizer`` may be another processor. The files ``beside`` are copied into it. ``header`` are more texts for the
     header of the tensors' file, which plain PEFT reads past. ``model_config`` is written where the base needs another
     config than its own: names of labels. ``more`` are further files: name -> JSON.
 
@@ -149,7 +147,7 @@ def _write_into(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
     config: PeftConfig,
-    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | ImageTextProcessor | None,
+    tokenizer: Processor | None,
     model_card: str | None,
     header: Mapping[str, str],
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.errors import NumericsError
@@ -18,9 +18,7 @@ from fsdp_qlora.files.scratch import fresh_folder, move_into
 from fsdp_qlora.files.write import copy_regular
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
-
-    from fsdp_qlora.model.processor import ImageTextProcessor
+    from fsdp_qlora.model.processor import Processor
 
 _GENERATION = "generation_config.json"
 
@@ -42,7 +40,7 @@ def export_model(
     folder: Path,
     skeleton: PreTrainedModel,
     tensors: Mapping[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | ImageTextProcessor,
+    tokenizer: Processor,
     base: Path,
 ) -> int:
     """Write model and tokenizer or image processor; return the bytes of the weights' files. Call it on one rank.

@@ -188,12 +188,16 @@ def _inputs(model: PreTrainedModel, ids: torch.Tensor, hidden: torch.Tensor) -> 
 
 
 def _backbones(model: PreTrainedModel) -> list[str]:
-    """Return the paths of modules to try as the decoder: the outermost module around it, then the decoder itself."""
+    """Return the paths of modules to try as the decoder: the outermost module around it, then the decoder itself.
+
+    Where nothing is around the table of tokens (T5's), the decoder comes first.
+    """
     names = {module: name for name, module in model.named_modules()}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     around = names[table].partition(".")[0]
     inner = names.get(model.get_decoder(), "")
-    return [path for path in dict.fromkeys((around, inner)) if path not in ("", names[head])]  # type: ignore[index]
+    order = (inner, around) if around == names[table] else (around, inner)  # type: ignore[index]
+    return [path for path in dict.fromkeys(order) if path not in ("", names[head])]  # type: ignore[index]
 
 
 def _head_name(model: PreTrainedModel) -> str:

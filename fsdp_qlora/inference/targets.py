@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ _TOKENS = (
 """What greedy decoding takes over from a model's own settings: tokens that begin or end a text, or never occur."""
 
 
-def greedy_config(folder: Path, model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
-    """Return settings to write greedily with the model in ``folder``: of its own, only those about tokens.
+def greedy_config(folder: Path, model: PreTrainedModel, more: Mapping[str, Any]) -> GenerationConfig:
+    """Return settings to write greedily with the model in ``folder``: of its own, only those about tokens; and `more`.
 
     Raises:
         ModelError: if its generation_config.json cannot be read.
@@ -37,7 +39,7 @@ def greedy_config(folder: Path, model: PreTrainedModel, max_new_tokens: int) -> 
         except Exception as error:  # odd values can raise anything in upstream's code
             raise ModelError(f"model.name: {folder / _FILE} cannot be read: {typed_line(error)}") from error
     tokens = {name: value for name in _TOKENS if (value := getattr(own, name, None)) is not None}
-    return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, use_cache=True, **tokens)
+    return GenerationConfig(do_sample=False, num_beams=1, use_cache=True, **tokens, **more)
 
 
 @torch.no_grad()
@@ -56,11 +58,27 @@ def write_targets(
         mine = batches[ranks.rank]
         tensors = rows.collate(mine or batches[0][:1], 0).to(model.device).tensors
         inputs: dict[str, Any] = {name: x for name, x in tensors.items() if name not in (LABELS, SUPERVISED)}
-        ids = model.generate(**inputs, generation_config=config, synced_gpus=ranks.size > 1)
+        with _without_lengths_told():
+            ids = model.generate(**inputs, generation_config=config, synced_gpus=ranks.size > 1)
         own = dict(zip(mine, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=False))
         texts |= {int(row): str(text) for part in gather_json(list(own.items()), ranks) for row, text in part}
     model.train(was_training)
     return [(texts[row].strip(), str(rows.row(row)[TARGET]).strip()) for row in chosen]
+
+
+@contextmanager
+def _without_lengths_told() -> Iterator[None]:
+    """Hide a line that Whisper's code causes in each batch: it fills in a default length, which is then overruled."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Both `max_new_tokens`")
+
+    logger = logging.getLogger("transformers.generation.utils")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def _rounds(rows: ColumnRows, chosen: Sequence[int], batch_size: int, num_ranks: int) -> Iterator[list[list[int]]]:

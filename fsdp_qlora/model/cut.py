@@ -33,7 +33,7 @@ _WINDOW = (
     r"|(mamba_)?chunk_size|index_topk|indexer_budget|index_block_size|local_attention_window_len|rel_extent|block_size"
     r"|floor_scale|log_scaling_n_floor)$"
 )
-_POSITIONS = r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|max_target_positions)$"
+_POSITIONS = r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|max_(target|source)_positions)$"
 _WIDTH = (
     r"(.*intermediate_size.*|.*ffn_dim|ffn_hidden_size|expert_ffn_hidden_size|dim_ff|dff|d_inner|ffn_dim|lru_width"
     r"|attention_hidden_size|embedding_size|(in|out)put_embedding_size|hidden_size_per_layer_input|(kv|q|o)_lora_rank"

@@ -55,6 +55,8 @@ def task_type(model: PreTrainedModel) -> str | None:
     if model.get_output_embeddings() is None and type(model).__name__.endswith("Model"):
         return "FEATURE_EXTRACTION"
     kind = auto_class(model.config)
+    if kind is AutoModelForSeq2SeqLM and model.main_input_name != "input_ids":
+        return None  # PEFT's wrapper would pass `input_ids` to a model that hears
     return {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSeq2SeqLM: "SEQ_2_SEQ_LM"}.get(kind)
 
 

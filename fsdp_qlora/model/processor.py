@@ -1,4 +1,4 @@
-"""A model folder's image processor: what resizes, crops and normalizes images for it."""
+"""What reads a model's rows if they are no texts: its image processor, or its feature extractor of recordings."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora.errors import ConfigError, ModelError, typed_line
+from fsdp_qlora.errors import ConfigError, ModelError, first_line, typed_line
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.files.write import copy_regular
 from fsdp_qlora.model.config import not_buildable, require_sane
+from fsdp_qlora.model.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase, WhisperProcessor, WhisperTokenizer
 
-FILE = "preprocessor_config.json"
+FILE, GENERATION = "preprocessor_config.json", "generation_config.json"
+_SEVERAL = 51_865
+"""Tokens of a Whisper that knows several languages; one that knows only English has fewer."""
 
 
 _TEMPLATE = "chat_template.json"
@@ -114,3 +117,84 @@ def _resize(processor: Any, size: int) -> None:
             f"objective.image_size: the size of {type(processor).__name__} ({before}) cannot be set to {size}; leave "
             "it out."
         )
+
+
+def build_speech_processor(
+    folder: Path, language: str | None, task: str, trust_remote_code: bool = False
+) -> WhisperProcessor:
+    """Load the feature extractor and the tokenizer of a Whisper, whose targets begin as language and task ask.
+
+    Args:
+        folder: the model's folder.
+        language: what is spoken, by name or code; None for a model that knows only English.
+        task: ``transcribe`` or ``translate``.
+        trust_remote_code: whether the tokenizer's code may come with the model.
+
+    Raises:
+        ConfigError: if scipy is not installed, or the language does not go with the model.
+        ModelError: if one of the two is missing or not Whisper's, or draws noise at random.
+        SecurityError: if one of the files is a link that leads outside the folder.
+    """
+    if find_spec("scipy") is None:
+        raise ConfigError(
+            "objective: recordings need scipy, which is not installed; run `pip install 'fsdp-qlora[audio]'`."
+        )
+    from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
+
+    tokenizer = build_tokenizer(folder, trust_remote_code)
+    if not isinstance(tokenizer, WhisperTokenizer):
+        raise ModelError(
+            f"model.name: the tokenizer of {folder} is a {type(tokenizer).__name__}, which does not know how Whisper's "
+            "texts begin; set tokenizer_class to WhisperTokenizer in its tokenizer_config.json."
+        )
+    own_file(folder, FILE)
+    try:
+        extractor: Any = WhisperFeatureExtractor.from_pretrained(folder)
+    except Exception as error:  # a damaged file can raise anything
+        raise ModelError(
+            f"model.name: {folder} has no usable feature extractor ({FILE}): {typed_line(error)}"
+        ) from error
+    if extractor.dither:
+        raise ModelError(
+            f"model.name: dither in {folder / FILE} adds noise at random to every recording; set it to 0.0 there."
+        )
+    _begin(tokenizer, folder, language, task)
+    return WhisperProcessor(extractor, tokenizer)
+
+
+def _begin(tokenizer: WhisperTokenizer, folder: Path, language: str | None, task: str) -> None:
+    """Set the tokens that a Whisper's targets begin with."""
+    several = _knows_several(folder)
+    if several and language is None:
+        raise ConfigError(
+            "objective.language: this Whisper knows several languages and is told which one it hears; set the one that "
+            "is spoken in the data (objective.language=en)."
+        )
+    if not several and (language is not None or task != "transcribe"):
+        key = "task" if language is None else "language"
+        raise ConfigError(f"objective.{key}: this Whisper knows only English and is told neither; leave it out.")
+    tokenizer.language = tokenizer.task = None  # those of its files
+    try:
+        tokenizer.set_prefix_tokens(language=language, task=task if several else None, predict_timestamps=False)
+    except ValueError as error:
+        raise ConfigError(f"objective.language: {first_line(error)}") from error
+    if None in tokenizer.prefix_tokens or tokenizer.unk_token_id in tokenizer.prefix_tokens:
+        raise ModelError(f"model.name: the tokenizer of {folder} lacks tokens that Whisper's targets begin with.")
+
+
+def _knows_several(folder: Path) -> bool:
+    """Whether a Whisper knows several languages, by its generation_config.json, else by the size of its vocabulary.
+
+    The size is OpenAI's own rule (``Whisper.is_multilingual`` in openai/whisper).
+    """
+    file = folder / GENERATION
+    if file.is_file():
+        said = read_json(own_file(folder, GENERATION), dict[str, Any]).get("is_multilingual")
+        if isinstance(said, bool):
+            return said
+    return read_json(own_file(folder, "config.json"), dict[str, Any]).get("vocab_size", 0) >= _SEVERAL
+
+
+if TYPE_CHECKING:
+    Processor = PreTrainedTokenizerBase | BaseImageProcessor | WhisperProcessor | ImageTextProcessor
+    """What reads a model's rows."""

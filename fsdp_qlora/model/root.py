@@ -114,7 +114,7 @@ class CausalModel(nn.Module):
             inputs: what the encoder reads.
         """
         base = self.base
-        hidden = head_input(base, **inputs, labels=labels, use_cache=False).flatten(0, 1)
+        hidden = head_input(base, **self._cast(inputs), labels=labels, use_cache=False).flatten(0, 1)
         head = base.get_output_embeddings()
         assert head is not None
         return head(hidden.index_select(0, supervised), labels=labels.flatten().index_select(0, supervised))
@@ -153,7 +153,7 @@ class CausalModel(nn.Module):
 
     def outputs(self, **inputs: Any) -> Any:
         """Return the transformers model's own outputs, as encoder-decoders and masked language models need."""
-        return self.model(**inputs)
+        return self.model(**self._cast(inputs))
 
     def generate(self, **settings: Any) -> torch.Tensor:
         """Generate as transformers does. Under FSDP, a collective.
@@ -166,7 +166,13 @@ class CausalModel(nn.Module):
         if (names := settings.get("adapter_names")) is not None:
             require_rows(self._adapted(), names)
         with self._inputs_on(self.device), self._without_backward():
-            return self.model.generate(**settings)  # type: ignore[operator]
+            return self.model.generate(**self._cast(settings))  # type: ignore[operator]
+
+    def _cast(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return inputs with those that are no tokens (pixels, spectrograms) in the model's dtype."""
+        dtype = self.base.dtype
+        floats = {n: x.to(dtype) for n, x in inputs.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+        return inputs | floats
 
     def _adapted(self) -> AdaptedModel:
         if self.peft is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from fsdp_qlora.adapters.names import names_taken_for_experts, renamed_by_peft
 from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers it
@@ -25,7 +25,7 @@ from fsdp_qlora.model.construct import (
 )
 from fsdp_qlora.model.families import auto_class, decoder_layers, reads_images, task_type
 from fsdp_qlora.model.replaceable import is_plain_linear, replaceable_linears
-from fsdp_qlora.objectives import Objective
+from fsdp_qlora.objectives import Objective, build_objective
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
 
 
@@ -52,15 +52,16 @@ def build_skeleton(
             "which is not computed here. Set model.config_overrides.output_router_logits=false to train without it."
         )
     for key in ("layerdrop", "decoder_layerdrop", "encoder_layerdrop"):
-        if getattr(config.get_text_config(decoder=True), key, None):
+        if any(getattr(own, key, None) for own in _configs(config)):
             raise ModelError(
                 f"{folder}: {key} in config.json drops whole layers at random, different ones on each rank. Set "
                 f"model.config_overrides.{key}=0 to train without it."
             )
     kind = auto_class(config)
     if objective is not None and objective.auto_class is not None:
-        kind = getattr(transformers, objective.auto_class)
+        objective = build_objective(objective.settled(folder, config))
         objective.configure(config)
+        kind = getattr(transformers, str(objective.auto_class))
     elif reads_images(config):
         raise ModelError(
             f"model.name: a {config.model_type} reads images. Such models are planned, trained, evaluated and exported "
@@ -91,6 +92,16 @@ def build_skeleton(
     model.generation_config = GenerationConfig()  # not config.json: what callers leave unset comes from here
     model.requires_grad_(False)
     return model.eval()
+
+
+def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Return the configs of what is trained: of an encoder-decoder its own, and those of both sides if it has them.
+
+    ``get_text_config(decoder=True)`` returns a copy of an encoder-decoder's in which settings of its sides are lost.
+    """
+    if not getattr(config, "is_encoder_decoder", False):
+        return [config.get_text_config(decoder=True)]
+    return [config, *(inner for inner in vars(config).values() if isinstance(inner, PreTrainedConfig))]
 
 
 def _require_embedding(model: PreTrainedModel) -> None:

@@ -14,14 +14,13 @@ from torch import nn
 
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.columns import LENGTH, TARGETS, ColumnRows
-from fsdp_qlora.data.encoder import Outcome, Read, RowEncoder, Stored
+from fsdp_qlora.data.encoder import RowEncoder, Stored
+from fsdp_qlora.data.file_rows import FOLDER, FileEncoder, Named
 from fsdp_qlora.data.image_rows import IMAGE, folders_of, image_rows, images_fingerprint, images_not_read
 from fsdp_qlora.data.images import check_images, read_image
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import Rows
-from fsdp_qlora.data.prepare import columns_of
 from fsdp_qlora.data.samples import Segment
-from fsdp_qlora.data.sources import names_of
 from fsdp_qlora.data.texts import digest_of
 from fsdp_qlora.errors import DataError, ModelError, first_line
 from fsdp_qlora.objectives.augment import augmented
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     from fsdp_qlora.config.objective import Augmentation
 
-_FOLDER, _PIXELS, _RESIZES = "folder", "pixel_values", "interpolate_pos_encoding"
+_PIXELS, _RESIZES = "pixel_values", "interpolate_pos_encoding"
 _PROBED_SIZE = 64
 """Height and width of images for the check, in pixels, where a model's config names none."""
 
@@ -99,25 +98,22 @@ class ImageClassification(Classifier):
         return {_RESIZES: True} if asked else {}
 
 
-class ClassifiedImages(RowEncoder):
+class ClassifiedImages(FileEncoder[list[float], bytes]):
     """Stores the path of an image and its label; a micro-batch has its pixels."""
 
-    columns: ClassVar = {IMAGE: "string", _FOLDER: "int32", LABEL: "float[]", LENGTH: "int32", TARGETS: "int32"}
+    columns: ClassVar = {IMAGE: "string", FOLDER: "int32", LABEL: "float[]", LENGTH: "int32", TARGETS: "int32"}
+    column, what = IMAGE, "image"
 
     def __init__(
         self, data: DataSettings, processor: BaseImageProcessor, config: PreTrainedConfig, labels: Labels,
         augmentation: Augmentation,
     ) -> None:  # fmt: skip
-        self._read: Read = columns_of(data)
+        super().__init__(data)
         self._processor, self._labels = processor, labels
         self._augmentation: Augmentation = augmentation
         self.size, self.channels = _made(processor)
         self._tokens = _patches(config, self.size)
-        names = [*names_of(data.train or []), *names_of(data.eval or [])]
-        self._folders = [folder for name in names for folder in folders_of(name)]
-        # stored rows name a folder by its number, so that a copy of the data elsewhere is the same data
-        shared = [self._folders.index(folder) for folder in self._folders]
-        self.identity = ["image_classification", labels.names, labels.problem, processor.to_dict(), shared]
+        self.identity = ["image_classification", labels.names, labels.problem, processor.to_dict(), self.shared]
 
     def raw_rows(self, name: str) -> Iterator[Row]:
         """Yield the raw rows of a source, which may be a folder of class folders."""
@@ -131,44 +127,23 @@ class ClassifiedImages(RowEncoder):
         """Return a line for each source with files that could be data, but are not read."""
         return images_not_read(names)
 
-    def encode(self, batch: list[tuple[int, Row]]) -> Iterator[tuple[int, str, Outcome]]:
-        """Yield the source, the place and what is stored of each row; images are checked all at once."""
-        parsed = [self._parsed(row) for _, row in batch]
-        files = [self._file(*place) for place, _ in (x for x in parsed if not isinstance(x, DataError))]
-        images = iter(check_images(files))
-        for (number, row), one in zip(batch, parsed, strict=True):
-            if isinstance(one, DataError):
-                yield number, row.where, one
-                continue
-            (folder, name), label = one
-            image = next(images)
-            stored = image if isinstance(image, DataError) else self._stored(folder, name, label, image)
-            yield number, row.where, stored
+    def folders_of(self, name: str) -> list[str]:
+        """Return the folders that images' paths in a source start from."""
+        return folders_of(name)
 
-    def _parsed(self, row: Row) -> tuple[tuple[int, str], list[float]] | DataError:
-        """Return the number of the folder, the path from there, and the label; or what is wrong with the row."""
-        try:
-            values = self._read(row)
-            name = values.get(IMAGE)
-            if name is None:
-                raise DataError("the row has no 'image' (data.columns can rename another column to it)")
-            if not isinstance(name, str) or not name.strip() or "\0" in name:
-                raise DataError(f"expected the path of an image file, got {str(name)[:80]!r}")
-            name.encode()
-            folder = self._folders.index(row.folder)
-            return (folder, name), self._labels.vector(values.get(LABEL))
-        except UnicodeEncodeError:
-            return DataError("the name of the image file is not valid UTF-8; rename it")
-        except DataError as error:
-            return error
+    def check(self, files: Sequence[Path]) -> list[bytes | DataError]:
+        """Return a digest of each image, or what is wrong with it."""
+        return check_images(files)
 
-    def _stored(self, folder: int, name: str, label: list[float], content: bytes) -> Stored:
-        stored = Stored(int.from_bytes(content[:8], "little"), digest_of(content, repr(label).encode()))
-        stored.keep({IMAGE: name, _FOLDER: folder, LABEL: label}, self._tokens, 1)
+    def rest(self, values: Mapping[str, Any]) -> list[float]:
+        """Return a row's label."""
+        return self._labels.vector(values.get(LABEL))
+
+    def stored(self, named: Named, rest: list[float], checked: bytes) -> Stored:
+        """Return what is stored of an image."""
+        stored = Stored(int.from_bytes(checked[:8], "little"), digest_of(checked, repr(rest).encode()))
+        stored.keep({IMAGE: named.name, FOLDER: named.folder, LABEL: rest}, self._tokens, 1)
         return stored
-
-    def _file(self, folder: int, name: str) -> Path:
-        return Path(self._folders[folder], name).expanduser()
 
     def rows(self, data: Dataset) -> ColumnRows:
         """Return stored images as rows, which are not augmented."""
@@ -189,7 +164,7 @@ class ClassifiedImages(RowEncoder):
     ) -> dict[str, torch.Tensor]:
         images = []
         for row, number in zip(rows, numbers, strict=True):
-            image = read_image(self._file(int(row[_FOLDER]), str(row[IMAGE])))
+            image = read_image(self.file(int(row[FOLDER]), str(row[IMAGE])))
             draw = np.random.Generator(np.random.PCG64([seed, at, number]))
             images.append(augmented(image, augmentation, draw))
         pixels = self._processor(images=images, return_tensors="pt")[_PIXELS]

@@ -62,6 +62,8 @@ class Objective(ABC):
     """Whether its rows are images, which the model's image processor reads: such a model has no tokenizer."""
     images_in_texts: ClassVar[bool] = False
     """Whether its rows are texts that may hold images: the model has a tokenizer and an image processor."""
+    of_audio: ClassVar[bool] = False
+    """Whether its rows are recordings, which the model's feature extractor reads; its tokenizer reads their texts."""
     label_column: ClassVar[str] = "label"
     """Column of raw rows that holds their labels, where there are any."""
     label_of_each: ClassVar[bool] = False
@@ -122,7 +124,7 @@ class Objective(ABC):
     def encoder(self, data: DataSettings, tokenizer: Any, config: PreTrainedConfig) -> RowEncoder | None:
         """Return what stores its rows for a model of this config; None: chats and texts of a causal language model.
 
-        ``tokenizer`` is the model's; its image processor if the rows are images.
+        ``tokenizer`` is the model's; its image processor if the rows are images, both if they are recordings.
         """
         return None
 
@@ -144,11 +146,22 @@ class Objective(ABC):
         """Return its settings with what the model's folder and config decide."""
         return self.settings
 
+    def row_length(self, config: PreTrainedConfig) -> int:
+        """Return the positions that every row takes, if the model decides that; 0: at most ``data.max_length``."""
+        return 0
+
     def prune(self, model: PreTrainedModel) -> None:  # noqa: B027 - most need nothing
         """Take out of a model, which is on meta, what its loss does not use."""
 
     def files(self, data: DataSettings, config: PreTrainedConfig) -> dict[str, Any]:
         """Return further files of an exported adapter: name -> JSON."""
+        return {}
+
+    def writing(self, tokenizer: Any, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return settings of generation for held-out rows, beside those of the model's tokens, if it `writes`.
+
+        ``max_new_tokens`` is the most that it writes.
+        """
         return {}
 
     @property

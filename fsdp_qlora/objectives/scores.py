@@ -1,4 +1,4 @@
-"""Metrics of predictions, by kept libraries (scikit-learn, rouge-score, sacrebleu), imported where they are used."""
+"""Metrics of predictions, by kept libraries (scikit-learn, rouge-score, sacrebleu, jiwer), imported where used."""
 
 from __future__ import annotations
 
@@ -33,6 +33,25 @@ def of_numbers(predicted: Sequence[Sequence[float]], wanted: Sequence[Sequence[f
 
     ours, theirs = [row[0] for row in predicted], [row[0] for row in wanted]
     return {"mse": float(mean_squared_error(theirs, ours)), "r2": float(r2_score(theirs, ours))}
+
+
+def of_speech(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+    """Return word and character error rates of texts as they are, and of their words alone.
+
+    A rate is substitutions, deletions and insertions over the words, or characters, that were wanted, of all texts
+    together; 0 is best, and it may exceed 1. For ``wer_words``, texts are in lower case and without punctuation, as
+    Whisper's own ``BasicTextNormalizer`` makes them.
+    """
+    import jiwer
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+    plain = BasicTextNormalizer()
+    ours, theirs = ([plain(text).strip() for text in texts] for texts in (written, wanted))
+    return {
+        "wer": float(jiwer.wer(list(wanted), list(written))),
+        "wer_words": float(jiwer.wer(theirs, ours)),
+        "cer": float(jiwer.cer(list(wanted), list(written))),
+    }
 
 
 def of_texts(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:

@@ -73,7 +73,7 @@ from fsdp_qlora.plan.choices import decided
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.swap import keep_dense, swap_linears
-from fsdp_qlora.run.decide import require_kernels, skeleton, with_head
+from fsdp_qlora.run.decide import require_kernels, skeleton, with_head, with_rows
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
@@ -123,7 +123,8 @@ class OpenedModel:
     def for_run(self, config: RunConfig, ranks: Ranks, budget: int | None) -> OpenedModel:
         """Return a copy for ``config``, the settings that it was opened with, but for the numbers of the run."""
         lora = replace(config.lora, modules_to_save=self.config.lora.modules_to_save)  # with a new head
-        config = replace(config, lora=lora, objective=self.config.objective)
+        data = replace(config.data, max_length=self.config.data.max_length)
+        config = replace(config, lora=lora, objective=self.config.objective, data=data)
         plan = make_plan(config, self.shapes, ranks.size, budget)
         return replace(self, config=decided(config, plan.settings), plan=plan)
 
@@ -162,8 +163,9 @@ def open_model(
         ModelError: if the model cannot be built, or its files lack something that it needs.
         PlanError: if the settings do not suit the model.
     """
-    base, objective = skeleton(config, folder), build_objective(config.objective)
-    config = replace(config, objective=objective.settled(folder, base.config))
+    base = skeleton(config, folder)
+    config = with_rows(config, folder, base)
+    objective = build_objective(config.objective)
     source = weights(folder)
     source.arrange(arrangement(base, source.entries))
     shapes = read_shapes(base)

@@ -155,7 +155,8 @@ def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
     config = settle_images(config, source)
     device = planned_device(config)
     config = with_attention(on_device(config, device), torch.device(device), source)
-    return config, skeleton(config, source)
+    base = skeleton(config, source)
+    return with_rows(config, source, base), base
 
 
 def planned_device(config: RunConfig) -> str:
@@ -199,6 +200,13 @@ def skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
     )  # fmt: skip
     settle_rope(base, config.data.max_length)
     return base
+
+
+def with_rows(config: RunConfig, folder: Path, base: PreTrainedModel) -> RunConfig:
+    """Return the settings with what the model decides of its rows: what its encoder reads, and how long each is."""
+    settled = build_objective(config.objective).settled(folder, base.config)
+    length = build_objective(settled).row_length(base.config) or config.data.max_length
+    return replace(config, objective=settled, data=replace(config.data, max_length=length))
 
 
 def with_head(config: RunConfig, modules: Sequence[str]) -> RunConfig:

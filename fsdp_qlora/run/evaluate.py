@@ -58,8 +58,8 @@ def _written(prepared: Prepared, rows: StoredRows, chosen: Sequence[int]) -> lis
     assert isinstance(rows, ColumnRows)
     config, ranks = prepared.settings, prepared.ranks
     ranks.phases.enter(f"writing the targets of {len(chosen)} held-out rows")
-    length = config.objective.max_target_length
-    greedy = on_every(lambda: greedy_config(prepared.folder, prepared.model.base, length), ranks)
+    more = build_objective(config.objective).writing(prepared.tokenizer, prepared.model.base.config)
+    greedy = on_every(lambda: greedy_config(prepared.folder, prepared.model.base, more), ranks)
     batch_size = config.train.eval_batch_size
     return write_targets(prepared.model, prepared.tokenizer, rows, chosen, greedy, batch_size, ranks)
 

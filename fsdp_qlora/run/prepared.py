@@ -27,9 +27,8 @@ from fsdp_qlora.shapes.linears import ModelShapes
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import BaseImageProcessor
 
-    from fsdp_qlora.model.processor import ImageTextProcessor
+    from fsdp_qlora.model.processor import Processor
 
 
 @dataclass
@@ -42,8 +41,8 @@ class Prepared:
     """The settings with every ``auto`` resolved."""
     plan: TrainPlan
     model: CausalModel
-    processor: PreTrainedTokenizerBase | BaseImageProcessor | ImageTextProcessor
-    """What reads the model's rows: its tokenizer, its image processor, or both."""
+    processor: Processor
+    """What reads the model's rows: its tokenizer, its image processor or feature extractor, or two of them."""
     ranks: Ranks
     folder: Path
     """The base model's folder."""
@@ -73,10 +72,11 @@ class Prepared:
         Raises:
             ModelError: if it has none.
         """
-        if not isinstance(self.processor, PreTrainedTokenizerBase):
+        texts = getattr(self.processor, "tokenizer", self.processor)
+        if not isinstance(texts, PreTrainedTokenizerBase):
             name = type(self.model.base).__name__
-            raise ModelError(f"model.name: a {name} reads images, so it writes no texts here.")
-        return self.processor
+            raise ModelError(f"model.name: a {name} reads images, so it has no tokenizer and writes no texts.")
+        return texts
 
     @property
     def mesh(self) -> DeviceMesh:

@@ -18,12 +18,12 @@ from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.folder import resolve_folder
-from fsdp_qlora.model.processor import ImageTextProcessor, build_image_processor, build_image_text_processor
+from fsdp_qlora.model.processor import build_image_processor, build_image_text_processor, build_speech_processor
 from fsdp_qlora.model.tokenizer import add_special_tokens, build_tokenizer
 from fsdp_qlora.objectives import Objective, build_objective
 from fsdp_qlora.run.build import OpenedModel
 from fsdp_qlora.run.images import settle_images
-from fsdp_qlora.run.labels import labels_of
+from fsdp_qlora.run.labels import labels_of, require_metrics
 from fsdp_qlora.run.world import World
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.track.bars import Bar
@@ -31,10 +31,7 @@ from fsdp_qlora.track.bars import Bar
 TOKENIZING = "tokenizing rows"
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
-
-    Processor = PreTrainedTokenizerBase | BaseImageProcessor | ImageTextProcessor
-    """What reads a model's rows."""
+    from fsdp_qlora.model.processor import Processor
 
 
 def tokenize(
@@ -47,6 +44,7 @@ def tokenize(
         ModelError: if the model has no such processor, or cannot take what it makes.
     """
     ranks = world.ranks
+    on_every(lambda: require_metrics(opened.config), ranks)  # only now is it known what the model reads
     objective, model_config = build_objective(opened.config.objective), opened.base.config
     processor = on_every(lambda: _processor(config, folder, objective), ranks)
     if config.data.train is None:
@@ -85,9 +83,9 @@ def _encoder(
 
 
 def _of_texts(processor: Processor) -> PreTrainedTokenizerBase | None:
-    if isinstance(processor, ImageTextProcessor):
-        return processor.tokenizer
-    return processor if isinstance(processor, PreTrainedTokenizerBase) else None
+    """Return the tokenizer among what reads rows, if there is one."""
+    texts = getattr(processor, "tokenizer", processor)
+    return texts if isinstance(texts, PreTrainedTokenizerBase) else None
 
 
 def known_ids(config: RunConfig, shapes: ModelShapes, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -125,10 +123,13 @@ def prepare_tokens(config: RunConfig) -> PreparedData:
     folder = resolve_folder(config.model.name, config.model.revision)
     config = settle_images(config, folder)
     objective = build_objective(labels_of(config))
-    processor, encoder = _processor(config, folder, objective), None
-    if not objective.of_tokens:
+    if objective.of_tokens:
+        processor, encoder = _processor(config, folder, objective), None
+    else:
         model_config = load_config(folder, config.model.trust_remote_code, config.model.config_overrides)
+        objective = build_objective(objective.settled(folder, model_config))
         objective.configure(model_config)
+        processor = _processor(config, folder, objective)
         encoder = objective.encoder(config.data, processor, model_config)
     bar = Bar(TOKENIZING)
     data = prepare_data(
@@ -140,13 +141,14 @@ def prepare_tokens(config: RunConfig) -> PreparedData:
 
 
 def _processor(config: RunConfig, folder: Path, objective: Objective) -> Processor:
+    trusted = config.model.trust_remote_code
     if objective.of_images:
-        return build_image_processor(folder, config.objective.image_size, config.model.trust_remote_code)
+        return build_image_processor(folder, config.objective.image_size, trusted)
+    if objective.of_audio:
+        return build_speech_processor(folder, config.objective.language, config.objective.task, trusted)
     tokenizer = open_tokenizer(config, folder)
     if objective.images_in_texts:
-        return build_image_text_processor(
-            folder, tokenizer, config.data.template is None, config.model.trust_remote_code
-        )
+        return build_image_text_processor(folder, tokenizer, config.data.template is None, trusted)
     return tokenizer
 
 

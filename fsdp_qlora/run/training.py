@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.experts import peft_config, short_parameters
@@ -71,9 +71,7 @@ from fsdp_qlora.train.recovery import Recovery
 from fsdp_qlora.train.step import StepSettings
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
-
-    from fsdp_qlora.model.processor import ImageTextProcessor
+    from fsdp_qlora.model.processor import Processor
 
 _log = logging.getLogger(__name__)
 
@@ -221,7 +219,7 @@ class Training:
         config.architectures, config.name_or_path = [type(self.model.base).__name__], ""
         return config
 
-    def _saved_processor(self) -> PreTrainedTokenizerBase | BaseImageProcessor | ImageTextProcessor:
+    def _saved_processor(self) -> Processor:
         """Return what reads rows, to save; an added end of turn is its ``eos_token``, where plain PEFT then stops."""
         if not (added := self.config.model.add_tokens):
             return self.prepared.processor

@@ -19,7 +19,7 @@ from fsdp_qlora.checks import reference
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.objectives import build_objective
-from tests.build import build, essence, losses, metrics, refused_fit, run_fit, whole
+from tests.build import build, essence, losses, metrics, run_fit, whole
 from tests.image_chats import (
     VISION,
     mean_loss,

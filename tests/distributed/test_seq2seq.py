@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
-from fsdp_qlora.data.columns import ColumnRows
-from fsdp_qlora.data.labels import TOKENS
-from fsdp_qlora.data.loader import weights_of
-from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.run.evaluate import evaluate_prepared
-from tests.build import build, refused_fit, run_fit
+from tests.build import refused_fit, run_fit
 from tests.families import write_family
-from tests.objectives import CASES, source_and_target, upstream_model
+from tests.objectives import CASES, exported_loss, source_and_target, upstream_texts, written_texts
 from tests.tiny import make_model
 from tests.tolerances import FP32_LOSSES
 
@@ -52,36 +44,6 @@ def _settings(folder: Path, rows: int = 16, **objective: Any) -> dict[str, Any]:
     }
 
 
-def _written(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[list[Any], dict[str, float], float]:
-    prepared = build(ranks, folder, **groups)
-    result = evaluate_prepared(prepared)
-    prepared.close()
-    return list(result.observed), result.metrics, result.loss
-
-
-def _upstream(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[list[str], float]:
-    """Return what plain transformers writes for each row alone, and the mean loss of all target tokens."""
-    prepared = build(ranks, folder, **groups)
-    model: Any = upstream_model(prepared).eval()
-    assert prepared.data is not None
-    rows = prepared.data.held_out
-    assert isinstance(rows, ColumnRows)
-    texts, total = [], 0.0
-    greedy = deepcopy(model.generation_config)
-    greedy.update(max_new_tokens=LENGTH, do_sample=False, num_beams=1)
-    for number in range(len(rows)):
-        inputs = dict(rows.collate([number], 0).tensors)
-        labels = inputs.pop("labels")
-        inputs.pop("supervised")
-        with torch.no_grad():
-            total += float(model(**inputs, labels=labels).loss) * labels.numel()
-            texts += prepared.tokenizer.batch_decode(
-                model.generate(**inputs, generation_config=greedy), skip_special_tokens=True
-            )
-    prepared.close()
-    return [text.strip() for text in texts], total / weights_of(rows, list(range(len(rows))))[TOKENS]
-
-
 @pytest.mark.parametrize("family", ["t5", "bart", "marian"])
 def test_what_is_written_is_what_upstream_writes(pool, tmp_path, family):
     pytest.importorskip("sacrebleu", reason="the extra tasks")
@@ -90,10 +52,10 @@ def test_what_is_written_is_what_upstream_writes(pool, tmp_path, family):
     asked = {"suppress_tokens": [0, 1, 2], "forced_eos_token_id": None, "num_beams": 3}  # upstream refuses both
     file.write_text(json.dumps(json.loads(file.read_text()) | asked))
     groups = _settings(tmp_path, generate_rows=100)
-    wanted, loss = pool.run(1, _upstream, str(folder), groups)[0]
+    wanted, loss = pool.run(1, upstream_texts, str(folder), groups)[0]
     assert len(set(wanted)) > 1
     for num_ranks in (1, 4):  # all of the pool: transformers asks the whole world whether it is done
-        pairs, metrics, ours = pool.run(num_ranks, _written, str(folder), groups)[0]
+        pairs, metrics, ours = pool.run(num_ranks, written_texts, str(folder), groups)[0]
         assert [written for written, _ in pairs] == wanted
         assert [right for _, right in pairs] == [source_and_target(number)["target"] for number in range(16)]
         assert ours == pytest.approx(loss, rel=FP32_LOSSES)
@@ -113,23 +75,11 @@ def test_sixteen_pairs_are_learned_by_heart(pool, tmp_path, family, lr, steps):
     assert summary["metrics_after"]["bleu"] > 90
 
 
-def _exported_loss(ranks: Ranks, folder: str, groups: dict[str, Any], adapter: str) -> float:
-    prepared = build(ranks, folder, **groups)
-    adapted: nn.Module = PeftModel.from_pretrained(upstream_model(prepared), adapter).eval()  # type: ignore[arg-type]
-    assert prepared.data is not None
-    rows = prepared.data.held_out
-    assert isinstance(rows, ColumnRows)
-    tensors = dict(rows.collate(list(range(len(rows))), 0).tensors)
-    tensors.pop("supervised")
-    with torch.no_grad():
-        return float(adapted(**tensors).loss)
-
-
 @pytest.mark.parametrize("kind", [kind for kind, case in CASES.items() if case.objective["name"] == "seq2seq"])
 def test_plain_peft_gives_the_loss_of_the_last_evaluation(pool, tmp_path, kind):
     model, groups = CASES[kind].write(tmp_path)
     summary = pool.run(2, run_fit, model, str(tmp_path), "run", groups)[0]["summary"]
-    loss = pool.run(1, _exported_loss, model, groups, str(tmp_path / "run/adapter"))[0]
+    loss = pool.run(1, exported_loss, model, groups, str(tmp_path / "run/adapter"))[0]
     assert loss == pytest.approx(summary["eval_loss_after"], rel=FP32_LOSSES)
 
 

@@ -8,13 +8,21 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+)
 
 from fsdp_qlora.checks import small
 from fsdp_qlora.checks.small import with_every_kind
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.cut import cut_config, shallow_config
 from fsdp_qlora.model.skeleton import build_skeleton
+from tests.families import OTHERS
 from tests.matrix import small_config
 
 
@@ -105,3 +113,7 @@ def test_layers_that_are_left_out_at_random_are_refused(tmp_path: Path):
     with pytest.raises(ModelError, match=r"config_overrides\.layerdrop=0"):
         build_skeleton(tmp_path, torch.float32, "eager")
     build_skeleton(tmp_path, torch.float32, "eager", config_overrides={"layerdrop": 0.0})
+    AutoConfig.for_model("bart", vocab_size=64, **OTHERS["bart"], decoder_layerdrop=0.1).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"config_overrides\.decoder_layerdrop=0"):
+        build_skeleton(tmp_path, torch.float32, "eager")
+    build_skeleton(tmp_path, torch.float32, "eager", config_overrides={"decoder_layerdrop": 0.0})

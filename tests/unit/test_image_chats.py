@@ -95,7 +95,10 @@ def test_a_row_is_what_stock_code_makes_of_it(home, family):
     file = write_conversations(home / "data", 6)
     rows = _rows(_prepared(folder, file))
     for number, line in enumerate(file.read_text().splitlines()):
-        theirs, ours = upstream_row(folder, family, json.loads(line), file.parent), dict(rows.collate([number], 0).tensors)
+        theirs, ours = (
+            upstream_row(folder, family, json.loads(line), file.parent),
+            dict(rows.collate([number], 0).tensors),
+        )
         labels, supervised = ours.pop("labels"), ours.pop("supervised")
         assert torch.equal(labels[:, :-1], theirs.pop("labels")[:, 1:]) and labels[0, -1] == -100
         assert torch.equal(supervised, (labels != -100).flatten().nonzero().flatten())
@@ -134,7 +137,10 @@ def test_bad_images_are_named_with_their_row(home, model):
     }  # fmt: skip
     for name, words in lines.items():
         file = home / f"{name}.jsonl"
-        rows = [{"messages": [{"role": "user", "content": [{"type": "image", "path": n}]}, ANSWER]} for n in ("good.png", name)]
+        rows = [
+            {"messages": [{"role": "user", "content": [{"type": "image", "path": n}]}, ANSWER]}
+            for n in ("good.png", name)
+        ]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         with pytest.raises(DataError, match=rf"{name}.jsonl, line 2: .*{words}"):
             _prepared(model, file)
