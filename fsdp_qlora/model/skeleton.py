@@ -46,17 +46,7 @@ def build_skeleton(
         ModelError: if the architecture is unknown, needs code that is not trusted, or an override does not fit it.
     """
     config = load_config(folder, trust_remote_code, config_overrides)
-    if getattr(config.get_text_config(decoder=True), "output_router_logits", False):
-        raise ModelError(
-            f"{folder}: output_router_logits in config.json asks for a loss that balances experts over a whole batch, "
-            "which is not computed here. Set model.config_overrides.output_router_logits=false to train without it."
-        )
-    for key in ("layerdrop", "decoder_layerdrop", "encoder_layerdrop"):
-        if any(getattr(own, key, None) for own in _configs(config)):
-            raise ModelError(
-                f"{folder}: {key} in config.json drops whole layers at random, different ones on each rank. Set "
-                f"model.config_overrides.{key}=0 to train without it."
-            )
+    _require_computable(folder, config)
     kind = auto_class(config)
     if objective is not None and objective.auto_class is not None:
         objective = build_objective(objective.settled(folder, config))
@@ -92,6 +82,20 @@ def build_skeleton(
     model.generation_config = GenerationConfig()  # not config.json: what callers leave unset comes from here
     model.requires_grad_(False)
     return model.eval()
+
+
+def _require_computable(folder: Path, config: PreTrainedConfig) -> None:
+    if getattr(config.get_text_config(decoder=True), "output_router_logits", False):
+        raise ModelError(
+            f"{folder}: output_router_logits in config.json asks for a loss that balances experts over a whole batch, "
+            "which is not computed here. Set model.config_overrides.output_router_logits=false to train without it."
+        )
+    for key in ("layerdrop", "decoder_layerdrop", "encoder_layerdrop"):
+        if any(getattr(own, key, None) for own in _configs(config)):
+            raise ModelError(
+                f"{folder}: {key} in config.json drops whole layers at random, different ones on each rank. Set "
+                f"model.config_overrides.{key}=0 to train without it."
+            )
 
 
 def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:

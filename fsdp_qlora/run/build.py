@@ -292,10 +292,7 @@ def build_sharded(
         settle_compile_caches(os.environ)
         kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
         model.compiled_layers = compile_layers(layers, kinds)
-    if ranks.size > 1:
-        reach_all_experts(layers)
-    if build_objective(config.objective).images_in_texts:
-        reach_beside_texts(base)
+    _reach_all(config, base, ranks)
     _settle_gathers(config, base, plan, ranks)
     if model.compiled:
         want_input_gradient(base.get_input_embeddings())
@@ -303,6 +300,14 @@ def build_sharded(
         register_fsdp_forward_method(model, method)
     require_sharded(model, ranks, replicated)
     return model
+
+
+def _reach_all(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> None:
+    """Let every forward reach whatever is trained, so that all ranks reduce the same gradients."""
+    if ranks.size > 1:
+        reach_all_experts(decoder_layers(base))
+    if build_objective(config.objective).images_in_texts:
+        reach_beside_texts(base)
 
 
 def _settle_gathers(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, ranks: Ranks) -> None:

@@ -127,17 +127,14 @@ def _prepare(
     verify_buffers(model, world.ranks)
     if training and config.model.check != "off" and task_type(model.base) == "CAUSAL_LM":
         check_losses(opened, model, folder, world.ranks)
-    choices = {
-        **images_choice(opened.config, opened.base.config.model_type),
-        **recipe.choices,
-        **held_out_choice(config.data, data),
-        **({} if layout is None else {SHARD_DEGREE: layout}),
-        **opened.plan.choices,
+    kernels, layouts = opened.plan.choices[KERNELS_KEY], {} if layout is None else {SHARD_DEGREE: layout}
+    choices = images_choice(opened.config, opened.base.config.model_type) | recipe.choices
+    choices |= held_out_choice(config.data, data) | layouts | opened.plan.choices | {
         "model.attn_implementation": told(verdict),
         "model.check": Choice("off: nothing was compared" if config.model.check == "off" else _EQUAL, ""),
         "train.compile": Choice(as_word(compilation.on), compilation.why),
-        KERNELS_KEY: replace(kernels := opened.plan.choices[KERNELS_KEY], why=kernels.why + model.fused),
-    }
+        KERNELS_KEY: replace(kernels, why=kernels.why + model.fused),
+    }  # fmt: skip
     return Prepared(
         config=asked, settings=opened.config, plan=opened.plan, model=model, processor=processor, ranks=world.ranks,
         folder=folder, shapes=opened.shapes, load=report, data=data, placement=world.placement, threads=world.threads,
