@@ -32,7 +32,7 @@ class ImageChatTuning(Objective):
     name = "sft"
     auto_class = "AutoModelForImageTextToText"
     uses_head = True
-    images_in_texts = True
+    reads = "texts with images"
 
     def configure(self, config: PreTrainedConfig) -> None:
         """Check that the model's family is one whose images are known.

@@ -46,7 +46,7 @@ class ImageClassification(Classifier):
     name = "image_classification"
     auto_class = "AutoModelForImageClassification"
     task_type = None
-    of_images = True
+    reads = "images"
 
     def raw_rows(self, name: str) -> Iterator[Row]:
         """Yield the raw rows of a source, which may be a folder of class folders."""

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Sums = dict[str, tuple[torch.Tensor, str]]
 """Name -> a sum over a micro-batch, float32 ``[]``, and the name of the weight it is divided by (`Batch.weights`)."""
 
+Reads = Literal["texts", "images", "texts with images", "recordings"]
 
 PROBED = (24, 17, 9)
 """Lengths of the rows of a check."""
@@ -58,12 +59,9 @@ class Objective(ABC):
     """Whether the files may hold a head, which its model does without."""
     scores_rows: ClassVar[bool] = False
     """Whether `observe` returns something for each row, which `score` makes metrics of."""
-    of_images: ClassVar[bool] = False
-    """Whether its rows are images, which the model's image processor reads: such a model has no tokenizer."""
-    images_in_texts: ClassVar[bool] = False
-    """Whether its rows are texts that may hold images: the model has a tokenizer and an image processor."""
-    of_audio: ClassVar[bool] = False
-    """Whether its rows are recordings, which the model's feature extractor reads; its tokenizer reads their texts."""
+    reads: ClassVar[Reads] = "texts"
+    """What its rows hold, and so what reads them: the model's tokenizer, its image processor, or both; recordings its
+    feature extractor, and their texts its tokenizer."""
     label_column: ClassVar[str] = "label"
     """Column of raw rows that holds their labels, where there are any."""
     label_of_each: ClassVar[bool] = False

@@ -137,7 +137,7 @@ class SpeechToText(SequenceToSequence):
 
     auto_class = "AutoModelForSpeechSeq2Seq"
     task_type = None  # PEFT's wrapper for SEQ_2_SEQ_LM passes `input_ids`, which these models do not take
-    of_audio = True
+    reads = "recordings"
 
     @property
     def packages(self) -> tuple[str, ...]:

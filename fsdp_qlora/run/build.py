@@ -306,7 +306,7 @@ def _reach_all(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> None:
     """Let every forward reach whatever is trained, so that all ranks reduce the same gradients."""
     if ranks.size > 1:
         reach_all_experts(decoder_layers(base))
-    if build_objective(config.objective).images_in_texts:
+    if build_objective(config.objective).reads == "texts with images":
         reach_beside_texts(base)
 
 

@@ -142,12 +142,12 @@ def prepare_tokens(config: RunConfig) -> PreparedData:
 
 def _processor(config: RunConfig, folder: Path, objective: Objective) -> Processor:
     trusted = config.model.trust_remote_code
-    if objective.of_images:
+    if objective.reads == "images":
         return build_image_processor(folder, config.objective.image_size, trusted)
-    if objective.of_audio:
+    if objective.reads == "recordings":
         return build_speech_processor(folder, config.objective.language, config.objective.task, trusted)
     tokenizer = open_tokenizer(config, folder)
-    if objective.images_in_texts:
+    if objective.reads == "texts with images":
         return build_image_text_processor(folder, tokenizer, config.data.template is None, trusted)
     return tokenizer
 
