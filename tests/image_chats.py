@@ -150,7 +150,12 @@ def upstream_row(folder: Path, family: str, row: dict[str, Any], images: Path) -
     ids = read["input_ids"]
     spans = [match.span(1) for match in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)]
     learned = torch.tensor([[any(a <= start < b for a, b in spans) for start, _ in read["offset_mapping"][0].tolist()]])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.where(learned, ids, -100), **made}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.where(learned, ids, -100),
+        **made,
+    }
     if family != "llava" and pictures:
         inputs["mm_token_type_ids"] = (ids == tokenizer.convert_tokens_to_ids(token)).int()
     return inputs

@@ -100,7 +100,9 @@ class ImageChats(RowEncoder):
             return self._example(values)
 
         encoded = list(encoded_rows(batch, read, self._tokenizer, self._fit.train_on, PartsTemplate))
-        files = [Path(row.folder, path).expanduser() for (_, row), paths in zip(batch, named, strict=True) for path in paths]
+        files = [
+            Path(row.folder, path).expanduser() for (_, row), paths in zip(batch, named, strict=True) for path in paths
+        ]
         images = iter(measure_images(files))
         for (_, row), paths, (number, where, key, outcome) in zip(batch, named, encoded, strict=True):
             own = [next(images) for _ in paths]

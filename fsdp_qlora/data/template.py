@@ -96,8 +96,11 @@ class ChatTemplate:
         settings = {} if example.tools is None else {"tools": example.tools}
         try:
             text = self._tokenizer.apply_chat_template(
-                [self.given(message) for message in messages], tokenize=False, add_generation_prompt=prompt,
-                **settings, **example.settings,
+                [self.given(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **settings,
+                **example.settings,
             )
         except Exception as error:  # a template is a program and may raise anything; blame the row
             raise DataError(f"the chat template rejects the conversation: {type(error).__name__}: {error}") from error

@@ -57,16 +57,7 @@ def build_skeleton(
                 f"{folder}: {key} in config.json drops whole layers at random, different ones on each rank. Set "
                 f"model.config_overrides.{key}=0 to train without it."
             )
-    kind = auto_class(config)
-    if objective is not None and objective.auto_class is not None:
-        kind = getattr(transformers, objective.auto_class)
-        objective.configure(config)
-    elif reads_images(config):
-        raise ModelError(
-            f"model.name: a {config.model_type} reads images. Such models are planned, trained, evaluated and exported "
-            "as adapters (objective=sft with rows); answers, and bases that are merged or converted, are not supported "
-            "for them yet. Use plain transformers and PEFT with the adapter."
-        )
+    kind = _class_for(config, objective)
     try:
         with parameters_on_meta():
             model = kind.from_config(
@@ -91,6 +82,20 @@ def build_skeleton(
     model.generation_config = GenerationConfig()  # not config.json: what callers leave unset comes from here
     model.requires_grad_(False)
     return model.eval()
+
+
+def _class_for(config: Any, objective: Objective | None) -> Any:
+    """Return the auto class that builds the model, whose config is changed as the objective needs it."""
+    if objective is not None and objective.auto_class is not None:
+        objective.configure(config)
+        return getattr(transformers, objective.auto_class)
+    if reads_images(config):
+        raise ModelError(
+            f"model.name: a {config.model_type} reads images. Such models are planned, trained, evaluated and exported "
+            "as adapters (objective=sft with rows); answers, and bases that are merged or converted, are not supported "
+            "for them yet. Use plain transformers and PEFT with the adapter."
+        )
+    return auto_class(config)
 
 
 def _require_embedding(model: PreTrainedModel) -> None:

@@ -290,10 +290,7 @@ def build_sharded(
         settle_compile_caches(os.environ)
         kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
         model.compiled_layers = compile_layers(layers, kinds)
-    if ranks.size > 1:
-        reach_all_experts(layers)
-    if build_objective(config.objective).images_in_texts:
-        reach_beside_texts(base)
+    _reach_unused(config, base, layers, ranks)
     _settle_gathers(config, base, plan, ranks)
     if model.compiled:
         want_input_gradient(base.get_input_embeddings())
@@ -301,6 +298,14 @@ def build_sharded(
         register_fsdp_forward_method(model, method)
     require_sharded(model, ranks, replicated)
     return model
+
+
+def _reach_unused(config: RunConfig, base: PreTrainedModel, layers: Sequence[nn.Module], ranks: Ranks) -> None:
+    """Give what a micro-batch may not use (experts, a vision tower) a gradient on every rank, if it is trained."""
+    if ranks.size > 1:
+        reach_all_experts(layers)
+    if build_objective(config.objective).images_in_texts:
+        reach_beside_texts(base)
 
 
 def _settle_gathers(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, ranks: Ranks) -> None:

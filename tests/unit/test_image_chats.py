@@ -16,7 +16,7 @@ from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.data.columns import ColumnRows
 from fsdp_qlora.data.image_messages import marked
 from fsdp_qlora.data.prepare import PreparedData
-from fsdp_qlora.errors import ConfigError, DataError, ModelError
+from fsdp_qlora.errors import ConfigError, DataError, ModelError, PlanError
 from fsdp_qlora.run.decide import planned
 from fsdp_qlora.run.images import settle_images
 from fsdp_qlora.run.tokens import prepare_tokens
@@ -95,7 +95,10 @@ def test_a_row_is_what_stock_code_makes_of_it(home, family):
     file = write_conversations(home / "data", 6)
     rows = _rows(_prepared(folder, file))
     for number, line in enumerate(file.read_text().splitlines()):
-        theirs, ours = upstream_row(folder, family, json.loads(line), file.parent), dict(rows.collate([number], 0).tensors)
+        theirs, ours = (
+            upstream_row(folder, family, json.loads(line), file.parent),
+            dict(rows.collate([number], 0).tensors),
+        )
         labels, supervised = ours.pop("labels"), ours.pop("supervised")
         assert torch.equal(labels[:, :-1], theirs.pop("labels")[:, 1:]) and labels[0, -1] == -100
         assert torch.equal(supervised, (labels != -100).flatten().nonzero().flatten())
@@ -134,7 +137,10 @@ def test_bad_images_are_named_with_their_row(home, model):
     }  # fmt: skip
     for name, words in lines.items():
         file = home / f"{name}.jsonl"
-        rows = [{"messages": [{"role": "user", "content": [{"type": "image", "path": n}]}, ANSWER]} for n in ("good.png", name)]
+        rows = [
+            {"messages": [{"role": "user", "content": [{"type": "image", "path": n}]}, ANSWER]}
+            for n in ("good.png", name)
+        ]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         with pytest.raises(DataError, match=rf"{name}.jsonl, line 2: .*{words}"):
             _prepared(model, file)
@@ -161,6 +167,7 @@ def test_settings_that_do_not_go_with_images_are_refused_before_torch():
         ("data", {"truncation": "split"}, "cannot be split"),
         ("train", {"sample_prompts": ["hi"]}, "train.sample_prompts: not supported for a model that reads images"),
         ("quant", {"embeddings": "nf4"}, "quant.embeddings"),
+        ("fsdp", {"offload_modules": ["norms"]}, "fsdp.offload_modules: not supported for a model that reads images"),
     ):
         said = failures(from_dict({"objective": images, "model": {"name": "m"}, group: settings}))
         assert any(words in line for line in said), (words, said)
@@ -181,13 +188,18 @@ def test_the_model_decides_whether_rows_have_images(tmp_path, model):
     assert settled(text) == "auto"
     with pytest.raises(ModelError, match="reads no images here"):
         settled(text, objective={"name": "sft", "images": "true"})
-    with pytest.raises(ConfigError, match="data.packing"):
+    with pytest.raises(ConfigError, match=r"data\.packing"):
         settled(model, data={"packing": True, "train": "x"})
     other = tmp_path / "other"
     other.mkdir()
     AutoConfig.for_model("idefics3").save_pretrained(other)
-    with pytest.raises(ModelError, match="idefics3 reads images, .*llava, qwen2_vl, qwen2_5_vl"):
+    with pytest.raises(ModelError, match=r"idefics3 reads images, .*llava, qwen2_vl, qwen2_5_vl"):
         planned(from_dict({"model": {"name": str(other)}}), 1)
     _, _, plan = planned(from_dict({"model": {"name": str(model)}, "lora": {"r": 4}}), 2)
     assert str(plan.choices["objective.images"]).startswith("true")
     assert plan.targets and all("language_model" in name for name in plan.targets)
+    tower = {"target_modules": ["*.qkv"], "r": 4}
+    _, _, plan = planned(from_dict({"model": {"name": str(model)}, "lora": tower}), 2)
+    assert plan.targets == tuple(f"model.visual.blocks.{number}.attn.qkv" for number in range(2))
+    with pytest.raises(PlanError, match=r"model\.visual.* does not go with lora\.variant=dora"):
+        planned(from_dict({"model": {"name": str(model)}, "lora": tower | {"variant": "dora"}}), 2)
