@@ -13,9 +13,10 @@ from benchmarks.studies.questions import SEEDS, STUDIES, Study
 _DRAWS = 2000
 _SETS = {"held_out": "held out", "unrelated": "encyclopedia (forgetting)", "elsewhere": "other tasks"}
 Rows = Sequence[Sequence[float]]
-WARNING = """The base is SmolLM2-135M-Instruct as a package ships it: its weights are dequantized Q4_1, not originals.
-So what stands here of base formats understates what quantizing the original weights costs: some of it is lost already.
-A small model on two CPU cores says little of large ones; the tables say what was measured, no more."""
+WARNING = """SmolLM2-135M-Instruct is as a package ships it: its weights are dequantized Q4_1, not originals. So what
+stands here of its base formats understates what quantizing the original weights costs: some of it is lost already. The
+studies of MiniLM, whose float32 weights are the originals, stand beside it for that reason. Small models on two CPU
+cores say little of large ones; the tables say what was measured, no more."""
 
 
 def mean(rows: Rows) -> float:
@@ -55,7 +56,8 @@ def write_page(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     lines += ["`make studies` runs what is missing, nine minutes at a time, and draws this page from results.json.", ""]
     lines += [f"Measured on: {'; '.join(machines)}.", ""] if machines else []
     lines += [
-        "Losses are nats per supervised token. Differences are to the variant named in the table's head, with 95 % "
+        "Losses are nats per supervised token, for MiniLM nats per row: the cross entropy of a row's second text among "
+        "those of all rows. Differences are to the variant named in the table's head, with 95 % "
         "intervals by a paired bootstrap over rows. A row with fewer seeds than asked for says so.", "",
     ]  # fmt: skip
     for study in STUDIES:
@@ -70,7 +72,7 @@ def _of(study: Study, variant: str, results: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _study(study: Study, results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[str]:
-    head = [f"## {study.name}", "", study.question, ""]
+    head = [f"## {study.name}", "", f"{study.question} Base: {study.base}.", ""]
     there = {variant: _of(study, variant, results) for variant in study.variants}
     if not there[study.reference]:
         return [*head, "Not run yet."]
@@ -128,6 +130,6 @@ def _plot(study: Study, there: Mapping[str, Sequence[Mapping[str, Any]]], file: 
             values = [mean(unit[when]["held_out"]) for unit in units]
             axes.plot(values, [place] * len(values), marker, color="C0" if when == "after" else "0.6", label=when)
     axes.set_yticks(range(len(there)), reversed(list(there)))
-    axes.set_xlabel(f"held-out loss, nats per token (grey: before training; {len(SEEDS)} seeds at most)")
+    axes.set_xlabel(f"held-out loss, nats (grey: before training; {len(SEEDS)} seeds at most)")
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)

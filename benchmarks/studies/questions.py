@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools.minilm import MINILM
+from tools.real_models import GEMMA
 
 SEEDS = (0, 1, 2)
 """Of the headline comparisons; the others have the first."""
 _FULL = ("quant=none", "lora=none", "optim.lr=3e-5")
 _NONE = ("quant=none",)
+_TEMPLATE = Path(__file__).with_name("gemma.jinja")
+"""The package with the model has no chat template."""
+_MINILM = (
+    "objective=embedding", f"model.name={MINILM}", "data.max_length=64", "train.global_batch_size=32",
+    "train.micro_batch_size=16",
+)  # fmt: skip
+CHATTY = "SmolLM2-135M-Instruct"
+MINI = "MiniLM (all-MiniLM-L6-v2), whose float32 weights are the originals"
+
+
+def _rates(*others: str, own: str = "1.3e-3") -> dict[str, tuple[str, ...]]:
+    """Return learning rates by name: ``auto``'s own, and others."""
+    return {f"auto, {own}": ("optim.lr=auto",)} | {rate: (f"optim.lr={rate}",) for rate in others}
 
 
 @dataclass(frozen=True)
@@ -24,6 +41,8 @@ class Study:
     seeds: tuple[int, ...] = SEEDS[:1]
     always: tuple[str, ...] = ()
     """Overrides of every variant."""
+    base: str = CHATTY
+    """What was trained, in words."""
 
 
 STUDIES = (
@@ -61,6 +80,33 @@ STUDIES = (
             "LoRA+": ("optim.loraplus_lr_ratio=16",),
         },
         "LoRA, r 16",
+    ),
+    Study(
+        "rates",
+        "Is the learning rate that `auto` chooses a good one?",
+        _rates("1e-4", "4e-4", "4e-3", "1.2e-2"), "auto, 1.3e-3",
+    ),
+    Study(
+        "rates_of_gemma",
+        "Is the learning rate that `auto` chooses a good one for another family?",
+        _rates("6e-5", "2e-4", "1.6e-3", "5e-3", own="5.5e-4"), "auto, 5.5e-4",
+        always=(f"model.name={GEMMA}", f"data.template={_TEMPLATE}"), base="Gemma 3 270M, dequantized from Q4_K_M",
+    ),
+    Study(
+        "encoder_formats",
+        "What does the format of the base cost where the weights are the originals?",
+        {
+            "none": _NONE, "nf4": (), "fp4": ("quant=fp4",), "int8": ("quant=int8",),
+            "nf4, no double quantization": ("quant.double_quant=false",),
+            "nf4, blocks of 256": ("quant.block_size=256",),
+        },
+        "none", SEEDS, _MINILM, MINI,
+    ),
+    Study(
+        "encoder_methods",
+        "QLoRA, LoRA and full fine-tuning where the weights are the originals: what is learned, what is forgotten?",
+        {"QLoRA": (), "LoRA": _NONE, "full": _FULL},
+        "LoRA", SEEDS, _MINILM, MINI,
     ),
 )  # fmt: skip
 """In the order in which they run."""

@@ -8,14 +8,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from benchmarks.studies.rows import ELSEWHERE, HELD_OUT, TRAIN, UNRELATED
+from benchmarks.studies.rows import CHATS, ELSEWHERE, HELD_OUT, PAIRS, TRAIN, UNRELATED
 from fsdp_qlora.cli.compose import compose_config
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.prepare import prepare_data
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.objectives import build_objective
+from fsdp_qlora.objectives.contrast import ANCHOR, POSITIVE, Texts, losses
+from fsdp_qlora.objectives.embedding import unpacked
 from fsdp_qlora.run.fit import fit
 from fsdp_qlora.run.prepare import prepare
 from fsdp_qlora.run.prepared import Prepared
@@ -31,17 +34,19 @@ SETTINGS = (
 def main(arguments: list[str]) -> int:
     """Train; print one line of JSON."""
     folder, *overrides = arguments
-    rows = Path(folder)
-    fixed = [*SETTINGS, f"data.train={rows / TRAIN}", f"run.output_root={rows / 'runs'}", "run.name=unit"]
+    runs, of_pairs = Path(folder) / "runs", "objective=embedding" in overrides
+    rows = Path(folder) / (PAIRS if of_pairs else CHATS)
+    fixed = [*SETTINGS, f"data.train={rows / TRAIN}", f"run.output_root={runs}", "run.name=unit"]
     config = compose_config("train", [*fixed, *overrides])
+    measure = pair_losses if of_pairs else row_losses
     started = time.perf_counter()
     prepared = prepare(config)
     sets = {file.removesuffix(".jsonl"): rows / file for file in (HELD_OUT, UNRELATED, ELSEWHERE)}
-    before = {name: row_losses(prepared, file) for name, file in sets.items()}
+    before = {name: measure(prepared, file) for name, file in sets.items()}
     summary = fit(prepared).summary
-    after = {name: row_losses(prepared, file) for name, file in sets.items()}
+    after = {name: measure(prepared, file) for name, file in sets.items()}
     kept = ("trainable_parameters", "base_parameters", "adapter_bytes", "steps", "tokens", "planned_bytes_per_rank")
-    checkpoints = rows / "runs" / "unit" / "checkpoints"
+    checkpoints = runs / "unit" / "checkpoints"
     print(json.dumps({
         **{key: summary[key] for key in kept},
         "quantized_bytes": sum(rank["quantized_bytes"] for rank in summary["ranks"]),
@@ -64,6 +69,22 @@ def row_losses(prepared: Prepared, file: Path) -> list[tuple[float, int]]:
         sums: dict[str, Any] = objective.sums(prepared.model, rows.collate([number], 0))
         losses.append((float(sums["loss"][0]), int(rows.targets[number])))
     return losses
+
+
+@torch.no_grad()
+def pair_losses(prepared: Prepared, file: Path) -> list[tuple[float, int]]:
+    """Return each row's loss in finding its second text among those of all rows."""
+    assert prepared.data is not None
+    settings = DataSettings(train=str(file), eval_fraction=0.0, max_length=prepared.config.data.max_length)
+    encoder = prepared.data.encoder
+    rows = prepare_data(settings, 0, prepared.tokenizer, cache_folder(), encoder=encoder).some_rows(0)
+    objective = build_objective(prepared.settings.objective)
+    prepared.model.eval()
+    _, observed = objective.observe(prepared.model, rows.collate(list(range(len(rows))), 0))
+    vectors = [np.stack([unpacked(row[side]) for row in observed]) for side in (0, 1)]
+    role = torch.tensor([ANCHOR] * len(observed) + [POSITIVE] * len(observed))
+    texts = Texts(torch.from_numpy(np.concatenate(vectors)), role)
+    return [(float(loss), 1) for loss in losses(texts, prepared.settings.objective.temperature)]
 
 
 if __name__ == "__main__":

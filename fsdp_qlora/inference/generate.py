@@ -88,10 +88,15 @@ def answer_ids(
     ends = ending(tokenizer, end)
     if stopped is not None:
         ends.append(_Stopped(stopped))
+    config = generation_config(end, settings)
+    config.return_dict_in_generate = True
     out: Any = model.generate(
-        input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=generation_config(end, settings),
-        stopping_criteria=ends, return_dict_in_generate=True, **more,
-    )  # fmt: skip
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        generation_config=config,
+        stopping_criteria=ends,
+        **more,
+    )
     model.train(was_training)
     sys.stdout.flush()
     if read is not None:
