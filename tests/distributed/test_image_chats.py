@@ -147,11 +147,14 @@ def test_the_vision_tower_is_trained_too(pool, tmp_path, how):
     model, groups = _case(tmp_path, family, model={"check": "off"}, lora=BOTH[how])
     ours, theirs, off = pool.run(2, _gradients, model, groups, family)[0]
     assert ours == pytest.approx(theirs, rel=FP32_LOSSES) and off < 1e-5
+    groups["data"]["eval"] = groups["data"]["train"]
     one = pool.run(1, run_fit, model, str(tmp_path), "one", groups)[0]
     two = pool.run(2, run_fit, model, str(tmp_path), "two", groups)[0]  # a rank may have texts alone
     assert losses(two["metrics"]) == pytest.approx(losses(one["metrics"]), rel=FP32_LOSSES)
     saved = load_file(tmp_path / "two/adapter/adapter_model.safetensors")
     assert any(trained in name and bool(value.any()) for name, value in saved.items() if "lora_A" not in name)
+    loss = pool.run(1, _exported_loss, model, groups, str(tmp_path / "two/adapter"), family)[0]
+    assert loss == pytest.approx(two["summary"]["eval_loss_after"], rel=FP32_LOSSES)
 
 
 SPREAD = {
