@@ -23,8 +23,10 @@ from fsdp_qlora.data.columns import ColumnRows
 from fsdp_qlora.data.labels import IGNORE, ROWS, TOKENS
 from fsdp_qlora.data.loader import Cut, Loader, MicroBatch, NamedBatch, weights_of
 from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.objectives import build_objective
+from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.run.evaluate import evaluate_prepared
 from fsdp_qlora.run.prepared import Prepared
 from tests.build import build, whole
@@ -133,6 +135,27 @@ def upstream_losses(ranks: Ranks, folder: str, groups: dict[str, Any], kind: str
 def _weight(part: MicroBatch, name: str) -> int:
     assert isinstance(part, NamedBatch)
     return len(part.rows) if name == ROWS else int((part.tensors["labels"] != IGNORE).sum())
+
+
+def held_and_planned(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the bytes that this rank holds after a backward, by kind, and those planned for the fullest."""
+    prepared = build(ranks, folder, **groups)
+    objective, data = build_objective(prepared.settings.objective), prepared.data
+    assert data is not None and data.train is not None
+    micro_batch = data.encoder.rows(data.train).collate([0, 1], 0)
+    sums = objective.sums(prepared.model.train(), micro_batch)
+    torch.stack([value for value, _ in sums.values()]).sum().backward()
+    trained = dict(trainable_parameters(prepared.model))
+    optimizer = ShardedOptimizer(trained.items(), prepared.config.optim)
+    optimizer.prepare_state(1)
+    frozen = [(n, local_tensor(p)) for n, p in prepared.model.named_parameters() if not p.requires_grad]
+    packed = (".packed", ".absmax", ".nested")
+    held = {
+        "adapters": sum(local_tensor(p).nbytes for p in trained.values()),
+        "optimizer": optimizer.state_bytes(),
+        "base_kept": sum(tensor.nbytes for name, tensor in frozen if not name.endswith(packed)),
+    }
+    return held, {kind: getattr(prepared.plan.bytes, kind) for kind in held}
 
 
 def exported_outputs(ranks: Ranks, folder: str, groups: dict[str, Any], adapter: str) -> tuple[torch.Tensor, list[str]]:

@@ -110,7 +110,7 @@ def _image_chats(config: RunConfig) -> Iterator[str]:
         "train.compile": train.compile == "true", "train.kernels": asked(train.kernels) not in (None, "torch"),
         "train.sample_prompts": train.sample_prompts, "evaluate.prompts": config.evaluate.prompts,
         "evaluate.tasks": config.evaluate.tasks, "lora.init_lora_weights": config.lora.starts_from_rows,
-        "plan.simulate": config.plan.simulate,
+        "plan.simulate": config.plan.simulate, "fsdp.offload_modules": config.fsdp.offload_modules,
     }.items():  # fmt: skip
         if what:
             yield f"{key}: not supported for a model that reads images; leave it out."

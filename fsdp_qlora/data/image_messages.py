@@ -47,8 +47,7 @@ def marked(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _beside(values: Mapping[str, Any]) -> list[Any]:
     """Return the images that a row names beside its messages."""
-    several = decoded(values["images"]) if "images" in values else None
-    single = values["image"] if "image" in values else None
+    several, single = decoded(values.get("images")), values.get("image")
     if several is None:
         return [] if single is None else [single]
     if not isinstance(several, list) or single is not None:

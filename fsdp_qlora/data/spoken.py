@@ -72,7 +72,8 @@ class SpokenEncoder(FileEncoder[str, Recording]):
 
     def fingerprint(self, name: str) -> str:
         """Return a text that changes with the rows of a source and with their recordings."""
-        return f"audio {stamp_of_named(read_source(name), lambda row: [str(self._read(row).get(AUDIO))])}\n{fingerprint(name)}"
+        stamps = stamp_of_named(read_source(name), lambda row: [str(self._read(row).get(AUDIO))])
+        return f"audio {stamps}\n{fingerprint(name)}"
 
     def folders_of(self, name: str) -> list[str]:
         """Return the folders that the paths in a source start from: those of its files."""

@@ -47,17 +47,10 @@ def build_skeleton(
     """
     config = load_config(folder, trust_remote_code, config_overrides)
     _require_computable(folder, config)
-    kind = auto_class(config)
     if objective is not None and objective.auto_class is not None:
         objective = build_objective(objective.settled(folder, config))
         objective.configure(config)
-        kind = getattr(transformers, str(objective.auto_class))
-    elif reads_images(config):
-        raise ModelError(
-            f"model.name: a {config.model_type} reads images. Such models are planned, trained, evaluated and exported "
-            "as adapters (objective=sft with rows); answers, and bases that are merged or converted, are not supported "
-            "for them yet. Use plain transformers and PEFT with the adapter."
-        )
+    kind = _class_for(config, objective)
     try:
         with parameters_on_meta():
             model = kind.from_config(
@@ -106,6 +99,19 @@ def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     if not getattr(config, "is_encoder_decoder", False):
         return [config.get_text_config(decoder=True)]
     return [config, *(inner for inner in vars(config).values() if isinstance(inner, PreTrainedConfig))]
+
+
+def _class_for(config: Any, objective: Objective | None) -> Any:
+    """Return the auto class that builds the model."""
+    if objective is not None and objective.auto_class is not None:
+        return getattr(transformers, objective.auto_class)
+    if reads_images(config):
+        raise ModelError(
+            f"model.name: a {config.model_type} reads images. Such models are planned, trained, evaluated and exported "
+            "as adapters (objective=sft with rows); answers, and bases that are merged or converted, are not supported "
+            "for them yet. Use plain transformers and PEFT with the adapter."
+        )
+    return auto_class(config)
 
 
 def _require_embedding(model: PreTrainedModel) -> None:

@@ -120,16 +120,16 @@ class Llava(Family):
                 f"model.name: a LLaVA with a {self.vision.model_type} as its vision tower is not supported; those "
                 "with CLIP or SigLIP are."
             )
+        from PIL import Image
+
         wanted = (self.vision.image_size, self.vision.image_size)
         for size in ((80, 50), (50, 90)):
-            from PIL import Image
-
             made = tuple(self.pixels(processor, [Image.new("RGB", size)])["pixel_values"].shape[2:])
             if made != wanted:
                 raise ModelError(
-                    f"model.name: its image processor ({type(processor).__name__}) makes images of {made[0]} x {made[1]} "
-                    f"pixels, and its vision tower takes {wanted[0]} x {wanted[1]}. Use the preprocessor_config.json "
-                    "that came with the model."
+                    f"model.name: its image processor ({type(processor).__name__}) makes images of {made[0]} x "
+                    f"{made[1]} pixels, and its vision tower takes {wanted[0]} x {wanted[1]}. Use the "
+                    "preprocessor_config.json that came with the model."
                 )
 
     def tokens(self, made: Mapping[str, torch.Tensor]) -> int:

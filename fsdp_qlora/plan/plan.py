@@ -217,8 +217,8 @@ def _trained(
     if method.trains_base:
         return whole_base(shapes), False
     tables = [name for name in targets if name in (shapes.embedding, shapes.head)]
-    dense = tables or [name for name in targets if name in shapes.beside]
-    _require_adaptable(config, method, tables)
+    dense = [*tables, *(name for name in targets if name in shapes.beside)]
+    _require_adaptable(config, method, dense, bool(tables))
     by_name, lora = _by_name(shapes, targets), config.lora
     trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
     trained |= experts_parameters(method, parameters, lora)
@@ -254,22 +254,23 @@ def _by_name(shapes: ModelShapes, targets: Sequence[str]) -> dict[str, LinearSha
     return {linear.name: linear for linear in (*edges, *shapes.linears)}
 
 
-def _require_adaptable(config: RunConfig, method: Method, tables: Sequence[str]) -> None:
-    """Check that embedding and head, if they are ``tables`` with an adapter, can have one."""
-    if not tables:
+def _require_adaptable(config: RunConfig, method: Method, dense: Sequence[str], tables: bool) -> None:
+    """Check that modules outside the decoder layers can have an adapter; ``tables``: some are embedding or head."""
+    if not dense:
         return
     lora, fsdp = config.lora, config.fsdp
     for key, given in {
         f"lora.variant={method.name}": method.name not in WITH_TABLES,
         f"lora.init_lora_weights={lora.start}": lora.start is not None,
-        f"quant.embeddings={config.quant.embeddings}": config.quant.embeddings != NONE,
+        f"quant.embeddings={config.quant.embeddings}": tables and config.quant.embeddings != NONE,
         "model.add_tokens": config.model.add_tokens,
-        "fsdp.offload_modules": fsdp.offload_modules, f"fsdp.offload={fsdp.offload}": fsdp.offloads_parameters,
+        "fsdp.offload_modules": fsdp.offload_modules,
+        f"fsdp.offload={fsdp.offload}": tables and fsdp.offloads_parameters,
         "fsdp.adapters=replicated": fsdp.adapters == "replicated" and config.precision.name == "bf16",
     }.items():  # fmt: skip
         if given:
             raise PlanError(
-                f"lora.target_modules: an adapter on {tables[0]} does not go with {key}; leave one of them out."
+                f"lora.target_modules: an adapter on {dense[0]} does not go with {key}; leave one of them out."
             )
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from fsdp_qlora.config.auto import Choice, as_word, switch
 from fsdp_qlora.config.rules import check
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.distributed.mesh import Ranks
+from fsdp_qlora.distributed.reduce import on_every
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.families import reads_images
@@ -33,6 +35,16 @@ def settle_images(config: RunConfig, folder: Path) -> RunConfig:
             "text alone."
         )
     return check(replace(config, objective=replace(objective, images=as_word(True)))) if reads else config
+
+
+def settled_on_ranks(config: RunConfig, folder: Path, training: bool, ranks: Ranks) -> RunConfig:
+    """Return `settle_images` of a run's settings. Every rank calls it.
+
+    Without rows, to answer, nothing is settled: a model that reads images is then refused as it is built.
+    """
+    if not training and config.data.train is None:
+        return config
+    return on_every(lambda: settle_images(config, folder), ranks)
 
 
 def images_choice(config: RunConfig, model_type: str) -> dict[str, Choice]:

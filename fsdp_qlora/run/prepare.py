@@ -40,7 +40,7 @@ from fsdp_qlora.run.decide import (
     shape_of,
 )
 from fsdp_qlora.run.eva import settle
-from fsdp_qlora.run.images import images_choice, settle_images
+from fsdp_qlora.run.images import images_choice, settled_on_ranks
 from fsdp_qlora.run.labels import require_metrics, settle_labels
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.starts import kept_start
@@ -89,8 +89,7 @@ def _prepare(
 ) -> Prepared:  # fmt: skip
     on_every(lambda: require_metrics(config), world.ranks)
     asked, folder = config, _find_model(config.model, world)
-    config = on_every(lambda: _settled_images(config, folder, training), world.ranks)
-    config = settle_labels(config, world.ranks, adapter)
+    config = settle_labels(settled_on_ranks(config, folder, training, world.ranks), world.ranks, adapter)
     budget = rank_budget(world.ranks, world.placement)
     config, world, layout = settled_world(on_device(config, world.ranks.device.type), folder, world, budget)
     _say(kernels_to_compile(config.train.kernels, world.ranks.device), world.ranks)
@@ -142,11 +141,6 @@ def _prepare(
         origin=opened.origin, process_bytes=process_bytes, choices=choices, repairs=repairs, recipe=recipe,
         _stack=world.stack,
     )  # fmt: skip
-
-
-def _settled_images(config: RunConfig, folder: Path, training: bool) -> RunConfig:
-    """Settle whether rows hold images; without rows, to answer, a model that reads images is refused as it is built."""
-    return settle_images(config, folder) if training or config.data.train is not None else config
 
 
 def _say(line: str | None, ranks: Ranks) -> None:

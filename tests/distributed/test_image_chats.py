@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
 from fsdp_qlora.adapters.experts import peft_config
 from fsdp_qlora.adapters.names import trainable_parameters
@@ -18,8 +19,11 @@ from fsdp_qlora.adapters.whole import as_saved
 from fsdp_qlora.checks import reference
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
+from fsdp_qlora.errors import FsdpQloraError
+from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.objectives import build_objective
-from tests.build import build, essence, losses, metrics, run_fit, whole
+from fsdp_qlora.run.inference import load_for_inference
+from tests.build import build, config_of, essence, losses, metrics, refused_fit, run_fit, whole, world_of
 from tests.image_chats import (
     VISION,
     mean_loss,
@@ -28,7 +32,7 @@ from tests.image_chats import (
     write_conversations,
     write_image_chat_model,
 )
-from tests.objectives import upstream_model
+from tests.objectives import held_and_planned, upstream_model
 from tests.tolerances import FP32_LOSSES
 
 pytestmark = pytest.mark.full
@@ -143,11 +147,14 @@ def test_the_vision_tower_is_trained_too(pool, tmp_path, how):
     model, groups = _case(tmp_path, family, model={"check": "off"}, lora=BOTH[how])
     ours, theirs, off = pool.run(2, _gradients, model, groups, family)[0]
     assert ours == pytest.approx(theirs, rel=FP32_LOSSES) and off < 1e-5
+    groups["data"]["eval"] = groups["data"]["train"]
     one = pool.run(1, run_fit, model, str(tmp_path), "one", groups)[0]
     two = pool.run(2, run_fit, model, str(tmp_path), "two", groups)[0]  # a rank may have texts alone
     assert losses(two["metrics"]) == pytest.approx(losses(one["metrics"]), rel=FP32_LOSSES)
     saved = load_file(tmp_path / "two/adapter/adapter_model.safetensors")
     assert any(trained in name and bool(value.any()) for name, value in saved.items() if "lora_A" not in name)
+    loss = pool.run(1, _exported_loss, model, groups, str(tmp_path / "two/adapter"), family)[0]
+    assert loss == pytest.approx(two["summary"]["eval_loss_after"], rel=FP32_LOSSES)
 
 
 SPREAD = {
@@ -169,3 +176,72 @@ def test_how_it_is_spread_changes_no_loss(pool, tmp_path, how):
     layout = "copies" if how == "a copy on every rank" else "shard"
     other = losses(pool.run(2, run_fit, model, str(tmp_path), "other", merged, layout=layout)[0]["metrics"])
     assert len(other) == 6 and other == pytest.approx(plain, rel=FP32_LOSSES)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("how", ["qwen2_vl", *BOTH])
+def test_planned_bytes_are_held(pool, tmp_path, how, num_ranks):
+    model, groups = _case(tmp_path, how.partition(",")[0], model={"check": "off"}, lora=BOTH.get(how, {}))
+    results = pool.run(num_ranks, held_and_planned, model, groups)
+    planned = results[0][1]
+    assert {key: max(held[key] for held, _ in results) for key in planned} == planned
+
+
+def _with_other_pixels(ranks: Ranks, folder: str, groups: dict[str, Any]) -> str:
+    """Return what the check says of code that brightens images a little."""
+    outputs = CausalModel.outputs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            CausalModel, "outputs",
+            lambda self, pixel_values, **rest: outputs(self, pixel_values=pixel_values * 1.01, **rest),
+        )  # fmt: skip
+        return refused_fit(ranks, folder, str(groups["root"]), {k: v for k, v in groups.items() if k != "root"})
+
+
+def test_other_pixels_are_found_by_the_check(pool, tmp_path):
+    model, groups = _case(tmp_path, "llava", model={"check": "always"})
+    assert "would not match its own code" in pool.run(1, _with_other_pixels, model, {**groups, "root": tmp_path})[0]
+
+
+def test_sixteen_rows_are_learned_by_heart_in_bf16(pool, tmp_path):
+    model, groups = _case(
+        tmp_path, "qwen2_vl", precision={"name": "bf16"}, optim={"lr": 0.01}, data={"max_rows": 16},
+        lora={"r": 16, "alpha": 32, "target_modules": ["q_proj", "v_proj", "down_proj", "up_proj", "model.visual.*.qkv"]},
+        train={"max_steps": 40, "global_batch_size": 16, "micro_batch_size": 4},
+    )  # fmt: skip
+    made = losses(pool.run(2, run_fit, model, str(tmp_path), "run", groups)[0]["metrics"])
+    assert made[-1] < 0.3 * made[0]
+
+
+def _whole_loss(ranks: Ranks, folder: str, groups: dict[str, Any], family: str) -> float:
+    """Return the mean loss of all rows by a whole model in plain transformers."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    file = Path(groups["data"]["train"])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return mean_loss(model.eval(), [upstream_row(Path(folder), family, row, file.parent) for row in rows])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_the_whole_base_is_trained_too(pool, tmp_path, family):
+    model, groups = _case(tmp_path, family, quant={"name": "none", "double_quant": False}, lora={"variant": "none"})
+    groups["optim"], groups["data"]["eval"] = {"lr": 2e-4}, groups["data"]["train"]
+    one = pool.run(1, run_fit, model, str(tmp_path), "one", groups)[0]
+    two = pool.run(2, run_fit, model, str(tmp_path), "two", groups)[0]
+    assert losses(two["metrics"]) == pytest.approx(losses(one["metrics"]), rel=FP32_LOSSES)
+    loss = pool.run(1, _whole_loss, str(tmp_path / "two/model"), groups, family)[0]
+    assert loss == pytest.approx(two["summary"]["eval_loss_after"], rel=FP32_LOSSES)
+
+
+def test_a_model_that_reads_images_is_loaded_without_rows_by_nobody(pool, tmp_path):
+    model, groups = _case(tmp_path, "llava")
+    said = pool.run(1, _answering, model, groups)[0]
+    assert said.startswith("2 model.name: a llava reads images")
+
+
+def _answering(ranks: Ranks, folder: str, groups: dict[str, Any]) -> str:
+    """Return the refusal of a model to answer with."""
+    try:
+        load_for_inference(config_of(folder, precision=groups["precision"]), world=world_of(ranks))
+    except FsdpQloraError as error:
+        return f"{error.exit_code} {error}"
+    return ""

@@ -9,14 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from fsdp_qlora.adapters.names import trainable_parameters
-from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.objectives import build_objective
-from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from tests.build import build, essence, losses, metrics, run_fit
-from tests.objectives import CASES, exported_outputs, upstream_losses
+from tests.objectives import CASES, exported_outputs, held_and_planned, upstream_losses
 from tests.tiers import some_in_full
 from tests.tolerances import FP32_LOSSES
 
@@ -82,31 +79,12 @@ def test_a_forgotten_mask_is_found(pool, tmp_path):
     assert "would not match its own code" in pool.run(1, _with_unmasked_padding, model, groups)[0]
 
 
-def _held(ranks, folder, groups):
-    """Return the bytes that this rank holds after a backward, by kind, and those planned for the fullest."""
-    prepared = build(ranks, folder, **groups)
-    objective = build_objective(prepared.settings.objective)
-    micro_batch = prepared.data.encoder.rows(prepared.data.train).collate([0, 1], 0)
-    sum(value for value, _ in objective.sums(prepared.model.train(), micro_batch).values()).backward()
-    trained = dict(trainable_parameters(prepared.model))
-    optimizer = ShardedOptimizer(trained.items(), prepared.config.optim)
-    optimizer.prepare_state(1)
-    frozen = [(n, local_tensor(p)) for n, p in prepared.model.named_parameters() if not p.requires_grad]
-    packed = (".packed", ".absmax", ".nested")
-    held = {
-        "adapters": sum(local_tensor(p).nbytes for p in trained.values()),
-        "optimizer": optimizer.state_bytes(),
-        "base_kept": sum(tensor.nbytes for name, tensor in frozen if not name.endswith(packed)),
-    }
-    return held, {kind: getattr(prepared.plan.bytes, kind) for kind in held}
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("num_ranks", [1, 3])
 @pytest.mark.parametrize("kind", CASES)
 def test_planned_bytes_are_held(pool, tmp_path, kind, num_ranks):
     model, groups = CASES[kind].write(tmp_path)
-    results = pool.run(num_ranks, _held, model, groups)
+    results = pool.run(num_ranks, held_and_planned, model, groups)
     planned = results[0][1]
     assert {key: max(held[key] for held, _ in results) for key in planned} == planned
 

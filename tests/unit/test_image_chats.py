@@ -16,7 +16,7 @@ from fsdp_qlora.config.schema import from_dict
 from fsdp_qlora.data.columns import ColumnRows
 from fsdp_qlora.data.image_messages import marked
 from fsdp_qlora.data.prepare import PreparedData
-from fsdp_qlora.errors import ConfigError, DataError, ModelError
+from fsdp_qlora.errors import ConfigError, DataError, ModelError, PlanError
 from fsdp_qlora.run.decide import planned
 from fsdp_qlora.run.images import settle_images
 from fsdp_qlora.run.tokens import prepare_tokens
@@ -167,6 +167,7 @@ def test_settings_that_do_not_go_with_images_are_refused_before_torch():
         ("data", {"truncation": "split"}, "cannot be split"),
         ("train", {"sample_prompts": ["hi"]}, "train.sample_prompts: not supported for a model that reads images"),
         ("quant", {"embeddings": "nf4"}, "quant.embeddings"),
+        ("fsdp", {"offload_modules": ["norms"]}, "fsdp.offload_modules: not supported for a model that reads images"),
     ):
         said = failures(from_dict({"objective": images, "model": {"name": "m"}, group: settings}))
         assert any(words in line for line in said), (words, said)
@@ -187,13 +188,18 @@ def test_the_model_decides_whether_rows_have_images(tmp_path, model):
     assert settled(text) == "auto"
     with pytest.raises(ModelError, match="reads no images here"):
         settled(text, objective={"name": "sft", "images": "true"})
-    with pytest.raises(ConfigError, match="data.packing"):
+    with pytest.raises(ConfigError, match=r"data\.packing"):
         settled(model, data={"packing": True, "train": "x"})
     other = tmp_path / "other"
     other.mkdir()
     AutoConfig.for_model("idefics3").save_pretrained(other)
-    with pytest.raises(ModelError, match="idefics3 reads images, .*llava, qwen2_vl, qwen2_5_vl"):
+    with pytest.raises(ModelError, match=r"idefics3 reads images, .*llava, qwen2_vl, qwen2_5_vl"):
         planned(from_dict({"model": {"name": str(other)}}), 1)
     _, _, plan = planned(from_dict({"model": {"name": str(model)}, "lora": {"r": 4}}), 2)
     assert str(plan.choices["objective.images"]).startswith("true")
     assert plan.targets and all("language_model" in name for name in plan.targets)
+    tower = {"target_modules": ["*.qkv"], "r": 4}
+    _, _, plan = planned(from_dict({"model": {"name": str(model)}, "lora": tower}), 2)
+    assert plan.targets == tuple(f"model.visual.blocks.{number}.attn.qkv" for number in range(2))
+    with pytest.raises(PlanError, match=r"model\.visual.* does not go with lora\.variant=dora"):
+        planned(from_dict({"model": {"name": str(model)}, "lora": tower | {"variant": "dora"}}), 2)
