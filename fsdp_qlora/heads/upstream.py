@@ -102,17 +102,23 @@ def head_input(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
         _with(model, {_head_name(model): _Stop(head)}).forward(**inputs)
     except _Reached as reached:
         return reached.hidden
-    raise ModelError(f"{type(model).__name__}: its forward does not call the output head; its loss cannot be computed.")
+    raise _not_called(model)
+
+
+def _not_called(model: PreTrainedModel) -> ModelError:
+    name = type(model).__name__
+    return ModelError(f"{name}: its forward does not call the output head; its loss cannot be computed.")
 
 
 def after_head(model: PreTrainedModel) -> AfterHead:
     """Return what ``model``'s own ``forward`` does after the head's product; the model may be on meta.
 
     Raises:
-        ModelError: if ``forward`` cannot be run with stand-ins for decoder and head.
+        ModelError: if there is no linear head, or ``forward`` cannot be run with stand-ins for decoder and head.
     """
     head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear)
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"{type(model).__name__}: it has no linear output head; its loss cannot be computed.")
     grid = torch.linspace(-30, 30, _PROBES)
     raw = grid[torch.arange(head.out_features) % _PROBES][None].contiguous()
     with torch.no_grad():
@@ -121,6 +127,8 @@ def after_head(model: PreTrainedModel) -> AfterHead:
             given = code(raw)
         except (RuntimeError, NotImplementedError):  # it uses weights, which are still on meta
             return AfterHead(code=_code_after(model))
+    if given.is_meta and not raw.is_meta:
+        raise _not_called(model)
     code = _code_after(model)
     if given.shape != raw.shape or _has_own_buffers(model):
         return AfterHead(code=code)
