@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from fsdp_qlora.adapters.folder import (
@@ -26,8 +27,11 @@ from fsdp_qlora.adapters.spellings import in_model
 from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.load.fingerprint import Base, Facts, differences, formats_of, read_fingerprint
+from fsdp_qlora.load.stored import packed_format
 
 _SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+_ROWS = 4096
+"""Rows of a table that are compared at a time."""
 _TOKENIZER = "tokenizer.json"
 _OTHER_TOKENS = 0.01
 """Share of token ids with other tokens up to which a vocabulary counts as the same, with tokens of its own."""
@@ -105,11 +109,13 @@ def require_targets(folder: Path, base: Base) -> None:
     """Check that an adapter has tensors for the linears of ``base`` that its config means to PEFT, and for no others.
 
     PEFT would leave the ones without tensors as they are initialised, and pass over tensors that nothing means. A
-    config that does not say what it means (no ``target_modules``, or ``all-linear``) is not checked.
+    config that does not say what it means (no ``target_modules``, or ``all-linear``) is not checked. Copies of the
+    base's own tables in the file, which PEFT would put in their places, must be those of ``base``.
 
     Raises:
-        ModelError: naming the first linear that is missing, or not meant.
+        ModelError: naming the first linear that is missing, or not meant, or a table of another base.
     """
+    _require_tables(folder, base)
     values, shapes = read_json(own_file(folder, CONFIG_NAME), dict[str, Any]), base.shapes
     if not values.get("target_modules") or str(values["target_modules"]).lower() == "all-linear":
         return
@@ -134,6 +140,36 @@ def require_targets(folder: Path, base: Base) -> None:
             f"adapter: {file} has tensors for {len(unused)} modules that target_modules in {CONFIG_NAME} does not mean "
             f"(first: {unused[0]}): PEFT would pass over them. The file or its config is of another adapter."
         )
+
+
+def _require_tables(folder: Path, base: Base) -> None:
+    file, shapes = own_file(folder, WEIGHTS_NAME), base.shapes
+    with opened_weights(file) as stored:
+        for name in stored.tables:
+            module = name.removeprefix(IN_FILE).partition(".base_layer.")[0]
+            table = shapes.embedding if shapes.tied and module == shapes.head else module
+            parameter = f"{table}.weight"
+            if parameter not in shapes.parameters or packed_format(base.source, parameter) is not None:
+                continue  # of no table here: that its adapter fits nothing is said where it is loaded
+            theirs, ours = stored.get_slice(name), shapes.parameters[parameter]
+            if tuple(theirs.get_shape()) != ours or not _is_equal(theirs, base, parameter):
+                raise ModelError(
+                    f"adapter: {file} holds a whole {module}, {theirs.get_shape()}, beside the adapter on it, and it "
+                    f"is not that of {base.source.folder} ({list(ours)}): it was trained on another base, or on one "
+                    "whose vocabulary was resized. Set model.name to the base that it was trained on."
+                )
+
+
+def _is_equal(theirs: Any, base: Base, parameter: str) -> bool:
+    """Whether a table in an adapter's file is the base's, rounded to the file's dtype; read some rows at a time."""
+    rows, columns = base.shapes.parameters[parameter]
+    stored = base.source.find(parameter, (rows, columns))
+    for start in range(0, rows, _ROWS):
+        part = theirs[start : start + _ROWS]
+        ours = base.source.read(stored, start * columns, start * columns + part.numel()).view_as(part)
+        if not torch.equal(ours.to(part.dtype), part):
+            return False
+    return True
 
 
 def _require_vocabulary(folder: Path, base: Path) -> None:

@@ -40,7 +40,6 @@ from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
 T = TypeVar("T")
 CONFIG_NAME = "adapter_config.json"
-CHAT_TEMPLATE_NAME = "chat_template.jinja"
 _HONOURED = {"peft_type", "base_model_name_or_path", "revision", "trainable_token_indices", "modules_to_save"}
 """Keys honoured for every method; see also `Method.honoured`."""
 _SELECTING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"}

@@ -24,6 +24,11 @@ _TRANSPOSED = re.compile(r"\.lora_[ab]$")
 """MLX's names: A is ``[in_features, r]`` there."""
 
 
+_TABLE = ".base_layer.weight"
+"""What PEFT calls the base's own table under an adapter on the embedding or the head, which it saves beside it
+(``save_embedding_layers``)."""
+
+
 def as_peft_spells(name: str) -> str:
     """Return PEFT's name of a tensor, or ``name`` itself where that is not known."""
     if (match := _MATRIX.search(name)) is None:
@@ -54,7 +59,8 @@ def spelt(names: Iterable[str], file: Path) -> dict[str, str]:
 class SpeltFile:
     """An opened safetensors file whose tensors have PEFT's names.
 
-    PEFT repeats the shared bases of RandLoRA in each layer; `keys` leaves these copies out (`require_equal_copies`).
+    `keys` leaves out what PEFT saves beside an adapter: the shared bases of RandLoRA, repeated in each layer
+    (`require_equal_copies`), and the base's embedding or head below an adapter on it (`tables`).
     """
 
     def __init__(self, opened: Any, file: Path) -> None:
@@ -71,10 +77,13 @@ class SpeltFile:
             for name in self._stored
             if (last := name.rpartition(".")[2]) in shared and name != shared[last]
         }
+        adapted = {name.rpartition(".lora_")[0] for name in self._stored if ".lora_" in name}
+        self.tables = [x for x in self._stored if x.endswith(_TABLE) and x.removesuffix(_TABLE) in adapted]
+        """Names of the base's own tables in the file."""
 
     def keys(self) -> list[str]:
         """Return the names, as PEFT spells them."""
-        return [name for name in self._stored if name not in self._copies]
+        return [name for name in self._stored if name not in self._copies and name not in self.tables]
 
     def require_equal_copies(self) -> None:
         """Check that each copy of a shared tensor equals it: PEFT's layers share the one, whichever was read last.

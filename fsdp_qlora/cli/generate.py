@@ -13,7 +13,7 @@ from fsdp_qlora.cli.typed import is_terminal, typed_lines
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.inference.generate import answer
-from fsdp_qlora.run.answers import Answering, answer_file, ending, sampling_seed
+from fsdp_qlora.run.answers import Answering, answer_file, check_files, ending, require_room, sampling_seed
 from fsdp_qlora.run.chat import Talk
 from fsdp_qlora.run.inference import load_for_inference
 from fsdp_qlora.run.spread import load_over_devices
@@ -36,7 +36,7 @@ def run(config: RunConfig) -> int:
 
 def _read(file: str) -> str:
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
+        return Path(file).expanduser().read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompt_file: {file} cannot be read: {error}.") from error
 
@@ -60,6 +60,7 @@ def _chat(config: RunConfig, world: World) -> int:
 
 
 def _answer_file(config: RunConfig, world: World) -> int:
+    check_files(config, world.ranks)
     count = answer_file(config, _load(config, world, whole=True))
     if world.ranks.is_main:
         print(f"{count} answers -> {config.generate.to}")
@@ -69,6 +70,7 @@ def _answer_file(config: RunConfig, world: World) -> int:
 def _generate(config: RunConfig, prompt: str, world: World) -> int:
     prepared = _load(config, world, whole=False)
     settings, model = config.generate, prepared.model
+    require_room(prepared, prompt, settings)
     for name in [settings.adapter] if settings.adapter == BASE else prepared.adapters or [None]:
         if name is not None:
             model.use_adapter(name)

@@ -5,6 +5,7 @@ A rule yields messages of the form ``key: reason, what to do``. Nothing here nee
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -38,11 +39,15 @@ _RANGES = tuple(partial(_range, key, fact) for key, fact in facts(RunConfig) if 
 
 def _finite(group: str, config: RunConfig) -> Iterator[str]:
     for key, value in vars(getattr(config, group)).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{group}.{key}: must be a finite number, got {value}."
+        for one in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(one, float) and not math.isfinite(one):
+                yield f"{group}.{key}: must be a finite number, got {one}."
+            elif isinstance(one, int) and not -(2**63) <= one < 2**63:
+                yield f"{group}.{key}: {one} is too large; the largest whole number is {2**63 - 1}."
 
 
-_FINITE = tuple(partial(_finite, group) for group in ("optim", "lora", "schedule", "train", "data", "quant"))
+_GROUPS = tuple(f.name for f in dataclasses.fields(RunConfig) if isinstance(f.default_factory, type))
+_FINITE = tuple(partial(_finite, group) for group in _GROUPS)
 
 
 def _optimizer(config: RunConfig) -> Iterator[str]:

@@ -21,6 +21,7 @@ from fsdp_qlora.export.folding import Folding
 from fsdp_qlora.export.model_folder import (
     MERGE,
     beside_the_weights,
+    keep_template,
     new_folder,
     of_tokenizer,
     put,
@@ -81,6 +82,7 @@ def export_merged(
         home, total = _write_weights(folding, staging, progress)
         for name, file in beside.items():
             copy_regular(file, staging / name)
+        keep_template(staging, adapter.folder)
         write_json(staging / "config.json", _config(source, folding))
         _follow_end_of_turn(staging, folding)
         folded = sorted([*adapter.modules, *adapter.stacks, *adapter.whole_parameters])

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from fsdp_qlora.errors import ModelError, StorageError
 from fsdp_qlora.files.read import own_file, walk
 from fsdp_qlora.files.scratch import fresh_folder
-from fsdp_qlora.files.write import sync
+from fsdp_qlora.files.write import sync, write_text
+from fsdp_qlora.model.tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG, stored_template, template_beside
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,15 @@ def require_free(target: Path, kind: Kind, overwrite: bool, kept: Iterable[Path]
     """Check that a folder may be written, or replaced with ``overwrite``: an earlier export of this kind, nothing else.
 
     Raises:
-        ModelError: if it is not empty and no such export, a link, no folder, or one of the folders ``kept``, around or
-            inside one of them.
+        ModelError: if it is not empty and no such export, a link, no folder, below a file, or one of the folders
+            ``kept``, or around one of them.
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         what = "a link" if target.is_symlink() else "a file"
         raise ModelError(f"export.to: {target} is {what}; name a new folder.")
+    above = next(path for path in target.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise ModelError(f"export.to: {target} is below {above}, which is a file; name a new folder.")
     own = target.resolve()
     for folder in (path.resolve() for path in kept):
         if own == folder or own in folder.parents:
@@ -99,14 +103,31 @@ def put(staging: Path, target: Path, overwrite: bool) -> None:
 
 
 def beside_the_weights(source: Path) -> dict[str, Path]:
-    """Return the files next to the weights (tokenizer, generation config) by name, with their resolved paths."""
+    """Return the files next to the weights (tokenizer, generation config) by name, with their resolved paths.
+
+    An adapter's config is left out: beside a model, transformers would load that adapter onto it.
+    """
     names = {file.name for pattern in _COPIED for file in source.glob(pattern)}
-    names = {name for name in names if name not in MARKS and not name.endswith(".index.json")}
+    names = {name for name in names if name not in (*MARKS, ADAPTER.mark) and not name.endswith(".index.json")}
     real = {name: own_file(source, name) for name in sorted(names)}
     return {name: file for name, file in real.items() if file.is_file()}
 
 
 def of_tokenizer(adapter: Path) -> dict[str, Path]:
     """Return the tokenizer's files in an adapter's folder, by name; beside a model's weights, they replace its own."""
-    weights = {"adapter_config.json", "adapter_model.safetensors.index.json"}
-    return {name: file for name, file in beside_the_weights(adapter).items() if name not in weights}
+    return beside_the_weights(adapter)
+
+
+def keep_template(folder: Path, adapter: Path) -> None:
+    """Let a model's folder, with an adapter's tokenizer in it, have that adapter's chat template.
+
+    transformers reads the template in a file of its own first, which may be the base's; other tools keep an adapter's
+    in its tokenizer's config.
+
+    Raises:
+        ModelError: if the adapter's cannot be read.
+        OSError: if the folder cannot be written.
+    """
+    file = template_beside(adapter)
+    if file is not None and file.name == TOKENIZER_CONFIG:
+        write_text(folder / CHAT_TEMPLATE, stored_template(file) or "")

@@ -18,7 +18,7 @@ from fsdp_qlora.adapters.fold import StoredAdapter
 from fsdp_qlora.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, opened_weights
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.export.adapter import write_weights
-from fsdp_qlora.export.model_folder import SERVED, of_tokenizer
+from fsdp_qlora.export.model_folder import SERVED, keep_template, of_tokenizer
 from fsdp_qlora.export.starts import restarted
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.files.write import copy_regular, write_json
@@ -95,6 +95,7 @@ def add_adapter(folder: Path, adapter: StoredAdapter, base: Base) -> None:
     """
     for name, file in of_tokenizer(adapter.folder).items():
         copy_regular(file, folder / name)
+    keep_template(folder, adapter.folder)
     weights = own_file(adapter.folder, WEIGHTS_NAME)
     config = read_json(own_file(adapter.folder, CONFIG_NAME), dict[str, Any])
     if adapter.config.start is None:

@@ -37,6 +37,8 @@ _REFUSED: Mapping[str, str] = {
     "lora_bias": "trained biases",
 }
 """Settings that vLLM refuses, or whose tensors it refuses: what they are, in words."""
+UNNAMED = "BASE"
+"""Stands for the model to serve an adapter on that names none."""
 _STARTS = ("pissa", "olora", "loftq")
 """Beginnings of ``init_lora_weights`` with which the base is not the original one."""
 _ON_EXPERTS = (
@@ -85,10 +87,11 @@ def served_by_vllm(folder: Path, base: str | None = None) -> str:
         reasons = obstacles(config, list(stored.keys()))
     if not reasons:
         rank = next(rank for rank in RANKS if rank >= _rank(config))
-        own, base = base is not None, base or str(config.get("base_model_name_or_path"))
+        own, base = base is not None, base or config.get("base_model_name_or_path") or UNNAMED
         words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
         words += ["--lora-modules", f"tuned={folder}"]
-        beside = "" if own else " (on the 16-bit base; what=served serves it on one in 4 bits)"
+        where = f"{UNNAMED}, the 16-bit base, which the adapter does not name" if base == UNNAMED else "the 16-bit base"
+        beside = "" if own else f" (on {where}; what=served serves it on one in 4 bits)"
         return f"vLLM: yes: {shlex.join(words)}{beside}"
     plain = all(any(key in reason for key in _PASSED_OVER) for reason in reasons)
     way = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from transformers import (
 )
 
 from fsdp_qlora.config.schema import GenerateSettings
+from fsdp_qlora.data.messages import require_unicode
+from fsdp_qlora.errors import DataError
 from fsdp_qlora.inference.end_of_turn import EndOfTurn
 from fsdp_qlora.inference.remembered import Remembered
-from fsdp_qlora.inference.rendering import render_all_apart
+from fsdp_qlora.inference.rendering import render_all_apart, require_none
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.shown import visible
 
@@ -32,21 +34,33 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, 
 
 
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, Any]]]
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, Any]]], names: Sequence[str] = ()
 ) -> list[list[int]]:  # fmt: skip
     """Render conversations with the chat template, up to the answer; without one, the text of their last messages.
 
     Raises:
-        ModelError: if the chat template rejects one.
+        ModelError: if the chat template rejects one, or its text is no Unicode, by its name if it has one.
     """
     if not conversations:
         return []
     if tokenizer.chat_template:
-        texts = render_all_apart(tokenizer, conversations, add_generation_prompt=True)
+        texts = render_all_apart(tokenizer, conversations, names, add_generation_prompt=True)
     else:
         texts = [str(messages[-1].get("content", "")) for messages in conversations]
+    require_none(_not_unicode(texts), names, "its tokenizer")
     encoded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)
     return [list(ids) for ids in encoded["input_ids"]]  # type: ignore[union-attr, arg-type]
+
+
+def _not_unicode(texts: Sequence[str]) -> dict[int, str]:
+    """Return what is wrong with texts that hold half a character, by their places."""
+    wrong: dict[int, str] = {}
+    for place, text in enumerate(texts):
+        try:
+            require_unicode(text)
+        except DataError as error:
+            wrong[place] = str(error)
+    return wrong
 
 
 def answer(

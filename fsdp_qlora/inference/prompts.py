@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.config.choices import nearest
-from fsdp_qlora.errors import ConfigError, DataError
+from fsdp_qlora.errors import ConfigError, DataError, StorageError
 from fsdp_qlora.files.write import append_to
 from fsdp_qlora.track.lines import read_lines, to_line, write_lines
 
@@ -33,6 +33,8 @@ class Prompt:
     """What is asked, as a conversation."""
     adapter: str | None = None
     """The adapter that the line names, of several."""
+    line: int = 0
+    """Number of the line in its file, from 1."""
 
     @property
     def digest(self) -> str:
@@ -67,7 +69,7 @@ def read_prompts(
         try:
             fields = json.loads(line)
             messages = _messages(fields)
-            prompts.append(Prompt(len(prompts), fields, messages, _adapter(fields, adapters, default)))
+            prompts.append(Prompt(len(prompts), fields, messages, _adapter(fields, adapters, default), number))
         except (ValueError, RecursionError) as error:
             wrong.append(f"line {number}: {error}")
     if wrong:
@@ -115,35 +117,56 @@ def _messages(fields: Any) -> list[dict[str, Any]]:
 class Answers:
     """The answers to a file of prompts, on the one process that writes them."""
 
-    def __init__(self, file: Path, prompts: Iterable[Prompt]) -> None:
+    def __init__(self, file: Path, prompts: Iterable[Prompt], asked: str | None = None) -> None:
         """Read what an earlier run has answered.
 
+        Args:
+            file: the file to write.
+            prompts: what is answered.
+            asked: a digest of who answers, and with which settings: answers of others are not mixed with these. None:
+                not compared.
+
         Raises:
-            ConfigError: if ``file`` is complete already, or its part belongs to other prompts.
+            ConfigError: if ``file`` is complete already, or its part belongs to other prompts, or others answered.
+            StorageError: if its folder cannot be made.
         """
         self.file, self._part = file, file.with_name(file.name + ".part")
-        self._prompts = list(prompts)
+        self._prompts, self._asked = list(prompts), asked
         if file.exists():
             raise ConfigError(f"generate.to: {file} already exists; choose another file.")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"generate.to: the folder of {file} cannot be made: {error}.") from error
         self._lines: dict[int, dict[str, Any]] = {}
         for line in self._earlier():
             index = line.get(INDEX, -1) if isinstance(line, dict) else -1
             known = type(index) is int and 0 <= index < len(self._prompts)
-            if not known or line.get(DIGEST) != self._prompts[index].digest:
+            digest = str(line.get(DIGEST)) if known else ""
+            if not known or digest.partition("-")[0] != self._prompts[index].digest:
                 raise ConfigError(
                     f"generate.to: {self._part} holds answers to other prompts; remove it, or choose another file."
                 )
+            if self._asked is not None and digest != self._digest(index):
+                raise ConfigError(
+                    f"generate.to: {self._part} holds answers of another model or adapter, or with other settings "
+                    "(generate, quant, precision, data.template), and they would be mixed with these. Start it as "
+                    "before, or remove that file, or choose another one."
+                )
             self._lines[index] = line
+        if self._lines and self._asked is not None:
+            write_lines(self._part, self._lines.values())  # without a last line that a kill cut short
 
     def _earlier(self) -> list[Any]:
         if not self._part.exists():
             return []
         try:
-            lines = read_lines(self._part)
+            return read_lines(self._part)
         except (OSError, ValueError) as error:
             raise ConfigError(f"generate.to: {self._part} cannot be read: {error}; remove it.") from error
-        write_lines(self._part, lines)  # without a last line that a kill cut short
-        return lines
+
+    def _digest(self, index: int) -> str:
+        return f"{self._prompts[index].digest}-{self._asked}"
 
     @property
     def left(self) -> list[Prompt]:
@@ -153,11 +176,10 @@ class Answers:
     def add(self, answers: Mapping[int, str]) -> None:
         """Write answers by the indices of their prompts."""
         lines = [
-            {INDEX: i, **self._prompts[i].fields, ANSWER: text, DIGEST: self._prompts[i].digest}
+            {INDEX: i, **self._prompts[i].fields, ANSWER: text, DIGEST: self._digest(i)}
             for i, text in sorted(answers.items())
         ]
         self._lines |= {line[INDEX]: line for line in lines}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         with append_to(self._part) as stream:
             stream.write("".join(map(to_line, lines)).encode())
 

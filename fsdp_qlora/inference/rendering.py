@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,8 @@ from fsdp_qlora.distributed.sandbox import Apart, StuckError
 from fsdp_qlora.errors import ModelError
 
 _TEXT, _REFUSAL = b"t", b"r"
+_SHOWN = 5
+"""Rejected prompts that a message names."""
 
 
 def render_apart(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **settings: Any) -> str:
@@ -22,9 +25,10 @@ def render_apart(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, An
 
 
 def render_all_apart(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, Any]]], **settings: Any
-) -> list[str]:
-    """Render several conversations, as `render_apart` does one."""
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, Any]]], names: Sequence[str] = (),
+    **settings: Any,
+) -> list[str]:  # fmt: skip
+    """Render several conversations, as `render_apart` does one; an error says the ``names`` of the rejected ones."""
 
     def render(messages: list[dict[str, Any]]) -> bytes:
         try:
@@ -43,10 +47,20 @@ def render_all_apart(
         ) from error
     finally:
         process.close()
-    return [_text(each) for each in said]
+    require_none({n: each[1:].decode() for n, each in enumerate(said) if each.startswith(_REFUSAL)}, names)
+    return [each[1:].decode("utf-8", "surrogatepass") for each in said]
 
 
-def _text(said: bytes) -> str:
-    if said.startswith(_REFUSAL):
-        raise ModelError(f"model.name: its chat template rejects the prompt: {said[1:].decode()}")
-    return said[1:].decode("utf-8", "surrogatepass")
+def require_none(refused: Mapping[int, str], names: Sequence[str], what: str = "its chat template") -> None:
+    """Check that no conversation was refused.
+
+    Raises:
+        ModelError: saying which ones were, by ``names`` if there are any, and why.
+    """
+    if not refused:
+        return
+    if not names:
+        raise ModelError(f"model.name: {what} rejects the prompt: {next(iter(refused.values()))}")
+    shown = "; ".join(f"{names[n]}: {why}" for n, why in list(refused.items())[:_SHOWN])
+    more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+    raise ModelError(f"model.name: {what} rejects {len(refused)} of {len(names)} prompts: {shown}{more}")

@@ -12,9 +12,10 @@ from transformers import (
 
 from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers it
 from fsdp_qlora.errors import ConfigError, ModelError, typed_line
-from fsdp_qlora.files.read import own_file
+from fsdp_qlora.files.read import own_file, parse_json
 from fsdp_qlora.model.config import not_buildable, require_sane
 
+CHAT_TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates", "*/*.jinja")
 
 
@@ -35,6 +36,41 @@ def build_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrained
             raise not_buildable(folder, error) from error
         raise ModelError(f"model.name: {folder} has no usable tokenizer: {error}") from error
     return tokenizer
+
+
+def stored_template(file: Path) -> str | None:
+    """Return the chat template in a file: in Jinja, or in a ``tokenizer_config.json``, where other tools keep theirs.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is not UTF-8, or a config that is not JSON.
+    """
+    text = file.read_text(encoding="utf-8")
+    if file.name != TOKENIZER_CONFIG:
+        return text
+    values = parse_json(text.encode())
+    template = values.get("chat_template") if isinstance(values, dict) else None
+    if isinstance(template, list):  # several with names, of which transformers takes this one
+        named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) else None
+
+
+def template_beside(adapter: Path) -> Path | None:
+    """Return the file in an adapter's folder that holds its chat template (see `stored_template`); None if none does.
+
+    Raises:
+        ModelError: if its tokenizer's config cannot be read.
+        SecurityError: if the file is a link out of the folder.
+    """
+    for name in (CHAT_TEMPLATE, TOKENIZER_CONFIG):
+        file = own_file(adapter, name)
+        try:
+            if file.is_file() and stored_template(file) is not None:
+                return file
+        except (OSError, ValueError) as error:
+            raise ModelError(f"adapter: {file} cannot be read: {error}.") from error
+    return None
 
 
 def _require_own_files(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,14 +13,16 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters.served import BASE
+from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import GenerateSettings, RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import on_every, on_main
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.inference.batches import Row, answer_all
 from fsdp_qlora.inference.end_of_turn import EndOfTurn, end_of_turn
-from fsdp_qlora.inference.generate import encode_conversations
+from fsdp_qlora.inference.generate import encode_conversations, encode_prompt
 from fsdp_qlora.inference.prompts import ANSWER, Answers, Prompt, read_prompts
+from fsdp_qlora.load.safetensors import file_digests
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.track.bars import Bar
 
@@ -68,17 +72,21 @@ def answer_file(config: RunConfig, prepared: Answering) -> int:
     settings, ranks = config.generate, prepared.ranks
     assert settings.prompts is not None and settings.to is not None
     file, to = Path(settings.prompts).expanduser(), Path(settings.to).expanduser()
-    adapters = [*prepared.adapters, BASE] if prepared.adapters else []
-    prompts = on_every(lambda: read_prompts(file, adapters, settings.adapter), ranks)
+    prompts = on_every(lambda: prompts_of(config), ranks)
     answers: list[Answers] = []
 
     def open_answers() -> list[int]:
-        answers.append(Answers(to, prompts))
+        answers.append(Answers(to, prompts, _asked(config, prepared)))
         return [prompt.index for prompt in answers[0].left]
 
     left = set(on_main(open_answers, ranks))
-    rows = on_every(lambda: _rows(prepared, [prompt for prompt in prompts if prompt.index in left]), ranks)
-    on_every(lambda: _require_fit(rows, settings, prepared.max_positions, f"generate.prompts: {file}"), ranks)
+    rows = on_every(lambda: _rows(prepared, [prompt for prompt in prompts if prompt.index in left], file.name), ranks)
+    on_every(
+        lambda: _require_fit(
+            rows, {p.index: p.line for p in prompts}, settings, prepared.max_positions, f"generate.prompts: {file}"
+        ),
+        ranks,
+    )
     end = ending(prepared, settings)
     bar = Bar("answering")
     done = len(prompts) - len(rows)
@@ -100,6 +108,41 @@ def answer_file(config: RunConfig, prepared: Answering) -> int:
     return len(prompts)
 
 
+def prompts_of(config: RunConfig) -> list[Prompt]:
+    """Read the file of prompts; see `read_prompts`."""
+    adapters = [*config.adapter, BASE] if isinstance(config.adapter, dict) else []
+    return read_prompts(Path(config.generate.prompts or "").expanduser(), adapters, config.generate.adapter)
+
+
+def check_files(config: RunConfig, ranks: Ranks) -> None:
+    """Check the files of prompts and answers, so that a model is not loaded for nothing. Every rank calls it.
+
+    Raises:
+        DataError: if the file of prompts cannot be read.
+        ConfigError: if the file of answers is there already.
+    """
+    prompts = on_every(lambda: prompts_of(config), ranks)
+
+    def check() -> None:
+        Answers(Path(config.generate.to or "").expanduser(), prompts)
+
+    on_main(check, ranks)
+
+
+def _asked(config: RunConfig, prepared: Answering) -> str:
+    """Return a digest of the weights that answer, and of the settings that an answer depends on."""
+    generate, template = config.generate, prepared.tokenizer.chat_template
+    named = config.adapter if isinstance(config.adapter, dict) else {"": config.adapter} if config.adapter else {}
+    settings = [
+        file_digests(prepared.folder),
+        {name: file_digests(Path(folder).expanduser()) for name, folder in named.items()},
+        to_dict(config.quant), config.precision.name, str(template),
+        generate.max_new_tokens, generate.temperature, generate.top_p, generate.top_k, list(generate.stop),
+        sampling_seed(config) if generate.temperature else None,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def answer_again(config: RunConfig, prepared: Answering, file: Path, key: str) -> list[dict[str, Any]]:
     """Answer every prompt of a file; return its lines with their answers on rank 0, [] on the others.
 
@@ -111,8 +154,13 @@ def answer_again(config: RunConfig, prepared: Answering, file: Path, key: str) -
     """
     settings, ranks = config.generate, prepared.ranks
     prompts = on_every(lambda: read_prompts(file, key=key), ranks)
-    rows = on_every(lambda: _rows(prepared, prompts), ranks)
-    on_every(lambda: _require_fit(rows, settings, prepared.max_positions, f"{key}: {file}"), ranks)
+    rows = on_every(lambda: _rows(prepared, prompts, file.name), ranks)
+    on_every(
+        lambda: _require_fit(
+            rows, {p.index: p.line for p in prompts}, settings, prepared.max_positions, f"{key}: {file}"
+        ),
+        ranks,
+    )
     texts: dict[int, str] = {}
     end = ending(prepared, settings)
     answer_all(prepared.model, prepared.tokenizer, end, rows, settings, sampling_seed(config), ranks, texts.update)
@@ -130,18 +178,36 @@ def sampling_seed(config: RunConfig) -> int:
     return config.run.seed if config.generate.seed is None else config.generate.seed
 
 
-def _require_fit(rows: list[Row], settings: GenerateSettings, positions: int, where: str) -> None:
-    """Check that no prompt and its answer need more positions than the model has."""
+def require_room(prepared: Answering, prompt: str, settings: GenerateSettings) -> None:
+    """Check that a prompt and its answer need no more positions than the model has.
+
+    Raises:
+        DataError: if they do.
+        ModelError: if the chat template rejects the prompt.
+    """
+    row = Row(0, encode_prompt(prepared.tokenizer, prompt)["input_ids"][0].tolist())
+    _require_fit([row], {}, settings, prepared.max_positions, "prompt")
+
+
+def _require_fit(
+    rows: list[Row], lines: Mapping[int, int], settings: GenerateSettings, positions: int, where: str
+) -> None:  # fmt: skip
+    """Check that no prompt and its answer need more positions than the model has; ``lines`` are the rows' in a file."""
     room = positions - settings.max_new_tokens
-    long = [row for row in rows if positions and len(row.ids) > room]
-    if long:
-        named = ", ".join(f"{row.index + 1} ({len(row.ids)} tokens)" for row in sorted(long, key=lambda r: r.index)[:5])
-        raise DataError(
-            f"{where}: the model has {positions} positions, {settings.max_new_tokens} of them for the "
-            f"answer (generate.max_new_tokens); {len(long)} prompts are longer than the rest: {named}."
-        )
+    long = sorted((row for row in rows if positions and len(row.ids) > room), key=lambda row: row.index)
+    if not long:
+        return
+    has = f"{where}: the model has {positions} positions, and the answer may take {settings.max_new_tokens} of them"
+    if not lines:
+        raise DataError(f"{has} (generate.max_new_tokens): too many for a prompt of {len(long[0].ids)} tokens.")
+    named = ", ".join(f"{lines[row.index]} ({len(row.ids)} tokens)" for row in long[:5])
+    raise DataError(
+        f"{has} (generate.max_new_tokens): too many for {len(long)} of the prompts, those in line {named}"
+        f"{' ...' if len(long) > 5 else ''}."
+    )
 
 
-def _rows(prepared: Answering, prompts: list[Prompt]) -> list[Row]:
-    encoded = encode_conversations(prepared.tokenizer, [prompt.messages for prompt in prompts])
+def _rows(prepared: Answering, prompts: list[Prompt], where: str) -> list[Row]:
+    names = [f"{where} line {prompt.line}" for prompt in prompts]
+    encoded = encode_conversations(prepared.tokenizer, [prompt.messages for prompt in prompts], names)
     return [Row(prompt.index, ids, prompt.adapter) for prompt, ids in zip(prompts, encoded, strict=True)]

@@ -25,7 +25,7 @@ from fsdp_qlora.export.gguf_source import (
     read_vocabulary,
     state_begin,
 )
-from fsdp_qlora.export.model_folder import GGUF, new_folder, of_tokenizer, put, require_free
+from fsdp_qlora.export.model_folder import GGUF, keep_template, new_folder, of_tokenizer, put, require_free
 from fsdp_qlora.files.read import file_sha256
 from fsdp_qlora.files.write import write_json, write_text
 from fsdp_qlora.inference.end_of_turn import EndOfTurn, end_of_turn
@@ -135,6 +135,7 @@ def export_gguf_adapter(config: RunConfig, adapter: Path, target: Path, say: Say
         folder = work / "base"
         folder.mkdir()
         link_model(base, folder, of_tokenizer(adapter), trusted)
+        keep_template(folder, adapter)
         skeleton = build_skeleton(folder, torch.bfloat16, "eager", trusted)
         require_fits(lora, adapter, read_shapes(skeleton).linears)
         files: list[Written] = []

@@ -7,12 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from fsdp_qlora.adapters.folder import (
-    CHAT_TEMPLATE_NAME,
-    blamed_on_adapter,
-    read_adapter_config,
-    stored_modules,
-)
+from fsdp_qlora.adapters.folder import blamed_on_adapter, read_adapter_config, stored_modules
 from fsdp_qlora.adapters.loading import cast_adapters, load_adapter
 from fsdp_qlora.adapters.served import ServedAdapter
 from fsdp_qlora.adapters.turns import FILE_NAME
@@ -20,7 +15,7 @@ from fsdp_qlora.config.choices import ROW_BY_ROW
 from fsdp_qlora.config.schema import LoraSettings, RunConfig
 from fsdp_qlora.errors import FsdpQloraError, ModelError
 from fsdp_qlora.files.read import own_file
-from fsdp_qlora.model.tokenizer import added_tokens
+from fsdp_qlora.model.tokenizer import added_tokens, stored_template, template_beside
 from fsdp_qlora.parallel.shard import model_dtype
 from fsdp_qlora.run.prepare import prepare
 from fsdp_qlora.run.prepared import Prepared
@@ -140,7 +135,7 @@ def _called(config: RunConfig) -> str:
 
 
 def _template(config: RunConfig) -> str | None:
-    return None if config.data.template is None else Path(config.data.template).expanduser().read_text("utf-8")
+    return None if config.data.template is None else stored_template(Path(config.data.template).expanduser())
 
 
 def with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
@@ -150,8 +145,8 @@ def with_adapter(config: RunConfig, adapter: Path) -> RunConfig:
     if not model.name and saved.base_model:
         model = replace(model, name=saved.base_model, revision=model.revision or saved.revision)
     chats = config.objective.name not in ROW_BY_ROW
-    if chats and data.template is None and (adapter / CHAT_TEMPLATE_NAME).is_file():
-        data = replace(data, template=str(own_file(adapter, CHAT_TEMPLATE_NAME)))
+    if chats and data.template is None and (template := template_beside(adapter)) is not None:
+        data = replace(data, template=str(template))
     return replace(config, model=model, data=data, lora=saved.settings(stored_modules(adapter, saved)))
 
 

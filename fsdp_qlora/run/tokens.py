@@ -19,7 +19,7 @@ from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.folder import resolve_folder
 from fsdp_qlora.model.processor import build_image_processor, build_image_text_processor, build_speech_processor
-from fsdp_qlora.model.tokenizer import add_special_tokens, build_tokenizer
+from fsdp_qlora.model.tokenizer import add_special_tokens, build_tokenizer, stored_template
 from fsdp_qlora.objectives import Objective, build_objective
 from fsdp_qlora.run.build import OpenedModel
 from fsdp_qlora.run.images import settle_images
@@ -162,9 +162,13 @@ def open_tokenizer(config: RunConfig, folder: Path) -> PreTrainedTokenizerBase:
     add_special_tokens(tokenizer, config.model.add_tokens)
     if config.data.template is not None:
         try:
-            tokenizer.chat_template = Path(config.data.template).expanduser().read_text(encoding="utf-8")
+            tokenizer.chat_template = stored_template(Path(config.data.template).expanduser())
         except OSError as error:
             raise DataError(f"data.template: {config.data.template} cannot be read: {error.strerror}.") from error
         except UnicodeDecodeError as error:
             raise DataError(f"data.template: {config.data.template} is not valid UTF-8.") from error
+        except ValueError as error:
+            raise DataError(f"data.template: {config.data.template} cannot be read: {error}.") from error
+        if tokenizer.chat_template is None:
+            raise DataError(f"data.template: {config.data.template} holds no chat template.")
     return tokenizer

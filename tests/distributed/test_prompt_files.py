@@ -18,6 +18,7 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import FsdpQloraError
 from fsdp_qlora.inference import prompts as prompt_files
+from fsdp_qlora.inference.prompts import read_prompts
 from fsdp_qlora.run.answers import answer_file
 from fsdp_qlora.run.inference import load_for_inference
 from tests.build import build, config_of, world_of
@@ -144,6 +145,32 @@ def _other_prompts(file: Path, to: Path) -> str:
     return "other prompts"
 
 
+def _other_settings(file: Path, to: Path) -> str:
+    (first, *_) = read_prompts(file)
+    line = {"index": 0, **first.fields, "answer": "of another adapter", "digest": f"{first.digest}-0123456789abcdef"}
+    to.with_name(to.name + ".part").write_text(json.dumps(line) + "\n" + '{"index": 1, "cut sh')
+    return "another model or adapter, or with other settings"
+
+
+def _the_part_of_the_answers(file: Path, to: Path) -> str:
+    """What is asked lies where the answers' part would: it is not rewritten, nor is its last line lost."""
+    file.rename(to.with_name(to.name + ".part"))
+    file.symlink_to(to.with_name(to.name + ".part"))
+    with file.open("a") as stream:
+        stream.write('{"prompt": "the last one, without a line feed"}')
+    return "other prompts"
+
+
+def _half_a_character(file: Path, to: Path) -> str:
+    file.write_text('{"prompt": "fine"}\n\n{"prompt": "half: \\ud800"}\n')
+    return "rejects 1 of 2 prompts: prompts.jsonl line 3: "
+
+
+def _no_content(file: Path, to: Path) -> str:
+    file.write_text('{"prompt": "fine"}\n{"messages": [{"role": "user"}]}\n')
+    return "rejects 1 of 2 prompts: prompts.jsonl line 2: "
+
+
 def _broken(file: Path, to: Path) -> str:
     file.write_text('{"prompt": "fine"}\nnot json\n{"prompt": 3}\n[1]\n{"messages": [{"content": "x"}]}\n')
     return "cannot be read whole: line 2: "
@@ -161,7 +188,7 @@ def _both(file: Path, to: Path) -> str:
 
 def _too_long(file: Path, to: Path) -> str:
     file.write_text('{"prompt": "fine"}\n' + json.dumps({"prompt": sentence(1, 9000)}) + "\n")
-    return "1 prompts are longer than the rest: 2 ("
+    return "too many for 1 of the prompts, those in line 2 ("
 
 
 def _exists(file: Path, to: Path) -> str:
@@ -179,13 +206,18 @@ def _missing(file: Path, to: Path) -> str:
     return "cannot be read"
 
 
-@pytest.mark.parametrize("spoil", [_other_prompts, _broken, _has_answers, _both, _too_long, _exists, _empty, _missing])
+@pytest.mark.parametrize("spoil", [
+    _other_prompts, _other_settings, _broken, _has_answers, _both, _too_long, _exists, _empty, _missing,
+    *(pytest.param(odd, marks=pytest.mark.full) for odd in (_the_part_of_the_answers, _half_a_character, _no_content)),
+])  # fmt: skip
 def test_what_cannot_be_answered_is_said_on_every_rank(pool, tmp_path, tiny_model, spoil: Callable[[Path, Path], str]):
     file, to = write_prompts(tmp_path), tmp_path / "answers.jsonl"
     said = spoil(file, to)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     messages = [each[0] for each in pool.run(2, answer, str(tiny_model), str(file), str(to))]
-    assert all(said in str(message) and str(message).startswith("generate.") for message in messages), messages
+    assert all(
+        said in str(message) and str(message).startswith(("generate.", "model.name: its ")) for message in messages
+    ), messages
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 

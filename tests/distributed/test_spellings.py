@@ -25,6 +25,7 @@ from tests.build import build, config_of, whole, world_of
 from tests.distributed.test_many_adapters import make_adapters, stock
 from tests.distributed.test_peft_methods import STOCK, R, _dense_copy
 from tests.tiers import some_in_full
+from tests.tiny import make_model
 
 SPELLINGS: dict[str, Callable[[str], str]] = {
     "the adapter's name inside": lambda n: n.replace(".weight", ".default.weight"),
@@ -96,6 +97,27 @@ def test_shared_projections_as_stock_peft_writes_them(pool, tiny_model, tmp_path
         (file.parent / "adapter_config.json").write_text(json.dumps(config | {"save_projection": True}))
         said = pool.run(1, _refused, str(tiny_model), folders["a"])[0]
         assert said.startswith("2 adapter: ") and "set save_projection=false in adapter_config.json" in said
+
+
+@pytest.mark.full
+def test_tables_that_peft_saves_beside_an_adapter_on_head_and_embedding(pool, tmp_path):
+    """``save_embedding_layers``: it saves the base's own tables as well, which must then be those of this base."""
+    folder = make_model(tmp_path / "model", tie_word_embeddings=False)
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head", "embed_tokens"])
+    folders = make_adapters(_dense_copy(folder, "nf4"), tmp_path, {"a": lambda: config})
+    file = Path(folders["a"]) / "adapter_model.safetensors"
+    tables = [name for name in load_file(file) if name.endswith(".base_layer.weight")]
+    assert len(tables) == 2
+    (mine,) = pool.run(2, _logits, str(folder), list(folders.values()))[0]
+    with torch.no_grad():
+        theirs = stock(_dense_copy(folder, "nf4"), folders)(input_ids=torch.arange(5, 25).view(1, -1)).logits
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    values = load_file(file)
+    for table in tables:
+        for other in (values[table] + torch.eye(*values[table].shape) * 0.5, values[table][:-1].contiguous()):
+            save_file({**values, table: other}, file)
+            said = pool.run(1, _refused, str(folder), folders["a"])[0]
+            assert said.startswith("2 adapter: ") and "holds a whole" in said and table.split(".")[-3] in said, said
 
 
 def _refused(ranks: Ranks, folder: str, adapter: str) -> str:

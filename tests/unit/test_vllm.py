@@ -88,3 +88,15 @@ def test_whether_adapters_on_experts_are_served_depends_on_the_model(tmp_path):
     assert "depends on the model" in line and "is_3d_moe_weight" in line and "what=merged" in line
     with pytest.raises(ModelError, match=r"export\.for_vllm: .*vllm#52198.*what=merged"):
         rewrite_for_vllm(folder)
+
+
+@pytest.mark.full
+def test_an_adapter_that_names_no_base_is_served_on_one_to_fill_in(tmp_path):
+    folder = write_family(tmp_path / "base", "llama")
+    write(tmp_path / "adapter", folder, r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    file = tmp_path / "adapter/adapter_config.json"
+    values = json.loads(file.read_text())
+    assert f"vllm serve {folder} " in served_by_vllm(file.parent)
+    file.write_text(json.dumps(values | {"base_model_name_or_path": None}))
+    said = served_by_vllm(file.parent)
+    assert "vllm serve BASE " in said and "which the adapter does not name" in said
