@@ -106,7 +106,7 @@ def test_torchrun_and_the_launcher_do_the_same(cli, cli_env, tiny_run, tmp_path)
     evaluated = cli("evaluate", *tiny_run, adapter, "evaluate.json=eval.json")
     assert evaluated.returncode == 0, evaluated.stderr
     found = json.loads((tmp_path / "eval.json").read_text())
-    assert set(found) == {"eval_loss", "eval_perplexity", "target_tokens"}
+    assert set(found) == {"eval_loss", "eval_perplexity", "target_tokens", "sources"}
     assert abs(found["eval_loss"] - summary["eval_loss_after"]) < BF16_LOSSES * summary["eval_loss_after"]
 
 
@@ -136,11 +136,11 @@ def plant():
     from fsdp_qlora.errors import DataError
     real = loader.TokenRows.collate
     seen = []
-    def collate(self, rows, number):
+    def collate(self, *chosen):
         seen.append(1)
         if len(seen) > 12:
             raise DataError("planted: row 7 is bad")
-        return real(self, rows, number)
+        return real(self, *chosen)
     loader.TokenRows.collate = collate
 if os.environ.get("RANK") == "1":
     threading.Thread(target=plant, daemon=True).start()
