@@ -114,6 +114,11 @@ def _messages(fields: Any) -> list[dict[str, Any]]:
     return messages
 
 
+def part_of(file: Path) -> Path:
+    """Return the file in which the answers for ``file`` are collected until all are there."""
+    return file.with_name(file.name + ".part")
+
+
 class Answers:
     """The answers to a file of prompts, on the one process that writes them."""
 
@@ -130,7 +135,7 @@ class Answers:
             ConfigError: if ``file`` is complete already, or its part belongs to other prompts, or others answered.
             StorageError: if its folder cannot be made.
         """
-        self.file, self._part = file, file.with_name(file.name + ".part")
+        self.file, self._part = file, part_of(file)
         self._prompts, self._asked = list(prompts), asked
         if file.exists():
             raise ConfigError(f"generate.to: {file} already exists; choose another file.")

@@ -17,11 +17,11 @@ from fsdp_qlora.config.convert import to_dict
 from fsdp_qlora.config.schema import GenerateSettings, RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import on_every, on_main
-from fsdp_qlora.errors import DataError
+from fsdp_qlora.errors import ConfigError, DataError
 from fsdp_qlora.inference.batches import Row, answer_all
 from fsdp_qlora.inference.end_of_turn import EndOfTurn, end_of_turn
 from fsdp_qlora.inference.generate import encode_conversations, encode_prompt
-from fsdp_qlora.inference.prompts import ANSWER, Answers, Prompt, read_prompts
+from fsdp_qlora.inference.prompts import ANSWER, Answers, Prompt, part_of, read_prompts
 from fsdp_qlora.load.safetensors import file_digests
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.track.bars import Bar
@@ -109,9 +109,19 @@ def answer_file(config: RunConfig, prepared: Answering) -> int:
 
 
 def prompts_of(config: RunConfig) -> list[Prompt]:
-    """Read the file of prompts; see `read_prompts`."""
+    """Read the file of prompts; see `read_prompts`.
+
+    Raises:
+        ConfigError: if it lies where the answers are to be collected.
+    """
+    generate = config.generate
+    file, to = Path(generate.prompts or "").expanduser(), Path(generate.to or "").expanduser()
+    if file.resolve() == part_of(to).resolve():
+        raise ConfigError(
+            f"generate.to: answers are collected in {part_of(to)}, which is the file of prompts; choose another file."
+        )
     adapters = [*config.adapter, BASE] if isinstance(config.adapter, dict) else []
-    return read_prompts(Path(config.generate.prompts or "").expanduser(), adapters, config.generate.adapter)
+    return read_prompts(file, adapters, generate.adapter)
 
 
 def check_files(config: RunConfig, ranks: Ranks) -> None:

@@ -158,7 +158,7 @@ def _the_part_of_the_answers(file: Path, to: Path) -> str:
     file.symlink_to(to.with_name(to.name + ".part"))
     with file.open("a") as stream:
         stream.write('{"prompt": "the last one, without a line feed"}')
-    return "other prompts"
+    return "which is the file of prompts"
 
 
 def _half_a_character(file: Path, to: Path) -> str:
