@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.errors import NumericsError
@@ -16,11 +16,10 @@ from fsdp_qlora.export.adapter import whole_tensor
 from fsdp_qlora.files.read import own_file
 from fsdp_qlora.files.scratch import fresh_folder, move_into
 from fsdp_qlora.files.write import copy_regular
+from fsdp_qlora.model.config import GENERATION
 
 if TYPE_CHECKING:
     from fsdp_qlora.model.processor import Processor
-
-_GENERATION = "generation_config.json"
 
 
 def gather_base(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
@@ -59,11 +58,13 @@ def export_model(
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NumericsError(f"model: {name} holds values that are not finite; it is not written.")
+    if skeleton.can_generate():
+        skeleton.generation_config = GenerationConfig.from_model_config(skeleton.config)
     with fresh_folder(folder) as staging:
         skeleton.save_pretrained(staging, state_dict=dict(tensors))
         tokenizer.save_pretrained(str(staging))
-        if (base / _GENERATION).is_file():  # a model that is built from its config alone does not know it
-            copy_regular(own_file(base, _GENERATION), staging / _GENERATION)
+        if (base / GENERATION).is_file():  # a model that is built from its config alone does not know it
+            copy_regular(own_file(base, GENERATION), staging / GENERATION)
         size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
         move_into(staging, folder)
     return size

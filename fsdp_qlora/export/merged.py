@@ -33,6 +33,7 @@ from fsdp_qlora.files.write import copy_regular, write_json
 from fsdp_qlora.load.finite import require_finite
 from fsdp_qlora.load.safetensors import SafetensorsFolder, TensorEntry
 from fsdp_qlora.load.stored import packed_format
+from fsdp_qlora.model.config import GENERATION, load_generation_config
 
 PIECE_BYTES = 64 * 2**20
 """Unchanged tensors are copied in pieces of this size."""
@@ -69,7 +70,8 @@ def export_merged(
         overwrite: whether ``target`` may hold an earlier export.
 
     Raises:
-        ModelError: if ``target`` is not empty, a tensor cannot be folded, or a result does not fit its dtype.
+        ModelError: if ``target`` is not empty, a tensor cannot be folded, a result does not fit its dtype, or
+            transformers cannot read the base's generation_config.json.
         SecurityError: if a file in ``source`` links outside it: it would be shared along with the model.
         StorageError: if ``target`` cannot be written.
     """
@@ -78,6 +80,7 @@ def export_merged(
     beside = {**beside_the_weights(source), **of_tokenizer(adapter.folder)}
     for file in {entry.file for entry in folding.files.entries.values()}:
         own_file(source, file.name)
+    load_generation_config(source)  # what cannot be read would come along
     with new_folder(target, partial(put, overwrite=overwrite)) as staging:
         home, total = _write_weights(folding, staging, progress)
         for name, file in beside.items():
@@ -191,7 +194,7 @@ def _follow_end_of_turn(folder: Path, folding: Folding) -> None:
     end = AutoTokenizer.from_pretrained(folder, local_files_only=True).eos_token_id
     if end not in folding.adapter.config.token_ids:
         return
-    file = folder / "generation_config.json"
+    file = folder / GENERATION
     config = read_json(file, dict[str, Any]) if file.is_file() else {}
     before = config.get("eos_token_id", folding.base.config.get_text_config().eos_token_id)
     others = before if isinstance(before, list) else [] if before is None else [before]

@@ -24,8 +24,8 @@ from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.files.write import copy_regular, write_json
 from fsdp_qlora.load.fingerprint import Base
 from fsdp_qlora.load.finite import require_finite
+from fsdp_qlora.model.config import GENERATION
 
-GENERATION = "generation_config.json"
 SERVED_METHODS = ("lora", "rslora")
 """The methods that transformers loads beside a model: it leaves DoRA's magnitudes out without an error, and PEFT has no
 layers of most others for bitsandbytes' 4-bit linears."""

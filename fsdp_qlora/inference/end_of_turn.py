@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.inference.rendering import render_apart
+from fsdp_qlora.model.config import GENERATION
 
-_FILE = "generation_config.json"
 _ANSWER = "Zqxj7"
 """A placeholder answer that no template writes on its own or trims."""
 
@@ -54,7 +54,7 @@ def end_of_turn(folder: Path, model_config: Any, tokenizer: PreTrainedTokenizerB
     """Return everything that ends an answer of the model in ``folder``."""
     learned = _learned_end(tokenizer)
     ids = [learned] if isinstance(learned, int) else []
-    for named in (tokenizer.eos_token_id, _configured(model_config), _from_file(folder / _FILE)):
+    for named in (tokenizer.eos_token_id, _configured(model_config), _from_file(folder / GENERATION)):
         ids += _ids(named)
     return EndOfTurn(list(dict.fromkeys(ids)), learned if isinstance(learned, str) else None)
 

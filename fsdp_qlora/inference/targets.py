@@ -15,10 +15,9 @@ from fsdp_qlora.data.columns import ColumnRows
 from fsdp_qlora.data.pairs import LABELS, SUPERVISED, TARGET
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import gather_json
-from fsdp_qlora.errors import ModelError, typed_line
+from fsdp_qlora.model.config import load_generation_config
 from fsdp_qlora.model.root import CausalModel
 
-_FILE = "generation_config.json"
 _TOKENS = (
     "decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id",
     "forced_eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
@@ -32,12 +31,7 @@ def greedy_config(folder: Path, model: PreTrainedModel, more: Mapping[str, Any])
     Raises:
         ModelError: if its generation_config.json cannot be read.
     """
-    own = GenerationConfig.from_model_config(model.config)
-    if (folder / _FILE).is_file():
-        try:
-            own = GenerationConfig.from_pretrained(folder)
-        except Exception as error:  # odd values can raise anything in upstream's code
-            raise ModelError(f"model.name: {folder / _FILE} cannot be read: {typed_line(error)}") from error
+    own = load_generation_config(folder) or GenerationConfig.from_model_config(model.config)
     tokens = {name: value for name in _TOKENS if (value := getattr(own, name, None)) is not None}
     return GenerationConfig(do_sample=False, num_beams=1, use_cache=True, **tokens, **more)
 

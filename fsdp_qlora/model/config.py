@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from fsdp_qlora.config.choices import nearest
 from fsdp_qlora.errors import ModelError, typed_line
 from fsdp_qlora.files.bounded import OutOfBoundsError, require_bounded_config, require_bounded_values
 
+GENERATION = "generation_config.json"
 _UNBUILDABLE = (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, StrictDataclassError)
 _ROPE, _ROPE_KEYS = "rope_parameters", ("rope_theta", "partial_rotary_factor")
 
@@ -37,6 +38,22 @@ def load_config(folder: Path, trust_remote_code: bool = False, overrides: Mappin
         raise ModelError(f"model.config_overrides: {dict(overrides)} does not fit {folder}: {_said(error)}") from error
     _require_taken(_merged(config, overrides, ""), changed, folder)
     return changed
+
+
+def load_generation_config(folder: Path) -> GenerationConfig | None:
+    """Return what ``folder`` says of generation, as upstream's ``from_pretrained`` reads it; None without such a file.
+
+    Raises:
+        ModelError: if upstream cannot read it.
+    """
+    if not (folder / GENERATION).is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # odd values can raise anything in upstream's code
+        raise ModelError(
+            f"model.name: transformers cannot read {folder / GENERATION}: {typed_line(error)} Mend or remove it."
+        ) from error
 
 
 def require_sane(folder: Path) -> None:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from fsdp_qlora.errors import ConfigError, ModelError, first_line, typed_line
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.files.write import copy_regular
-from fsdp_qlora.model.config import not_buildable, require_sane
+from fsdp_qlora.model.config import GENERATION, not_buildable, require_sane
 from fsdp_qlora.model.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase, WhisperProcessor, WhisperTokenizer
 
-FILE, GENERATION = "preprocessor_config.json", "generation_config.json"
+FILE = "preprocessor_config.json"
 _SEVERAL = 51_865
 """Tokens of a Whisper that knows several languages; one that knows only English has fewer."""
 

@@ -72,6 +72,7 @@ def _loop(folder: Path, rows: list[tuple[list[int], list[bool]]]) -> tuple[list[
 @pytest.mark.parametrize("tied", [True, False])
 def test_equals_a_plain_loop_and_loads_with_from_pretrained(pool, tmp_path, tied, num_ranks):
     folder = tiny.make_model(tmp_path / "base", tie_word_embeddings=tied)
+    (folder / "generation_config.json").unlink()
     rows = tiny.write_chat_rows(tmp_path / "rows.jsonl", 6)  # every step sees all of them
     settings = _settings(rows, "fp32")
     wanted, weights = _loop(folder, pool.run(1, _rows, str(folder), settings)[0])
@@ -81,6 +82,8 @@ def test_equals_a_plain_loop_and_loads_with_from_pretrained(pool, tmp_path, tied
     for name, weight in model.named_parameters():  # AdamW moves a weight by at most lr a step
         assert float((weight - weights[name]).abs().max()) < 0.02 * STEPS * 1e-3, name
     assert len(AutoTokenizer.from_pretrained(tmp_path / "full" / "model")) == model.config.vocab_size
+    base = AutoModelForCausalLM.from_pretrained(folder)  # both stop where config.json says
+    assert model.generation_config.eos_token_id == base.generation_config.eos_token_id is not None
 
 
 def _held(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:

@@ -225,6 +225,16 @@ def test_an_adapter_of_another_model_is_refused(pool, tmp_path, tiny_model):
     assert message.startswith("adapter:") and not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("text", ["[1]", "{", '{"cache_implementation": "none such"}'])
+def test_a_base_whose_generation_config_transformers_cannot_read_is_refused(pool, tmp_path, text):
+    base = tiny.make_model(tmp_path / "base")
+    folder = write_adapter(base, tmp_path / "adapter", lora())
+    (base / "generation_config.json").write_text(text)
+    (message,) = pool.run(1, run_merge, str(base), str(folder), str(tmp_path / "merged"), "nf4", "original")[0]
+    assert message.startswith(f"model.name: transformers cannot read {base}/generation_config.json: ")
+    assert not (tmp_path / "merged").exists()
+
+
 def on_experts(*weights: str, **more: Any) -> peft.LoraConfig:
     """Return PEFT's config of a LoRA on attention and stacked weights of experts, of another rank there."""
     names = [f"mlp.experts.{weight}" for weight in weights]
