@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.cli.tables import print_columns
 from fsdp_qlora.config.answer_rules import has_rows
 from fsdp_qlora.config.schema import RunConfig
+from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.files.write import write_json
 from fsdp_qlora.inference.harness import require_harness
 from fsdp_qlora.inference.prompts import ANSWER
@@ -22,6 +24,8 @@ BEFORE, AFTER = "base", "adapter"
 
 def run(config: RunConfig) -> int:
     """Evaluate; return the exit code."""
+    if config.evaluate.json:
+        _require_place(Path(config.evaluate.json).expanduser())
     if config.evaluate.tasks:
         require_harness()
     if not has_rows(config):
@@ -29,6 +33,20 @@ def run(config: RunConfig) -> int:
     elif config.data.train is None:  # `prepare` needs training data; the evaluation rows serve as well
         config = replace(config, data=replace(config.data, train=config.data.eval))
     return on_ranks(config, lambda world: _evaluate(config, world))
+
+
+def _require_place(file: Path) -> None:
+    """Check that the result can be written, so that nothing is measured in vain.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    if file.is_dir():
+        raise ConfigError(f"evaluate.json: {file} is a folder; name a file in it.")
+    if not file.parent.is_dir():
+        raise ConfigError(f"evaluate.json: there is no folder {file.parent}; make it, or name another one.")
+    if not os.access(file.parent, os.W_OK):
+        raise ConfigError(f"evaluate.json: {file.parent} may not be written to; name another folder.")
 
 
 def _evaluate(config: RunConfig, world: World) -> int:
