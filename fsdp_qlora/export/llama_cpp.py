@@ -133,4 +133,7 @@ def convert(folder: Path, script: str, arguments: Sequence[str | Path], cwd: Pat
     ended = f"ended with {done.returncode}"
     if done.returncode < 0:
         ended = f"was killed ({signal.Signals(-done.returncode).name})"
-    raise ModelError(f"what=gguf: llama.cpp's {script} {ended}. Its last lines:\n" + "\n".join(lines))
+    raise ModelError(
+        f"what=gguf: llama.cpp's {script} {ended}. If it does not know such a model yet, a newer one may: name a "
+        "checkout of it with export.llama_cpp=FOLDER. Its last lines:\n" + "\n".join(lines)
+    )
