@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.errors import NumericsError
@@ -58,8 +58,6 @@ def export_model(
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NumericsError(f"model: {name} holds values that are not finite; it is not written.")
-    if skeleton.can_generate():
-        skeleton.generation_config = GenerationConfig.from_model_config(skeleton.config)
     with fresh_folder(folder) as staging:
         skeleton.save_pretrained(staging, state_dict=dict(tensors))
         tokenizer.save_pretrained(str(staging))

@@ -17,7 +17,7 @@ from peft import PeftModel
 from peft.tuners import lora
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from fsdp_qlora.adapters.head import AdaptedLossHead
 from fsdp_qlora.adapters.lora import AdaptedModel
@@ -158,6 +158,9 @@ class CausalModel(nn.Module):
     def generate(self, **settings: Any) -> torch.Tensor:
         """Generate as transformers does. Under FSDP, a collective.
 
+        A ``generation_config`` that is given says everything: what it leaves unset has transformers' defaults, and not
+        what the model's own says, which may stem from old settings in config.json.
+
         ``adapter_names`` names an adapter for each row, as in `logits`.
 
         Raises:
@@ -165,8 +168,14 @@ class CausalModel(nn.Module):
         """
         if (names := settings.get("adapter_names")) is not None:
             require_rows(self._adapted(), names)
-        with self._inputs_on(self.device), self._without_backward():
-            return self.model.generate(**self._cast(settings))  # type: ignore[operator]
+        base, own = self.base, self.base.generation_config
+        if "generation_config" in settings:
+            base.generation_config = GenerationConfig()
+        try:
+            with self._inputs_on(self.device), self._without_backward():
+                return self.model.generate(**self._cast(settings))  # type: ignore[operator]
+        finally:
+            base.generation_config = own
 
     def _cast(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return inputs with those that are no tokens (pixels, spectrograms) in the model's dtype."""

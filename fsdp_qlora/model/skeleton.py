@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fsdp_qlora.adapters.names import names_taken_for_experts, renamed_by_peft
 from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers it
@@ -72,7 +72,6 @@ def build_skeleton(
         raise ModelError(f"{type(model).__name__}: buffer {unmade[0]} is not in any file, and no code creates it.")
     make_buffers(model)
     keep_in_float32(model, dtype)
-    model.generation_config = GenerationConfig()  # not config.json: what callers leave unset comes from here
     model.requires_grad_(False)
     return model.eval()
 
