@@ -65,20 +65,22 @@ def test_rows_end_in_their_word(case, cli, real_model, tmp_path):
     assert f"\n{word}: held-out loss " in done.stdout
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("lr", ["1e-7", "1"])
-def test_a_learning_rate_far_off_learns_nothing(lr, cli, tiny_model, tmp_path):
+def test_a_learning_rate_far_off_learns_nothing(lr, cli, real_model, tmp_path):
     file = own_rows.write(tmp_path / "rows.jsonl", own_rows.rows())
     done = cli(
-        "train", f"model.name={tiny_model}", f"data.train={file}", "data.max_length=64", "train.max_steps=24",
+        "train", f"model.name={real_model}", f"data.train={file}", "data.max_length=64", "train.max_steps=12",
         f"optim.lr={lr}", "run.name=mine", "launcher.device=cpu", "train.sample_tokens=4",
+        "train.eval_every=0", timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     verdict = json.loads((tmp_path / "outputs/mine/summary.json").read_text())["verdict"]
     assert verdict["word"] == "nothing learned" and verdict["reasons"][0].startswith("the learning rate, "), verdict
-    assert f"is too {'low' if lr == '1e-7' else 'high'}; optim.lr=auto takes 0.0043" in verdict["reasons"][0]
+    assert f"is too {'low' if lr == '1e-7' else 'high'}; optim.lr=auto takes 0.0013" in verdict["reasons"][0]
     end = done.stdout[done.stdout.index("mine: done") :]
     assert "nothing learned: " in end
-    assert max(len(line) for line in end.splitlines() if "fsdp-qlora" not in line) <= 80
+    assert max(len(line) for line in end.splitlines() if not re.search("fsdp-qlora|/", line)) <= 80
     (again,) = re.findall(r"train again: (.*)", end)
     assert shlex.split(again)[1:] == [
         "train", f"run_from={tmp_path / 'outputs/mine/config.yaml'}", "run.name=mine-2", "optim.lr=auto",
