@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.config.schema import RunConfig, from_dict
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.process import Placement
 from fsdp_qlora.distributed.reduce import gather_json
+from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import FsdpQloraError
+from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.quant.packing import tensor_sha256
 from fsdp_qlora.run.fit import fit
 from fsdp_qlora.run.folder import RunFolder
@@ -108,3 +111,18 @@ def essence(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the lines of training and evaluation without what a clock or a memory meter says."""
     keep = ("step", "loss", "grad_norm", "lr", "tokens", "target_tokens", "eval_loss", "eval_perplexity")
     return [{k: m[k] for k in keep if k in m} for m in lines if "loss" in m or "eval_loss" in m]
+
+
+def held_bytes(prepared: Prepared) -> dict[str, int]:
+    """Return the bytes that this rank holds after a backward, as the plan calls them."""
+    trained = dict(trainable_parameters(prepared.model))
+    optimizer = ShardedOptimizer(trained.items(), prepared.config.optim)
+    optimizer.prepare_state(1)
+    frozen = [(n, local_tensor(p)) for n, p in prepared.model.named_parameters() if not p.requires_grad]
+    packed = (".packed", ".absmax", ".nested")
+    return {
+        "adapters": sum(local_tensor(p).nbytes for p in trained.values()),
+        "gradients": sum(local_tensor(p.grad).nbytes for p in trained.values() if p.grad is not None),
+        "optimizer": optimizer.state_bytes(),
+        "base_kept": sum(tensor.nbytes for name, tensor in frozen if not name.endswith(packed)),
+    }

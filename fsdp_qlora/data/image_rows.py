@@ -9,7 +9,7 @@ from fsdp_qlora.data.folders import is_data, is_inside
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.named_files import stamp_of_named
 from fsdp_qlora.data.readers import kind_of
-from fsdp_qlora.data.sources import expand, fingerprint, is_file, not_read, read_source
+from fsdp_qlora.data.sources import fingerprint, folders_of_files, not_read, read_source
 from fsdp_qlora.errors import DataError
 
 IMAGE, LABEL = "image", "label"
@@ -47,7 +47,7 @@ def folders_of(name: str) -> list[str]:
     """Return the folders that images' paths in a source start from, as its rows have them."""
     if is_class_folder(name):
         return [str(Path(name).expanduser())]
-    return [str(Path(file).parent) if "://" not in file and is_file(file) else "" for file in expand(name)]
+    return folders_of_files(name)
 
 
 def images_fingerprint(name: str, named: Callable[[Row], Sequence[str]]) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from fsdp_qlora.data.named_files import content_of
+from fsdp_qlora.data.named_files import content_digest, content_of, each_checked
 from fsdp_qlora.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -46,25 +43,15 @@ def check_images(files: Sequence[Path]) -> list[bytes | DataError]:
 
 def measure_images(files: Sequence[Path]) -> list[Measured | DataError]:
     """Read images whole on all cores; return the digest and size of each, or what is wrong with it."""
-    return _of_each(files, lambda file, content: Measured(_digest(content), _upright(file, content).size))
+    return _of_each(files, lambda file, content: Measured(content_digest(content), _upright(file, content).size))
 
 
 def _of_each(files: Sequence[Path], work: Callable[[Path, bytes], T]) -> list[T | DataError]:
     from PIL import Image
 
-    def attempt(file: Path) -> T | DataError:
-        try:
-            return work(file, content_of(file, "image"))
-        except DataError as error:
-            return error
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error here
-        return list(pool.map(attempt, files))
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
+        return each_checked(files, "image", work)
 
 
 def _check(file: Path, content: bytes) -> bytes:
@@ -74,7 +61,7 @@ def _check(file: Path, content: bytes) -> bytes:
         else:
             image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))  # JPEG alone has drafts
             image.load()
-    return _digest(content)
+    return content_digest(content)
 
 
 def read_image(file: Path) -> Image:

@@ -25,6 +25,11 @@ class Sequences:
     """Upper bound on the length of a sequence."""
 
 
+def learned_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Return the positions of labels that are learned: int64 ``[targets]``, indices into the flattened labels."""
+    return (labels != IGNORE).flatten().nonzero().flatten()
+
+
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
     """Return the positions whose next token is learned: int64 ``[targets]``, indices into the flattened labels.
 

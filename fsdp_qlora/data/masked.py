@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fsdp_qlora.data.columns import ColumnRows, mask_of, padded
-from fsdp_qlora.data.labels import IGNORE
+from fsdp_qlora.data.labels import IGNORE, learned_positions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -100,5 +100,5 @@ class MaskedRows(ColumnRows):
         ids = [ids for ids, _ in drawn]
         return {
             "input_ids": padded(ids, self._masking.pad), "attention_mask": mask_of(ids), "labels": labels,
-            "supervised": (labels != IGNORE).flatten().nonzero().flatten(),
+            "supervised": learned_positions(labels),
         }  # fmt: skip

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.errors import DataError
 
+T = TypeVar("T")
 LARGEST = 256 * 2**20
 """Bytes of a file that is read."""
 _EDGE = 2**16
@@ -50,6 +54,24 @@ def stamp_of_named(rows: Iterable[Row], named: Callable[[Row], Sequence[str]]) -
         for name in names:
             digest.update(f"{name}\0".encode("utf-8", "surrogatepass") + stamp_of(Path(row.folder, name)))
     return digest.hexdigest()
+
+
+def each_checked(files: Sequence[Path], what: str, check: Callable[[Path, bytes], T]) -> list[T | DataError]:
+    """Read files that rows call ``what`` on all cores; return what ``check`` makes of each, or what is wrong."""
+
+    def attempt(file: Path) -> T | DataError:
+        try:
+            return check(file, content_of(file, what))
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(attempt, files))
+
+
+def content_digest(content: bytes) -> bytes:
+    """Return a digest of a whole file: 16 bytes."""
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def content_of(file: Path, what: str) -> bytes:

@@ -11,7 +11,7 @@ import torch
 
 from fsdp_qlora.data.columns import LENGTH, TARGETS, ColumnRows, mask_of, padded
 from fsdp_qlora.data.encoder import Counts, EachAlone, Read, Stored
-from fsdp_qlora.data.labels import IGNORE
+from fsdp_qlora.data.labels import IGNORE, learned_positions
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.samples import Segment
@@ -126,7 +126,7 @@ class PairEncoder(EachAlone):
         labels = padded([row[LABELS] for row in rows], IGNORE)
         return {
             "input_ids": padded(ids, self._pad), "attention_mask": mask_of(ids), LABELS: labels,
-            SUPERVISED: (labels != IGNORE).flatten().nonzero().flatten(),
+            SUPERVISED: learned_positions(labels),
         }  # fmt: skip
 
     def segments(self, rows: Rows, number: int) -> list[Segment]:

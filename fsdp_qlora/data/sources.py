@@ -56,6 +56,11 @@ def _folder_split(name: str) -> tuple[Path, str] | None:
     return (folder, split) if colon and split and not Path(name).expanduser().exists() and folder.is_dir() else None
 
 
+def folders_of_files(name: str) -> list[str]:
+    """Return the folder of each file of a source, as its rows have it; empty for what is not on this machine."""
+    return [str(Path(file).parent) if "://" not in file and is_file(file) else "" for file in expand(name)]
+
+
 def expand(name: str) -> list[str]:
     """Return the files for a path, a folder, ``folder:split`` or a glob; hub names and URLs are returned unchanged.
 

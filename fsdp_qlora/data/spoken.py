@@ -13,12 +13,12 @@ from fsdp_qlora.data.audio import Recording, check_recordings, read_recording
 from fsdp_qlora.data.columns import LENGTH, TARGETS, ColumnRows, padded
 from fsdp_qlora.data.encoder import Stored
 from fsdp_qlora.data.file_rows import FOLDER, FileEncoder, Named
-from fsdp_qlora.data.labels import IGNORE
+from fsdp_qlora.data.labels import IGNORE, learned_positions
 from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.named_files import stamp_of_named
 from fsdp_qlora.data.pairs import LABELS, SUPERVISED, TARGET, Side
 from fsdp_qlora.data.samples import Segment
-from fsdp_qlora.data.sources import expand, fingerprint, is_file, read_source
+from fsdp_qlora.data.sources import fingerprint, folders_of_files, read_source
 from fsdp_qlora.data.texts import digest_of, text_in
 from fsdp_qlora.errors import DataError
 
@@ -57,7 +57,7 @@ class SpokenEncoder(FileEncoder[str, Recording]):
         self._num_positions, self._max_targets = num_positions, max_targets
         self.identity = [
             "speech", targets.identity, self._tokenizer.prefix_tokens, num_positions, max_targets,
-            self._extractor.to_dict(), self.shared,
+            self._extractor.to_dict(), self.folders.shared,
         ]  # fmt: skip
 
     @property
@@ -77,7 +77,7 @@ class SpokenEncoder(FileEncoder[str, Recording]):
 
     def folders_of(self, name: str) -> list[str]:
         """Return the folders that the paths in a source start from: those of its files."""
-        return [str(Path(file).parent) if "://" not in file and is_file(file) else "" for file in expand(name)]
+        return folders_of_files(name)
 
     def check(self, files: Sequence[Path]) -> list[Recording | DataError]:
         """Return digests and lengths of recordings, or what is wrong with them."""
@@ -115,7 +115,7 @@ class SpokenEncoder(FileEncoder[str, Recording]):
         labels = padded([row[LABELS] for row in rows], IGNORE)
         return {
             FEATURES: torch.stack([self._spectrogram(row) for row in rows]), LABELS: labels,
-            SUPERVISED: (labels != IGNORE).flatten().nonzero().flatten(),
+            SUPERVISED: learned_positions(labels),
         }  # fmt: skip
 
     def _spectrogram(self, row: Mapping[str, Any]) -> torch.Tensor:
@@ -124,7 +124,7 @@ class SpokenEncoder(FileEncoder[str, Recording]):
         Each is computed alone, so that its bits do not depend on the others in its batch.
         """
         rate = self._extractor.sampling_rate
-        samples = read_recording(self.file(int(row[FOLDER]), str(row[AUDIO])), rate)
+        samples = read_recording(self.folders.file(int(row[FOLDER]), str(row[AUDIO])), rate)
         return self._extractor(samples, sampling_rate=rate, return_tensors="pt")[FEATURES][0]
 
     def segments(self, rows: Rows, number: int) -> list[Segment]:

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedTokenizerBase
+
 from fsdp_qlora.errors import ConfigError, ModelError, first_line, typed_line
 from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.files.write import copy_regular
@@ -14,7 +16,7 @@ from fsdp_qlora.model.config import GENERATION, not_buildable, require_sane
 from fsdp_qlora.model.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase, WhisperProcessor, WhisperTokenizer
+    from transformers import BaseImageProcessor, WhisperProcessor, WhisperTokenizer
 
 FILE = "preprocessor_config.json"
 _SEVERAL = 51_865
@@ -193,6 +195,12 @@ def _knows_several(folder: Path) -> bool:
         if isinstance(said, bool):
             return said
     return read_json(own_file(folder, "config.json"), dict[str, Any]).get("vocab_size", 0) >= _SEVERAL
+
+
+def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer among what reads a model's rows, if there is one."""
+    texts = getattr(processor, "tokenizer", processor)
+    return texts if isinstance(texts, PreTrainedTokenizerBase) else None
 
 
 if TYPE_CHECKING:

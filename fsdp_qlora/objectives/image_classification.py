@@ -113,7 +113,7 @@ class ClassifiedImages(FileEncoder[list[float], bytes]):
         self._augmentation: Augmentation = augmentation
         self.size, self.channels = _made(processor)
         self._tokens = _patches(config, self.size)
-        self.identity = ["image_classification", labels.names, labels.problem, processor.to_dict(), self.shared]
+        self.identity = ["image_classification", labels.names, labels.problem, processor.to_dict(), self.folders.shared]
 
     def raw_rows(self, name: str) -> Iterator[Row]:
         """Yield the raw rows of a source, which may be a folder of class folders."""
@@ -164,7 +164,7 @@ class ClassifiedImages(FileEncoder[list[float], bytes]):
     ) -> dict[str, torch.Tensor]:
         images = []
         for row, number in zip(rows, numbers, strict=True):
-            image = read_image(self.file(int(row[FOLDER]), str(row[IMAGE])))
+            image = read_image(self.folders.file(int(row[FOLDER]), str(row[IMAGE])))
             draw = np.random.Generator(np.random.PCG64([seed, at, number]))
             images.append(augmented(image, augmentation, draw))
         pixels = self._processor(images=images, return_tensors="pt")[_PIXELS]

@@ -20,6 +20,7 @@ from fsdp_qlora.distributed.process import Placement
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.load.fingerprint import Base
 from fsdp_qlora.load.stream import LoadReport
+from fsdp_qlora.model.processor import tokenizer_of
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.plan.plan import TrainPlan
 from fsdp_qlora.plan.recipe import Recipe
@@ -72,8 +73,7 @@ class Prepared:
         Raises:
             ModelError: if it has none.
         """
-        texts = getattr(self.processor, "tokenizer", self.processor)
-        if not isinstance(texts, PreTrainedTokenizerBase):
+        if (texts := tokenizer_of(self.processor)) is None:
             name = type(self.model.base).__name__
             raise ModelError(f"model.name: a {name} reads images, so it has no tokenizer and writes no texts.")
         return texts

@@ -18,7 +18,12 @@ from fsdp_qlora.errors import DataError, ModelError
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.model.config import load_config
 from fsdp_qlora.model.folder import resolve_folder
-from fsdp_qlora.model.processor import build_image_processor, build_image_text_processor, build_speech_processor
+from fsdp_qlora.model.processor import (
+    build_image_processor,
+    build_image_text_processor,
+    build_speech_processor,
+    tokenizer_of,
+)
 from fsdp_qlora.model.tokenizer import add_special_tokens, build_tokenizer, stored_template
 from fsdp_qlora.objectives import Objective, build_objective
 from fsdp_qlora.run.build import OpenedModel
@@ -59,7 +64,7 @@ def tokenize(
             bar(rows, 0)
 
     data = prepare_data(
-        config.data, config.run.seed, _of_texts(processor), cache_folder(), world.share, tell,
+        config.data, config.run.seed, tokenizer_of(processor), cache_folder(), world.share, tell,
         ranks.phases.by_itself, encoder,
     )  # fmt: skip
     if bar is not None:
@@ -80,12 +85,6 @@ def _encoder(
     if encoder is not None:
         objective.require_fit(encoder, base)
     return encoder
-
-
-def _of_texts(processor: Processor) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer among what reads rows, if there is one."""
-    texts = getattr(processor, "tokenizer", processor)
-    return texts if isinstance(texts, PreTrainedTokenizerBase) else None
 
 
 def known_ids(config: RunConfig, shapes: ModelShapes, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -133,7 +132,7 @@ def prepare_tokens(config: RunConfig) -> PreparedData:
         encoder = objective.encoder(config.data, processor, model_config)
     bar = Bar(TOKENIZING)
     data = prepare_data(
-        config.data, config.run.seed, _of_texts(processor), cache_folder(), progress=lambda rows: bar(rows, 0),
+        config.data, config.run.seed, tokenizer_of(processor), cache_folder(), progress=lambda rows: bar(rows, 0),
         encoder=encoder,
     )  # fmt: skip
     bar.close()

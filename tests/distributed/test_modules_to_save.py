@@ -18,12 +18,11 @@ from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.adapters.whole import as_saved
 from fsdp_qlora.checks import reference
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.distributed.shards import fill_slice, local_tensor
-from fsdp_qlora.optim.optimizers import ShardedOptimizer
+from fsdp_qlora.distributed.shards import fill_slice
 from fsdp_qlora.run.fit import fit
 from fsdp_qlora.run.inference import load_for_inference
 from tests import tiny
-from tests.build import build, config_of, loaded_state, losses, run_fit, whole, world_of
+from tests.build import build, config_of, held_bytes, loaded_state, losses, run_fit, whole, world_of
 from tests.distributed.test_merged import run_merge
 from tests.families import write_family
 from tests.tiers import some_in_full
@@ -136,18 +135,9 @@ def _held(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[dict[str, 
     prepared = build(ranks, folder, **groups)
     ids = torch.arange(24)[None]
     prepared.model.train()(ids, ids).sum().backward()
-    trained = dict(trainable_parameters(prepared.model))
-    optimizer = ShardedOptimizer(trained.items(), prepared.config.optim)
-    optimizer.prepare_state(1)
-    frozen = [(n, local_tensor(p)) for n, p in prepared.model.named_parameters() if not p.requires_grad]
-    packed = (".packed", ".absmax", ".nested")
-    held = {
-        "adapters": sum(local_tensor(p).nbytes for p in trained.values()),
-        "gradients": sum(local_tensor(p.grad).nbytes for p in trained.values()),
-        "optimizer": optimizer.state_bytes(),
-        "base_kept": sum(tensor.nbytes for name, tensor in frozen if not name.endswith(packed))
-        + sum(m._kept[1].nbytes for m in prepared.model.modules() if isinstance(m, StepNorms) and m._kept is not None),
-    }
+    held = held_bytes(prepared)
+    norms = (m for m in prepared.model.modules() if isinstance(m, StepNorms) and m._kept is not None)
+    held["base_kept"] += sum(norm._kept[1].nbytes for norm in norms)
     planned = {kind: getattr(prepared.plan.bytes, kind) for kind in held}
     planned["gradients"] = 4 * prepared.plan.memory.held(prepared.plan.settings)
     return held, planned
