@@ -12,8 +12,8 @@ from fsdp_qlora.cli.ranks import on_ranks
 from fsdp_qlora.cli.typed import is_terminal, typed_lines
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.inference.generate import answer
-from fsdp_qlora.run.answers import Answering, answer_file, check_files, ending, require_room, sampling_seed
+from fsdp_qlora.inference.generate import answer_ids
+from fsdp_qlora.run.answers import Answering, answer_file, check_files, ending, prompt_ids, sampling_seed
 from fsdp_qlora.run.chat import Talk
 from fsdp_qlora.run.inference import load_for_inference
 from fsdp_qlora.run.spread import load_over_devices
@@ -70,12 +70,12 @@ def _answer_file(config: RunConfig, world: World) -> int:
 def _generate(config: RunConfig, prompt: str, world: World) -> int:
     prepared = _load(config, world, whole=False)
     settings, model = config.generate, prepared.model
-    require_room(prepared, prompt, settings)
+    ids = prompt_ids(prepared, prompt, settings)
     for name in [settings.adapter] if settings.adapter == BASE else prepared.adapters or [None]:
         if name is not None:
             model.use_adapter(name)
         if len(prepared.adapters) > 1 and settings.adapter is None and world.ranks.is_main:
             print(f"{name}:", flush=True)
         torch.manual_seed(sampling_seed(config))  # so that all ranks sample the same tokens
-        answer(model, prepared.tokenizer, ending(prepared, settings), prompt, settings, stream=world.ranks.is_main)
+        answer_ids(model, prepared.tokenizer, ending(prepared, settings), ids, settings, stream=world.ranks.is_main)
     return 0

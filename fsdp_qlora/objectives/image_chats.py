@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.chat import read_row
 from fsdp_qlora.data.image_chats import ImageChats, Reads
-from fsdp_qlora.data.labels import TOKENS
-from fsdp_qlora.data.loader import MicroBatch, NamedBatch
 from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.sources import names_of
 from fsdp_qlora.data.texts import pad_token
 from fsdp_qlora.data.tokens import Fit
-from fsdp_qlora.objectives.objective import Objective, Sums, perplexity
+from fsdp_qlora.objectives.objective import PerToken
 from fsdp_qlora.objectives.vision import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-class ImageChatTuning(Objective):
+class ImageChatTuning(PerToken):
     """The mean cross entropy over all supervised tokens of the global batch, as ``sft`` without images."""
 
     name = "sft"
@@ -70,12 +66,3 @@ class ImageChatTuning(Objective):
         small = deepcopy(config)
         family_of(small).shrink()
         return small
-
-    def sums(self, model: nn.Module, micro_batch: MicroBatch) -> Sums:
-        """Return the sum of the cross entropy of all supervised tokens."""
-        assert isinstance(micro_batch, NamedBatch)
-        return {"loss": (model.losses(**micro_batch.tensors).sum(), TOKENS)}  # type: ignore[operator]
-
-    def metrics(self, loss: float, means: Mapping[str, float]) -> dict[str, float]:
-        """Return the perplexity: exp(loss), or infinity if that overflows."""
-        return {"perplexity": perplexity(loss)}

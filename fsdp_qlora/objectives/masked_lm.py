@@ -6,20 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
-
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.columns import LENGTH, TARGETS, ColumnRows
 from fsdp_qlora.data.encoder import EachAlone, Read, Stored
-from fsdp_qlora.data.labels import TOKENS
 from fsdp_qlora.data.lines import Row
-from fsdp_qlora.data.loader import MicroBatch, NamedBatch, Rows
+from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.masked import MaskedRows, Masking
 from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.samples import Segment
 from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, text_in, within_positions
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.objectives.objective import Objective, Sums, perplexity, register
+from fsdp_qlora.objectives.objective import PerToken, register
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @register
-class MaskedLanguageModel(Objective):
+class MaskedLanguageModel(PerToken):
     """The mean cross entropy of the masked tokens of the global batch."""
 
     name = "masked_lm"
@@ -53,15 +50,6 @@ class MaskedLanguageModel(Objective):
             min(len(tokenizer), text.vocab_size), pad_token(config),
         )  # fmt: skip
         return _Texts(columns_of(data), fast(tokenizer), within_positions(data, tokenizer, config), masking)
-
-    def sums(self, model: nn.Module, micro_batch: MicroBatch) -> Sums:
-        """Return the sum of the cross entropy of all masked tokens."""
-        assert isinstance(micro_batch, NamedBatch)
-        return {"loss": (model.losses(**micro_batch.tensors).sum(), TOKENS)}  # type: ignore[operator]
-
-    def metrics(self, loss: float, means: Mapping[str, float]) -> dict[str, float]:
-        """Return the perplexity of masked tokens: exp(loss), or infinity if that overflows."""
-        return {"perplexity": perplexity(loss)}
 
 
 class _Texts(EachAlone):

@@ -18,8 +18,9 @@ from torch import nn
 from fsdp_qlora.config import choices
 from fsdp_qlora.config.schema import DataSettings, ObjectiveSettings
 from fsdp_qlora.data.encoder import RowEncoder
+from fsdp_qlora.data.labels import TOKENS
 from fsdp_qlora.data.lines import Row
-from fsdp_qlora.data.loader import MicroBatch, TokenBatch
+from fsdp_qlora.data.loader import MicroBatch, NamedBatch, TokenBatch
 from fsdp_qlora.data.sources import read_source
 from fsdp_qlora.distributed.mesh import Ranks
 
@@ -177,6 +178,19 @@ class Objective(ABC):
     def of_tokens(self) -> bool:
         """Whether it trains a causal language model on tokens, which may be packed."""
         return self.auto_class is None
+
+
+class PerToken(Objective):
+    """A mean cross entropy over tokens: of those that an output head predicts, a chunk of its logits at a time."""
+
+    def sums(self, model: nn.Module, micro_batch: MicroBatch) -> Sums:
+        """Return the sum of the cross entropy of all tokens that are learned."""
+        assert isinstance(micro_batch, NamedBatch)
+        return {"loss": (model.losses(**micro_batch.tensors).sum(), TOKENS)}  # type: ignore[operator]
+
+    def metrics(self, loss: float, means: Mapping[str, float]) -> dict[str, float]:
+        """Return the perplexity: exp(loss), or infinity if that overflows."""
+        return {"perplexity": perplexity(loss)}
 
 
 def token_losses(model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from fsdp_qlora.config.auto import asked
 from fsdp_qlora.config.schema import DataSettings, ObjectiveSettings
 from fsdp_qlora.data.encoder import RowEncoder
-from fsdp_qlora.data.labels import TOKENS
-from fsdp_qlora.data.loader import MicroBatch, NamedBatch
 from fsdp_qlora.data.pairs import PairEncoder, Side
 from fsdp_qlora.data.prepare import columns_of
 from fsdp_qlora.data.spoken import FEATURES, SpokenEncoder
 from fsdp_qlora.data.texts import pad_token
 from fsdp_qlora.errors import ConfigError, ModelError
-from fsdp_qlora.objectives.objective import Objective, Sums, perplexity, register
+from fsdp_qlora.objectives.objective import Objective, PerToken, register
 from fsdp_qlora.objectives.scores import of_speech, of_texts
 
 if TYPE_CHECKING:
@@ -30,7 +27,7 @@ _SPEECH = "whisper"
 """The one type of speech model whose own code is compared with ours."""
 
 
-class SequenceToSequence(Objective):
+class SequenceToSequence(PerToken):
     """The mean cross entropy over all target tokens of the global batch; upstream shifts them for the decoder."""
 
     name = "seq2seq"
@@ -106,15 +103,6 @@ class SequenceToSequence(Objective):
         return PairEncoder(
             columns_of(data), tokenizer, sources, targets, pad_token(config), settings.source_prefix, positions
         )
-
-    def sums(self, model: nn.Module, micro_batch: MicroBatch) -> Sums:
-        """Return the sum of the cross entropy of all target tokens."""
-        assert isinstance(micro_batch, NamedBatch)
-        return {"loss": (model.losses(**micro_batch.tensors).sum(), TOKENS)}  # type: ignore[operator]
-
-    def metrics(self, loss: float, means: Mapping[str, float]) -> dict[str, float]:
-        """Return the perplexity: exp(loss), or infinity if that overflows."""
-        return {"perplexity": perplexity(loss)}
 
     def score(self, observed: Sequence[Any]) -> dict[str, float]:
         """Return ROUGE and BLEU of pairs of a text that was written and the one that was wanted."""

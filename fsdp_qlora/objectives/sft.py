@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import nn
 
 from fsdp_qlora.config.auto import switch
@@ -11,11 +9,11 @@ from fsdp_qlora.config.schema import ObjectiveSettings
 from fsdp_qlora.data.labels import TOKENS
 from fsdp_qlora.data.loader import MicroBatch
 from fsdp_qlora.objectives.image_chats import ImageChatTuning
-from fsdp_qlora.objectives.objective import Objective, Sums, perplexity, register, token_losses
+from fsdp_qlora.objectives.objective import Objective, PerToken, Sums, register, token_losses
 
 
 @register
-class SupervisedFineTuning(Objective):
+class SupervisedFineTuning(PerToken):
     """The mean cross entropy over all supervised tokens of the global batch."""
 
     name = "sft"
@@ -28,7 +26,3 @@ class SupervisedFineTuning(Objective):
     def sums(self, model: nn.Module, micro_batch: MicroBatch) -> Sums:
         """Return the sum of the cross entropy of all supervised tokens."""
         return {"loss": (token_losses(model, micro_batch).sum(), TOKENS)}
-
-    def metrics(self, loss: float, means: Mapping[str, float]) -> dict[str, float]:
-        """Return the perplexity: exp(loss), or infinity if that overflows."""
-        return {"perplexity": perplexity(loss)}

@@ -80,13 +80,8 @@ def answer_file(config: RunConfig, prepared: Answering) -> int:
         return [prompt.index for prompt in answers[0].left]
 
     left = set(on_main(open_answers, ranks))
-    rows = on_every(lambda: _rows(prepared, [prompt for prompt in prompts if prompt.index in left], file.name), ranks)
-    on_every(
-        lambda: _require_fit(
-            rows, {p.index: p.line for p in prompts}, settings, prepared.max_positions, f"generate.prompts: {file}"
-        ),
-        ranks,
-    )
+    missing = [prompt for prompt in prompts if prompt.index in left]
+    rows = on_every(lambda: _rows(prepared, missing, settings, "generate.prompts", file), ranks)
     end = ending(prepared, settings)
     bar = Bar("answering")
     done = len(prompts) - len(rows)
@@ -164,13 +159,7 @@ def answer_again(config: RunConfig, prepared: Answering, file: Path, key: str) -
     """
     settings, ranks = config.generate, prepared.ranks
     prompts = on_every(lambda: read_prompts(file, key=key), ranks)
-    rows = on_every(lambda: _rows(prepared, prompts, file.name), ranks)
-    on_every(
-        lambda: _require_fit(
-            rows, {p.index: p.line for p in prompts}, settings, prepared.max_positions, f"{key}: {file}"
-        ),
-        ranks,
-    )
+    rows = on_every(lambda: _rows(prepared, prompts, settings, key, file), ranks)
     texts: dict[int, str] = {}
     end = ending(prepared, settings)
     answer_all(prepared.model, prepared.tokenizer, end, rows, settings, sampling_seed(config), ranks, texts.update)
@@ -188,15 +177,16 @@ def sampling_seed(config: RunConfig) -> int:
     return config.run.seed if config.generate.seed is None else config.generate.seed
 
 
-def require_room(prepared: Answering, prompt: str, settings: GenerateSettings) -> None:
-    """Check that a prompt and its answer need no more positions than the model has.
+def prompt_ids(prepared: Answering, prompt: str, settings: GenerateSettings) -> list[int]:
+    """Return the tokens of a user's prompt.
 
     Raises:
-        DataError: if they do.
-        ModelError: if the chat template rejects the prompt.
+        DataError: if it and its answer need more positions than the model has.
+        ModelError: if the chat template rejects it.
     """
-    row = Row(0, encode_prompt(prepared.tokenizer, prompt)["input_ids"][0].tolist())
-    _require_fit([row], {}, settings, prepared.max_positions, "prompt")
+    ids: list[int] = encode_prompt(prepared.tokenizer, prompt)["input_ids"][0].tolist()
+    _require_fit([Row(0, ids)], {}, settings, prepared.max_positions, "prompt")
+    return ids
 
 
 def _require_fit(
@@ -217,7 +207,11 @@ def _require_fit(
     )
 
 
-def _rows(prepared: Answering, prompts: list[Prompt], where: str) -> list[Row]:
-    names = [f"{where} line {prompt.line}" for prompt in prompts]
+def _rows(prepared: Answering, prompts: list[Prompt], settings: GenerateSettings, key: str, file: Path) -> list[Row]:
+    """Return the tokens of a file's prompts, which fit into the model with their answers."""
+    names = [f"{file.name} line {prompt.line}" for prompt in prompts]
     encoded = encode_conversations(prepared.tokenizer, [prompt.messages for prompt in prompts], names)
-    return [Row(prompt.index, ids, prompt.adapter) for prompt, ids in zip(prompts, encoded, strict=True)]
+    rows = [Row(prompt.index, ids, prompt.adapter) for prompt, ids in zip(prompts, encoded, strict=True)]
+    lines = {prompt.index: prompt.line for prompt in prompts}
+    _require_fit(rows, lines, settings, prepared.max_positions, f"{key}: {file}")
+    return rows
