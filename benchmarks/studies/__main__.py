@@ -39,7 +39,11 @@ def main() -> int:
         if time.monotonic() - started > 60 * asked.minutes:
             break
         print(f"{unit.name} ...", flush=True)
-        results[unit.name] = _run(unit)
+        try:
+            results[unit.name] = _run(unit)
+        except RuntimeError as error:  # the others go on; it is missing, and tried again the next time
+            print(error, flush=True)
+            continue
         file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     write_page(PAGE, results)
     left = [unit.name for unit in units() if unit.name not in results]

@@ -59,17 +59,17 @@ STUDIES = (
     Study(
         "methods",
         "Is QLoRA as good as LoRA, and either as good as full fine-tuning? What is forgotten?",
-        {"QLoRA": (), "LoRA": _NONE, "full": _FULL},
+        {"QLoRA": (), "LoRA": _NONE, "full": _FULL, "full, 1e-4": (*_FULL[:2], "optim.lr=1e-4")},
         "LoRA", SEEDS,
     ),
     Study(
         "rows",
         "Little data: is an adapter better than full fine-tuning, and from how many rows on is it not?",
         {
-            f"{kind}, {rows} rows": (*overrides, f"data.max_rows={rows}")
-            for rows in (50, 200, 900) for kind, overrides in (("QLoRA", ()), ("full", _FULL))
+            f"{kind}, {rows} rows, {steps} steps": (*overrides, f"data.max_rows={rows}", f"train.max_steps={steps}")
+            for rows, steps in ((50, 25), (200, 50), (900, 113)) for kind, overrides in (("QLoRA", ()), ("full", _FULL))
         },
-        "QLoRA, 900 rows",
+        "QLoRA, 900 rows, 113 steps",
     ),
     Study(
         "adapters",
@@ -105,7 +105,7 @@ STUDIES = (
     Study(
         "encoder_methods",
         "QLoRA, LoRA and full fine-tuning where the weights are the originals: what is learned, what is forgotten?",
-        {"QLoRA": (), "LoRA": _NONE, "full": _FULL},
+        {"QLoRA": (), "LoRA": _NONE, "full": _FULL, "full, 1e-4": (*_FULL[:2], "optim.lr=1e-4")},
         "LoRA", SEEDS, _MINILM, MINI,
     ),
 )  # fmt: skip
