@@ -33,22 +33,28 @@ def main() -> int:
     asked = parser.parse_args()
     PAGE.mkdir(parents=True, exist_ok=True)
     file, started = PAGE / "results.json", time.monotonic()
-    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    missing = [unit for unit in units() if unit.study in asked.only.split(",") and unit.name not in results]
-    for unit in [] if asked.report else missing:
+    for unit in [] if asked.report else units(asked.only.split(",")):
+        if unit.name in _results(file):
+            continue
         if time.monotonic() - started > 60 * asked.minutes:
             break
         print(f"{unit.name} ...", flush=True)
         try:
-            results[unit.name] = _run(unit)
+            measured = _run(unit)
         except RuntimeError as error:  # the others go on; it is missing, and tried again the next time
             print(error, flush=True)
             continue
-        file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        merged = _results(file) | {unit.name: measured}  # another process may run other studies
+        file.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
+    results = _results(file)
     write_page(PAGE, results)
-    left = [unit.name for unit in units() if unit.name not in results]
+    left = [unit.name for unit in units([study.name for study in STUDIES]) if unit.name not in results]
     print(f"{len(results)} units are there, {len(left)} are missing; see {PAGE / 'README.md'}")
     return 0
+
+
+def _results(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _run(unit: Unit) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.studies.claims import HEAD, MARGIN, promises
 from benchmarks.studies.compare import Gap, difference, mean
-from benchmarks.studies.questions import SEEDS, STUDIES, Study
+from benchmarks.studies.questions import SEEDS, STUDIES, Study, units_of
 
 Results = Mapping[str, Mapping[str, Any]]
 Units = Sequence[Mapping[str, Any]]
@@ -44,8 +44,7 @@ def write_page(folder: Path, results: Results) -> None:
 
 def _of(study: Study, variant: str, results: Results) -> Units:
     """Return the units of a variant that there are, by seed."""
-    names = [f"{study.name}/{variant}/{seed}" for seed in study.seeds]
-    return [results[name] for name in names if name in results]
+    return [results[unit.name] for unit in units_of(study, variant) if unit.name in results]
 
 
 def _study(study: Study, results: Results, folder: Path) -> list[str]:

@@ -1,9 +1,9 @@
-"""The questions: what each study varies. A unit is one variant with one seed, trained in a process of its own."""
+"""The questions: what each study varies. A unit is a variant with one seed, trained in a process of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from tools.minilm import MINILM
@@ -15,8 +15,12 @@ _FULL = ("quant=none", "lora=none", "optim.lr=3e-5")
 _NONE = ("quant=none",)
 _TEMPLATE = Path(__file__).with_name("gemma.jinja")
 """The package with the model has no chat template."""
+_FORMATS = {"none": _NONE, "nf4": (), "fp4": ("quant=fp4",), "int8": ("quant=int8",)}
+_STATISTICS = {
+    "nf4": (), "no double quantization": ("quant.double_quant=false",), "blocks of 256": ("quant.block_size=256",),
+}  # fmt: skip
 _MINILM = (
-    "objective=embedding", f"model.name={MINILM}", "data.max_length=64", "train.global_batch_size=32",
+    "objective=embedding", f"model.name={MINILM}", "data.max_length=64", "train.global_batch_size=16",
     "train.micro_batch_size=16",
 )  # fmt: skip
 CHATTY = "SmolLM2-135M-Instruct"
@@ -49,13 +53,10 @@ STUDIES = (
     Study(
         "formats",
         "What does the format of the base cost, before training and after equal steps?",
-        {
-            "none": _NONE, "nf4": (), "fp4": ("quant=fp4",), "int8": ("quant=int8",),
-            "nf4, no double quantization": ("quant.double_quant=false",),
-            "nf4, blocks of 256": ("quant.block_size=256",),
-        },
+        _FORMATS,
         "none", SEEDS,
     ),
+    Study("statistics", "What do fewer bytes of statistics cost?", _STATISTICS, "nf4"),
     Study(
         "methods",
         "Is QLoRA as good as LoRA, and either as good as full fine-tuning? What is forgotten?",
@@ -67,9 +68,9 @@ STUDIES = (
         "Little data: is an adapter better than full fine-tuning, and from how many rows on is it not?",
         {
             f"{kind}, {rows} rows, {steps} steps": (*overrides, f"data.max_rows={rows}", f"train.max_steps={steps}")
-            for rows, steps in ((50, 25), (200, 50), (900, 113)) for kind, overrides in (("QLoRA", ()), ("full", _FULL))
+            for rows, steps in ((50, 24), (200, 48), (900, 96)) for kind, overrides in (("QLoRA", ()), ("full", _FULL))
         },
-        "QLoRA, 900 rows, 113 steps",
+        "QLoRA, 900 rows, 96 steps",
     ),
     Study(
         "adapters",
@@ -89,18 +90,19 @@ STUDIES = (
     Study(
         "rates_of_gemma",
         "Is the learning rate that `auto` chooses a good one for another family?",
-        _rates("6e-5", "2e-4", "1.6e-3", "5e-3", own="5.5e-4"), "auto, 5.5e-4",
+        _rates("1.5e-4", "2e-3", own="5.5e-4"), "auto, 5.5e-4",
         always=(f"model.name={GEMMA}", f"data.template={_TEMPLATE}"), base="Gemma 3 270M, dequantized from Q4_K_M",
     ),
     Study(
         "encoder_formats",
         "What does the format of the base cost where the weights are the originals?",
-        {
-            "none": _NONE, "nf4": (), "fp4": ("quant=fp4",), "int8": ("quant=int8",),
-            "nf4, no double quantization": ("quant.double_quant=false",),
-            "nf4, blocks of 256": ("quant.block_size=256",),
-        },
+        _FORMATS,
         "none", SEEDS, _MINILM, MINI,
+    ),
+    Study(
+        "encoder_statistics",
+        "What do fewer bytes of statistics cost where the weights are the originals?",
+        _STATISTICS, "nf4", SEEDS[:1], _MINILM, MINI,
     ),
     Study(
         "encoder_methods",
@@ -109,27 +111,30 @@ STUDIES = (
         "LoRA", SEEDS, _MINILM, MINI,
     ),
 )  # fmt: skip
-"""In the order in which they run."""
+"""In the order of the page."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One variant of a study with one seed."""
+    """A training: settings and a seed. Studies that have a variant in common share it."""
 
-    study: str
-    variant: str
+    overrides: tuple[str, ...]
     seed: int
-    overrides: tuple[str, ...] = field(default=())
 
     @property
     def name(self) -> str:
         """Its key in the results."""
-        return f"{self.study}/{self.variant}/{self.seed}"
+        return " ".join((*self.overrides, f"run.seed={self.seed}"))
 
 
-def units() -> Iterator[Unit]:
-    """Yield all units; equal ones of two studies are trained twice, because each study stands alone."""
-    for study in STUDIES:
-        for seed in study.seeds:
-            for variant, overrides in study.variants.items():
-                yield Unit(study.name, variant, seed, (*study.always, *overrides))
+def units_of(study: Study, variant: str) -> list[Unit]:
+    """Return the units of a variant, by seed."""
+    return [Unit((*study.always, *study.variants[variant]), seed) for seed in study.seeds]
+
+
+def units(names: Collection[str]) -> list[Unit]:
+    """Return the units of the studies of these names, each once: all variants with the first seed, then the next."""
+    return list(dict.fromkeys(
+        unit for study in STUDIES if study.name in names
+        for by_seed in zip(*(units_of(study, variant) for variant in study.variants), strict=True) for unit in by_seed
+    ))  # fmt: skip

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.objectives.contrast import ANCHOR, POSITIVE, Texts, losses
 from fsdp_qlora.objectives.embedding import unpacked
+from fsdp_qlora.objectives.objective import token_losses
 from fsdp_qlora.run.fit import fit
 from fsdp_qlora.run.prepare import prepare
 from fsdp_qlora.run.prepared import Prepared
@@ -30,6 +30,8 @@ SETTINGS = (
     "schedule.warmup_steps=3", "lora.r=16", "lora.alpha=32", "checkpoint.resume=never", "launcher.device=cpu",
     "data.eval_fraction=0",
 )  # fmt: skip
+TOGETHER = 8
+"""Held-out rows at a time."""
 
 
 def main(arguments: list[str]) -> int:
@@ -64,13 +66,16 @@ def row_losses(prepared: Prepared, file: Path) -> list[tuple[float, int]]:
     """Return for each row the sum of its tokens' losses and their number."""
     settings = DataSettings(train=str(file), eval_fraction=0.0, max_length=prepared.config.data.max_length)
     data = prepare_data(settings, 0, prepared.tokenizer, cache_folder())
-    rows, objective = data.some_rows(0), build_objective("sft")
+    rows = data.some_rows(0)
     prepared.model.eval()
-    losses: list[tuple[float, int]] = []
-    for number in range(len(rows)):
-        sums: dict[str, Any] = objective.sums(prepared.model, rows.collate([number], 0))
-        losses.append((float(sums["loss"][0]), int(rows.targets[number])))
-    return losses
+    losses: dict[int, tuple[float, int]] = {}
+    by_length = sorted(range(len(rows)), key=lambda number: rows.lengths[number])
+    for start in range(0, len(rows), TOGETHER):
+        numbers = by_length[start : start + TOGETHER]
+        counts = [int(rows.targets[number]) for number in numbers]
+        of_rows = token_losses(prepared.model, rows.collate(numbers, 0)).split(counts)
+        losses |= {n: (float(one.sum()), count) for n, one, count in zip(numbers, of_rows, counts, strict=True)}
+    return [losses[number] for number in range(len(rows))]
 
 
 @torch.no_grad()
