@@ -74,7 +74,7 @@ def _run(unit: Unit) -> dict[str, Any]:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
     )
     where = {key: machine()[key] for key in ("device", "date")}
-    return measured | {"overrides": list(unit.overrides), "commit": commit.stdout.strip(), **where}
+    return measured | {"commit": commit.stdout.strip(), **where}
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
+from fsdp_qlora.files.home import cache_folder
 from tools.minilm import MINILM
 from tools.real_models import GEMMA
 
@@ -13,7 +13,7 @@ SEEDS = (0, 1, 2)
 """Of the headline comparisons; the others have the first."""
 _FULL = ("quant=none", "lora=none", "optim.lr=3e-5")
 _NONE = ("quant=none",)
-_TEMPLATE = Path(__file__).with_name("gemma.jinja")
+_TEMPLATE = "./benchmarks/studies/gemma.jinja"
 """The package with the model has no chat template."""
 _FORMATS = {"none": _NONE, "nf4": (), "fp4": ("quant=fp4",), "int8": ("quant=int8",)}
 _STATISTICS = {
@@ -123,8 +123,8 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Its key in the results."""
-        return " ".join((*self.overrides, f"run.seed={self.seed}"))
+        """Its key in the results, on any machine."""
+        return " ".join((*self.overrides, f"run.seed={self.seed}")).replace(f"{cache_folder()}/", "")
 
 
 def units_of(study: Study, variant: str) -> list[Unit]:
