@@ -60,7 +60,8 @@ def _small_adapters(lora: LoraSettings) -> LoraSettings:
 def twin_settings(config: RunConfig, folder: Path, attention: str, device: torch.device) -> RunConfig:
     """Return the settings for the run's twin: the same code paths, small sizes, nothing random."""
     precision = "bf16" if reads_boundaries(attention) and device.type != "cpu" else "fp32"
-    quant = replace(config.quant, name=_comparable(config.quant.name), embeddings=_comparable(config.quant.embeddings))
+    kinds = {key: _comparable(getattr(config.quant, key)) for key in ("name", "embeddings", "vision")}
+    quant = replace(config.quant, **kinds)
     overrides = {  # without those for numbered layers, which the twin may lack or number differently
         pattern: _comparable(kind) for pattern, kind in quant.overrides.items() if not numbered(pattern)
     }

@@ -101,6 +101,8 @@ def _read_by_others(model: nn.Module) -> dict[str, str]:
     }
     for owner, module in model.named_modules():
         children = _children_read(type(module)) if owner else frozenset()
+        if isinstance(module, nn.MultiheadAttention):  # torch's own: in the pooling head of a SigLIP
+            children |= {"out_proj"}
         for name in linears if children else ():
             if name.startswith(f"{owner}.") and name.rpartition(".")[2] in children:
                 readers.setdefault(name, type(module).__name__)
