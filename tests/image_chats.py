@@ -73,6 +73,11 @@ VISION: dict[str, dict[str, Any]] = {
                                     "window_size": 16, "fullatt_block_indexes": [1]},
         "text_config": _TEXT | {"rope_parameters": _ROPE},
     },
+    "qwen3_vl": {
+        "vision_config": _BLOCKS | {"hidden_size": 64, "out_hidden_size": 64, "intermediate_size": 128,
+                                    "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        "text_config": _TEXT | {"head_dim": 16, "rope_parameters": _ROPE},
+    },
 }  # fmt: skip
 """Model type, and what else tells two of one type apart -> settings of a tiny model."""
 

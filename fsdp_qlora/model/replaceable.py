@@ -20,9 +20,10 @@ from fsdp_qlora.model.construct import left_dense
 from fsdp_qlora.shapes.linears import LinearShape
 
 _READS = re.compile(r"\.(\w+)\.(?:weight|bias)\b")
-_METHODS = "_init_weights|reset_parameters|init_weights|fuse_projections"
+_METHODS = "_init_weights|reset_parameters|init_weights|fuse_projections|get_dtype|get_device"
 _NOT_IN_FORWARD = re.compile(rf"^( *)def (?:{_METHODS})\b.*?(?=^\1(?:def |@)|\Z)", re.M | re.S)
-"""Methods that no forward calls: upstream's initialisation, and what makes one linear of several in diffusers."""
+"""Methods that no forward calls: upstream's initialisation, what makes one linear of several in diffusers, and what
+says the dtype of Qwen2-VL's tower."""
 
 _NOT_MODELS = (
     "torch.", "builtins", "transformers.modeling_utils", "diffusers.models.modeling_utils", "fsdp_qlora.", "peft.",

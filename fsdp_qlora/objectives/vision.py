@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -194,9 +195,9 @@ class Qwen2VL(Family):
 
     def tower(self, blocks: tuple[str, ...]) -> Tower:
         """Return that images differ in size; Qwen2.5-VL's tower is built like a decoder."""
-        vision, later = self.vision, not hasattr(self.vision, "embed_dim")
+        vision, later = self.vision, hasattr(self.vision, "window_size")
         return Tower(
-            blocks, vision.hidden_size if later else vision.embed_dim, vision.num_heads,
+            blocks, getattr(vision, "embed_dim", vision.hidden_size), vision.num_heads,
             vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
             merged=vision.spatial_merge_size**2, gated=later or vision.hidden_act == "quick_gelu", rotary=True,
             float32_norms=later,
@@ -227,7 +228,22 @@ class Qwen2VL(Family):
         return {"pixel_values": patches, "image_grid_thw": grids}, (grids.prod(1) // merge**2).tolist()
 
 
-FAMILIES: dict[str, type[Family]] = {"llava": Llava, "qwen2_vl": Qwen2VL, "qwen2_5_vl": Qwen2VL}
+class Qwen3VL(Qwen2VL):
+    """Qwen3-VL: as Qwen2-VL, with learned positions, and features that the first decoder layers read, too."""
+
+    def tower(self, blocks: tuple[str, ...]) -> Tower:
+        """Return that outputs of several blocks become features (DeepStack)."""
+        return replace(super().tower(blocks), features=1 + len(self.vision.deepstack_visual_indexes))
+
+    def shrink(self) -> None:
+        """Keep two blocks, the first of which has features of its own."""
+        vision = self.vision
+        vision.depth, vision.num_heads, vision.hidden_size = min(2, vision.depth), 4, 64
+        vision.out_hidden_size = self.config.get_text_config().hidden_size
+        vision.num_position_embeddings, vision.deepstack_visual_indexes = _SIDE**2, [0]
+
+
+FAMILIES: dict[str, type[Family]] = {"llava": Llava, "qwen2_vl": Qwen2VL, "qwen2_5_vl": Qwen2VL, "qwen3_vl": Qwen3VL}
 """``model_type`` in config.json -> its family: those whose losses and gradients are compared with upstream's."""
 
 

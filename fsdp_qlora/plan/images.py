@@ -43,7 +43,9 @@ class TowerMemory:
         blocks = () if self._tower is None else self._tower.blocks
         outside = [x for x in shapes.linears if x.name in shapes.beside]
         self._block = [x for x in outside if blocks and x.name.startswith(f"{blocks[0]}.")]
-        self._after = [x for x in outside if not x.name.startswith(tuple(f"{block}." for block in blocks))]
+        inside = tuple(f"{block}." for block in blocks)
+        # SigLIP's pooling head has a row for each image, not for each token
+        self._after = [x for x in outside if not x.name.startswith(inside) and ".head." not in x.name]
         self._from = _first_trained(shapes, blocks, self._trained)
         """The number of the first block that keeps anything for backward; of all blocks if none does."""
         beside = {*shapes.beside, *(name.rpartition(".")[0] for name in _outside(shapes))}
@@ -58,7 +60,7 @@ class TowerMemory:
         cast = settings.itemsize if settings.itemsize < FLOAT32 else 0
         pixels = patches * tower.patch_inputs * (FLOAT32 + cast)
         states = (tower.states + 1) * patches * tower.width * settings.itemsize
-        return pixels + states + 2 * tokens * self._hidden * settings.itemsize
+        return pixels + states + 2 * tower.features * tokens * self._hidden * settings.itemsize
 
     def saved(self, settings: StorageSettings) -> int:
         """Return the bytes that are kept for backward."""

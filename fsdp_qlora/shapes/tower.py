@@ -31,6 +31,8 @@ class Tower:
     float32_norms: bool = False
     states: int = 1
     """Blocks whose outputs are kept until the decoder is through."""
+    features: int = 1
+    """Features that the decoder reads for a token: several if its first layers read some as well (DeepStack)."""
     most_tokens: int | None = None
     """Most tokens of images in a row; None: as many as the row may have."""
 

@@ -84,8 +84,8 @@ def test_a_tower_takes_no_more_than_planned(tmp_path, family, trained):
             assert 1 <= reads / peak < 2
             if names:
                 back = memory.held(settings) + memory.saved(settings) + memory.in_backward(settings)
-                assert 1 <= memory.saved(settings) / saved < (1.15 if "all" in trained else 1.4)
-                assert 1 <= back / again < 2
+                assert 1 <= memory.saved(settings) / saved < (1.15 if "all" in trained else 1.45)
+                assert 1 <= back / again < 2.2
             else:
                 assert memory.saved(settings) == saved == 0
 
