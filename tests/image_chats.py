@@ -105,7 +105,9 @@ def write_image_chat_model(folder: Path, family: str, dtype: torch.dtype = torch
         size = {"shortest_edge": 16 * 16, "longest_edge": 40 * 40}
         processor = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=size)
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family.partition(",")[0], **settings), dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model(family.partition(",")[0], **settings), dtype=torch.float32
+    )
     with torch.no_grad():
         for parameter in model.parameters():  # larger than the usual 0.02, so that every part of the model matters
             if parameter.dim() > 1:

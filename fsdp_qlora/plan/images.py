@@ -2,8 +2,9 @@
 
 Counted are as many images as a row has room for (or as its data have), in each row of the micro-batch:
 
-- while the decoder computes: the pixels in float32 and in the compute dtype, the states that upstream's output holds,
-  and the features in the decoder's width, twice;
+- during the whole step: the pixels in float32;
+- while the decoder computes: the pixels in the compute dtype, the states that upstream's output holds, and the features
+  in the decoder's width, twice;
 - while the tower computes: in addition the most that one block holds at a time, with eager attention its scores;
 - what is kept for backward, if adapters train the tower: the outputs that attention and the activation function save,
   the norms' inputs and the adapters' own, in all blocks from the first with an adapter on; with
@@ -52,13 +53,17 @@ class TowerMemory:
         self.trained = bool(beside & self._trained)
         """Whether anything of it is trained."""
 
+    def pixels(self, settings: StorageSettings) -> int:
+        """Return the bytes of a micro-batch's pixels, in float32."""
+        return 0 if self._tower is None else self._sizes(self._tower, settings)[0] * self._tower.patch_inputs * FLOAT32
+
     def held(self, settings: StorageSettings) -> int:
         """Return the bytes that exist from the tower's forward until the head's."""
         if (tower := self._tower) is None:
             return 0
         patches, tokens = self._sizes(tower, settings)
         cast = settings.itemsize if settings.itemsize < FLOAT32 else 0
-        pixels = patches * tower.patch_inputs * (FLOAT32 + cast)
+        pixels = patches * tower.patch_inputs * cast
         states = (tower.states + 1) * patches * tower.width * settings.itemsize
         return pixels + states + 2 * tower.features * tokens * self._hidden * settings.itemsize
 

@@ -10,8 +10,8 @@ to the reserve. The kinds do not peak at the same time, so the planned peak is t
 - ``layer_backward``: a layer is gathered (and the next one prefetched), recomputed and differentiated;
 - ``update``: the optimizer step.
 
-Where a vision tower reads images (`plan/images.py`), two more: ``images``, while it computes, and ``images_backward``, if
-it is trained. The root unit, to which it belongs, is gathered at all of them but the last.
+Where a vision tower reads images (`plan/images.py`), two more: ``images``, while it computes, and ``images_backward``,
+if it is trained. The root unit, to which it belongs, is gathered at all of them but ``update``.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ class MemoryModel:
         dense = self.dense.kept * settings.itemsize if settings.keeps_dense else 0
         on_device = 0 if settings.offload_parameters else sum(fixed) + dense
         arriving, inside = self._arriving(settings)
-        reads = self.tower.saved(settings)
-        held = on_device + gradients + kept + reads
+        reads = self.tower.pixels(settings) + self.tower.saved(settings)
+        before_layers = on_device + gradients + reads
+        held = before_layers + kept
         # a head copied ahead has arrived before the last layer's activations are there, and is beside that layer
         arrives, before = (again + at_layer, again + arriving + at_layer) if ahead else (again + arriving, 0)
         # the layer in backward is one of those whose offloaded activations are on the device
@@ -122,35 +123,40 @@ class MemoryModel:
         # gradients and the optimizer's temporaries; of adapters, at most three times their bytes (fixed[3])
         updated = fixed[3] + temporary_bytes(settings.optim, fixed[3], settings.on_accelerator)
         moments = {
-            "first_layer": on_device + gradients + reads + self._gathered_first(settings) + arriving + root
-            + self.tower.held(settings),
+            "first_layer": before_layers + self._gathered_first(settings) + arriving + root + self.tower.held(settings),
             "head": held + root + self._held_layers(settings) + max(last + edge + max(logits + head, arrives), before),
             "layer_backward": held - left + layer + at_layer + inside,
             "update": 0 if settings.offload_parameters else on_device + (updated if self.masters else 3 * fixed[3]),
         }
-        moments |= self._images(settings, on_device + gradients + reads)
+        moments |= self._images(settings, before_layers)
         if self.adapters.loading:
             moments["loading"] = (0 if settings.offload_parameters else sum(fixed[:4])) + self.adapters.loading
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
-        # The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`).
-        # It runs when activations are freed, so it counts in `bytes` but in none of the moments.
-        if settings.adapter_copies > 1:
-            gradients = 2 * gradients + FLOAT32 * (sum(map(len, self.trained.values())) + len(self.adapters.rows))
-        elif settings.shard_size > 1:
-            gradients += FLOAT32 * (self.adapters.row_elements + len(self.adapters.rows))
         bytes_ = BytesPerRank(
             packed,
             statistics,
             base,
             dense,
             adapters,
-            gradients,
+            self._reduced(settings, gradients),
             optimizer,
             kept + reads + max(layer - left, last + edge, self._reading(settings)),
             logits,
             max(head + root, again + root, at_layer),
         )
         return MemoryPlan(bytes_, moments, self._host(settings))
+
+    def _reduced(self, settings: StorageSettings, gradients: int) -> int:
+        """Return the bytes of ``gradients`` while they are reduced.
+
+        The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`). It
+        runs when activations are freed, so it counts in `bytes` but in none of the moments.
+        """
+        if settings.adapter_copies > 1:
+            return 2 * gradients + FLOAT32 * (sum(map(len, self.trained.values())) + len(self.adapters.rows))
+        if settings.shard_size > 1:
+            return gradients + FLOAT32 * (self.adapters.row_elements + len(self.adapters.rows))
+        return gradients
 
     def trainable(self) -> int:
         """Return the number of trainable (adapter) elements."""
@@ -230,7 +236,7 @@ class MemoryModel:
         return self._unit_of("", outside, (name for name in self.trained if name in owners))
 
     def _gathered_root(self, settings: StorageSettings) -> int:
-        """Return the bytes of the root unit, which stays gathered from the beginning of forward to the end of backward."""
+        """Return the bytes of the root unit, which stays gathered from forward to the end of backward."""
         return 0 if settings.keeps_whole else self.root.gathered
 
     def _reading(self, settings: StorageSettings) -> int:

@@ -45,7 +45,7 @@ class TrainPlan:
     world_size: int
     shard_size: int
     quantized: tuple[Packed, ...]
-    """Quantized weights of the decoder layers and of a vision tower, each with its format; empty with ``quant=none``."""
+    """Quantized weights of the decoder layers and of a vision tower, each with its format; none with ``quant=none``."""
     quantized_edges: tuple[Packed, ...]
     """Quantized embedding and head: one table if they are tied, none if they are not quantized."""
     targets: tuple[str, ...]

@@ -23,7 +23,7 @@ def format_of(settings: QuantSettings, name: str | None = None) -> Format:
 
 
 def chosen_linears(settings: QuantSettings, shapes: ModelShapes) -> tuple[Packed, ...]:
-    """Return the weights that are stored quantized, each with its format: of the decoder layers, then of a vision tower.
+    """Return the weights that are stored quantized: those of the decoder layers, then those of a vision tower.
 
     Raises:
         PlanError: if a pattern matches nothing, much of the decoder layers would stay in 16 bits unasked, or a model

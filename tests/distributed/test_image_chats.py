@@ -26,6 +26,7 @@ from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.run.inference import load_for_inference
 from tests.build import build, config_of, essence, losses, metrics, refused_fit, run_fit, whole, world_of
+from tests.families import keep_as_packed
 from tests.image_chats import (
     VISION,
     mean_loss,
@@ -206,6 +207,7 @@ def _stock_loss(ranks: Ranks, folder: str, groups: dict[str, Any], adapter: str,
         folder, dtype=torch.float32, attn_implementation="eager", device_map={"": "cpu"},
         quantization_config=quantization,
     )  # fmt: skip
+    keep_as_packed(model)
     assert all(type(m) is not nn.Linear for n, m in model.named_modules() if "vis" in n or "projector" in n)
     adapted: nn.Module = PeftModel.from_pretrained(model, adapter).eval()  # type: ignore[arg-type]
     file = Path(groups["data"]["train"])
@@ -243,10 +245,16 @@ def test_how_it_is_spread_changes_no_loss(pool, tmp_path, how):
     assert len(other) == 6 and other == pytest.approx(plain, rel=FP32_LOSSES)
 
 
+HELD: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {}, **{how: {"lora": lora} for how, lora in BOTH.items()}, "llava, quantized": QUANTIZED["llava"],
+    "qwen3_vl": {},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("num_ranks", [1, 3])
-@pytest.mark.parametrize("how", ["qwen2_vl", *BOTH])
+@pytest.mark.parametrize("how", HELD)
 def test_planned_bytes_are_held(pool, tmp_path, how, num_ranks):
-    model, groups = _case(tmp_path, how.partition(",")[0], model={"check": "off"}, lora=BOTH.get(how, {}))
+    model, groups = _case(tmp_path, how.partition(",")[0], model={"check": "off"}, **HELD[how])
     results = pool.run(num_ranks, held_and_planned, model, groups)
     planned = results[0][1]
     assert {key: max(held[key] for held, _ in results) for key in planned} == planned
