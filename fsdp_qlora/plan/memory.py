@@ -149,8 +149,8 @@ class MemoryModel:
     def _reduced(self, settings: StorageSettings, gradients: int) -> int:
         """Return the bytes of ``gradients`` while they are reduced.
 
-        The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`). It
-        runs when activations are freed, so it counts in `bytes` but in none of the moments.
+        The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`).
+        It runs when activations are freed, so it counts in `bytes` but in none of the moments.
         """
         if settings.adapter_copies > 1:
             return 2 * gradients + FLOAT32 * (sum(map(len, self.trained.values())) + len(self.adapters.rows))
