@@ -217,8 +217,9 @@ def _trained(
     if method.trains_base:
         return whole_base(shapes), False
     tables = [name for name in targets if name in (shapes.embedding, shapes.head)]
-    dense = [*tables, *(name for name in targets if name in shapes.beside - {x.linear.name for x in quantized})]
-    _require_adaptable(config, method, dense, bool(tables))
+    of_images = [name for name in targets if name in shapes.beside]
+    _require_adaptable(config, method, [*tables, *of_images], bool(tables))
+    dense = {*tables, *of_images} - {x.linear.name for x in quantized}
     by_name, lora = _by_name(shapes, targets), config.lora
     trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
     trained |= experts_parameters(method, parameters, lora)

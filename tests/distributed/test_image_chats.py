@@ -232,12 +232,14 @@ SPREAD = {
     "paged optimizer": {"optim": {"name": "paged_adamw_32bit"}},
     "micro-batches by tokens": {"train": {"micro_batch_tokens": 96}},
     "adapters on every rank": {"fsdp": {"adapters": "replicated"}},
+    "the tower packed, on the host": {"fsdp": {"offload": "params"}, "quant": {"vision": "nf4"}},
+    "the tower packed, recomputed": {"train": {"activation_checkpointing": "full"}, "quant": {"vision": "nf4"}},
 }
 
 
 @pytest.mark.parametrize("how", SPREAD)
 def test_how_it_is_spread_changes_no_loss(pool, tmp_path, how):
-    model, groups = _case(tmp_path, "qwen2_vl")
+    model, groups = _case(tmp_path, "qwen2_vl", quant=SPREAD[how].get("quant", {}))
     plain = losses(pool.run(2, run_fit, model, str(tmp_path), "plain", groups)[0]["metrics"])
     merged = {name: {**groups.get(name, {}), **SPREAD[how].get(name, {})} for name in {*groups, *SPREAD[how]}}
     layout = "copies" if how == "a copy on every rank" else "shard"
@@ -279,6 +281,7 @@ def test_other_pixels_are_found_by_the_check(pool, tmp_path):
 def test_sixteen_rows_are_learned_by_heart_in_bf16(pool, tmp_path):
     model, groups = _case(
         tmp_path, "qwen2_vl", precision={"name": "bf16"}, optim={"lr": 0.01}, data={"max_rows": 16},
+        quant={"vision": "nf4"},
         lora={"r": 16, "alpha": 32, "target_modules": ["q_proj", "v_proj", "down_proj", "up_proj", "model.visual.*.qkv"]},
         train={"max_steps": 40, "global_batch_size": 16, "micro_batch_size": 4},
     )  # fmt: skip
