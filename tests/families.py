@@ -89,6 +89,16 @@ def write_family(folder: Path, family: str, **more: Any) -> Path:
     return folder
 
 
+def keep_as_packed(model: nn.Module) -> None:
+    """Keep bitsandbytes' layers from repacking their weights in bfloat16 as they evaluate on a CPU.
+
+    Float32 would be lost, and so would be all later gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
 )
@@ -106,9 +116,7 @@ def reference(
     base = AUTO.get(family, AutoModelForCausalLM).from_pretrained(
         folder, quantization_config=quant, dtype=torch.bfloat16, attn_implementation="eager"
     )
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # else an evaluation spoils all later gradients
-            module.support_avx512bf16_for_cpu = False
+    keep_as_packed(base)
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             if name.endswith(("gate_up_proj", "down_proj")) and parameter.dim() == 3:

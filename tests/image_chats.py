@@ -20,6 +20,7 @@ from transformers import (
     LlavaProcessor,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
+    SiglipImageProcessorPil,
 )
 
 from fsdp_qlora.adapters.experts import peft_config
@@ -58,6 +59,11 @@ VISION: dict[str, dict[str, Any]] = {
                           "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8},
         "text_config": _TEXT | {"model_type": "llama"},
     },
+    "llava, siglip": {
+        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128,
+                          "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8},
+        "text_config": _TEXT | {"model_type": "llama"}, "vision_feature_select_strategy": "full",
+    },
     "qwen2_vl": {
         "vision_config": _BLOCKS | {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2},
         "text_config": _TEXT | {"rope_parameters": _ROPE},
@@ -67,8 +73,13 @@ VISION: dict[str, dict[str, Any]] = {
                                     "window_size": 16, "fullatt_block_indexes": [1]},
         "text_config": _TEXT | {"rope_parameters": _ROPE},
     },
+    "qwen3_vl": {
+        "vision_config": _BLOCKS | {"hidden_size": 64, "out_hidden_size": 64, "intermediate_size": 128,
+                                    "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        "text_config": _TEXT | {"head_dim": 16, "rope_parameters": _ROPE},
+    },
 }  # fmt: skip
-"""Model type -> settings of a tiny model."""
+"""Model type, and what else tells two of one type apart -> settings of a tiny model."""
 
 
 def write_image_chat_model(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -77,21 +88,26 @@ def write_image_chat_model(folder: Path, family: str, dtype: torch.dtype = torch
     make_tokenizer(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
     tokenizer.add_special_tokens({"additional_special_tokens": _TOKENS})
-    tokenizer.chat_template = LLAVA_TEMPLATE if family == "llava" else QWEN_TEMPLATE
+    tokenizer.chat_template = LLAVA_TEMPLATE if _is_llava(family) else QWEN_TEMPLATE
     tokenizer.save_pretrained(str(folder))
     ids = dict(zip(_TOKENS, tokenizer.convert_tokens_to_ids(_TOKENS), strict=True))
     settings = {**VISION[family]}
     settings["text_config"] = {**settings["text_config"], "vocab_size": len(tokenizer)}
-    if family == "llava":
+    if _is_llava(family):
         settings["image_token_index"] = ids["<image>"]
-        processor: Any = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+        square = {"height": 32, "width": 32}
+        processor: Any = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square)
+        if "siglip" in family:
+            processor = SiglipImageProcessorPil(size=square)
     else:
         names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
         settings |= {f"{key}_token_id": ids[f"<|{name}|>"] for key, name in names.items()}
         size = {"shortest_edge": 16 * 16, "longest_edge": 40 * 40}
         processor = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=size)
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model(family.partition(",")[0], **settings), dtype=torch.float32
+    )
     with torch.no_grad():
         for parameter in model.parameters():  # larger than the usual 0.02, so that every part of the model matters
             if parameter.dim() > 1:
@@ -99,6 +115,10 @@ def write_image_chat_model(folder: Path, family: str, dtype: torch.dtype = torch
     model.to(dtype).save_pretrained(folder)
     processor.save_pretrained(str(folder))
     return folder
+
+
+def _is_llava(family: str) -> bool:
+    return family.partition(",")[0] == "llava"
 
 
 def conversation(number: int, images: int) -> dict[str, Any]:
@@ -134,7 +154,7 @@ def upstream_row(folder: Path, family: str, row: dict[str, Any], images: Path) -
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
     processor: Any = AutoImageProcessor.from_pretrained(str(folder), backend="pil")
     turns = [
-        turn if family != "llava" or isinstance(turn["content"], list)
+        turn if not _is_llava(family) or isinstance(turn["content"], list)
         else {**turn, "content": [{"type": "text", "text": turn["content"]}]}
         for turn in row["messages"]
     ]  # fmt: skip
@@ -142,7 +162,7 @@ def upstream_row(folder: Path, family: str, row: dict[str, Any], images: Path) -
     paths = [part["path"] for turn in turns for part in turn["content"] if isinstance(part, dict) and "path" in part]
     pictures = [Image.open(images / path).convert("RGB") for path in paths]
     made: dict[str, Any] = dict(processor(images=pictures, return_tensors="pt")) if pictures else {}
-    token = "<image>" if family == "llava" else "<|image_pad|>"
+    token = "<image>" if _is_llava(family) else "<|image_pad|>"
     for number in range(len(pictures)):
         text = text.replace(token, _repeated(family, processor, tokenizer, made, number).replace(token, "<|>"), 1)
     text = text.replace("<|>", token)
@@ -156,15 +176,18 @@ def upstream_row(folder: Path, family: str, row: dict[str, Any], images: Path) -
         "labels": torch.where(learned, ids, -100),
         **made,
     }
-    if family != "llava" and pictures:
+    if not _is_llava(family) and pictures:
         inputs["mm_token_type_ids"] = (ids == tokenizer.convert_tokens_to_ids(token)).int()
     return inputs
 
 
 def _repeated(family: str, processor: Any, tokenizer: Any, made: dict[str, Any], number: int) -> str:
     """Return an image's tokens by upstream's own processor; that of Qwen2-VL cannot be made without torchvision."""
-    if family == "llava":
-        strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    if _is_llava(family):
+        full = "siglip" in family
+        strategy = {
+            "vision_feature_select_strategy": "full" if full else "default", "num_additional_image_tokens": int(not full)
+        }  # fmt: skip
         return LlavaProcessor(processor, tokenizer, patch_size=8, **strategy).replace_image_token(made, number)
     of_processor: Any = SimpleNamespace(image_processor=processor, image_token="<|image_pad|>")
     return Qwen2VLProcessor.replace_image_token(of_processor, made, number)

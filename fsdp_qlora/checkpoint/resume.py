@@ -53,7 +53,7 @@ def _is_read(key: str, settings: Mapping[str, Any]) -> bool:
     reader = _READERS.get(key)
     if isinstance(reader, FormatOption):
         overrides = settings.get("quant.overrides")
-        kinds = [settings.get("quant.name"), settings.get("quant.embeddings")]
+        kinds = [settings.get("quant.name"), settings.get("quant.embeddings"), settings.get("quant.vision", NONE)]
         kinds += overrides.values() if isinstance(overrides, dict) else []
         return any(_takes(kind, reader.name) for kind in kinds)
     return reader is None or settings.get("optim.name") in reader.optimizers

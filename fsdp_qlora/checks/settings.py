@@ -45,13 +45,14 @@ def _small_adapters(lora: LoraSettings) -> LoraSettings:
         targets = "all-linear"  # full names of layers, which the twin may lack
     if isinstance(parameters, list | tuple) and any(map(numbered, parameters)):
         parameters = ALL_EXPERTS
+    alpha = lora.alpha * r / lora.r  # with the run's scaling: a larger one would only magnify rounding
     return replace(
         lora, variant=lora.method, init_lora_weights=None,  # any values will do
-        r=r, dropout=NO_DROPOUT if lora.dropout else 0.0, init_from=None, target_modules=targets,
+        r=r, alpha=alpha, dropout=NO_DROPOUT if lora.dropout else 0.0, init_from=None, target_modules=targets,
         target_parameters=parameters,
         exclude_modules=[name for name in lora.exclude_modules if not numbered(name)], layers_to_transform=[],
         rank_pattern=_unnumbered(lora.rank_pattern, max(1, r - 1)),
-        alpha_pattern=_unnumbered(lora.alpha_pattern, 2 * lora.alpha),
+        alpha_pattern=_unnumbered(lora.alpha_pattern, 2 * alpha),
         modules_to_save=[], bias="none",  # trained as the whole base is: the twin compares the layers with adapters
         options={**lora.options, **build_method(lora.method).small},
     )  # fmt: skip
@@ -60,7 +61,8 @@ def _small_adapters(lora: LoraSettings) -> LoraSettings:
 def twin_settings(config: RunConfig, folder: Path, attention: str, device: torch.device) -> RunConfig:
     """Return the settings for the run's twin: the same code paths, small sizes, nothing random."""
     precision = "bf16" if reads_boundaries(attention) and device.type != "cpu" else "fp32"
-    quant = replace(config.quant, name=_comparable(config.quant.name), embeddings=_comparable(config.quant.embeddings))
+    kinds = {key: _comparable(getattr(config.quant, key)) for key in ("name", "embeddings", "vision")}
+    quant = replace(config.quant, **kinds)
     overrides = {  # without those for numbered layers, which the twin may lack or number differently
         pattern: _comparable(kind) for pattern, kind in quant.overrides.items() if not numbered(pattern)
     }

@@ -278,7 +278,7 @@ class Twin:
 
     def _losses_differ(self, mine: Computed, wanted: Computed) -> str | None:
         gap = float((torch.cat(mine.losses) - torch.cat(wanted.losses)).abs().max())  # NaN if any loss is NaN
-        size = float(torch.cat(wanted.losses).mean())
+        size = float(torch.cat(wanted.losses).abs().mean())  # scores of tasks have any sign
         worst = all_max(_or_inf(gap / size), self.ranks)
         if worst <= LOSS_LIMIT:
             return None

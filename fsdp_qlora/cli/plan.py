@@ -33,6 +33,8 @@ _MOMENTS = {
     "head": "at the head",
     "layer_backward": "in a layer's backward",
     "update": "in the update",
+    "images": "while the vision tower reads images",
+    "images_backward": "in the vision tower's backward",
     "loading": "while loading, where adapters start",
 }
 _ON_HOST = {

@@ -162,7 +162,9 @@ def _full(config: RunConfig) -> Iterator[str]:
     if not config.lora.trains_base:
         return
     quant, fsdp = config.quant, config.fsdp
-    for key, value in {"quant": quant.name, "quant.embeddings": quant.embeddings, **quant.overrides}.items():
+    for key, value in {
+        "quant": quant.name, "quant.embeddings": quant.embeddings, "quant.vision": quant.vision, **quant.overrides,
+    }.items():  # fmt: skip
         if value != choices.NONE:
             yield f"lora: none trains the base itself, which {key}={value} quantizes; set it to none."
     for key, given in {

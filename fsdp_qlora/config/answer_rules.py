@@ -45,7 +45,7 @@ def _device_map(config: RunConfig) -> Iterator[str]:
         yield "generate.offload_fp32: is about quantized layers, and quant=none has none; leave it out."
     own = {
         "quant.overrides": quant.overrides, "quant.embeddings": quant.embeddings != "none",
-        "quant.block_size": quant.block_size != 64,
+        "quant.vision": quant.vision != "none", "quant.block_size": quant.block_size != 64,
         "model.config_overrides": config.model.config_overrides, "model.add_tokens": config.model.add_tokens,
     }  # fmt: skip
     for key in (key for key, given in own.items() if given):

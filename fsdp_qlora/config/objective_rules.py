@@ -94,6 +94,8 @@ def _images(config: RunConfig) -> Iterator[str]:
 
 def _image_chats(config: RunConfig) -> Iterator[str]:
     data, train, wanted = config.data, config.train, switch(config.objective.images)
+    if config.quant.vision != "none" and (config.objective.name != "sft" or wanted is False):
+        yield "quant.vision: only a model of objective=sft that reads images has a vision tower; set it to none."
     if config.objective.name != "sft":
         if wanted is not None:
             yield f"objective.images: only objective=sft reads it, not {config.objective.name}; leave it out."

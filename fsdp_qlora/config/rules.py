@@ -239,7 +239,7 @@ def _quantization(config: RunConfig) -> Iterator[str]:
 
 def _formats(config: RunConfig) -> Iterator[str]:
     quant = config.quant
-    kinds = {quant.name, quant.embeddings, *quant.overrides.values()}
+    kinds = {quant.name, quant.embeddings, quant.vision, *quant.overrides.values()}
     for pattern, kind in quant.overrides.items():
         known = (*choices.FORMATS, choices.NONE)
         if kind not in known:

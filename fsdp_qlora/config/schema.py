@@ -154,6 +154,9 @@ class QuantSettings:
     the whole name, and later patterns win: ``{*.down_proj: int8, model.layers.0.*: none}``."""
     embeddings: QuantName = "none"
     """Format of embeddings and head. Embedding rows are dequantized on lookup, the head slice by slice."""
+    vision: Annotated[QuantName, YOUNGER] = "none"
+    """Format of the linears that only images pass through, if the model reads images: those of its vision tower and its
+    projector. Patterns of ``overrides`` may name them then, too."""
     cache_dequantized: Annotated[Switch, MAY_CHANGE] = "auto"
     """Keep dequantized weights from forward to backward instead of dequantizing twice; ``auto`` = if they fit, but on a
     CPU only where they are kept from step to step: on one rank, or with one copy per rank. Takes as much memory as the

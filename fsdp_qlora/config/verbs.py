@@ -39,6 +39,9 @@ class PlanSettings:
     interconnect: str | None = None
     """Interconnect name (``pcie4_no_p2p``, ``nvlink4``) or rate (``12GB/s``); null = the device's usual one. An unknown
     name lists all known ones."""
+    images_per_row: Annotated[int, NOT_NEGATIVE] = 0
+    """Images in a row, each as large as the model's processor leaves them, if the model reads images; 0 = as many as
+    ``data.max_length`` has room for. `train` counts those of its rows."""
     simulate: bool = False
     """Also run one step of the real code on fake tensors and count what it would allocate."""
     search: bool = False

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _IMAGES = "images"
+IMAGE_TOKENS = "image_tokens"
+"""Column of stored rows: tokens of images in them."""
 Measure = Callable[[tuple[int, int]], int]
 """(width, height) of an image -> tokens that a model reads for it; raises DataError if it reads none of that size."""
 Pixels = Callable[[Sequence["Image"]], Mapping[str, torch.Tensor]]
@@ -63,7 +65,7 @@ class ImageChats(RowEncoder):
 
     columns: ClassVar = {
         "input_ids": "int32[]", "learned": "bool[]", _IMAGES: "string[]", FOLDER: "int32", LENGTH: "int32",
-        TARGETS: "int32",
+        TARGETS: "int32", IMAGE_TOKENS: "int32",
     }  # fmt: skip
 
     def __init__(
@@ -83,7 +85,7 @@ class ImageChats(RowEncoder):
         """
         self._read, self._example, self._tokenizer, self._fit, self._reads = read, example, tokenizer, fit, reads
         self._folders = Folders(folder for name in sources for folder in folders_of(name))
-        self.identity = ["image chats", identity, self._folders.shared]
+        self.identity = ["image chats, their tokens counted", identity, self._folders.shared]
         self._tokens: dict[tuple[int, int], int | DataError] = {}
 
     def fingerprint(self, name: str) -> str:
@@ -130,6 +132,7 @@ class ImageChats(RowEncoder):
         place = {_IMAGES: paths, FOLDER: self._folders.number(row) if paths else 0}
         for tokens, flags in fit_row((ids, learned), self._fit, stored.counts):
             own = {LENGTH: len(tokens), TARGETS: int(flags[1:].sum())}
+            own[IMAGE_TOKENS] = int((tokens == self._reads.token).sum())
             stored.items.append({"input_ids": tokens, "learned": flags, **place, **own})
         return stored
 

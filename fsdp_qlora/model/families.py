@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, TypeGuard
 
 from torch import nn
 from transformers import (
@@ -66,12 +67,21 @@ def language_task(model: PreTrainedModel) -> str | None:
     return task if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else None
 
 
-def _longest_list(model: nn.Module) -> list[nn.Module]:
+def _longest_list(model: nn.Module, without: Collection[nn.Module] = ()) -> list[nn.Module]:
     """Return the longest `ModuleList` of one class: the layers, if transformers does not declare them."""
-    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+    lists = [list(m) for m in model.modules() if _is_list(m) and m[0] not in without]
     return max(
         lists, key=lambda layers: (len(layers), sum(p.numel() for x in layers for p in x.parameters())), default=[]
     )
+
+
+def _is_list(module: nn.Module) -> TypeGuard[nn.ModuleList]:
+    return isinstance(module, nn.ModuleList) and len({type(x) for x in module}) == 1
+
+
+def blocks_beside(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the blocks of a vision tower beside the decoder's ``layers``."""
+    return _longest_list(model, layers)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

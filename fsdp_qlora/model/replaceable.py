@@ -20,9 +20,10 @@ from fsdp_qlora.model.construct import left_dense
 from fsdp_qlora.shapes.linears import LinearShape
 
 _READS = re.compile(r"\.(\w+)\.(?:weight|bias)\b")
-_METHODS = "_init_weights|reset_parameters|init_weights|fuse_projections"
+_METHODS = "_init_weights|reset_parameters|init_weights|fuse_projections|get_dtype|get_device"
 _NOT_IN_FORWARD = re.compile(rf"^( *)def (?:{_METHODS})\b.*?(?=^\1(?:def |@)|\Z)", re.M | re.S)
-"""Methods that no forward calls: upstream's initialisation, and what makes one linear of several in diffusers."""
+"""Methods that no forward calls: upstream's initialisation, what makes one linear of several in diffusers, and what
+says the dtype of Qwen2-VL's tower."""
 
 _NOT_MODELS = (
     "torch.", "builtins", "transformers.modeling_utils", "diffusers.models.modeling_utils", "fsdp_qlora.", "peft.",
@@ -101,6 +102,8 @@ def _read_by_others(model: nn.Module) -> dict[str, str]:
     }
     for owner, module in model.named_modules():
         children = _children_read(type(module)) if owner else frozenset()
+        if isinstance(module, nn.MultiheadAttention):  # torch's own: in the pooling head of a SigLIP
+            children |= {"out_proj"}
         for name in linears if children else ():
             if name.startswith(f"{owner}.") and name.rpartition(".")[2] in children:
                 readers.setdefault(name, type(module).__name__)

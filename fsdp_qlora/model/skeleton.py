@@ -23,10 +23,12 @@ from fsdp_qlora.model.construct import (
     parameters_on_meta,
     unmade_buffers,
 )
-from fsdp_qlora.model.families import auto_class, decoder_layers, reads_images, task_type
+from fsdp_qlora.model.families import auto_class, blocks_beside, decoder_layers, reads_images, task_type
 from fsdp_qlora.model.replaceable import is_plain_linear, replaceable_linears
 from fsdp_qlora.objectives import Objective, build_objective
+from fsdp_qlora.objectives.vision import FAMILIES
 from fsdp_qlora.shapes.linears import LinearShape, ModelShapes
+from fsdp_qlora.shapes.tower import Tower
 
 
 def build_skeleton(
@@ -159,6 +161,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         float32=frozenset(float32_parameters(model)),
         left_dense=left_dense(model),
         beside=_beside(model, linears, layers),
+        tower=_tower(model, layers),
         capped=bool(getattr(config, "final_logit_softcapping", None)),
     )
 
@@ -196,6 +199,15 @@ def _beside(model: PreTrainedModel, linears: Sequence[LinearShape], layers: Sequ
         return frozenset()
     inside = {name for name, module in model.named_modules() if any(module is layer for layer in layers)}
     return frozenset(x.name for x in linears if not any(x.name.startswith(f"{layer}.") for layer in inside))
+
+
+def _tower(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Tower | None:
+    """Return the vision tower of a decoder that reads images among its tokens, if its family is known."""
+    if not reads_images(model.config) or model.config.model_type not in FAMILIES:
+        return None
+    names = {module: name for name, module in model.named_modules()}
+    blocks = tuple(names[block] for block in blocks_beside(model, layers))
+    return FAMILIES[model.config.model_type](model.config).tower(blocks)
 
 
 def _first_owner(model: PreTrainedModel, parameter: nn.Parameter) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from fsdp_qlora.errors import DataError, ModelError, first_line
 from fsdp_qlora.objectives.objective import PROBED
+from fsdp_qlora.shapes.tower import Tower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 Row = dict[str, torch.Tensor]
 IMAGES_OF_A_PROBE = (2, 1, 0)
 """Images in the rows of a check: several, one, none."""
+_MOST_PIXELS = 28 * 28 * 1280
+"""Pixels that upstream's processor of Qwen2-VL leaves of an image at most, unless its file says otherwise."""
 _SIDE = 4
 """Patches along a side of a small model's image, or groups of patches of its window."""
 
@@ -87,6 +91,14 @@ class Family(ABC):
         return {name: made[name] for name in self.inputs}
 
     @abstractmethod
+    def tower(self, blocks: tuple[str, ...]) -> Tower:
+        """Return what a plan needs to know of the vision tower, whose blocks have these names."""
+
+    def largest(self, processor: Mapping[str, Any]) -> int:
+        """Return the most tokens of an image, by the settings of its processor (``preprocessor_config.json``)."""
+        return self.tower(()).image_tokens
+
+    @abstractmethod
     def shrink(self) -> None:
         """Make the vision tower of a small model's config small, too, and what must agree with it."""
 
@@ -135,9 +147,23 @@ class Llava(Family):
     def tokens(self, made: Mapping[str, torch.Tensor]) -> int:
         """Return the patches; CLIP's class token counts unless ``vision_feature_select_strategy`` leaves it out."""
         height, width = made["pixel_values"].shape[-2:]
+        return self._patches(height, width) - int(self.config.vision_feature_select_strategy == "default")
+
+    def _patches(self, height: int, width: int) -> int:
+        """Return the patches of an image, and CLIP's class token."""
         patches = (height // self.vision.patch_size) * (width // self.vision.patch_size)
-        classes = int(self.vision.model_type == "clip_vision_model")
-        return patches + classes - int(self.config.vision_feature_select_strategy == "default")
+        return patches + int(self.vision.model_type == "clip_vision_model")
+
+    def tower(self, blocks: tuple[str, ...]) -> Tower:
+        """Return that all images have one size."""
+        vision, layers = self.vision, self.config.vision_feature_layer
+        patches = self._patches(vision.image_size, vision.image_size)
+        return Tower(
+            blocks, vision.hidden_size, vision.num_attention_heads, vision.num_channels * vision.patch_size**2,
+            image_patches=patches,
+            image_tokens=patches - int(self.config.vision_feature_select_strategy == "default"),
+            gated=vision.hidden_act == "quick_gelu", states=1 if isinstance(layers, int) else len(layers),
+        )  # fmt: skip
 
     def shrink(self) -> None:
         """Make images of four by four patches."""
@@ -167,6 +193,21 @@ class Qwen2VL(Family):
         """Return the patches divided by those of a group."""
         return int(made["image_grid_thw"][0].prod()) // self.vision.spatial_merge_size**2
 
+    def tower(self, blocks: tuple[str, ...]) -> Tower:
+        """Return that images differ in size; Qwen2.5-VL's tower is built like a decoder."""
+        vision, later = self.vision, hasattr(self.vision, "window_size")
+        return Tower(
+            blocks, getattr(vision, "embed_dim", vision.hidden_size), vision.num_heads,
+            vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            merged=vision.spatial_merge_size**2, gated=later or vision.hidden_act == "quick_gelu", rotary=True,
+            float32_norms=later,
+        )  # fmt: skip
+
+    def largest(self, processor: Mapping[str, Any]) -> int:
+        """Return the tokens of as many pixels as the processor leaves: ``size.longest_edge``, or ``max_pixels``."""
+        pixels = processor.get("max_pixels") or (processor.get("size") or {}).get("longest_edge") or _MOST_PIXELS
+        return int(pixels) // (self.vision.patch_size * self.vision.spatial_merge_size) ** 2
+
     def shrink(self) -> None:
         """Keep two blocks of a small width, whose output is as wide as the small decoder."""
         vision, width = self.vision, self.config.get_text_config().hidden_size
@@ -187,7 +228,22 @@ class Qwen2VL(Family):
         return {"pixel_values": patches, "image_grid_thw": grids}, (grids.prod(1) // merge**2).tolist()
 
 
-FAMILIES: dict[str, type[Family]] = {"llava": Llava, "qwen2_vl": Qwen2VL, "qwen2_5_vl": Qwen2VL}
+class Qwen3VL(Qwen2VL):
+    """Qwen3-VL: as Qwen2-VL, with learned positions, and features that the first decoder layers read, too."""
+
+    def tower(self, blocks: tuple[str, ...]) -> Tower:
+        """Return that outputs of several blocks become features (DeepStack)."""
+        return replace(super().tower(blocks), features=1 + len(self.vision.deepstack_visual_indexes))
+
+    def shrink(self) -> None:
+        """Keep two blocks, the first of which has features of its own."""
+        vision = self.vision
+        vision.depth, vision.num_heads, vision.hidden_size = min(2, vision.depth), 4, 64
+        vision.out_hidden_size = self.config.get_text_config().hidden_size
+        vision.num_position_embeddings, vision.deepstack_visual_indexes = _SIDE**2, [0]
+
+
+FAMILIES: dict[str, type[Family]] = {"llava": Llava, "qwen2_vl": Qwen2VL, "qwen2_5_vl": Qwen2VL, "qwen3_vl": Qwen3VL}
 """``model_type`` in config.json -> its family: those whose losses and gradients are compared with upstream's."""
 
 

@@ -21,6 +21,8 @@ class AdapterCost:
     """Linears whose adapters do not keep the linear's input."""
     loading: int = 0
     """Bytes on a rank's device, while the model is loaded, for finding where adapters start."""
+    beside: Mapping[str, Kept] = field(default_factory=dict)
+    """What each adapter outside the decoder layers keeps from forward to backward, by its linear's name."""
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """The trained rows of added tokens, name in PEFT's file -> shape; every rank holds them whole."""
 
@@ -88,7 +90,8 @@ class MemoryPlan:
 
     bytes: BytesPerRank
     moments: dict[str, int]
-    """Bytes on the device at each of the four moments of a step, and while loading if adapters start there."""
+    """Bytes on the device at each of the four moments of a step, while loading if adapters start there, and while
+    images are read if the model reads any."""
     host: HostBytes
 
     @property

@@ -9,6 +9,9 @@ to the reserve. The kinds do not peak at the same time, so the planned peak is t
 - ``head``: the head is gathered, a chunk of logits exists, and everything that forward keeps for backward is alive;
 - ``layer_backward``: a layer is gathered (and the next one prefetched), recomputed and differentiated;
 - ``update``: the optimizer step.
+
+Where a vision tower reads images (`plan/images.py`), two more: ``images``, while it computes, and ``images_backward``,
+if it is trained. The root unit, to which it belongs, is gathered at all of them but ``update``.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from fsdp_qlora.optim.sizes import state_bytes, temporary_bytes
 from fsdp_qlora.plan.activations import LayerActivations, layer_activations
 from fsdp_qlora.plan.counted import AdapterCost, BytesPerRank, HostBytes, MemoryPlan, Unit
 from fsdp_qlora.plan.dense import DenseWeights
+from fsdp_qlora.plan.images import TowerMemory, outside_units
 from fsdp_qlora.plan.kept import KeptActivations
 from fsdp_qlora.plan.offloaded import most_inside
 from fsdp_qlora.plan.storage import StorageSettings
@@ -79,6 +83,8 @@ class MemoryModel:
         self.activations: tuple[LayerActivations, ...] = tuple(
             layer_activations(shapes, layer, adapted, settings.itemsize, *more) for layer in shapes.layers
         )
+        self.tower = TowerMemory(shapes, trained, adapters.beside)
+        self.root = self._root()
         self.kept = KeptActivations(shapes, self.activations, adapters.kept, self._most_trained())
 
     def plan(self, settings: StorageSettings) -> MemoryPlan:
@@ -93,6 +99,7 @@ class MemoryModel:
         logits = self._logits(settings)
         # five tensors [tokens, hidden] around the head: the final norm, its copies and the gradient
         edge = settings.tokens * (5 * self.shapes.hidden_size + self.adapters.kept_by_head) * settings.itemsize
+        edge += self.tower.held(settings)
         head, again = self._gathered_head(settings)
         at_layer = self._gathered(self.layers, settings)
         at_layer += (self.dense.product_kept if settings.keeps_dense else self.dense.product) * settings.itemsize
@@ -100,12 +107,15 @@ class MemoryModel:
         later = any(not name.startswith(f"{self.shapes.embedding}.") for name in self.offloaded)
         ahead = settings.prefetch if apart and later else 0  # `copy_modules_ahead` (`parallel/copy_ahead.py`)
         inside_ahead = ahead * most_inside(self.offloaded_inside, self.shapes) * settings.itemsize
-        at_layer += self._held_edges(settings) + inside_ahead
+        root = self._gathered_root(settings)
+        at_layer += self._held_edges(settings) + inside_ahead + root
         gradients = self._gradients(settings)
         dense = self.dense.kept * settings.itemsize if settings.keeps_dense else 0
         on_device = 0 if settings.offload_parameters else sum(fixed) + dense
         arriving, inside = self._arriving(settings)
-        held = on_device + gradients + kept
+        reads = self.tower.pixels(settings) + self.tower.saved(settings)
+        before_layers = on_device + gradients + reads
+        held = before_layers + kept
         # a head copied ahead has arrived before the last layer's activations are there, and is beside that layer
         arrives, before = (again + at_layer, again + arriving + at_layer) if ahead else (again + arriving, 0)
         # the layer in backward is one of those whose offloaded activations are on the device
@@ -113,33 +123,40 @@ class MemoryModel:
         # gradients and the optimizer's temporaries; of adapters, at most three times their bytes (fixed[3])
         updated = fixed[3] + temporary_bytes(settings.optim, fixed[3], settings.on_accelerator)
         moments = {
-            "first_layer": on_device + gradients + self._gathered_first(settings) + arriving,
-            "head": held + self._held_layers(settings) + max(last + edge + max(logits + head, arrives), before),
+            "first_layer": before_layers + self._gathered_first(settings) + arriving + root + self.tower.held(settings),
+            "head": held + root + self._held_layers(settings) + max(last + edge + max(logits + head, arrives), before),
             "layer_backward": held - left + layer + at_layer + inside,
             "update": 0 if settings.offload_parameters else on_device + (updated if self.masters else 3 * fixed[3]),
         }
+        moments |= self._images(settings, before_layers)
         if self.adapters.loading:
             moments["loading"] = (0 if settings.offload_parameters else sum(fixed[:4])) + self.adapters.loading
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
-        # The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`).
-        # It runs when activations are freed, so it counts in `bytes` but in none of the moments.
-        if settings.adapter_copies > 1:
-            gradients = 2 * gradients + FLOAT32 * (sum(map(len, self.trained.values())) + len(self.adapters.rows))
-        elif settings.shard_size > 1:
-            gradients += FLOAT32 * (self.adapters.row_elements + len(self.adapters.rows))
         bytes_ = BytesPerRank(
             packed,
             statistics,
             base,
             dense,
             adapters,
-            gradients,
+            self._reduced(settings, gradients),
             optimizer,
-            kept + max(layer - left, last + edge),
+            kept + reads + max(layer - left, last + edge, self._reading(settings)),
             logits,
-            max(head, again, at_layer),
+            max(head + root, again + root, at_layer),
         )
         return MemoryPlan(bytes_, moments, self._host(settings))
+
+    def _reduced(self, settings: StorageSettings, gradients: int) -> int:
+        """Return the bytes of ``gradients`` while they are reduced.
+
+        The all-reduce copies all gradients into one tensor, with a count for each A and B (`adapters/replicated.py`).
+        It runs when activations are freed, so it counts in `bytes` but in none of the moments.
+        """
+        if settings.adapter_copies > 1:
+            return 2 * gradients + FLOAT32 * (sum(map(len, self.trained.values())) + len(self.adapters.rows))
+        if settings.shard_size > 1:
+            return gradients + FLOAT32 * (self.adapters.row_elements + len(self.adapters.rows))
+        return gradients
 
     def trainable(self) -> int:
         """Return the number of trainable (adapter) elements."""
@@ -184,24 +201,60 @@ class MemoryModel:
     def _gradients(self, settings: StorageSettings) -> int:
         """Return the bytes of the adapters' float32 gradients: whole during accumulation, else this rank's shard."""
         if self.masters and not settings.adapter_copies:  # reduced after each micro-batch; a unit's are whole before it
-            one_unit = max(unit.adapters for unit in (*self.layers, *self.edges))
+            one_unit = max(unit.adapters for unit in self._units())
             return FLOAT32 * self.held(settings) + (FLOAT32 + settings.itemsize) * one_unit
         if settings.accumulation_steps > 1 or settings.adapter_copies:
             return FLOAT32 * self.trainable()
         # before it is reduce-scattered, the gradient of one layer exists whole
-        units = (*self.layers, *self.edges)
-        one_unit = max(unit.adapters for unit in units) if settings.shard_size > 1 else 0
+        one_unit = max(unit.adapters for unit in self._units()) if settings.shard_size > 1 else 0
         return FLOAT32 * ((0 if settings.offload_parameters else self.held(settings)) + one_unit)
 
     def _unit(self, prefix: str) -> Unit:
+        inside = (name for name in self.shapes.parameters if name.startswith(f"{prefix}."))
+        return self._unit_of(prefix, inside, (name for name in self.trained if f"{name}.".startswith(f"{prefix}.")))
+
+    def _unit_of(self, name: str, parameters: Iterable[str], trained: Iterable[str]) -> Unit:
+        """Return a unit of these parameters, without those that are trained in float32, and of what modules train."""
         total = 0
-        for name, shape in self.shapes.parameters.items():
-            if name.startswith(prefix + ".") and name not in self.shapes.float32 and name not in self.masters:
-                packed = self.packed.get(name)
-                total += prod(shape) * self.settings.itemsize if packed is None else packed.bytes
-        inside = (shapes for name, shapes in self.trained.items() if f"{name}.".startswith(f"{prefix}."))
-        trained = sum(prod(shape) for shapes in inside for shape in shapes.values())
-        return Unit(prefix, total + (0 if self.settings.adapter_copies else trained * self.settings.itemsize), trained)
+        for parameter in parameters:
+            if parameter not in self.shapes.float32 and parameter not in self.masters:
+                packed = self.packed.get(parameter)
+                dense = prod(self.shapes.parameters[parameter]) * self.settings.itemsize
+                total += dense if packed is None else packed.bytes
+        own = sum(prod(shape) for module in trained for shape in self.trained[module].values())
+        return Unit(name, total + (0 if self.settings.adapter_copies else own * self.settings.itemsize), own)
+
+    def _units(self) -> tuple[Unit, ...]:
+        return (*self.layers, *self.edges, self.root)
+
+    def _root(self) -> Unit:
+        """Return what a vision tower adds to the root unit, which is small without one."""
+        if self.shapes.tower is None:
+            return Unit("", 0, 0)
+        outside = outside_units(self.shapes)
+        owners = {name.rpartition(".")[0] for name in outside}
+        return self._unit_of("", outside, (name for name in self.trained if name in owners))
+
+    def _gathered_root(self, settings: StorageSettings) -> int:
+        """Return the bytes of the root unit, which stays gathered from forward to the end of backward."""
+        return 0 if settings.keeps_whole else self.root.gathered
+
+    def _reading(self, settings: StorageSettings) -> int:
+        """Return the bytes that a vision tower takes while it computes, beside what it keeps for backward."""
+        return self.tower.held(settings) + self.tower.in_forward(settings)
+
+    def _images(self, settings: StorageSettings, held: int) -> dict[str, int]:
+        """Return the moments of a vision tower's forward and backward; ``held`` is alive at both."""
+        if self.shapes.tower is None:
+            return {}
+        root, dense = self._gathered_root(settings), self.dense.product * settings.itemsize
+        first = 0 if settings.keeps_whole else self.edges[0].gathered  # gathered, or received, just before
+        received = root + (first if self.shapes.tied or settings.edges_stay else 0) if settings.shard_size > 1 else 0
+        moments = {"images": held + self._reading(settings) + root + received + first + dense}
+        if self.tower.trained:
+            edges = self._held_edges(settings) + self._held_layers(settings)
+            moments["images_backward"] = held + self.tower.in_backward(settings) + root + edges + dense
+        return moments
 
     def _gathered(self, units: Sequence[Unit], settings: StorageSettings) -> int:
         """Return the gathered bytes while one of ``units`` computes: that unit and the buffers of prefetched ones."""

@@ -45,7 +45,7 @@ class TrainPlan:
     world_size: int
     shard_size: int
     quantized: tuple[Packed, ...]
-    """Quantized weights of the decoder layers, each with its format; empty with ``quant=none``."""
+    """Quantized weights of the decoder layers and of a vision tower, each with its format; none with ``quant=none``."""
     quantized_edges: tuple[Packed, ...]
     """Quantized embedding and head: one table if they are tied, none if they are not quantized."""
     targets: tuple[str, ...]
@@ -129,10 +129,10 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     targets, parameters, lora = _targets(config.lora, shapes, modules)
     config = replace(config, lora=lora)
     method = build_method(config.lora.method)
-    trained, casts = _trained(config, method, shapes, targets, parameters, modules)
+    quantized, edges = _quantized(config, shapes, modules)
+    trained, casts = _trained(config, method, shapes, targets, parameters, modules, quantized)
     rows = _token_rows(config, shapes, method, modules)
     _require_matches(config, dict(chain(rows.items(), *(tensors.items() for tensors in trained.values()))))
-    quantized, edges = _quantized(config, shapes, modules)
     batch = BatchPlan(int(batch_for(config.train, None).value), _micro_batch_rows(config), world_size)
     _, shard = degrees(degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree, world_size)
     settings, stored = storage_settings(config, batch, shard, casts), (*quantized, *edges)
@@ -208,7 +208,7 @@ def _start(
 
 def _trained(
     config: RunConfig, method: Method, shapes: ModelShapes, targets: Sequence[str], parameters: Sequence[LinearShape],
-    modules: Sequence[str],
+    modules: Sequence[str], quantized: Sequence[Packed],
 ) -> tuple[dict[str, dict[str, tuple[int, ...]]], bool]:  # fmt: skip
     """Return module -> name -> shape of everything that is trained, but rows of tokens; and whether FSDP casts it.
 
@@ -217,8 +217,9 @@ def _trained(
     if method.trains_base:
         return whole_base(shapes), False
     tables = [name for name in targets if name in (shapes.embedding, shapes.head)]
-    dense = [*tables, *(name for name in targets if name in shapes.beside)]
-    _require_adaptable(config, method, dense, bool(tables))
+    of_images = [name for name in targets if name in shapes.beside]
+    _require_adaptable(config, method, [*tables, *of_images], bool(tables))
+    dense = {*tables, *of_images} - {x.linear.name for x in quantized}
     by_name, lora = _by_name(shapes, targets), config.lora
     trained = {name: parameters_of(method, by_name[name], lora) for name in targets}
     trained |= experts_parameters(method, parameters, lora)
@@ -307,6 +308,7 @@ def _adapter_cost(
     return AdapterCost(
         method.fixed_bytes(targets, lora, itemsize), tuple(most),
         frozenset(name for name, each in kept.items() if not each.input), 0 if start is None else start.bytes,
+        {name: each for name, each in kept.items() if name in shapes.beside},
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from math import prod
 from fsdp_qlora.config.schema import QuantSettings
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.quant.formats import Format, Packed, build_format
-from fsdp_qlora.shapes.linears import ModelShapes, quantized_edges, quantized_linears
+from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_edges, quantized_linears
 from fsdp_qlora.shapes.patterns import endings
 
 _MOST_KEPT = 0.1
@@ -23,14 +23,17 @@ def format_of(settings: QuantSettings, name: str | None = None) -> Format:
 
 
 def chosen_linears(settings: QuantSettings, shapes: ModelShapes) -> tuple[Packed, ...]:
-    """Return the weights of the decoder layers that are stored quantized, each with its format.
+    """Return the weights that are stored quantized: those of the decoder layers, then those of a vision tower.
 
     Raises:
-        PlanError: if a pattern matches nothing, or much of the decoder layers would stay in 16 bits unasked.
+        PlanError: if a pattern matches nothing, much of the decoder layers would stay in 16 bits unasked, or a model
+            without a vision tower should have one quantized.
     """
-    inside = quantized_linears(shapes)
-    formats = {x.name: settings.name for x in inside} | _overridden(settings.overrides, [x.name for x in inside])
-    chosen = tuple(Packed(x, format_of(settings, formats[x.name])) for x in inside if formats[x.name] != "none")
+    inside, beside = quantized_linears(shapes), _of_images(settings, shapes)
+    formats = {x.name: settings.name for x in inside} | {x.name: settings.vision for x in beside}
+    formats |= _overridden(settings.overrides, list(formats))
+    both = (*inside, *beside)
+    chosen = tuple(Packed(x, format_of(settings, formats[x.name])) for x in both if formats[x.name] != "none")
     if chosen and not settings.allow_16bit:
         _require_most(shapes, {x.parameter for x in inside})
     return chosen
@@ -49,6 +52,15 @@ def chosen_edges(settings: QuantSettings, shapes: ModelShapes) -> tuple[Packed, 
     return tuple(Packed(x, format_of(settings, settings.embeddings)) for x in quantized_edges(shapes))
 
 
+def _of_images(settings: QuantSettings, shapes: ModelShapes) -> list[LinearShape]:
+    """Return the linears that only images pass through, if they are quantized."""
+    if settings.vision == "none":
+        return []
+    if shapes.tower is None:
+        raise PlanError("quant.vision: this model reads no images here, so it has no vision tower; set it to none.")
+    return [x for x in shapes.linears if x.name in shapes.beside]
+
+
 def _overridden(overrides: Mapping[str, str], names: list[str]) -> dict[str, str]:
     """Return name -> format for the linears that a pattern matches; later patterns win."""
     kinds: dict[str, str] = {}
@@ -56,7 +68,7 @@ def _overridden(overrides: Mapping[str, str], names: list[str]) -> dict[str, str
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             raise PlanError(
-                f"quant.overrides: {pattern!r} matches none of the {len(names)} linears of the decoder layers; a "
+                f"quant.overrides: {pattern!r} matches none of the {len(names)} linears that are quantized; a "
                 f"pattern must match the whole name, such as *.{endings(names)[0]} or {names[0]} (this model has "
                 f"{', '.join(endings(names))})."
             )

@@ -39,7 +39,7 @@ from fsdp_qlora.plan.layout import Cluster, settle_shard_degree
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.plan.recipe import Recipe, RowCounts, Shape, choose_recipe
 from fsdp_qlora.plan.sizes import parse_bytes
-from fsdp_qlora.run.images import images_choice, settle_images
+from fsdp_qlora.run.images import images_choice, images_stated, settle_images
 from fsdp_qlora.run.labels import planned_labels
 from fsdp_qlora.run.world import World
 from fsdp_qlora.shapes.linears import ModelShapes
@@ -57,14 +57,15 @@ def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedMo
     config, base = planned_skeleton(config)
     if build_objective(config.objective).trains_head:
         config = with_head(config, head_modules(base))
-    shapes, budget = read_shapes(base), planned_budget(config, world_size)
+    shapes = images_stated(config, read_shapes(base), base.config)
+    budget = planned_budget(config, world_size)
     recipe = choose_recipe(config, shape_of(base, shapes), None)
     config = recipe.settled(config)
     config, choice = settle_shard_degree(config, shapes, _planned_cluster(config, world_size, budget))
     plan = make_plan(config, shapes, world_size, budget)
     if choice is not None:
         plan = replace(plan, choices={SHARD_DEGREE: choice, **plan.choices})
-    images = images_choice(config, base.config.model_type)
+    images = images_choice(config, base.config.model_type, shapes)
     plan = replace(plan, choices={**images, **recipe.choices, **plan.choices})
     resolved = decided(config, plan.settings)
     elsewhere = config.plan.gpu or config.plan.device

@@ -40,7 +40,7 @@ from fsdp_qlora.run.decide import (
     shape_of,
 )
 from fsdp_qlora.run.eva import settle
-from fsdp_qlora.run.images import images_choice, settled_on_ranks
+from fsdp_qlora.run.images import images_choice, images_of_rows, settled_on_ranks
 from fsdp_qlora.run.labels import require_metrics, settle_labels
 from fsdp_qlora.run.prepared import Prepared
 from fsdp_qlora.run.starts import kept_start
@@ -96,6 +96,7 @@ def _prepare(
     opened, verdict = open_and_check(config, folder, world.ranks, budget, weights)
     opened = opened.without_adapters(world.ranks, budget) if bare else opened
     processor, data = tokenize(config, folder, opened, verdict, world)
+    opened = replace(opened, shapes=images_of_rows(opened.shapes, data))
     recipe = on_every(lambda: _recipe(config, opened, data, training), world.ranks)
     config = replace_attention(recipe.settled(config), verdict.attention)
     opened = opened if bare else opened.for_run(config, world.ranks, budget)
@@ -127,7 +128,7 @@ def _prepare(
     if training and config.model.check != "off" and task_type(model.base) == "CAUSAL_LM":
         check_losses(opened, model, folder, world.ranks)
     kernels, layouts = opened.plan.choices[KERNELS_KEY], {} if layout is None else {SHARD_DEGREE: layout}
-    choices = images_choice(opened.config, opened.base.config.model_type) | recipe.choices
+    choices = images_choice(opened.config, opened.base.config.model_type, opened.shapes) | recipe.choices
     choices |= held_out_choice(config.data, data) | layouts | opened.plan.choices | {
         "model.attn_implementation": told(verdict),
         "model.check": Choice("off: nothing was compared" if config.model.check == "off" else _EQUAL, ""),

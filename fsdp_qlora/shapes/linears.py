@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from fsdp_qlora.shapes.tower import Tower
+
 
 @dataclass(frozen=True)
 class LinearShape:
@@ -85,6 +87,8 @@ class ModelShapes:
     models (T5's ``wo``)."""
     beside: frozenset[str] = frozenset()
     """Linears outside the decoder layers that get an adapter if a pattern names them: those of a vision tower."""
+    tower: Tower | None = None
+    """What reads images among the decoder's tokens, if anything does."""
     capped: bool = False
     """Whether logits have a soft cap, whose derivative the loss keeps beside them."""
 

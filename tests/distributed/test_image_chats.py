@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from fsdp_qlora.adapters.experts import peft_config
 from fsdp_qlora.adapters.names import trainable_parameters
@@ -20,10 +20,13 @@ from fsdp_qlora.checks import reference
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.errors import FsdpQloraError
+from fsdp_qlora.load.stream import resident_bytes
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.objectives import build_objective
+from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.run.inference import load_for_inference
 from tests.build import build, config_of, essence, losses, metrics, refused_fit, run_fit, whole, world_of
+from tests.families import keep_as_packed
 from tests.image_chats import (
     VISION,
     mean_loss,
@@ -157,6 +160,70 @@ def test_the_vision_tower_is_trained_too(pool, tmp_path, how):
     assert loss == pytest.approx(two["summary"]["eval_loss_after"], rel=FP32_LOSSES)
 
 
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "llava": {"quant": {"vision": "nf4"}, "lora": BOTH["llava"]},
+    "llava, siglip": {"quant": {"vision": "nf4", "overrides": {"*.vision_tower.*.fc1": "none"}}},
+    "qwen2_vl": {"quant": {"vision": "nf4", "block_size": 128}, "lora": BOTH["qwen2_vl"]},
+    "qwen2_5_vl": {"quant": {"name": "nf4", "vision": "int8", "llm_int8_threshold": 1e-6}},
+}
+"""Settings that quantize what images alone pass through, too; adapters on it, on some of it, or on none."""
+
+
+@pytest.mark.parametrize("family", QUANTIZED)
+def test_the_vision_tower_is_quantized_too(pool, tmp_path, family):
+    model, groups = _case(tmp_path, family, **QUANTIZED[family])
+    groups["data"]["eval"] = groups["data"]["train"]
+    for num_ranks in (1, 2):
+        ran = pool.run(num_ranks, run_fit, model, str(tmp_path), f"{num_ranks}", groups)[0]
+        wanted, after = pool.run(1, upstream_losses, model, groups, family)[0]
+        assert losses(ran["metrics"]) == pytest.approx(wanted, rel=FP32_LOSSES)
+        assert ran["summary"]["eval_loss_after"] == pytest.approx(after, rel=FP32_LOSSES)
+    groups["model"] = {**groups.get("model", {}), "check": "off"}
+    ours, theirs, off = pool.run(2, _gradients, model, groups, family)[0]
+    assert ours == pytest.approx(theirs, rel=FP32_LOSSES) and off < 1e-5
+    for num_ranks in (1, 3):
+        results = pool.run(num_ranks, _packed_and_planned, model, groups)
+        assert max(held for held, _, _ in results) == results[0][1] and results[0][2] > 0
+
+
+def _packed_and_planned(ranks: Ranks, folder: str, groups: dict[str, Any]) -> tuple[int, int, int]:
+    """Return the bytes of packed weights and statistics that this rank holds, those planned, and weights of a tower."""
+    prepared = build(ranks, folder, **groups)
+    planned, beside = prepared.plan.bytes, prepared.shapes.beside
+    held = sum(resident_bytes(m) for m in prepared.model.base.modules() if isinstance(m, QuantMatrices))
+    return held, planned.base_packed + planned.base_statistics, sum(
+        isinstance(m, QuantMatrices) for n, m in prepared.model.base.named_modules()
+        if n.removesuffix(".base_layer") in beside
+    )  # fmt: skip
+
+
+def _stock_loss(ranks: Ranks, folder: str, groups: dict[str, Any], adapter: str, family: str) -> float:
+    """Return the mean loss of all rows in plain PEFT, on a base that transformers quantizes with bitsandbytes."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head"],
+    )  # fmt: skip
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", device_map={"": "cpu"},
+        quantization_config=quantization,
+    )  # fmt: skip
+    keep_as_packed(model)
+    assert all(type(m) is not nn.Linear for n, m in model.named_modules() if "vis" in n or "projector" in n)
+    adapted: nn.Module = PeftModel.from_pretrained(model, adapter).eval()  # type: ignore[arg-type]
+    file = Path(groups["data"]["train"])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return mean_loss(adapted, [upstream_row(Path(folder), family, row, file.parent) for row in rows])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_its_adapter_loads_on_what_bitsandbytes_quantizes(pool, tmp_path, family):
+    model, groups = _case(tmp_path, family, quant={"vision": "nf4"}, lora=BOTH[family])
+    groups["data"]["eval"] = groups["data"]["train"]
+    ran = pool.run(2, run_fit, model, str(tmp_path), "run", groups)[0]
+    loss = pool.run(1, _stock_loss, model, groups, str(tmp_path / "run/adapter"), family)[0]
+    assert loss == pytest.approx(ran["summary"]["eval_loss_after"], rel=FP32_LOSSES)
+
+
 SPREAD = {
     "a copy on every rank": {"fsdp": {"shard_degree": 1, "replicate_degree": 2}},
     "layers recomputed": {"train": {"activation_checkpointing": "full"}},
@@ -165,12 +232,14 @@ SPREAD = {
     "paged optimizer": {"optim": {"name": "paged_adamw_32bit"}},
     "micro-batches by tokens": {"train": {"micro_batch_tokens": 96}},
     "adapters on every rank": {"fsdp": {"adapters": "replicated"}},
+    "the tower packed, on the host": {"fsdp": {"offload": "params"}, "quant": {"vision": "nf4"}},
+    "the tower packed, recomputed": {"train": {"activation_checkpointing": "full"}, "quant": {"vision": "nf4"}},
 }
 
 
 @pytest.mark.parametrize("how", SPREAD)
 def test_how_it_is_spread_changes_no_loss(pool, tmp_path, how):
-    model, groups = _case(tmp_path, "qwen2_vl")
+    model, groups = _case(tmp_path, "qwen2_vl", quant=SPREAD[how].get("quant", {}))
     plain = losses(pool.run(2, run_fit, model, str(tmp_path), "plain", groups)[0]["metrics"])
     merged = {name: {**groups.get(name, {}), **SPREAD[how].get(name, {})} for name in {*groups, *SPREAD[how]}}
     layout = "copies" if how == "a copy on every rank" else "shard"
@@ -178,10 +247,16 @@ def test_how_it_is_spread_changes_no_loss(pool, tmp_path, how):
     assert len(other) == 6 and other == pytest.approx(plain, rel=FP32_LOSSES)
 
 
+HELD: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {}, **{how: {"lora": lora} for how, lora in BOTH.items()}, "llava, quantized": QUANTIZED["llava"],
+    "qwen3_vl": {},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("num_ranks", [1, 3])
-@pytest.mark.parametrize("how", ["qwen2_vl", *BOTH])
+@pytest.mark.parametrize("how", HELD)
 def test_planned_bytes_are_held(pool, tmp_path, how, num_ranks):
-    model, groups = _case(tmp_path, how.partition(",")[0], model={"check": "off"}, lora=BOTH.get(how, {}))
+    model, groups = _case(tmp_path, how.partition(",")[0], model={"check": "off"}, **HELD[how])
     results = pool.run(num_ranks, held_and_planned, model, groups)
     planned = results[0][1]
     assert {key: max(held[key] for held, _ in results) for key in planned} == planned
@@ -206,6 +281,7 @@ def test_other_pixels_are_found_by_the_check(pool, tmp_path):
 def test_sixteen_rows_are_learned_by_heart_in_bf16(pool, tmp_path):
     model, groups = _case(
         tmp_path, "qwen2_vl", precision={"name": "bf16"}, optim={"lr": 0.01}, data={"max_rows": 16},
+        quant={"vision": "nf4"},
         lora={"r": 16, "alpha": 32, "target_modules": ["q_proj", "v_proj", "down_proj", "up_proj", "model.visual.*.qkv"]},
         train={"max_steps": 40, "global_batch_size": 16, "micro_batch_size": 4},
     )  # fmt: skip

@@ -24,6 +24,7 @@ from fsdp_qlora.errors import FsdpQloraError
 from fsdp_qlora.run.inference import load_for_inference
 from tests.build import config_of, world_of
 from tests.distributed.test_peft_methods import QUANT, STOCK, TARGETS, _dense_copy
+from tests.families import keep_as_packed
 from tests.tiers import some_in_full
 from tests.tiny import make_model
 
@@ -150,9 +151,7 @@ def test_each_alone_and_each_row_are_those_of_stock_peft_on_stock_bitsandbytes(p
             bnb_4bit_compute_dtype=torch.float32,
         ),
     )  # fmt: skip
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # its evaluation would repack the weights in bf16
-            module.support_avx512bf16_for_cpu = False
+    keep_as_packed(base)
     folders = make_adapters(_dense_copy(folder, "nf4"), tmp_path, CONFIGS)
     wanted = _wanted(stock(base, folders), list(CONFIGS))
     found = pool.run(2, _answers, str(folder), folders, {"precision": {"name": "fp32"}})[0]

@@ -17,6 +17,8 @@ from fsdp_qlora.adapters.experts import StackedLora
 from fsdp_qlora.adapters.linear import QuantLoraLinear
 from fsdp_qlora.attention.candidates import attention_candidates
 from fsdp_qlora.checks import reference
+from fsdp_qlora.checks.reference import Computed
+from fsdp_qlora.checks.task_twin import TaskTwin
 from fsdp_qlora.checks.twin import check_twin
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.distributed.mesh import Ranks
@@ -33,7 +35,7 @@ from fsdp_qlora.run.build import load_model, open_model
 from fsdp_qlora.run.check import check_losses, check_model
 from fsdp_qlora.run.decide import replace_attention
 from tests import upstream
-from tests.build import build
+from tests.build import build, config_of
 from tests.families import write_family
 from tests.matrix import small_config
 
@@ -428,3 +430,17 @@ def test_a_folder_with_code_of_its_own_is_checked_too(pool, tmp_path, code):
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     found = pool.run(2, checked_remote, str(folder))
     assert set(found) == {("eager", code == TIED_WIDTHS)}
+
+
+def _of_scores(ranks: Ranks, folder: str) -> list[str | None]:
+    """Return what is said of scores whose mean is below zero: of the same, and of some that are 10 % off."""
+    settings = config_of(folder, objective={"name": "masked_lm"})
+    twin = TaskTwin(settings, Path(folder), ranks, lambda *_: pytest.fail("nothing is built"))
+    theirs = Computed([torch.tensor([-1.0]), torch.tensor([0.5])], {})
+    others = Computed([1.1 * score for score in theirs.losses], {})
+    return [twin._losses_differ(mine, theirs) for mine in (theirs, others)]
+
+
+def test_scores_whose_mean_is_below_zero_are_compared(pool, tiny_model):
+    same, other = pool.run(1, _of_scores, str(tiny_model))[0]
+    assert same is None and other is not None and "off by 1.3e-01" in other
