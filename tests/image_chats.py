@@ -149,6 +149,20 @@ def write_conversations(folder: Path, count: int = 24) -> Path:
     return file
 
 
+def chat_case(folder: Path, family: str, **groups: Any) -> tuple[str, dict[str, Any]]:
+    """Write a model and conversations; return the model's folder and the settings of a run."""
+    model = write_image_chat_model(folder / "base", family)
+    settings: dict[str, Any] = {
+        "data": {"train": str(write_conversations(folder / "data")), "max_length": 256},
+        "precision": {"name": "fp32"},
+        "schedule": {"name": "constant", "warmup_ratio": 0.0},
+        "train": {"max_steps": 6},
+    }
+    for name, values in groups.items():
+        settings[name] = {**settings.get(name, {}), **values}
+    return str(model), settings
+
+
 def upstream_row(folder: Path, family: str, row: dict[str, Any], images: Path) -> dict[str, torch.Tensor]:
     """Return a conversation as stock code reads it, alone: the model's inputs, and labels of the assistant's turns."""
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))

@@ -6,7 +6,7 @@ as fast as everything else, biases without weight decay, and the adapters of emb
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from fsdp_qlora.config.schema import OptimSettings
 from fsdp_qlora.optim.groups import Rate
@@ -24,10 +24,15 @@ def _of_embedding(name: str) -> bool:
     return ".lora_embedding_" in name
 
 
-def learning_rates(shapes: Mapping[str, Sequence[int]], settings: OptimSettings) -> dict[str, Rate]:
-    """Return the rate of each trained tensor, given its shape, by name in PEFT's file; none without LoRA+."""
+def learning_rates(
+    shapes: Mapping[str, Sequence[int]], settings: OptimSettings, undecayed: Collection[str] = ()
+) -> dict[str, Rate]:
+    """Return the rate of each trained tensor, given its shape, by name in PEFT's file.
+
+    Without LoRA+, only those of tensors without weight decay: the ``undecayed`` ones.
+    """
     if not settings.loraplus_lr_ratio:
-        return {}
+        return {name: Rate(1.0, 0.0) for name in shapes if name in undecayed}
     return {name: _rate(name, shape, settings) for name, shape in shapes.items()}
 
 

@@ -28,7 +28,8 @@ class OptimSettings:
     """LoRA+: learning rate of the matrices B (and of vectors) over that of A, which is ``lr``; above 1, the paper finds
     about 16. Adapters of embeddings learn at 1e-6, as in PEFT. 0 = one learning rate for all."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Weight decay: decoupled, except for SGD, which adds it to the gradient."""
+    """Weight decay: decoupled, except for SGD, which adds it to the gradient. Biases and norms do not decay, as in
+    transformers' ``Trainer``."""
     beta1: Annotated[float, BELOW_ONE] = 0.9
     """First-moment decay (AdamW, AdEMAMix), momentum (SGD), or share of the momentum in the update (Lion)."""
     beta2: Annotated[float, BELOW_ONE] = 0.999

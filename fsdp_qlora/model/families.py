@@ -67,8 +67,14 @@ def language_task(model: PreTrainedModel) -> str | None:
     return task if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else None
 
 
+def _repeated(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the layers if transformers does not declare them: those of both sides of an encoder-decoder (Marian)."""
+    sides = [model.get_encoder(), model.get_decoder()] if model.config.is_encoder_decoder else [model]
+    return list(dict.fromkeys(layer for side in sides for layer in _longest_list(side)))
+
+
 def _longest_list(model: nn.Module, without: Collection[nn.Module] = ()) -> list[nn.Module]:
-    """Return the longest `ModuleList` of one class: the layers, if transformers does not declare them."""
+    """Return the longest `ModuleList` of one class."""
     lists = [list(m) for m in model.modules() if _is_list(m) and m[0] not in without]
     return max(
         lists, key=lambda layers: (len(layers), sum(p.numel() for x in layers for p in x.parameters())), default=[]
@@ -92,7 +98,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """
     classes = set(model._no_split_modules or [])  # read only; transformers has used this name since v4
     table = model.get_input_embeddings()
-    layers = [module for module in model.modules() if type(module).__name__ in classes] or _longest_list(model)
+    layers = [module for module in model.modules() if type(module).__name__ in classes] or _repeated(model)
     layers = [module for module in layers if all(inner is not table for inner in module.modules())]
     inside = {inner for module in layers for inner in module.modules() if inner is not module}
     layers = [module for module in layers if module not in inside]

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from fsdp_qlora.adapters import build_method
 from fsdp_qlora.adapters.experts import peft_config, short_parameters
 from fsdp_qlora.adapters.loraplus import learning_rates
-from fsdp_qlora.adapters.names import trainable_parameters
+from fsdp_qlora.adapters.names import adapter_key, trainable_parameters
 from fsdp_qlora.adapters.replicated import ReplicatedGradients
 from fsdp_qlora.adapters.turns import FILE_NAME
 from fsdp_qlora.adapters.whole import as_saved, with_head
@@ -45,6 +45,7 @@ from fsdp_qlora.inference.generate import answer
 from fsdp_qlora.load.fingerprint import header_of
 from fsdp_qlora.load.safetensors import file_digests
 from fsdp_qlora.objectives import build_objective
+from fsdp_qlora.optim.decay import undecayed_parameters
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule, warmup_notice
 from fsdp_qlora.parallel.compile import waiting_for_compiler
@@ -102,7 +103,8 @@ class Training:
         self.batches = build_batches(prepared, folder.bad_rows, self.unwritten)
         release_root(self.model)  # an evaluation may have come before
         trained = dict(trainable_parameters(self.model))
-        rates = learning_rates({name: p.shape for name, p in trained.items()}, self.config.optim)
+        undecayed = {adapter_key(name) for name in undecayed_parameters(self.model)}
+        rates = learning_rates({name: p.shape for name, p in trained.items()}, self.config.optim, undecayed)
         self.optimizer = ShardedOptimizer(trained.items(), self.config.optim, rates)
         num_steps = self.batches.length.planned_steps
         for notice in (self.optimizer.notice, warmup_notice(self.config.schedule, num_steps)):

@@ -27,32 +27,12 @@ from fsdp_qlora.quant.matrices import QuantMatrices
 from fsdp_qlora.run.inference import load_for_inference
 from tests.build import build, config_of, essence, losses, metrics, refused_fit, run_fit, whole, world_of
 from tests.families import keep_as_packed
-from tests.image_chats import (
-    VISION,
-    mean_loss,
-    upstream_losses,
-    upstream_row,
-    write_conversations,
-    write_image_chat_model,
-)
+from tests.image_chats import VISION, mean_loss, upstream_losses, upstream_row
+from tests.image_chats import chat_case as _case
 from tests.objectives import held_and_planned, upstream_model
 from tests.tolerances import FP32_LOSSES
 
 pytestmark = pytest.mark.full
-
-
-def _case(folder: Path, family: str, **groups: Any) -> tuple[str, dict[str, Any]]:
-    """Write a model and conversations; return its folder and the settings of a run."""
-    model = write_image_chat_model(folder / "base", family)
-    settings: dict[str, Any] = {
-        "data": {"train": str(write_conversations(folder / "data")), "max_length": 256},
-        "precision": {"name": "fp32"},
-        "schedule": {"name": "constant", "warmup_ratio": 0.0},
-        "train": {"max_steps": 6},
-    }
-    for name, values in groups.items():
-        settings[name] = {**settings.get(name, {}), **values}
-    return str(model), settings
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -278,11 +258,13 @@ def test_other_pixels_are_found_by_the_check(pool, tmp_path):
     assert "would not match its own code" in pool.run(1, _with_other_pixels, model, {**groups, "root": tmp_path})[0]
 
 
-def test_sixteen_rows_are_learned_by_heart_in_bf16(pool, tmp_path):
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_sixteen_rows_are_learned_by_heart_in_bf16(pool, tmp_path, family):
+    tower = {"llava": "model.vision_tower.*.q_proj", "qwen2_vl": "model.visual.*.qkv"}[family]
     model, groups = _case(
-        tmp_path, "qwen2_vl", precision={"name": "bf16"}, optim={"lr": 0.01}, data={"max_rows": 16},
-        quant={"vision": "nf4"},
-        lora={"r": 16, "alpha": 32, "target_modules": ["q_proj", "v_proj", "down_proj", "up_proj", "model.visual.*.qkv"]},
+        tmp_path, family, precision={"name": "bf16"}, optim={"lr": 0.01}, data={"max_rows": 16},
+        quant={"vision": "nf4" if family == "qwen2_vl" else "none"},
+        lora={"r": 16, "alpha": 32, "target_modules": ["q_proj", "v_proj", "down_proj", "up_proj", tower]},
         train={"max_steps": 40, "global_batch_size": 16, "micro_batch_size": 4},
     )  # fmt: skip
     made = losses(pool.run(2, run_fit, model, str(tmp_path), "run", groups)[0]["metrics"])
