@@ -205,7 +205,7 @@ def skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
 def with_rows(config: RunConfig, folder: Path, base: PreTrainedModel) -> RunConfig:
     """Return the settings with what the model decides of its rows: what its encoder reads, and how long each is."""
     settled = build_objective(config.objective).settled(folder, base.config)
-    length = build_objective(settled).row_length(base.config) or config.data.max_length
+    length = build_objective(settled).row_length(folder, base.config) or config.data.max_length
     return replace(config, objective=settled, data=replace(config.data, max_length=length))
 
 
