@@ -13,9 +13,7 @@ from fsdp_qlora.adapters.names import trainable_parameters
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
-from fsdp_qlora.run.decide import plan_for
 from fsdp_qlora.run.prepared import Prepared
-from fsdp_qlora.simulate.result import Simulation
 from fsdp_qlora.simulate.step import simulate, step_runner, worst_batch
 from fsdp_qlora.simulate.tracker import measure_step
 from tests.build import build, config_of

@@ -50,6 +50,8 @@ class Embedding(Objective):
     def __init__(self, settings: ObjectiveSettings | None = None) -> None:
         super().__init__(settings)
         self._known: Mapping[int, Known] | None = None
+        self._alike = False
+        """Whether all ranks have as many rows, so that none needs to tell the others."""
 
     def settled(self, folder: Path, config: PreTrainedConfig) -> ObjectiveSettings:
         """Return the settings with the model's own pooling, unless another is asked for."""
@@ -99,18 +101,22 @@ class Embedding(Objective):
             draw(micro_batch)
             texts = self._texts(model, micro_batch.to(ranks.device))
             own.append((micro_batch.number, texts))
-            sizes = (len(texts.anchors), len(texts.negatives)) if micro_batch.weight else (0, 0)
-            table.append((micro_batch.number, *sizes))
+            count, more = (len(texts.anchors), len(texts.negatives)) if micro_batch.weight else (0, 0)
+            table.append((micro_batch.number, count, more))
         knowing = copy(self)
         knowing._known = differentiate(own, self.settings.temperature, ranks, self._tables(table, ranks))
         return knowing
 
     def _tables(self, own: Table, ranks: Ranks) -> list[Table]:
-        return all_tables(own, ranks)
+        if not self._alike:
+            return all_tables(own, ranks)
+        return [[(rank * len(own) + at, *line[1:]) for at, line in enumerate(own)] for rank in range(ranks.size)]
 
     def without_values(self) -> Embedding:
         """Return one that assumes that all ranks have as many rows."""
-        return _AllAlike(self.settings)
+        alike = copy(self)
+        alike._alike = True
+        return alike
 
     def sums(self, model: nn.Module, micro_batch: MicroBatch) -> Sums:
         """Return the loss of the rows, among those of the global batch after `before`, else of the micro-batch alone.
@@ -146,13 +152,6 @@ class Embedding(Objective):
         hidden = model.outputs(**inputs).last_hidden_state  # type: ignore[operator]
         vectors = pool(hidden, inputs["attention_mask"], self.settings.pooling)
         return Texts(*(vectors.index_select(0, place) for place in places))
-
-
-class _AllAlike(Embedding):
-    """The form for a simulated step, in which no rank can tell another one anything."""
-
-    def _tables(self, own: Table, ranks: Ranks) -> list[Table]:
-        return [[(rank * len(own) + at, *line[1:]) for at, line in enumerate(own)] for rank in range(ranks.size)]
 
 
 class _Unused(nn.Module):

@@ -218,12 +218,17 @@ def _planned_size(folder: Path, config: PreTrainedConfig, asked: int) -> tuple[i
     stored: dict[str, Any] = read_json(file, dict) if file.is_file() and not asked else {}
     crops = stored.get("do_center_crop", True) and stored.get("crop_size")
     for size in (asked, crops, stored.get("size"), getattr(config, "image_size", None)):
-        if isinstance(size, dict):
-            size = [size.get(key) or size.get("shortest_edge") for key in ("height", "width")]
-        sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-        if all(isinstance(side, int) and side > 0 for side in sides):
-            return int(sides[0]), int(sides[1])
+        if (sides := _sides(size)) is not None:
+            return sides
     return _PROBED_SIZE, _PROBED_SIZE
+
+
+def _sides(size: Any) -> tuple[int, int] | None:
+    """Return height and width as upstream's files have them: a number, two, or by name; None if there are none."""
+    if isinstance(size, dict):
+        size = [size.get(key) or size.get("shortest_edge") for key in ("height", "width")]
+    sides: list[Any] = list(size) if isinstance(size, list | tuple) else [size, size]
+    return (sides[0], sides[1]) if len(sides) == 2 and all(isinstance(x, int) and x > 0 for x in sides) else None
 
 
 def _patches(config: PreTrainedConfig, size: tuple[int, int]) -> int:

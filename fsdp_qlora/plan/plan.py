@@ -136,6 +136,8 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     batch = BatchPlan(int(batch_for(config.train, None).value), _micro_batch_rows(config), world_size)
     _, shard = degrees(degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree, world_size)
     settings, stored = storage_settings(config, batch, shard, casts), (*quantized, *edges)
+    if shapes.runs:  # longer texts are cut
+        settings = replace(settings, max_length=shapes.longest(settings.max_length))
     table = shapes.embedding if shapes.tied else shapes.head
     settings = replace(settings, quantized_head=any(x.linear.name == table for x in edges))
     offloaded = offloaded_parameters(

@@ -28,6 +28,7 @@ from fsdp_qlora.model.fused import fusible
 from fsdp_qlora.model.heads import head_modules
 from fsdp_qlora.model.kernels import KERNELS
 from fsdp_qlora.model.rope import settle_rope
+from fsdp_qlora.model.runs import with_runs
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.parallel.compile import COMPILED_TYPES, can_compile
@@ -57,7 +58,7 @@ def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedMo
     config, base = planned_skeleton(config)
     if build_objective(config.objective).trains_head:
         config = with_head(config, head_modules(base))
-    shapes, budget = read_shapes(base), planned_budget(config, world_size)
+    shapes, budget = shapes_to_plan(config, base), planned_budget(config, world_size)
     recipe = choose_recipe(config, shape_of(base, shapes), None)
     config = recipe.settled(config)
     config, choice = settle_shard_degree(config, shapes, _planned_cluster(config, world_size, budget))
@@ -70,6 +71,16 @@ def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedMo
     elsewhere = config.plan.gpu or config.plan.device
     require_kernels(resolved, base, None if elsewhere else torch.device(config.launcher.device))
     return resolved, base, plan
+
+
+def shapes_to_plan(config: RunConfig, base: PreTrainedModel, folder: Path | None = None) -> ModelShapes:
+    """Return the shapes of a meta model, with what the rows of the objective take in its layers.
+
+    ``folder`` is the model's; None finds it by its name.
+    """
+    if folder is None:
+        folder = config_for_plan(config.model.name, config.model.revision)
+    return with_runs(read_shapes(base), base, build_objective(config.objective), folder, config.data.max_length)
 
 
 def shape_of(base: PreTrainedModel, shapes: ModelShapes) -> Shape:
@@ -125,7 +136,9 @@ def settled_world(config: RunConfig, folder: Path, world: World, budget: int) ->
         device = device_of_driver(device_model(ranks.device)) if ranks.device.type != "cpu" else None
         link = None if device is None else find_interconnect(device.interconnect)
         cluster = Cluster(ranks.size, node_size, budget, device, link)
-        _, choice = settle_shard_degree(asked_for, read_shapes(skeleton(asked_for, folder)), cluster)
+        _, choice = settle_shard_degree(
+            asked_for, shapes_to_plan(asked_for, skeleton(asked_for, folder), folder), cluster
+        )
         assert choice is not None
         return [choice.value, choice.why]
 

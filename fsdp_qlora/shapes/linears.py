@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from fsdp_qlora.shapes.runs import LayerRun
+
 
 @dataclass(frozen=True)
 class LinearShape:
@@ -87,11 +89,17 @@ class ModelShapes:
     """Linears outside the decoder layers that get an adapter if a pattern names them: those of a vision tower."""
     capped: bool = False
     """Whether logits have a soft cap, whose derivative the loss keeps beside them."""
+    runs: tuple[LayerRun, ...] = ()
+    """What each of ``layers`` takes for a row (`fsdp_qlora.model.runs`); none where arithmetic tells."""
 
     @property
     def embedding_rows(self) -> int:
         """Number of rows of the embedding; token ids must be below it. 0 without one: images have no tokens' ids."""
         return self.parameters[f"{self.embedding}.weight"][0] if self.embedding else 0
+
+    def longest(self, max_length: int) -> int:
+        """Return the longest text of at most ``max_length`` tokens that the model has positions for."""
+        return min(max_length, self.max_positions or max_length)
 
     @property
     def float32_bytes(self) -> int:

@@ -30,9 +30,9 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.load.stream import allocate
+from fsdp_qlora.model.folder import config_for_plan
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.model.skeleton import read_shapes
-from fsdp_qlora.model.folder import config_for_plan
 from fsdp_qlora.objectives import Objective, build_objective
 from fsdp_qlora.optim.bnb import PAGED
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
@@ -42,7 +42,7 @@ from fsdp_qlora.plan.quantized import format_of
 from fsdp_qlora.quant.formats import QuantizedTensor, dequantize, quantize
 from fsdp_qlora.quant.swap import keep_dense
 from fsdp_qlora.run.build import build_sharded
-from fsdp_qlora.run.decide import planned, planned_device, planned_skeleton
+from fsdp_qlora.run.decide import planned, planned_device, planned_skeleton, shapes_to_plan
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.units import fsdp_units
 from fsdp_qlora.simulate.apart import simulate_apart
@@ -197,7 +197,7 @@ def _shallow(config: RunConfig, counts: Counts, ranks: Ranks) -> _Cuts:
 
 def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cuts:
     """Build the (cut) model on fake tensors and run one step."""
-    shapes = read_shapes(base)
+    shapes = shapes_to_plan(config, base)
     kinds = layer_kinds(base, shapes)
     plan = make_plan(config, shapes, ranks.size)
     config = replace(config, lora=plan.settings.lora)  # EVA's largest ranks
@@ -225,10 +225,10 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cu
     if not objective.of_tokens:
         batch = replace(batch, micro_batches=[_fake_tensors(part, fake) for part in batch.micro_batches])
     with evenly_spread_experts(), nullcontext() if restarting else only_causal_masks():
-        peaks = measure_step(
-            model, optimizer.inner, step_runner(objective, config, model, batch, ranks), lambda: optimizer.step(1e-6, 0.5), fake,
-            [base.get_submodule(name) for unit in fsdp_units(shapes) for name in unit], ranks.device.type,
-        )  # fmt: skip
+        run = step_runner(objective, config, model, batch, ranks)
+        units = [base.get_submodule(name) for unit in fsdp_units(shapes) for name in unit]
+        update = partial(optimizer.step, 1e-6, 0.5)
+        peaks = measure_step(model, optimizer.inner, run, update, fake, units, ranks.device.type)
     counts = counts_of(kinds)
     return _Cuts(*(Cut(counts, _by_name(places, base, shapes, kinds)) for places in (peaks.device, peaks.host)))
 
@@ -285,7 +285,8 @@ def worst_batch(plan: TrainPlan, config: RunConfig, base: PreTrainedModel, folde
     Raises:
         PlanError: if the objective does not say what its rows look like.
     """
-    rows, count, max_length = plan.batch.micro_batch_size, min(2, plan.batch.accumulation_steps), config.data.max_length
+    rows, count = plan.batch.micro_batch_size, min(2, plan.batch.accumulation_steps)
+    max_length = plan.settings.max_length
     objective = build_objective(config.objective)
     micro_batches: list[MicroBatch] = []
     for number in range(rank * count, (rank + 1) * count):

@@ -14,7 +14,6 @@ from tests.pool import Pool
 from tests.real_steps import require_alike
 from tests.tiers import some_in_full
 
-
 MANY_TOKENS = {"data": {"max_length": 128}, "train": {"global_batch_size": 4, "micro_batch_size": 2}}
 
 
