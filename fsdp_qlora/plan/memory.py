@@ -100,11 +100,8 @@ class MemoryModel:
         last = self.kept.last(settings).stays
         logits = self._logits(settings)
         # five tensors [tokens, hidden] around the head: the final norm, its copies and the gradient
-        edge = (
-            self.kept.tokens_at_head(settings)
-            * (5 * self.shapes.hidden_size + self.adapters.kept_by_head)
-            * settings.itemsize
-        )
+        width = 5 * self.shapes.hidden_size + self.adapters.kept_by_head
+        edge = self.kept.tokens_at_head(settings) * width * settings.itemsize
         head, again = self._gathered_head(settings)
         at_layer = self._gathered(self.layers, settings)
         at_layer += (self.dense.product_kept if settings.keeps_dense else self.dense.product) * settings.itemsize
@@ -140,17 +137,9 @@ class MemoryModel:
         elif settings.shard_size > 1:
             gradients += FLOAT32 * (self.adapters.row_elements + len(self.adapters.rows))
         bytes_ = BytesPerRank(
-            packed,
-            statistics,
-            base,
-            dense,
-            adapters,
-            gradients,
-            optimizer,
-            kept + max(layer - left, last + edge),
-            logits,
-            max(head, again, at_layer),
-        )
+            packed, statistics, base, dense, adapters, gradients, optimizer, kept + max(layer - left, last + edge),
+            logits, max(head, again, at_layer),
+        )  # fmt: skip
         return MemoryPlan(bytes_, moments, self._host(settings))
 
     @property

@@ -98,8 +98,8 @@ class ModelShapes:
         return self.parameters[f"{self.embedding}.weight"][0] if self.embedding else 0
 
     def longest(self, max_length: int) -> int:
-        """Return the longest text of at most ``max_length`` tokens that the model has positions for."""
-        return min(max_length, self.max_positions or max_length)
+        """Return the length of the longest rows: those of other objectives are cut where the model's positions end."""
+        return min(max_length, self.max_positions or max_length) if self.runs else max_length
 
     @property
     def float32_bytes(self) -> int:
