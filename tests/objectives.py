@@ -245,7 +245,8 @@ def _against_all(pooling: str) -> Callable[[nn.Module, list[Tensors]], torch.Ten
         for part in parts:
             mask = part["attention_mask"]
             hidden = model(input_ids=part["input_ids"], attention_mask=mask).last_hidden_state
-            for role, states, own in zip(part["role"].tolist(), hidden, mask.bool(), strict=True):
+            roles = [at for at, role in enumerate(("anchor", "positive", "negative")) for _ in part[role]]
+            for role, states, own in zip(roles, hidden, mask.bool(), strict=True):
                 vector = states[own].mean(0) if pooling == "mean" else states[own][-1]
                 texts[role].append(vector / vector.norm())
         anchors, candidates = torch.stack(texts[0]), torch.stack(texts[1] + texts[2])

@@ -52,7 +52,11 @@ PRIVATE: dict[str, tuple[str, str, str]] = {
     "_unsafe_view": ("quant/products.py", "torch.ops.aten", "test_products.py"),
 }  # fmt: skip
 """Name -> the module of ours, what upstream has it on, the test of what it does."""
-WHOLE_MODULES = {"simulate/device.py": "test_simulated_device.py", "simulate/tracker.py": "test_simulate.py"}
+WHOLE_MODULES = {
+    "model/live.py": "test_runs.py",
+    "simulate/device.py": "test_simulated_device.py",
+    "simulate/tracker.py": "test_simulate.py",
+}
 """Modules that exist to hold private parts of upstream: all that they use is theirs alone."""
 DOCUMENTED = {"_exit", "_replace"}
 """Public in spite of their names (`os._exit`, a named tuple's `_replace`)."""

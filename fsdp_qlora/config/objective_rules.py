@@ -42,8 +42,6 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield f"train.sample_prompts: a model of objective={name} writes no answers; leave it out."
     if config.lora.starts_from_rows:
         yield f"lora.init_lora_weights: EVA searches causal language models, not with objective={name}."
-    if config.plan.simulate:
-        yield f"plan.simulate: a step of objective={name} cannot be simulated yet; set it to false."
 
 
 def _labels(config: RunConfig) -> Iterator[str]:

@@ -92,6 +92,12 @@ class Classifier(Labelled):
         return F.cross_entropy(logits, wanted[:, 0].long(), weight=self.label_factors(logits), reduction="sum")
 
 
+def stand_in_labels(labels: Labels, rows: int) -> torch.Tensor:
+    """Return labels for `Objective.stand_in`, float32 ``[rows, columns]``: each row has the first one."""
+    columns = len(labels.names) if labels.problem == MULTI else 1
+    return torch.zeros(rows, columns)
+
+
 def label_rows(rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
     """Return the stored labels of rows, float32 ``[rows, columns]``."""
     return torch.from_numpy(np.stack([row[LABEL] for row in rows]).astype(np.float32))

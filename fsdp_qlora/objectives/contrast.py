@@ -9,6 +9,7 @@ any size of micro-batches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,20 +18,24 @@ import torch.nn.functional as F
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import all_gather
 
-ANCHOR, POSITIVE, NEGATIVE = range(3)
-"""What a text is to its row."""
 _AT_ONCE = 1024
 """Anchors whose similarities are in memory together."""
+Table = list[tuple[int, int, int]]
+"""Of each micro-batch of a rank: its number in the global batch, its rows, and its negatives; none in idle ones."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The vectors of a micro-batch's texts."""
+    """The vectors of a micro-batch's texts, each float32 ``[texts, hidden]``, of length 1."""
 
-    vectors: torch.Tensor
-    """float32 ``[texts, hidden]``, of length 1."""
-    role: torch.Tensor
-    """int64 ``[texts]``: `ANCHOR`, `POSITIVE` or `NEGATIVE`. Each row has one of the first two, in the same order."""
+    anchors: torch.Tensor
+    positives: torch.Tensor
+    """One for each anchor, in the same order."""
+    negatives: torch.Tensor
+
+    def joined(self) -> torch.Tensor:
+        """Return all of them: anchors, then positives, then negatives."""
+        return torch.cat([self.anchors, self.positives, self.negatives])
 
 
 def losses(texts: Texts, temperature: float) -> torch.Tensor:
@@ -39,8 +44,8 @@ def losses(texts: Texts, temperature: float) -> torch.Tensor:
     InfoNCE (https://arxiv.org/abs/1807.03748) of cosine similarities, as sentence-transformers'
     ``MultipleNegativesRankingLoss`` with a scale of ``1 / temperature``.
     """
-    anchors, positives, negatives = (texts.vectors[texts.role == role] for role in (ANCHOR, POSITIVE, NEGATIVE))
-    similarities = anchors @ torch.cat([positives, negatives]).T / temperature
+    anchors = texts.anchors
+    similarities = anchors @ torch.cat([texts.positives, texts.negatives]).T / temperature
     return F.cross_entropy(similarities, torch.arange(len(anchors), device=anchors.device), reduction="none")
 
 
@@ -51,41 +56,58 @@ class Known:
     loss: torch.Tensor
     """Of its rows, summed: float32 ``[]``."""
     slopes: torch.Tensor
-    """Derivatives of the rows' summed loss by its vectors: float32 ``[texts, hidden]``."""
+    """Derivatives of the rows' summed loss by its vectors, in the order of `Texts.joined`: float32 ``[texts, hidden]``.
+    """
 
 
-def differentiate(own: dict[int, Texts], temperature: float, ranks: Ranks) -> dict[int, Known]:
+def all_tables(own: Table, ranks: Ranks) -> list[Table]:
+    """Return every rank's table, in rank order; all have as many micro-batches. A collective that waits once."""
+    parts = all_gather(torch.tensor(own, device=ranks.device).view(-1, 3), ranks.group)
+    return [[(a, b, c) for a, b, c in part] for part in torch.stack(parts).tolist()]
+
+
+def differentiate(
+    own: Sequence[tuple[int, Texts]], temperature: float, ranks: Ranks, tables: Sequence[Table]
+) -> dict[int, Known]:
     """Return what the loss of all ranks' rows says of this rank's micro-batches, by their number. A collective.
 
     Args:
-        own: the micro-batches of this rank that have rows, by their number.
+        own: the number and the texts of this rank's micro-batches, in the order of its table; of idle ones, which have
+            no rows there, the texts do not count.
         temperature: what similarities are divided by.
         ranks: the ranks that share the global batch.
+        tables: those of all ranks (`all_tables`).
     """
-    width = torch.tensor([part.vectors.shape[1] for part in own.values()] or [0], device=ranks.device).max()
-    width = int(torch.stack(all_gather(width, ranks.group)).max())
-    empty = torch.zeros(0, width, device=ranks.device)
-    vectors = _gathered(torch.cat([empty, *(part.vectors for part in own.values())]), ranks)
-    about = [torch.stack([torch.full_like(part.role, number), part.role], dim=1) for number, part in own.items()]
-    table = _gathered(torch.cat([torch.zeros(0, 2, dtype=torch.int64, device=ranks.device), *about]), ranks)
-    number = table[:, 0]
-    order = torch.sort(number, stable=True).indices  # a micro-batch's texts come from one rank, and stay in order
-    number, role = number[order], table[order, 1]
-    leaf = vectors[order].requires_grad_()
+    vectors = [texts.joined()[: _count(line)] for (_, texts), line in zip(own, tables[ranks.rank], strict=True)]
+    gathered = _gathered(torch.cat(vectors), [sum(map(_count, table)) for table in tables], ranks)
+    parts: dict[int, tuple[int, torch.Tensor]] = {}  # a micro-batch's texts come from one rank, and stay in order
+    for table, rows in zip(tables, gathered, strict=True):
+        for (number, count, _), part in zip(table, rows.split([_count(line) for line in table]), strict=True):
+            if count:
+                parts[number] = count, part
+    sizes = {number: (count, count, len(part) - 2 * count) for number, (count, part) in sorted(parts.items())}
+    leaves = {number: parts[number][1].detach().clone().requires_grad_() for number in sizes}
     with torch.enable_grad():
-        of_rows = losses(Texts(leaf, role), temperature)
-        (slopes,) = torch.autograd.grad(of_rows.sum(), leaf)
-    row_number = number[role == ANCHOR]
-    return {n: Known(of_rows.detach()[row_number == n].sum(), slopes[number == n]) for n in own}
+        each = [leaf.split(sizes[number]) for number, leaf in leaves.items()]
+        of_rows = losses(Texts(*(torch.cat(vectors) for vectors in zip(*each, strict=True))), temperature)
+        slopes = torch.autograd.grad(of_rows.sum(), list(leaves.values()))
+    of_each = of_rows.detach().split([count for count, _, _ in sizes.values()])
+    known = {number: Known(rows.sum(), slope) for number, rows, slope in zip(sizes, of_each, slopes, strict=True)}
+    return {number: known[number] for number, count, _ in tables[ranks.rank] if count}
 
 
-def _gathered(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Return the rows of all ranks' tensors ``[any, columns]``, in rank order."""
-    sizes = [int(size) for size in all_gather(torch.tensor([len(tensor)], device=ranks.device), ranks.group)]
+def _count(line: tuple[int, int, int]) -> int:
+    """Return the texts of a micro-batch."""
+    _, rows, negatives = line
+    return 2 * rows + negatives
+
+
+def _gathered(tensor: torch.Tensor, sizes: Sequence[int], ranks: Ranks) -> list[torch.Tensor]:
+    """Return all ranks' tensors ``[rows, columns]`` of these numbers of rows, in rank order."""
     padded = tensor.new_zeros(max(sizes), tensor.shape[1])
     padded[: len(tensor)] = tensor
     parts = all_gather(padded, ranks.group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
 def retrieval(anchors: torch.Tensor, positives: torch.Tensor) -> tuple[list[bool], list[float]]:

@@ -25,16 +25,16 @@ from fsdp_qlora.data.samples import Segment
 from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, text_in, within_positions
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.objectives.contrast import ANCHOR, NEGATIVE, POSITIVE, Known, Texts, differentiate, losses, retrieval
-from fsdp_qlora.objectives.objective import Objective, Sums, register
+from fsdp_qlora.objectives.contrast import Known, Table, Texts, all_tables, differentiate, losses, retrieval
+from fsdp_qlora.objectives.objective import Objective, Sums, register, stand_in_texts
 from fsdp_qlora.objectives.pooling import pool, pooling_of, sentence_transformers_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_ROLE = "role"
-_COLUMNS = {"anchor": ANCHOR, "positive": POSITIVE, "negative": NEGATIVE}
+_ROLES = ("anchor", "positive", "negative")
+"""Columns of a row; and tensors of a micro-batch, int64 ``[texts]``: where in it the texts of each column are."""
 
 
 @register
@@ -50,6 +50,8 @@ class Embedding(Objective):
     def __init__(self, settings: ObjectiveSettings | None = None) -> None:
         super().__init__(settings)
         self._known: Mapping[int, Known] | None = None
+        self._alike = False
+        """Whether all ranks have as many rows, so that none needs to tell the others."""
 
     def settled(self, folder: Path, config: PreTrainedConfig) -> ObjectiveSettings:
         """Return the settings with the model's own pooling, unless another is asked for."""
@@ -77,6 +79,11 @@ class Embedding(Objective):
         """Return what stores pairs of texts."""
         return _Pairs(columns_of(data), fast(tokenizer), within_positions(data, tokenizer, config), pad_token(config))
 
+    def stand_in(self, folder: Path, config: PreTrainedConfig, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """Return rows of three texts."""
+        vocab, roles = config.get_text_config().vocab_size, len(_ROLES)
+        return stand_in_texts(roles * rows, length, vocab) | _places([rows] * roles)
+
     def files(self, data: DataSettings, config: PreTrainedConfig) -> dict[str, Any]:
         """Return the files by which sentence-transformers load the adapter."""
         text = config.get_text_config()
@@ -88,15 +95,28 @@ class Embedding(Objective):
         self, model: nn.Module, micro_batches: Sequence[MicroBatch], ranks: Ranks, draw: Callable[[MicroBatch], None]
     ) -> Embedding:
         """Return the objective that knows the vectors of all rows of a global batch; see `contrast`."""
-        own: dict[int, Texts] = {}
+        own: list[tuple[int, Texts]] = []
+        table: Table = []
         for micro_batch in micro_batches:
             draw(micro_batch)
             texts = self._texts(model, micro_batch.to(ranks.device))
-            if micro_batch.weight:
-                own[micro_batch.number] = texts
+            own.append((micro_batch.number, texts))
+            count, more = (len(texts.anchors), len(texts.negatives)) if micro_batch.weight else (0, 0)
+            table.append((micro_batch.number, count, more))
         knowing = copy(self)
-        knowing._known = differentiate(own, self.settings.temperature, ranks)
+        knowing._known = differentiate(own, self.settings.temperature, ranks, self._tables(table, ranks))
         return knowing
+
+    def _tables(self, own: Table, ranks: Ranks) -> list[Table]:
+        if not self._alike:
+            return all_tables(own, ranks)
+        return [[(rank * len(own) + at, *line[1:]) for at, line in enumerate(own)] for rank in range(ranks.size)]
+
+    def without_values(self) -> Embedding:
+        """Return one that assumes that all ranks have as many rows."""
+        alike = copy(self)
+        alike._alike = True
+        return alike
 
     def sums(self, model: nn.Module, micro_batch: MicroBatch) -> Sums:
         """Return the loss of the rows, among those of the global batch after `before`, else of the micro-batch alone.
@@ -108,15 +128,15 @@ class Embedding(Objective):
         if self._known is None:
             return {"loss": (losses(texts, self.settings.temperature).sum(), ROWS)}
         if (known := self._known.get(micro_batch.number)) is None:  # it is there for the collectives only
-            return {"loss": (texts.vectors.sum() * 0.0, ROWS)}
-        carried = (texts.vectors * known.slopes).sum()
+            return {"loss": (texts.joined().sum() * 0.0, ROWS)}
+        carried = (texts.joined() * known.slopes).sum()
         return {"loss": (carried - carried.detach() + known.loss, ROWS)}
 
     def observe(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Sums, list[Any]]:
         """Return the sums, with the negatives of the micro-batch alone, and each row's two vectors."""
         texts = self._texts(model, micro_batch)
         sums: Sums = {"loss": (losses(texts, self.settings.temperature).sum(), ROWS)}
-        anchors, positives = (texts.vectors[texts.role == role].cpu().numpy() for role in (ANCHOR, POSITIVE))
+        anchors, positives = (vectors.cpu().numpy() for vectors in (texts.anchors, texts.positives))
         return sums, [[_packed(a), _packed(b)] for a, b in zip(anchors, positives, strict=True)]
 
     def score(self, observed: Sequence[Any]) -> dict[str, float]:
@@ -128,9 +148,10 @@ class Embedding(Objective):
     def _texts(self, model: nn.Module, micro_batch: MicroBatch) -> Texts:
         assert isinstance(micro_batch, NamedBatch)
         inputs = dict(micro_batch.tensors)
-        role = inputs.pop(_ROLE)
+        places = [inputs.pop(role) for role in _ROLES]
         hidden = model.outputs(**inputs).last_hidden_state  # type: ignore[operator]
-        return Texts(pool(hidden, inputs["attention_mask"], self.settings.pooling), role)
+        vectors = pool(hidden, inputs["attention_mask"], self.settings.pooling)
+        return Texts(*(vectors.index_select(0, place) for place in places))
 
 
 class _Unused(nn.Module):
@@ -145,6 +166,11 @@ class _Unused(nn.Module):
         """Return nothing."""
 
 
+def _places(sizes: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return the tensors of `_ROLES` for texts that are ordered by their columns."""
+    return dict(zip(_ROLES, torch.arange(sum(sizes)).split(list(sizes)), strict=True))
+
+
 def _packed(vector: np.ndarray) -> str:
     return b64encode(vector.astype("<f4").tobytes()).decode()
 
@@ -157,7 +183,7 @@ def unpacked(text: str) -> np.ndarray:
 class _Pairs(EachAlone):
     """Stores the tokens of two texts, or three with a negative."""
 
-    columns: ClassVar = {**dict.fromkeys(_COLUMNS, "int32[]"), LENGTH: "int32", TARGETS: "int32"}
+    columns: ClassVar = {**dict.fromkeys(_ROLES, "int32[]"), LENGTH: "int32", TARGETS: "int32"}
 
     def __init__(self, read: Read, tokenizer: PreTrainedTokenizerBase, data: DataSettings, pad: int) -> None:
         self._read, self._tokenizer, self._pad = read, tokenizer, pad
@@ -167,7 +193,7 @@ class _Pairs(EachAlone):
     def stored(self, row: Row) -> Stored:
         """Return the tokens of a row's texts."""
         values = self._read(row)
-        given = [name for name in _COLUMNS if name != "negative" or values.get(name) is not None]
+        given = [name for name in _ROLES if name != "negative" or values.get(name) is not None]
         texts = {name: text_in(values, name) for name in given}
         stored = Stored(key_of(texts["anchor"]), digest_of(*(text.encode() for text in texts.values())))
         counts = [Counts() for _ in texts]
@@ -177,7 +203,7 @@ class _Pairs(EachAlone):
             stored.counts.dropped_long += 1
             return stored
         ids = {name: tokens.ids for name, tokens in zip(texts, made, strict=True) if tokens is not None}
-        item = {name: ids.get(name, np.zeros(0, dtype=np.int32)) for name in _COLUMNS}
+        item = {name: ids.get(name, np.zeros(0, dtype=np.int32)) for name in _ROLES}
         stored.keep(item, sum(map(len, ids.values())), 1)
         return stored
 
@@ -186,19 +212,18 @@ class _Pairs(EachAlone):
         return ColumnRows(data, self._collate)
 
     def _collate(self, rows: Sequence[Mapping[str, Any]], numbers: tuple[int, ...], at: int) -> dict[str, torch.Tensor]:
-        texts = [(role, row[name]) for name, role in _COLUMNS.items() for row in rows if len(row[name])]
-        ids = [text for _, text in texts]
-        return {
-            "input_ids": padded(ids, self._pad), "attention_mask": mask_of(ids),
-            _ROLE: torch.tensor([role for role, _ in texts]),
-        }  # fmt: skip
+        texts = {role: [row[role] for row in rows if len(row[role])] for role in _ROLES}
+        ids = [text for role in _ROLES for text in texts[role]]
+        return {"input_ids": padded(ids, self._pad), "attention_mask": mask_of(ids)} | _places(
+            [len(texts[role]) for role in _ROLES]
+        )
 
     def segments(self, rows: Rows, number: int) -> list[Segment]:
         """Return a row's texts; what comes after the anchor is what is learned."""
         assert isinstance(rows, ColumnRows)
         row = rows.row(number)
         return [
-            Segment(f"{' ' if role else ''}{self._tokenizer.decode(row[name])}", role == POSITIVE, len(row[name]))
-            for name, role in _COLUMNS.items()
-            if len(row[name])
+            Segment(f"{' ' * bool(at)}{self._tokenizer.decode(row[role])}", role == "positive", len(row[role]))
+            for at, role in enumerate(_ROLES)
+            if len(row[role])
         ]

@@ -23,8 +23,9 @@ from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.samples import Segment
 from fsdp_qlora.data.texts import digest_of
 from fsdp_qlora.errors import DataError, ModelError, first_line
+from fsdp_qlora.files.read import own_file, read_json
 from fsdp_qlora.objectives.augment import augmented
-from fsdp_qlora.objectives.classifier import LABEL, Classifier, label_rows
+from fsdp_qlora.objectives.classifier import LABEL, Classifier, label_rows, stand_in_labels
 from fsdp_qlora.objectives.labels import Labels
 from fsdp_qlora.objectives.objective import PROBED, register
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from fsdp_qlora.config.objective import Augmentation
 
 _PIXELS, _RESIZES = "pixel_values", "interpolate_pos_encoding"
+PREPROCESSOR = "preprocessor_config.json"
 _PROBED_SIZE = 64
 """Height and width of images for the check, in pixels, where a model's config names none."""
 
@@ -57,6 +59,16 @@ class ImageClassification(Classifier):
     ) -> ClassifiedImages:  # fmt: skip
         """Return what stores the paths of images with their labels, and reads the images for a batch."""
         return ClassifiedImages(data, tokenizer, config, self.labels, self.settings.augmentation)
+
+    def row_length(self, folder: Path, config: PreTrainedConfig) -> int:
+        """Return the patches of an image."""
+        return _patches(config, _planned_size(folder, config, self.settings.image_size))
+
+    def stand_in(self, folder: Path, config: PreTrainedConfig, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """Return images of the processor's size with a label each."""
+        sides = _planned_size(folder, config, self.settings.image_size)
+        pixels = torch.zeros(rows, getattr(config, "num_channels", 3), *sides)
+        return {_PIXELS: pixels, LABEL: stand_in_labels(self.labels, rows)}
 
     def probe(self, config: PreTrainedConfig, draw: torch.Generator) -> list[dict[str, torch.Tensor]]:
         """Return images of the size that a small model of this config is built for, each alone, for the check."""
@@ -198,6 +210,25 @@ def _made(processor: BaseImageProcessor) -> tuple[tuple[int, int], int]:
             "preprocessor_config.json."
         )
     return (int(shapes[0][2]), int(shapes[0][3])), int(shapes[0][1])
+
+
+def _planned_size(folder: Path, config: PreTrainedConfig, asked: int) -> tuple[int, int]:
+    """Return height and width of the images that a model reads: as asked, by its processor's file, by its config."""
+    file = own_file(folder, PREPROCESSOR)
+    stored: dict[str, Any] = read_json(file, dict) if file.is_file() and not asked else {}
+    crops = stored.get("do_center_crop", True) and stored.get("crop_size")
+    for size in (asked, crops, stored.get("size"), getattr(config, "image_size", None)):
+        if (sides := _sides(size)) is not None:
+            return sides
+    return _PROBED_SIZE, _PROBED_SIZE
+
+
+def _sides(size: Any) -> tuple[int, int] | None:
+    """Return height and width as upstream's files have them: a number, two, or by name; None if there are none."""
+    if isinstance(size, dict):
+        size = [size.get(key) or size.get("shortest_edge") for key in ("height", "width")]
+    sides: list[Any] = list(size) if isinstance(size, list | tuple) else [size, size]
+    return (sides[0], sides[1]) if len(sides) == 2 and all(isinstance(x, int) and x > 0 for x in sides) else None
 
 
 def _patches(config: PreTrainedConfig, size: tuple[int, int]) -> int:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
 
 from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.columns import LENGTH, TARGETS, ColumnRows
 from fsdp_qlora.data.encoder import EachAlone, Read, Stored
+from fsdp_qlora.data.labels import IGNORE, learned_positions
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.loader import Rows
 from fsdp_qlora.data.masked import MaskedRows, Masking
@@ -16,7 +20,7 @@ from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.samples import Segment
 from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, text_in, within_positions
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.objectives.objective import PerToken, register
+from fsdp_qlora.objectives.objective import PerToken, register, stand_in_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,6 +36,14 @@ class MaskedLanguageModel(PerToken):
     uses_head = True
     may_lack_head = True
     task_type = None
+
+    def stand_in(self, folder: Path, config: PreTrainedConfig, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """Return texts whose first tokens are masked, as many as in texts without special tokens."""
+        texts = stand_in_texts(rows, length, config.get_text_config().vocab_size)
+        labels = torch.full_like(ids := texts["input_ids"], IGNORE)
+        count = max(1, round(self.settings.mask_probability * length))
+        labels[:, :count] = ids[:, :count]
+        return texts | {"labels": labels, "supervised": learned_positions(labels)}
 
     def encoder(self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> _Texts:
         """Return what stores texts.

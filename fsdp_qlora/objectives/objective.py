@@ -145,9 +145,30 @@ class Objective(ABC):
         """Return its settings with what the model's folder and config decide."""
         return self.settings
 
-    def row_length(self, config: PreTrainedConfig) -> int:
+    def row_length(self, folder: Path, config: PreTrainedConfig) -> int:
         """Return the positions that every row takes, if the model decides that; 0: at most ``data.max_length``."""
         return 0
+
+    def stand_in(
+        self, folder: Path, config: PreTrainedConfig, rows: int, length: int
+    ) -> dict[str, torch.Tensor] | None:
+        """Return a micro-batch of ``rows`` rows of ``length`` tokens, all of it learned, as `sums` takes it.
+
+        It is what a simulated step computes, so it should take as much memory as any: of several texts, one is a token
+        longer than the others, because code of upstream's makes no mask where nothing is padded. None if it is not
+        known what its rows look like; objectives of tokens need none.
+
+        Args:
+            folder: the model's.
+            config: the model's.
+            rows: number of rows.
+            length: ``data.max_length``, or `row_length`.
+        """
+        return None
+
+    def without_values(self) -> Objective:
+        """Return what takes its place in a simulated step, whose tensors have no values: itself, if it reads none."""
+        return self
 
     def prune(self, model: PreTrainedModel) -> None:  # noqa: B027 - most need nothing
         """Take out of a model, which is on meta, what its loss does not use."""
@@ -178,6 +199,15 @@ class Objective(ABC):
     def of_tokens(self) -> bool:
         """Whether it trains a causal language model on tokens, which may be packed."""
         return self.auto_class is None
+
+
+def stand_in_texts(rows: int, length: int, vocab_size: int) -> dict[str, torch.Tensor]:
+    """Return ids and attention mask of ``rows`` texts for `Objective.stand_in`: all but the first lack a token."""
+    ids = torch.arange(rows * length).remainder(vocab_size).view(rows, length)
+    mask = torch.ones_like(ids)
+    if length > 1:
+        mask[1:, -1] = 0
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 class PerToken(Objective):

@@ -12,12 +12,13 @@ import torch
 from fsdp_qlora.config.auto import asked
 from fsdp_qlora.config.schema import DataSettings, ObjectiveSettings
 from fsdp_qlora.data.encoder import RowEncoder
-from fsdp_qlora.data.pairs import PairEncoder, Side
+from fsdp_qlora.data.labels import learned_positions
+from fsdp_qlora.data.pairs import LABELS, SUPERVISED, PairEncoder, Side
 from fsdp_qlora.data.prepare import columns_of
 from fsdp_qlora.data.spoken import FEATURES, SpokenEncoder
 from fsdp_qlora.data.texts import pad_token
 from fsdp_qlora.errors import ConfigError, ModelError
-from fsdp_qlora.objectives.objective import Objective, PerToken, register
+from fsdp_qlora.objectives.objective import Objective, PerToken, register, stand_in_texts
 from fsdp_qlora.objectives.scores import of_speech, of_texts
 
 if TYPE_CHECKING:
@@ -94,6 +95,14 @@ class SequenceToSequence(PerToken):
         written = [torch.randint(4, most, (1, length), generator=draw) for length in lengths]
         return [row | {"decoder_input_ids": ids} for row, ids in zip(rows, written, strict=True)]
 
+    def stand_in(self, folder: Path, config: PreTrainedConfig, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """Return sources, and targets as long as can be."""
+        targets = stand_in_texts(rows, self.settings.max_target_length, config.vocab_size)["input_ids"]
+        return self._sources(config, rows, length) | {LABELS: targets, SUPERVISED: learned_positions(targets)}
+
+    def _sources(self, config: PreTrainedConfig, rows: int, length: int) -> dict[str, torch.Tensor]:
+        return stand_in_texts(rows, length, config.vocab_size)
+
     def encoder(self, data: DataSettings, tokenizer: Any, config: PreTrainedConfig) -> RowEncoder:
         """Return what stores pairs of texts."""
         settings, cut = self.settings, data.truncation
@@ -153,6 +162,9 @@ class SpeechToText(SequenceToSequence):
             for row in super().probe(config, draw)
         ]
 
+    def _sources(self, config: PreTrainedConfig, rows: int, length: int) -> dict[str, torch.Tensor]:
+        return {FEATURES: torch.zeros(rows, *_spectrogram(config))}
+
     def encoder(self, data: DataSettings, tokenizer: WhisperProcessor, config: PreTrainedConfig) -> SpokenEncoder:
         """Return what stores recordings with their texts.
 
@@ -183,7 +195,7 @@ class SpeechToText(SequenceToSequence):
                 f"the model takes {wanted[0]} x {wanted[1]}; use the preprocessor_config.json that came with it."
             )
 
-    def row_length(self, config: PreTrainedConfig) -> int:
+    def row_length(self, folder: Path, config: PreTrainedConfig) -> int:
         """Return what the encoder makes of every recording: shorter ones are filled up with silence."""
         return config.max_source_positions
 

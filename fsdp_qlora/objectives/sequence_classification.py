@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,9 +17,9 @@ from fsdp_qlora.data.messages import text_of
 from fsdp_qlora.data.prepare import columns_of, fast
 from fsdp_qlora.data.samples import Segment
 from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, text_in, within_positions
-from fsdp_qlora.objectives.classifier import LABEL, Classifier, label_rows
+from fsdp_qlora.objectives.classifier import LABEL, Classifier, label_rows, stand_in_labels
 from fsdp_qlora.objectives.labels import Labels
-from fsdp_qlora.objectives.objective import register
+from fsdp_qlora.objectives.objective import register, stand_in_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,6 +39,11 @@ class SequenceClassification(Classifier):
         super().configure(config)
         text = config.get_text_config()
         text.pad_token_id = pad_token(config)
+
+    def stand_in(self, folder: Path, config: PreTrainedConfig, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """Return texts with a label each."""
+        texts = stand_in_texts(rows, length, config.get_text_config().vocab_size)
+        return texts | {LABEL: stand_in_labels(self.labels, rows)}
 
     def encoder(
         self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig

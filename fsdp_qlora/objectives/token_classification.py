@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -26,7 +27,7 @@ from fsdp_qlora.errors import DataError
 from fsdp_qlora.objectives.classifier import Labelled
 from fsdp_qlora.objectives.entities import names_entities, of_entities
 from fsdp_qlora.objectives.labels import Labels, is_unlabelled
-from fsdp_qlora.objectives.objective import Sums, register
+from fsdp_qlora.objectives.objective import Sums, register, stand_in_texts
 from fsdp_qlora.objectives.scores import of_labels
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class TokenClassification(Labelled):
     label_column = _LABELS
     label_of_each = True
     task_type = "TOKEN_CLS"
+
+    def stand_in(self, folder: Path, config: PreTrainedConfig, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """Return texts in which every token begins a word."""
+        texts = stand_in_texts(rows, length, config.get_text_config().vocab_size)
+        return texts | {_LABELS: texts["input_ids"].remainder(len(self.labels.names))}
 
     def encoder(
         self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig

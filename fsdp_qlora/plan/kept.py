@@ -44,6 +44,9 @@ class KeptActivations:
         trained: the numbers of elements of a layer's trained tensors.
     """
 
+    on_device_at_once = LAYERS_ON_DEVICE
+    """Layers whose offloaded activations are on the device together."""
+
     def __init__(
         self, shapes: ModelShapes, layers: Sequence[LayerActivations], adapters: Sequence[Kept], trained: Sequence[int]
     ) -> None:
@@ -59,14 +62,14 @@ class KeptActivations:
     def _kept(self, layer: LayerActivations, settings: StorageSettings) -> Placed:
         if settings.checkpointing == "none":
             return self._all_of(layer, settings)
-        enters = _split([self._edge(settings)], settings)
+        enters = split([self._edge(settings)], settings)
         # what selective checkpointing keeps is not saved by autograd, so it is not moved
         return Placed(enters.stays + self.chosen(layer, settings), enters.leaves)
 
     def _all_of(self, layer: LayerActivations, settings: StorageSettings) -> Placed:
         """Return everything that a layer saves. Its mask is expanded over the heads, and such tensors stay."""
-        kept = _split(self._tensors(layer, settings), settings)
-        again = _split([settings.tokens * layer.output_again], settings).leaves
+        kept = split(self._tensors(layer, settings), settings)
+        again = split([settings.tokens * layer.output_again], settings).leaves
         return Placed(kept.stays + _mask(layer, settings), kept.leaves, again)
 
     def on_device(self, settings: StorageSettings) -> int:
@@ -80,7 +83,7 @@ class KeptActivations:
         # one mask for all layers, in bytes; each layer's copy of it is counted with the layer
         mask = settings.tokens * settings.max_length if settings.attention == "sdpa" and settings.restarting else 0
         return (
-            sum(kept.stays for kept in each) + sum(leaving[-LAYERS_ON_DEVICE:]) + mask
+            sum(kept.stays for kept in each) + sum(leaving[-self.on_device_at_once :]) + mask
             + (self._edge(settings) if none else 0)
         )  # fmt: skip
 
@@ -103,6 +106,10 @@ class KeptActivations:
             return max(again + max(layer.transient * settings.tokens, blocks), in_attention * settings.tokens)
 
         return max(map(moments, self._kinds), default=0)
+
+    def tokens_at_head(self, settings: StorageSettings) -> int:
+        """Return the tokens that leave the last layer."""
+        return settings.tokens
 
     def chosen(self, layer: LayerActivations, settings: StorageSettings) -> int:
         """Return the bytes of a layer's products that selective checkpointing keeps."""
@@ -144,7 +151,7 @@ def _mask(layer: LayerActivations, settings: StorageSettings) -> int:
     return _by_position(layer, settings) if settings.restarting else 0
 
 
-def _split(sizes: Iterable[int], settings: StorageSettings) -> Placed:
+def split(sizes: Iterable[int], settings: StorageSettings) -> Placed:
     """Divide tensors of these sizes by where they are kept; on a CPU, all are moved."""
     sizes = list(sizes)
     least = MIN_BYTES if settings.on_accelerator else 0

@@ -16,7 +16,7 @@ if it is trained. The root unit, to which it belongs, is gathered at all of them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 
 from fsdp_qlora.adapters.names import base_name
@@ -29,6 +29,7 @@ from fsdp_qlora.plan.dense import DenseWeights
 from fsdp_qlora.plan.images import TowerMemory, outside_units
 from fsdp_qlora.plan.kept import KeptActivations
 from fsdp_qlora.plan.offloaded import most_inside
+from fsdp_qlora.plan.run_layers import RunActivations
 from fsdp_qlora.plan.storage import StorageSettings
 from fsdp_qlora.quant.formats import Packed
 from fsdp_qlora.quant.packing import CHUNK_WEIGHTS
@@ -76,8 +77,11 @@ class MemoryModel:
             if name in offloaded
         }
         self.fixed, self.largest_slice = self._fixed(settings), self._largest_slice(settings.shard_size)
-        self.layers = tuple(self._unit(name) for name in shapes.layers)
-        self.edges = tuple(self._unit(name) for name in (shapes.embedding, shapes.head))
+        self.layers = tuple(self._unit(name, lambda of, name=name: of.startswith(f"{name}.")) for name in shapes.layers)
+        edges = (shapes.embedding, shapes.head) if shapes.edges_apart else ()
+        self.edges = tuple(self._unit(name, lambda of, name=name: of.startswith(f"{name}.")) for name in edges)
+        if not shapes.edges_apart:  # all outside the layers is one unit, the root
+            self.edges = (self._unit("", lambda of: not of.startswith(layers)),)
         adapted = frozenset(trained) - self.adapters.no_input
         more = (settings.lora.dropout > 0, settings.attention, settings.restarting, settings.on_accelerator)
         self.activations: tuple[LayerActivations, ...] = tuple(
@@ -85,7 +89,11 @@ class MemoryModel:
         )
         self.tower = TowerMemory(shapes, trained, adapters.beside)
         self.root = self._root()
-        self.kept = KeptActivations(shapes, self.activations, adapters.kept, self._most_trained())
+        self.kept = (
+            RunActivations(shapes, adapters.kept, self._most_trained(), adapted)
+            if shapes.runs
+            else KeptActivations(shapes, self.activations, adapters.kept, self._most_trained())
+        )
 
     def plan(self, settings: StorageSettings) -> MemoryPlan:
         """Return the memory of the rank that holds most, with these settings."""
@@ -98,7 +106,8 @@ class MemoryModel:
         last = self.kept.last(settings).stays
         logits = self._logits(settings)
         # five tensors [tokens, hidden] around the head: the final norm, its copies and the gradient
-        edge = settings.tokens * (5 * self.shapes.hidden_size + self.adapters.kept_by_head) * settings.itemsize
+        width = 5 * self.shapes.hidden_size + self.adapters.kept_by_head
+        edge = self.kept.tokens_at_head(settings) * width * settings.itemsize
         edge += self.tower.held(settings)
         head, again = self._gathered_head(settings)
         at_layer = self._gathered(self.layers, settings)
@@ -133,17 +142,10 @@ class MemoryModel:
             moments["loading"] = (0 if settings.offload_parameters else sum(fixed[:4])) + self.adapters.loading
         packed, statistics, base, adapters, optimizer = (0,) * 5 if settings.offload_parameters else fixed
         bytes_ = BytesPerRank(
-            packed,
-            statistics,
-            base,
-            dense,
-            adapters,
-            self._reduced(settings, gradients),
-            optimizer,
-            kept + reads + max(layer - left, last + edge, self._reading(settings)),
-            logits,
+            packed, statistics, base, dense, adapters, self._reduced(settings, gradients), optimizer,
+            kept + reads + max(layer - left, last + edge, self._reading(settings)), logits,
             max(head + root, again + root, at_layer),
-        )
+        )  # fmt: skip
         return MemoryPlan(bytes_, moments, self._host(settings))
 
     def _reduced(self, settings: StorageSettings, gradients: int) -> int:
@@ -157,6 +159,11 @@ class MemoryModel:
         if settings.shard_size > 1:
             return gradients + FLOAT32 * (self.adapters.row_elements + len(self.adapters.rows))
         return gradients
+
+    @property
+    def one_edge(self) -> bool:
+        """Whether embedding and head are in one unit: tied, or in the root."""
+        return self.shapes.tied or not self.shapes.edges_apart
 
     def trainable(self) -> int:
         """Return the number of trainable (adapter) elements."""
@@ -209,20 +216,16 @@ class MemoryModel:
         one_unit = max(unit.adapters for unit in self._units()) if settings.shard_size > 1 else 0
         return FLOAT32 * ((0 if settings.offload_parameters else self.held(settings)) + one_unit)
 
-    def _unit(self, prefix: str) -> Unit:
-        inside = (name for name in self.shapes.parameters if name.startswith(f"{prefix}."))
-        return self._unit_of(prefix, inside, (name for name in self.trained if f"{name}.".startswith(f"{prefix}.")))
-
-    def _unit_of(self, name: str, parameters: Iterable[str], trained: Iterable[str]) -> Unit:
-        """Return a unit of these parameters, without those that are trained in float32, and of what modules train."""
+    def _unit(self, prefix: str, inside: Callable[[str], bool]) -> Unit:
+        """Return the unit of the parameters and adapters whose names ``inside`` accepts."""
         total = 0
-        for parameter in parameters:
-            if parameter not in self.shapes.float32 and parameter not in self.masters:
-                packed = self.packed.get(parameter)
-                dense = prod(self.shapes.parameters[parameter]) * self.settings.itemsize
-                total += dense if packed is None else packed.bytes
-        own = sum(prod(shape) for module in trained for shape in self.trained[module].values())
-        return Unit(name, total + (0 if self.settings.adapter_copies else own * self.settings.itemsize), own)
+        for name, shape in self.shapes.parameters.items():
+            if inside(name) and name not in self.shapes.float32 and name not in self.masters:
+                packed = self.packed.get(name)
+                total += prod(shape) * self.settings.itemsize if packed is None else packed.bytes
+        tensors = (shapes for name, shapes in self.trained.items() if inside(f"{name}."))
+        trained = sum(prod(shape) for shapes in tensors for shape in shapes.values())
+        return Unit(prefix, total + (0 if self.settings.adapter_copies else trained * self.settings.itemsize), trained)
 
     def _units(self) -> tuple[Unit, ...]:
         return (*self.layers, *self.edges, self.root)
@@ -232,8 +235,8 @@ class MemoryModel:
         if self.shapes.tower is None:
             return Unit("", 0, 0)
         outside = outside_units(self.shapes)
-        owners = {name.rpartition(".")[0] for name in outside}
-        return self._unit_of("", outside, (name for name in self.trained if name in owners))
+        names = {*outside, *(f"{name.rpartition('.')[0]}." for name in outside)}
+        return self._unit("", names.__contains__)
 
     def _gathered_root(self, settings: StorageSettings) -> int:
         """Return the bytes of the root unit, which stays gathered from forward to the end of backward."""
@@ -287,18 +290,29 @@ class MemoryModel:
 
     def _held_edges(self, settings: StorageSettings) -> int:
         """Return the bytes of the embedding and the head that are gathered while layers compute their backward."""
-        if self.shapes.tied:  # one unit, which is freed only at the end of backward
+        if self.one_edge:  # freed only at the end of backward
             return 0 if settings.keeps_whole else self.edges[0].gathered
         return sum(unit.gathered for unit in self.edges) if settings.edges_stay else 0
 
     def _gathered_head(self, settings: StorageSettings) -> tuple[int, int]:
         """Return the gathered bytes while logits exist, and while the head is gathered again for backward."""
+        if not self.shapes.edges_apart:
+            return self._gathered_with_head(settings)
         again = self._gathered(self.edges, settings)
         if not self.shapes.tied or settings.shard_size == 1:
             again += self.edges[0].gathered if settings.edges_stay else 0
             return again, again
         # a tied unit stays gathered from the embedding on; the receive buffer of the last layer is still alive
         return self.edges[0].gathered + max((u.gathered for u in self.layers), default=0), again
+
+    def _gathered_with_head(self, settings: StorageSettings) -> tuple[int, int]:
+        """Return `_gathered_head` where embedding and head belong to the root, which stays gathered for backward.
+
+        When the last layer computes in forward, it and its receive buffer are there; its buffer outlives it.
+        """
+        root = 0 if settings.keeps_whole else self.edges[0].gathered
+        last = 0 if settings.keeps_whole or not self.layers else self.layers[-1].gathered
+        return root + last * (2 if settings.shard_size > 1 else 1), root
 
     def _gathered_first(self, settings: StorageSettings) -> int:
         """Return the gathered bytes when the first layer follows the embedding.
@@ -311,13 +325,14 @@ class MemoryModel:
             return 0
         if settings.shard_size == 1 or not self.layers:
             return self.edges[0].gathered
-        stays = self.shapes.tied or settings.edges_stay
+        stays = self.one_edge or settings.edges_stay
         return self.edges[0].gathered * (2 if stays else 1) + 2 * self.layers[0].gathered
 
     def _logits(self, settings: StorageSettings) -> int:
-        chunk, vocab = min(settings.logits_chunk, settings.tokens), self.shapes.vocab_size + self.adapters.added
+        tokens = self.kept.tokens_at_head(settings)
+        chunk, vocab = min(settings.logits_chunk, tokens), self.shapes.vocab_size + self.adapters.added
         if settings.quantized_head:
-            return sliced_bytes(chunk, settings.tokens, vocab, self.shapes.hidden_size, settings.itemsize)
+            return sliced_bytes(chunk, tokens, vocab, self.shapes.hidden_size, settings.itemsize)
         return chunked_bytes(chunk, vocab, settings.itemsize, settings.on_accelerator, self.shapes.capped)
 
     def _largest_slice(self, shard_size: int) -> int:

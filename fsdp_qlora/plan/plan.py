@@ -135,7 +135,8 @@ def make_plan(config: RunConfig, shapes: ModelShapes, world_size: int, budget: i
     _require_matches(config, dict(chain(rows.items(), *(tensors.items() for tensors in trained.values()))))
     batch = BatchPlan(int(batch_for(config.train, None).value), _micro_batch_rows(config), world_size)
     _, shard = degrees(degree(config.fsdp.shard_degree) or 0, config.fsdp.replicate_degree, world_size)
-    settings, stored = storage_settings(config, batch, shard, casts), (*quantized, *edges)
+    longest, stored = shapes.longest(config.data.max_length), (*quantized, *edges)
+    settings = storage_settings(config, batch, shard, casts, longest)
     table = shapes.embedding if shapes.tied else shapes.head
     settings = replace(settings, quantized_head=any(x.linear.name == table for x in edges))
     offloaded = offloaded_parameters(
@@ -338,8 +339,10 @@ def _may_stay_whole(config: RunConfig, casts: bool) -> bool:
     return not (fsdp.offloads_parameters or fsdp.offload_modules or (in_peft and config.precision.name == "bf16"))
 
 
-def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int, casts: bool) -> StorageSettings:
-    """Return the settings that determine memory; ``casts``: see `_may_stay_whole`."""
+def storage_settings(
+    config: RunConfig, batch: BatchPlan, shard_size: int, casts: bool, max_length: int
+) -> StorageSettings:
+    """Return the settings that determine memory; ``casts``: see `_may_stay_whole`, ``max_length`` of rows."""
     keeps_whole = shard_size == 1 and _may_stay_whole(config, casts)
     return StorageSettings(
         shard_size=shard_size,
@@ -349,7 +352,7 @@ def storage_settings(config: RunConfig, batch: BatchPlan, shard_size: int, casts
         lora=config.lora,
         optim=config.optim,
         micro_batch_size=batch.micro_batch_size,
-        max_length=config.data.max_length,
+        max_length=max_length,
         checkpointing=asked(config.train.activation_checkpointing) or "none",
         attention=config.model.attn_implementation,
         restarting=config.data.packing or config.data.padding_free,

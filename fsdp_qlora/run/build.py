@@ -47,7 +47,6 @@ from fsdp_qlora.model.heads import compute, draw_new, drawn_modules, head_module
 from fsdp_qlora.model.kernels import KERNELS, Kernels
 from fsdp_qlora.model.replaceable import kept_linears
 from fsdp_qlora.model.root import CausalModel, install_loss_head
-from fsdp_qlora.model.skeleton import read_shapes
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.parallel.compile import compile_layers, want_input_gradient
 from fsdp_qlora.parallel.compile_cache import settle_compile_caches
@@ -73,7 +72,7 @@ from fsdp_qlora.plan.choices import decided
 from fsdp_qlora.plan.plan import TrainPlan, make_plan
 from fsdp_qlora.quant.backend import bitsandbytes_backend
 from fsdp_qlora.quant.swap import keep_dense, swap_linears
-from fsdp_qlora.run.decide import require_kernels, skeleton, with_head, with_rows
+from fsdp_qlora.run.decide import require_kernels, shapes_to_plan, skeleton, with_head, with_rows
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.tokens import TOKEN_ROWS
 
@@ -168,7 +167,7 @@ def open_model(
     objective = build_objective(config.objective)
     source = weights(folder)
     source.arrange(arrangement(base, source.entries))
-    shapes = read_shapes(base)
+    shapes = shapes_to_plan(config, base, folder)
     new_head = objective.trains_head or objective.may_lack_head
     stock = take_stock(base, source, shapes.layers, new_head, objective.ignores_head)
     if (line := stock.describe()) and ranks.is_main and say:

@@ -28,6 +28,7 @@ from fsdp_qlora.model.fused import fusible
 from fsdp_qlora.model.heads import head_modules
 from fsdp_qlora.model.kernels import KERNELS
 from fsdp_qlora.model.rope import settle_rope
+from fsdp_qlora.model.runs import with_runs
 from fsdp_qlora.model.skeleton import build_skeleton, read_shapes
 from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.parallel.compile import COMPILED_TYPES, can_compile
@@ -57,7 +58,7 @@ def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedMo
     config, base = planned_skeleton(config)
     if build_objective(config.objective).trains_head:
         config = with_head(config, head_modules(base))
-    shapes = images_stated(config, read_shapes(base), base.config)
+    shapes = images_stated(config, shapes_to_plan(config, base), base.config)
     budget = planned_budget(config, world_size)
     recipe = choose_recipe(config, shape_of(base, shapes), None)
     config = recipe.settled(config)
@@ -71,6 +72,16 @@ def planned(config: RunConfig, world_size: int) -> tuple[RunConfig, PreTrainedMo
     elsewhere = config.plan.gpu or config.plan.device
     require_kernels(resolved, base, None if elsewhere else torch.device(config.launcher.device))
     return resolved, base, plan
+
+
+def shapes_to_plan(config: RunConfig, base: PreTrainedModel, folder: Path | None = None) -> ModelShapes:
+    """Return the shapes of a meta model, with what the rows of the objective take in its layers.
+
+    ``folder`` is the model's; None finds it by its name.
+    """
+    if folder is None:
+        folder = config_for_plan(config.model.name, config.model.revision)
+    return with_runs(read_shapes(base), base, build_objective(config.objective), folder, config.data.max_length)
 
 
 def shape_of(base: PreTrainedModel, shapes: ModelShapes) -> Shape:
@@ -126,7 +137,9 @@ def settled_world(config: RunConfig, folder: Path, world: World, budget: int) ->
         device = device_of_driver(device_model(ranks.device)) if ranks.device.type != "cpu" else None
         link = None if device is None else find_interconnect(device.interconnect)
         cluster = Cluster(ranks.size, node_size, budget, device, link)
-        _, choice = settle_shard_degree(asked_for, read_shapes(skeleton(asked_for, folder)), cluster)
+        _, choice = settle_shard_degree(
+            asked_for, shapes_to_plan(asked_for, skeleton(asked_for, folder), folder), cluster
+        )
         assert choice is not None
         return [choice.value, choice.why]
 
@@ -206,7 +219,7 @@ def skeleton(config: RunConfig, folder: Path) -> PreTrainedModel:
 def with_rows(config: RunConfig, folder: Path, base: PreTrainedModel) -> RunConfig:
     """Return the settings with what the model decides of its rows: what its encoder reads, and how long each is."""
     settled = build_objective(config.objective).settled(folder, base.config)
-    length = build_objective(settled).row_length(base.config) or config.data.max_length
+    length = build_objective(settled).row_length(folder, base.config) or config.data.max_length
     return replace(config, objective=settled, data=replace(config.data, max_length=length))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from fsdp_qlora.shapes.runs import LayerRun
 from fsdp_qlora.shapes.tower import Tower
 
 
@@ -91,11 +92,17 @@ class ModelShapes:
     """What reads images among the decoder's tokens, if anything does."""
     capped: bool = False
     """Whether logits have a soft cap, whose derivative the loss keeps beside them."""
+    runs: tuple[LayerRun, ...] = ()
+    """What each of ``layers`` takes for a row (`fsdp_qlora.model.runs`); none where arithmetic tells."""
 
     @property
     def embedding_rows(self) -> int:
         """Number of rows of the embedding; token ids must be below it. 0 without one: images have no tokens' ids."""
         return self.parameters[f"{self.embedding}.weight"][0] if self.embedding else 0
+
+    def longest(self, max_length: int) -> int:
+        """Return the length of the longest rows: those of other objectives are cut where the model's positions end."""
+        return min(max_length, self.max_positions or max_length) if self.runs else max_length
 
     @property
     def float32_bytes(self) -> int:

@@ -92,16 +92,21 @@ def kept_layers(kinds: Sequence[int], counts: Counts) -> list[int]:
 def cut_layers(base: PreTrainedModel, shapes: ModelShapes, kept: Sequence[int]) -> None:
     """Drop the layers of a meta model that are not ``kept``, from the model and from its config.
 
+    An encoder-decoder has two lists of layers.
+
     Raises:
-        PlanError: if its layers are not in one list.
+        PlanError: if there are layers outside such a list.
     """
-    parents = {name.rpartition(".")[0] for name in shapes.layers}
-    parent = parents.pop()
-    layers = base.get_submodule(parent)
-    if parents or not isinstance(layers, nn.ModuleList) or len(layers) != len(shapes.layers):
-        raise PlanError(f"plan.simulate: the layers of {type(base).__name__} are not one list, so they cannot be cut.")
-    owner, _, child = parent.rpartition(".")
-    setattr(base.get_submodule(owner), child, nn.ModuleList(layers[i] for i in kept))
+    parents = [name.rpartition(".")[0] for name in shapes.layers]
+    for parent in dict.fromkeys(parents):
+        layers, (owner, _, child) = base.get_submodule(parent), parent.rpartition(".")
+        mine = [i for i, other in enumerate(parents) if other == parent]
+        if not isinstance(layers, nn.ModuleList) or len(layers) != len(mine):
+            raise PlanError(
+                f"plan.simulate: the layers of {type(base).__name__} are not in lists of their own ({parent}), so they "
+                "cannot be cut; set it to false."
+            )
+        setattr(base.get_submodule(owner), child, nn.ModuleList(layers[i - mine[0]] for i in kept if i in mine))
     # Into the configs' own dicts: the config is briefly inconsistent, and its setters would reject that.
     for values, key, listed in _lists(base, len(shapes.layers)):
         values[key] = [listed[i] for i in kept]

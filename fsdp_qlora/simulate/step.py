@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,14 +25,15 @@ from fsdp_qlora.config.auto import degree
 from fsdp_qlora.config.choices import NONE
 from fsdp_qlora.config.schema import RunConfig
 from fsdp_qlora.data.labels import ROWS, TOKENS
-from fsdp_qlora.data.loader import Batch, TokenBatch
+from fsdp_qlora.data.loader import Batch, MicroBatch, NamedBatch, TokenBatch
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.shards import HOST
 from fsdp_qlora.errors import PlanError
 from fsdp_qlora.load.stream import allocate
+from fsdp_qlora.model.folder import config_for_plan
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.model.skeleton import read_shapes
-from fsdp_qlora.objectives import build_objective
+from fsdp_qlora.objectives import Objective, build_objective
 from fsdp_qlora.optim.bnb import PAGED
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.parallel.shard import host_modules, model_dtype, synchronizer
@@ -40,7 +42,7 @@ from fsdp_qlora.plan.quantized import format_of
 from fsdp_qlora.quant.formats import QuantizedTensor, dequantize, quantize
 from fsdp_qlora.quant.swap import keep_dense
 from fsdp_qlora.run.build import build_sharded
-from fsdp_qlora.run.decide import planned, planned_device, planned_skeleton
+from fsdp_qlora.run.decide import planned, planned_device, planned_skeleton, shapes_to_plan
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.units import fsdp_units
 from fsdp_qlora.simulate.apart import simulate_apart
@@ -195,7 +197,7 @@ def _shallow(config: RunConfig, counts: Counts, ranks: Ranks) -> _Cuts:
 
 def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cuts:
     """Build the (cut) model on fake tensors and run one step."""
-    shapes = read_shapes(base)
+    shapes = shapes_to_plan(config, base)
     kinds = layer_kinds(base, shapes)
     plan = make_plan(config, shapes, ranks.size)
     config = replace(config, lora=plan.settings.lora)  # EVA's largest ranks
@@ -218,12 +220,15 @@ def _simulate_cut(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> _Cu
     optimizer = ShardedOptimizer(trainable_parameters(model), config.optim)
     optimizer.prepare_state(step=1)  # as in every step after the first
     restarting = plan.settings.restarting
-    batch = worst_batch(plan, config.data.max_length, shapes, restarting)
+    batch = worst_batch(plan, config, base, config_for_plan(config.model.name, config.model.revision))
+    objective = build_objective(config.objective).without_values()
+    if not objective.of_tokens:
+        batch = replace(batch, micro_batches=[_fake_tensors(part, fake) for part in batch.micro_batches])
     with evenly_spread_experts(), nullcontext() if restarting else only_causal_masks():
-        peaks = measure_step(
-            model, optimizer.inner, step_runner(config, model, batch, ranks), lambda: optimizer.step(1e-6, 0.5), fake,
-            [base.get_submodule(name) for unit in fsdp_units(shapes) for name in unit], ranks.device.type,
-        )  # fmt: skip
+        run = step_runner(objective, config, model, batch, ranks)
+        units = [base.get_submodule(name) for unit in fsdp_units(shapes) for name in unit]
+        update = partial(optimizer.step, 1e-6, 0.5)
+        peaks = measure_step(model, optimizer.inner, run, update, fake, units, ranks.device.type)
     counts = counts_of(kinds)
     return _Cuts(*(Cut(counts, _by_name(places, base, shapes, kinds)) for places in (peaks.device, peaks.host)))
 
@@ -241,8 +246,14 @@ def _fake_buffers(base: nn.Module, device: torch.device, mode: FakeTensorMode) -
                     setattr(module, name, torch.empty_like(buffer, device=device))
 
 
+def _fake_tensors(micro_batch: MicroBatch, mode: FakeTensorMode) -> MicroBatch:
+    """Return a micro-batch without values: where upstream's code sees any, it leaves out masks of full rows."""
+    assert isinstance(micro_batch, NamedBatch)
+    return replace(micro_batch, tensors={name: mode.from_tensor(x) for name, x in micro_batch.tensors.items()})
+
+
 def step_runner(
-    config: RunConfig, model: CausalModel, batch: Batch, ranks: Ranks
+    objective: Objective, config: RunConfig, model: CausalModel, batch: Batch, ranks: Ranks
 ) -> Callable[[Callable[[], None]], object]:
     """Return a function that runs forward and backward as `train` does; it calls its argument before each micro-batch.
 
@@ -253,7 +264,7 @@ def step_runner(
 
     def run(before_each: Callable[[], None]) -> object:
         settings = StepSettings(
-            objective=build_objective(config.objective), ranks=ranks, seed=config.run.seed,
+            objective=objective, ranks=ranks, seed=config.run.seed,
             max_grad_norm=config.train.max_grad_norm, synchronize=synchronize,
             around=nullcontext, enter=lambda _: before_each(),
         )  # fmt: skip
@@ -266,17 +277,32 @@ def step_runner(
     return run
 
 
-def worst_batch(plan: TrainPlan, max_length: int, shapes: ModelShapes, packed: bool = False) -> Batch:
-    """Return a batch of rows of maximum length with all tokens supervised, in at most two micro-batches.
+def worst_batch(plan: TrainPlan, config: RunConfig, base: PreTrainedModel, folder: Path, rank: int = 0) -> Batch:
+    """Return a rank's batch of rows of maximum length of which all is learned, in at most two micro-batches.
 
     From the second micro-batch on, unreduced gradients exist as well; further ones change nothing.
+
+    Raises:
+        PlanError: if the objective does not say what its rows look like.
     """
     rows, count = plan.batch.micro_batch_size, min(2, plan.batch.accumulation_steps)
-    micro_batches = []
-    for number in range(count):
-        ids = torch.arange(rows * max_length).remainder(shapes.vocab_size).view(rows, max_length)
-        positions = torch.arange(max_length).expand(rows, -1).contiguous() if packed else None
-        micro_batches.append(TokenBatch(number, ids, ids.clone(), rows=tuple(range(rows)), position_ids=positions))
+    max_length = plan.settings.max_length
+    objective = build_objective(config.objective)
+    micro_batches: list[MicroBatch] = []
+    for number in range(rank * count, (rank + 1) * count):
+        numbers = tuple(range(rows))
+        if objective.of_tokens:
+            ids = torch.arange(rows * max_length).remainder(plan.memory.shapes.vocab_size).view(rows, max_length)
+            positions = torch.arange(max_length).expand(rows, -1).contiguous() if config.data.packing else None
+            micro_batches.append(TokenBatch(number, ids, ids.clone(), rows=numbers, position_ids=positions))
+            continue
+        tensors = objective.stand_in(folder, base.config, rows, max_length)
+        if tensors is None:
+            raise PlanError(
+                f"plan.simulate: objective={objective.name} does not say what its rows look like (`stand_in`), so no "
+                "step of it can be simulated; set it to false."
+            )
+        micro_batches.append(NamedBatch(number, tensors, rows=numbers))
     all_rows = count * rows * plan.world_size
     tokens = all_rows * max_length
     return Batch(micro_batches, all_rows, tokens, {TOKENS: tokens - all_rows, ROWS: all_rows})
@@ -288,7 +314,8 @@ def _by_name(
     """Name the places identically for models of any depth: the first and last layer of each kind."""
     names: dict[nn.Module | None, str] = {None: "the adapters"}
     for module, name in ((shapes.embedding, "the embedding"), (shapes.head, "the head")):
-        names[base.get_submodule(module)] = name
+        if module:
+            names[base.get_submodule(module)] = name
     several = len(set(kinds)) > 1
     for i, (module, kind) in enumerate(zip(shapes.layers, kinds, strict=True)):
         mine = [k for k, other in enumerate(kinds) if other == kind]

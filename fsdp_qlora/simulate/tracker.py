@@ -152,11 +152,11 @@ class _PlaceTracker(FSDPMemTracker):
             if group is None:
                 continue
             self._instrument_fsdp_sharded_params_grads(group)
-            _register(
-                state,
-                self._fsdp_state_pre_forward(module, state._pre_forward),  # type: ignore[arg-type]
-                self._fsdp_state_post_forward(module, state._post_forward),  # type: ignore[arg-type]
-            )
+            before = self._fsdp_state_pre_forward(module, state._pre_forward)  # type: ignore[arg-type]
+            after = self._fsdp_state_post_forward(module, state._post_forward)  # type: ignore[arg-type]
+            _register(state, before, after)
+            if module is self._root_mod:
+                self._instrument_methods(state, before, after)
             self._fsdp_mod_to_saved_methods[module] = _SavedFSDPMethods(group.pre_backward, group.post_backward)
             group.pre_backward = self._fsdp_param_group_pre_backward(module, group.pre_backward)  # type: ignore
             group.post_backward = self._fsdp_param_group_post_backward(module, group.post_backward)  # type: ignore
@@ -166,6 +166,19 @@ class _PlaceTracker(FSDPMemTracker):
         for unit in self._unsharded_units:
             self._hooks.append(unit.register_forward_pre_hook(self._forward_of, prepend=True))
             self._hooks.append(unit.register_full_backward_pre_hook(self._backward_of, prepend=True))
+
+    def _instrument_methods(self, state: FSDPState, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+        """Track what FSDP takes for a forward of the root beside its forward (`register_fsdp_forward_method`).
+
+        Such methods ask the root's state directly, without hooks, which torch's tracker does not see.
+        """
+        self._mod_tracker._get_mod_name(self._root_mod)  # the names of all modules, else learned in the root's hooks
+
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            self.reset_mod_stats()  # an objective may run the model several times
+            return before(*args, **kwargs)
+
+        state._pre_forward, state._post_forward = begin, after  # type: ignore[method-assign]
 
     def _forward_of(self, unit: nn.Module, _: Any) -> None:
         if not self._mod_tracker.is_bw:  # otherwise it is recomputation within backward
@@ -192,6 +205,8 @@ class _PlaceTracker(FSDPMemTracker):
         while self._hooks:
             self._hooks.pop().remove()
         for state in _states(self._root_mod):
+            for name in ("_pre_forward", "_post_forward"):
+                vars(state).pop(name, None)  # what `_instrument_methods` has put before the class's own
             _register(state, state._pre_forward, state._post_forward)
 
 

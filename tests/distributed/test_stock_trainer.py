@@ -84,7 +84,9 @@ def test_20_steps_are_those_of_the_stock_trainer(pool, tmp_path, record_property
         assert max(off.values()) < FP32_LOSSES, off
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3_text", "t5", "bart", "bert", "vit", "dinov2", "swin"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gpt_neox", "gemma3_text", "t5", "bart", "bert", "vit", "dinov2", "swin"]
+)
 def test_what_decays_is_what_the_stock_trainer_decays(tmp_path, family):
     """All parameters of a whole model: biases and norms do not."""
     known: dict[str, Any] = FAMILIES | OTHERS | VISION

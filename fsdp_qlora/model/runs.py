@@ -1,0 +1,220 @@
+"""Runs a model's layers on meta, to find what they keep for backward and what their backward needs.
+
+Layers of encoders, encoder-decoders and image models differ too much for arithmetic over names (`plan/activations.py`).
+Tensors on meta have shapes and storages, but neither memory nor values, so a forward and a backward of each kind of
+layer take some milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionMaskInterface, PreTrainedModel
+
+from fsdp_qlora.adapters.peft_layers import META
+from fsdp_qlora.data.loader import NamedBatch
+from fsdp_qlora.model.live import OneKernel, backward_peak, leaves_of, with_tensors
+from fsdp_qlora.objectives import Objective
+from fsdp_qlora.shapes.linears import ModelShapes
+from fsdp_qlora.shapes.runs import ByLength, LayerRun
+
+
+def with_runs(
+    shapes: ModelShapes, model: PreTrainedModel, objective: Objective, folder: Path, length: int
+) -> ModelShapes:
+    """Return the shapes with what each layer takes, if rows of the objective are no tokens of a causal model.
+
+    Args:
+        shapes: the model's.
+        model: on meta, as transformers builds it; it is left as it is.
+        objective: with its settings settled.
+        folder: the model's.
+        length: ``data.max_length``.
+    """
+    if objective.of_tokens or objective.stand_in(folder, model.config, 1, length) is None:
+        return shapes
+    length = min(length, shapes.max_positions or length)
+    own: Any = deepcopy(model).to_empty(device=META)
+    for config in (module.config for module in own.modules() if hasattr(module, "config")):
+        config.use_cache = False  # a layer that is run again would find keys and values there
+    fixed = objective.row_length(folder, model.config) > 0
+    lengths = [length] if fixed else [max(4, length), max(4, length) // 2, max(4, length) // 4]
+    runs: list[_Run] = []
+    for size in lengths:
+        tensors = objective.stand_in(folder, model.config, 1, size)
+        assert tensors is not None
+        runs.append(_Run(own.train(), shapes))
+        runs[-1].go(objective, {name: tensor.to(META) for name, tensor in tensors.items()})
+    layers = zip(*([run.layers[name] for name in shapes.layers] for run in runs), strict=True)
+    return replace(shapes, runs=tuple(_by_length(lengths, each) for each in layers))
+
+
+@dataclass
+class _Layer:
+    """What was seen of one layer, at one length."""
+
+    tokens: int
+    enters: int
+    tensors: list[int] = field(default_factory=list)
+    inputs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    products: int = 0
+    transient: int = 0
+
+
+def _by_length(lengths: Sequence[int], layers: Sequence[_Layer]) -> LayerRun:
+    def through(number: Callable[[_Layer], int]) -> ByLength:
+        return ByLength.through([(length, number(layer)) for length, layer in zip(lengths, layers, strict=True)])
+
+    inputs = {
+        name: (number, through(lambda layer, name=name: layer.inputs[name][1]))
+        for name, (number, _) in layers[0].inputs.items()
+    }
+    return LayerRun(
+        through(lambda layer: layer.tokens),
+        through(lambda layer: layer.enters),
+        tuple(through(lambda layer, at=at: layer.tensors[at]) for at in range(len(layers[0].tensors))),
+        inputs,
+        through(lambda layer: layer.products),
+        through(lambda layer: layer.transient),
+    )
+
+
+class _Run:
+    """One forward of the whole model, layer by layer, and one backward of each kind of layer."""
+
+    def __init__(self, model: PreTrainedModel, shapes: ModelShapes) -> None:
+        self._model, self._shapes = model, shapes
+        self._linears = {linear.name for linear in shapes.linears if not linear.stacked}
+        self._seen: dict[int, torch.UntypedStorage] = {}
+        """Storages that were seen: each is one object, whose number is its own, for as long as it is held."""
+        self._counted: set[int] = set()
+        """Storages that a layer keeps."""
+        self._read: dict[int, int] = {}
+        """Storage -> number of an input of linears."""
+        self._transient: dict[Any, int] = {}
+        self._own = {self._note(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._current: _Layer | None = None
+        self.layers: dict[str, _Layer] = {}
+
+    def go(self, objective: Objective, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Run the objective's forward on tensors on meta."""
+        with ExitStack() as stack:
+            for name, module in self._model.named_modules():
+                if name in self._linears:
+                    stack.callback(module.register_forward_hook(partial(self._note_linear, name)).remove)
+                if name in self._shapes.layers:
+                    # the copy's own attribute, in place of its class's method
+                    module.forward = partial(self._layer, name, module, module.forward)  # type: ignore[method-assign]
+                    stack.callback(vars(module).pop, "forward")
+            stack.enter_context(_masks())
+            stack.enter_context(OneKernel())
+            stack.enter_context(torch.no_grad())
+            objective.sums(_OnMeta(self._model), NamedBatch(0, tensors))
+
+    def _layer(self, name: str, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a layer alone, and note what it keeps."""
+        hidden = next(x for x in leaves_of((args, kwargs)) if _is_float(x))
+        states = [x for x in leaves_of((args, kwargs)) if _is_float(x) and _alike(x, hidden)]
+        leaves = {id(x): x.detach().requires_grad_() for x in states}
+        args, kwargs = with_tensors(lambda x: leaves.get(id(x), x), (args, kwargs))
+        mine = self._current = self.layers[name] = _Layer(hidden.shape[:-1].numel(), hidden.nbytes)
+        kept: list[torch.Tensor] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = forward(*args, **kwargs)
+        self._current = None
+        for tensor in kept:
+            storage = self._note(tensor)
+            if storage not in self._own and storage not in self._counted:
+                self._counted.add(storage)
+                mine.tensors.append(tensor.untyped_storage().nbytes())
+        numbers = {number for storage, number in self._read.items() if storage in self._counted}
+        mine.inputs = {linear: known for linear, known in mine.inputs.items() if known[0] not in numbers}
+        key = (
+            type(layer),
+            mine.tokens,
+            mine.enters,
+            tuple(mine.tensors),
+            tuple(size for _, size in mine.inputs.values()),
+        )
+        if key not in self._transient:
+            self._transient[key] = backward_peak(lambda: forward(*args, **kwargs), list(leaves.values()))
+        mine.transient = self._transient[key]
+        return with_tensors(torch.Tensor.detach, out)
+
+    def _note_linear(self, name: str, module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
+        if (layer := self._current) is None:
+            return
+        storage = self._note(args[0])
+        number = self._read.setdefault(storage, len(self._read))
+        layer.inputs[name] = number, args[0].untyped_storage().nbytes()
+        layer.products += out.nbytes
+
+    def _note(self, tensor: torch.Tensor) -> int:
+        """Return the number of a tensor's storage, which stays its own from now on."""
+        storage = tensor.untyped_storage()
+        self._seen[id(storage)] = storage
+        return id(storage)
+
+
+@contextmanager
+def _masks() -> Iterator[None]:
+    """Make masks without looking at values, as for rows of which some are padded."""
+    masks = AttentionMaskInterface()
+    own = {name: masks[name] for name in ("eager", "sdpa")}
+
+    def mask(batch_size: int, q_length: int, kv_length: int, dtype: torch.dtype, device: Any, **_: Any) -> torch.Tensor:
+        return torch.empty(batch_size, 1, q_length, kv_length, dtype=dtype, device=device)
+
+    def eager(**given: Any) -> torch.Tensor:
+        return mask(**given)
+
+    def sdpa(**given: Any) -> torch.Tensor:
+        return mask(**{**given, "dtype": torch.bool})
+
+    try:
+        AttentionMaskInterface.register("eager", eager)
+        AttentionMaskInterface.register("sdpa", sdpa)
+        yield
+    finally:
+        for name, function in own.items():
+            AttentionMaskInterface.register(name, function)
+
+
+class _OnMeta(nn.Module):
+    """A model under the methods that objectives call."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.base = model
+
+    def outputs(self, **inputs: Any) -> Any:
+        """Run upstream's forward."""
+        dtype = self.base.dtype
+        return self.base(**{name: x.to(dtype) if _is_float(x) else x for name, x in inputs.items()})
+
+    def losses(self, labels: torch.Tensor, supervised: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Run upstream's forward, which shifts the labels of encoder-decoders."""
+        self.outputs(**inputs, labels=labels)
+        return torch.empty(len(supervised), device=META)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _alike(states: torch.Tensor, hidden: torch.Tensor) -> bool:
+    """Whether a gradient flows to a layer's argument: its input, and what an encoder made."""
+    return states is hidden or (states.dim() == hidden.dim() == 3 and states.shape[-1] == hidden.shape[-1])
