@@ -30,7 +30,7 @@ LONG = {
     "test_a_merge_stays_within_the_memory": 60,
     "dreambooth": 60, "test_from_images": 60,
     "test_96_rows_are": 600, "test_a_learning_rate_far_off": 60, "test_digits_are": 600, "_of_an_encyclopedia": 300,
-    "test_the_answer_that_a_question": 300, "test_a_family_is_equal_or_refused": 300, "test_sixteen_": 60,
+    "test_the_answer_that_a_question": 300, "test_a_family_is_equal_or_refused": 300, "test_sixteen_": 60, "test_20_steps_are": 30,
     "test_500_prompts": 90, "test_no_prompt_is_lost": 60, "test_a_report_in_a_browser": 60,
     "test_a_run_ends_with_its_page": 40, "test_a_run_that_fails_has_a_page": 40, "test_capitals_and": 300,
     "test_a_sweep_killed": 100, "test_a_search_of_four": 80, "test_a_job_that_fails_ends": 60,

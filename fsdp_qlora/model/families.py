@@ -68,7 +68,7 @@ def language_task(model: PreTrainedModel) -> str | None:
 
 
 def _repeated(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the layers if transformers does not declare them: those of both sides of an encoder-decoder (Marian)."""
+    """Return the layers where transformers declares none: of both sides, in an encoder-decoder (Marian)."""
     sides = [model.get_encoder(), model.get_decoder()] if model.config.is_encoder_decoder else [model]
     return list(dict.fromkeys(layer for side in sides for layer in _longest_list(side)))
 
