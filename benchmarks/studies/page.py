@@ -55,8 +55,11 @@ def _study(study: Study, results: Results, folder: Path) -> list[str]:
     _plot(study, there, folder / f"{study.name}.svg")
     learned = [_learned(study, variant, units, there[study.reference]) for variant, units in there.items()]
     against = f"to {study.reference}"
-    columns = ["variant", "trained", "exported", "checkpoint", "base, as stored", "planned per rank", "CPU time"]
+    columns = ["variant", "trained", "exported", "checkpoint", "base, as stored", "planned per rank"]
     cost = [[variant, *_cost(units[0])] for variant, units in there.items()]
+    if study.timed:
+        columns.append("CPU time")
+        cost = [[*row, f"{units[0]['cpu_seconds']:.0f} s"] for row, units in zip(cost, there.values(), strict=True)]
     return [
         *head,
         *_table(["variant", "before", against, "after", against, "forgotten", "other tasks"], learned), "",
@@ -92,7 +95,7 @@ def _cost(unit: Mapping[str, Any]) -> list[str]:
         unit["planned_bytes_per_rank"]
     ]
     trained = f"{unit['trainable_parameters'] / 1e6:.2f} M"
-    return [trained, *(f"{size / 1e6:.1f} MB" for size in sizes), f"{unit['cpu_seconds']:.0f} s"]
+    return [trained, *(f"{size / 1e6:.1f} MB" for size in sizes)]
 
 
 def _shown(gap: Gap) -> str:

@@ -47,6 +47,8 @@ class Study:
     """Overrides of every variant."""
     base: str = CHATTY
     """What was trained, in words."""
+    timed: bool = False
+    """Whether the page says what the trainings took: only where nothing else ran on the machine."""
 
 
 STUDIES = (
@@ -80,7 +82,7 @@ STUDIES = (
             "DoRA": ("lora=dora",), "PiSSA": ("lora=pissa",), "OLoRA": ("lora=olora",),
             "LoRA+": ("optim.loraplus_lr_ratio=16",),
         },
-        "LoRA, r 16",
+        "LoRA, r 16", timed=True,
     ),
     Study(
         "rates",
