@@ -53,9 +53,13 @@ RUNS_CODE = Fact("lets somebody else's code run, so a file alone cannot enable i
 
 def plain(kind: Any) -> Any:
     """Return a setting's type without its facts; the names of a registry (`choices.Names`) are part of the type."""
-    if typing.get_origin(kind) is not Annotated or isinstance(typing.get_args(kind)[1], Names):
+    if typing.get_origin(kind) is not Annotated:
         return kind
-    return typing.get_args(kind)[0]
+    base, *more = typing.get_args(kind)
+    if not isinstance(more[0], Names):
+        return base
+    words = tuple(each for each in more if not isinstance(each, Range | Fact | ReadBy | FormatOption))
+    return Annotated[base, *words]
 
 
 def facts(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
