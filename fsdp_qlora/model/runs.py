@@ -7,6 +7,7 @@ layer take some milliseconds.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -21,10 +22,13 @@ from transformers import AttentionMaskInterface, PreTrainedModel
 
 from fsdp_qlora.adapters.peft_layers import META
 from fsdp_qlora.data.loader import NamedBatch
+from fsdp_qlora.errors import typed_line
 from fsdp_qlora.model.live import OneKernel, backward_peak, leaves_of, with_tensors
 from fsdp_qlora.objectives import Objective
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.runs import ByLength, LayerRun
+
+_log = logging.getLogger(__name__)
 
 
 def with_runs(
@@ -38,23 +42,39 @@ def with_runs(
         objective: with its settings settled.
         folder: the model's.
         length: ``data.max_length``.
+
+    Where upstream's code cannot be run without values, they are returned as they are, and a warning says so.
     """
     if objective.of_tokens or objective.stand_in(folder, model.config, 1, length) is None:
         return shapes
     length = min(length, shapes.max_positions or length)
+    fixed = objective.row_length(folder, model.config) > 0
+    least = max(4, length)
+    lengths = [length] if fixed else [least, least // 2, least // 4]
+    try:
+        runs = [_run(model, shapes, objective, folder, size) for size in lengths]
+        layers = list(zip(*([run[name] for name in shapes.layers] for run in runs), strict=True))
+    except Exception as error:  # upstream's code may read values, which raises anything on meta
+        _log.warning(
+            "%s: its layers cannot be run without values (%s), so the plan estimates what they keep by the sizes of "
+            "their linears; plan.simulate=true runs them on fake tensors",
+            type(model).__name__, typed_line(error),
+        )  # fmt: skip
+        return shapes
+    return replace(shapes, runs=tuple(_by_length(lengths, each) for each in layers))
+
+
+def _run(
+    model: PreTrainedModel, shapes: ModelShapes, objective: Objective, folder: Path, length: int
+) -> dict[str, _Layer]:
+    """Return what each layer takes for a row of ``length``."""
     own: Any = deepcopy(model).to_empty(device=META)
     for config in (module.config for module in own.modules() if hasattr(module, "config")):
         config.use_cache = False  # a layer that is run again would find keys and values there
-    fixed = objective.row_length(folder, model.config) > 0
-    lengths = [length] if fixed else [max(4, length), max(4, length) // 2, max(4, length) // 4]
-    runs: list[_Run] = []
-    for size in lengths:
-        tensors = objective.stand_in(folder, model.config, 1, size)
-        assert tensors is not None
-        runs.append(_Run(own.train(), shapes))
-        runs[-1].go(objective, {name: tensor.to(META) for name, tensor in tensors.items()})
-    layers = zip(*([run.layers[name] for name in shapes.layers] for run in runs), strict=True)
-    return replace(shapes, runs=tuple(_by_length(lengths, each) for each in layers))
+    run, tensors = _Run(own.train(), shapes), objective.stand_in(folder, model.config, 1, length)
+    assert tensors is not None
+    run.go(objective, {name: tensor.to(META) for name, tensor in tensors.items()})
+    return run.layers
 
 
 @dataclass
