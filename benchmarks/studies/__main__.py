@@ -33,18 +33,28 @@ def main() -> int:
     asked = parser.parse_args()
     PAGE.mkdir(parents=True, exist_ok=True)
     file, started = PAGE / "results.json", time.monotonic()
-    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    missing = [unit for unit in units() if unit.study in asked.only.split(",") and unit.name not in results]
-    for unit in [] if asked.report else missing:
+    for unit in [] if asked.report else units(asked.only.split(",")):
+        if unit.name in _results(file):
+            continue
         if time.monotonic() - started > 60 * asked.minutes:
             break
         print(f"{unit.name} ...", flush=True)
-        results[unit.name] = _run(unit)
-        file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        try:
+            measured = _run(unit)
+        except RuntimeError as error:  # the others go on; it is missing, and tried again the next time
+            print(error, flush=True)
+            continue
+        merged = _results(file) | {unit.name: measured}  # another process may run other studies
+        file.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
+    results = _results(file)
     write_page(PAGE, results)
-    left = [unit.name for unit in units() if unit.name not in results]
+    left = [unit.name for unit in units([study.name for study in STUDIES]) if unit.name not in results]
     print(f"{len(results)} units are there, {len(left)} are missing; see {PAGE / 'README.md'}")
     return 0
+
+
+def _results(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _run(unit: Unit) -> dict[str, Any]:
@@ -64,7 +74,7 @@ def _run(unit: Unit) -> dict[str, Any]:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
     )
     where = {key: machine()[key] for key in ("device", "date")}
-    return measured | {"overrides": list(unit.overrides), "commit": commit.stdout.strip(), **where}
+    return measured | {"commit": commit.stdout.strip(), **where}
 
 
 if __name__ == "__main__":

@@ -8,48 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.studies.questions import SEEDS, STUDIES, Study
+from benchmarks.studies.claims import HEAD, MARGIN, promises
+from benchmarks.studies.compare import Gap, difference, mean
+from benchmarks.studies.questions import SEEDS, STUDIES, Study, units_of
 
-_DRAWS = 2000
-_SETS = {"held_out": "held out", "unrelated": "encyclopedia (forgetting)", "elsewhere": "other tasks"}
-Rows = Sequence[Sequence[float]]
+Results = Mapping[str, Mapping[str, Any]]
+Units = Sequence[Mapping[str, Any]]
+"""A variant's units, by seed."""
 WARNING = """SmolLM2-135M-Instruct is as a package ships it: its weights are dequantized Q4_1, not originals. So what
 stands here of its base formats understates what quantizing the original weights costs: some of it is lost already. The
 studies of MiniLM, whose float32 weights are the originals, stand beside it for that reason. Small models on two CPU
 cores say little of large ones; the tables say what was measured, no more."""
 
 
-def mean(rows: Rows) -> float:
-    """Return the loss per token of ``[(sum, tokens), ...]``."""
-    total = np.asarray(rows, dtype=np.float64).sum(0)
-    return float(total[0] / total[1])
-
-
-def difference(ours: Sequence[Rows], theirs: Sequence[Rows], draws: int = _DRAWS) -> tuple[float, float, float]:
-    """Return the mean difference of two losses per token and its 95 % interval.
-
-    Rows are drawn with replacement, the same ones for both sides and for all seeds (Efron and Tibshirani, 1993).
-
-    Args:
-        ours: for each seed, the rows.
-        theirs: the same rows under the other variant.
-        draws: number of draws.
-    """
-    pairs = [
-        (np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)) for a, b in zip(ours, theirs, strict=True)
-    ]
-    random, count = np.random.default_rng(0), len(pairs[0][0])
-    chosen = random.integers(0, count, (draws, count))
-
-    def gap(index: np.ndarray) -> np.ndarray:
-        sums = [[side[index].sum(-2) for side in pair] for pair in pairs]
-        return np.mean([a[..., 0] / a[..., 1] - b[..., 0] / b[..., 1] for a, b in sums], axis=0)
-
-    low, high = np.quantile(gap(chosen), [0.025, 0.975])
-    return float(gap(np.arange(count))), float(low), float(high)
-
-
-def write_page(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+def write_page(folder: Path, results: Results) -> None:
     """Write the page and the plots."""
     lines = ["# Studies", "", WARNING, ""]
     machines = sorted({f"{one['device']}, {one['date']}, commit {one['commit']}" for one in results.values()})
@@ -58,66 +30,79 @@ def write_page(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     lines += [
         "Losses are nats per supervised token, for MiniLM nats per row: the cross entropy of a row's second text among "
         "those of all rows. Differences are to the variant named in the table's head, with 95 % "
-        "intervals by a paired bootstrap over rows. A row with fewer seeds than asked for says so.", "",
+        "intervals by a paired bootstrap over rows. A row with fewer seeds than asked for says so. Forgotten is what "
+        "training added to the loss on pieces of an encyclopedia, other tasks what it added on questions of another "
+        "kind.", "",
     ]  # fmt: skip
+    if promised := list(promises(results)):
+        lines += ["## What the method promises", "", f"Near: not above it by more than {MARGIN:.0%} of the loss.", ""]
+        lines += [*HEAD, *promised, ""]
     for study in STUDIES:
         lines += [*_study(study, results, folder), ""]
     (folder / "README.md").write_text("\n".join(lines))
 
 
-def _of(study: Study, variant: str, results: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _of(study: Study, variant: str, results: Results) -> Units:
     """Return the units of a variant that there are, by seed."""
-    names = [f"{study.name}/{variant}/{seed}" for seed in study.seeds]
-    return [results[name] for name in names if name in results]
+    return [results[unit.name] for unit in units_of(study, variant) if unit.name in results]
 
 
-def _study(study: Study, results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[str]:
+def _study(study: Study, results: Results, folder: Path) -> list[str]:
     head = [f"## {study.name}", "", f"{study.question} Base: {study.base}.", ""]
-    there = {variant: _of(study, variant, results) for variant in study.variants}
-    if not there[study.reference]:
+    there = {variant: units for variant in study.variants if (units := _of(study, variant, results))}
+    if study.reference not in there:
         return [*head, "Not run yet."]
-    columns = [
-        "variant",
-        "held out, before",
-        "after",
-        f"to {study.reference}",
-        "forgotten",
-        "other tasks",
-        "trained",
-        "file",
-    ]
-    lines = [*head, f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for variant, units in there.items():
-        if units:
-            lines.append("| " + " | ".join(_row(study, variant, units, there[study.reference])) + " |")
-    _plot(study, {name: units for name, units in there.items() if units}, folder / f"{study.name}.svg")
-    return [*lines, "", f"![held-out loss after training, {study.name}]({study.name}.svg)"]
-
-
-def _row(
-    study: Study, variant: str, units: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    few = f" ({len(units)} of {len(study.seeds)} seeds)" if len(units) < len(study.seeds) else ""
-    before, after = (np.mean([mean(unit[when]["held_out"]) for unit in units]) for when in ("before", "after"))
-    paired = list(zip(units, reference, strict=False))
-    gap = difference([a["after"]["held_out"] for a, _ in paired], [b["after"]["held_out"] for _, b in paired])
-    forgotten, elsewhere = (
-        difference([unit["after"][name] for unit in units], [unit["before"][name] for unit in units])
-        for name in ("unrelated", "elsewhere")
-    )
-    one = units[0]
+    _plot(study, there, folder / f"{study.name}.svg")
+    learned = [_learned(study, variant, units, there[study.reference]) for variant, units in there.items()]
+    against = f"to {study.reference}"
+    columns = ["variant", "trained", "exported", "checkpoint", "base, as stored", "planned per rank"]
+    cost = [[variant, *_cost(units[0])] for variant, units in there.items()]
+    if study.timed:
+        columns.append("CPU time")
+        cost = [[*row, f"{units[0]['cpu_seconds']:.0f} s"] for row, units in zip(cost, there.values(), strict=True)]
     return [
-        variant + few, f"{before:.4f}", f"{after:.4f}", "-" if variant == study.reference else _shown(gap),
-        _shown(forgotten), _shown(elsewhere), f"{one['trainable_parameters'] / 1e6:.2f} M",
-        f"{one['adapter_bytes'] / 1e6:.1f} MB",
+        *head,
+        *_table(["variant", "before", against, "after", against, "forgotten", "other tasks"], learned), "",
+        *_table(columns, cost), "", f"![held-out loss after training, {study.name}]({study.name}.svg)",
     ]  # fmt: skip
 
 
-def _shown(gap: tuple[float, float, float]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _learned(study: Study, variant: str, units: Units, reference: Units) -> list[str]:
+    few = f" ({len(units)} of {len(study.seeds)} seeds)" if len(units) < len(study.seeds) else ""
+    shown = [variant + few]
+    for when in ("before", "after"):
+        ours, theirs = ([unit[when]["held_out"] for unit in side] for side in _paired(units, reference))
+        gap = "-" if variant == study.reference else _shown(difference(ours, theirs))
+        shown += [f"{np.mean([mean(unit[when]['held_out']) for unit in units]):.4f}", gap]
+    for name in ("unrelated", "elsewhere"):
+        after, before = ([unit[when][name] for unit in units] for when in ("after", "before"))
+        shown.append(_shown(difference(after, before)))
+    return shown
+
+
+def _paired(units: Units, reference: Units) -> tuple[Units, Units]:
+    """Return both sides with the seeds that both have, which are the first ones."""
+    both = min(len(units), len(reference))
+    return units[:both], reference[:both]
+
+
+def _cost(unit: Mapping[str, Any]) -> list[str]:
+    sizes = [unit[f"{name}_bytes"] for name in ("adapter", "checkpoint", "quantized")] + [
+        unit["planned_bytes_per_rank"]
+    ]
+    trained = f"{unit['trainable_parameters'] / 1e6:.2f} M"
+    return [trained, *(f"{size / 1e6:.1f} MB" for size in sizes)]
+
+
+def _shown(gap: Gap) -> str:
     return f"{gap[0]:+.4f} ({gap[1]:+.4f} to {gap[2]:+.4f})"
 
 
-def _plot(study: Study, there: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
+def _plot(study: Study, there: Mapping[str, Units], file: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")

@@ -1,11 +1,11 @@
-"""The questions: what each study varies. A unit is one variant with one seed, trained in a process of its own."""
+"""The questions: what each study varies. A unit is a variant with one seed, trained in a process of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Collection
+from dataclasses import dataclass
 
+from fsdp_qlora.files.home import cache_folder
 from tools.minilm import MINILM
 from tools.real_models import GEMMA
 
@@ -13,10 +13,14 @@ SEEDS = (0, 1, 2)
 """Of the headline comparisons; the others have the first."""
 _FULL = ("quant=none", "lora=none", "optim.lr=3e-5")
 _NONE = ("quant=none",)
-_TEMPLATE = Path(__file__).with_name("gemma.jinja")
+_TEMPLATE = "./benchmarks/studies/gemma.jinja"
 """The package with the model has no chat template."""
+_FORMATS = {"none": _NONE, "nf4": (), "fp4": ("quant=fp4",), "int8": ("quant=int8",)}
+_STATISTICS = {
+    "nf4": (), "no double quantization": ("quant.double_quant=false",), "blocks of 256": ("quant.block_size=256",),
+}  # fmt: skip
 _MINILM = (
-    "objective=embedding", f"model.name={MINILM}", "data.max_length=64", "train.global_batch_size=32",
+    "objective=embedding", f"model.name={MINILM}", "data.max_length=64", "train.global_batch_size=16",
     "train.micro_batch_size=16",
 )  # fmt: skip
 CHATTY = "SmolLM2-135M-Instruct"
@@ -43,33 +47,32 @@ class Study:
     """Overrides of every variant."""
     base: str = CHATTY
     """What was trained, in words."""
+    timed: bool = False
+    """Whether the page says what the trainings took: only where nothing else ran on the machine."""
 
 
 STUDIES = (
     Study(
         "formats",
         "What does the format of the base cost, before training and after equal steps?",
-        {
-            "none": _NONE, "nf4": (), "fp4": ("quant=fp4",), "int8": ("quant=int8",),
-            "nf4, no double quantization": ("quant.double_quant=false",),
-            "nf4, blocks of 256": ("quant.block_size=256",),
-        },
+        _FORMATS,
         "none", SEEDS,
     ),
+    Study("statistics", "What do fewer bytes of statistics cost?", _STATISTICS, "nf4"),
     Study(
         "methods",
         "Is QLoRA as good as LoRA, and either as good as full fine-tuning? What is forgotten?",
-        {"QLoRA": (), "LoRA": _NONE, "full": _FULL},
+        {"QLoRA": (), "LoRA": _NONE, "full": _FULL, "full, 1e-4": (*_FULL[:2], "optim.lr=1e-4")},
         "LoRA", SEEDS,
     ),
     Study(
         "rows",
         "Little data: is an adapter better than full fine-tuning, and from how many rows on is it not?",
         {
-            f"{kind}, {rows} rows": (*overrides, f"data.max_rows={rows}")
-            for rows in (50, 200, 900) for kind, overrides in (("QLoRA", ()), ("full", _FULL))
+            f"{kind}, {rows} rows, {steps} steps": (*overrides, f"data.max_rows={rows}", f"train.max_steps={steps}")
+            for rows, steps in ((50, 24), (200, 48), (900, 96)) for kind, overrides in (("QLoRA", ()), ("full", _FULL))
         },
-        "QLoRA, 900 rows",
+        "QLoRA, 900 rows, 96 steps",
     ),
     Study(
         "adapters",
@@ -79,7 +82,7 @@ STUDIES = (
             "DoRA": ("lora=dora",), "PiSSA": ("lora=pissa",), "OLoRA": ("lora=olora",),
             "LoRA+": ("optim.loraplus_lr_ratio=16",),
         },
-        "LoRA, r 16",
+        "LoRA, r 16", timed=True,
     ),
     Study(
         "rates",
@@ -89,47 +92,51 @@ STUDIES = (
     Study(
         "rates_of_gemma",
         "Is the learning rate that `auto` chooses a good one for another family?",
-        _rates("6e-5", "2e-4", "1.6e-3", "5e-3", own="5.5e-4"), "auto, 5.5e-4",
+        _rates("1.5e-4", "2e-3", own="5.5e-4"), "auto, 5.5e-4",
         always=(f"model.name={GEMMA}", f"data.template={_TEMPLATE}"), base="Gemma 3 270M, dequantized from Q4_K_M",
     ),
     Study(
         "encoder_formats",
         "What does the format of the base cost where the weights are the originals?",
-        {
-            "none": _NONE, "nf4": (), "fp4": ("quant=fp4",), "int8": ("quant=int8",),
-            "nf4, no double quantization": ("quant.double_quant=false",),
-            "nf4, blocks of 256": ("quant.block_size=256",),
-        },
+        _FORMATS,
         "none", SEEDS, _MINILM, MINI,
+    ),
+    Study(
+        "encoder_statistics",
+        "What do fewer bytes of statistics cost where the weights are the originals?",
+        _STATISTICS, "nf4", SEEDS[:1], _MINILM, MINI,
     ),
     Study(
         "encoder_methods",
         "QLoRA, LoRA and full fine-tuning where the weights are the originals: what is learned, what is forgotten?",
-        {"QLoRA": (), "LoRA": _NONE, "full": _FULL},
+        {"QLoRA": (), "LoRA": _NONE, "full": _FULL, "full, 1e-4": (*_FULL[:2], "optim.lr=1e-4")},
         "LoRA", SEEDS, _MINILM, MINI,
     ),
 )  # fmt: skip
-"""In the order in which they run."""
+"""In the order of the page."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One variant of a study with one seed."""
+    """A training: settings and a seed. Studies that have a variant in common share it."""
 
-    study: str
-    variant: str
+    overrides: tuple[str, ...]
     seed: int
-    overrides: tuple[str, ...] = field(default=())
 
     @property
     def name(self) -> str:
-        """Its key in the results."""
-        return f"{self.study}/{self.variant}/{self.seed}"
+        """Its key in the results, on any machine."""
+        return " ".join((*self.overrides, f"run.seed={self.seed}")).replace(f"{cache_folder()}/", "")
 
 
-def units() -> Iterator[Unit]:
-    """Yield all units; equal ones of two studies are trained twice, because each study stands alone."""
-    for study in STUDIES:
-        for seed in study.seeds:
-            for variant, overrides in study.variants.items():
-                yield Unit(study.name, variant, seed, (*study.always, *overrides))
+def units_of(study: Study, variant: str) -> list[Unit]:
+    """Return the units of a variant, by seed."""
+    return [Unit((*study.always, *study.variants[variant]), seed) for seed in study.seeds]
+
+
+def units(names: Collection[str]) -> list[Unit]:
+    """Return the units of the studies of these names, each once: all variants with the first seed, then the next."""
+    return list(dict.fromkeys(
+        unit for study in STUDIES if study.name in names
+        for by_seed in zip(*(units_of(study, variant) for variant in study.variants), strict=True) for unit in by_seed
+    ))  # fmt: skip

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import all_max
 from fsdp_qlora.errors import ModelError, first_line
 from fsdp_qlora.model.root import CausalModel
+from fsdp_qlora.parallel.shard import release_root
 
 LENGTH = 48
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -42,8 +42,7 @@ def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
         ) from error
     finally:
         model.train(was_training)
-        if isinstance(model, FSDPModule):
-            model.reshard()  # the root, which no backward follows to free
+        release_root(model)
     theirs = float(nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:]))
     gap = all_max(abs(ours - theirs) / max(abs(theirs), 1e-6), ranks)
     if not gap <= LIMITS.get(logits.dtype, LIMITS[torch.bfloat16]):

@@ -316,5 +316,14 @@ def release_gathered(model: nn.Module) -> None:
         unit.reshard()
 
 
+def release_root(model: nn.Module) -> None:
+    """Free the root's parameters, which a forward leaves gathered if no backward follows.
+
+    While they are gathered, the parameters of the root's modules are tensors that will be freed, not those that stay.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def _gathered_units(model: nn.Module) -> list[FSDPModule]:
     return [m for m in model.modules() if isinstance(m, FSDPModule) and getattr(m, _GATHERED, False)]

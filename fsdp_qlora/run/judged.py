@@ -31,9 +31,10 @@ def facts_of(training: Training) -> Facts:
     prepared, progress = training.prepared, training.progress
     linears, lora = prepared.shapes.linears, prepared.config.lora
     shape = shape_of(prepared.model.base, prepared.shapes)
+    chosen = training.objective.name == "sft"  # others learn all that their rows have, or a label for each row
     return Facts(
         steps=progress.step, lr=training.recipe.lr, usual_lr=usual_rate(lora, prepared.config.optim, shape),
-        tokens=progress.tokens, target_tokens=progress.target_tokens,
+        tokens=progress.tokens, target_tokens=progress.target_tokens if chosen else progress.tokens,
         adapted=1.0 if lora.trains_base or not linears else len(prepared.plan.targets) / len(linears),
     )  # fmt: skip
 

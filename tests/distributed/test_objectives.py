@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.objectives import build_objective
+from fsdp_qlora.run.evaluate import evaluate_prepared
+from fsdp_qlora.run.fit import fit
 from tests.build import build, essence, losses, metrics, run_fit
 from tests.objectives import CASES, exported_outputs, held_and_planned, upstream_losses
 from tests.tiers import some_in_full
@@ -50,6 +52,28 @@ def test_a_run_resumes_and_its_adapter_loads_in_plain_peft(pool, tmp_path, kind)
     assert torch.isfinite(torch.tensor(summary["eval_loss_after"]))
     loss, saved = pool.run(1, exported_outputs, model, groups, str(adapter))[0]
     assert torch.isfinite(loss).all() and bool(saved) == trains_head
+
+
+def _fit(ranks, folder, root, name, groups, evaluates):
+    """Train with the library, perhaps after an evaluation; return the losses of all steps."""
+    prepared = build(ranks, folder, **groups, run={"output_root": root, "name": name})
+    if evaluates:
+        evaluate_prepared(prepared)
+    fit(prepared)
+    prepared.close()
+    return essence(metrics(Path(root) / name))
+
+
+WHOLE = {"quant": {"name": "none", "double_quant": False}, "lora": {"variant": "none"}}
+
+
+@pytest.mark.parametrize("more", [{}, pytest.param(WHOLE, marks=pytest.mark.full)], ids=["a head", "the whole base"])
+def test_an_evaluation_before_a_run_changes_nothing(pool, tmp_path, more):
+    model, groups = CASES["bert, pairs and numbers"].write(tmp_path)
+    runs = [
+        pool.run(2, _fit, model, str(tmp_path), str(first), {**groups, **more}, first)[0] for first in (False, True)
+    ]
+    assert runs[0] == runs[1] and len(runs[0]) >= 6
 
 
 def _checked(ranks, folder, groups):

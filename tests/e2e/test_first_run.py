@@ -48,6 +48,7 @@ def test_96_rows_are_learned_in_another_wording(cli, real_model, tmp_path):
 
 ENDINGS = {
     "20 rows": (own_rows.rows(7)[:20], "learned"),
+    "1,000 rows": (own_rows.rows(334)[:1000], "learned"),
     "rows that contradict each other": (own_rows.rows(8, contradict=True), "overfits"),
 }
 

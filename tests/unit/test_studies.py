@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.studies.page import difference, mean, write_page
+from benchmarks.studies.claims import CLAIMS, word
+from benchmarks.studies.compare import difference, mean
+from benchmarks.studies.page import write_page
 from benchmarks.studies.questions import STUDIES, units
 from fsdp_qlora.cli.compose import compose_config
 
@@ -14,8 +16,9 @@ def _unit(shift: float, rows: int = 40) -> dict:
     losses = [(float(3 + n % 5) * 10 + shift * 10, 10) for n in range(rows)]
     sets = {"held_out": losses, "unrelated": losses, "elsewhere": losses}
     return {
-        "before": sets, "after": sets, "trainable_parameters": 10, "adapter_bytes": 10, "device": "test",
-        "date": "2026-01-01", "commit": "abc",
+        "before": sets, "after": sets, "trainable_parameters": 10, "adapter_bytes": 10, "checkpoint_bytes": 10,
+        "quantized_bytes": 10, "planned_bytes_per_rank": 10, "cpu_seconds": 1.0, "device": "test", "date": "2026-01-01",
+        "commit": "abc",
     }  # fmt: skip
 
 
@@ -35,13 +38,26 @@ def test_rows_are_paired():
 
 
 def test_a_page_names_what_was_not_run(tmp_path):
-    write_page(tmp_path, {"formats/none/0": _unit(0.0), "formats/nf4/0": _unit(0.1)})
+    write_page(tmp_path, {"quant=none run.seed=0": _unit(0.0), "run.seed=0": _unit(0.1)})
     page = (tmp_path / "README.md").read_text()
     assert "nf4 (1 of 3 seeds)" in page and "+0.1000 (+0.1000 to +0.1000)" in page and "Not run yet." in page
 
 
+@pytest.mark.full
 def test_all_units_are_settings_that_exist():
-    names = [unit.name for unit in units()]
-    assert len(names) == len(set(names)) and all(study.reference in study.variants for study in STUDIES)
-    for overrides in {unit.overrides for unit in units()}:
+    assert all(study.reference in study.variants for study in STUDIES)
+    some = units([study.name for study in STUDIES])
+    for overrides in {unit.overrides for unit in some}:
         compose_config("train", ["model.name=any", "data.train=rows.jsonl", *overrides])
+
+
+def test_a_promise_holds_only_if_its_whole_interval_does():
+    lower, near = (next(claim for claim in CLAIMS if claim.near is kind) for kind in (False, True))
+    for gap, of_lower, of_near in (
+        ((-0.2, -0.3, -0.1), "holds", "holds"), ((0.01, -0.01, 0.03), "not shown", "holds"),
+        ((0.03, 0.01, 0.05), "does not hold", "not shown"), ((0.2, 0.1, 0.3), "does not hold", "does not hold"),
+    ):  # fmt: skip
+        assert [word(lower, gap, 2.0), word(near, gap, 2.0)] == [of_lower, of_near]
+    for claim in CLAIMS:
+        (study,) = [study for study in STUDIES if study.name == claim.study]
+        assert {claim.variant, claim.reference} <= study.variants.keys()
