@@ -32,8 +32,9 @@ _log = logging.getLogger(__name__)
 
 
 def with_runs(
-    shapes: ModelShapes, model: PreTrainedModel, objective: Objective, folder: Path, length: int
-) -> ModelShapes:
+    shapes: ModelShapes, model: PreTrainedModel, objective: Objective, folder: Path, length: int,
+    on_accelerator: bool = False,
+) -> ModelShapes:  # fmt: skip
     """Return the shapes with what each layer takes, if rows of the objective are no tokens of a causal model.
 
     Args:
@@ -42,6 +43,7 @@ def with_runs(
         objective: with its settings settled.
         folder: the model's.
         length: ``data.max_length``.
+        on_accelerator: whether they would run on a GPU.
 
     Where upstream's code cannot be run without values, they are returned as they are, and a warning says so.
     """
@@ -52,7 +54,7 @@ def with_runs(
     least = max(4, length)
     lengths = [length] if fixed else [least, least // 2, least // 4]
     try:
-        runs = [_run(model, shapes, objective, folder, size) for size in lengths]
+        runs = [_run(model, shapes, objective, folder, size, on_accelerator) for size in lengths]
         layers = list(zip(*([run[name] for name in shapes.layers] for run in runs), strict=True))
     except Exception as error:  # upstream's code may read values, which raises anything on meta
         _log.warning(
@@ -65,7 +67,7 @@ def with_runs(
 
 
 def _run(
-    model: PreTrainedModel, shapes: ModelShapes, objective: Objective, folder: Path, length: int
+    model: PreTrainedModel, shapes: ModelShapes, objective: Objective, folder: Path, length: int, on_accelerator: bool
 ) -> dict[str, _Layer]:
     """Return what each layer takes for a row of ``length``."""
     own: Any = deepcopy(model).to_empty(device=META)
@@ -73,7 +75,7 @@ def _run(
         config.use_cache = False  # a layer that is run again would find keys and values there
     run, tensors = _Run(own.train(), shapes), objective.stand_in(folder, model.config, 1, length)
     assert tensors is not None
-    run.go(objective, {name: tensor.to(META) for name, tensor in tensors.items()})
+    run.go(objective, {name: tensor.to(META) for name, tensor in tensors.items()}, on_accelerator)
     return run.layers
 
 
@@ -124,7 +126,7 @@ class _Run:
         self._current: _Layer | None = None
         self.layers: dict[str, _Layer] = {}
 
-    def go(self, objective: Objective, tensors: Mapping[str, torch.Tensor]) -> None:
+    def go(self, objective: Objective, tensors: Mapping[str, torch.Tensor], on_accelerator: bool) -> None:
         """Run the objective's forward on tensors on meta."""
         with ExitStack() as stack:
             for name, module in self._model.named_modules():
@@ -135,7 +137,7 @@ class _Run:
                     module.forward = partial(self._layer, name, module, module.forward)  # type: ignore[method-assign]
                     stack.callback(vars(module).pop, "forward")
             stack.enter_context(_masks())
-            stack.enter_context(OneKernel())
+            stack.enter_context(OneKernel(on_accelerator))
             stack.enter_context(torch.no_grad())
             objective.sums(_OnMeta(self._model), NamedBatch(0, tensors))
 
