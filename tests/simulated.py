@@ -35,7 +35,7 @@ LLAMA = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16,
     "num_key_value_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": 4096,
 }  # fmt: skip
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **LLAMA, "tie_word_embeddings": False},
     "tied": {"model_type": "llama", **LLAMA, "tie_word_embeddings": True},
     "deep": {"model_type": "llama", **LLAMA, "num_hidden_layers": 12, "tie_word_embeddings": False},
@@ -48,6 +48,70 @@ FAMILIES = {
         "tie_word_embeddings": False,
     },
 }  # fmt: skip
+OBJECTIVES: dict[str, tuple[dict[str, Any], Groups]] = {
+    "bert, labels": (
+        {"model_type": "bert", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4,
+         "num_attention_heads": 8, "vocab_size": VOCABULARY},
+        {"objective": {"name": "sequence_classification", "labels": ["a", "b"]}},
+    ),
+    "bert, words": (
+        {"model_type": "bert", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+         "num_attention_heads": 8, "vocab_size": VOCABULARY},
+        {"objective": {"name": "token_classification", "labels": ["a", "b"]}},
+    ),
+    "bert, masks": (
+        {"model_type": "bert", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4,
+         "num_attention_heads": 8, "vocab_size": VOCABULARY, "architectures": ["BertForMaskedLM"]},
+        {"objective": {"name": "masked_lm"}},
+    ),
+    "bert, pairs": (
+        {"model_type": "bert", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4,
+         "num_attention_heads": 8, "vocab_size": VOCABULARY},
+        {"objective": {"name": "embedding"}},
+    ),
+    "llama, labels": (
+        {"model_type": "llama", **LLAMA, "pad_token_id": 0},
+        {"objective": {"name": "sequence_classification", "labels": ["a", "b"]}},
+    ),
+    "llama, pairs": (
+        {"model_type": "llama", **LLAMA, "pad_token_id": 0}, {"objective": {"name": "embedding"}},
+    ),
+    "t5": (
+        {"model_type": "t5", "d_model": 512, "d_ff": 2048, "d_kv": 64, "num_layers": 4, "num_heads": 8,
+         "vocab_size": VOCABULARY, "decoder_start_token_id": 0},
+        {"objective": {"name": "seq2seq"}},
+    ),
+    "t5, deep": (
+        {"model_type": "t5", "d_model": 512, "d_ff": 2048, "d_kv": 64, "num_layers": 10, "num_heads": 8,
+         "vocab_size": VOCABULARY, "decoder_start_token_id": 0},
+        {"objective": {"name": "seq2seq", "max_target_length": 512}},
+    ),
+    "bart": (
+        {"model_type": "bart", "d_model": 512, "encoder_layers": 3, "decoder_layers": 3, "encoder_ffn_dim": 2048,
+         "decoder_ffn_dim": 2048, "encoder_attention_heads": 8, "decoder_attention_heads": 8,
+         "vocab_size": VOCABULARY},
+        {"objective": {"name": "seq2seq"}},
+    ),
+    "whisper": (
+        {"model_type": "whisper", "d_model": 384, "encoder_layers": 4, "decoder_layers": 4,
+         "encoder_attention_heads": 6, "decoder_attention_heads": 6, "encoder_ffn_dim": 1536, "decoder_ffn_dim": 1536},
+        {"objective": {"name": "seq2seq", "language": "en"}},
+    ),
+    "vit": (
+        {"model_type": "vit", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4,
+         "num_attention_heads": 8},
+        {"objective": {"name": "image_classification", "labels": ["a", "b"]}},
+    ),
+    "dinov2": (
+        {"model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
+         "image_size": 224},
+        {"objective": {"name": "image_classification", "labels": ["a", "b"]}},
+    ),
+    "swin": (
+        {"model_type": "swin"}, {"objective": {"name": "image_classification", "labels": ["a", "b"]}},
+    ),
+}  # fmt: skip
+"""Models of other objectives, none of which has weights, and their settings."""
 ON_HOST = {"fsdp": {"offload_modules": ["head", "embeddings", "norms"]}}
 
 WHOLE = {"quant": {"name": "none"}, "lora": {"variant": "none"}}
@@ -150,9 +214,31 @@ VARIANTS: dict[str, Groups] = {
 }
 
 
+FAMILIES |= {f"objective, {name}": settings for name, (settings, _) in OBJECTIVES.items()}
+VARIANTS |= {
+    f"objective, {name}{where}": {
+        "family": f"objective, {name}", **groups, **more, "model": {"attn_implementation": "auto"},
+        "quant": {"allow_16bit": True},
+    }
+    for name, (_, groups) in OBJECTIVES.items()
+    for where, more in {
+        "": {}, ", CPU": {"plan": {"gpu": None}}, ", full": {"train": {"activation_checkpointing": "full"}},
+        ", params": {"fsdp": {"offload": "params"}},
+    }.items()
+    if where in ("", ", CPU") or name in ("bert, labels", "t5", "swin")
+}  # fmt: skip
+
+
 def also_on_cpu(name: str) -> bool:
-    """Whether its bytes are those of a CPU: it keeps nothing on the host, and PEFT's layers do not compute it."""
-    return "lora " not in name and not {"offload", "offload_modules"} & VARIANTS[name].get("fsdp", {}).keys()
+    """Whether its bytes are those of a CPU: it keeps nothing on the host, and PEFT's layers do not compute it.
+
+    Encoders compute eager attention on a CPU, and sdpa on a device.
+    """
+    return (
+        "lora " not in name
+        and "objective" not in name
+        and not {"offload", "offload_modules"} & VARIANTS[name].get("fsdp", {}).keys()
+    )
 
 
 def config_and_ranks(folder: Path, name: str, gpu: str | None = "24GiB") -> tuple[RunConfig, int]:

@@ -70,7 +70,8 @@ class _Kernel(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        batch, heads, length, _ = query.shape
+        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)  # as kernels lay it out
         bias = () if mask is None else (query.new_empty(mask.shape),)  # in the query's dtype, made in each call
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32), *bias)
         return out
@@ -81,15 +82,34 @@ class _Kernel(torch.autograd.Function):
 
 
 class OneKernel(TorchFunctionMode):
-    """Computes `scaled_dot_product_attention` as a kernel where a device has one; torch has none for meta."""
+    """Computes attention, and on an accelerator dropout, as one kernel where a device has one; meta has none.
+
+    Args:
+        on_accelerator: whether masks of dropout are bytes; on a CPU they are factors in the input's dtype.
+    """
+
+    def __init__(self, on_accelerator: bool = False) -> None:
+        super().__init__()
+        self._on_accelerator = on_accelerator
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        query, key, value = args[:3] if len(args) >= 3 else (kwargs[name] for name in ("query", "key", "value"))
-        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-        flash = mask is None and query.dtype.itemsize == 2 and query.shape[-1] <= _FLASH_SIZE
-        if not flash and key.shape[1] != query.shape[1]:  # heads in groups: by single operations
-            return func(*args, **kwargs)
-        return _Kernel.apply(query, key, value, mask)
+        if func is F.scaled_dot_product_attention:
+            return _attention(func, *args, **kwargs)
+        if func is F.dropout and self._on_accelerator:
+            return _dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attention(
+    own: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any,
+) -> torch.Tensor:  # fmt: skip
+    flash = attn_mask is None and query.dtype.itemsize == 2 and query.shape[-1] <= _FLASH_SIZE
+    if not flash and key.shape[1] != query.shape[1]:  # heads in groups: by single operations
+        return own(query, key, value, attn_mask, *args, **kwargs)
+    return _Kernel.apply(query, key, value, attn_mask)
+
+
+def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    return torch.native_dropout(x, p, True)[0] if training and 0 < p < 1 else x

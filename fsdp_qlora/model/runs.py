@@ -7,6 +7,7 @@ layer take some milliseconds.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -21,15 +22,19 @@ from transformers import AttentionMaskInterface, PreTrainedModel
 
 from fsdp_qlora.adapters.peft_layers import META
 from fsdp_qlora.data.loader import NamedBatch
+from fsdp_qlora.errors import typed_line
 from fsdp_qlora.model.live import OneKernel, backward_peak, leaves_of, with_tensors
 from fsdp_qlora.objectives import Objective
 from fsdp_qlora.shapes.linears import ModelShapes
 from fsdp_qlora.shapes.runs import ByLength, LayerRun
 
+_log = logging.getLogger(__name__)
+
 
 def with_runs(
-    shapes: ModelShapes, model: PreTrainedModel, objective: Objective, folder: Path, length: int
-) -> ModelShapes:
+    shapes: ModelShapes, model: PreTrainedModel, objective: Objective, folder: Path, length: int,
+    on_accelerator: bool = False,
+) -> ModelShapes:  # fmt: skip
     """Return the shapes with what each layer takes, if rows of the objective are no tokens of a causal model.
 
     Args:
@@ -38,23 +43,40 @@ def with_runs(
         objective: with its settings settled.
         folder: the model's.
         length: ``data.max_length``.
+        on_accelerator: whether they would run on a GPU.
+
+    Where upstream's code cannot be run without values, they are returned as they are, and a warning says so.
     """
     if objective.of_tokens or objective.stand_in(folder, model.config, 1, length) is None:
         return shapes
     length = min(length, shapes.max_positions or length)
+    fixed = objective.row_length(folder, model.config) > 0
+    least = max(4, length)
+    lengths = [length] if fixed else [least, least // 2, least // 4]
+    try:
+        runs = [_run(model, shapes, objective, folder, size, on_accelerator) for size in lengths]
+        layers = list(zip(*([run[name] for name in shapes.layers] for run in runs), strict=True))
+    except Exception as error:  # upstream's code may read values, which raises anything on meta
+        _log.warning(
+            "%s: its layers cannot be run without values (%s), so the plan estimates what they keep by the sizes of "
+            "their linears; plan.simulate=true runs them on fake tensors",
+            type(model).__name__, typed_line(error),
+        )  # fmt: skip
+        return shapes
+    return replace(shapes, runs=tuple(_by_length(lengths, each) for each in layers))
+
+
+def _run(
+    model: PreTrainedModel, shapes: ModelShapes, objective: Objective, folder: Path, length: int, on_accelerator: bool
+) -> dict[str, _Layer]:
+    """Return what each layer takes for a row of ``length``."""
     own: Any = deepcopy(model).to_empty(device=META)
     for config in (module.config for module in own.modules() if hasattr(module, "config")):
         config.use_cache = False  # a layer that is run again would find keys and values there
-    fixed = objective.row_length(folder, model.config) > 0
-    lengths = [length] if fixed else [max(4, length), max(4, length) // 2, max(4, length) // 4]
-    runs: list[_Run] = []
-    for size in lengths:
-        tensors = objective.stand_in(folder, model.config, 1, size)
-        assert tensors is not None
-        runs.append(_Run(own.train(), shapes))
-        runs[-1].go(objective, {name: tensor.to(META) for name, tensor in tensors.items()})
-    layers = zip(*([run.layers[name] for name in shapes.layers] for run in runs), strict=True)
-    return replace(shapes, runs=tuple(_by_length(lengths, each) for each in layers))
+    run, tensors = _Run(own.train(), shapes), objective.stand_in(folder, model.config, 1, length)
+    assert tensors is not None
+    run.go(objective, {name: tensor.to(META) for name, tensor in tensors.items()}, on_accelerator)
+    return run.layers
 
 
 @dataclass
@@ -104,7 +126,7 @@ class _Run:
         self._current: _Layer | None = None
         self.layers: dict[str, _Layer] = {}
 
-    def go(self, objective: Objective, tensors: Mapping[str, torch.Tensor]) -> None:
+    def go(self, objective: Objective, tensors: Mapping[str, torch.Tensor], on_accelerator: bool) -> None:
         """Run the objective's forward on tensors on meta."""
         with ExitStack() as stack:
             for name, module in self._model.named_modules():
@@ -115,7 +137,7 @@ class _Run:
                     module.forward = partial(self._layer, name, module, module.forward)  # type: ignore[method-assign]
                     stack.callback(vars(module).pop, "forward")
             stack.enter_context(_masks())
-            stack.enter_context(OneKernel())
+            stack.enter_context(OneKernel(on_accelerator))
             stack.enter_context(torch.no_grad())
             objective.sums(_OnMeta(self._model), NamedBatch(0, tensors))
 

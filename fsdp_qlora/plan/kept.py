@@ -107,6 +107,11 @@ class KeptActivations:
 
         return max(map(moments, self._kinds), default=0)
 
+    @property
+    def fixed_length(self) -> bool:
+        """Whether the model decides how long every row is."""
+        return False
+
     def tokens_at_head(self, settings: StorageSettings) -> int:
         """Return the tokens that leave the last layer."""
         return settings.tokens

@@ -312,7 +312,8 @@ class MemoryModel:
         """
         root = 0 if settings.keeps_whole else self.edges[0].gathered
         last = 0 if settings.keeps_whole or not self.layers else self.layers[-1].gathered
-        return root + last * (2 if settings.shard_size > 1 else 1), root
+        there = settings.shard_size == 1 or settings.layers_stay  # or it is counted with those that stay
+        return root + last * (1 if there else 2), root
 
     def _gathered_first(self, settings: StorageSettings) -> int:
         """Return the gathered bytes when the first layer follows the embedding.

@@ -31,7 +31,7 @@ def offloaded_parameters(
         if not matched:
             raise PlanError(
                 f"fsdp.offload_modules: {pattern!r} matches no module of this model; give head, embeddings, norms or a "
-                f"pattern that matches a whole name, such as {shapes.embedding} or *.norm."
+                f"pattern that matches a whole name, such as {shapes.embedding or shapes.layers[0]} or *.norm."
             )
         whole = {name for name in matched if name not in packed and name.rpartition(".")[0] not in quantized}
         if not whole:
@@ -56,7 +56,7 @@ def most_inside(offloaded: Collection[str], shapes: ModelShapes) -> int:
 
 def _matched(pattern: str, shapes: ModelShapes) -> set[str]:
     head = shapes.embedding if shapes.tied else shapes.head
-    pattern = {"head": head, "embeddings": shapes.embedding, "norms": "*norm*"}.get(pattern, pattern)
+    pattern = {"head": head, "embeddings": shapes.embedding, "norms": "*[nN]orm*"}.get(pattern, pattern)
     if shapes.tied and fnmatchcase(shapes.head, pattern):
         pattern = head
     matched = set()

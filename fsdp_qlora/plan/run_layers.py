@@ -61,6 +61,11 @@ class RunActivations(KeptActivations):
             peaks.append(held[at if none else at + 1] + inside)
         return max(peaks) - (held[-2] if none else held[-1])
 
+    @property
+    def fixed_length(self) -> bool:
+        """Whether the model decides how long every row is: images, recordings."""
+        return not self._runs[0].tokens.linear
+
     def tokens_at_head(self, settings: StorageSettings) -> int:
         """Return the tokens that leave the last layer."""
         return _bytes(self._runs[-1].tokens, settings)

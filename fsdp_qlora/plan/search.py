@@ -118,7 +118,7 @@ def _one(
 
     asked = base.max_length
     rows = most_rows(asked)
-    lengths = _powers(SHORTEST, max_positions or asked)
+    lengths = (asked,) if memory.kept.fixed_length else _powers(SHORTEST, max_positions or asked)
     by_length = {length: most_rows(length) for length in lengths}
     chosen = settings_of(max(1, rows), asked)
     planned = memory.plan(chosen)

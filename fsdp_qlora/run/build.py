@@ -291,8 +291,8 @@ def build_sharded(
         settle_compile_caches(os.environ)
         kinds = getattr(base.config.get_text_config(), "layer_types", None) or ()
         model.compiled_layers = compile_layers(layers, kinds)
-    _reach_all(config, base, ranks)
-    _settle_gathers(config, base, plan, ranks)
+    _reach_all(config, base, layers, ranks)
+    _settle_gathers(config, base, layers, plan, ranks)
     if model.compiled:
         want_input_gradient(base.get_input_embeddings())
     for method in ("generate", "logits", "losses", "outputs"):
@@ -301,17 +301,22 @@ def build_sharded(
     return model
 
 
-def _reach_all(config: RunConfig, base: PreTrainedModel, ranks: Ranks) -> None:
+def _reach_all(config: RunConfig, base: PreTrainedModel, layers: Sequence[nn.Module], ranks: Ranks) -> None:
     """Let every forward reach whatever is trained, so that all ranks reduce the same gradients."""
     if ranks.size > 1:
-        reach_all_experts(decoder_layers(base))
+        reach_all_experts(layers)
     if build_objective(config.objective).reads == "texts with images":
         reach_beside_texts(base)
 
 
-def _settle_gathers(config: RunConfig, base: PreTrainedModel, plan: TrainPlan, ranks: Ranks) -> None:
-    """Set when the units of a sharded model are gathered, and how long they stay so."""
-    layers, edges, fsdp = decoder_layers(base), (base.get_input_embeddings(), base.get_output_embeddings()), config.fsdp
+def _settle_gathers(
+    config: RunConfig, base: PreTrainedModel, layers: Sequence[nn.Module], plan: TrainPlan, ranks: Ranks
+) -> None:
+    """Set when the units of a sharded model are gathered, and how long they stay so.
+
+    ``layers`` were found before it was sharded, since FSDP changes the names of classes, by which they are told.
+    """
+    edges, fsdp = (base.get_input_embeddings(), base.get_output_embeddings()), config.fsdp
     if switch(fsdp.reshard_after_forward) is False:
         stay_gathered(layers)
         if plan.settings.edges_stay:

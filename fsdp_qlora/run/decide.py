@@ -81,7 +81,8 @@ def shapes_to_plan(config: RunConfig, base: PreTrainedModel, folder: Path | None
     """
     if folder is None:
         folder = config_for_plan(config.model.name, config.model.revision)
-    return with_runs(read_shapes(base), base, build_objective(config.objective), folder, config.data.max_length)
+    objective, accelerated = build_objective(config.objective), (asked(config.launcher.device) or "cpu") != "cpu"
+    return with_runs(read_shapes(base), base, objective, folder, config.data.max_length, accelerated)
 
 
 def shape_of(base: PreTrainedModel, shapes: ModelShapes) -> Shape:

@@ -97,6 +97,8 @@ def test_this_process_has_no_simulated_device() -> None:
 def test_the_peak_is_the_planned_one(found: dict[str, dict[str, Any]], name: str) -> None:
     simulated = _simulation(found, name)
     assert simulated.peak_bytes == pytest.approx(found[name]["peak"], rel=0.1)
+    if simulated.host is None:  # a CPU's is the host's
+        return
     if (planned := found[name]["host"]) > 0:
         # moved activations: no gradient flows to the embedding, so the first norm of these few layers saves nothing
         assert simulated.host_peak_bytes == pytest.approx(planned, rel=0.04 if found[name]["moved"] else 0.02)
@@ -123,7 +125,9 @@ def test_bytes_are_those_of_a_simulated_cpu(found: dict[str, dict[str, Any]], na
             assert (peak.gradients, peak.gather) == (ours.gradients, ours.gather), place
 
 
-@pytest.mark.parametrize("name", _names("params", without=tuple(n for n in VARIANTS if "optim" in n)))
+@pytest.mark.parametrize(
+    "name", _names("params", without=tuple(n for n in VARIANTS if "optim" in n or "objective" in n))
+)
 def test_parameters_gradients_and_states_are_on_the_host_to_the_byte(
     found: dict[str, dict[str, Any]], name: str
 ) -> None:
