@@ -9,7 +9,7 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.distributed.reduce import all_max
 from fsdp_qlora.errors import ModelError, first_line
 from fsdp_qlora.model.root import CausalModel
-from fsdp_qlora.parallel.shard import release_root
+from fsdp_qlora.parallel.shard import release_all
 
 LENGTH = 48
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -42,7 +42,7 @@ def require_losses_agree(model: CausalModel, ranks: Ranks) -> None:
         ) from error
     finally:
         model.train(was_training)
-        release_root(model)
+        release_all(model)
     theirs = float(nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:]))
     gap = all_max(abs(ours - theirs) / max(abs(theirs), 1e-6), ranks)
     if not gap <= LIMITS.get(logits.dtype, LIMITS[torch.bfloat16]):

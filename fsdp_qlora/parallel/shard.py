@@ -316,13 +316,14 @@ def release_gathered(model: nn.Module) -> None:
         unit.reshard()
 
 
-def release_root(model: nn.Module) -> None:
-    """Free the root's parameters, which a forward leaves gathered if no backward follows.
+def release_all(model: nn.Module) -> None:
+    """Free all that forwards without a backward left gathered: the root, and what `stay_gathered` holds.
 
-    While they are gathered, the parameters of the root's modules are tensors that will be freed, not those that stay.
+    While a unit is gathered, its modules' parameters are tensors that will be freed, not those that stay.
     """
     if isinstance(model, FSDPModule):
         model.reshard()
+    release_gathered(model)
 
 
 def _gathered_units(model: nn.Module) -> list[FSDPModule]:

@@ -50,7 +50,7 @@ from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.optim.schedules import build_schedule, warmup_notice
 from fsdp_qlora.parallel.compile import waiting_for_compiler
 from fsdp_qlora.parallel.fallback import EagerFallback
-from fsdp_qlora.parallel.shard import model_dtype, release_gathered, release_root, synchronizer
+from fsdp_qlora.parallel.shard import model_dtype, release_all, release_gathered, synchronizer
 from fsdp_qlora.plan.choices import smaller
 from fsdp_qlora.run.base_files import BaseFiles
 from fsdp_qlora.run.batches import build_batches, data_key
@@ -101,7 +101,7 @@ class Training:
         self.eval_rows = prepared.data.held_out
         self.unwritten = Unwritten()
         self.batches = build_batches(prepared, folder.bad_rows, self.unwritten)
-        release_root(self.model)  # an evaluation may have come before
+        release_all(self.model)  # an evaluation may have come before
         trained = dict(trainable_parameters(self.model))
         undecayed = {adapter_key(name) for name in undecayed_parameters(self.model)}
         rates = learning_rates({name: p.shape for name, p in trained.items()}, self.config.optim, undecayed)

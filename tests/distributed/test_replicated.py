@@ -21,6 +21,7 @@ from fsdp_qlora.checks.copies import require_equal_copies
 from fsdp_qlora.config.rules import failures
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import NumericsError
+from fsdp_qlora.objectives import build_objective
 from fsdp_qlora.optim.optimizers import ShardedOptimizer
 from fsdp_qlora.parallel.shard import require_sharded
 from fsdp_qlora.run.folder import RunFolder
@@ -261,7 +262,8 @@ def _held(ranks: Ranks, model: str, settings: dict[str, Any]) -> dict[str, Any]:
     if isinstance(layer, FSDPModule):
         layer.reshard()
     optimizer = ShardedOptimizer(named.items(), config.optim)
-    step_runner(config, prepared.model, worst_batch(plan, 64, prepared.shapes), ranks)(lambda: None)
+    batch = worst_batch(plan, config, prepared.model.base, prepared.folder, ranks.rank)
+    step_runner(build_objective(config.objective), config, prepared.model, batch, ranks)(lambda: None)
     storages = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in named.values()}  # type: ignore[union-attr]
     optimizer.step(1e-3)
     held = {
