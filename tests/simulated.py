@@ -86,17 +86,6 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], Groups]] = {
          "vocab_size": VOCABULARY, "decoder_start_token_id": 0},
         {"objective": {"name": "seq2seq", "max_target_length": 512}},
     ),
-    "bart": (
-        {"model_type": "bart", "d_model": 512, "encoder_layers": 3, "decoder_layers": 3, "encoder_ffn_dim": 2048,
-         "decoder_ffn_dim": 2048, "encoder_attention_heads": 8, "decoder_attention_heads": 8,
-         "vocab_size": VOCABULARY},
-        {"objective": {"name": "seq2seq"}},
-    ),
-    "whisper": (
-        {"model_type": "whisper", "d_model": 384, "encoder_layers": 4, "decoder_layers": 4,
-         "encoder_attention_heads": 6, "decoder_attention_heads": 6, "encoder_ffn_dim": 1536, "decoder_ffn_dim": 1536},
-        {"objective": {"name": "seq2seq", "language": "en"}},
-    ),
     "vit": (
         {"model_type": "vit", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4,
          "num_attention_heads": 8},
@@ -225,7 +214,7 @@ VARIANTS |= {
         "": {}, ", CPU": {"plan": {"gpu": None}}, ", full": {"train": {"activation_checkpointing": "full"}},
         ", params": {"fsdp": {"offload": "params"}},
     }.items()
-    if where in ("", ", CPU") or name in ("bert, labels", "t5", "swin")
+    if where in ("", ", CPU") or name in ("bert, labels", "t5")
 }  # fmt: skip
 
 

@@ -53,7 +53,8 @@ def _labels(config: RunConfig) -> Iterator[str]:
         if asked(objective.problem_type) is not None:
             yield f"objective.problem_type: objective={objective.name} has no labels; leave it out."
         return
-    if objective.name == "token_classification" and asked(objective.problem_type) is not None:
+    one_of_each = (None, "single_label_classification")
+    if objective.name == "token_classification" and asked(objective.problem_type) not in one_of_each:
         yield f"objective.problem_type: objective={objective.name} has one label for each word; leave it out."
     if twice := sorted({name for name in objective.labels if objective.labels.count(name) > 1}):
         yield f"objective.labels: {', '.join(map(repr, twice))} is named more than once."

@@ -40,8 +40,10 @@ class Labelled(Objective):
         return ("sklearn",)
 
     def configure(self, config: PreTrainedConfig) -> None:
-        """Set the labels, and what they are."""
+        """Set the labels, and what they are; keys and values of a decoder would be kept for nothing."""
         config.update(dict(label_maps(self.labels)))
+        if getattr(text := config.get_text_config(), "use_cache", False):
+            text.use_cache = False
 
     def label_factors(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Return the factor of each label's loss (``objective.class_weights``), ``[labels]``; None if all are 1."""

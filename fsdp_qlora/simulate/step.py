@@ -283,7 +283,7 @@ def worst_batch(plan: TrainPlan, config: RunConfig, base: PreTrainedModel, folde
     From the second micro-batch on, unreduced gradients exist as well; further ones change nothing.
 
     Raises:
-        PlanError: if the objective does not say what its rows look like.
+        PlanError: if the objective does not say what rows of this model look like.
     """
     rows, count = plan.batch.micro_batch_size, min(2, plan.batch.accumulation_steps)
     max_length = plan.settings.max_length
@@ -299,8 +299,8 @@ def worst_batch(plan: TrainPlan, config: RunConfig, base: PreTrainedModel, folde
         tensors = objective.stand_in(folder, base.config, rows, max_length)
         if tensors is None:
             raise PlanError(
-                f"plan.simulate: objective={objective.name} does not say what its rows look like (`stand_in`), so no "
-                "step of it can be simulated; set it to false."
+                f"plan.simulate: no step of objective={objective.name} with a {base.config.model_type} can be simulated; "
+                "set it to false."
             )
         micro_batches.append(NamedBatch(number, tensors, rows=numbers))
     all_rows = count * rows * plan.world_size
