@@ -299,8 +299,8 @@ def worst_batch(plan: TrainPlan, config: RunConfig, base: PreTrainedModel, folde
         tensors = objective.stand_in(folder, base.config, rows, max_length)
         if tensors is None:
             raise PlanError(
-                f"plan.simulate: no step of objective={objective.name} with a {base.config.model_type} can be simulated; "
-                "set it to false."
+                f"plan.simulate: no step of objective={objective.name} with a {base.config.model_type} can be "
+                "simulated; set it to false."
             )
         micro_batches.append(NamedBatch(number, tensors, rows=numbers))
     all_rows = count * rows * plan.world_size

@@ -11,6 +11,7 @@ from fsdp_qlora.config import choices
 from tests.build import essence, losses, metrics, run_fit
 from tests.objectives import CASES
 from tests.pool import Pool
+from tests.tolerances import FP32_LOSSES
 
 KINDS = ["llama, names", "bert, words", "bert, masked", "bert, pairs", "t5", "whisper", "vit"]
 """One of each objective, or two where a model of another form has it."""
@@ -38,7 +39,8 @@ def test_what_is_on_the_host_changes_no_loss(pool: Pool, tmp_path: Path, kind: s
     assert len(plain) == 4
     for name, settings in ON_HOST.items():
         other = pool.run(2, run_fit, model, str(tmp_path), name, {**groups, "fsdp": settings})[0]
-        assert losses(other["metrics"]) == plain, name
+        # norms on the host are summed apart in the gradient's norm
+        assert losses(other["metrics"]) == (pytest.approx(plain, rel=FP32_LOSSES) if name == "norms" else plain), name
 
 
 @pytest.mark.full
