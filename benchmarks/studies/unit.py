@@ -17,7 +17,7 @@ from fsdp_qlora.config.schema import DataSettings
 from fsdp_qlora.data.prepare import prepare_data
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.objectives import build_objective
-from fsdp_qlora.objectives.contrast import ANCHOR, POSITIVE, Texts, losses
+from fsdp_qlora.objectives.contrast import Texts, losses
 from fsdp_qlora.objectives.embedding import unpacked
 from fsdp_qlora.objectives.objective import token_losses
 from fsdp_qlora.run.fit import fit
@@ -88,9 +88,8 @@ def pair_losses(prepared: Prepared, file: Path) -> list[tuple[float, int]]:
     objective = build_objective(prepared.settings.objective)
     prepared.model.eval()
     _, observed = objective.observe(prepared.model, rows.collate(list(range(len(rows))), 0))
-    vectors = [np.stack([unpacked(row[side]) for row in observed]) for side in (0, 1)]
-    role = torch.tensor([ANCHOR] * len(observed) + [POSITIVE] * len(observed))
-    texts = Texts(torch.from_numpy(np.concatenate(vectors)), role)
+    anchors, positives = (torch.from_numpy(np.stack([unpacked(row[side]) for row in observed])) for side in (0, 1))
+    texts = Texts(anchors, positives, anchors[:0])
     return [(float(loss), 1) for loss in losses(texts, prepared.settings.objective.temperature)]
 
 
