@@ -50,7 +50,7 @@ def _of(study: Study, variant: str, results: Results) -> Units:
 def _study(study: Study, results: Results, folder: Path) -> list[str]:
     head = [f"## {study.name}", "", f"{study.question} Base: {study.base}.", ""]
     there = {variant: units for variant in study.variants if (units := _of(study, variant, results))}
-    if study.reference not in there:
+    if study.reference not in there or len(there) == 1:
         return [*head, "Not run yet."]
     _plot(study, there, folder / f"{study.name}.svg")
     learned = [_learned(study, variant, units, there[study.reference]) for variant, units in there.items()]

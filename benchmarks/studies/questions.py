@@ -69,7 +69,7 @@ STUDIES = (
             f"{kind}, {rows} rows, {steps} steps": (*overrides, f"data.max_rows={rows}", f"train.max_steps={steps}")
             for rows, steps in ((50, 24), (200, 48), (900, 96)) for kind, overrides in (("QLoRA", ()), ("full", _FULL))
         },
-        "QLoRA, 900 rows, 96 steps",
+        "QLoRA, 50 rows, 24 steps",
     ),
     Study(
         "adapters",

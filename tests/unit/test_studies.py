@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from benchmarks.studies.claims import CLAIMS, word
+from benchmarks.studies.__main__ import PAGE, ROOT
+from benchmarks.studies.claims import CLAIMS, promises, word
 from benchmarks.studies.compare import difference, mean
 from benchmarks.studies.page import write_page
 from benchmarks.studies.questions import STUDIES, units
@@ -61,3 +64,9 @@ def test_a_promise_holds_only_if_its_whole_interval_does():
     for claim in CLAIMS:
         (study,) = [study for study in STUDIES if study.name == claim.study]
         assert {claim.variant, claim.reference} <= study.variants.keys()
+
+
+def test_readme_says_what_the_studies_measured():
+    results, readme = json.loads((PAGE / "results.json").read_text()), (ROOT / "README.md").read_text()
+    lines = list(promises(results))
+    assert len(lines) > 5 and all(f"\n{line}\n" in readme for line in lines)
