@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.studies.claims import HEAD, MARGIN, promises
+from benchmarks.studies.claims import HEAD, MARGIN, Results, promises
 from benchmarks.studies.compare import Gap, difference, mean
 from benchmarks.studies.questions import SEEDS, STUDIES, Study, units_of
 
-Results = Mapping[str, Mapping[str, Any]]
 Units = Sequence[Mapping[str, Any]]
 """A variant's units, by seed."""
 WARNING = """SmolLM2-135M-Instruct is as a package ships it: its weights are dequantized Q4_1, not originals. So what

@@ -13,6 +13,7 @@ SEEDS = (0, 1, 2)
 _FULL = ("quant=none", "lora=none", "optim.lr=3e-5")
 _NONE = ("quant=none",)
 _FORMATS = {"none": _NONE, "nf4": (), "fp4": ("quant=fp4",), "int8": ("quant=int8",)}
+_METHODS = {"QLoRA": (), "LoRA": _NONE, "full": _FULL, "full, 1e-4": (*_FULL[:2], "optim.lr=1e-4")}
 _STATISTICS = {
     "nf4": (), "no double quantization": ("quant.double_quant=false",), "blocks of 256": ("quant.block_size=256",),
 }  # fmt: skip
@@ -59,7 +60,7 @@ STUDIES = (
     Study(
         "methods",
         "Is QLoRA as good as LoRA, and either as good as full fine-tuning? What is forgotten?",
-        {"QLoRA": (), "LoRA": _NONE, "full": _FULL, "full, 1e-4": (*_FULL[:2], "optim.lr=1e-4")},
+        _METHODS,
         "LoRA", SEEDS,
     ),
     Study(
@@ -105,7 +106,7 @@ STUDIES = (
     Study(
         "encoder_methods",
         "QLoRA, LoRA and full fine-tuning where the weights are the originals: what is learned, what is forgotten?",
-        {"QLoRA": (), "LoRA": _NONE, "full": _FULL, "full, 1e-4": (*_FULL[:2], "optim.lr=1e-4")},
+        _METHODS,
         "LoRA", SEEDS, _MINILM, MINI,
     ),
 )  # fmt: skip

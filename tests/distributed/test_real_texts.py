@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.studies.compare import difference
 from fsdp_qlora.files.home import cache_folder
 from fsdp_qlora.objectives.contrast import retrieval
 from fsdp_qlora.objectives.embedding import unpacked
@@ -42,13 +43,6 @@ def _before_and_after(ranks, root, groups):
     return before, evaluate_prepared(prepared).observed, summary
 
 
-def _interval(values, baseline):
-    """Return the 95 % interval of the mean difference per row, by a paired bootstrap over rows."""
-    differences = np.array(values, dtype=float) - np.array(baseline, dtype=float)
-    draws = np.random.default_rng(0).integers(0, len(differences), (2000, len(differences)))
-    return np.quantile(differences[draws].mean(1), [0.025, 0.975])
-
-
 def _labelled(text):
     """Return words in small letters, and whether each had a capital and what came after it."""
     words, labels = [], []
@@ -73,7 +67,7 @@ def test_capitals_and_punctuation_of_an_encyclopedia(pool, tmp_path):
     _, after, summary = pool.run(2, _before_and_after, str(tmp_path), groups)[0]
     ((most, _),) = Counter(label for _, wanted in after for label in wanted).most_common(1)
     rows = [(np.mean(np.equal(ours, wanted)), np.mean(np.equal(wanted, most))) for ours, wanted in after]
-    low, high = _interval(*zip(*rows, strict=True))
+    _, low, high = difference(*([[(share, 1) for share in side]] for side in zip(*rows, strict=True)))
     print("share of right words above the most common label's:", low, high, summary["metrics_after"])
     assert low > 0
     assert summary["metrics_after"]["f1"] > summary["metrics_before"]["f1"]
@@ -91,7 +85,7 @@ def test_the_answer_that_a_question_is_about(pool, tmp_path):
     groups = {"objective": {"name": "embedding"}, "data": data, "train": train, "optim": {"lr": 3e-4}}
     before, after, summary = pool.run(2, _before_and_after, str(tmp_path), groups)[0]
     first, _ = zip(*(_retrieved(rows) for rows in (before, after)), strict=True)
-    low, high = _interval(first[1], first[0])
+    _, low, high = difference(*([[(right, 1) for right in side]] for side in (first[1], first[0])))
     print("answers found, above the untrained model:", low, high, summary["metrics_before"], summary["metrics_after"])
     assert low > 0
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.studies.compare import difference
 from fsdp_qlora.data.audio import read_recording
 from tools.whisper import WHISPER, write_speech
 
 pytestmark = [pytest.mark.launch, pytest.mark.full]
-TRAIN, HELD, DRAWS = 320, 100, 2_000
-"""Rows, and draws of the bootstrap."""
+TRAIN, HELD = 320, 100
+"""Rows."""
 
 
 def _misheard(folder: Path, rows: list[dict[str, Any]], adapter: Path | None = None) -> np.ndarray:
@@ -59,9 +60,7 @@ def test_fewer_words_are_misheard(cli, tmp_path):
     words = np.array([len(row["text"].split()) for row in rows])
     before = _misheard(tmp_path / "speech", rows)
     after = _misheard(tmp_path / "speech", rows, tmp_path / "outputs/speech/adapter")
-    draws = np.random.default_rng(0).integers(0, HELD, (DRAWS, HELD))
-    fewer = (before - after)[draws].sum(1) / words[draws].sum(1)
-    low, high = np.quantile(fewer, [0.025, 0.975])
+    _, low, high = difference(*([list(zip(wrong, words, strict=True))] for wrong in (before, after)))
     print(
         f"WER by plain transformers: {before.sum() / words.sum():.3f} -> {after.sum() / words.sum():.3f}, fewer by "
         f"{low:.3f} to {high:.3f} (95 %); by the run: {summary['metrics_before']} -> {summary['metrics_after']}"
