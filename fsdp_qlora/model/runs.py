@@ -8,8 +8,8 @@ layer take some milliseconds.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fsdp_qlora.adapters.peft_layers import META
+from fsdp_qlora.attention.masks import masks_by
 from fsdp_qlora.data.loader import NamedBatch
 from fsdp_qlora.errors import typed_line
 from fsdp_qlora.model.live import OneKernel, backward_peak, leaves_of, with_tensors
@@ -136,7 +137,7 @@ class _Run:
                     # the copy's own attribute, in place of its class's method
                     module.forward = partial(self._layer, name, module, module.forward)  # type: ignore[method-assign]
                     stack.callback(vars(module).pop, "forward")
-            stack.enter_context(_masks())
+            stack.enter_context(masks_by({"eager": _mask, "sdpa": _bool_mask}))
             stack.enter_context(OneKernel(on_accelerator))
             stack.enter_context(torch.no_grad())
             objective.sums(_OnMeta(self._model), NamedBatch(0, tensors))
@@ -191,28 +192,15 @@ class _Run:
         return id(storage)
 
 
-@contextmanager
-def _masks() -> Iterator[None]:
-    """Make masks without looking at values, as for rows of which some are padded."""
-    masks = AttentionMaskInterface()
-    own = {name: masks[name] for name in ("eager", "sdpa")}
+def _mask(
+    batch_size: int, q_length: int, kv_length: int, dtype: torch.dtype, device: Any, **_: Any
+) -> torch.Tensor:  # fmt: skip
+    """Make a mask without looking at values, as for rows of which some are padded."""
+    return torch.empty(batch_size, 1, q_length, kv_length, dtype=dtype, device=device)
 
-    def mask(batch_size: int, q_length: int, kv_length: int, dtype: torch.dtype, device: Any, **_: Any) -> torch.Tensor:
-        return torch.empty(batch_size, 1, q_length, kv_length, dtype=dtype, device=device)
 
-    def eager(**given: Any) -> torch.Tensor:
-        return mask(**given)
-
-    def sdpa(**given: Any) -> torch.Tensor:
-        return mask(**{**given, "dtype": torch.bool})
-
-    try:
-        AttentionMaskInterface.register("eager", eager)
-        AttentionMaskInterface.register("sdpa", sdpa)
-        yield
-    finally:
-        for name, function in own.items():
-            AttentionMaskInterface.register(name, function)
+def _bool_mask(**given: Any) -> torch.Tensor:
+    return _mask(**{**given, "dtype": torch.bool})
 
 
 class _OnMeta(nn.Module):

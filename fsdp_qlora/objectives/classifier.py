@@ -14,7 +14,7 @@ from fsdp_qlora.config.schema import ObjectiveSettings
 from fsdp_qlora.data.labels import ROWS
 from fsdp_qlora.data.loader import MicroBatch, NamedBatch
 from fsdp_qlora.objectives.labels import MULTI, REGRESSION, SINGLE, Labels, label_maps
-from fsdp_qlora.objectives.objective import Objective, Sums
+from fsdp_qlora.objectives.objective import Objective, Sums, without_cache
 from fsdp_qlora.objectives.scores import of_labels, of_numbers, of_sets
 
 if TYPE_CHECKING:
@@ -40,10 +40,9 @@ class Labelled(Objective):
         return ("sklearn",)
 
     def configure(self, config: PreTrainedConfig) -> None:
-        """Set the labels, and what they are; keys and values of a decoder would be kept for nothing."""
+        """Set the labels, and what they are."""
         config.update(dict(label_maps(self.labels)))
-        if getattr(text := config.get_text_config(), "use_cache", False):
-            text.use_cache = False
+        without_cache(config)
 
     def label_factors(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Return the factor of each label's loss (``objective.class_weights``), ``[labels]``; None if all are 1."""

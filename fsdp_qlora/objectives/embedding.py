@@ -26,7 +26,7 @@ from fsdp_qlora.data.texts import TextTokenizer, digest_of, key_of, pad_token, t
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.objectives.contrast import Known, Table, Texts, all_tables, differentiate, losses, retrieval
-from fsdp_qlora.objectives.objective import Objective, Sums, register, stand_in_texts
+from fsdp_qlora.objectives.objective import Objective, Sums, register, stand_in_texts, without_cache
 from fsdp_qlora.objectives.pooling import pool, pooling_of, sentence_transformers_files
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Embedding(Objective):
                 f"model.name: a {config.model_type} has an encoder and a decoder; objective=embedding trains models "
                 "with one of them."
             )
-        config.get_text_config().use_cache = False
+        without_cache(config)
 
     def prune(self, model: PreTrainedModel) -> None:
         """Take out BERT's pooler, whose output is not used."""

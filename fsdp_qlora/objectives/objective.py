@@ -223,6 +223,12 @@ class PerToken(Objective):
         return {"perplexity": perplexity(loss)}
 
 
+def without_cache(config: PreTrainedConfig) -> None:
+    """Let a decoder of this config keep no keys and values, which would be kept for nothing."""
+    if getattr(text := config.get_text_config(), "use_cache", False):
+        text.use_cache = False
+
+
 def token_losses(model: nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
     """Return the cross entropy of each supervised token, float32 ``[targets]``, for a micro-batch on the device."""
     assert isinstance(micro_batch, TokenBatch)

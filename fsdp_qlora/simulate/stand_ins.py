@@ -12,6 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fsdp_qlora.attention import blockwise, varlen
 from fsdp_qlora.attention.blockwise import BLOCKWISE
+from fsdp_qlora.attention.masks import masks_by
 from fsdp_qlora.quant import grouped, products
 from fsdp_qlora.quant.experts import EXPERTS_IMPLEMENTATION, experts_by_counts, num_experts
 
@@ -26,17 +27,13 @@ def only_causal_masks() -> Iterator[None]:
     transformers omits such a mask if positions do not restart within a row; on fake tensors it cannot see that. Layers
     with a window shorter than the row still get one.
     """
-    masks = AttentionMaskInterface()
-    blockwise_mask, sdpa_mask = masks[BLOCKWISE], masks[SDPA]
-    AttentionMaskInterface.register(BLOCKWISE, lambda *_, **__: None)
-    AttentionMaskInterface.register(
-        SDPA, lambda *args, **settings: sdpa_mask(*args, **{**settings, "allow_is_causal_skip": True})
-    )
-    try:
+    sdpa_mask = AttentionMaskInterface()[SDPA]
+
+    def causal(*args: Any, **settings: Any) -> Any:
+        return sdpa_mask(*args, **{**settings, "allow_is_causal_skip": True})
+
+    with masks_by({BLOCKWISE: lambda *_, **__: None, SDPA: causal}):
         yield
-    finally:
-        AttentionMaskInterface.register(BLOCKWISE, blockwise_mask)
-        AttentionMaskInterface.register(SDPA, sdpa_mask)
 
 
 @contextmanager
