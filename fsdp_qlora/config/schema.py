@@ -162,7 +162,7 @@ class QuantSettings:
     CPU only where they are kept from step to step: on one rank, or with one copy per rank. Takes as much memory as the
     model in 16 bits; not with ``fsdp.offload=activations``."""
     allow_16bit: bool = False
-    """Continue if more than 10 % of the decoder layers' weights cannot be quantized and stay in 16 bits."""
+    """Continue if more than 10 % of the weights of layers and linears cannot be quantized and stay in 16 bits."""
 
 
 @dataclass(frozen=True)

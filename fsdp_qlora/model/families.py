@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import (
@@ -70,24 +70,43 @@ def language_task(model: PreTrainedModel) -> str | None:
 def _repeated(model: PreTrainedModel) -> list[nn.Module]:
     """Return the layers where transformers declares none: of both sides, in an encoder-decoder (Marian)."""
     sides = [model.get_encoder(), model.get_decoder()] if model.config.is_encoder_decoder else [model]
-    return list(dict.fromkeys(layer for side in sides for layer in _longest_list(side)))
+    return list(dict.fromkeys(layer for side in sides for layer in _most_repeated(side)))
 
 
-def _longest_list(model: nn.Module, without: Collection[nn.Module] = ()) -> list[nn.Module]:
-    """Return the longest `ModuleList` of one class."""
-    lists = [list(m) for m in model.modules() if _is_list(m) and m[0] not in without]
-    return max(
-        lists, key=lambda layers: (len(layers), sum(p.numel() for x in layers for p in x.parameters())), default=[]
-    )
+def _most_repeated(model: nn.Module, without: Collection[nn.Module] = ()) -> list[nn.Module]:
+    """Return the modules in lists that are of one class: of that which most weights are in."""
+    by_class: dict[type[nn.Module], list[nn.Module]] = {}
+    for block in _listed(model):
+        if block not in without:
+            by_class.setdefault(type(block), []).append(block)
+    return max(by_class.values(), key=lambda some: sum(map(_numel, some)), default=[])
 
 
-def _is_list(module: nn.Module) -> TypeGuard[nn.ModuleList]:
-    return isinstance(module, nn.ModuleList) and len({type(x) for x in module}) == 1
+def _listed(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield what lists hold, also lists of lists (Funnel), but not lists inside of that (experts of a layer)."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList) and not any(isinstance(inner, nn.ModuleList) for inner in child):
+            yield from child
+        else:
+            yield from _listed(child)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _around(model: nn.Module, declared: list[nn.Module]) -> list[nn.Module]:
+    """Return the blocks around what is declared: some classes declare their layers' attention alone (Longformer)."""
+    holder: dict[nn.Module, nn.Module] = {}
+    for some in model.modules():  # lists inside of others come later: the block next to a module counts
+        for block in some if isinstance(some, nn.ModuleList) else ():
+            holder |= dict.fromkeys(block.modules(), block)
+    return list(dict.fromkeys(holder.get(module, module) for module in declared))
 
 
 def blocks_beside(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
     """Return the blocks of a vision tower beside the decoder's ``layers``."""
-    return _longest_list(model, layers)
+    return _most_repeated(model, layers)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -98,7 +117,8 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """
     classes = set(model._no_split_modules or [])  # read only; transformers has used this name since v4
     table = model.get_input_embeddings()
-    layers = [module for module in model.modules() if type(module).__name__ in classes] or _repeated(model)
+    layers = [module for module in model.modules() if type(module).__name__ in classes]
+    layers = _around(model, layers) or _repeated(model)
     layers = [module for module in layers if all(inner is not table for inner in module.modules())]
     inside = {inner for module in layers for inner in module.modules() if inner is not module}
     layers = [module for module in layers if module not in inside]

@@ -92,6 +92,16 @@ class _Layer:
     transient: int = 0
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A layer's forward that has not ended."""
+
+    layer: _Layer
+    within: ExitStack
+    leaves: list[torch.Tensor]
+    kept: list[torch.Tensor]
+
+
 def _by_length(lengths: Sequence[int], layers: Sequence[_Layer]) -> LayerRun:
     def through(number: Callable[[_Layer], int]) -> ByLength:
         return ByLength.through([(length, number(layer)) for length, layer in zip(lengths, layers, strict=True)])
@@ -125,6 +135,7 @@ class _Run:
         self._transient: dict[Any, int] = {}
         self._own = {self._note(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._current: _Layer | None = None
+        self._begun: _Begun | None = None
         self.layers: dict[str, _Layer] = {}
 
     def go(self, objective: Objective, tensors: Mapping[str, torch.Tensor], on_accelerator: bool) -> None:
@@ -134,31 +145,40 @@ class _Run:
                 if name in self._linears:
                     stack.callback(module.register_forward_hook(partial(self._note_linear, name)).remove)
                 if name in self._shapes.layers:
-                    # the copy's own attribute, in place of its class's method
-                    module.forward = partial(self._layer, name, module, module.forward)  # type: ignore[method-assign]
-                    stack.callback(vars(module).pop, "forward")
+                    before = module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
+                    after = module.register_forward_hook(self._leave, with_kwargs=True)
+                    stack.callback(before.remove)
+                    stack.callback(after.remove)
             stack.enter_context(masks_by({"eager": _mask, "sdpa": _bool_mask}))
             stack.enter_context(OneKernel(on_accelerator))
             stack.enter_context(torch.no_grad())
             objective.sums(_OnMeta(self._model), NamedBatch(0, tensors))
 
-    def _layer(self, name: str, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a layer alone, and note what it keeps."""
+    def _enter(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Begin to note what a layer keeps: it runs alone, on leaves of its own."""
         hidden = next(x for x in leaves_of((args, kwargs)) if _is_float(x))
         states = [x for x in leaves_of((args, kwargs)) if _is_float(x) and _alike(x, hidden)]
         leaves = {id(x): x.detach().requires_grad_() for x in states}
-        args, kwargs = with_tensors(lambda x: leaves.get(id(x), x), (args, kwargs))
-        mine = self._current = self.layers[name] = _Layer(hidden.shape[:-1].numel(), hidden.nbytes)
         kept: list[torch.Tensor] = []
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             kept.append(tensor)
             return tensor
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = forward(*args, **kwargs)
-        self._current = None
-        for tensor in kept:
+        within = ExitStack()
+        within.enter_context(torch.enable_grad())
+        within.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+        self._current = self.layers[name] = _Layer(hidden.shape[:-1].numel(), hidden.nbytes)
+        self._begun = _Begun(self._current, within, list(leaves.values()), kept)
+        return with_tensors(lambda x: leaves.get(id(x), x), (args, kwargs))
+
+    def _leave(self, layer: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        """Note what the layer kept, and run it again for the peak of its backward if it is of a new kind."""
+        assert self._begun is not None
+        mine, begun = self._begun.layer, self._begun
+        self._current = self._begun = None
+        begun.within.close()
+        for tensor in begun.kept:
             storage = self._note(tensor)
             if storage not in self._own and storage not in self._counted:
                 self._counted.add(storage)
@@ -173,7 +193,7 @@ class _Run:
             tuple(size for _, size in mine.inputs.values()),
         )
         if key not in self._transient:
-            self._transient[key] = backward_peak(lambda: forward(*args, **kwargs), list(leaves.values()))
+            self._transient[key] = backward_peak(lambda: layer.forward(*args, **kwargs), begun.leaves)  # no hooks
         mine.transient = self._transient[key]
         return with_tensors(torch.Tensor.detach, out)
 

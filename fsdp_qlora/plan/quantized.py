@@ -13,7 +13,7 @@ from fsdp_qlora.shapes.linears import LinearShape, ModelShapes, quantized_edges,
 from fsdp_qlora.shapes.patterns import endings
 
 _MOST_KEPT = 0.1
-"""Share of the decoder layers' weights that may stay in 16 bits without confirmation."""
+"""Share of the weights of layers and linears that may stay in 16 bits without confirmation."""
 
 
 def format_of(settings: QuantSettings, name: str | None = None) -> Format:
@@ -26,8 +26,8 @@ def chosen_linears(settings: QuantSettings, shapes: ModelShapes) -> tuple[Packed
     """Return the weights that are stored quantized: those of the decoder layers, then those of a vision tower.
 
     Raises:
-        PlanError: if a pattern matches nothing, much of the decoder layers would stay in 16 bits unasked, or a model
-            without a vision tower should have one quantized.
+        PlanError: if a pattern matches nothing, much of the layers and linears would stay in 16 bits unasked, or a
+            model without a vision tower should have one quantized.
     """
     inside, beside = quantized_linears(shapes), _of_images(settings, shapes)
     formats = {x.name: settings.name for x in inside} | {x.name: settings.vision for x in beside}
@@ -77,20 +77,21 @@ def _overridden(overrides: Mapping[str, str], names: list[str]) -> dict[str, str
 
 
 def _require_most(shapes: ModelShapes, can: set[str]) -> None:
+    outside = {x.parameter for x in shapes.linears if x.name not in shapes.beside}
     kept = {
         name: prod(shape)
         for name, shape in shapes.parameters.items()
         if name not in can
         and name not in shapes.left_dense
-        and any(name.startswith(layer + ".") for layer in shapes.layers)
+        and (name in outside or any(name.startswith(layer + ".") for layer in shapes.layers))
     }
     share = sum(kept.values()) / max(1, sum(kept.values()) + sum(prod(shapes.parameters[name]) for name in can))
     if share > _MOST_KEPT:
         largest = max(kept, key=lambda name: kept[name])
         raise PlanError(
-            f"quant: {100 * share:.0f} % of the decoder layers' weights would stay in 16 bits, the largest {largest} "
-            f"{list(shapes.parameters[largest])}: this kind of layer cannot be quantized here. Set "
-            "quant.allow_16bit=true to continue anyway."
+            f"quant: {100 * share:.0f} % of the weights of layers and linears would stay in 16 bits, the largest "
+            f"{largest} {list(shapes.parameters[largest])}: this kind of weight, or a linear outside the layers, "
+            "cannot be quantized here. Set quant.allow_16bit=true to continue anyway."
         )
 
 

@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "the-model-is-refused": (
         "would not match its own code in transformers", "cannot be compared with its upstream code",
-        "of the decoder layers' weights would stay in 16 bits",
+        "of the weights of layers and linears would stay in 16 bits",
     ),
     "the-data-cannot-be-read": (
         "data: there is no file", "data: no file matches", "unknown file type", "holds no data", "did not provide its",

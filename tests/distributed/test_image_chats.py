@@ -258,11 +258,19 @@ def test_other_pixels_are_found_by_the_check(pool, tmp_path):
     assert "would not match its own code" in pool.run(1, _with_other_pixels, model, {**groups, "root": tmp_path})[0]
 
 
-def test_sixteen_rows_are_learned_by_heart_in_bf16(pool, tmp_path):
+LANGUAGE = ["q_proj", "v_proj", "down_proj", "up_proj"]
+BY_HEART: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"quant": {"vision": "nf4"}, "lora": {"target_modules": [*LANGUAGE, "model.visual.*.qkv"]}},
+    "llava": {"lora": {"target_modules": LANGUAGE}},
+}
+
+
+@pytest.mark.parametrize("family", BY_HEART)
+def test_sixteen_rows_are_learned_by_heart_in_bf16(pool, tmp_path, family):
+    own = BY_HEART[family]
     model, groups = _case(
-        tmp_path, "qwen2_vl", precision={"name": "bf16"}, optim={"lr": 0.01}, data={"max_rows": 16},
-        quant={"vision": "nf4"},
-        lora={"r": 16, "alpha": 32, "target_modules": ["q_proj", "v_proj", "down_proj", "up_proj", "model.visual.*.qkv"]},
+        tmp_path, family, precision={"name": "bf16"}, optim={"lr": 0.01}, data={"max_rows": 16},
+        quant=own.get("quant", {}), lora={"r": 16, "alpha": 32, **own["lora"]},
         train={"max_steps": 40, "global_batch_size": 16, "micro_batch_size": 4},
     )  # fmt: skip
     made = losses(pool.run(2, run_fit, model, str(tmp_path), "run", groups)[0]["metrics"])

@@ -62,7 +62,7 @@ def test_what_is_written_is_what_upstream_writes(pool, tmp_path, family):
         assert metrics.keys() == {"perplexity", "rouge1", "rouge2", "rougeL", "bleu"}
 
 
-@pytest.mark.parametrize(("family", "lr", "steps"), [("t5", 0.01, 60), ("bart", 0.003, 100)])
+@pytest.mark.parametrize(("family", "lr", "steps"), [("t5", 0.01, 60), ("bart", 0.003, 100), ("marian", 0.003, 150)])
 def test_sixteen_pairs_are_learned_by_heart(pool, tmp_path, family, lr, steps):
     pytest.importorskip("sacrebleu", reason="the extra tasks")
     folder = loud_family(tmp_path / "model", family)

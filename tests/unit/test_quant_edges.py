@@ -107,7 +107,7 @@ def test_layers_that_cannot_be_quantized_are_refused_unless_allowed():
     shapes = replace(shapes, linears=known)
     config = {"model": {"name": "x"}, "quant": {"name": "nf4"}}
     with pytest.raises(
-        PlanError, match=r"\d+ % of the decoder layers' weights would stay in 16 bits, the largest .*exp"
+        PlanError, match=r"\d+ % of the weights of layers and linears would stay in 16 bits, the largest .*exp"
     ):
         make_plan(from_dict(config), shapes, 1)
     config["quant"]["allow_16bit"] = True
