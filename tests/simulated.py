@@ -48,6 +48,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }  # fmt: skip
+SIDES: dict[str, Any] = {
+    "d_model": 512, "encoder_layers": 4, "decoder_layers": 4, "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048,
+}  # fmt: skip
 OBJECTIVES: dict[str, tuple[dict[str, Any], Groups]] = {
     "bert, labels": (
         {"model_type": "bert", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4,
@@ -85,6 +89,19 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], Groups]] = {
         {"model_type": "t5", "d_model": 512, "d_ff": 2048, "d_kv": 64, "num_layers": 10, "num_heads": 8,
          "vocab_size": VOCABULARY, "decoder_start_token_id": 0},
         {"objective": {"name": "seq2seq", "max_target_length": 512}},
+    ),
+    "bart": (
+        {"model_type": "bart", **SIDES, "max_position_embeddings": 1024, "vocab_size": VOCABULARY},
+        {"objective": {"name": "seq2seq"}},
+    ),
+    "marian": (
+        {"model_type": "marian", **SIDES, "max_position_embeddings": 512, "vocab_size": VOCABULARY,
+         "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
+        {"objective": {"name": "seq2seq", "max_target_length": 512}},
+    ),
+    "whisper": (
+        {"model_type": "whisper", **SIDES, "vocab_size": VOCABULARY, "pad_token_id": 0},
+        {"objective": {"name": "seq2seq"}},
     ),
     "vit": (
         {"model_type": "vit", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4,

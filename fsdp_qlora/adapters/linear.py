@@ -97,8 +97,8 @@ def products(layers: Sequence[QuantLoraLinear], x: torch.Tensor) -> list[torch.T
 class SharedInput:
     """Layers that read the same input (queries, keys and values): the first one called computes the products of all.
 
-    Results are used only for the very tensor they were computed from. So a layer that in fact reads another input
-    (cross-attention) is still correct, only slower.
+    Results are used only for the very tensor they were computed from. So a layer that in fact reads another input is
+    still correct, only slower.
     """
 
     def __init__(self, layers: Sequence[QuantLoraLinear]) -> None:
@@ -118,9 +118,16 @@ class SharedInput:
             self._input = None
         return product
 
+    @property
+    def idle(self) -> bool:
+        """Whether every product that was computed has been used."""
+        return not self._made
+
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears of the same module that read the same input in transformers' models."""
+_CROSS_ATTENTION, _OF_ENCODER = "encoder_attn", (("k_proj", "v_proj"),)
+"""Name of the module, in encoder-decoders, whose queries read another input than keys and values."""
 
 
 def use_fused_products(model: nn.Module) -> list[SharedInput]:
@@ -133,8 +140,8 @@ def use_fused_products(model: nn.Module) -> list[SharedInput]:
         if isinstance(parent, QuantLoraLinear):
             dropout = dict(parent.lora_dropout.items()).get(ADAPTER)
             parent.fused = dropout is not None and not (isinstance(dropout, nn.Dropout) and dropout.p > 0)
-    for parent in list(model.modules()):
-        for names in SHARED_INPUTS:
+    for path, parent in list(model.named_modules()):
+        for names in _OF_ENCODER if path.endswith(f".{_CROSS_ATTENTION}") else SHARED_INPUTS:
             linears = [m for n in names if isinstance(m := getattr(parent, n, None), QuantLoraLinear) and m.fused]
             if len(linears) > 1 and len({(m.in_features, m.get_base_layer().quant_format) for m in linears}) == 1:
                 groups.append(SharedInput(linears))

@@ -13,14 +13,19 @@ FLOAT_LOGITS_BYTES = 64 * 2**20
 """Assumed limit on the part of a chunk's logits that is float32 at a time on a CPU."""
 
 
-def chunked_bytes(chunk: int, vocab_size: int, itemsize: int, on_accelerator: bool, capped: bool = False) -> int:
+def chunked_bytes(
+    chunk: int, vocab_size: int, itemsize: int, on_accelerator: bool, capped: bool = False, by_code: bool = False
+) -> int:
     """Return the bytes of a dense head's loss (`heads/dense.py`), ``chunk`` tokens at a time.
 
     An accelerator holds a chunk's logits in their own dtype, and either in float32 (twice with a soft cap) or, while
-    they are multiplied, those of the previous chunk. A CPU has a part of them in float32 at a time.
+    they are multiplied, those of the previous chunk. A CPU has a part of them in float32 at a time. Where upstream's
+    code runs on them, its output and the gradient are there, too, and the loss is differentiated by autograd.
     """
     logits = chunk * vocab_size
     own, floats = logits * itemsize, logits * FLOAT32
+    if by_code:
+        return 3 * own + 2 * floats
     if on_accelerator:
         return own + max(own, floats * (2 if capped else 1))
     return LOGIT_COPIES * (own + min(floats, FLOAT_LOGITS_BYTES))

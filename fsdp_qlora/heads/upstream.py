@@ -53,6 +53,10 @@ class _StandIn(nn.Module):
         super().__init__()
         self._like = (like,)  # in a tuple, so that it is not registered as a child
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what ``forward`` does, without hooks: what observes modules would take it for a part of the model."""
+        return self.forward(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

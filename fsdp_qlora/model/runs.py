@@ -237,6 +237,8 @@ class _OnMeta(nn.Module):
 
     def losses(self, labels: torch.Tensor, supervised: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """Run upstream's forward, which shifts the labels of encoder-decoders."""
+        if "attention_mask" not in inputs:  # Whisper's would look for rows in one sequence, by the values of positions
+            inputs |= {"decoder_attention_mask": torch.ones_like(labels)}
         self.outputs(**inputs, labels=labels)
         return torch.empty(len(supervised), device=META)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fsdp_qlora.adapters.names import names_taken_for_experts, renamed_by_peft
 from fsdp_qlora.attention.blockwise import BLOCKWISE  # noqa: F401 - registers it
 from fsdp_qlora.errors import FsdpQloraError, ModelError
+from fsdp_qlora.heads.upstream import after_head
 from fsdp_qlora.model.config import load_config, not_buildable
 from fsdp_qlora.model.construct import (
     float32_parameters,
@@ -163,6 +164,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         beside=_beside(model, linears, layers),
         tower=_tower(model, layers),
         capped=bool(getattr(config, "final_logit_softcapping", None)),
+        by_code=_by_code(model),
     )
 
 
@@ -208,6 +210,14 @@ def _tower(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Tower | None:
     names = {module: name for name, module in model.named_modules()}
     blocks = tuple(names[block] for block in blocks_beside(model, layers))
     return FAMILIES[model.config.model_type](model.config).tower(blocks)
+
+
+def _by_code(model: PreTrainedModel) -> bool:
+    """Whether upstream's code runs on the head's product; the build refuses a model in which it cannot."""
+    try:
+        return after_head(model).code is not None
+    except ModelError:
+        return False
 
 
 def _first_owner(model: PreTrainedModel, parameter: nn.Parameter) -> str:

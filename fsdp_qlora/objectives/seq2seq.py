@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
 _SPEECH = "whisper"
 """The one type of speech model whose own code is compared with ours."""
-
-SIMULATED = ("t5", "mt5")
-"""Model types whose simulated steps take what real ones do."""
 
 
 class SequenceToSequence(PerToken):
@@ -98,13 +96,10 @@ class SequenceToSequence(PerToken):
         written = [torch.randint(4, most, (1, length), generator=draw) for length in lengths]
         return [row | {"decoder_input_ids": ids} for row, ids in zip(rows, written, strict=True)]
 
-    def stand_in(
-        self, folder: Path, config: PreTrainedConfig, rows: int, length: int
-    ) -> dict[str, torch.Tensor] | None:
-        """Return sources, and targets as long as can be; None for models of which no step has been compared."""
-        if config.model_type not in SIMULATED:
-            return None
-        targets = stand_in_texts(rows, self.settings.max_target_length, config.vocab_size)["input_ids"]
+    def stand_in(self, folder: Path, config: PreTrainedConfig, rows: int, length: int) -> dict[str, torch.Tensor]:
+        """Return sources, and targets as long as can be."""
+        most = min(self.settings.max_target_length, _positions(config))
+        targets = stand_in_texts(rows, most, config.vocab_size)["input_ids"]
         return self._sources(config, rows, length) | {LABELS: targets, SUPERVISED: learned_positions(targets)}
 
     def _sources(self, config: PreTrainedConfig, rows: int, length: int) -> dict[str, torch.Tensor]:
@@ -241,6 +236,12 @@ def _hears(config: PreTrainedConfig) -> bool:
 def _end(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Any:
     """Return the token that ends a target."""
     return tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+
+
+def _positions(config: PreTrainedConfig) -> int:
+    """Return the most tokens of a target that a decoder has positions for."""
+    sizes = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
+    return next((size for size in sizes if size), sys.maxsize)
 
 
 def _spectrogram(config: PreTrainedConfig) -> tuple[int, int]:

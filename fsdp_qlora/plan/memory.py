@@ -334,7 +334,8 @@ class MemoryModel:
         chunk, vocab = min(settings.logits_chunk, tokens), self.shapes.vocab_size + self.adapters.added
         if settings.quantized_head:
             return sliced_bytes(chunk, tokens, vocab, self.shapes.hidden_size, settings.itemsize)
-        return chunked_bytes(chunk, vocab, settings.itemsize, settings.on_accelerator, self.shapes.capped)
+        kinds = self.shapes.capped, self.shapes.by_code
+        return chunked_bytes(chunk, vocab, settings.itemsize, settings.on_accelerator, *kinds)
 
     def _largest_slice(self, shard_size: int) -> int:
         """Return the most elements that this rank reads at a time: a chunk (all if transposed) or its shard."""

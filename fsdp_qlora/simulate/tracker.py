@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType, _SavedFSDPMethods
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState, _register_group_forward_hooks
@@ -249,6 +249,9 @@ def measure_step(
         fake: the mode of the model's fake tensors; None for real ones.
         units: the modules that name the places, where FSDP does not shard them.
         device_type: where the step runs; if that is an accelerator, tensors in host memory are counted apart.
+
+    Raises:
+        PlanError: if the model's own code reads values, which fake tensors do not have.
     """
     tracker = _PlaceTracker(model, optimizer, units, device_type)
     mode: AbstractContextManager[object] = fake or nullcontext()
@@ -256,7 +259,13 @@ def measure_step(
     # Backward in this thread, as on a CPU: with a simulated device autograd would start a thread for it, and that
     # thread would abort the process when it exits.
     with mode, tracker, torch.autograd.set_multithreading_enabled(False):
-        forward_backward(tracker.reset_mod_stats)
+        try:
+            forward_backward(tracker.reset_mod_stats)
+        except DataDependentOutputException as error:
+            raise PlanError(
+                "plan.simulate: the model's own code reads values of its tensors, which a simulated step has not; set "
+                "it to false, and the plan counts them."
+            ) from error
     tracker.place = ("update", None)
     with tracker:
         update()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from fsdp_qlora.adapters.linear import QuantLoraLinear
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.model.root import CausalModel
 from fsdp_qlora.objectives import build_objective
@@ -74,6 +75,27 @@ def test_an_evaluation_before_a_run_changes_nothing(pool, tmp_path, more):
         pool.run(2, _fit, model, str(tmp_path), str(first), {**groups, **more}, first)[0] for first in (False, True)
     ]
     assert runs[0] == runs[1] and len(runs[0]) >= 6
+
+
+def _unused_products(ranks, folder, groups):
+    """Return the linears whose product was computed beside that of another, and which nobody asked for."""
+    prepared = build(ranks, folder, **groups)
+    assert prepared.data is not None and prepared.data.train is not None
+    rows = prepared.data.encoder.rows(prepared.data.train)
+    build_objective(prepared.settings.objective).sums(prepared.model.train(), rows.collate([0, 1], 0))
+    groups = {
+        id(m.sharing): m.sharing for m in prepared.model.modules() if isinstance(m, QuantLoraLinear) and m.sharing
+    }
+    return len(groups), [str(group.layers) for group in groups.values() if not group.idle]
+
+
+@pytest.mark.parametrize("kind", some_in_full(CASES, {"bart, int8"}))
+def test_no_product_is_computed_for_nothing(pool, tmp_path, kind):
+    """Cross-attention's queries read other states than its keys and values."""
+    model, groups = CASES[kind].write(tmp_path)
+    count, unused = pool.run(1, _unused_products, model, groups)[0]
+    assert not unused
+    assert count or CASES[kind].family not in ("bart", "whisper")
 
 
 def _checked(ranks, folder, groups):
