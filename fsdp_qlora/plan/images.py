@@ -115,6 +115,24 @@ class TowerMemory:
         own = patches * ((2 * widest + 2 * tower.width) * settings.itemsize + rotated)
         return max(after, again + own + self._scores(tower, settings, 3 * FLOAT32))
 
+    def operations(self, settings: StorageSettings) -> float:
+        """Return the operations for the images of a micro-batch, as `timing` counts them.
+
+        A block takes ``2 N + S`` for a patch, N being its weights and ``S = 4 x width x patches of the image``:
+        attention in both directions. Backward takes ``2 N + 2.5 S`` in the blocks from the first trained one on.
+        """
+        if (tower := self._tower) is None:
+            return 0.0
+        patches, tokens = self._sizes(tower, settings)
+        weights = 2 * sum(x.numel for x in self._block)
+        scores = 4 * tower.width * tower.longest(settings.max_length)
+        after = 2 * sum(x.numel for x in self._after) * tokens
+        forward = len(tower.blocks) * patches * (weights + scores) + after
+        if not self.trained:
+            return forward
+        again = weights + scores if settings.checkpointing == "full" else 0
+        return forward + (len(tower.blocks) - self._from) * patches * (weights + 2.5 * scores + again) + after
+
     def _of_block(self, tower: Tower, settings: StorageSettings) -> int:
         """Return the bytes that one block keeps for backward, with an adapter where any block has one."""
         patches, _ = self._sizes(tower, settings)

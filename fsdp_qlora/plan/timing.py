@@ -8,7 +8,8 @@ Operations per token, counting multiplications and additions separately as in Ka
     recompute  2 N         + 2 A + S        (full checkpointing; the head is not recomputed)
 
 Frozen weights get no gradient, so backward is 2 N, not 4 N. Flash attention's backward takes 2.5 S (Dao, 2023,
-https://arxiv.org/abs/2307.08691, section 3.1) because it recomputes the scores.
+https://arxiv.org/abs/2307.08691, section 3.1) because it recomputes the scores. A vision tower adds its own
+(`TowerMemory.operations`), for as many images as rows may have.
 
 A micro-batch takes
 
@@ -146,7 +147,8 @@ def step_time(
     settings, memory = settings or plan.settings, plan.memory
     turns = accumulation_steps or plan.batch.accumulation_steps
     batch = plan.batch if accumulation_steps is None else plan.batch.of_rows(settings.micro_batch_size)
-    token = flops_per_token(plan, shapes, settings).total / (device.teraflops * 1e12 * MFU)
+    rate = device.teraflops * 1e12 * MFU
+    token = (flops_per_token(plan, shapes, settings).total + memory.tower.operations(settings) / settings.tokens) / rate
     compute = token * settings.tokens
     gathered = gathered_bytes(memory, settings)
     gather = gathered / link.rate if settings.shard_size > 1 else 0.0
