@@ -40,6 +40,7 @@ CLAIMS = (
     Claim("LoRA forgets less than full fine-tuning", "methods", "LoRA", "full, 1e-4", "unrelated"),
     Claim("LoRA forgets less than full fine-tuning", "encoder_methods", "LoRA", "full, 1e-4", "unrelated"),
     Claim("LoRA is better out of domain", "methods", "LoRA", "full, 1e-4", "elsewhere"),
+    Claim("LoRA is better out of domain", "encoder_methods", "LoRA", "full, 1e-4", "elsewhere"),
     Claim("QLoRA is better on 50 rows than full fine-tuning", "rows", "QLoRA, 50 rows, 24 steps",
           "full, 50 rows, 24 steps"),
 )  # fmt: skip
