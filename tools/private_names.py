@@ -18,6 +18,7 @@ PRIVATE: dict[str, tuple[str, str, str]] = {
     "_compatible_flash_implementations": (
         "attention/candidates.py", "transformers.PreTrainedModel", "test_hub_kernels.py",
     ),
+    "_model_mapping": ("attention/candidates.py", "transformers.AutoModel", "test_attention.py"),
     "_supports_attention_backend": ("attention/candidates.py", "transformers.PreTrainedModel", "test_attention.py"),
     "_supports_flash_attn": ("attention/candidates.py", "transformers.PreTrainedModel", "test_attention.py"),
     "_supports_sdpa": ("attention/candidates.py", "transformers.PreTrainedModel", "test_attention.py"),

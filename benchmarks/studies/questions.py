@@ -74,11 +74,13 @@ STUDIES = (
     ),
     Study(
         "adapters",
-        "Which adapter learns most in equal steps, and how large is it?",
+        "Which adapter learns most in equal steps, which in equal time, and how large is it?",
         {
             "LoRA, r 16": (), "LoRA, r 4": ("lora.r=4",), "LoRA, r 64": ("lora.r=64",), "rsLoRA": ("lora=rslora",),
             "DoRA": ("lora=dora",), "PiSSA": ("lora=pissa",), "OLoRA": ("lora=olora",),
             "LoRA+": ("optim.loraplus_lr_ratio=16",),
+            "LoRA, r 64, 20 steps: r 16's time": ("lora.r=64", "train.max_steps=20"),
+            "DoRA, 16 steps: LoRA's time": ("lora=dora", "train.max_steps=16"),
         },
         "LoRA, r 16", timed=True,
     ),

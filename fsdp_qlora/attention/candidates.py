@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.import_utils import is_flash_attn_2_available, is_kernels_available
 
@@ -31,19 +32,20 @@ _CAPS, _DROPOUTS = ("attn_logit_softcapping", "attention_logit_cap"), ("attentio
 
 def attention_candidates(
     device: torch.device, asked: str | None, model_config: Any, dtype: torch.dtype, trust_remote_code: bool = False,
-    causal: bool = True,
+    auto_class: str | None = None,
 ) -> tuple[str, ...]:  # fmt: skip
     """Return the attention implementations to try, in order, or only ``asked`` if it is given.
 
     These are flash attention (in 16 bits, if the package is installed) and sdpa on an accelerator, and `blockwise` on a
     CPU, each only if the class claims to support it and it supports the config. Eager always comes last. Models that
-    are not ``causal`` get eager on a CPU, and sdpa before it on an accelerator.
+    another ``auto_class`` builds than that of causal language models get eager on a CPU, and sdpa before it on an
+    accelerator.
 
     Raises:
         ModelError: if ``asked`` is not available on this device or in this dtype, or would download compiled code that
             is not trusted.
     """
-    text, kind = model_config.get_text_config(), _model_class(model_config) if causal else None
+    text, kind = model_config.get_text_config(), _model_class(model_config) if auto_class is None else None
     if asked is not None:
         if (why := why_not(asked, device, dtype, text)) is not None:
             raise ModelError(f"model.attn_implementation: {why}.")
@@ -54,7 +56,7 @@ def attention_candidates(
             )
         return (asked,)
     if kind is None:  # an encoder, an encoder-decoder, or the folder's own code
-        return (EAGER,) if device.type == "cpu" else ("sdpa", EAGER)
+        return (EAGER,) if device.type == "cpu" or not _has_sdpa(model_config, auto_class) else ("sdpa", EAGER)
     capped, candidates = _has(text, _CAPS), []
     if device.type == "cpu":
         if kind._supports_attention_backend and not capped and not _has(text, _DROPOUTS):
@@ -129,6 +131,16 @@ def code_files(model_config: Any, folder: Path, trust_remote_code: bool) -> list
     kind = _model_class(model_config)
     module = sys.modules.get(kind.__module__) if kind is not None else None
     return [*own, Path(module.__file__)] if module is not None and module.__file__ else own
+
+
+def _has_sdpa(model_config: Any, auto_class: str | None) -> bool:
+    """Whether the class that ``auto_class`` builds supports sdpa; those that are not upstream's may."""
+    if auto_class is None:
+        return True
+    kinds = getattr(transformers, auto_class)._model_mapping
+    kind = kinds.get(type(model_config), None)
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    return kind is None or kind._supports_sdpa
 
 
 def _model_class(model_config: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,18 @@ def with_runs(
         runs = [_run(model, shapes, objective, folder, size, on_accelerator) for size in lengths]
         layers = list(zip(*([run[name] for name in shapes.layers] for run in runs), strict=True))
     except Exception as error:  # upstream's code may read values, which raises anything on meta
-        _log.warning(
-            "%s: its layers cannot be run without values (%s), so the plan estimates what they keep by the sizes of "
-            "their linears; plan.simulate=true runs them on fake tensors",
-            type(model).__name__, typed_line(error),
-        )  # fmt: skip
+        _warn(type(model).__name__, typed_line(error))
         return shapes
     return replace(shapes, runs=tuple(_by_length(lengths, each) for each in layers))
+
+
+@cache
+def _warn(name: str, why: str) -> None:
+    """Say once in a process that the plan estimates."""
+    _log.warning(
+        "%s: its layers cannot be run without values (%s), so the plan estimates what they keep by the sizes of their "
+        "linears", name, why,
+    )  # fmt: skip
 
 
 def _run(

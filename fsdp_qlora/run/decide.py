@@ -196,8 +196,8 @@ def attentions_for(config: RunConfig, device: torch.device, source: Path) -> tup
         wanted = wanted or EAGER
     model_config = load_config(source, model.trust_remote_code, model.config_overrides)
     dtype = model_dtype(config.precision.name)
-    causal = build_objective(config.objective).of_tokens
-    return attention_candidates(device, wanted, model_config, dtype, model.trust_remote_code, causal)
+    auto_class = build_objective(config.objective).auto_class
+    return attention_candidates(device, wanted, model_config, dtype, model.trust_remote_code, auto_class)
 
 
 def replace_attention(config: RunConfig, attention: str) -> RunConfig:

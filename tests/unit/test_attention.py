@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CONFIG_MAPPING
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from fsdp_qlora.attention import blockwise as attention
 from fsdp_qlora.attention.blockwise import blockwise_forward, ops
+from fsdp_qlora.attention.candidates import attention_candidates
 from fsdp_qlora.errors import ModelError
 from tests.unit.test_norms import Ops
 
@@ -96,3 +98,11 @@ def test_shapes_on_fake_tensors_are_the_real_ones():
         torch.library.opcheck(ops.attention.default, (query, key, value, None, 0.3, True, keep))
         rest = (torch.randn_like(out), query, key, value, out, None, kept if keep else None, 0.3, True)
         torch.library.opcheck(ops.attention_backward.default, rest)
+
+
+@pytest.mark.parametrize(("model_type", "first"), [("bert", "sdpa"), ("xlm", "eager"), ("deberta", "eager")])
+def test_encoders_are_planned_with_attention_that_their_class_has(model_type, first):
+    gpu, config = torch.device("cuda"), CONFIG_MAPPING[model_type]()
+    for auto_class in ("AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"):
+        candidates = attention_candidates(gpu, None, config, torch.bfloat16, auto_class=auto_class)
+        assert candidates[0] == first and candidates[-1] == "eager"
