@@ -168,8 +168,10 @@ def _code_after(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor
     width = getattr(model.config.get_text_config(), "hidden_size", None) or head.in_features
 
     def run(raw: torch.Tensor) -> torch.Tensor:
-        # A head's own layers before the product (BERT's transform) run on this: while they are on meta, there
-        like = head.weight if head.weight.is_meta else raw
+        # A head's own layers before the product (BERT's transform) run on this: while they are on meta, there. The
+        # head is another module once its loss is fused.
+        now: Any = model.get_output_embeddings()
+        like = now.weight if now.weight.is_meta else raw
         hidden = torch.zeros(1, raw.shape[0], width, device=like.device, dtype=like.dtype)  # type: ignore[arg-type]
         ids = torch.zeros(1, raw.shape[0], dtype=torch.long, device=raw.device)
         error: Exception | None = None

@@ -99,11 +99,11 @@ class SequenceToSequence(PerToken):
     def stand_in(self, folder: Path, config: PreTrainedConfig, rows: int, length: int) -> dict[str, torch.Tensor]:
         """Return sources, and targets as long as can be."""
         most = min(self.settings.max_target_length, _positions(config))
-        targets = stand_in_texts(rows, most, config.vocab_size)["input_ids"]
+        targets = stand_in_texts(rows, most, _vocabulary(config, "decoder"))["input_ids"]
         return self._sources(config, rows, length) | {LABELS: targets, SUPERVISED: learned_positions(targets)}
 
     def _sources(self, config: PreTrainedConfig, rows: int, length: int) -> dict[str, torch.Tensor]:
-        return stand_in_texts(rows, length, config.vocab_size)
+        return stand_in_texts(rows, length, _vocabulary(config, "encoder"))
 
     def encoder(self, data: DataSettings, tokenizer: Any, config: PreTrainedConfig) -> RowEncoder:
         """Return what stores pairs of texts."""
@@ -236,6 +236,11 @@ def _hears(config: PreTrainedConfig) -> bool:
 def _end(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Any:
     """Return the token that ends a target."""
     return tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+
+
+def _vocabulary(config: PreTrainedConfig, side: str) -> int:
+    """Return the tokens that a side knows: both sides' own, or those of its config."""
+    return getattr(config, "vocab_size", None) or getattr(config, side).get_text_config().vocab_size
 
 
 def _positions(config: PreTrainedConfig) -> int:
