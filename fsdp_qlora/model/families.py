@@ -91,6 +91,11 @@ def _listed(model: nn.Module) -> Iterator[nn.Module]:
             yield from _listed(child)
 
 
+def _of_tables(module: nn.Module) -> bool:
+    """Whether most weights of a module are rows to look up."""
+    return 2 * sum(_numel(inner) for inner in module.modules() if isinstance(inner, nn.Embedding)) > _numel(module)
+
+
 def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -112,14 +117,14 @@ def blocks_beside(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Modu
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the layers that text passes through: the modules transformers declares must not be split across devices.
 
-    Modules that contain the embedding are excluded. So are, in a causal multimodal model, the layers that only images
-    or sound pass through.
+    Modules that contain the embedding, or are tables themselves (of a decoder that has its own), are excluded. So are,
+    in a causal multimodal model, the layers that only images or sound pass through.
     """
     classes = set(model._no_split_modules or [])  # read only; transformers has used this name since v4
     table = model.get_input_embeddings()
     layers = [module for module in model.modules() if type(module).__name__ in classes]
     layers = _around(model, layers) or _repeated(model)
-    layers = [module for module in layers if all(inner is not table for inner in module.modules())]
+    layers = [m for m in layers if all(inner is not table for inner in m.modules()) and not _of_tables(m)]
     inside = {inner for module in layers for inner in module.modules() if inner is not module}
     layers = [module for module in layers if module not in inside]
     if task_type(model) == "CAUSAL_LM" and hasattr(model, "get_decoder"):

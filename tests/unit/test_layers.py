@@ -20,7 +20,7 @@ from fsdp_qlora.plan.plan import make_plan
 
 WHOLE = {
     "longformer": ["LongformerLayer"] * 12, "roberta-prelayernorm": ["RobertaPreLayerNormLayer"] * 12,
-    "funnel": ["FunnelLayer"] * 14, "bert": ["BertLayer"] * 12,
+    "funnel": ["FunnelLayer"] * 14, "bert": ["BertLayer"] * 12, "luke": ["LukeLayer"] * 12,
 }  # fmt: skip
 """Model type -> classes of the layers: its own declares attention alone, or nothing (Funnel, in lists of lists)."""
 
