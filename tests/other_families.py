@@ -11,16 +11,17 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
 from fsdp_qlora.checks import reference
-from fsdp_qlora.data.labels import TOKENS
+from fsdp_qlora.data.labels import ROWS, TOKENS
 from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import typed_line
 from fsdp_qlora.model.cut import cut_config
 from tests import one_batch
-from tests.objectives import source_and_target, without_positions
+from tests.objectives import Tensors, source_and_target, without_positions
 from tests.speech import write_recordings, write_whisper
 from tests.tiny import make_tokenizer, sentence
 
@@ -28,7 +29,11 @@ SEQ2SEQ = tuple(
     dict.fromkeys([*MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES])
 )
 MASKED = tuple(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-AUTO = {"seq2seq": "AutoModelForSeq2SeqLM", "masked_lm": "AutoModelForMaskedLM"}
+CLASSIFIERS = tuple(name for name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES if name in MASKED)
+AUTO = {
+    "seq2seq": "AutoModelForSeq2SeqLM", "masked_lm": "AutoModelForMaskedLM", "sequence_classification": "AutoModel",
+}  # fmt: skip
+"""Objective -> what a base is written as: classifiers draw their heads."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"}, "bigbird_pegasus": {"attention_type": "original_full"},
     "xmod": {"default_language": "en_XX"},
@@ -40,7 +45,9 @@ _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_
 
 def write_each(folder: Path, objective: str, model_types: Iterable[str]) -> dict[str, str]:
     """Write a small model of each type into a folder of its own, and rows; return why there is none of some."""
-    row = (lambda n: {"text": sentence(n, 9 + n % 5)}) if objective == "masked_lm" else source_and_target
+    row: Any = (
+        source_and_target if objective == "seq2seq" else lambda n: {"text": sentence(n, 9 + n % 5), "label": n % 3}
+    )
     (folder / "rows.jsonl").write_text("".join(json.dumps(row(number)) + "\n" for number in range(8)))
     lacking = {}
     for model_type in model_types:
@@ -58,6 +65,12 @@ def write_each(folder: Path, objective: str, model_types: Iterable[str]) -> dict
         except Exception as error:  # upstream's classes raise anything
             lacking[model_type] = typed_line(error)
     return lacking
+
+
+def labelled(tensors: Tensors) -> dict[str, Any]:
+    """Return upstream's arguments for rows with a label each."""
+    inputs = {name: value for name, value in tensors.items() if name != "label"}
+    return inputs | {"labels": tensors["label"][:, 0].long()}
 
 
 def _small(model_type: str) -> PreTrainedConfig:
@@ -98,7 +111,8 @@ def verdicts(ranks: Ranks, folder: str, objective: str, model_types: list[str]) 
             "quant": {"allow_16bit": True},
         }
         try:
-            said[model_type] = one_batch.outcome(ranks, Path(folder, model_type), settings, without_positions, TOKENS)
+            how = (labelled, ROWS) if objective == "sequence_classification" else (without_positions, TOKENS)
+            said[model_type] = one_batch.outcome(ranks, Path(folder, model_type), settings, *how)
         except Exception as error:
             said[model_type] = f"TRACEBACK {typed_line(error)}"
     return said

@@ -68,6 +68,12 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], Groups]] = {
          "num_attention_heads": 8, "vocab_size": VOCABULARY, "architectures": ["BertForMaskedLM"]},
         {"objective": {"name": "masked_lm"}},
     ),
+    "albert, masks": (
+        {"model_type": "albert", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
+         "num_attention_heads": 8, "embedding_size": 128, "vocab_size": VOCABULARY,
+         "architectures": ["AlbertForMaskedLM"]},
+        {"objective": {"name": "masked_lm"}},
+    ),
     "bert, pairs": (
         {"model_type": "bert", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4,
          "num_attention_heads": 8, "vocab_size": VOCABULARY},

@@ -87,6 +87,7 @@ def as_saved(config: PeftConfig, modules: Sequence[str], shapes: ModelShapes, mo
     if not modules:
         return config
     names = [*modules, *([shapes.head] if shares_trained_table(shapes, modules) and shapes.head not in modules else [])]
+    names = _heads_whole(names, model, config.task_type)
     config.modules_to_save = _as_peft_matches(names, model)  # type: ignore[attr-defined]
     if shares_trained_table(shapes, modules) and hasattr(config, "ensure_weight_tying"):
         config.ensure_weight_tying = True  # type: ignore[attr-defined]
@@ -155,6 +156,18 @@ def trained_whole(model: nn.Module) -> list[str]:
     """Return the names, in PEFT's file, of the base's own parameters that a model with an adapter trains."""
     own = {name for name, _ in adapter_parameters(model, ADAPTER)}
     return [name for name, _ in trainable_parameters(model) if name not in own and not name.endswith(TOKEN_ROWS)]
+
+
+_HEADS, _HEAD_TASKS = ("classifier", "score"), ("SEQ_CLS", "TOKEN_CLS")
+"""What PEFT trains whole by itself, in models of these tasks."""
+
+
+def _heads_whole(names: Sequence[str], model: nn.Module, task: Any) -> list[str]:
+    """Return the names with a head of several layers (RoBERTa's ``classifier``) as one: PEFT would wrap it twice."""
+    if task not in _HEAD_TASKS:
+        return list(names)
+    heads = [name for name, _ in model.named_modules() if name.endswith(_HEADS)]
+    return list(dict.fromkeys(next((h for h in heads if f"{n}.".startswith(f"{h}.")), n) for n in names))
 
 
 def _as_peft_matches(names: Sequence[str], model: nn.Module) -> list[str]:

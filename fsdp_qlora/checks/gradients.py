@@ -32,7 +32,8 @@ class FirstGradients:
             if missing:
                 raise NumericsError(
                     f"step {step}: {len(missing)} trained parameters got no gradient (first: {missing[0]}): the loss "
-                    "does not depend on them."
+                    "does not depend on them. If this model does not use them on such rows, leave their modules out by "
+                    "lora.exclude_modules."
                 )
         elif self._seen == 2:  # in the first step B is zero, and so is A's gradient
             self._require_nonzero(step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from fsdp_qlora.config.auto import asked, switch
+from fsdp_qlora.config.auto import asked, number, switch
 from fsdp_qlora.config.choices import CAN_SPLIT, OF_IMAGES, ROW_BY_ROW, WITH_LABELS
 from fsdp_qlora.config.schema import ObjectiveSettings, RunConfig
 
@@ -42,6 +42,11 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield f"train.sample_prompts: a model of objective={name} writes no answers; leave it out."
     if config.lora.starts_from_rows:
         yield f"lora.init_lora_weights: EVA searches causal language models, not with objective={name}."
+
+
+def _pairs(config: RunConfig) -> Iterator[str]:
+    if config.objective.name == "embedding" and number(config.train.global_batch_size) == 1:
+        yield "train.global_batch_size: with objective=embedding a row's wrong answers are the other rows; at least 2."
 
 
 def _labels(config: RunConfig) -> Iterator[str]:
@@ -117,4 +122,4 @@ def _image_chats(config: RunConfig) -> Iterator[str]:
             yield f"{key}: not supported for a model that reads images; leave it out."
 
 
-OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels, _own, _images, _image_chats)
+OBJECTIVE_RULES: tuple[Rule, ...] = (_rows, _model, _labels, _pairs, _own, _images, _image_chats)

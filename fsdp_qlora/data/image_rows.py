@@ -17,6 +17,9 @@ IMAGE, LABEL = "image", "label"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 """Ends of the names of files in class folders that are images."""
 
+_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "eval", "dev"})
+"""Names of folders that are no labels if there are no others."""
+
 
 def is_class_folder(name: str) -> bool:
     """Whether a source is a folder of class folders: it has folders, and no file of rows beside them."""
@@ -84,6 +87,12 @@ def images_not_read(names: Iterable[str]) -> list[str]:
 def _classes(folder: Path) -> dict[str, list[Path]]:
     """Return each class folder's images, also those in folders inside it, both sorted by name."""
     classes: dict[str, list[Path]] = {}
+    names = {x.name.lower() for x in folder.iterdir() if x.is_dir() and is_data(x, folder)}
+    if len(names) > 1 and names <= _SPLITS:
+        raise DataError(
+            f"data: {folder} holds {', '.join(sorted(names))}, which are parts of a data set and not labels. Set "
+            f"data.train={folder}/train and data.eval to another."
+        )
     for inside in sorted(x for x in folder.iterdir() if x.is_dir() and is_data(x, folder)):
         files = sorted(x for x in inside.rglob("*") if x.suffix.lower() in SUFFIXES and is_data(x, folder))
         own = [file for file in files if file.is_file() and is_inside(file, folder)]

@@ -18,7 +18,7 @@ HIDDEN, HEADS, HEAD_DIM = 64, 4, 16
 VOCAB, EXPERTS, LAYERS, WINDOW, POSITIONS = 128, 8, 8, 16, 128
 """Sizes of a cut model: at most `LAYERS`, always `POSITIONS`, the others if the model has more."""
 
-_HIDDEN = r"(hidden_size|n_embd|d_model|emb_dim|embedding_dim)$"
+_HIDDEN = r"((pooler_)?hidden_size|n_embd|d_model|emb_dim|embedding_dim)$"
 _LAYERS = r"(num_hidden_layers|n_layers?|num_layers|num_blocks|num_(de|en)coder_layers|(de|en)coder_layers)$"
 _VOCAB = r".*vocab_size(_per_layer_input|_base)?$|vocab_size_per_layer_input$|.*hash_byte_group_vocab$"
 _HEADS = r"(.*_)?(attention_heads|num_heads|n_heads?|n_heads)$"

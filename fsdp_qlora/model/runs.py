@@ -91,6 +91,7 @@ class _Layer:
 
     tokens: int
     enters: int
+    calls: int = 0
     tensors: list[int] = field(default_factory=list)
     inputs: dict[str, tuple[int, int]] = field(default_factory=dict)
     products: int = 0
@@ -122,6 +123,7 @@ def _by_length(lengths: Sequence[int], layers: Sequence[_Layer]) -> LayerRun:
         inputs,
         through(lambda layer: layer.products),
         through(lambda layer: layer.transient),
+        layers[0].calls,
     )
 
 
@@ -173,7 +175,9 @@ class _Run:
         within = ExitStack()
         within.enter_context(torch.enable_grad())
         within.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
-        self._current = self.layers[name] = _Layer(hidden.shape[:-1].numel(), hidden.nbytes)
+        self._current = self.layers.setdefault(name, _Layer(0, hidden.nbytes))
+        self._current.tokens += hidden.shape[:-1].numel()  # ALBERT calls one layer several times
+        self._current.calls += 1
         self._begun = _Begun(self._current, within, list(leaves.values()), kept)
         return with_tensors(lambda x: leaves.get(id(x), x), (args, kwargs))
 
@@ -207,7 +211,11 @@ class _Run:
             return
         storage = self._note(args[0])
         number = self._read.setdefault(storage, len(self._read))
-        layer.inputs[name] = number, args[0].untyped_storage().nbytes()
+        if name not in layer.inputs:
+            layer.inputs[name] = number, args[0].untyped_storage().nbytes()
+        elif storage not in self._counted:  # called again: all of its inputs are kept
+            layer.tensors.append(args[0].untyped_storage().nbytes())
+            self._counted.add(storage)
         layer.products += out.nbytes
 
     def _note(self, tensor: torch.Tensor) -> int:

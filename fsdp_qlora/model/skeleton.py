@@ -118,7 +118,8 @@ def _class_for(config: Any, objective: Objective | None) -> Any:
 
 def _require_embedding(model: PreTrainedModel) -> None:
     try:
-        model.get_input_embeddings()
+        if not isinstance(model.get_input_embeddings(), nn.Module):
+            raise NotImplementedError  # Perceiver's is a parameter
     except NotImplementedError as error:
         raise ModelError(
             f"{type(model).__name__}: its class does not say where its input embedding is (those of many convolutional "
@@ -161,6 +162,7 @@ def read_shapes(model: PreTrainedModel) -> ModelShapes:
         not_adapted=_not_adapted(model, linears),
         float32=frozenset(float32_parameters(model)),
         left_dense=left_dense(model),
+        recomputes=model.supports_gradient_checkpointing,
         beside=_beside(model, linears, layers),
         tower=_tower(model, layers),
         capped=bool(getattr(config, "final_logit_softcapping", None)),
@@ -192,6 +194,7 @@ def _headless_shapes(model: PreTrainedModel, embedding: nn.Module, layers: list[
         not_adapted=_not_adapted(model, linears),
         float32=frozenset(float32_parameters(model)),
         left_dense=left_dense(model),
+        recomputes=model.supports_gradient_checkpointing,
     )
 
 

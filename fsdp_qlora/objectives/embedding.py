@@ -162,8 +162,9 @@ class _Unused(nn.Module):
         for name, child in like.named_children():
             self.add_module(name, _Unused(child))
 
-    def forward(self, hidden: torch.Tensor) -> None:
-        """Return nothing."""
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the input, which nothing reads (ALBERT computes with it)."""
+        return hidden
 
 
 def _places(sizes: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from fsdp_qlora.data.encoder import Read
 from fsdp_qlora.data.labels import IGNORE
 from fsdp_qlora.data.lines import Row
 from fsdp_qlora.data.messages import text_of
-from fsdp_qlora.errors import DataError
+from fsdp_qlora.errors import ConfigError, DataError
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 """transformers' names of what labels are (``config.problem_type``)."""
@@ -32,11 +33,15 @@ class _Seen:
     """Largest number; -1 if there was none."""
     several: bool = False
     fractions: bool = False
+    sets: set[frozenset[str]] = field(default_factory=set)
+    """Up to two different sets of labels that rows have."""
 
     def add(self, value: Any) -> None:
         """Take a row's label."""
         if isinstance(value, list | tuple | np.ndarray):
             self.several = True
+            if len(self.sets) < 2:
+                self.sets.add(frozenset(map(str, value)))
             for one in value:
                 self.add(one)
         elif isinstance(value, float) and not value.is_integer():
@@ -70,12 +75,17 @@ def find_labels(
             continue
         any_row = True
         if len(seen.names) > MOST or seen.largest > MOST:
-            raise DataError(f"data: {row.where}: there are more than {MOST} labels; is {column!r} the right column?")
+            raise DataError(
+                f"data: {row.where}: there are more than {MOST} labels; is {column!r} the right column? Numbers to "
+                "predict need objective.problem_type=regression."
+            )
     if not any_row:
         raise DataError(f"data.train: no row has a {column!r}; data.columns can rename another column to it.")
+    fractions = seen.fractions or _are_fractions(seen.names)
     problem = asked(settings.problem_type) or (
-        SINGLE if of_each else MULTI if seen.several else REGRESSION if seen.fractions else SINGLE
+        SINGLE if of_each else MULTI if seen.several else REGRESSION if fractions else SINGLE
     )
+    _require_weights_fit(settings, problem, settings.labels)
     if settings.labels or problem == REGRESSION:
         return replace(settings, problem_type=problem)  # type: ignore[arg-type]
     if seen.fractions:
@@ -85,14 +95,54 @@ def find_labels(
             f"data.train: some labels are names ({min(seen.names)!r}) and some are numbers ({seen.largest}); use one "
             "of them, or list the names in objective.labels in the order of their numbers."
         )
-    labels = sorted(seen.names) or [str(number) for number in range(seen.largest + 1)]
+    by_name = sorted(seen.names, key=int) if _are_whole(seen.names) else sorted(seen.names)
+    labels = by_name or [str(number) for number in range(seen.largest + 1)]
     if not labels:
         raise DataError(
             f"data.train: the rows' {column!r} hold no labels; data.columns can rename another column to it."
         )
     if len(labels) < 2 and problem == SINGLE:
         raise DataError(f"data.train: all rows have the same label, {labels[0]!r}; there is nothing to learn.")
+    if problem == MULTI and len(seen.sets) == 1:
+        raise DataError(
+            f"data.train: all rows have the same labels ({', '.join(sorted(*seen.sets)) or 'none'}); there is nothing "
+            f"to learn. {_LISTS}"
+        )
+    _require_weights_fit(settings, problem, labels)
     return replace(settings, labels=labels, problem_type=problem)  # type: ignore[arg-type]
+
+
+_LISTS = "A list holds the names or numbers of the labels that a row has, not a 0 or 1 for each of them."
+
+
+def _are_whole(names: Iterable[str]) -> bool:
+    """Whether names are whole numbers, as files without types have them (CSV)."""
+    return all(re.fullmatch(r"-?[0-9]+", name) for name in names)
+
+
+def _are_fractions(names: Collection[str]) -> bool:
+    """Whether names are numbers, and not all of them whole: as files without types have what is to be predicted."""
+    try:
+        return any(not float(name).is_integer() for name in names)
+    except (ValueError, OverflowError):  # a word, or infinite
+        return False
+
+
+def _require_weights_fit(settings: ObjectiveSettings, problem: str, labels: Collection[str]) -> None:
+    """Check that ``objective.class_weights`` are of labels, and of a loss that has them.
+
+    Raises:
+        ConfigError: if not.
+    """
+    if settings.class_weights and problem != SINGLE:
+        raise ConfigError(
+            f"objective.class_weights: only for one label of several ({SINGLE}), and these rows are {problem}."
+        )
+    if labels and (unknown := [name for name in settings.class_weights if name not in labels]):
+        raise ConfigError(
+            f"objective.class_weights: {unknown[0]!r} is no label of data.train; the labels are "
+            f"{', '.join(map(repr, list(labels)[:10]))}."
+        )
 
 
 def labels_of_parts(value: Any) -> list[Any]:
@@ -113,6 +163,7 @@ class Labels:
     def __init__(self, settings: ObjectiveSettings) -> None:
         self.names, self.problem = list(settings.labels), settings.problem_type
         self._numbers = {name: number for number, name in enumerate(self.names)}
+        self._whole = _are_whole(self.names)
 
     @property
     def num_outputs(self) -> int:
@@ -133,6 +184,8 @@ class Labels:
             if not isinstance(value, list | tuple | np.ndarray):
                 raise DataError(f"expected a list of labels, got {value!r}")
             chosen = {self.number(one) for one in value}
+            if len(chosen) < len(value):
+                raise DataError(f"label {list(value)} names one twice. {_LISTS}")
             return [float(number in chosen) for number in range(len(self.names))]
         return [float(self.number(value))]
 
@@ -154,8 +207,11 @@ class Labels:
             return self._numbers[value]
         if isinstance(value, bool | int | float | np.integer | np.floating):
             number = _number(value)
-            if not number.is_integer() or not 0 <= number < len(self.names):
-                raise DataError(f"label {value} is out of range: there are {len(self.names)} labels, numbered from 0")
+            if self._whole and number.is_integer() and str(int(number)) in self._numbers:
+                return self._numbers[str(int(number))]  # "3" is the name of 3, wherever it stands
+            if self._whole or not number.is_integer() or not 0 <= number < len(self.names):
+                numbered = f"numbered from {self.names[0]}" if self._whole else "numbered from 0"
+                raise DataError(f"label {value} is out of range: there are {len(self.names)} labels, {numbered}")
             return int(number)
         name = _name(value)
         if name not in self._numbers:

@@ -181,6 +181,11 @@ class SpeechToText(SequenceToSequence):
                 f"decoder_start_token_id={start}; use the tokenizer that came with the model."
             )
         most = self.settings.max_target_length + 1
+        if most <= (marks := len(texts("", add_special_tokens=True)["input_ids"])):
+            raise ConfigError(
+                f"objective.max_target_length: {self.settings.max_target_length} leaves no token for the text, as a "
+                f"target has {marks - 1} of its own (language, task and end). Set it to at least {marks}."
+            )
         targets = Side(texts, most, data.truncation, learned=True, end=_end(texts, config))
         return SpokenEncoder(data, tokenizer, targets, config.max_source_positions, config.max_target_positions)
 

@@ -144,6 +144,8 @@ def _candidates(wanted: _Asked, memory: MemoryModel, settings: StorageSettings) 
             continue  # the hooks would move dense weights to the host and back, which takes longer than dequantizing
         if rung.checkpointing == "selective" and memory.offloaded_inside:
             continue
+        if rung.checkpointing != (wanted.checkpointing or "none") and not memory.shapes.recomputes:
+            continue
         yield replace(settings, **vars(rung))
 
 
@@ -169,6 +171,8 @@ def smaller(memory: MemoryModel, settings: StorageSettings) -> str | None:
     peak = memory.plan(settings).peak
     for words, other in changes.items():
         if "selective" in words and memory.offloaded_inside:
+            continue
+        if "checkpointing" in words and not memory.shapes.recomputes:
             continue
         if (less := memory.plan(other).peak) < peak:
             return f"{words} (planned peak {less / 1e9:.1f} instead of {peak / 1e9:.1f} GB)"

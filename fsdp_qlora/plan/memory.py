@@ -99,7 +99,8 @@ class MemoryModel:
         """Return the memory of the rank that holds most, with these settings."""
         fixed = self.fixed
         until_backward = settings.cache_dequantized and not settings.keeps_dense
-        kept = self.kept.on_device(settings) + (self.dense.kept * settings.itemsize if until_backward else 0)
+        calls = max((run.calls for run in self.shapes.runs), default=1)  # each keeps dense weights of its own
+        kept = self.kept.on_device(settings) + (calls * self.dense.kept * settings.itemsize if until_backward else 0)
         layer = self.kept.in_backward(settings)
         # `kept` leaves out the last layer's activations: `layer` counts them in backward, and `last` at the head. Those
         # that are moved to the host are on the device for two layers at a time, which `kept` counts.

@@ -244,6 +244,12 @@ def _quantized(
 
 
 def _require_recomputable(config: RunConfig, memory: MemoryModel) -> None:
+    asked_for = asked(config.train.activation_checkpointing)
+    if not memory.shapes.recomputes and asked_for not in (None, "none"):
+        raise PlanError(
+            f"train.activation_checkpointing: the class of this model cannot recompute its layers; {asked_for} is not "
+            "possible, set it to none or auto."
+        )
     if memory.offloaded_inside and config.train.activation_checkpointing == "selective":
         raise PlanError(
             "train.activation_checkpointing: selective does not work with fsdp.offload_modules inside decoder layers "

@@ -68,6 +68,7 @@ def search(
         speed: (settings, micro-batches per rank) -> tokens per second.
     """
     possible = [s for s in SETTINGS if not base.adapter_copies or s[1] in ("none", "activations")]
+    possible = [s for s in possible if s[0] == "none" or memory.shapes.recomputes]
     return [_one(memory, base, batch, budget, max_positions, speed, *setting) for setting in possible]
 
 

@@ -165,9 +165,8 @@ def planned_skeleton(config: RunConfig) -> tuple[RunConfig, PreTrainedModel]:
     Raises:
         ModelError: if the model is not a folder, not in the hub cache, and not one of the shapes known by name.
     """
-    config = planned_labels(check(config))
-    source = config_for_plan(config.model.name, config.model.revision)
-    config = settle_images(config, source)
+    source = config_for_plan(check(config).model.name, config.model.revision)
+    config = settle_images(planned_labels(config, source), source)
     device = planned_device(config)
     config = with_attention(on_device(config, device), torch.device(device), source)
     base = skeleton(config, source)

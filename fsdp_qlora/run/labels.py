@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from itertools import islice
@@ -24,10 +25,10 @@ _PLANNED = 2
 """Labels to plan for where neither settings nor data say how many there are."""
 
 
-def settle_labels(config: RunConfig, ranks: Ranks, adapter: Path | None = None) -> RunConfig:
+def settle_labels(config: RunConfig, folder: Path, ranks: Ranks, adapter: Path | None = None) -> RunConfig:
     """Return the settings with the labels of the training data. Every rank calls it; rank 0 reads the rows.
 
-    ``adapter`` is one that was trained on labels: then they are those in its config.json.
+    ``folder`` is the model's, and ``adapter`` one that was trained on labels: then they are those in its config.json.
 
     Raises:
         DataError: if rows cannot be read, or their labels are of several kinds.
@@ -37,7 +38,7 @@ def settle_labels(config: RunConfig, ranks: Ranks, adapter: Path | None = None) 
         return config
 
     def settle() -> dict[str, Any]:
-        return asdict(labels_of(config) if adapter is None else trained_labels(config.objective, adapter))
+        return asdict(labels_of(config, folder) if adapter is None else trained_labels(config.objective, adapter))
 
     return _with(config, ObjectiveSettings(**on_main(settle, ranks)))
 
@@ -62,8 +63,8 @@ def trained_labels(objective: ObjectiveSettings, adapter: Path) -> ObjectiveSett
     return replace(objective, labels=labels, problem_type=problem)
 
 
-def labels_of(config: RunConfig) -> ObjectiveSettings:
-    """Return the objective's settings with the labels of the training data.
+def labels_of(config: RunConfig, folder: Path) -> ObjectiveSettings:
+    """Return the objective's settings with the labels of the training data, in the order of the model in ``folder``.
 
     Raises:
         ConfigError: if there are no rows to read them from.
@@ -82,17 +83,28 @@ def labels_of(config: RunConfig) -> ObjectiveSettings:
     kind = build_objective(objective)
     rows = (row for name in names_of(data.train) for row in kind.raw_rows(name))
     rows = islice(rows, data.max_rows or None)
-    return find_labels(rows, columns_of(data), objective, kind.label_column, kind.label_of_each)
+    found = find_labels(rows, columns_of(data), objective, kind.label_column, kind.label_of_each)
+    return found if objective.labels else replace(found, labels=_as_trained(found.labels, folder))
 
 
-def planned_labels(config: RunConfig) -> RunConfig:
+def _as_trained(labels: Sequence[str], folder: Path) -> list[str]:
+    """Return the labels in the order of the model's own, if it has the same ones: its head may be in its files."""
+    file = folder / "config.json"
+    named = read_json(own_file(folder, file.name), dict[str, Any]).get("id2label") if file.is_file() else None
+    if not isinstance(named, dict) or not all(str(number).isdecimal() for number in named):
+        return list(labels)
+    own = [str(named[number]) for number in sorted(named, key=int)]
+    return own if set(own) == set(labels) and len(own) == len(labels) else list(labels)
+
+
+def planned_labels(config: RunConfig, folder: Path) -> RunConfig:
     """Return the settings to plan with: with the data's labels, or two of them if there is no data."""
     if not _is_open(config.objective):
         return config
     if config.data.train is None and not config.objective.labels:
         names = [str(label) for label in range(_PLANNED)]
         return _with(config, replace(config.objective, labels=names, problem_type=SINGLE))
-    return _with(config, labels_of(config))
+    return _with(config, labels_of(config, folder))
 
 
 def require_metrics(config: RunConfig) -> None:

@@ -89,7 +89,7 @@ def _prepare(
 ) -> Prepared:  # fmt: skip
     on_every(lambda: require_metrics(config), world.ranks)
     asked, folder = config, _find_model(config.model, world)
-    config = settle_labels(settled_on_ranks(config, folder, training, world.ranks), world.ranks, adapter)
+    config = settle_labels(settled_on_ranks(config, folder, training, world.ranks), folder, world.ranks, adapter)
     budget = rank_budget(world.ranks, world.placement)
     config, world, layout = settled_world(on_device(config, world.ranks.device.type), folder, world, budget)
     _say(kernels_to_compile(config.train.kernels, world.ranks.device), world.ranks)

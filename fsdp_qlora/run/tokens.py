@@ -121,7 +121,7 @@ def prepare_tokens(config: RunConfig) -> PreparedData:
     check(config)
     folder = resolve_folder(config.model.name, config.model.revision)
     config = settle_images(config, folder)
-    objective = build_objective(labels_of(config))
+    objective = build_objective(labels_of(config, folder))
     if objective.of_tokens:
         processor, encoder = _processor(config, folder, objective), None
     else:

@@ -92,6 +92,8 @@ class ModelShapes:
     """What reads images among the decoder's tokens, if anything does."""
     capped: bool = False
     """Whether logits have a soft cap, whose derivative the loss keeps beside them."""
+    recomputes: bool = True
+    """Whether its class can recompute layers in backward."""
     by_code: bool = False
     """Whether upstream's own code runs on the logits (BART adds a bias), which makes more of them."""
     runs: tuple[LayerRun, ...] = ()

@@ -50,3 +50,5 @@ class LayerRun:
     """What its linears compute."""
     transient: ByLength
     """What backward needs at its peak on top of all that is kept."""
+    calls: int = 1
+    """How often it is called for a row."""

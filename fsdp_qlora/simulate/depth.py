@@ -41,9 +41,15 @@ class Cut:
         return max(peak.total for peak in self.peaks.values())
 
 
+def _configs(base: PreTrainedModel) -> list[Any]:
+    """Return the configs that say what layers are: the model's, and its decoder's (ModernBERT's is a linear)."""
+    decoder = getattr(base.get_decoder(), "config", base.config)
+    return list({id(config): config for config in (base.config.get_text_config(), decoder)}.values())
+
+
 def _lists(base: PreTrainedModel, num_layers: int) -> Iterator[tuple[dict[str, Any], str, list[Any]]]:
     """Yield (config's values, key, list) for each list in a config with one entry per layer, like ``layer_types``."""
-    for config in {id(c): c for c in (base.config.get_text_config(), base.get_decoder().config)}.values():
+    for config in _configs(base):
         for key, value in list(vars(config).items()):
             if isinstance(value, list | tuple) and len(value) == num_layers:
                 yield vars(config), key, list(value)
@@ -110,7 +116,7 @@ def cut_layers(base: PreTrainedModel, shapes: ModelShapes, kept: Sequence[int]) 
     # Into the configs' own dicts: the config is briefly inconsistent, and its setters would reject that.
     for values, key, listed in _lists(base, len(shapes.layers)):
         values[key] = [listed[i] for i in kept]
-    for config in (base.config.get_text_config(), base.get_decoder().config):
+    for config in _configs(base):
         vars(config)["num_hidden_layers"] = len(kept)
 
 

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fsdp_qlora.distributed.mesh import Ranks, build_mesh
 from fsdp_qlora.distributed.shards import HOST
-from fsdp_qlora.errors import PlanError
+from fsdp_qlora.errors import PlanError, typed_line
 from fsdp_qlora.simulate.stand_ins import OUR_OPS
 
 T = TypeVar("T")
@@ -265,6 +265,11 @@ def measure_step(
             raise PlanError(
                 "plan.simulate: the model's own code reads values of its tensors, which a simulated step has not; set "
                 "it to false, and the plan counts them."
+            ) from error
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:  # upstream's code
+            raise PlanError(
+                f"plan.simulate: a step of this model cannot be computed without values ({typed_line(error)}); set it "
+                "to false, and the plan counts it."
             ) from error
     tracker.place = ("update", None)
     with tracker:

@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 
-from tests.other_families import MASKED, SEQ2SEQ, verdicts, write_each
+from tests.other_families import CLASSIFIERS, MASKED, SEQ2SEQ, verdicts, write_each
 
 pytestmark = pytest.mark.full
 TABLE = Path(__file__).parents[2] / "docs" / "families_by_objective.md"
-TYPES = {"seq2seq": SEQ2SEQ, "masked_lm": MASKED}
+TYPES = {"seq2seq": SEQ2SEQ, "masked_lm": MASKED, "sequence_classification": CLASSIFIERS}
 EQUAL = {
     "seq2seq": {
         "bart", "encoder-decoder", "led", "longt5", "marian", "mbart", "mt5", "mvp", "pegasus", "plbart", "t5",
         "t5gemma2", "umt5", "whisper",
+    },
+    "sequence_classification": {
+        "bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta",
+        "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
     },
     "masked_lm": {
         "bert", "camembert", "electra", "esm", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",

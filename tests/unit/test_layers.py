@@ -42,6 +42,17 @@ def test_both_sides_are_layers_where_transformers_declares_none(model_type):
     assert len(decoder_layers(model)) == 5
 
 
+def test_a_class_that_cannot_recompute_its_layers_is_not_asked_to():
+    shapes = read_shapes(
+        _on_meta(AutoModelForSequenceClassification, "albert", hidden_size=768, num_attention_heads=12)
+    )
+    config = {"model": {"name": "x"}, "objective": {"name": "sequence_classification"}}
+    assert make_plan(from_dict(config), shapes, 1, budget=1).settings.checkpointing == "none"
+    config["train"] = {"activation_checkpointing": "full"}
+    with pytest.raises(PlanError, match="the class of this model cannot recompute its layers; full is not possible"):
+        make_plan(from_dict(config), shapes, 1)
+
+
 def test_linears_outside_of_the_layers_do_not_stay_in_16_bits_without_a_word():
     """XLM's attention and its feed-forward are in separate lists, of which one is the layers."""
     shapes = read_shapes(_on_meta(AutoModelForSequenceClassification, "xlm"))
