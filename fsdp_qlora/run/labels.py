@@ -83,8 +83,8 @@ def labels_of(config: RunConfig, folder: Path) -> ObjectiveSettings:
     kind = build_objective(objective)
     rows = (row for name in names_of(data.train) for row in kind.raw_rows(name))
     rows = islice(rows, data.max_rows or None)
-    found = find_labels(rows, columns_of(data), objective, kind.label_column, kind.label_of_each)
-    return found if objective.labels else replace(found, labels=_as_trained(found.labels, folder))
+    settled = find_labels(rows, columns_of(data), objective, kind.label_column, kind.label_of_each)
+    return settled if objective.labels else replace(settled, labels=_as_trained(settled.labels, folder))
 
 
 def _as_trained(labels: Sequence[str], folder: Path) -> list[str]:
