@@ -236,6 +236,7 @@ VARIANTS |= {
     for where, more in {
         "": {}, ", CPU": {"plan": {"gpu": None}}, ", full": {"train": {"activation_checkpointing": "full"}},
         ", params": {"fsdp": {"offload": "params"}},
+        ", long, full": {"train": {"activation_checkpointing": "full"}, "data": {"max_length": 1536}},
     }.items()
     if where in ("", ", CPU") or name in ("bert, labels", "t5")
 }  # fmt: skip

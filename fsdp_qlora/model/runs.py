@@ -96,6 +96,7 @@ class _Layer:
     inputs: dict[str, tuple[int, int]] = field(default_factory=dict)
     products: int = 0
     transient: int = 0
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def _by_length(lengths: Sequence[int], layers: Sequence[_Layer]) -> LayerRun:
         through(lambda layer: layer.products),
         through(lambda layer: layer.transient),
         layers[0].calls,
+        through(lambda layer: layer.shared),
     )
 
 
@@ -140,6 +142,8 @@ class _Run:
         self._read: dict[int, int] = {}
         """Storage -> number of an input of linears."""
         self._transient: dict[Any, int] = {}
+        self._handed_on: set[int] = set()
+        """Storages that a layer hands on to later ones, beside its output."""
         self._own = {self._note(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._current: _Layer | None = None
         self._begun: _Begun | None = None
@@ -204,6 +208,10 @@ class _Run:
         if key not in self._transient:
             self._transient[key] = backward_peak(lambda: layer.forward(*args, **kwargs), begun.leaves)  # no hooks
         mine.transient = self._transient[key]
+        for tensor in [x for x in leaves_of(out) if _is_float(x)][1:]:
+            if (storage := self._note(tensor)) not in self._handed_on:
+                self._handed_on.add(storage)
+                mine.shared += tensor.untyped_storage().nbytes()
         return with_tensors(torch.Tensor.detach, out)
 
     def _note_linear(self, name: str, module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:

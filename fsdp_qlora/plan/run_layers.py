@@ -39,7 +39,7 @@ class RunActivations(KeptActivations):
         if settings.checkpointing == "none":
             return [split(sizes, settings) for sizes in self._sizes(settings)]
         return [
-            Placed(enters.stays + self._chosen(run, settings), enters.leaves)
+            Placed(enters.stays + self._chosen(run, settings) + _bytes(run.shared, settings), enters.leaves)
             for run in self._runs
             for enters in (split([_bytes(run.enters, settings)], settings),)
         ]

@@ -52,3 +52,6 @@ class LayerRun:
     """What backward needs at its peak on top of all that is kept."""
     calls: int = 1
     """How often it is called for a row."""
+    shared: ByLength = ByLength(0)
+    """What it makes for later layers beside its output, so that it is kept even if layers are recomputed: T5's biases
+    of positions."""
