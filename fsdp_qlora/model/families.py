@@ -74,12 +74,12 @@ def _repeated(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _most_repeated(model: nn.Module, without: Collection[nn.Module] = ()) -> list[nn.Module]:
-    """Return the modules in lists that are of one class: of that which most weights are in."""
+    """Return the modules in lists, matrices in them, that are of the most frequent class; the larger ones of two."""
     by_class: dict[type[nn.Module], list[nn.Module]] = {}
     for block in _listed(model):
-        if block not in without:
+        if block not in without and any(parameter.dim() > 1 for parameter in block.parameters()):
             by_class.setdefault(type(block), []).append(block)
-    return max(by_class.values(), key=lambda some: sum(map(_numel, some)), default=[])
+    return max(by_class.values(), key=lambda some: (len(some), sum(map(_numel, some))), default=[])
 
 
 def _listed(model: nn.Module) -> Iterator[nn.Module]:
