@@ -225,6 +225,11 @@ class _AsOurs(nn.Module):
         return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")[supervised]
 
 
+def labelled(tensors: Tensors) -> dict[str, Any]:
+    """Return upstream's arguments for rows with a label each."""
+    return _with_labels(tensors, tensors["label"][:, 0].long())
+
+
 def _with_labels(tensors: Tensors, labels: torch.Tensor) -> dict[str, Any]:
     return {name: value for name, value in tensors.items() if name != "label"} | {"labels": labels}
 
@@ -289,11 +294,11 @@ CASES: dict[str, Case] = {
     ),
     "llama, names": Case(
         "llama", lambda n: {"text": sentence(n, 5 + n % 9), "label": NAMES[n % 3]}, CLASSIFY,
-        lambda t: _with_labels(t, t["label"][:, 0].long()),
+        labelled,
     ),
     "bert, pairs and numbers": Case(
         "bert", lambda n: {"text": sentence(n, 4 + n % 5), "text_pair": sentence(n + 1, 3), "label": n % 4}, CLASSIFY,
-        lambda t: _with_labels(t, t["label"][:, 0].long()),
+        labelled,
     ),
     "gpt2, several labels": Case(
         "gpt2", lambda n: {"text": sentence(n, 5 + n % 9), "label": NAMES[: n % 3]}, CLASSIFY,
@@ -328,17 +333,17 @@ CASES: dict[str, Case] = {
         "bert", lambda n: {"text": sentence(n, 5 + n % 9), "label": n / 7}, CLASSIFY,
         lambda t: _with_labels(t, t["label"]), {"quant": {"name": "none", "double_quant": False}},
     ),
-    "vit": Case("vit", None, IMAGES, lambda t: _with_labels(t, t["label"][:, 0].long())),
+    "vit": Case("vit", None, IMAGES, labelled),
     "dinov2, none quantized": Case(
-        "dinov2", None, {**IMAGES, "augmentation": "crop"}, lambda t: _with_labels(t, t["label"][:, 0].long()),
+        "dinov2", None, {**IMAGES, "augmentation": "crop"}, labelled,
         {"quant": {"name": "none", "double_quant": False}},
     ),
     "swin, int8": Case(
-        "swin", None, {**IMAGES, "augmentation": "none"}, lambda t: _with_labels(t, t["label"][:, 0].long()),
+        "swin", None, {**IMAGES, "augmentation": "none"}, labelled,
         {"quant": {"name": "int8", "double_quant": False, "llm_int8_threshold": 1e-6}},
     ),
     "vit, a resized table": Case(
         "vit", None, {**IMAGES, "image_size": 48},
-        lambda t: _with_labels(t, t["label"][:, 0].long()) | {"interpolate_pos_encoding": True},
+        lambda t: labelled(t) | {"interpolate_pos_encoding": True},
     ),
 }  # fmt: skip

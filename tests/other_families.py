@@ -21,7 +21,7 @@ from fsdp_qlora.distributed.mesh import Ranks
 from fsdp_qlora.errors import typed_line
 from fsdp_qlora.model.cut import cut_config
 from tests import one_batch
-from tests.objectives import Tensors, source_and_target, without_positions
+from tests.objectives import labelled, source_and_target, without_positions
 from tests.speech import write_recordings, write_whisper
 from tests.tiny import make_tokenizer, sentence
 
@@ -65,12 +65,6 @@ def write_each(folder: Path, objective: str, model_types: Iterable[str]) -> dict
         except Exception as error:  # upstream's classes raise anything
             lacking[model_type] = typed_line(error)
     return lacking
-
-
-def labelled(tensors: Tensors) -> dict[str, Any]:
-    """Return upstream's arguments for rows with a label each."""
-    inputs = {name: value for name, value in tensors.items() if name != "label"}
-    return inputs | {"labels": tensors["label"][:, 0].long()}
 
 
 def _small(model_type: str) -> PreTrainedConfig:

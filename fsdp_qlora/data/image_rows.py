@@ -87,13 +87,14 @@ def images_not_read(names: Iterable[str]) -> list[str]:
 def _classes(folder: Path) -> dict[str, list[Path]]:
     """Return each class folder's images, also those in folders inside it, both sorted by name."""
     classes: dict[str, list[Path]] = {}
-    names = {x.name.lower() for x in folder.iterdir() if x.is_dir() and is_data(x, folder)}
+    folders = sorted(x for x in folder.iterdir() if x.is_dir() and is_data(x, folder))
+    names = {x.name.lower() for x in folders}
     if len(names) > 1 and names <= _SPLITS:
         raise DataError(
             f"data: {folder} holds {', '.join(sorted(names))}, which are parts of a data set and not labels. Set "
             f"data.train={folder}/train and data.eval to another."
         )
-    for inside in sorted(x for x in folder.iterdir() if x.is_dir() and is_data(x, folder)):
+    for inside in folders:
         files = sorted(x for x in inside.rglob("*") if x.suffix.lower() in SUFFIXES and is_data(x, folder))
         own = [file for file in files if file.is_file() and is_inside(file, folder)]
         if not own:

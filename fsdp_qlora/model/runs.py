@@ -145,7 +145,6 @@ class _Run:
         self._handed_on: set[int] = set()
         """Storages that a layer hands on to later ones, beside its output."""
         self._own = {self._note(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self._current: _Layer | None = None
         self._begun: _Begun | None = None
         self.layers: dict[str, _Layer] = {}
 
@@ -179,17 +178,17 @@ class _Run:
         within = ExitStack()
         within.enter_context(torch.enable_grad())
         within.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
-        self._current = self.layers.setdefault(name, _Layer(0, hidden.nbytes))
-        self._current.tokens += hidden.shape[:-1].numel()  # ALBERT calls one layer several times
-        self._current.calls += 1
-        self._begun = _Begun(self._current, within, list(leaves.values()), kept)
+        mine = self.layers.setdefault(name, _Layer(0, hidden.nbytes))
+        mine.tokens += hidden.shape[:-1].numel()  # ALBERT calls one layer several times
+        mine.calls += 1
+        self._begun = _Begun(mine, within, list(leaves.values()), kept)
         return with_tensors(lambda x: leaves.get(id(x), x), (args, kwargs))
 
     def _leave(self, layer: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """Note what the layer kept, and run it again for the peak of its backward if it is of a new kind."""
         assert self._begun is not None
-        mine, begun = self._begun.layer, self._begun
-        self._current = self._begun = None
+        begun, self._begun = self._begun, None
+        mine = begun.layer
         begun.within.close()
         for tensor in begun.kept:
             storage = self._note(tensor)
@@ -215,8 +214,9 @@ class _Run:
         return with_tensors(torch.Tensor.detach, out)
 
     def _note_linear(self, name: str, module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
-        if (layer := self._current) is None:
+        if self._begun is None:
             return
+        layer = self._begun.layer
         storage = self._note(args[0])
         number = self._read.setdefault(storage, len(self._read))
         if name not in layer.inputs:

@@ -118,13 +118,14 @@ def _class_for(config: Any, objective: Objective | None) -> Any:
 
 def _require_embedding(model: PreTrainedModel) -> None:
     try:
-        if not isinstance(model.get_input_embeddings(), nn.Module):
-            raise NotImplementedError  # Perceiver's is a parameter
-    except NotImplementedError as error:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    if not isinstance(embedding, nn.Module):  # Perceiver's is a parameter
         raise ModelError(
             f"{type(model).__name__}: its class does not say where its input embedding is (those of many convolutional "
             "networks do not), so it cannot be sharded here."
-        ) from error
+        )
 
 
 def read_shapes(model: PreTrainedModel) -> ModelShapes:

@@ -62,6 +62,7 @@ def find_labels(
 
     Raises:
         DataError: if the labels are of different kinds, or there are none.
+        ConfigError: if ``objective.class_weights`` are of labels that there are not, or of a loss without them.
     """
     seen, any_row = _Seen(set()), False
     for row in rows:
@@ -85,9 +86,27 @@ def find_labels(
     problem = asked(settings.problem_type) or (
         SINGLE if of_each else MULTI if seen.several else REGRESSION if fractions else SINGLE
     )
-    _require_weights_fit(settings, problem, settings.labels)
+    if settings.class_weights and problem != SINGLE:
+        raise ConfigError(
+            f"objective.class_weights: only for one label of several ({SINGLE}), and these rows are {problem}."
+        )
     if settings.labels or problem == REGRESSION:
         return replace(settings, problem_type=problem)  # type: ignore[arg-type]
+    labels = _labels_seen(seen, problem, column)
+    if unknown := [name for name in settings.class_weights if name not in labels]:
+        raise ConfigError(
+            f"objective.class_weights: {unknown[0]!r} is no label of data.train; the labels are "
+            f"{', '.join(map(repr, labels[:10]))}."
+        )
+    return replace(settings, labels=labels, problem_type=problem)  # type: ignore[arg-type]
+
+
+def _labels_seen(seen: _Seen, problem: str, column: str) -> list[str]:
+    """Return the labels of rows, in order.
+
+    Raises:
+        DataError: if they are of different kinds, or tell no rows apart.
+    """
     if seen.fractions:
         raise DataError(f"data.train: some labels are fractions, which objective.problem_type={problem} has none of.")
     if seen.names and seen.largest >= 0:
@@ -108,8 +127,7 @@ def find_labels(
             f"data.train: all rows have the same labels ({', '.join(sorted(*seen.sets)) or 'none'}); there is nothing "
             f"to learn. {_LISTS}"
         )
-    _require_weights_fit(settings, problem, labels)
-    return replace(settings, labels=labels, problem_type=problem)  # type: ignore[arg-type]
+    return labels
 
 
 _LISTS = "A list holds the names or numbers of the labels that a row has, not a 0 or 1 for each of them."
@@ -126,23 +144,6 @@ def _are_fractions(names: Collection[str]) -> bool:
         return any(not float(name).is_integer() for name in names)
     except (ValueError, OverflowError):  # a word, or infinite
         return False
-
-
-def _require_weights_fit(settings: ObjectiveSettings, problem: str, labels: Collection[str]) -> None:
-    """Check that ``objective.class_weights`` are of labels, and of a loss that has them.
-
-    Raises:
-        ConfigError: if not.
-    """
-    if settings.class_weights and problem != SINGLE:
-        raise ConfigError(
-            f"objective.class_weights: only for one label of several ({SINGLE}), and these rows are {problem}."
-        )
-    if labels and (unknown := [name for name in settings.class_weights if name not in labels]):
-        raise ConfigError(
-            f"objective.class_weights: {unknown[0]!r} is no label of data.train; the labels are "
-            f"{', '.join(map(repr, list(labels)[:10]))}."
-        )
 
 
 def labels_of_parts(value: Any) -> list[Any]:

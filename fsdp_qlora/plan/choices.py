@@ -144,7 +144,7 @@ def _candidates(wanted: _Asked, memory: MemoryModel, settings: StorageSettings) 
             continue  # the hooks would move dense weights to the host and back, which takes longer than dequantizing
         if rung.checkpointing == "selective" and memory.offloaded_inside:
             continue
-        if rung.checkpointing != (wanted.checkpointing or "none") and not memory.shapes.recomputes:
+        if rung.checkpointing != "none" and not memory.shapes.recomputes:
             continue
         yield replace(settings, **vars(rung))
 

@@ -67,8 +67,12 @@ def search(
         max_positions: longest sequence of the model; 0 means the requested length.
         speed: (settings, micro-batches per rank) -> tokens per second.
     """
-    possible = [s for s in SETTINGS if not base.adapter_copies or s[1] in ("none", "activations")]
-    possible = [s for s in possible if s[0] == "none" or memory.shapes.recomputes]
+    possible = [
+        (checkpointing, offload)
+        for checkpointing, offload in SETTINGS
+        if (not base.adapter_copies or offload in ("none", "activations"))
+        and (checkpointing == "none" or memory.shapes.recomputes)
+    ]
     return [_one(memory, base, batch, budget, max_positions, speed, *setting) for setting in possible]
 
 

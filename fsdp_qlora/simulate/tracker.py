@@ -251,7 +251,7 @@ def measure_step(
         device_type: where the step runs; if that is an accelerator, tensors in host memory are counted apart.
 
     Raises:
-        PlanError: if the model's own code reads values, which fake tensors do not have.
+        PlanError: if the model's own code reads values, which fake tensors do not have, or fails without them.
     """
     tracker = _PlaceTracker(model, optimizer, units, device_type)
     mode: AbstractContextManager[object] = fake or nullcontext()
