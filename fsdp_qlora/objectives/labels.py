@@ -141,9 +141,10 @@ def _are_whole(names: Iterable[str]) -> bool:
 def _are_fractions(names: Collection[str]) -> bool:
     """Whether names are numbers, and not all of them whole: as files without types have what is to be predicted."""
     try:
-        return any(not float(name).is_integer() for name in names)
-    except (ValueError, OverflowError):  # a word, or infinite
+        values = [float(name) for name in names]
+    except ValueError:  # a word
         return False
+    return all(map(math.isfinite, values)) and not all(value.is_integer() for value in values)
 
 
 def labels_of_parts(value: Any) -> list[Any]:

@@ -37,7 +37,8 @@ def test_digits_are_the_numbers_that_other_files_have():
 def test_scores_without_types_are_numbers_to_predict():
     found = _found(["0.5", "2", "3.25"])
     assert found.problem_type == "regression" and Labels(found).vector("3.25") == [3.25]
-    assert _found(["0.5 stars", "2"]).problem_type == "single_label_classification"
+    for words in (["0.5 stars", "2"], *([f"{n}.5", "good"] for n in range(9)), ["nan", "0.5"]):  # in any order of a set
+        assert _found(words).problem_type == "single_label_classification"
     assert _found(["1", "2"]).problem_type == "single_label_classification"
 
 
